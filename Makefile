@@ -1,0 +1,216 @@
+# Two commands do everything on a machine with Python, a C++ compiler, CMake, npm and Go:
+#   make demo    sets up, builds, runs the main job
+#   make test    sets up, builds, runs every test
+# The first run fetches and builds; later runs start in seconds. All of it stays in .venv and build.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+# More arguments for the program behind a target, for instance: make demo ARGS="--json demo.json"
+ARGS ?=
+
+# Tools come from .venv, so that every machine formats, checks and builds with the pinned versions.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+# The prebuilt libllama to test with, and the digest that its registry publishes for it.
+LLAMA_PACKAGE := @node-llama-cpp/linux-x64@3.20.0
+LLAMA_ARCHIVE := node-llama-cpp-linux-x64-3.20.0.tgz
+LLAMA_SHA512 := cc24937799b8303acb5b3814bcebee186cc79bd0e210e359b7eb2b8076215783e9bbf4f94cbde410d8fb94763572641c70a3607a90018b26fd29c8a08d96ef49
+LLAMA_BUILD := b10361
+LLAMA_LIB := build/llama
+
+# Stamp files: each says that its step is done for the pins above.
+VENV := .venv/.created
+TOOLS := .venv/.tools
+LLAMA := $(LLAMA_LIB)/.$(LLAMA_BUILD)
+BINDINGS := .venv/.llama-$(LLAMA_BUILD)
+PACKAGE := .venv/.kvferry
+
+.PHONY: help
+help:
+	@echo "make demo      save, load and decode beside each other on a real libllama; prints a table, draws a timeline"
+	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python"
+	@echo "make test-gpu  the Python tests on a real GPU"
+	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
+	@echo "make bench     the figures that the documentation quotes"
+	@echo "make lint      formatting, linters, types: checks only"
+	@echo "make format    formats all sources"
+	@echo "make tidy      clang-tidy (slow)"
+	@echo "make setup     only the set-up: .venv, libllama, llama-cpp-python"
+	@echo "make clean     removes what was built; make distclean also what was fetched"
+	@echo "ARGS=...       more arguments for the program behind a target: make test-python ARGS='-k cancel'"
+
+# ---- Set-up ----------------------------------------------------------------------------------------------------------
+
+.PHONY: setup
+setup: $(TOOLS) $(LLAMA) $(BINDINGS)
+
+$(VENV):
+	@for tool in $(PYTHON) c++ npm; do \
+	    command -v $$tool >/dev/null || { echo "kvferry's set-up needs $$tool, which is not installed"; exit 1; }; \
+	done
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "kvferry builds on Linux x86_64 only, for now"; exit 1; }
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet pip==26.3
+	touch $@
+
+$(TOOLS): requirements-dev.txt $(VENV)
+	python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(LLAMA):
+	rm -rf $(LLAMA_LIB) && mkdir -p $(LLAMA_LIB)
+	npm pack $(LLAMA_PACKAGE) --silent --pack-destination $(LLAMA_LIB)
+	echo "$(LLAMA_SHA512)  $(LLAMA_LIB)/$(LLAMA_ARCHIVE)" | sha512sum --check --quiet
+	tar -xzf $(LLAMA_LIB)/$(LLAMA_ARCHIVE) -C $(LLAMA_LIB) --strip-components=3 --wildcards 'package/bins/linux-x64/*.so'
+	rm $(LLAMA_LIB)/$(LLAMA_ARCHIVE)
+	ln -s libllama.$(LLAMA_BUILD).so $(LLAMA_LIB)/libllama.so
+	ln -s libggml.$(LLAMA_BUILD).so $(LLAMA_LIB)/libggml.so
+	touch $@
+
+# Links, not copies: whichever folder a program loads libllama from, the process then holds it once.
+$(BINDINGS): $(TOOLS) $(LLAMA)
+	lib=$$(python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("llama_cpp").origin))')/lib; \
+	mkdir -p "$$lib" && ln -sf $(CURDIR)/$(LLAMA_LIB)/*.so "$$lib"
+	python -c 'import llama_cpp'
+	touch $@
+
+# ---- The package in .venv --------------------------------------------------------------------------------------------
+
+ifneq ($(shell command -v ccache),)
+export CMAKE_C_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+endif
+
+PACKAGE_SOURCES := $(shell find CMakeLists.txt pyproject.toml README.md LICENSE include cabi pyshim \
+    -type f -not -name '*.pyc' 2>/dev/null)
+
+.PHONY: install
+install: $(PACKAGE)
+
+$(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
+	python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall \
+	    --config-settings=build-dir=build/python .
+	touch $@
+
+# ---- Demo and figures ------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(PACKAGE) $(BINDINGS)
+	kvferry demo $(ARGS)
+
+.PHONY: bench
+bench: $(PACKAGE) $(BINDINGS)
+	python bench/run.py $(ARGS)
+
+# ---- Tests -----------------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: test-c test-asan test-tsan test-go test-python
+
+.PHONY: sanitize
+sanitize: test-asan test-tsan
+
+build/native/build.ninja: CONFIGURE := -DCMAKE_BUILD_TYPE=RelWithDebInfo
+build/asan/build.ninja: CONFIGURE := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVFERRY_SANITIZE=address,undefined
+build/tsan/build.ninja: CONFIGURE := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVFERRY_SANITIZE=thread
+
+# Configured once; from then on ninja itself notices what changed, CMakeLists.txt included.
+build/%/build.ninja: | $(TOOLS)
+	cmake -S . -B build/$* -G Ninja -DKVFERRY_BUILD_TESTS=ON $(CONFIGURE)
+
+# TSan needs the address layout of its time; kernels that randomise more of it make its programs stop at their start.
+FIXED_LAYOUT := $(shell setarch --addr-no-randomize true 2>/dev/null && echo setarch --addr-no-randomize)
+
+export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
+export UBSAN_OPTIONS ?= halt_on_error=1:print_stacktrace=1
+export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
+
+# Two at a time: the tests run threads of their own, and some race them on purpose.
+CTEST := ctest --output-on-failure --no-tests=error --parallel 2
+
+test-c test-asan test-tsan test-go: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(LLAMA_LIB)
+
+.PHONY: test-c
+test-c: build/native/build.ninja $(LLAMA)
+	cmake --build build/native --parallel $(JOBS)
+	$(CTEST) --test-dir build/native $(ARGS)
+
+.PHONY: test-asan
+test-asan: build/asan/build.ninja $(LLAMA)
+	cmake --build build/asan --parallel $(JOBS)
+	$(CTEST) --test-dir build/asan $(ARGS)
+
+.PHONY: test-tsan
+test-tsan: build/tsan/build.ninja $(LLAMA)
+	cmake --build build/tsan --parallel $(JOBS)
+	$(FIXED_LAYOUT) $(CTEST) --test-dir build/tsan $(ARGS)
+
+.PHONY: test-python
+test-python: $(PACKAGE) $(BINDINGS)
+	python -m pytest tests/python $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(PACKAGE) $(BINDINGS)
+	KVFERRY_TEST_GPU=1 python -m pytest tests/python $(ARGS)
+
+.PHONY: test-go
+test-go: $(LLAMA)
+ifeq ($(shell command -v go),)
+	@echo "Go tests skipped: no Go installed"
+else ifneq ($(wildcard examples/go/go.mod),)
+	cd examples/go && go vet ./... && go test -race ./...
+endif
+
+# ---- Formatting, linters, types --------------------------------------------------------------------------------------
+
+C_SOURCES := $(shell find include cabi tests bench examples \
+    -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' 2>/dev/null)
+GO_SOURCES := $(shell find examples/go -name '*.go' 2>/dev/null)
+
+.PHONY: lint
+lint: lint-python lint-c lint-go
+
+.PHONY: lint-python
+lint-python: $(TOOLS)
+	ruff format --check
+	ruff check
+	$(if $(wildcard pyshim/kvferry/*.py),mypy)
+
+.PHONY: lint-c
+lint-c: $(TOOLS)
+	$(if $(C_SOURCES),clang-format --dry-run -Werror $(C_SOURCES))
+
+.PHONY: lint-go
+lint-go:
+ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)
+	unformatted=$$(gofmt -l $(GO_SOURCES)); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
+	cd examples/go && go vet ./...
+endif
+
+.PHONY: format
+format: $(TOOLS)
+	ruff format
+	ruff check --fix
+	$(if $(C_SOURCES),clang-format -i $(C_SOURCES))
+ifneq ($(and $(GO_SOURCES),$(shell command -v gofmt)),)
+	gofmt -w $(GO_SOURCES)
+endif
+
+.PHONY: tidy
+tidy: build/native/build.ninja
+	run-clang-tidy.py -quiet -p build/native -j $(JOBS) '/(cabi|tests)/'
+
+# ---- Clean -----------------------------------------------------------------------------------------------------------
+
+.PHONY: clean
+clean:
+	rm -rf build/native build/asan build/tsan build/python dist $(PACKAGE)
+
+.PHONY: distclean
+distclean:
+	rm -rf build dist .venv

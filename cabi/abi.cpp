@@ -1,0 +1,416 @@
+// The C ABI: checks arguments, finds objects by their handles, and turns exceptions into statuses.
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "engine.h"
+#include "llama.h"
+
+namespace kvf {
+namespace {
+
+// Runs `function`, and says in the caller's buffer why it failed.
+template <class Function>
+int32_t guarded(char *error, uint64_t error_size, Function &&function) noexcept {
+    try {
+        return function();
+    } catch (const Error &e) {
+        copy_text(describe(e), error, error_size);
+        return e.status;
+    } catch (const std::bad_alloc &) {
+        copy_text(kvf_strerror(KVF_ERR_OUT_OF_MEMORY), error, error_size);
+        return KVF_ERR_OUT_OF_MEMORY;
+    } catch (const std::exception &e) {
+        // Threads that could not be started, mostly.
+        copy_text(e.what(), error, error_size);
+        return KVF_ERR_SYSTEM;
+    } catch (...) {
+        return KVF_ERR_INTERNAL;
+    }
+}
+
+template <class Function>
+int32_t guarded(Function &&function) noexcept {
+    return guarded(nullptr, 0, std::forward<Function>(function));
+}
+
+// A copy of the caller's options as this version knows them. NULL gives the defaults.
+template <class Options>
+Options read_options(const Options *given) {
+    Options options{};
+    options.size = sizeof options;
+    if (!given) return options;
+    uint32_t size;
+    std::memcpy(&size, given, sizeof size);
+    if (size < 2 * sizeof(uint32_t) || size > 4096) {
+        throw Error(KVF_ERR_STRUCT_SIZE, format("size is %u; sizeof is %zu", size, sizeof options));
+    }
+    std::memcpy(&options, given, std::min<size_t>(size, sizeof options));
+    const auto *bytes = reinterpret_cast<const unsigned char *>(given);
+    for (size_t i = sizeof options; i < size; ++i) {
+        if (bytes[i])
+            throw Error(KVF_ERR_STRUCT_SIZE, "fields that this version does not know are set");
+    }
+    return options;
+}
+
+// Where a failing call may write its text; nowhere if the options are too short or malformed for it.
+template <class Options>
+std::pair<char *, uint64_t> error_place(const Options *given) {
+    if (!given || given->size < sizeof(Options) || given->size > 4096) return {nullptr, 0};
+    return {given->error, given->error_size};
+}
+
+template <class T>
+void require(const T *pointer, const char *name) {
+    if (!pointer) throw Error(KVF_ERR_INVALID_ARGUMENT, std::string(name) + " is NULL");
+}
+
+void check_submit(const kvf_submit_options &options) {
+    if (options.priority > KVF_PRIORITY_URGENT) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "no such priority");
+    }
+    if (options.mode > KVF_SAVE_SNAPSHOT)
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "no such save mode");
+    if (options.reserved) throw Error(KVF_ERR_STRUCT_SIZE, "reserved is not 0");
+}
+
+// A text for a caller who asks twice: for its length, and for itself.
+int32_t give_text(const std::string &text, char *buffer, uint64_t capacity, uint64_t *needed) {
+    if (needed) *needed = text.size() + 1;
+    if (capacity) require(buffer, "json");
+    copy_text(text, buffer, capacity);
+    return capacity > text.size() ? KVF_OK : KVF_ERR_BUFFER_TOO_SMALL;
+}
+
+int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *regions,
+                     uint64_t count, void *buffer, uint64_t bytes, const kvf_submit_options *given,
+                     kvf_job *job) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        Submission submission;
+        submission.submitted_ns = now_ns();
+        const auto options = read_options(given);
+        check_submit(options);
+        const auto target = find<Engine>(engine);
+        const uint64_t needed = regions_size(regions, count);
+        if (needed > bytes) {
+            throw Error(KVF_ERR_BUFFER_TOO_SMALL, format("%llu bytes are needed, %llu were given",
+                                                         static_cast<unsigned long long>(needed),
+                                                         static_cast<unsigned long long>(bytes)));
+        }
+        if (count) require(static_cast<unsigned char *>(buffer), "buffer");
+        MappedCheck mapped;
+        if (needed && !mapped(reinterpret_cast<uint64_t>(buffer), needed)) {
+            throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
+        }
+        std::vector<LayoutBuilder> builders(target->device_count());
+        for (uint64_t i = 0; i < count; ++i) {
+            const kvf_region &r = regions[i];
+            const uint64_t extent = (r.rows - 1) * (r.rows > 1 ? r.pitch : 0) + r.width;
+            builders[target->device_of(r.address, extent, mapped)].add(r);
+        }
+        for (uint32_t device = 0; device < builders.size(); ++device) {
+            submission.fragments += builders[device].fragments();
+            Layout layout = builders[device].finish();
+            submission.segments += layout.segments();
+            submission.bytes += layout.bytes;
+            submission.layouts.emplace_back(device, std::move(layout));
+        }
+        submission.direction = direction;
+        submission.buffer = static_cast<unsigned char *>(buffer);
+        submission.buffer_bytes = needed;
+        target->submit(std::move(submission), options, job);
+        return KVF_OK;
+    });
+}
+
+} // namespace
+} // namespace kvf
+
+using namespace kvf;
+
+extern "C" {
+
+#define KVF_STRING_(x) #x
+#define KVF_STRING(x) KVF_STRING_(x)
+
+const char *kvf_version(void) {
+    return KVF_STRING(KVF_VERSION_MAJOR) "." KVF_STRING(KVF_VERSION_MINOR) "." KVF_STRING(
+        KVF_VERSION_PATCH);
+}
+
+uint32_t kvf_abi_version(void) { return KVF_ABI_VERSION; }
+
+// ---- engine ------------------------------------------------------------------------------------
+
+int32_t kvf_engine_create(const kvf_engine_options *given, kvf_engine *engine) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        require(engine, "engine");
+        const auto options = read_options(given);
+        if (options.devices > KVF_DEVICES_CUDA)
+            throw Error(KVF_ERR_INVALID_ARGUMENT, "no such devices");
+        if (options.flags & ~uint32_t{KVF_ENGINE_TRACE}) {
+            throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
+        }
+        if (options.copy_threads > 256)
+            throw Error(KVF_ERR_INVALID_ARGUMENT, "copy_threads is above 256");
+        auto made = std::make_shared<Engine>(options);
+        const kvf_engine handle = new_handle(ObjectType::Engine);
+        publish(handle, std::move(made));
+        *engine = handle;
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_engine_describe(kvf_engine engine, char *json, uint64_t capacity, uint64_t *needed) {
+    return guarded(
+        [&] { return give_text(find<Engine>(engine)->describe(), json, capacity, needed); });
+}
+
+int32_t kvf_engine_cancel(kvf_engine engine) {
+    return guarded([&]() -> int32_t {
+        find<Engine>(engine)->cancel([](const Job &) { return true; });
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_engine_destroy(kvf_engine engine) {
+    return guarded([&]() -> int32_t {
+        find<Engine>(engine)->close();
+        withdraw<Engine>(engine);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_engine_trace(kvf_engine engine, kvf_trace_event *events, uint64_t event_size,
+                         uint32_t capacity) {
+    return guarded([&]() -> int32_t {
+        if (capacity) require(events, "events");
+        if (event_size < sizeof(uint64_t)) throw Error(KVF_ERR_STRUCT_SIZE);
+        return static_cast<int32_t>(find<Engine>(engine)->take_trace(events, event_size, capacity));
+    });
+}
+
+// ---- memory ------------------------------------------------------------------------------------
+
+int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer) {
+    return guarded([&]() -> int32_t {
+        require(buffer, "buffer");
+        *buffer = find<Engine>(engine)->pool().alloc(bytes);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_buffer_free(void *buffer) {
+    return guarded([&]() -> int32_t {
+        free_buffer(buffer);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t bytes) {
+    return guarded([&]() -> int32_t {
+        register_memory(buffer, bytes, find<Engine>(engine)->pinner());
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer) {
+    return guarded([&]() -> int32_t {
+        find<Engine>(engine);
+        unregister_memory(buffer);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_buffer_trim(kvf_engine engine) {
+    return guarded([&]() -> int32_t {
+        find<Engine>(engine)->pool().trim(UINT64_MAX);
+        return KVF_OK;
+    });
+}
+
+// ---- completions -------------------------------------------------------------------------------
+
+int32_t kvf_queue_create(kvf_queue *queue) {
+    return guarded([&]() -> int32_t {
+        require(queue, "queue");
+        auto made = std::make_shared<Queue>();
+        const kvf_queue handle = new_handle(ObjectType::Queue);
+        publish(handle, std::move(made));
+        *queue = handle;
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_queue_fd(kvf_queue queue) {
+    return guarded([&]() -> int32_t { return find<Queue>(queue)->fd(); });
+}
+
+int32_t kvf_queue_take(kvf_queue queue, kvf_completion *completions, uint64_t completion_size,
+                       uint32_t capacity, int64_t timeout_ns) {
+    return guarded([&]() -> int32_t {
+        require(completions, "completions");
+        if (capacity == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "capacity is 0");
+        if (completion_size < sizeof(uint64_t)) throw Error(KVF_ERR_STRUCT_SIZE);
+        const uint32_t most = std::min<uint32_t>(capacity, INT32_MAX);
+        return static_cast<int32_t>(
+            find<Queue>(queue)->take(completions, completion_size, most, timeout_ns));
+    });
+}
+
+int32_t kvf_queue_wake(kvf_queue queue) {
+    return guarded([&]() -> int32_t {
+        find<Queue>(queue)->wake();
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_queue_destroy(kvf_queue queue) {
+    return guarded([&]() -> int32_t {
+        if (!find<Queue>(queue)->close()) {
+            throw Error(KVF_ERR_BUSY, "jobs in flight would complete into it");
+        }
+        withdraw<Queue>(queue);
+        return KVF_OK;
+    });
+}
+
+// ---- jobs --------------------------------------------------------------------------------------
+
+namespace {
+
+void give_completion(const kvf_completion &completion, kvf_completion *to, uint64_t size) {
+    if (to) std::memcpy(to, &completion, std::min<uint64_t>(size, sizeof completion));
+}
+
+} // namespace
+
+int32_t kvf_job_poll(kvf_job job, kvf_completion *completion, uint64_t completion_size) {
+    return guarded([&]() -> int32_t {
+        kvf_completion ended;
+        if (!find<Job>(job)->ended(&ended)) return 0;
+        give_completion(ended, completion, completion_size);
+        return 1;
+    });
+}
+
+int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *completion,
+                     uint64_t completion_size) {
+    return guarded([&]() -> int32_t {
+        kvf_completion ended;
+        if (!find<Job>(job)->wait(timeout_ns, &ended)) return KVF_ERR_TIMEOUT;
+        give_completion(ended, completion, completion_size);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_job_cancel(kvf_job job) {
+    return guarded([&]() -> int32_t {
+        const auto found = find<Job>(job);
+        found->cancel();
+        if (const auto engine = found->owner.lock()) engine->poke();
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_job_release(kvf_job job) {
+    return guarded([&]() -> int32_t {
+        withdraw<Job>(job);
+        return KVF_OK;
+    });
+}
+
+// ---- regions -----------------------------------------------------------------------------------
+
+int32_t kvf_regions_size(const kvf_region *regions, uint64_t count, uint64_t *bytes) {
+    return guarded([&]() -> int32_t {
+        require(bytes, "bytes");
+        *bytes = regions_size(regions, count);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_regions_save(kvf_engine engine, const kvf_region *regions, uint64_t count, void *buffer,
+                         uint64_t bytes, const kvf_submit_options *options, kvf_job *job) {
+    return move_regions(Direction::Save, engine, regions, count, buffer, bytes, options, job);
+}
+
+int32_t kvf_regions_load(kvf_engine engine, const kvf_region *regions, uint64_t count,
+                         const void *buffer, uint64_t bytes, const kvf_submit_options *options,
+                         kvf_job *job) {
+    return move_regions(Direction::Load, engine, regions, count, const_cast<void *>(buffer), bytes,
+                        options, job);
+}
+
+// ---- llama.cpp sequences -----------------------------------------------------------------------
+
+int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
+                         const kvf_llama_options *given, kvf_llama *llama) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        require(llama, "llama");
+        if (!context) throw Error(KVF_ERR_INVALID_ARGUMENT, "context is NULL");
+        const auto options = read_options(given);
+        if (options.flags & ~uint32_t{KVF_LLAMA_ALLOW_BLOCKING | KVF_LLAMA_FORCE_BLOCKING}) {
+            throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
+        }
+        auto made = std::make_shared<Llama>(find<Engine>(engine), context, options);
+        const kvf_llama handle = new_handle(ObjectType::Llama);
+        publish(handle, std::move(made));
+        *llama = handle;
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity, uint64_t *needed) {
+    return guarded(
+        [&] { return give_text(find<Llama>(llama)->describe(), json, capacity, needed); });
+}
+
+int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *bytes) {
+    return guarded([&]() -> int32_t {
+        require(bytes, "bytes");
+        *bytes = find<Llama>(llama)->size(sequence);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t bytes,
+                       const kvf_submit_options *given, kvf_job *job) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        const auto options = read_options(given);
+        check_submit(options);
+        find<Llama>(llama)->save(sequence, buffer, bytes, options, job);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer, uint64_t bytes,
+                       const kvf_submit_options *given, kvf_job *job) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        const auto options = read_options(given);
+        check_submit(options);
+        find<Llama>(llama)->load(sequence, buffer, bytes, options, job);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_llama_settle(kvf_llama llama) {
+    return guarded([&]() -> int32_t { return static_cast<int32_t>(find<Llama>(llama)->settle()); });
+}
+
+int32_t kvf_llama_detach(kvf_llama llama) {
+    return guarded([&]() -> int32_t {
+        find<Llama>(llama)->detach();
+        withdraw<Llama>(llama);
+        return KVF_OK;
+    });
+}
+
+} // extern "C"

@@ -1,0 +1,31 @@
+// A device holds the memory that regions name, and moves legs of jobs between it and buffers.
+#pragma once
+
+#include <string>
+
+#include "job.h"
+
+namespace kvf {
+
+class Device {
+public:
+    virtual ~Device() = default;
+
+    // A JSON object for kvf_engine_describe().
+    virtual std::string describe() const = 0;
+
+    // Takes a leg in; it ends with exactly one leg.job->leg_ended(leg), on a thread of the device's.
+    virtual void submit(Leg &leg) = 0;
+
+    // A job of this direction is stopping: its legs must end soon.
+    virtual void poke(Direction direction) = 0;
+
+    // Saves a layout while the caller waits, as far as is needed for its memory to be free to change:
+    // the first half of a save by snapshot. Returns the layout of what remains to be moved.
+    virtual Layout snapshot(Layout layout, unsigned char *buffer) = 0;
+
+    // Ends the threads. No leg is in flight, and none comes any more.
+    virtual void stop() = 0;
+};
+
+} // namespace kvf

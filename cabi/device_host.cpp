@@ -1,0 +1,123 @@
+#include "device_host.h"
+
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "copy.h"
+#include "engine.h"
+
+namespace kvf {
+namespace {
+
+// Small enough that a cancelled or overtaken job stops within a millisecond at memory speed.
+constexpr uint64_t kUrgentPiece = 4 << 20;
+// A background job leaves the memory bus to others between pieces of this size.
+constexpr uint64_t kBackgroundPiece = 512 << 10;
+constexpr uint64_t kRunsPerPiece = 4096;
+// The background thread's nice value: a decoding thread that wants the core gets nine tenths of it
+// (sched(7): each step of nice is worth a factor of 1.25).
+constexpr int kBackgroundNice = 10;
+
+} // namespace
+
+HostDevice::HostDevice(Engine &engine, uint32_t threads)
+    : engine_(engine),
+      threads_(threads ? threads : std::clamp(std::thread::hardware_concurrency(), 1u, 4u)) {}
+
+std::string HostDevice::describe() const {
+    return format("{\"kind\": \"host\", \"name\": \"host memory\", \"copy_threads\": %u}",
+                  threads_);
+}
+
+void HostDevice::start_threads() {
+    for (uint32_t i = 0; i < threads_; ++i) workers_.emplace_back([this] { work(false); });
+    workers_.emplace_back([this] { work(true); });
+}
+
+void HostDevice::submit(Leg &leg) {
+    std::lock_guard lock(mutex_);
+    if (workers_.empty()) start_threads();
+    schedule_.add(leg);
+    if (leg.job->priority == KVF_PRIORITY_URGENT) {
+        // Everybody may help with a long one.
+        if (leg.layout.bytes > kUrgentPiece) {
+            urgent_work_.notify_all();
+        } else {
+            urgent_work_.notify_one();
+        }
+    } else {
+        background_work_.notify_one();
+    }
+}
+
+void HostDevice::poke(Direction) {
+    std::vector<Leg *> ended;
+    {
+        std::lock_guard lock(mutex_);
+        schedule_.sweep(ended);
+        background_work_.notify_one(); // it may have been held back by what is gone now
+    }
+    for (Leg *leg : ended) leg->job->leg_ended(*leg);
+}
+
+void HostDevice::work(bool background) {
+    if (background) {
+        setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kBackgroundNice);
+    }
+    const uint32_t priority = background ? KVF_PRIORITY_BACKGROUND : KVF_PRIORITY_URGENT;
+    std::condition_variable &wake = background ? background_work_ : urgent_work_;
+
+    std::unique_lock lock(mutex_);
+    for (;;) {
+        Leg *leg = nullptr;
+        wake.wait(lock, [&] {
+            const bool held_back = background && schedule_.has_urgent();
+            leg = held_back ? nullptr : schedule_.front(priority);
+            return leg || stopping_;
+        });
+        if (!leg) return;
+        const Piece piece =
+            schedule_.take(*leg, background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
+        if (!background && !schedule_.has_urgent()) background_work_.notify_one();
+        Job &job = *leg->job;
+        lock.unlock();
+
+        const uint64_t begin_ns = now_ns();
+        job.note_started(begin_ns);
+        if (!job.stopping()) {
+            copy_piece(piece, job.buffer, job.direction);
+            engine_.trace(job, begin_ns, now_ns(), piece.bytes, leg->device);
+        }
+
+        lock.lock();
+        if (schedule_.give_back(*leg)) {
+            lock.unlock();
+            job.leg_ended(*leg);
+            lock.lock();
+        }
+    }
+}
+
+Layout HostDevice::snapshot(Layout layout, unsigned char *buffer) {
+    // The buffer is as near as any other host memory: one copy is the whole save.
+    Cursor cursor(layout);
+    while (!cursor.at_end())
+        copy_piece(cursor.next(kUrgentPiece, kRunsPerPiece), buffer, Direction::Save);
+    return {};
+}
+
+void HostDevice::stop() {
+    {
+        std::lock_guard lock(mutex_);
+        stopping_ = true;
+        urgent_work_.notify_all();
+        background_work_.notify_all();
+    }
+    for (auto &worker : workers_) worker.join();
+    workers_.clear();
+}
+
+} // namespace kvf

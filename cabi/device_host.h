@@ -1,0 +1,39 @@
+// The host as a device: regions in host memory, copied by a few threads.
+#pragma once
+
+#include <thread>
+#include <vector>
+
+#include "device.h"
+#include "schedule.h"
+
+namespace kvf {
+
+class Engine;
+
+class HostDevice final : public Device {
+public:
+    HostDevice(Engine &engine, uint32_t threads);
+    ~HostDevice() override { stop(); }
+
+    std::string describe() const override;
+    void submit(Leg &leg) override;
+    void poke(Direction) override;
+    Layout snapshot(Layout layout, unsigned char *buffer) override;
+    void stop() override;
+
+private:
+    void start_threads();
+    void work(bool background);
+
+    Engine &engine_;
+    const uint32_t threads_; // that copy for urgent jobs; one more copies for background jobs
+
+    std::mutex mutex_;
+    std::condition_variable urgent_work_, background_work_;
+    Schedule schedule_;
+    bool stopping_ = false;
+    std::vector<std::thread> workers_; // started with the first leg
+};
+
+} // namespace kvf

@@ -1,0 +1,229 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "device_host.h"
+
+namespace kvf {
+namespace {
+
+constexpr size_t kTraceEvents = 65536;
+constexpr uint64_t kIdleBufferNs =
+    30'000'000'000; // a free buffer that nobody wanted for so long goes
+
+thread_local const Engine *dispatching = nullptr; // whose dispatch thread this is
+
+} // namespace
+
+Engine::Engine(const kvf_engine_options &options) : tracing_(options.flags & KVF_ENGINE_TRACE) {
+    devices_.push_back(std::make_unique<HostDevice>(*this, options.copy_threads));
+    if (options.devices == KVF_DEVICES_CUDA) {
+        throw Error(KVF_ERR_NO_DEVICE, "this version has no CUDA device");
+    }
+    pool_ = std::make_shared<Pool>(options.pinned_limit, pinner_);
+}
+
+Engine::~Engine() = default;
+
+std::string Engine::describe() const {
+    std::string devices;
+    for (const auto &device : devices_) {
+        devices += (devices.empty() ? "" : ", ") + device->describe();
+    }
+    const auto usage = pool_->usage();
+    size_t in_flight;
+    {
+        std::lock_guard lock(mutex_);
+        in_flight = in_flight_.size();
+    }
+    return format("{\"version\": \"%s\", \"abi\": %u, \"jobs_in_flight\": %zu, ", kvf_version(),
+                  kvf_abi_version(), in_flight) +
+           format("\"pool\": {\"limit\": %llu, \"mapped\": %llu, \"free\": %llu, \"pinned\": %s}, ",
+                  static_cast<unsigned long long>(usage.limit),
+                  static_cast<unsigned long long>(usage.mapped),
+                  static_cast<unsigned long long>(usage.free), pinner_ ? "true" : "false") +
+           "\"devices\": [" + devices + "]}";
+}
+
+uint32_t Engine::device_of(uint64_t address, uint64_t bytes, MappedCheck &mapped) const {
+    if (mapped(address, bytes)) return kHost;
+    throw Error(KVF_ERR_UNREACHABLE, format("address 0x%llx is not mapped in this process",
+                                            static_cast<unsigned long long>(address)));
+}
+
+void Engine::submit(Submission &&submission, const kvf_submit_options &options, kvf_job *handle) {
+    auto job = std::make_shared<Job>();
+    job->direction = submission.direction;
+    job->priority = options.priority;
+    job->mode = submission.mode;
+    job->buffer = submission.buffer;
+    job->bytes = submission.bytes;
+    job->fragments = submission.fragments;
+    job->segments = submission.segments;
+    job->user_data = options.user_data;
+    job->submitted_ns = submission.submitted_ns;
+    job->callback = options.callback;
+    job->owned_by = submission.owned_by;
+    job->on_end = std::move(submission.on_end);
+    job->engine = this;
+    job->owner = weak_from_this();
+    if (submission.buffer_bytes) {
+        job->memory = use_memory(submission.buffer, submission.buffer_bytes);
+    }
+    for (auto &[device, layout] : submission.layouts) {
+        if (layout.empty()) continue;
+        job->legs.push_back(std::make_unique<Leg>(job, device, std::move(layout)));
+    }
+    // A leg that was not submitted would keep its job alive for ever.
+    const auto abandon = [&] {
+        for (auto &leg : job->legs) leg->job.reset();
+    };
+    try {
+        if (options.callback) expect_callbacks();
+        std::shared_ptr<Queue> queue;
+        if (options.queue) queue = find<Queue>(options.queue);
+        if (handle) publish(job->handle, job);
+        try {
+            std::lock_guard lock(mutex_);
+            if (closing_) throw Error(KVF_ERR_CLOSED);
+            auto entry = in_flight_.insert(job.get()).first;
+            try {
+                if (queue) queue->reserve();
+                if (submission.on_entry) submission.on_entry();
+            } catch (...) {
+                in_flight_.erase(entry);
+                throw;
+            }
+            job->queue = std::move(queue);
+        } catch (...) {
+            if (handle) withdraw<Job>(job->handle);
+            throw;
+        }
+    } catch (...) {
+        abandon();
+        throw;
+    }
+    // From here on the job is in flight and will complete; nothing below may fail.
+    if (handle) *handle = job->handle;
+    if (submission.run) return submission.run(job);
+    if (job->legs.empty()) return job->end();
+    const size_t count = job->legs.size();
+    job->expect_legs(static_cast<uint32_t>(count));
+    // The legs are the job's, and the job lives as long as any of them is in flight.
+    std::vector<Leg *> legs;
+    for (auto &leg : job->legs) legs.push_back(leg.get());
+    for (Leg *leg : legs) devices_[leg->device]->submit(*leg);
+}
+
+void Engine::poke() {
+    for (auto &device : devices_) {
+        device->poke(Direction::Save);
+        device->poke(Direction::Load);
+    }
+}
+
+void Engine::cancel(const Concern &concerns) {
+    {
+        std::lock_guard lock(mutex_);
+        for (Job *job : in_flight_) {
+            if (concerns(*job)) job->cancel();
+        }
+    }
+    poke();
+}
+
+void Engine::wait(const Concern &concerns) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] {
+        return std::none_of(in_flight_.begin(), in_flight_.end(),
+                            [&](const Job *job) { return concerns(*job); });
+    });
+}
+
+void Engine::hold() {
+    std::lock_guard lock(mutex_);
+    if (closing_) throw Error(KVF_ERR_CLOSED);
+    ++held_;
+}
+
+void Engine::let_go() {
+    std::lock_guard lock(mutex_);
+    --held_;
+}
+
+void Engine::close() {
+    if (on_dispatch_thread()) throw Error(KVF_ERR_BUSY, "called from a completion callback");
+    {
+        std::unique_lock lock(mutex_);
+        if (closing_) throw Error(KVF_ERR_INVALID_HANDLE, "the engine is being destroyed");
+        if (held_) throw Error(KVF_ERR_BUSY, format("%u kvf_llama are attached", held_));
+        closing_ = true;
+        changed_.wait(lock, [this] { return in_flight_.empty(); });
+    }
+    for (auto &device : devices_) device->stop();
+    {
+        std::lock_guard lock(dispatch_mutex_);
+        dispatch_stopping_ = true;
+        dispatch_work_.notify_all();
+    }
+    if (dispatch_thread_.joinable()) dispatch_thread_.join();
+    pool_->trim(UINT64_MAX);
+}
+
+bool Engine::on_dispatch_thread() const { return dispatching == this; }
+
+void Engine::job_ended(Job &job) {
+    std::lock_guard lock(mutex_);
+    in_flight_.erase(&job);
+    changed_.notify_all();
+}
+
+void Engine::expect_callbacks() {
+    std::lock_guard lock(dispatch_mutex_);
+    if (!dispatch_thread_.joinable()) dispatch_thread_ = std::thread([this] { run_dispatch(); });
+}
+
+void Engine::dispatch(kvf_completion_callback callback, const kvf_completion &completion) {
+    std::lock_guard lock(dispatch_mutex_);
+    callbacks_.emplace_back(callback, completion);
+    dispatch_work_.notify_one();
+}
+
+void Engine::run_dispatch() {
+    dispatching = this;
+    std::unique_lock lock(dispatch_mutex_);
+    for (;;) {
+        dispatch_work_.wait(lock, [this] { return dispatch_stopping_ || !callbacks_.empty(); });
+        if (callbacks_.empty()) return;
+        auto [callback, completion] = callbacks_.front();
+        callbacks_.pop_front();
+        lock.unlock();
+        callback(&completion);
+        lock.lock();
+    }
+}
+
+void Engine::trace(const Job &job, uint64_t begin_ns, uint64_t end_ns, uint64_t bytes,
+                   uint32_t device) {
+    if (!tracing_) return;
+    std::lock_guard lock(trace_mutex_);
+    if (trace_.size() == kTraceEvents) trace_.pop_front();
+    trace_.push_back({job.handle, job.user_data, begin_ns, end_ns, bytes, device,
+                      static_cast<uint32_t>(job.direction)});
+}
+
+uint32_t Engine::take_trace(void *events, uint64_t stride, uint32_t capacity) {
+    if (!tracing_)
+        throw Error(KVF_ERR_UNSUPPORTED, "the engine was created without KVF_ENGINE_TRACE");
+    std::lock_guard lock(trace_mutex_);
+    auto *out = static_cast<unsigned char *>(events);
+    uint32_t n = 0;
+    for (; n < capacity && !trace_.empty(); ++n, out += stride) {
+        std::memcpy(out, &trace_.front(), std::min<uint64_t>(stride, sizeof(kvf_trace_event)));
+        trace_.pop_front();
+    }
+    return n;
+}
+
+} // namespace kvf

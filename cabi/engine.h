@@ -1,0 +1,97 @@
+// The engine: devices, the pool of buffers, the dispatch thread, and the jobs in flight.
+#pragma once
+
+#include <deque>
+#include <thread>
+#include <unordered_set>
+
+#include "device.h"
+
+namespace kvf {
+
+// What a submission wants moved, per device, before it has become a job.
+struct Submission {
+    Direction direction = Direction::Save;
+    unsigned char *buffer = nullptr;
+    uint64_t buffer_bytes = 0;
+    uint64_t bytes = 0; // for the completion
+    uint64_t fragments = 0;
+    uint64_t segments = 0;
+    uint32_t mode = 0;
+    uint64_t submitted_ns = 0;
+    const void *owned_by = nullptr;
+    std::vector<std::pair<uint32_t, Layout>> layouts; // device, layout
+    // Instead of layouts: work that somebody else's thread does. It must end with job->end().
+    std::function<void(std::shared_ptr<Job>)> run;
+    std::function<void(int32_t)> on_end;
+    // Happens with the job's entry among those in flight; may throw, and then there is no job.
+    std::function<void()> on_entry;
+};
+
+class Engine final : public Object, public std::enable_shared_from_this<Engine> {
+public:
+    static constexpr ObjectType kType = ObjectType::Engine;
+    static constexpr uint32_t kHost = 0; // index of the host among the devices
+
+    explicit Engine(const kvf_engine_options &options);
+    ~Engine() override;
+
+    std::string describe() const;
+
+    // The device that holds this memory. Throws KVF_ERR_UNREACHABLE.
+    uint32_t device_of(uint64_t address, uint64_t bytes, MappedCheck &mapped) const;
+    Device &device(uint32_t index) { return *devices_[index]; }
+    size_t device_count() const { return devices_.size(); }
+
+    // Lets a job in and starts it. The handle is published only if `job` is not NULL.
+    void submit(Submission &&submission, const kvf_submit_options &options, kvf_job *job);
+    // Jobs have been asked to stop: sees to it that they end soon.
+    void poke();
+    using Concern = std::function<bool(const Job &)>;
+    void cancel(const Concern &concerns);
+    void wait(const Concern &concerns);
+
+    Pool &pool() { return *pool_; }
+    std::shared_ptr<Pinner> pinner() const { return pinner_; }
+
+    // An attachment holds the engine: it cannot be destroyed meanwhile.
+    void hold();
+    void let_go();
+    // Waits for everything and ends the threads. Throws KVF_ERR_BUSY, and then nothing has changed.
+    void close();
+    // The caller is a completion callback: it must not wait for what needs callbacks to go on.
+    bool on_dispatch_thread() const;
+
+    // For jobs and devices.
+    void expect_callbacks();
+    void dispatch(kvf_completion_callback callback, const kvf_completion &completion);
+    void job_ended(Job &job);
+    void trace(const Job &job, uint64_t begin_ns, uint64_t end_ns, uint64_t bytes, uint32_t device);
+    uint32_t take_trace(void *events, uint64_t stride, uint32_t capacity);
+
+private:
+    void run_dispatch();
+
+    const bool tracing_;
+    std::shared_ptr<Pinner> pinner_;
+    std::shared_ptr<Pool> pool_;
+    std::vector<std::unique_ptr<Device>> devices_;
+
+    mutable std::mutex mutex_;
+    std::condition_variable changed_;
+    std::unordered_set<Job *> in_flight_;
+    uint32_t held_ = 0;
+    bool closing_ = false;
+
+    // Callbacks, and the return of idle buffers to the system. Started when first needed.
+    std::mutex dispatch_mutex_;
+    std::condition_variable dispatch_work_;
+    std::deque<std::pair<kvf_completion_callback, kvf_completion>> callbacks_;
+    bool dispatch_stopping_ = false;
+    std::thread dispatch_thread_;
+
+    std::mutex trace_mutex_;
+    std::deque<kvf_trace_event> trace_;
+};
+
+} // namespace kvf

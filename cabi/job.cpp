@@ -1,0 +1,87 @@
+#include "job.h"
+
+#include <chrono>
+#include <cstring>
+
+#include "engine.h"
+
+namespace kvf {
+
+void Job::cancel() { fail(KVF_ERR_CANCELLED, ""); }
+
+void Job::fail(int32_t status, const std::string &detail) {
+    std::lock_guard lock(mutex_);
+    if (has_ended_ || status_ != KVF_OK) return; // the first reason stands
+    status_ = status;
+    detail_ = detail;
+    stopping_.store(true, std::memory_order_release);
+}
+
+void Job::note_started(uint64_t ns) {
+    uint64_t none = 0;
+    started_ns_.compare_exchange_strong(none, ns, std::memory_order_relaxed);
+}
+
+void Job::leg_ended(Leg &leg) {
+    const std::shared_ptr<Job> alive = std::move(leg.job);
+    if (legs_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) end();
+}
+
+void Job::end() {
+    const auto alive = shared_from_this(); // the submitter's references may go with the completion
+    kvf_completion completion{};
+    {
+        std::lock_guard lock(mutex_);
+        // From here on cancel() and fail() come too late.
+        has_ended_ = true;
+        completion.job = handle;
+        completion.user_data = user_data;
+        completion.status = status_;
+        completion.mode = mode;
+        completion.bytes = bytes;
+        completion.fragments = fragments;
+        completion.segments = segments;
+        completion.submitted_ns = submitted_ns;
+        completion.started_ns = started_ns_.load(std::memory_order_relaxed);
+        completion.finished_ns = now_ns();
+        copy_text(detail_, completion.detail, sizeof completion.detail);
+        completion_ = completion;
+    }
+    if (on_end) on_end(completion.status);
+    on_end = nullptr;
+    memory.reset();
+    Engine *const owner = engine;
+    // The order matters: whoever sees the completion may free the buffer and destroy the queue; the
+    // engine is told last, because it may be gone right afterwards.
+    const bool dispatched = callback != nullptr;
+    if (queue) queue->push(completion);
+    queue.reset();
+    {
+        std::lock_guard lock(mutex_);
+        has_ended_visible_ = true;
+        ended_.notify_all();
+    }
+    if (dispatched) owner->dispatch(callback, completion);
+    owner->job_ended(*this);
+}
+
+bool Job::ended(kvf_completion *completion) {
+    std::lock_guard lock(mutex_);
+    if (!has_ended_visible_) return false;
+    if (completion) *completion = completion_;
+    return true;
+}
+
+bool Job::wait(int64_t timeout_ns, kvf_completion *completion) {
+    std::unique_lock lock(mutex_);
+    const auto done = [this] { return has_ended_visible_; };
+    if (timeout_ns < 0) {
+        ended_.wait(lock, done);
+    } else if (!ended_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), done)) {
+        return false;
+    }
+    if (completion) *completion = completion_;
+    return true;
+}
+
+} // namespace kvf

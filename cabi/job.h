@@ -1,0 +1,91 @@
+// A job: one submitted transfer, which ends with exactly one completion. A leg is the part of it that
+// one device moves.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "handle.h"
+#include "layout.h"
+#include "memory.h"
+#include "queue.h"
+
+namespace kvf {
+
+class Engine;
+class Job;
+
+struct Leg {
+    Leg(std::shared_ptr<Job> job, uint32_t device, Layout layout)
+        : job(std::move(job)), device(device), layout(std::move(layout)), cursor(this->layout) {}
+    Leg(const Leg &) = delete;
+    Leg &operator=(const Leg &) = delete;
+
+    std::shared_ptr<Job> job; // keeps the job alive until this leg has ended
+    const uint32_t device;
+    const Layout layout;
+
+    // The rest belongs to the device's schedule, and is guarded by its lock.
+    Cursor cursor;
+    uint32_t in_flight = 0; // pieces handed out and not given back
+};
+
+class Job final : public Object, public std::enable_shared_from_this<Job> {
+public:
+    static constexpr ObjectType kType = ObjectType::Job;
+
+    // What a submitting function knows about it. Set before the job starts, constant afterwards.
+    Direction direction = Direction::Save;
+    uint32_t priority = KVF_PRIORITY_BACKGROUND;
+    uint32_t mode = 0;
+    unsigned char *buffer = nullptr; // of a load: only read
+    uint64_t bytes = 0;
+    uint64_t fragments = 0;
+    uint64_t segments = 0;
+    uint64_t user_data = 0;
+    const void *owned_by = nullptr; // the attachment it belongs to, if any
+    uint64_t submitted_ns = 0;
+    std::shared_ptr<Queue> queue; // a place is reserved in it
+    kvf_completion_callback callback = nullptr;
+    // Called once, with the final status, before the completion can be seen by anybody.
+    std::function<void(int32_t)> on_end;
+
+    const uint64_t handle = new_handle(ObjectType::Job);
+    Engine *engine = nullptr;    // valid until the job has ended
+    std::weak_ptr<Engine> owner; // the same, for those who do not know whether it has
+    std::shared_ptr<MemoryUse> memory;
+    std::vector<std::unique_ptr<Leg>> legs;
+
+    // Nothing more of it needs to move: it was cancelled, or a leg failed.
+    bool stopping() const { return stopping_.load(std::memory_order_acquire); }
+    void cancel();
+    void fail(int32_t status, const std::string &detail);
+    void note_started(uint64_t ns);
+    // The last leg to end, ends the job. A job without legs is ended by its submitter.
+    void leg_ended(Leg &leg);
+    void end();
+
+    bool ended(kvf_completion *completion);
+    bool wait(int64_t timeout_ns, kvf_completion *completion);
+
+    void expect_legs(uint32_t count) { legs_left_ = count; }
+
+private:
+    std::atomic<bool> stopping_{false};
+    std::atomic<uint32_t> legs_left_{0};
+    std::atomic<uint64_t> started_ns_{0};
+
+    std::mutex mutex_;
+    std::condition_variable ended_;
+    bool has_ended_ = false;         // its status is final
+    bool has_ended_visible_ = false; // waiters may see it: its bookkeeping is done
+    int32_t status_ = KVF_OK;
+    std::string detail_;
+    kvf_completion completion_{};
+};
+
+} // namespace kvf

@@ -1,0 +1,473 @@
+#include "llama.h"
+
+#include <sys/mman.h>
+
+#include "json.h"
+
+namespace kvf {
+namespace {
+
+// Identity of the model: all that libllama tells of it, FNV-1a. Weights are not read: two models that
+// differ in nothing else are told apart by their metadata alone.
+std::string fingerprint(const LlamaApi &api, const llama_model *model) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    const auto mix = [&](std::string_view bytes) {
+        for (const unsigned char c : bytes) hash = (hash ^ c) * 0x100000001b3u;
+        hash = (hash ^ 0xff) * 0x100000001b3u; // so that "ab", "c" is not "a", "bc"
+    };
+    char text[1024];
+    if (api.model_desc(model, text, sizeof text) >= 0) mix(text);
+    mix(std::to_string(api.model_n_params(model)));
+    mix(std::to_string(api.model_size(model)));
+    const int32_t count = api.model_meta_count(model);
+    for (int32_t i = 0; i < count; ++i) {
+        if (api.model_meta_key_by_index(model, i, text, sizeof text) >= 0) mix(text);
+        if (api.model_meta_val_str_by_index(model, i, text, sizeof text) >= 0) mix(text);
+    }
+    return format("%016llx", static_cast<unsigned long long>(hash));
+}
+
+// Address space for a state of which only the few bytes between the tensors will be written.
+class ScratchState {
+public:
+    explicit ScratchState(uint64_t bytes) : bytes_(bytes) {
+        void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) throw Error(KVF_ERR_OUT_OF_MEMORY, "mapping a scratch state");
+        data = static_cast<unsigned char *>(memory);
+    }
+    ~ScratchState() { munmap(data, bytes_); }
+    ScratchState(const ScratchState &) = delete;
+    ScratchState &operator=(const ScratchState &) = delete;
+
+    unsigned char *data;
+
+private:
+    const uint64_t bytes_;
+};
+
+} // namespace
+
+Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
+             const kvf_llama_options &options)
+    : engine_(std::move(engine)), context_(context), api_(find_llama(options.library)),
+      model_(api_.get_model(context)), sequences_(api_.n_seq_max(context)),
+      fingerprint_(fingerprint(api_, model_)) {
+    if (!api_.get_memory(context_)) {
+        throw Error(KVF_ERR_UNSUPPORTED, "the context has no memory: its model keeps no state");
+    }
+    engine_->hold();
+    try {
+        if (!(options.flags & KVF_LLAMA_FORCE_BLOCKING)) {
+            try {
+                tap_ = std::make_unique<Tap>(api_, [this](uint64_t begin, uint64_t bytes) {
+                    on_buffer_freed(begin, bytes);
+                });
+            } catch (const Error &error) {
+                const bool allowed = options.flags & KVF_LLAMA_ALLOW_BLOCKING;
+                if (error.status != KVF_ERR_TAP || !allowed) throw;
+            }
+        }
+        if (!tap_) blocking_ = std::make_unique<Worker>();
+        learn_structure(0);
+    } catch (...) {
+        tap_.reset();
+        engine_->let_go();
+        throw;
+    }
+}
+
+Llama::~Llama() {
+    if (!detached_) let_go();
+}
+
+void Llama::let_go() {
+    tap_.reset();
+    blocking_.reset();
+    engine_->let_go();
+}
+
+std::string Llama::describe() const {
+    char model[256] = "";
+    std::lock_guard lock(mutex_);
+    if (!freed_) api_.model_desc(model_, model, sizeof model);
+    const auto counters = tap_ ? tap_->counters() : Tap::Counters{};
+    return "{\"library\": " + json_quote(api_.path) +
+           ", \"ggml_version\": " + json_quote(api_.ggml.version ? api_.ggml.version() : "") +
+           ", \"ggml_commit\": " + json_quote(api_.ggml.commit ? api_.ggml.commit() : "") +
+           ", \"model\": " + json_quote(model) + ", \"fingerprint\": " + json_quote(fingerprint_) +
+           ", \"cache\": " + json_quote(cache_kind_) + ", \"default_mode\": " +
+           (resolve_mode(KVF_SAVE_AUTO) == KVF_SAVE_SNAPSHOT ? "\"snapshot\"" : "\"in_place\"") +
+           ", \"tap\": " + (tap_ ? "true" : "false") +
+           format(", \"recorded_calls\": %llu, \"passed_calls\": %llu, \"sequences\": %u}",
+                  static_cast<unsigned long long>(counters.recorded),
+                  static_cast<unsigned long long>(counters.passed_through), sequences_);
+}
+
+uint64_t Llama::size(int32_t sequence) {
+    settle();
+    check_usable();
+    check_sequence(sequence, false);
+    const uint64_t bytes = api_.state_seq_get_size(context_, sequence, 0);
+    if (bytes == 0) throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_size failed");
+    return bytes;
+}
+
+void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submit_options &options,
+                 kvf_job *job) {
+    Submission submission = begin(Direction::Save, sequence, buffer, bytes);
+    check_sequence(sequence, true);
+    check_idle(sequence, Busy::WithLoads);
+    submission.mode = resolve_mode(options.mode);
+    if (blocking_) return save_blocking(sequence, std::move(submission), options, job);
+
+    Recorder recorder = make_recorder(Direction::Save, buffer, bytes);
+    uint64_t written = 0;
+    try {
+        Recording recording(recorder);
+        written =
+            api_.state_seq_get_data(context_, static_cast<uint8_t *>(buffer), bytes, sequence, 0);
+    } catch (...) {
+        written = 0; // an assertion that libllama did not catch itself
+    }
+    if (written == 0) {
+        if (!recorder.abort_text().empty()) throw Error(KVF_ERR_LLAMA, recorder.abort_text());
+        const uint64_t needed = api_.state_seq_get_size(context_, sequence, 0);
+        if (bytes >= needed) throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
+        throw Error(KVF_ERR_BUFFER_TOO_SMALL, format("%llu bytes are needed, %llu were given",
+                                                     static_cast<unsigned long long>(needed),
+                                                     static_cast<unsigned long long>(bytes)));
+    }
+    Recorder::Captured captured = recorder.finish();
+    note_tensors(recorder);
+    if (!knows_cells()) {
+        if (const auto structure = parse_state(static_cast<unsigned char *>(buffer), written)) {
+            if (structure->tensor_bytes != captured.bytes) {
+                throw Error(KVF_ERR_TAP,
+                            "libllama moved tensor bytes in a way that was not recorded");
+            }
+            learn(*structure);
+        }
+    }
+    submission.bytes = written;
+    submission.buffer_bytes = written;
+    submission.fragments = captured.fragments;
+    submission.segments = captured.segments;
+    submission.layouts = std::move(captured.layouts);
+    if (submission.mode == KVF_SAVE_SNAPSHOT) {
+        for (auto &[device, layout] : submission.layouts) {
+            layout = engine_->device(device).snapshot(std::move(layout), submission.buffer);
+        }
+    }
+    engine_->submit(std::move(submission), options, job);
+}
+
+void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
+                 const kvf_submit_options &options, kvf_job *job) {
+    Submission submission = begin(Direction::Load, sequence, buffer, bytes);
+    check_sequence(sequence, false);
+    check_idle(sequence, Busy::WithAny);
+    const auto *state = static_cast<const unsigned char *>(buffer);
+    submission.bytes = bytes;
+
+    // From here on whatever fails leaves the sequence empty.
+    empty_sequence(sequence);
+    const auto structure = check_state(state, bytes);
+    if (blocking_) return load_blocking(sequence, std::move(submission), options, job);
+
+    Recorder recorder = make_recorder(Direction::Load, buffer, bytes);
+    uint64_t read = 0;
+    try {
+        {
+            Recording recording(recorder);
+            read = api_.state_seq_set_data(context_, state, bytes, sequence, 0);
+        }
+        if (read != bytes) throw_load_failed(recorder, structure);
+        Recorder::Captured captured = recorder.finish();
+        note_tensors(recorder);
+        if (structure) {
+            if (structure->tensor_bytes != captured.bytes) {
+                throw Error(KVF_ERR_TAP,
+                            "libllama moved tensor bytes in a way that was not recorded");
+            }
+            learn(*structure);
+        }
+        submission.fragments = captured.fragments;
+        submission.segments = captured.segments;
+        submission.layouts = std::move(captured.layouts);
+        engine_->submit(std::move(submission), options, job);
+    } catch (const Error &) {
+        empty_sequence(sequence);
+        throw;
+    } catch (...) {
+        empty_sequence(sequence);
+        if (recorder.abort_text().empty()) throw;
+        throw Error(KVF_ERR_STATE_DAMAGED, "libllama: " + recorder.abort_text());
+    }
+}
+
+uint32_t Llama::settle() {
+    std::set<int32_t> sequences;
+    {
+        std::lock_guard lock(mutex_);
+        if (freed_) return 0;
+        sequences.swap(to_be_emptied_);
+    }
+    for (const int32_t sequence : sequences) empty_sequence(sequence);
+    return static_cast<uint32_t>(sequences.size());
+}
+
+void Llama::detach() {
+    if (engine_->on_dispatch_thread())
+        throw Error(KVF_ERR_BUSY, "called from a completion callback");
+    {
+        std::lock_guard lock(mutex_);
+        if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
+        detached_ = true;
+    }
+    engine_->wait([this](const Job &job) { return job.owned_by == this; });
+    settle();
+    let_go();
+}
+
+// ---- what has to hold before a transfer --------------------------------------------------------
+
+Submission Llama::begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes) {
+    Submission submission;
+    submission.submitted_ns = now_ns();
+    settle();
+    check_usable();
+    if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
+    if (!mapped_(reinterpret_cast<uint64_t>(buffer), bytes)) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
+    }
+    submission.direction = direction;
+    submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));
+    submission.buffer_bytes = bytes;
+    submission.owned_by = this;
+    const auto count = [direction](Transfers &transfers) -> uint32_t & {
+        return direction == Direction::Save ? transfers.saves : transfers.loads;
+    };
+    submission.on_entry = [this, sequence, count] {
+        std::lock_guard lock(mutex_);
+        ++count(transfers_[sequence]);
+    };
+    submission.on_end = [this, sequence, count, direction](int32_t status) {
+        std::lock_guard lock(mutex_);
+        auto it = transfers_.find(sequence);
+        --count(it->second);
+        if (it->second.saves == 0 && it->second.loads == 0) transfers_.erase(it);
+        if (direction == Direction::Load && status != KVF_OK) to_be_emptied_.insert(sequence);
+    };
+    return submission;
+}
+
+// A context that was freed and noticed, or whose memory is plainly something else by now. (The latter
+// reads freed memory: it is a chance to stop in time, not a guarantee.)
+void Llama::check_usable() {
+    std::lock_guard lock(mutex_);
+    if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
+    if (!freed_ && api_.get_model(context_) != model_) freed_ = true;
+    if (freed_) throw Error(KVF_ERR_CONTEXT_FREED);
+}
+
+void Llama::check_sequence(int32_t sequence, bool must_hold_cells) {
+    if (sequence < 0 || static_cast<uint32_t>(sequence) >= sequences_) {
+        throw Error(KVF_ERR_SEQUENCE_RANGE,
+                    format("sequence %d; the context has 0 to %u", sequence, sequences_ - 1));
+    }
+    if (must_hold_cells && api_.memory_seq_pos_max(api_.get_memory(context_), sequence) < 0) {
+        throw Error(KVF_ERR_SEQUENCE_EMPTY, format("sequence %d", sequence));
+    }
+}
+
+void Llama::check_idle(int32_t sequence, Busy busy) {
+    std::lock_guard lock(mutex_);
+    const auto it = transfers_.find(sequence);
+    if (it == transfers_.end()) return;
+    if (it->second.loads) {
+        throw Error(KVF_ERR_BUSY, format("a load into sequence %d is in flight", sequence));
+    }
+    if (busy == Busy::WithAny) {
+        throw Error(KVF_ERR_BUSY, format("a save of sequence %d is in flight", sequence));
+    }
+}
+
+std::optional<Structure> Llama::check_state(const unsigned char *state, uint64_t bytes) {
+    if (!has_state_magic(state, bytes)) {
+        throw Error(KVF_ERR_STATE_DAMAGED, "it does not begin as the state of a sequence does");
+    }
+    auto structure = parse_state(state, bytes);
+    if (!structure_) return structure; // a kind of cache that is not known: nothing to compare with
+    if (!structure) throw Error(KVF_ERR_STATE_DAMAGED);
+    const std::string why = mismatch(*structure, *structure_);
+    if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, why);
+    return structure;
+}
+
+uint32_t Llama::resolve_mode(uint32_t mode) const {
+    if (mode != KVF_SAVE_AUTO) return mode;
+    return appends_only_ ? KVF_SAVE_IN_PLACE : KVF_SAVE_SNAPSHOT;
+}
+
+// ---- recording ---------------------------------------------------------------------------------
+
+int64_t Llama::locate(uint64_t address, uint64_t bytes) {
+    try {
+        return engine_->device_of(address, bytes, mapped_);
+    } catch (const Error &) {
+        return -1;
+    }
+}
+
+Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes) {
+    return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()),
+                    [this](uint64_t address, uint64_t count) { return locate(address, count); });
+}
+
+void Llama::note_tensors(const Recorder &recorder) {
+    std::lock_guard lock(mutex_);
+    tensors_.insert(recorder.tensors().begin(), recorder.tensors().end());
+}
+
+// Looks at the structure of a sequence's state. An empty sequence tells the kind of the cache, one with
+// cells its types and row sizes too.
+void Llama::learn_structure(int32_t sequence) {
+    const uint64_t bytes = api_.state_seq_get_size(context_, sequence, 0);
+    if (bytes == 0) return;
+    if (!tap_ && api_.memory_seq_pos_max(api_.get_memory(context_), sequence) >= 0) return;
+    ScratchState scratch(bytes);
+    Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes);
+    uint64_t written = 0;
+    try {
+        Recording recording(recorder);
+        written = api_.state_seq_get_data(context_, scratch.data, bytes, sequence, 0);
+    } catch (...) {
+        return;
+    }
+    if (written == 0) return;
+    note_tensors(recorder);
+    if (const auto structure = parse_state(scratch.data, written)) learn(*structure);
+}
+
+void Llama::learn(const Structure &structure) {
+    if (!structure_) {
+        structure_ = structure;
+        const bool has_recurrent = structure.kind().find("recurrent") != std::string::npos;
+        std::lock_guard lock(mutex_);
+        cache_kind_ = structure.kind();
+        // Attention alone only appends. A window is overwritten as it slides.
+        appends_only_ = !has_recurrent && !api_.model_is_recurrent(model_) &&
+                        !(api_.model_is_hybrid && api_.model_is_hybrid(model_)) &&
+                        api_.model_n_swa(model_) == 0;
+        return;
+    }
+    if (structure_->sections.size() != structure.sections.size()) return;
+    for (size_t i = 0; i < structure.sections.size(); ++i) {
+        if (structure_->sections[i].cells == 0) structure_->sections[i] = structure.sections[i];
+    }
+}
+
+bool Llama::knows_cells() const {
+    if (!structure_) return false;
+    for (const auto &section : structure_->sections) {
+        if (section.cells == 0) return false;
+    }
+    return true;
+}
+
+// ---- failure -----------------------------------------------------------------------------------
+
+void Llama::empty_sequence(int32_t sequence) {
+    api_.memory_seq_rm(api_.get_memory(context_), sequence, -1, -1);
+}
+
+// libllama returned an error for a state that looks whole. It says why in its log only; this finds out
+// as much as the program's next step depends on.
+void Llama::throw_load_failed(const Recorder &recorder, const std::optional<Structure> &state) {
+    if (!recorder.abort_text().empty()) {
+        throw Error(KVF_ERR_STATE_DAMAGED, "libllama: " + recorder.abort_text());
+    }
+    if (!state) throw Error(KVF_ERR_STATE_DAMAGED, "libllama refused it");
+    bool others = false;
+    for (uint32_t sequence = 0; sequence < sequences_; ++sequence) {
+        if (api_.memory_seq_pos_max(api_.get_memory(context_), static_cast<int32_t>(sequence)) <
+            0) {
+            continue;
+        }
+        others = true;
+        if (!knows_cells()) learn_structure(static_cast<int32_t>(sequence));
+    }
+    if (structure_) {
+        const std::string why = mismatch(*state, *structure_);
+        if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, why);
+    }
+    const uint32_t cells = api_.n_ctx_seq ? api_.n_ctx_seq(context_) : api_.n_ctx(context_);
+    if (state->cells() > cells || others || knows_cells()) {
+        throw Error(KVF_ERR_CACHE_FULL,
+                    format("the state has %llu cells; a sequence may have %u",
+                           static_cast<unsigned long long>(state->cells()), cells));
+    }
+    throw Error(KVF_ERR_STATE_MISMATCH, "libllama refused it");
+}
+
+// Called by libllama's thread that frees the context, before the memory goes.
+void Llama::on_buffer_freed(uint64_t begin, uint64_t bytes) {
+    {
+        std::lock_guard lock(mutex_);
+        const auto it = tensors_.lower_bound(begin);
+        if (it == tensors_.end() || *it >= begin + bytes) return;
+        freed_ = true;
+    }
+    const auto ours = [this](const Job &job) { return job.owned_by == this; };
+    engine_->cancel(ours);
+    engine_->wait(ours);
+}
+
+// ---- without the tap: libllama's blocking calls, on a thread of ours ---------------------------
+
+void Llama::save_blocking(int32_t sequence, Submission &&submission,
+                          const kvf_submit_options &options, kvf_job *job) {
+    const uint64_t needed = api_.state_seq_get_size(context_, sequence, 0);
+    if (submission.buffer_bytes < needed) {
+        throw Error(KVF_ERR_BUFFER_TOO_SMALL,
+                    format("%llu bytes are needed, %llu were given",
+                           static_cast<unsigned long long>(needed),
+                           static_cast<unsigned long long>(submission.buffer_bytes)));
+    }
+    submission.bytes = needed;
+    submission.buffer_bytes = needed;
+    submission.mode = KVF_SAVE_IN_PLACE; // the context must rest anyway
+    submission.run = [this, sequence](std::shared_ptr<Job> started) {
+        blocking_->add([this, sequence, started = std::move(started)] {
+            if (!started->stopping()) {
+                started->note_started(now_ns());
+                const size_t n =
+                    api_.state_seq_get_data(context_, started->buffer, started->bytes, sequence, 0);
+                if (n != started->bytes)
+                    started->fail(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
+            }
+            started->end();
+        });
+    };
+    engine_->submit(std::move(submission), options, job);
+}
+
+void Llama::load_blocking(int32_t sequence, Submission &&submission,
+                          const kvf_submit_options &options, kvf_job *job) {
+    submission.run = [this, sequence](std::shared_ptr<Job> started) {
+        blocking_->add([this, sequence, started = std::move(started)] {
+            if (!started->stopping()) {
+                started->note_started(now_ns());
+                const size_t n =
+                    api_.state_seq_set_data(context_, started->buffer, started->bytes, sequence, 0);
+                if (n != started->bytes)
+                    started->fail(KVF_ERR_LLAMA, "llama_state_seq_set_data failed");
+            }
+            started->end();
+        });
+    };
+    engine_->submit(std::move(submission), options, job);
+}
+
+} // namespace kvf

@@ -1,0 +1,82 @@
+// An attachment to a llama_context: sizes, saves and loads of its sequences.
+#pragma once
+
+#include <map>
+#include <set>
+
+#include "engine.h"
+#include "structure.h"
+#include "tap.h"
+#include "worker.h"
+
+namespace kvf {
+
+class Llama final : public Object {
+public:
+    static constexpr ObjectType kType = ObjectType::Llama;
+
+    Llama(std::shared_ptr<Engine> engine, llama_context *context, const kvf_llama_options &options);
+    ~Llama() override;
+
+    std::string describe() const;
+    uint64_t size(int32_t sequence);
+    void save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submit_options &options,
+              kvf_job *job);
+    void load(int32_t sequence, const void *buffer, uint64_t bytes,
+              const kvf_submit_options &options, kvf_job *job);
+    uint32_t settle();
+    void detach();
+
+private:
+    enum class Busy { WithLoads, WithAny };
+    void check_usable();
+    void check_sequence(int32_t sequence, bool must_hold_cells);
+    void check_idle(int32_t sequence, Busy busy);
+    std::optional<Structure> check_state(const unsigned char *state, uint64_t bytes);
+    uint32_t resolve_mode(uint32_t mode) const;
+    void empty_sequence(int32_t sequence);
+    int64_t locate(uint64_t address, uint64_t bytes);
+    Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes);
+    void note_tensors(const Recorder &recorder);
+    void learn_structure(int32_t sequence);
+    void learn(const Structure &structure);
+    bool knows_cells() const;
+    [[noreturn]] void throw_load_failed(const Recorder &recorder,
+                                        const std::optional<Structure> &state);
+    void save_blocking(int32_t sequence, Submission &&submission, const kvf_submit_options &options,
+                       kvf_job *job);
+    void load_blocking(int32_t sequence, Submission &&submission, const kvf_submit_options &options,
+                       kvf_job *job);
+    Submission begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes);
+    void on_buffer_freed(uint64_t begin, uint64_t bytes);
+    void let_go();
+
+    const std::shared_ptr<Engine> engine_;
+    llama_context *const context_;
+    const LlamaApi api_;
+    const llama_model *const model_;
+    const uint32_t sequences_; // 0 to one less
+    const std::string fingerprint_;
+    std::unique_ptr<Tap> tap_;         // either this
+    std::unique_ptr<Worker> blocking_; // or this
+
+    // Touched by the context's thread only.
+    std::optional<Structure> structure_; // of this cache's states, as far as it has been seen
+    MappedCheck mapped_;
+
+    // Touched by jobs that end, and by libllama freeing the context.
+    struct Transfers {
+        uint32_t saves = 0;
+        uint32_t loads = 0;
+    };
+    mutable std::mutex mutex_;
+    std::string cache_kind_ = "unknown";
+    bool appends_only_ = false; // decoding never overwrites what a save in flight reads
+    std::map<int32_t, Transfers> transfers_; // in flight, by sequence
+    std::set<int32_t> to_be_emptied_;
+    std::set<uint64_t> tensors_; // addresses seen
+    bool freed_ = false;
+    bool detached_ = false;
+};
+
+} // namespace kvf

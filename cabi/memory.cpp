@@ -1,0 +1,261 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <new>
+
+#include "fork.h"
+
+namespace kvf {
+namespace {
+
+constexpr uint64_t kHugePage = 2 << 20;
+
+uint64_t page_size() {
+    static const uint64_t size = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+    return size;
+}
+
+uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Every known range of the process by its first address; ranges do not overlap.
+struct Registry {
+    std::mutex mutex;
+    std::map<uint64_t, std::shared_ptr<KnownMemory>> ranges;
+
+    Registry() {
+        on_fork([this] { mutex.lock(); }, [this] { mutex.unlock(); }, [this] { mutex.unlock(); });
+    }
+
+    std::shared_ptr<KnownMemory> holding(uint64_t begin, uint64_t bytes) {
+        auto it = ranges.upper_bound(begin);
+        if (it == ranges.begin()) return nullptr;
+        const auto &known = (--it)->second;
+        return begin + bytes <= known->begin + known->bytes ? known : nullptr;
+    }
+
+    bool overlaps(uint64_t begin, uint64_t bytes) {
+        auto it = ranges.lower_bound(begin);
+        if (it != ranges.end() && it->first < begin + bytes) return true;
+        if (it == ranges.begin()) return false;
+        --it;
+        return it->first + it->second->bytes > begin;
+    }
+
+    // Takes the range that starts at `begin` out, if no job uses it.
+    std::shared_ptr<KnownMemory> remove(uint64_t begin, bool of_pool) {
+        std::lock_guard lock(mutex);
+        auto it = ranges.find(begin);
+        if (it == ranges.end() || (it->second->pool != nullptr) != of_pool) {
+            throw Error(KVF_ERR_INVALID_ARGUMENT,
+                        of_pool ? "not an allocated buffer; has it been freed before?"
+                                : "not the start of a registered range");
+        }
+        if (it->second->users.load(std::memory_order_acquire)) {
+            throw Error(KVF_ERR_BUSY, "a job in flight uses the buffer");
+        }
+        auto known = std::move(it->second);
+        ranges.erase(it);
+        return known;
+    }
+};
+
+Registry &registry() {
+    static Registry *registry =
+        new Registry; // never destroyed: jobs may outlive static destructors
+    return *registry;
+}
+
+} // namespace
+
+std::shared_ptr<MemoryUse> use_memory(const void *buffer, uint64_t bytes) {
+    std::lock_guard lock(registry().mutex);
+    auto known = registry().holding(reinterpret_cast<uint64_t>(buffer), bytes);
+    return known ? std::make_shared<MemoryUse>(std::move(known)) : nullptr;
+}
+
+void register_memory(void *buffer, uint64_t bytes, std::shared_ptr<Pinner> pinner) {
+    if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
+    auto known = std::make_shared<KnownMemory>();
+    known->begin = reinterpret_cast<uint64_t>(buffer);
+    known->bytes = bytes;
+    if (known->begin + bytes < known->begin)
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "range overflows");
+    if (!MappedCheck()(known->begin, bytes)) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "the range is not mapped");
+    }
+    {
+        // Entered first, pinned second: of two threads with overlapping ranges one is refused.
+        std::lock_guard lock(registry().mutex);
+        if (registry().overlaps(known->begin, bytes)) {
+            throw Error(KVF_ERR_BUSY, "overlaps a registered range or a buffer");
+        }
+        registry().ranges.emplace(known->begin, known);
+    }
+    if (!pinner) return;
+    try {
+        pinner->pin(buffer, bytes);
+    } catch (...) {
+        std::lock_guard lock(registry().mutex);
+        registry().ranges.erase(known->begin);
+        throw;
+    }
+    std::lock_guard lock(registry().mutex);
+    known->pinned = true;
+    known->pinner = std::move(pinner);
+}
+
+void unregister_memory(void *buffer) {
+    auto known = registry().remove(reinterpret_cast<uint64_t>(buffer), false);
+    if (known->pinner) known->pinner->unpin(buffer);
+}
+
+void free_buffer(void *buffer) {
+    if (!buffer) return;
+    auto known = registry().remove(reinterpret_cast<uint64_t>(buffer), true);
+    known->pool->take_back(*known);
+}
+
+Pool::~Pool() {
+    for (auto &[bytes, free] : free_) unmap(free.memory, bytes);
+}
+
+void *Pool::alloc(uint64_t bytes) {
+    if (bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "bytes is 0");
+    if (bytes > (uint64_t{1} << 46)) throw Error(KVF_ERR_OUT_OF_MEMORY, "no machine has so much");
+    // Sizes in steps of an eighth at most, so that buffers of nearly the same size serve each other.
+    uint64_t step = page_size();
+    while (step < bytes / 16) step *= 2;
+    const uint64_t size = round_up(bytes, step);
+
+    auto known = std::make_shared<KnownMemory>();
+    void *memory = nullptr;
+    {
+        std::lock_guard lock(mutex_);
+        auto it = free_.lower_bound(size);
+        if (it != free_.end() && it->first <= size + size / 4) {
+            memory = it->second.memory;
+            known->bytes = it->first;
+            free_bytes_ -= it->first;
+            free_.erase(it);
+        }
+    }
+    if (!memory) {
+        memory = map(size);
+        known->bytes = size;
+    }
+    known->begin = reinterpret_cast<uint64_t>(memory);
+    known->pinned = pinner_ != nullptr;
+    known->pool = shared_from_this();
+    std::lock_guard lock(registry().mutex);
+    registry().ranges.emplace(known->begin, known);
+    return memory;
+}
+
+void Pool::take_back(KnownMemory &memory) {
+    std::lock_guard lock(mutex_);
+    free_.emplace(memory.bytes, Free{reinterpret_cast<void *>(memory.begin), now_ns()});
+    free_bytes_ += memory.bytes;
+}
+
+void *Pool::map(uint64_t bytes) {
+    {
+        std::lock_guard lock(mutex_);
+        // Free buffers of other sizes make room first.
+        while (limit_ && mapped_ + bytes > limit_ && !free_.empty()) {
+            auto it = std::prev(free_.end());
+            mapped_ -= it->first;
+            free_bytes_ -= it->first;
+            unmap(it->second.memory, it->first);
+            free_.erase(it);
+        }
+        if (limit_ && mapped_ + bytes > limit_) {
+            throw Error(KVF_ERR_PINNED_LIMIT,
+                        format("%llu bytes are taken of %llu, and %llu more are wanted",
+                               static_cast<unsigned long long>(mapped_),
+                               static_cast<unsigned long long>(limit_),
+                               static_cast<unsigned long long>(bytes)));
+        }
+        mapped_ += bytes;
+    }
+    const auto give_up = [&](int32_t status, std::string why) {
+        std::lock_guard lock(mutex_);
+        mapped_ -= bytes;
+        throw Error(status, std::move(why));
+    };
+    // Large buffers start at a huge page: fewer faults, and fewer pages to pin.
+    const uint64_t slack = bytes >= kHugePage ? kHugePage : 0;
+    void *mapped =
+        mmap(nullptr, bytes + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) give_up(KVF_ERR_OUT_OF_MEMORY, format("mmap: %s", strerror(errno)));
+    auto *begin = static_cast<char *>(mapped);
+    if (slack) {
+        auto *aligned =
+            reinterpret_cast<char *>(round_up(reinterpret_cast<uint64_t>(begin), slack));
+        if (aligned > begin) munmap(begin, static_cast<size_t>(aligned - begin));
+        char *end = begin + bytes + slack;
+        if (end > aligned + bytes)
+            munmap(aligned + bytes, static_cast<size_t>(end - aligned - bytes));
+        begin = aligned;
+        madvise(begin, bytes, MADV_HUGEPAGE); // a wish: without it everything works the same
+    }
+    // A forked child has no use for pinned pages, and copying them on write would take them away from
+    // the parent's devices.
+    if (pinner_) madvise(begin, bytes, MADV_DONTFORK);
+    if (pinner_) {
+        try {
+            pinner_->pin(begin, bytes);
+        } catch (const Error &error) {
+            munmap(begin, bytes);
+            give_up(error.status, error.detail);
+        }
+    }
+    return begin;
+}
+
+void Pool::unmap(void *memory, uint64_t bytes) {
+    if (pinner_) pinner_->unpin(memory);
+    munmap(memory, bytes);
+}
+
+void Pool::trim(uint64_t freed_before_ns) {
+    std::lock_guard lock(mutex_);
+    for (auto it = free_.begin(); it != free_.end();) {
+        if (it->second.freed_ns < freed_before_ns) {
+            mapped_ -= it->first;
+            free_bytes_ -= it->first;
+            unmap(it->second.memory, it->first);
+            it = free_.erase(it);
+        } else {
+            ++it;
+        }
+    }
+}
+
+Pool::Usage Pool::usage() const {
+    std::lock_guard lock(mutex_);
+    return {limit_, mapped_, free_bytes_};
+}
+
+bool MappedCheck::operator()(uint64_t address, uint64_t bytes) {
+    const uint64_t page = page_size();
+    return mapped(address / page * page) && mapped((address + bytes - 1) / page * page);
+}
+
+bool MappedCheck::mapped(uint64_t page) {
+    if (page >= known_begin_ && page < known_end_) return true;
+    unsigned char resident[512];
+    // A stretch of pages at once, since the next region will be near; alone where that is not mapped.
+    const uint64_t stretch = sizeof resident * page_size();
+    if (mincore(reinterpret_cast<void *>(page), stretch, resident) == 0) {
+        known_begin_ = page;
+        known_end_ = page + stretch;
+        return true;
+    }
+    return mincore(reinterpret_cast<void *>(page), page_size(), resident) == 0;
+}
+
+} // namespace kvf

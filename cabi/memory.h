@@ -1,0 +1,106 @@
+// Host memory that the library knows: buffers of an engine's pool, and ranges that a caller registered.
+// Any other memory may be used too; it is pageable, and nothing is known of it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "status.h"
+
+namespace kvf {
+
+// Makes host memory reachable for the copy engines of devices. Thread-safe.
+class Pinner {
+public:
+    virtual ~Pinner() = default;
+    // Throws KVF_ERR_DEVICE or KVF_ERR_OUT_OF_MEMORY.
+    virtual void pin(void *memory, uint64_t bytes) = 0;
+    virtual void unpin(void *memory) noexcept = 0;
+};
+
+class Pool;
+
+struct KnownMemory {
+    uint64_t begin = 0;
+    uint64_t bytes = 0;
+    bool pinned = false;
+    std::shared_ptr<Pool> pool;     // of a pool buffer
+    std::shared_ptr<Pinner> pinner; // of a registered range that is pinned
+    std::atomic<uint32_t> users{0}; // jobs in flight
+};
+
+// A job's claim on the known memory that its buffer lies in: while it lives, the memory can be neither
+// freed nor unregistered.
+class MemoryUse {
+public:
+    explicit MemoryUse(std::shared_ptr<KnownMemory> memory)
+        : memory_(std::move(memory)), pinned_(memory_->pinned) {
+        memory_->users.fetch_add(1, std::memory_order_relaxed);
+    }
+    ~MemoryUse() { memory_->users.fetch_sub(1, std::memory_order_release); }
+    MemoryUse(const MemoryUse &) = delete;
+    MemoryUse &operator=(const MemoryUse &) = delete;
+
+    bool pinned() const { return pinned_; }
+
+private:
+    std::shared_ptr<KnownMemory> memory_;
+    const bool pinned_;
+};
+
+// NULL where the range does not lie wholly in known memory.
+std::shared_ptr<MemoryUse> use_memory(const void *buffer, uint64_t bytes);
+
+void register_memory(void *buffer, uint64_t bytes, std::shared_ptr<Pinner> pinner);
+void unregister_memory(void *buffer);
+void free_buffer(void *buffer);
+
+// The buffers of one engine: mapped memory, pinned where there is something to pin it for, kept for
+// reuse when it is freed, and returned to the system when it has lain idle.
+class Pool : public std::enable_shared_from_this<Pool> {
+public:
+    Pool(uint64_t limit, std::shared_ptr<Pinner> pinner)
+        : limit_(limit), pinner_(std::move(pinner)) {}
+    ~Pool();
+
+    void *alloc(uint64_t bytes);
+    void take_back(KnownMemory &memory);
+    // Returns free buffers that were freed before `freed_before_ns` to the system.
+    void trim(uint64_t freed_before_ns);
+
+    struct Usage {
+        uint64_t limit, mapped, free;
+    };
+    Usage usage() const;
+
+private:
+    struct Free {
+        void *memory;
+        uint64_t freed_ns;
+    };
+    void *map(uint64_t bytes);
+    void unmap(void *memory, uint64_t bytes);
+
+    const uint64_t limit_; // 0: none
+    const std::shared_ptr<Pinner> pinner_;
+    mutable std::mutex mutex_;
+    std::multimap<uint64_t, Free> free_; // by size
+    uint64_t mapped_ = 0;
+    uint64_t free_bytes_ = 0;
+};
+
+// False where a page that [address, address + bytes) begins or ends in is not mapped. Cheap enough for
+// every region of a submission: pages are looked up once as long as they repeat.
+class MappedCheck {
+public:
+    bool operator()(uint64_t address, uint64_t bytes);
+
+private:
+    bool mapped(uint64_t page);
+    uint64_t known_begin_ = 0, known_end_ = 0;
+};
+
+} // namespace kvf

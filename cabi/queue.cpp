@@ -1,0 +1,90 @@
+#include "queue.h"
+
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+
+namespace kvf {
+
+Queue::Queue() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    if (fd_ < 0) throw Error(KVF_ERR_SYSTEM, format("eventfd: %s", std::strerror(errno)));
+}
+
+Queue::~Queue() { ::close(fd_); }
+
+void Queue::signal() {
+    const uint64_t one = 1;
+    // EAGAIN would mean that it is readable already, which is all that is wanted.
+    [[maybe_unused]] ssize_t n = ::write(fd_, &one, sizeof one);
+}
+
+void Queue::unsignal() {
+    uint64_t count;
+    [[maybe_unused]] ssize_t n = ::read(fd_, &count, sizeof count);
+}
+
+void Queue::reserve() {
+    std::lock_guard lock(mutex_);
+    if (closed_) throw Error(KVF_ERR_INVALID_HANDLE, "the queue has been destroyed");
+    // The memory for the completion is taken now: it must not be missing when the job has ended.
+    completions_.emplace_back();
+    completions_.pop_back();
+    ++reserved_;
+}
+
+void Queue::push(const kvf_completion &completion) noexcept {
+    std::lock_guard lock(mutex_);
+    --reserved_;
+    const bool was_empty = completions_.empty() && !woken_;
+    completions_.push_back(completion);
+    if (was_empty) signal();
+    arrived_.notify_one();
+}
+
+uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int64_t timeout_ns) {
+    std::unique_lock lock(mutex_);
+    const auto ready = [this] { return !completions_.empty() || woken_ || closed_; };
+    if (timeout_ns < 0) {
+        arrived_.wait(lock, ready);
+    } else if (timeout_ns > 0) {
+        arrived_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), ready);
+    }
+    if (!ready()) return 0;
+
+    uint32_t n = 0;
+    auto *out = static_cast<unsigned char *>(completions);
+    for (; n < capacity && !completions_.empty(); ++n, out += stride) {
+        std::memcpy(out, &completions_.front(), std::min<uint64_t>(stride, sizeof(kvf_completion)));
+        completions_.pop_front();
+    }
+    if (!closed_) woken_ = false;
+    if (completions_.empty() && !closed_) {
+        unsignal();
+    } else {
+        arrived_.notify_one(); // what is left is for another thread that waits
+    }
+    return n;
+}
+
+void Queue::wake() {
+    std::lock_guard lock(mutex_);
+    if (completions_.empty() && !woken_) signal();
+    woken_ = true;
+    arrived_.notify_one();
+}
+
+bool Queue::close() {
+    std::lock_guard lock(mutex_);
+    if (reserved_) return false;
+    closed_ = true;
+    completions_.clear();
+    signal();
+    arrived_.notify_all();
+    return true;
+}
+
+} // namespace kvf

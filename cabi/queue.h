@@ -1,0 +1,46 @@
+// The completion queue: a list under a lock, with an eventfd that is readable while it is not empty.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+
+#include "handle.h"
+
+namespace kvf {
+
+class Queue final : public Object {
+public:
+    static constexpr ObjectType kType = ObjectType::Queue;
+
+    Queue();
+    ~Queue() override;
+
+    int fd() const { return fd_; }
+
+    // A job that will complete into this queue reserves its place first: push() then cannot fail, and
+    // a queue with places reserved cannot be destroyed.
+    void reserve();
+    void push(const kvf_completion &completion) noexcept;
+
+    uint32_t take(void *completions, uint64_t stride, uint32_t capacity, int64_t timeout_ns);
+    void wake();
+    // False while places are reserved. Afterwards take() returns at once.
+    bool close();
+
+private:
+    void signal();
+    void unsignal();
+
+    std::mutex mutex_;
+    std::condition_variable arrived_;
+    std::deque<kvf_completion> completions_;
+    uint64_t reserved_ = 0;
+    bool woken_ = false;
+    bool closed_ = false;
+    int fd_ = -1;
+};
+
+} // namespace kvf

@@ -1,0 +1,68 @@
+// Which piece moves next: urgent jobs before background ones, jobs of equal priority in turn. Not
+// locked: the device that owns it does that.
+#pragma once
+
+#include <deque>
+
+#include "job.h"
+
+namespace kvf {
+
+class Schedule {
+public:
+    // The leg stays the job's; the schedule forgets it when it has ended.
+    void add(Leg &leg) { waiting(leg).push_back(&leg); }
+
+    bool has_urgent() const { return !urgent_.empty(); }
+    bool has_background() const { return !background_.empty(); }
+    bool empty() const { return urgent_.empty() && background_.empty(); }
+
+    // The leg whose turn it is. NULL if there is none of that priority.
+    Leg *front(uint32_t priority) {
+        auto &legs = priority == KVF_PRIORITY_URGENT ? urgent_ : background_;
+        return legs.empty() ? nullptr : legs.front();
+    }
+
+    // Takes the next piece of a leg that front() gave, and moves the leg to the back of its line.
+    Piece take(Leg &leg, uint64_t most, uint64_t most_runs) {
+        Piece piece = leg.cursor.next(most, most_runs);
+        ++leg.in_flight;
+        auto &legs = waiting(leg);
+        legs.pop_front();
+        if (!leg.cursor.at_end()) legs.push_back(&leg);
+        return piece;
+    }
+
+    // A piece has moved. True if its leg has ended with it: then the caller tells the job, outside the
+    // lock.
+    bool give_back(Leg &leg) {
+        --leg.in_flight;
+        return leg.in_flight == 0 && leg.cursor.at_end();
+    }
+
+    // Ends handing out pieces of every leg whose job is stopping. Those with no piece in flight have
+    // ended with it and are appended to `ended`; the others end with their last give_back().
+    void sweep(std::vector<Leg *> &ended) {
+        for (auto *legs : {&urgent_, &background_}) {
+            for (auto it = legs->begin(); it != legs->end();) {
+                Leg &leg = **it;
+                if (!leg.job->stopping()) {
+                    ++it;
+                    continue;
+                }
+                it = legs->erase(it);
+                leg.cursor.skip_to_end();
+                if (leg.in_flight == 0) ended.push_back(&leg);
+            }
+        }
+    }
+
+private:
+    std::deque<Leg *> &waiting(const Leg &leg) {
+        return leg.job->priority == KVF_PRIORITY_URGENT ? urgent_ : background_;
+    }
+
+    std::deque<Leg *> urgent_, background_;
+};
+
+} // namespace kvf

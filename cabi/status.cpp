@@ -1,0 +1,62 @@
+#include "status.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+
+namespace kvf {
+
+std::string describe(const Error &error) {
+    const char *text = kvf_strerror(error.status);
+    return error.detail.empty() ? text : std::string(text) + ": " + error.detail;
+}
+
+void copy_text(const std::string &text, char *buffer, uint64_t capacity) {
+    if (!buffer || capacity == 0) return;
+    const size_t n = std::min<size_t>(text.size(), capacity - 1);
+    std::memcpy(buffer, text.data(), n);
+    buffer[n] = 0;
+}
+
+std::string format(const char *format, ...) {
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    return text;
+}
+
+uint64_t now_ns() {
+    timespec t{};
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000u + static_cast<uint64_t>(t.tv_nsec);
+}
+
+} // namespace kvf
+
+extern "C" {
+
+const char *kvf_status_name(int32_t status) {
+    switch (status) {
+#define KVF_STATUS_NAME(name, value, text)                                                         \
+    case value: return "KVF_" #name;
+        KVF_STATUS_MAP(KVF_STATUS_NAME)
+#undef KVF_STATUS_NAME
+    default: return "KVF_?";
+    }
+}
+
+const char *kvf_strerror(int32_t status) {
+    switch (status) {
+#define KVF_STATUS_TEXT(name, value, text)                                                         \
+    case value: return text;
+        KVF_STATUS_MAP(KVF_STATUS_TEXT)
+#undef KVF_STATUS_TEXT
+    default: return "unknown status";
+    }
+}
+
+} // extern "C"

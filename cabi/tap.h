@@ -1,0 +1,99 @@
+// The tap: listens to libllama while it serialises a sequence, and so learns where the bytes are.
+//
+// libllama moves tensor bytes only through ggml_backend_tensor_get and _set, which it calls through
+// relocation slots of its own. The tap puts functions of ours into these slots. On a thread that is
+// recording they note (address, bytes, place in the state) instead of copying; on any other thread they
+// do what was there before. No struct of ggml or llama is read: the address comes from ggml_get_data().
+//
+// Two more calls are watched: ggml_abort, so that a failed assertion of libllama's while a thread records
+// becomes an exception, which libllama's own handlers turn into an error, and not the end of the process;
+// and ggml_backend_buffer_free, so that a cache is not freed under a transfer.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "layout.h"
+#include "llama_api.h"
+
+namespace kvf {
+
+// Collects what one thread's call of libllama would have moved.
+class Recorder {
+public:
+    // Says which device of the engine holds [address, address + bytes). Negative: none of them.
+    using Locate = std::function<int64_t(uint64_t address, uint64_t bytes)>;
+
+    Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
+             Locate locate);
+
+    struct Captured {
+        std::vector<std::pair<uint32_t, Layout>> layouts; // by device
+        uint64_t fragments = 0;
+        uint64_t segments = 0;
+        uint64_t bytes = 0; // of tensors
+    };
+    // What was recorded. Throws if it could not be recorded whole.
+    Captured finish();
+
+    // The addresses of the tensors that were concerned.
+    const std::vector<uint64_t> &tensors() const { return tensors_; }
+
+    // The text of the assertion that failed in libllama, or "".
+    const std::string &abort_text() const { return abort_text_; }
+
+    // True if the call concerned this recorder's buffer and is thereby done.
+    bool record(const ggml_tensor *tensor, const void *data, uint64_t offset, uint64_t bytes,
+                Direction direction, const GgmlApi &ggml) noexcept;
+    void note_abort(std::string text) { abort_text_ = std::move(text); }
+
+private:
+    const Direction direction_;
+    const uint64_t buffer_, buffer_bytes_;
+    const Locate locate_;
+    std::vector<LayoutBuilder> builders_; // by device
+    LayoutBuilder *builder_ = nullptr;    // of the tensor below
+    const ggml_tensor *tensor_ = nullptr;
+    uint64_t tensor_address_ = 0;
+    uint64_t direct_fragments_ = 0, direct_bytes_ = 0; // copied by the original call
+    std::vector<uint64_t> tensors_;
+    bool failed_ = false;
+    std::string abort_text_;
+};
+
+// While it lives, calls of this thread are recorded.
+class Recording {
+public:
+    explicit Recording(Recorder &recorder);
+    ~Recording();
+    Recording(const Recording &) = delete;
+    Recording &operator=(const Recording &) = delete;
+};
+
+// One user's share in the tap of one libllama. The slots are restored when the last share goes.
+class Tap {
+public:
+    // Told before libllama frees a buffer of tensors. Must not call into the tap.
+    using BufferFreed = std::function<void(uint64_t begin, uint64_t bytes)>;
+
+    // Throws KVF_ERR_TAP if libllama has no slots that could be replaced.
+    Tap(const LlamaApi &llama, BufferFreed buffer_freed);
+    ~Tap();
+    Tap(const Tap &) = delete;
+    Tap &operator=(const Tap &) = delete;
+
+    struct Counters {
+        uint64_t recorded, passed_through; // calls
+    };
+    Counters counters() const;
+
+private:
+    struct Library;
+    friend struct TapHooks;
+    Library *library_;
+    uint64_t observer_;
+};
+
+} // namespace kvf

@@ -1,0 +1,438 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * kvferry: moves the KV cache of a running language model between the accelerator and host memory,
+ * fast, without stopping the model.
+ *
+ * This header is the whole public interface of libkvferry. It is C11 and C++17 clean.
+ *
+ * The shortest useful program
+ * ---------------------------
+ *     kvf_engine engine;  kvf_llama llama;  kvf_queue queue;  kvf_job job;
+ *     kvf_queue_create(&queue);
+ *     kvf_engine_create(NULL, &engine);
+ *     kvf_llama_attach(engine, ctx, NULL, &llama);          // ctx: your llama_context *
+ *
+ *     uint64_t bytes;
+ *     kvf_llama_size(llama, 0, &bytes);                     // sequence 0; moves no tensor byte
+ *     void *state;
+ *     kvf_buffer_alloc(engine, bytes, &state);              // or any memory of yours
+ *
+ *     kvf_submit_options submit = KVF_SUBMIT_OPTIONS_INIT;
+ *     submit.queue = queue;
+ *     kvf_llama_save(llama, 0, state, bytes, &submit, NULL);
+ *     ... llama_decode() other sequences, or this one ...
+ *     kvf_completion done;
+ *     kvf_queue_take(queue, &done, sizeof done, 1, KVF_FOREVER);
+ *
+ * Words
+ * -----
+ * state       the bytes that llama_state_seq_get_data() writes for a sequence, bit for bit
+ * save, load  device to host, host to device
+ * region      rows of bytes in the memory of a device, and their place in a buffer
+ * job         one submitted transfer. It ends with exactly one completion, whatever happens
+ * queue       where completions arrive; it has a pollable file descriptor
+ *
+ * Rules that hold everywhere
+ * --------------------------
+ * Errors      Functions return KVF_OK (0), a count (> 0) where they say so, or a negative kvf_status.
+ *             No error state is kept per thread: where more can be said than the status, it is
+ *             written into the caller's `error` buffer or into the completion's `detail`.
+ *             A function that returns an error has submitted nothing and will complete nothing.
+ * Handles     Are numbers, not addresses; 0 is none. A stale, foreign or made-up handle is answered
+ *             with KVF_ERR_INVALID_HANDLE, never followed. Numbers are not used twice.
+ * Threads     Every function may be called from any thread at any time, unless its comment names a
+ *             thread. The kvf_llama_* functions that touch a llama_context must be called by the
+ *             thread that owns it, between its calls of llama_decode().
+ * Structs     Start with `size`: set it to sizeof (the *_INIT macros do). A shorter struct of an older
+ *             program gets defaults for what it lacks; a longer one is accepted while its unknown
+ *             tail is zero, and refused with KVF_ERR_STRUCT_SIZE otherwise.
+ * Times       Are nanoseconds of CLOCK_MONOTONIC. Sizes are bytes.
+ * fork        After fork() the child may not use handles made by its parent: they are answered with
+ *             KVF_ERR_FORKED. It may create engines of its own.
+ */
+#ifndef KVFERRY_H
+#define KVFERRY_H
+
+#ifndef KVF_CDEF /* the cffi build reads what follows through the C preprocessor, without includes */
+#include <stddef.h>
+#include <stdint.h>
+#endif
+
+#if defined(__GNUC__)
+#define KVF_API __attribute__((visibility("default")))
+#else
+#define KVF_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+ * Version and status
+ * --------------------------------------------------------------------------------------------- */
+
+#define KVF_VERSION_MAJOR 0
+#define KVF_VERSION_MINOR 1
+#define KVF_VERSION_PATCH 0
+/* Major number of the ABI, and of the SONAME. It changes when a program must be built again. */
+#define KVF_ABI_VERSION 0
+
+/* The release that was loaded, such as "0.1.0". Static; never NULL. */
+KVF_API const char *kvf_version(void);
+/* KVF_ABI_VERSION of the library that was loaded. */
+KVF_API uint32_t kvf_abi_version(void);
+
+/* One table gives every status its number, its name and its text. Numbers are never reused. */
+#define KVF_STATUS_MAP(X)                                                                          \
+    X(OK, 0, "success")                                                                            \
+    X(ERR_INVALID_ARGUMENT, -1, "invalid argument")                                                \
+    X(ERR_INVALID_HANDLE, -2, "unknown handle, or its object has been destroyed")                  \
+    X(ERR_STRUCT_SIZE, -3, "struct size is wrong, or fields this version does not know are set")   \
+    X(ERR_OUT_OF_MEMORY, -4, "out of memory")                                                      \
+    X(ERR_PINNED_LIMIT, -5, "the engine's limit of pinned memory is reached")                      \
+    X(ERR_BUFFER_TOO_SMALL, -6, "the buffer is too small")                                         \
+    X(ERR_BUSY, -7, "in use by a job in flight or by another object")                              \
+    X(ERR_CLOSED, -8, "the engine is closing")                                                     \
+    X(ERR_CANCELLED, -9, "the job was cancelled")                                                  \
+    X(ERR_TIMEOUT, -10, "timed out")                                                               \
+    X(ERR_FORKED, -11, "the handle was made before fork() in the parent process")                  \
+    X(ERR_UNSUPPORTED, -12, "not supported here")                                                  \
+    X(ERR_NO_DEVICE, -13, "no such device")                                                        \
+    X(ERR_DEVICE, -14, "the device reported an error")                                             \
+    X(ERR_DEVICE_LOST, -15, "the device is lost; the engine is broken, make a new one")            \
+    X(ERR_UNREACHABLE, -16, "memory that no device of the engine can reach")                       \
+    X(ERR_SYSTEM, -17, "the operating system refused")                                             \
+    X(ERR_LIBRARY_NOT_FOUND, -18, "no libllama is loaded in this process")                         \
+    X(ERR_LIBRARY_AMBIGUOUS, -19, "several libllama are loaded: name one")                         \
+    X(ERR_TAP, -20, "libllama's calls cannot be recorded")                                         \
+    X(ERR_CONTEXT_FREED, -21, "the llama_context has been freed")                                  \
+    X(ERR_SEQUENCE_RANGE, -22, "sequence id out of the context's range")                           \
+    X(ERR_SEQUENCE_EMPTY, -23, "the sequence is empty")                                            \
+    X(ERR_STATE_DAMAGED, -24, "the state is truncated or its structure is damaged")                \
+    X(ERR_STATE_MISMATCH, -25, "the state belongs to another model or another kind of cache")      \
+    X(ERR_CACHE_FULL, -26, "the cache has not enough free cells")                                  \
+    X(ERR_LLAMA, -27, "libllama refused")                                                          \
+    X(ERR_INTERNAL, -28, "internal error")
+
+typedef enum kvf_status {
+#define KVF_STATUS_ENUM(name, value, text) KVF_##name = value,
+    KVF_STATUS_MAP(KVF_STATUS_ENUM)
+#undef KVF_STATUS_ENUM
+} kvf_status;
+
+/* "KVF_ERR_BUSY" for KVF_ERR_BUSY. Static; "KVF_?" for a number that is none. */
+KVF_API const char *kvf_status_name(int32_t status);
+/* What it means, in lower case, without a full stop. Static; never NULL. */
+KVF_API const char *kvf_strerror(int32_t status);
+
+/* ------------------------------------------------------------------------------------------------
+ * Engine: devices, threads, memory
+ * --------------------------------------------------------------------------------------------- */
+
+typedef uint64_t kvf_engine;
+typedef uint64_t kvf_queue;
+typedef uint64_t kvf_job;
+typedef uint64_t kvf_llama;
+
+enum {
+    KVF_DEVICES_AUTO = 0, /* every CUDA device that the driver shows, and the host */
+    KVF_DEVICES_HOST = 1, /* the host alone; the CUDA driver is not touched */
+    KVF_DEVICES_CUDA = 2, /* as AUTO, but KVF_ERR_NO_DEVICE where no CUDA device can be used */
+};
+
+enum {
+    KVF_ENGINE_TRACE = 1, /* record every piece moved, for kvf_engine_trace() */
+};
+
+typedef struct kvf_engine_options {
+    uint32_t size;          /* sizeof(kvf_engine_options) */
+    uint32_t devices;       /* KVF_DEVICES_* */
+    uint32_t flags;         /* KVF_ENGINE_* */
+    uint32_t copy_threads;  /* threads that copy host memory; 0: as many as cores, at most 4 */
+    uint64_t pinned_limit;  /* most bytes of the buffer pool, free ones included; 0: no limit */
+    uint64_t staging_bytes; /* most device memory used per device and direction; 0: 32 MiB */
+    char *error;            /* where to write one line of text when this call fails, or NULL */
+    uint64_t error_size;    /* its capacity, terminating 0 included */
+} kvf_engine_options;
+#define KVF_ENGINE_OPTIONS_INIT {sizeof(kvf_engine_options), 0, 0, 0, 0, 0, 0, 0}
+
+/* Creates an engine. `options` may be NULL. Starts its threads; takes no pinned memory yet.
+ * Errors: KVF_ERR_NO_DEVICE, KVF_ERR_STRUCT_SIZE, KVF_ERR_OUT_OF_MEMORY, KVF_ERR_SYSTEM. */
+KVF_API int32_t kvf_engine_create(const kvf_engine_options *options, kvf_engine *engine);
+
+/* Describes the engine as JSON text (devices, why a device is missing, memory in use, the tap).
+ * Writes at most `capacity` bytes with the terminating 0 into `json`, and the bytes the whole
+ * text needs, terminating 0 included, into `needed` (may be NULL).
+ * Errors: KVF_ERR_BUFFER_TOO_SMALL (with `needed` set). `json` may be NULL when capacity is 0. */
+KVF_API int32_t kvf_engine_describe(kvf_engine engine, char *json, uint64_t capacity,
+                                    uint64_t *needed);
+
+/* Asks every job in flight to end early; each still ends with its one completion. Returns at once. */
+KVF_API int32_t kvf_engine_cancel(kvf_engine engine);
+
+/* Waits for every job in flight, then ends the engine's threads and gives its memory back. New
+ * submissions are refused with KVF_ERR_CLOSED from the moment of the call. Blocks: call
+ * kvf_engine_cancel() first where that would take too long. Buffers that are still allocated stay
+ * valid until kvf_buffer_free(); queues keep what they hold.
+ * Errors: KVF_ERR_BUSY while a kvf_llama is attached, or when called from a completion callback. */
+KVF_API int32_t kvf_engine_destroy(kvf_engine engine);
+
+/* ------------------------------------------------------------------------------------------------
+ * Memory. Any host memory serves as a buffer; pinned memory is what a GPU copies to at full speed.
+ * --------------------------------------------------------------------------------------------- */
+
+/* Takes a buffer of at least `bytes` from the engine's pool: page-aligned; pinned for every CUDA
+ * device of the engine. Its content is undefined. A pool buffer that is used again costs
+ * microseconds; a new one costs the time to map and pin it. The caller owns it until
+ * kvf_buffer_free(). Errors: KVF_ERR_OUT_OF_MEMORY, KVF_ERR_PINNED_LIMIT. */
+KVF_API int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer);
+
+/* Gives a buffer back to its pool, also after the engine is gone. NULL is allowed.
+ * Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT for an address that is not an
+ * allocated buffer, such as one that has been freed before. */
+KVF_API int32_t kvf_buffer_free(void *buffer);
+
+/* Pins memory of the caller's for every CUDA device, so that jobs use it like a pool buffer. The
+ * memory stays the caller's, and must stay mapped until kvf_buffer_unregister(). Without a CUDA
+ * device nothing is pinned. Errors: KVF_ERR_BUSY where it overlaps a registered range,
+ * KVF_ERR_DEVICE, KVF_ERR_INVALID_ARGUMENT. */
+KVF_API int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t bytes);
+/* Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT if it is not registered. */
+KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
+
+/* Returns the pool's free buffers to the system. */
+KVF_API int32_t kvf_buffer_trim(kvf_engine engine);
+
+/* ------------------------------------------------------------------------------------------------
+ * Completions
+ * --------------------------------------------------------------------------------------------- */
+
+typedef struct kvf_completion {
+    uint64_t job;       /* the job; its handle may have been released already */
+    uint64_t user_data; /* as submitted */
+    int32_t status;     /* KVF_OK, KVF_ERR_CANCELLED, or what went wrong */
+    uint32_t mode; /* for a llama save: KVF_SAVE_IN_PLACE or KVF_SAVE_SNAPSHOT, as done; else 0 */
+    uint64_t
+        bytes; /* size of the state or of the regions; how much of it moved if status is not OK is undefined */
+    uint64_t fragments;    /* separate pieces of tensor memory it consists of */
+    uint64_t segments;     /* what remained of them after joining runs and rows into blocks */
+    uint64_t submitted_ns; /* when the submitting call was entered */
+    uint64_t started_ns;   /* when the first piece began to move; 0 if none did */
+    uint64_t finished_ns;  /* when the job ended */
+    char detail[128];      /* one line on what went wrong, or "" */
+} kvf_completion;
+
+/* Called on the engine's own dispatch thread, one at a time, in order of completion: keep it short.
+ * It may call any kvf function but kvf_engine_destroy(), kvf_llama_detach() and those that wait. */
+typedef void (*kvf_completion_callback)(const kvf_completion *completion);
+
+#define KVF_FOREVER INT64_C(-1)
+
+/* A queue belongs to no engine: it may serve several and outlive them. */
+KVF_API int32_t kvf_queue_create(kvf_queue *queue);
+
+/* A file descriptor that polls readable while the queue holds completions (level-triggered) or has
+ * been woken. Wait for it in poll, epoll, an event loop; never read or close it: kvf_queue_take()
+ * does, and kvf_queue_destroy(). Returns the descriptor, or a negative status. */
+KVF_API int32_t kvf_queue_fd(kvf_queue queue);
+
+/* Takes up to `capacity` completions, oldest first, each written at a stride of `completion_size`
+ * (pass sizeof(kvf_completion)). Waits at most `timeout_ns` for the first one: 0 does not wait,
+ * KVF_FOREVER waits until there is one. Several threads may take: each completion goes to one.
+ * Returns how many were taken; 0 after a timeout, a wake or a destroy. */
+KVF_API int32_t kvf_queue_take(kvf_queue queue, kvf_completion *completions,
+                               uint64_t completion_size, uint32_t capacity, int64_t timeout_ns);
+
+/* Makes one waiting, or else the next, kvf_queue_take() return without waiting. */
+KVF_API int32_t kvf_queue_wake(kvf_queue queue);
+
+/* Drops what it holds and closes its descriptor. Errors: KVF_ERR_BUSY while jobs in flight would
+ * complete into it. */
+KVF_API int32_t kvf_queue_destroy(kvf_queue queue);
+
+/* ------------------------------------------------------------------------------------------------
+ * Jobs
+ * --------------------------------------------------------------------------------------------- */
+
+enum {
+    KVF_PRIORITY_BACKGROUND = 0, /* paced, so that decoding beside it hardly notices */
+    KVF_PRIORITY_URGENT = 1,     /* as fast as the link; goes before background jobs */
+};
+
+/* How and whom to tell. Queue and callback may both be set, or neither (then poll or wait). */
+typedef struct kvf_submit_options {
+    uint32_t size;                    /* sizeof(kvf_submit_options) */
+    uint32_t priority;                /* KVF_PRIORITY_* */
+    kvf_queue queue;                  /* gets the completion; 0: none */
+    kvf_completion_callback callback; /* gets it too, on the dispatch thread; NULL: none */
+    uint64_t user_data;               /* yours; comes back in the completion */
+    uint32_t mode;                    /* KVF_SAVE_*; read by kvf_llama_save() only */
+    uint32_t reserved;                /* 0 */
+    char *error;         /* where to write one line of text when the call fails, or NULL */
+    uint64_t error_size; /* its capacity, terminating 0 included */
+} kvf_submit_options;
+#define KVF_SUBMIT_OPTIONS_INIT {sizeof(kvf_submit_options), 0, 0, 0, 0, 0, 0, 0, 0}
+
+/* 1 if the job has ended (then `completion`, if not NULL, is filled in), 0 if not. Never waits. */
+KVF_API int32_t kvf_job_poll(kvf_job job, kvf_completion *completion, uint64_t completion_size);
+
+/* Waits until the job has ended and fills in `completion` (may be NULL).
+ * Returns KVF_OK whatever the job's own status; KVF_ERR_TIMEOUT. */
+KVF_API int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *completion,
+                             uint64_t completion_size);
+
+/* Asks the job to end early. A request: the job still ends exactly once, with KVF_ERR_CANCELLED or,
+ * if it was faster, with its true outcome. Returns at once; cancelling twice or too late is allowed. */
+KVF_API int32_t kvf_job_cancel(kvf_job job);
+
+/* Lets go of the handle. The job itself goes on, and its completion still arrives. Every handle that
+ * a submitting call gave out must be released once; a call that was given no place for a handle
+ * (NULL) makes none. */
+KVF_API int32_t kvf_job_release(kvf_job job);
+
+/* ------------------------------------------------------------------------------------------------
+ * Regions: any memory of the engine's devices
+ * --------------------------------------------------------------------------------------------- */
+
+/* `rows` rows of `width` bytes, each `pitch` bytes after the one before, in device or host memory; and
+ * their place in the buffer. A plain run has one row; pitches are then not read. Any alignment. */
+typedef struct kvf_region {
+    uint64_t address;      /* of the first row */
+    uint64_t width;        /* bytes of a row, at least 1 */
+    uint64_t rows;         /* at least 1 */
+    uint64_t pitch;        /* from row to row at `address`, at least width */
+    uint64_t offset;       /* of the first row in the buffer */
+    uint64_t buffer_pitch; /* from row to row in the buffer, at least width */
+} kvf_region;
+
+/* The buffer that these regions need: the end of the one that reaches furthest. Moves nothing.
+ * Errors: KVF_ERR_INVALID_ARGUMENT for a malformed region or an overflow. */
+KVF_API int32_t kvf_regions_size(const kvf_region *regions, uint64_t count, uint64_t *bytes);
+
+/* Saves regions into, or loads them from, `buffer`, asynchronously. The regions are copied by the
+ * call; the memory they name and the buffer must stay valid, and what is written must not be touched,
+ * until the completion. Regions of one load must not overlap. A load or save of 0 regions completes
+ * at once. `options` and `job` may be NULL. Never blocks on a transfer.
+ * Errors: KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_UNREACHABLE, KVF_ERR_INVALID_ARGUMENT, KVF_ERR_CLOSED. */
+KVF_API int32_t kvf_regions_save(kvf_engine engine, const kvf_region *regions, uint64_t count,
+                                 void *buffer, uint64_t bytes, const kvf_submit_options *options,
+                                 kvf_job *job);
+KVF_API int32_t kvf_regions_load(kvf_engine engine, const kvf_region *regions, uint64_t count,
+                                 const void *buffer, uint64_t bytes,
+                                 const kvf_submit_options *options, kvf_job *job);
+
+/* ------------------------------------------------------------------------------------------------
+ * llama.cpp sequences
+ *
+ * Works on the libllama that the program has loaded, unmodified. While libllama serialises a sequence
+ * on behalf of one of these functions, its calls that move tensor bytes are recorded instead of made
+ * (the "tap"); the job moves the bytes later. Other threads and other callers of libllama are not
+ * affected.
+ *
+ * Every function here but kvf_llama_describe() must be called by the thread that owns the
+ * llama_context, between its calls of llama_decode(), as for llama.cpp's own functions.
+ * --------------------------------------------------------------------------------------------- */
+
+struct llama_context;
+
+enum {
+    /* Where libllama's calls cannot be recorded (a statically linked llama.cpp), use its blocking
+     * calls on a thread of the engine's. The context must then rest until the completion. */
+    KVF_LLAMA_ALLOW_BLOCKING = 1,
+    /* Use them even where recording would work: to compare, or to get round a fault. */
+    KVF_LLAMA_FORCE_BLOCKING = 2,
+};
+
+typedef struct kvf_llama_options {
+    uint32_t size;  /* sizeof(kvf_llama_options) */
+    uint32_t flags; /* KVF_LLAMA_* */
+    const char *
+        library; /* path, or part of the path, of the libllama to use when several are loaded; or NULL */
+    char *error;         /* where to write one line of text when this call fails, or NULL */
+    uint64_t error_size; /* its capacity, terminating 0 included */
+} kvf_llama_options;
+#define KVF_LLAMA_OPTIONS_INIT {sizeof(kvf_llama_options), 0, 0, 0, 0}
+
+/* Attaches to a context; `options` may be NULL. The context stays the caller's and must outlive the
+ * attachment: detach first. (A context that is freed all the same is noticed as libllama frees its
+ * cache: jobs in flight are cancelled and waited for, later calls return KVF_ERR_CONTEXT_FREED.)
+ * Errors: KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_TAP, KVF_ERR_UNSUPPORTED. */
+KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
+                                 const kvf_llama_options *options, kvf_llama *llama);
+
+/* Describes the attachment as JSON text: library and build, model, kind of cache, default save mode,
+ * a fingerprint of model and cache, counters of the tap. As kvf_engine_describe(). Any thread. */
+KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity,
+                                   uint64_t *needed);
+
+/* The size of a sequence's state in bytes, without moving any of it. An empty sequence has a state
+ * too, of a few bytes. Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED. */
+KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *bytes);
+
+enum {
+    /* SNAPSHOT where the next decode of the sequence would overwrite what is being saved (recurrent
+     * states, sliding-window caches, kinds of cache this version does not know); else IN_PLACE. */
+    KVF_SAVE_AUTO = 0,
+    /* Straight from the cache, with no memory beside the buffer. Until the completion, other sequences
+     * may be decoded, and a plain attention cache may be appended to by decoding this one. The
+     * sequence must not be removed, shifted, divided or copied onto; a recurrent or sliding-window
+     * sequence must not be decoded. */
+    KVF_SAVE_IN_PLACE = 1,
+    /* The call copies the sequence aside first, on the device; anything may be done to the sequence as
+     * soon as it returns. Host memory is copied straight into the buffer, during the call. */
+    KVF_SAVE_SNAPSHOT = 2,
+};
+
+/* Saves a sequence into `buffer`, which needs kvf_llama_size() bytes and must not be touched until the
+ * completion. The call itself takes the time to record the layout. `options` and `job` may be NULL.
+ * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
+ * (a load into this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA. */
+KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t bytes,
+                               const kvf_submit_options *options, kvf_job *job);
+
+/* Loads a state into a sequence, replacing what it held. `bytes` must be the state's exact size; the
+ * buffer must not change until the completion. The sequence's cells are taken during the call; the
+ * sequence must not be used until the completion.
+ * A load that fails or is cancelled leaves the sequence empty. If that is known to the call, the
+ * sequence is empty when it returns; if it turns out later, the sequence is emptied by the next
+ * kvf_llama_* call on this attachment: call kvf_llama_settle() after a completion that is not KVF_OK and
+ * before decoding.
+ * The state is checked before libllama sees it, so that a truncated or damaged one is refused.
+ * Errors: KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH, KVF_ERR_CACHE_FULL (all leave the sequence
+ * empty); KVF_ERR_SEQUENCE_RANGE, KVF_ERR_BUSY (a transfer of this sequence is in flight),
+ * KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_INVALID_ARGUMENT (all leave it as it was). */
+KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,
+                               uint64_t bytes, const kvf_submit_options *options, kvf_job *job);
+
+/* Empties the sequences whose loads failed or were cancelled after submission. Returns how many. */
+KVF_API int32_t kvf_llama_settle(kvf_llama llama);
+
+/* Waits for the attachment's jobs, settles, and detaches; with the last one libllama is as it was.
+ * Blocks while jobs are in flight. Errors: KVF_ERR_BUSY when called from a completion callback. */
+KVF_API int32_t kvf_llama_detach(kvf_llama llama);
+
+/* ------------------------------------------------------------------------------------------------
+ * Trace: what moved when, for pictures and tuning
+ * --------------------------------------------------------------------------------------------- */
+
+typedef struct kvf_trace_event {
+    uint64_t job;       /* as in the completion */
+    uint64_t user_data; /* as submitted */
+    uint64_t begin_ns;
+    uint64_t end_ns;
+    uint64_t bytes;
+    uint32_t device;    /* index into the devices of kvf_engine_describe() */
+    uint32_t direction; /* 0: save, 1: load */
+} kvf_trace_event;
+
+/* Takes up to `capacity` recorded pieces, oldest first; returns how many. The engine keeps the last
+ * 65,536. Needs KVF_ENGINE_TRACE. Errors: KVF_ERR_UNSUPPORTED without it. */
+KVF_API int32_t kvf_engine_trace(kvf_engine engine, kvf_trace_event *events, uint64_t event_size,
+                                 uint32_t capacity);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* KVFERRY_H */

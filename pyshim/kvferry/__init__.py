@@ -1,0 +1,79 @@
+"""Moves the KV cache of a running language model between the accelerator and host memory.
+
+async with kvferry.Engine() as engine:
+    llama = engine.attach(llm)              # a llama_cpp.Llama, or the address of a context
+    snapshot = await llama.save(seq=0)      # beside decoding
+    await llama.load(snapshot, seq=1)
+"""
+
+from ._native import ffi as _ffi
+from ._native import lib as _lib
+from .buffer import Buffer
+from .completions import Completion
+from .engine import Devices, Engine, TraceEvent
+from .errors import (
+    BufferTooSmall,
+    Busy,
+    CacheFull,
+    ContextFreed,
+    DeviceLost,
+    EngineClosed,
+    Forked,
+    InvalidArgument,
+    KvferryError,
+    LibraryNotFound,
+    NoDevice,
+    PinnedLimit,
+    SequenceEmpty,
+    SequenceRange,
+    StateDamaged,
+    StateMismatch,
+    TapUnavailable,
+    TransferCancelled,
+    Unreachable,
+)
+from .llama import Llama, SaveMode
+from .regions import Region
+from .snapshot import Snapshot
+from .transfer import Priority, Transfer
+
+__all__ = [
+    "Buffer",
+    "BufferTooSmall",
+    "Busy",
+    "CacheFull",
+    "Completion",
+    "ContextFreed",
+    "DeviceLost",
+    "Devices",
+    "Engine",
+    "EngineClosed",
+    "Forked",
+    "InvalidArgument",
+    "KvferryError",
+    "LibraryNotFound",
+    "Llama",
+    "NoDevice",
+    "PinnedLimit",
+    "Priority",
+    "Region",
+    "SaveMode",
+    "SequenceEmpty",
+    "SequenceRange",
+    "Snapshot",
+    "StateDamaged",
+    "StateMismatch",
+    "TapUnavailable",
+    "TraceEvent",
+    "Transfer",
+    "TransferCancelled",
+    "Unreachable",
+    "__version__",
+]
+
+if _lib.kvf_abi_version() != _lib.KVF_ABI_VERSION:
+    raise ImportError(
+        f"libkvferry has ABI {_lib.kvf_abi_version()}, this package needs {_lib.KVF_ABI_VERSION}"
+    )
+
+__version__: str = _ffi.string(_lib.kvf_version()).decode()

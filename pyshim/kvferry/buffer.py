@@ -1,0 +1,118 @@
+"""Host memory that transfers write into and read from."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy
+from numpy.typing import DTypeLike, NDArray
+
+from ._native import ffi, lib
+from .errors import check, error
+
+if TYPE_CHECKING:
+    from ._native import CData
+
+Self = TypeVar("Self", bound="Buffer")
+
+
+class Buffer:
+    """A run of bytes: pinned memory from an engine's pool, or memory of the caller's.
+
+    Its bytes are reached through ``view``, ``numpy()``, ``numpy.asarray(buffer)`` and, from Python
+    3.12 on, ``memoryview(buffer)``; none of them copies. Views keep the memory alive: pool memory
+    goes back to its pool once it has been closed, or dropped, and the last view of it is gone. It
+    may outlive its engine.
+    """
+
+    _writable = True
+
+    def __init__(self, memory: CData, nbytes: int) -> None:
+        """For kvferry itself: programs use ``Engine.allocate`` or pass memory of theirs."""
+        self._memory: CData | None = memory  # whatever refers to this keeps the memory alive
+        self._nbytes = nbytes
+        self.jobs = 0
+        """Transfers in flight that use this memory; for kvferry itself."""
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def __len__(self) -> int:
+        return self._nbytes
+
+    @property
+    def memory(self) -> CData:
+        """The address, for the C library."""
+        if self._memory is None:
+            raise error(lib.KVF_ERR_INVALID_HANDLE, f"this {type(self).__name__} has been closed")
+        return self._memory
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes, as a memoryview."""
+        view = memoryview(ffi.buffer(self.memory, self._nbytes))
+        return view if self._writable else view.toreadonly()
+
+    def numpy(self) -> NDArray[numpy.uint8]:
+        """The bytes, as an array of uint8."""
+        return numpy.asarray(self.view)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        array: NDArray[Any] = self.numpy()
+        if dtype is not None and array.dtype != dtype:
+            if copy is False:
+                raise ValueError("a copy is needed for another dtype than uint8")
+            return array.astype(dtype)
+        return array.copy() if copy else array
+
+    def __buffer__(self, flags: int) -> memoryview:
+        return self.view
+
+    def to_bytes(self) -> bytes:
+        """A copy of the bytes."""
+        return self.view.tobytes()
+
+    def close(self) -> None:
+        """Lets go of the memory. Closing twice is allowed. Raises Busy while a transfer uses it."""
+        if self.jobs:
+            raise error(lib.KVF_ERR_BUSY)
+        self._memory = None
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self._memory is None else ""
+        return f"<{type(self).__name__} of {self._nbytes} bytes{closed}>"
+
+
+def pinned(engine: int, nbytes: int) -> Buffer:
+    """Takes a buffer from the pool of the engine with this handle.
+
+    Blocks: microseconds where the pool has one to use again, else as long as mapping and pinning
+    takes, a third of a second for 1 GiB.
+    """
+    address = ffi.new("void **")
+    check(lib.kvf_buffer_alloc(engine, max(1, nbytes), address))
+    memory = ffi.gc(ffi.cast("uint8_t *", address[0]), lib.kvf_buffer_free, nbytes)
+    return Buffer(memory, nbytes)
+
+
+def borrow(memory: object, *, writable: bool = False) -> Buffer:
+    """The contiguous memory of an object with the buffer protocol, which can't be resized then."""
+    if isinstance(memory, Buffer):
+        if writable and not memory._writable:
+            raise BufferError("a Snapshot is read-only")
+        return memory
+    data = ffi.from_buffer("uint8_t[]", memory, require_writable=writable)
+    return Buffer(data, len(data))

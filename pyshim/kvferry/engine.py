@@ -1,0 +1,318 @@
+"""The engine: devices, threads, pinned memory, and the transfers of plain memory regions."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import anyio
+
+from ._native import ffi, lib
+from .buffer import Buffer, borrow, pinned
+from .completions import Completions
+from .core import Core, describe
+from .errors import ErrorText, check, error
+from .llama import Llama, attach
+from .regions import RegionList, region_list
+from .transfer import Priority, SubmitOptions, Transfer
+
+if TYPE_CHECKING:
+    from ._native import CData
+
+Devices = Literal["auto", "host", "cuda"]
+
+_DEVICES: dict[str, int] = {
+    "auto": lib.KVF_DEVICES_AUTO,
+    "host": lib.KVF_DEVICES_HOST,
+    "cuda": lib.KVF_DEVICES_CUDA,
+}
+
+
+class TraceEvent(NamedTuple):
+    """One piece that moved. Times are nanoseconds of ``time.monotonic_ns()``."""
+
+    job: int
+    begin_ns: int
+    end_ns: int
+    bytes: int
+    device: int
+    """Index into ``describe()["devices"]``."""
+    direction: Literal["save", "load"]
+
+
+class Engine:
+    """Moves memory between devices and the host beside whatever else they do.
+
+    ``async with kvferry.Engine() as engine: ...``, or ``await engine.aclose()`` at the end. Use an
+    engine from one event loop at a time, and from that loop's thread; asyncio, uvloop and trio.
+
+    devices
+        ``"auto"``: every CUDA device, and the host. ``"host"``: the CUDA driver is not touched.
+        ``"cuda"``: NoDevice is raised where there is none.
+    copy_threads
+        Threads that copy host memory; 0: as many as cores, at most 4.
+    pinned_limit
+        Most bytes of the buffer pool; 0: no limit.
+    staging_bytes
+        Most device memory used per device and direction; 0: 32 MiB.
+    trace
+        Record every piece moved, for ``trace()``.
+
+    Making one starts its threads at once, and CUDA if the process hasn't: then it takes a few
+    hundred milliseconds, so make it before serving.
+    """
+
+    def __init__(
+        self,
+        devices: Devices = "auto",
+        *,
+        copy_threads: int = 0,
+        pinned_limit: int = 0,
+        staging_bytes: int = 0,
+        trace: bool = False,
+    ) -> None:
+        if devices not in _DEVICES:
+            raise ValueError(f"devices is 'auto', 'host' or 'cuda', not {devices!r}")
+        text = ErrorText()
+        options = ffi.new(
+            "kvf_engine_options *",
+            {
+                "size": ffi.sizeof("kvf_engine_options"),
+                "devices": _DEVICES[devices],
+                "flags": lib.KVF_ENGINE_TRACE if trace else 0,
+                "copy_threads": copy_threads,
+                "pinned_limit": pinned_limit,
+                "staging_bytes": staging_bytes,
+                "error": text.buffer,
+                "error_size": ffi.sizeof(text.buffer),
+            },
+        )
+        completions = Completions()
+        handle = ffi.new("kvf_engine *")
+        try:
+            check(lib.kvf_engine_create(options, handle), text)
+        except BaseException:
+            completions.destroy()
+            raise
+        completions.owner = weakref.ref(self)
+        self._core = Core(handle[0], completions)
+        # Called when this object is collected unclosed, or by atexit.
+        self._finalizer = weakref.finalize(self, self._core.abandon)
+        self._closed = anyio.Event()
+
+    # ---- Memory ---------------------------------------------------------------------------------
+
+    async def allocate(self, nbytes: int) -> Buffer:
+        """Takes pinned memory from the pool. Its content is undefined.
+
+        Microseconds where the pool has some to use again; new memory takes a third of a second for
+        each GiB, on a thread of the engine's own. Raises PinnedLimit.
+        """
+        self._core.completions.check_usable()
+        return await self._core.memory_worker.call(pinned, self._core.handle, nbytes)
+
+    # ---- llama.cpp ------------------------------------------------------------------------------
+
+    def attach(
+        self, llm: object, *, library: str | None = None, allow_blocking: bool = False
+    ) -> Llama:
+        """Attaches to a llama context: a ``llama_cpp.Llama``, a ctypes pointer, or its address.
+
+        A Llama object is kept alive; don't close it before ``Llama.detach()``. Attach while no
+        other thread uses the context. ``library`` is the path, or part of it, of the libllama to
+        use when several are loaded. ``allow_blocking``: where libllama's calls can't be recorded,
+        use its blocking calls on a thread of the engine's; the context must then rest until the
+        transfer has ended.
+
+        Raises LibraryNotFound, TapUnavailable, ContextFreed.
+        """
+        self._core.completions.check_usable()
+        return attach(self, self._core, llm, library, allow_blocking)
+
+    # ---- Regions --------------------------------------------------------------------------------
+
+    async def copy_out(
+        self, source: object, into: object = None, *, priority: Priority = "background"
+    ) -> Buffer:
+        """Saves device or host memory into a buffer, and returns the buffer.
+
+        ``source`` is an array (the buffer protocol, ``__cuda_array_interface__`` or
+        ``__dlpack__``; with strides or without), a list of arrays, which are packed one after the
+        other, a ``Region`` or a list of those. ``into`` is writable contiguous memory, or None for
+        pinned memory. On a CUDA device, work that writes the source must have ended.
+
+        The source must not be written meanwhile. Cancelling: see ``Transfer.wait``.
+        Raises BufferTooSmall, Unreachable, InvalidArgument.
+        """
+        transfer = await self.start_copy_out(source, into, priority=priority)
+        return await transfer.wait()
+
+    async def start_copy_out(
+        self, source: object, into: object = None, *, priority: Priority = "background"
+    ) -> Transfer[Buffer]:
+        """As ``copy_out``, but returns as soon as the transfer has been submitted."""
+        self._core.completions.check_usable()
+        regions = region_list(source, writable=False)
+        if into is None:
+            buffer = await self.allocate(regions.nbytes)
+        else:
+            buffer = borrow(into, writable=True)
+        return self._submit(lib.kvf_regions_save, regions, buffer, priority)
+
+    async def copy_in(
+        self, target: object, data: object, *, priority: Priority = "background"
+    ) -> None:
+        """Loads contiguous ``data`` into device or host memory: the way back from ``copy_out``.
+
+        ``target`` is described like the source of ``copy_out``, and must be writable. If this fails
+        or is cancelled, part of the target may have been written.
+        """
+        transfer = await self.start_copy_in(target, data, priority=priority)
+        await transfer.wait()
+
+    async def start_copy_in(
+        self, target: object, data: object, *, priority: Priority = "background"
+    ) -> Transfer[Buffer]:
+        """As ``copy_in``, but returns as soon as the transfer has been submitted."""
+        self._core.completions.check_usable()
+        regions = region_list(target, writable=True)
+        return self._submit(lib.kvf_regions_load, regions, borrow(data), priority)
+
+    def _submit(
+        self,
+        function: Callable[[int, CData, int, CData, int, CData, CData], int],
+        regions: RegionList,
+        buffer: Buffer,
+        priority: Priority,
+    ) -> Transfer[Buffer]:
+        core = self._core
+        memory = buffer.memory
+        transfer = Transfer(core.completions, buffer, regions.owner, lambda _: buffer)
+        try:
+            submit = SubmitOptions(core.completions, transfer.token, priority)
+            check(
+                function(
+                    core.handle,
+                    regions.regions,
+                    regions.count,
+                    memory,
+                    buffer.nbytes,
+                    submit.options,
+                    submit.job,
+                ),
+                submit.text,
+            )
+        except BaseException:
+            transfer.not_submitted()
+            raise
+        transfer.submitted(submit.job[0])
+        return transfer
+
+    # ---- Looking inside -------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Devices, why a device is missing, memory in use, the tap."""
+        return describe(lib.kvf_engine_describe, self._handle())
+
+    def trace(self) -> list[TraceEvent]:
+        """Takes the recorded pieces, oldest first; the engine keeps the last 65,536.
+
+        Needs ``Engine(trace=True)``.
+        """
+        handle = self._handle()
+        capacity = 4096
+        records = ffi.new("kvf_trace_event[]", capacity)
+        events: list[TraceEvent] = []
+        while True:
+            count = check(
+                lib.kvf_engine_trace(handle, records, ffi.sizeof("kvf_trace_event"), capacity)
+            )
+            for index in range(count):
+                record = records[index]
+                events.append(
+                    TraceEvent(
+                        record.job,
+                        record.begin_ns,
+                        record.end_ns,
+                        record.bytes,
+                        record.device,
+                        "load" if record.direction else "save",
+                    )
+                )
+            if count < capacity:
+                return events
+
+    def _handle(self) -> int:
+        self._core.completions.check_process()
+        if self._core.closed:
+            raise error(lib.KVF_ERR_CLOSED)
+        return self._core.handle
+
+    # ---- Closing --------------------------------------------------------------------------------
+
+    async def aclose(self, *, cancel: bool = False) -> None:
+        """Closes the engine, and detaches its llama contexts.
+
+        From now on, new transfers raise EngineClosed. Those in flight end as they would, or are
+        cancelled if ``cancel`` is set or the task that waits here is; the tasks that wait for them
+        learn their true outcome (EngineClosed if the closing cut them short). Snapshots and buffers
+        stay valid. Closing twice is allowed; the second waits for the first.
+        """
+        core = self._core
+        core.completions.check_process()
+        if core.completions.closing:
+            await self._closed.wait()
+            return
+        core.completions.closing = True
+        cancellation: BaseException | None = None
+        if cancel:
+            check(lib.kvf_engine_cancel(core.handle))
+        try:
+            for transfer in core.completions.transfers():
+                await core.completions.until_ended(transfer)
+        except GeneratorExit:
+            raise
+        except anyio.get_cancelled_exc_class() as request:
+            cancellation = request
+            check(lib.kvf_engine_cancel(core.handle))
+            for transfer in core.completions.transfers():
+                cancellation = await core.completions.outlast(transfer, cancellation)
+        cancellation = await self._take_down(cancellation)
+        self._closed.set()
+        if cancellation is not None:
+            raise cancellation
+
+    async def _take_down(self, cancellation: BaseException | None) -> BaseException | None:
+        """With nothing left in flight, ends all threads: each worker's last call is its own end."""
+        core = self._core
+        for end in [attachment.end() for attachment in core.attachments]:
+            cancellation = await core.completions.outlast(end, cancellation)
+        core.attachments.clear()
+        destroyed = core.memory_worker.post(lib.kvf_engine_destroy, core.handle)
+        core.memory_worker.stop()
+        cancellation = await core.completions.outlast(destroyed, cancellation)
+        core.completions.destroy()
+        core.closed = True
+        self._finalizer.detach()
+        check(destroyed.result)
+        return cancellation
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # A body that failed has no use for what it left in flight.
+        await self.aclose(cancel=exception is not None)
+
+    def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is not None and not core.closed:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)

@@ -1,0 +1,160 @@
+"""The exceptions of kvferry: one per status of the C library that a program would want to catch."""
+
+from __future__ import annotations
+
+from ._native import ffi, lib
+
+
+class KvferryError(Exception):
+    """A kvferry call or transfer failed.
+
+    ``str(error)`` is the text of the C library, with details where there are any.
+    """
+
+    status: int
+    """The negative ``kvf_status``."""
+    detail: str
+    """One line on what went wrong in this case, or ""."""
+
+    def __init__(self, status: int, detail: str = "") -> None:
+        super().__init__(status, detail)
+        self.status = status
+        self.detail = detail
+
+    @property
+    def name(self) -> str:
+        """The name of the status, such as ``KVF_ERR_BUSY``."""
+        return ffi.string(lib.kvf_status_name(self.status)).decode()
+
+    def __str__(self) -> str:
+        text = strerror(self.status)
+        return f"{text}: {self.detail}" if self.detail else text
+
+
+class InvalidArgument(KvferryError):
+    """A value that makes no sense, such as a region of no width."""
+
+
+class PinnedLimit(KvferryError):
+    """The engine's limit of pinned memory is reached."""
+
+
+class BufferTooSmall(KvferryError):
+    """The buffer given is smaller than what is to be written into it."""
+
+
+class Busy(KvferryError):
+    """In use by a transfer in flight, or by another object."""
+
+
+class EngineClosed(KvferryError):
+    """The engine, or this attachment, is closing or closed."""
+
+
+class TransferCancelled(KvferryError):
+    """The transfer was ended early by ``Transfer.cancel()``.
+
+    A task that is cancelled gets its framework's own cancellation, never this.
+    """
+
+
+class Forked(KvferryError):
+    """The object was made by the parent process, before ``fork()``."""
+
+
+class NoDevice(KvferryError):
+    """There is no such device, or it can't be used."""
+
+
+class DeviceLost(KvferryError):
+    """The device is lost; the engine is broken: make a new one."""
+
+
+class Unreachable(KvferryError):
+    """Memory that no device of the engine can reach."""
+
+
+class LibraryNotFound(KvferryError):
+    """No libllama is loaded in this process, or several are and none was named."""
+
+
+class TapUnavailable(KvferryError):
+    """The calls of this libllama can't be recorded: see ``allow_blocking`` of ``Engine.attach``."""
+
+
+class ContextFreed(KvferryError):
+    """The llama context has been freed."""
+
+
+class SequenceRange(KvferryError):
+    """The sequence id is outside of the context's range."""
+
+
+class SequenceEmpty(KvferryError):
+    """The sequence holds nothing that could be saved."""
+
+
+class StateDamaged(KvferryError):
+    """The state is truncated, its structure is damaged, or its checksum is wrong."""
+
+
+class StateMismatch(KvferryError):
+    """The state belongs to another model or to another kind of cache."""
+
+
+class CacheFull(KvferryError):
+    """The cache has not enough free cells for the state."""
+
+
+_CLASSES: dict[int, type[KvferryError]] = {
+    lib.KVF_ERR_INVALID_ARGUMENT: InvalidArgument,
+    lib.KVF_ERR_PINNED_LIMIT: PinnedLimit,
+    lib.KVF_ERR_BUFFER_TOO_SMALL: BufferTooSmall,
+    lib.KVF_ERR_BUSY: Busy,
+    lib.KVF_ERR_CLOSED: EngineClosed,
+    lib.KVF_ERR_CANCELLED: TransferCancelled,
+    lib.KVF_ERR_FORKED: Forked,
+    lib.KVF_ERR_NO_DEVICE: NoDevice,
+    lib.KVF_ERR_DEVICE_LOST: DeviceLost,
+    lib.KVF_ERR_UNREACHABLE: Unreachable,
+    lib.KVF_ERR_LIBRARY_NOT_FOUND: LibraryNotFound,
+    lib.KVF_ERR_LIBRARY_AMBIGUOUS: LibraryNotFound,
+    lib.KVF_ERR_TAP: TapUnavailable,
+    lib.KVF_ERR_CONTEXT_FREED: ContextFreed,
+    lib.KVF_ERR_SEQUENCE_RANGE: SequenceRange,
+    lib.KVF_ERR_SEQUENCE_EMPTY: SequenceEmpty,
+    lib.KVF_ERR_STATE_DAMAGED: StateDamaged,
+    lib.KVF_ERR_STATE_MISMATCH: StateMismatch,
+    lib.KVF_ERR_CACHE_FULL: CacheFull,
+}
+
+
+def error(status: int, detail: str = "") -> KvferryError:
+    """The exception for a status, of the class that stands for it."""
+    return _CLASSES.get(status, KvferryError)(status, detail)
+
+
+class ErrorText:
+    """Room for the line of text that some C functions write when they fail."""
+
+    __slots__ = ("buffer",)
+
+    def __init__(self) -> None:
+        self.buffer = ffi.new("char[]", 256)
+
+    def detail(self, status: int) -> str:
+        """What it says beyond the status's own text, with which it begins."""
+        line = ffi.string(self.buffer).decode(errors="replace")
+        return line.removeprefix(strerror(status)).removeprefix(": ")
+
+
+def strerror(status: int) -> str:
+    """What a status means, in lower case."""
+    return ffi.string(lib.kvf_strerror(status)).decode()
+
+
+def check(status: int, text: ErrorText | None = None) -> int:
+    """Passes a count or KVF_OK on; raises for a negative status."""
+    if status < 0:
+        raise error(status, text.detail(status) if text else "")
+    return status

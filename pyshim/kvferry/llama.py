@@ -1,0 +1,371 @@
+"""The sequences of a llama.cpp context."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import anyio
+
+from ._native import ffi, lib
+from .buffer import Buffer, borrow
+from .completions import Completion, Pending
+from .core import Attachment, Core, describe
+from .errors import BufferTooSmall, ErrorText, check, error
+from .snapshot import Snapshot
+from .transfer import Priority, SubmitOptions, Transfer
+from .worker import Call, Worker
+
+if TYPE_CHECKING:
+    from ._native import CData
+    from .engine import Engine
+
+T = TypeVar("T")
+
+SaveMode = Literal["auto", "in_place", "snapshot"]
+"""``in_place`` moves bytes straight from the cache: until the save has ended, the sequence must not
+be removed, shifted, divided or copied onto, nor decoded if it is recurrent or sliding-window.
+``snapshot`` copies them aside first: the sequence is free as soon as the save has been started.
+``auto`` is ``snapshot`` where decoding the sequence would overwrite what is being saved, else
+``in_place``."""
+
+_SAVE_MODES: dict[str, int] = {
+    "auto": lib.KVF_SAVE_AUTO,
+    "in_place": lib.KVF_SAVE_IN_PLACE,
+    "snapshot": lib.KVF_SAVE_SNAPSHOT,
+}
+
+
+class Llama:
+    """An attachment to a llama context; made by ``Engine.attach``.
+
+    Whatever touches the context runs on one thread of its own: what kvferry captures, and the
+    program's own code, decoding above all, through ``run``. A program that decodes elsewhere must
+    see to it that nothing of this object is being started, settled or measured meanwhile;
+    transfers that have been started may go on.
+    """
+
+    def __init__(self, engine: Engine, core: Core, attachment: Attachment) -> None:
+        self._engine = engine
+        self._core = core
+        self._attachment = attachment
+        self.fingerprint: str = self.describe()["fingerprint"]
+        """Identity of model and kind of cache; states go from one context to another if equal."""
+
+    # ---- The context's thread -------------------------------------------------------------------
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Runs the program's own code on the context's thread, in turn with everything else there.
+
+        ``await llama.run(llm.eval, tokens)``. A cancelled task waits for its end if it has begun.
+        """
+        self._check_usable()
+        return await self._attachment.worker.call(function, *arguments)
+
+    # ---- Size -----------------------------------------------------------------------------------
+
+    def size(self, seq: int = 0) -> int:
+        """Size of a sequence's state in bytes; moves none of it. A few bytes if it is empty.
+
+        Blocks while the context's thread is at work, for up to a decode step: in an event loop
+        that must not stall prefer ``size_async``. Raises SequenceRange, ContextFreed.
+        """
+        self._check_usable()
+        with self._attachment.worker.exclusive():
+            return self._size(seq)
+
+    async def size_async(self, seq: int = 0) -> int:
+        """As ``size``, on the context's thread."""
+        self._check_usable()
+        return await self._attachment.worker.call(self._size, seq)
+
+    def _size(self, seq: int) -> int:
+        nbytes = ffi.new("uint64_t *")
+        check(lib.kvf_llama_size(self._attachment.handle, seq, nbytes))
+        size: int = nbytes[0]
+        return size
+
+    # ---- Save -----------------------------------------------------------------------------------
+
+    async def save(
+        self,
+        seq: int = 0,
+        *,
+        into: object = None,
+        priority: Priority = "background",
+        mode: SaveMode = "auto",
+    ) -> Snapshot:
+        """Saves a sequence. The sequence stays as it is.
+
+        ``into`` is writable contiguous memory of the caller's, of at least ``size`` bytes, which
+        then belongs to the snapshot; or None for pinned memory. What may be done to the sequence
+        meanwhile depends on ``mode``. A plain attention cache may be decoded further.
+
+        Cancelling the task cancels the transfer, waits for its end, and drops what was saved.
+        Raises SequenceRange, SequenceEmpty, BufferTooSmall, PinnedLimit, Busy (a load into the
+        sequence is in flight), EngineClosed, ContextFreed.
+        """
+        transfer = await self.start_save(seq, into=into, priority=priority, mode=mode)
+        return await transfer.wait()
+
+    async def start_save(
+        self,
+        seq: int = 0,
+        *,
+        into: object = None,
+        priority: Priority = "background",
+        mode: SaveMode = "auto",
+    ) -> Transfer[Snapshot]:
+        """As ``save``, but returns as soon as the sequence's layout has been captured."""
+        self._check_usable()
+        if mode not in _SAVE_MODES:
+            raise ValueError(f"mode is 'auto', 'in_place' or 'snapshot', not {mode!r}")
+        fingerprint = self.fingerprint
+        while True:
+            if into is not None:
+                buffer = borrow(into, writable=True)
+            else:
+                # Pinning new memory takes long, so not on the context's thread. The sequence may
+                # grow meanwhile: room for about one token in 64 more, else once again.
+                nbytes = await self.size_async(seq)
+                buffer = await self._engine.allocate(nbytes + nbytes // 64 + 65536)
+            memory = buffer.memory
+
+            def snapshot(done: Completion, memory: CData = memory) -> Snapshot:
+                return Snapshot(memory, done.bytes, fingerprint=fingerprint, completion=done)
+
+            transfer = SequenceTransfer(self._core, self._attachment, seq, buffer, snapshot)
+            try:
+                await self._submit(
+                    transfer, lib.kvf_llama_save, seq, buffer, priority, _SAVE_MODES[mode]
+                )
+            except BufferTooSmall:
+                if into is not None:
+                    raise
+                continue
+            return transfer
+
+    # ---- Load -----------------------------------------------------------------------------------
+
+    async def load(
+        self,
+        state: object,
+        seq: int,
+        *,
+        priority: Priority = "background",
+        verify: bool = False,
+    ) -> None:
+        """Loads a state into a sequence, replacing what that held.
+
+        ``state`` is a Snapshot, or contiguous memory that holds a state and nothing else. The
+        sequence must not be used until this returns. If it fails, or is cancelled before the end,
+        the sequence is empty when this raises; a load that was faster than its cancellation stands.
+        ``verify`` compares a Snapshot's checksum first.
+
+        Raises StateMismatch and StateDamaged, CacheFull, SequenceRange, Busy (a transfer of this
+        sequence is in flight), EngineClosed, ContextFreed.
+        """
+        if verify:
+            if not isinstance(state, Snapshot):
+                raise TypeError("only a Snapshot can be verified")
+            await state.verify()
+        transfer = await self.start_load(state, seq, priority=priority)
+        await transfer.wait()
+
+    async def start_load(
+        self, state: object, seq: int, *, priority: Priority = "background"
+    ) -> Transfer[None]:
+        """As ``load``, but returns as soon as the cells of the sequence have been taken."""
+        self._check_usable()
+        buffer = borrow(state)
+        if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
+            await self.remove(seq)  # as after every other failure
+            raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
+        transfer = LoadTransfer(self._core, self._attachment, seq, buffer, lambda _: None)
+        await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, 0)
+        return transfer
+
+    async def _submit(
+        self,
+        transfer: Transfer[Any],
+        function: Callable[[int, int, CData, int, CData, CData], int],
+        seq: int,
+        buffer: Buffer,
+        priority: Priority,
+        mode: int,
+    ) -> None:
+        handle, completions = self._attachment.handle, self._core.completions
+        memory, nbytes = buffer.memory, buffer.nbytes
+
+        def submit() -> int:
+            options = SubmitOptions(completions, transfer.token, priority, mode)
+            check(function(handle, seq, memory, nbytes, options.options, options.job), options.text)
+            job: int = options.job[0]
+            return job
+
+        def submitted(call: Call) -> None:
+            if call.failure is None:
+                transfer.submitted(call.result)
+            else:
+                transfer.not_submitted()
+
+        cancellation: BaseException | None = None
+        try:
+            await self._attachment.worker.call(submit, after=submitted)
+        except GeneratorExit:
+            raise
+        except anyio.get_cancelled_exc_class() as request:
+            cancellation = await transfer.abort(request)
+        if cancellation is not None:
+            raise cancellation
+
+    # ---- Remove ---------------------------------------------------------------------------------
+
+    async def remove(self, seq: int) -> None:
+        """Empties a sequence, once the transfers of it that are in flight have ended."""
+        self._check_usable()
+        transfers = self._attachment.in_flight
+        while waited_for := [each for each, of in transfers.items() if of == seq]:
+            await self._core.completions.until_ended(waited_for[0])
+        # No await in between: what is asked for from now on comes later on the context's thread.
+        await self._attachment.worker.call(self._remove, seq)
+
+    def _remove(self, seq: int) -> None:
+        # The header promises that a damaged state leaves the sequence empty.
+        status = lib.kvf_llama_load(
+            self._attachment.handle, seq, ffi.from_buffer("uint8_t[]", b"?"), 1, ffi.NULL, ffi.NULL
+        )
+        if status != lib.KVF_ERR_STATE_DAMAGED:
+            check(status)
+
+    # ---- Looking inside -------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Library and build, model, kind of cache, default save mode, counters of the tap."""
+        self._check_usable()
+        return describe(lib.kvf_llama_describe, self._attachment.handle)
+
+    def _check_usable(self) -> None:
+        self._core.completions.check_usable()
+        if self._attachment.detaching:
+            raise error(lib.KVF_ERR_CLOSED, "detached")
+        if self._attachment.owner is not None and _address(self._attachment.owner) is None:
+            raise error(lib.KVF_ERR_CONTEXT_FREED)
+
+    # ---- Detaching ------------------------------------------------------------------------------
+
+    async def detach(self) -> None:
+        """Detaches once its transfers have ended; then the context may be freed.
+
+        Cancelling the task that waits here cancels the transfers. Closing the engine detaches too.
+        """
+        core, attachment = self._core, self._attachment
+        core.completions.check_process()
+        attachment.detaching = True
+        cancellation: BaseException | None = None
+        try:
+            for transfer in list(attachment.in_flight):
+                await core.completions.until_ended(transfer)
+        except GeneratorExit:
+            raise
+        except anyio.get_cancelled_exc_class() as request:
+            cancellation = request
+            for transfer in list(attachment.in_flight):
+                transfer.cancel()
+            for transfer in list(attachment.in_flight):
+                cancellation = await core.completions.outlast(transfer, cancellation)
+        end = attachment.end()
+        cancellation = await core.completions.outlast(end, cancellation)
+        if attachment in core.attachments:
+            core.attachments.remove(attachment)
+        if cancellation is not None:
+            raise cancellation
+        check(end.result)
+
+    async def __aenter__(self) -> Llama:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.detach()
+
+
+class SequenceTransfer(Transfer[T]):
+    """A save or a load of one sequence."""
+
+    def __init__(
+        self,
+        core: Core,
+        attachment: Attachment,
+        seq: int,
+        buffer: Buffer,
+        result: Callable[[Completion], T],
+    ) -> None:
+        super().__init__(core.completions, buffer, None, result)
+        self._attachment = attachment
+        attachment.in_flight[self] = seq
+
+    def follow_up(self, completion: Completion) -> Pending | None:
+        del self._attachment.in_flight[self]
+        return None
+
+    def withdrawn(self) -> None:
+        super().withdrawn()
+        del self._attachment.in_flight[self]
+
+
+class LoadTransfer(SequenceTransfer[None]):
+    """A load of one sequence."""
+
+    def follow_up(self, completion: Completion) -> Pending | None:
+        super().follow_up(completion)
+        worker = self._attachment.worker
+        if completion.status == lib.KVF_OK or worker.stopped:
+            return None  # detaching settles too
+        # Its cells were taken and are without their bytes. They are freed before anything else
+        # runs on the context's thread, whether or not somebody waits for this transfer.
+        return worker.post(lib.kvf_llama_settle, self._attachment.handle, first=True)
+
+
+def attach(
+    engine: Engine, core: Core, llm: object, library: str | None, allow_blocking: bool
+) -> Llama:
+    """``Engine.attach``."""
+    address = _address(llm)
+    if not address:
+        raise error(lib.KVF_ERR_CONTEXT_FREED)
+    text = ErrorText()
+    name = ffi.NULL if library is None else ffi.new("char[]", library.encode())
+    options = ffi.new(
+        "kvf_llama_options *",
+        {
+            "size": ffi.sizeof("kvf_llama_options"),
+            "flags": lib.KVF_LLAMA_ALLOW_BLOCKING if allow_blocking else 0,
+            "library": name,
+            "error": text.buffer,
+            "error_size": ffi.sizeof(text.buffer),
+        },
+    )
+    handle = ffi.new("kvf_llama *")
+    context = ffi.cast("struct llama_context *", address)
+    check(lib.kvf_llama_attach(core.handle, context, options, handle), text)
+    owner = None if isinstance(llm, int) else llm
+    attachment = Attachment(handle[0], Worker("kvferry context", core.completions), owner)
+    core.attachments.append(attachment)
+    return Llama(engine, core, attachment)
+
+
+def _address(llm: object) -> int | None:
+    """The address of the context; None if it has been freed, as far as Python can tell."""
+    context = getattr(llm, "ctx", llm)  # llama_cpp.Llama.ctx, None after Llama.close()
+    if context is None or isinstance(context, int):
+        return context
+    if isinstance(context, (ctypes.c_void_p, ctypes._Pointer)):
+        return ctypes.cast(context, ctypes.c_void_p).value
+    raise TypeError(f"a llama_cpp.Llama, a ctypes pointer or an address, not {type(llm).__name__}")

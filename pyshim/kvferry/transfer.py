@@ -1,0 +1,172 @@
+"""One transfer in flight, as a Python program sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
+
+import anyio
+
+from ._native import ffi, lib
+from .buffer import Buffer
+from .completions import Completion, Completions, Pending, PendingTransfer
+from .errors import ErrorText, error
+
+if TYPE_CHECKING:
+    from ._native import CData
+
+T = TypeVar("T")
+
+Priority = Literal["background", "urgent"]
+"""``background`` is paced, so that decoding beside it hardly notices; ``urgent`` is as fast as the
+link, and goes before background transfers."""
+
+_PRIORITIES: dict[str, int] = {
+    "background": lib.KVF_PRIORITY_BACKGROUND,
+    "urgent": lib.KVF_PRIORITY_URGENT,
+}
+
+
+class Transfer(PendingTransfer, Generic[T]):
+    """A transfer that has been submitted. It ends exactly once, whoever waits for it, or nobody.
+
+    The memory that it uses is kept alive until then. For use from the event loop's thread.
+    """
+
+    completion: Completion | None = None
+    """How it ended; None while it is in flight."""
+
+    def __init__(
+        self,
+        completions: Completions,
+        buffer: Buffer,
+        source: object,
+        result: Callable[[Completion], T],
+    ) -> None:
+        """``source`` is kept alive too. ``result`` is made when the transfer has succeeded."""
+        super().__init__()
+        self._completions = completions
+        self._buffer: Buffer | None = buffer
+        self._source = source
+        self._make_result = result
+        self._result: T | None = None
+        self._aftermath: Pending | None = None
+        self._cancel_requested = False
+        self.token = completions.expect(self)
+        buffer.jobs += 1
+
+    @property
+    def done(self) -> bool:
+        """True once it has ended, and a task of this program has seen it: ``wait`` won't sleep."""
+        return self.ended
+
+    def cancel(self) -> None:
+        """Asks it to end early. A request: ``wait`` tells how it really ended."""
+        self._cancel_requested = True
+        if self.job is not None:
+            lib.kvf_job_cancel(self.job)
+
+    async def wait(self) -> T:
+        """Waits until it has ended; returns its result, or raises what went wrong.
+
+        Cancelling a task that waits here cancels the transfer, waits for its true end, and then
+        lets the cancellation go on. Several tasks may wait.
+
+        Raises TransferCancelled after ``cancel``, EngineClosed if the engine was closed around it.
+        """
+        cancellation: BaseException | None = None
+        try:
+            await self._completions.until_ended(self)
+            if self._aftermath is not None:
+                await self._completions.until_ended(self._aftermath)
+        except GeneratorExit:
+            raise
+        except anyio.get_cancelled_exc_class() as request:
+            cancellation = await self.abort(request)
+        if cancellation is not None:
+            raise cancellation
+        if self.completion is None:
+            raise error(lib.KVF_ERR_CLOSED)
+        status = self.completion.status
+        by_closing = self._completions.closing and not self._cancel_requested
+        if status == lib.KVF_ERR_CANCELLED and by_closing:
+            status = lib.KVF_ERR_CLOSED
+        if status != lib.KVF_OK:
+            raise error(status, self.completion.detail)
+        return cast(T, self._result)
+
+    async def abort(self, cancellation: BaseException) -> BaseException | None:
+        """Cancels it and waits for its end, through any cancellation; see Completions.outlast."""
+        self.cancel()
+        latest = await self._completions.outlast(self, cancellation)
+        if self._aftermath is not None:
+            latest = await self._completions.outlast(self._aftermath, latest)
+        return latest
+
+    # ---- Called by whoever submits it -----------------------------------------------------------
+
+    def submitted(self, job: int) -> None:
+        """The submitting call has returned this handle; the job may even have ended before."""
+        self.job = job
+        if self.ended:
+            lib.kvf_job_release(job)
+        elif self._cancel_requested:
+            lib.kvf_job_cancel(job)
+
+    def not_submitted(self) -> None:
+        self._completions.withdraw(self.token)
+
+    # ---- Called by the bridge -------------------------------------------------------------------
+
+    def completed(self, completion: Completion) -> None:
+        self.completion = completion
+        if self.job is not None:
+            lib.kvf_job_release(self.job)
+        if completion.status == lib.KVF_OK:
+            self._result = self._make_result(completion)
+        self._let_go()
+        self._aftermath = self.follow_up(completion)
+
+    def withdrawn(self) -> None:
+        self._let_go()
+
+    def follow_up(self, completion: Completion) -> Pending | None:
+        """May start something that has to end too before ``wait`` returns."""
+        return None
+
+    def _let_go(self) -> None:
+        assert self._buffer is not None
+        self._buffer.jobs -= 1
+        # A transfer that is kept must not keep the memory of what it has moved.
+        self._buffer = None
+        self._source = None
+        del self._make_result
+
+
+class SubmitOptions:
+    """A ``kvf_submit_options`` with room for the error text and the job's handle."""
+
+    def __init__(
+        self, completions: Completions, token: int, priority: Priority, mode: int = 0
+    ) -> None:
+        self.text = ErrorText()
+        self.job: CData = ffi.new("kvf_job *")
+        self.options: CData = ffi.new(
+            "kvf_submit_options *",
+            {
+                "size": ffi.sizeof("kvf_submit_options"),
+                "priority": priority_number(priority),
+                "queue": completions.queue,
+                "user_data": token,
+                "mode": mode,
+                "error": self.text.buffer,
+                "error_size": ffi.sizeof(self.text.buffer),
+            },
+        )
+
+
+def priority_number(priority: Priority) -> int:
+    try:
+        return _PRIORITIES[priority]
+    except KeyError:
+        raise ValueError(f"priority is 'background' or 'urgent', not {priority!r}") from None

@@ -1,0 +1,169 @@
+"""A thread that makes calls one after the other, for tasks that await their results.
+
+A llama context belongs to one thread at a time. kvferry gives each attachment a thread of its own:
+decoding and capturing take turns there, in the order in which they were asked for, and the event
+loop stays free. A thread that is always the same one, rather than any of a pool that take turns,
+because libraries keep state per thread (CUDA's current device, thread pools, errno-like records),
+and because its backlog is then a queue that can be looked at, cut short, and ended with a detach.
+
+Results come back through the completion queue's descriptor (completions.py), as transfers' do.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import anyio
+
+from ._native import lib
+from .completions import Completions, PendingCall
+from .errors import error
+
+T = TypeVar("T")
+
+
+class Call(PendingCall):
+    """A call that was asked for. Either ``result`` or ``failure`` counts once it has ended."""
+
+    result: Any = None
+    failure: BaseException | None = None
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        after: Callable[[Call], None] | None,
+    ) -> None:
+        super().__init__()
+        self._function: Callable[..., Any] | None = function
+        self._arguments = arguments
+        self._after = after
+        self._context = contextvars.copy_context()
+
+    def run(self) -> None:
+        assert self._function is not None
+        try:
+            self.result = self._context.run(self._function, *self._arguments)
+        except BaseException as failure:
+            self.failure = failure
+
+    def returned(self) -> None:
+        # What the call refers to must not live as long as its result does.
+        self._function, self._arguments = None, ()
+        if self._after is not None:
+            self._after(self)
+
+
+class Worker:
+    """The thread, started by the first call. ``lock`` is held while a call runs."""
+
+    def __init__(self, name: str, completions: Completions) -> None:
+        self._name = name
+        self._completions = completions
+        self._calls: deque[Call] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self.stopped = False
+        self.lock = threading.RLock()
+
+    async def call(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        after: Callable[[Call], None] | None = None,
+    ) -> T:
+        """Makes the call, and returns or raises as it does.
+
+        A cancelled task takes its call back if the thread hasn't begun with it; else it waits for
+        the end, and the cancellation goes on after that.
+        """
+        call = self.post(function, *arguments, after=after)
+        cancellation: BaseException | None = None
+        try:
+            await self._completions.until_ended(call)
+        except GeneratorExit:
+            raise
+        except anyio.get_cancelled_exc_class() as request:
+            if self._take_back(call):
+                raise
+            cancellation = await self._completions.outlast(call, request)
+        if cancellation is not None:
+            raise cancellation
+        if call.failure is not None:
+            raise call.failure
+        result: T = call.result
+        return result
+
+    def post(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        first: bool = False,
+        after: Callable[[Call], None] | None = None,
+    ) -> Call:
+        """Asks for a call and returns at once. ``first`` puts it before all that haven't begun.
+
+        ``after`` is called with it on the event loop's thread once it has ended, in whatever way.
+        """
+        self._completions.check_process()
+        call = Call(function, arguments, after)
+        with self._changed:
+            if self.stopped:
+                raise error(lib.KVF_ERR_CLOSED)
+            if first:
+                self._calls.appendleft(call)
+            else:
+                self._calls.append(call)
+            if self._thread is None:
+                # A daemon: the interpreter's exit doesn't wait for a queue that nobody fills.
+                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        return call
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Holds off the worker's calls, after the one that runs. Blocks; a call may nest it."""
+        self._completions.check_process()
+        with self.lock:
+            yield
+
+    def stop(self) -> None:
+        """Refuses further calls; the thread ends after those that it has."""
+        with self._changed:
+            self.stopped = True
+            self._changed.notify()
+
+    def drop_calls(self) -> None:
+        """Forgets the calls that haven't begun. For finalizers: no task learns of it."""
+        with self._changed:
+            self._calls.clear()
+
+    def _take_back(self, call: Call) -> bool:
+        with self._changed:
+            try:
+                self._calls.remove(call)
+            except ValueError:
+                return False
+        call.failure = error(lib.KVF_ERR_CANCELLED)
+        call.ended = True
+        call.returned()
+        return True
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not self._calls:
+                    if self.stopped:
+                        return
+                    self._changed.wait()
+                call = self._calls.popleft()
+            with self.lock:
+                call.run()
+            self._completions.post(call)
+            del call  # else it would live until the next one comes

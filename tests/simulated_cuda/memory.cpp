@@ -1,0 +1,186 @@
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+
+#include "state.h"
+
+namespace simulated {
+namespace {
+
+constexpr uint64_t kPage = 4096;
+
+uint64_t pages(uint64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+[[noreturn]] void give_up(const char *what) {
+    std::perror(what);
+    std::abort();
+}
+
+// Gives the pages back to the system; they read as zero if they are allocated again.
+void discard(const Allocation &allocation) {
+    Arena &arena = *arena_of(allocation.range.address);
+    fallocate(arena.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+              static_cast<off_t>(allocation.range.address - arena.address),
+              static_cast<off_t>(pages(allocation.range.bytes)));
+}
+
+} // namespace
+
+Arena *arena_of(uint64_t address) {
+    for (Arena &arena : driver().arenas)
+        if (arena.bytes && address - arena.address < arena.bytes) return &arena;
+    return nullptr;
+}
+
+void open_arena(int device) {
+    Arena &arena = driver().arenas[static_cast<size_t>(device)];
+    if (arena.bytes) return;
+    const uint64_t bytes = pages(driver().settings.device_bytes);
+    arena.file = memfd_create("simulated_cuda", MFD_CLOEXEC);
+    if (arena.file < 0 || ftruncate(arena.file, static_cast<off_t>(bytes)) != 0)
+        give_up("simulated_cuda: memfd_create");
+    void *shown = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *alias = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, arena.file, 0);
+    if (shown == MAP_FAILED || alias == MAP_FAILED) give_up("simulated_cuda: mmap");
+    madvise(alias, bytes, MADV_DONTDUMP);
+    arena.address = reinterpret_cast<uint64_t>(shown);
+    arena.alias = static_cast<std::byte *>(alias);
+    arena.next = arena.address;
+    arena.bytes = bytes; // last: this is what says that it is open
+}
+
+std::byte *alias_of(uint64_t address) {
+    const Arena *arena = arena_of(address);
+    return arena ? arena->alias + (address - arena->address) : nullptr;
+}
+
+const Allocation *allocation_of(uint64_t address) {
+    auto it = driver().allocations.upper_bound(address);
+    if (it == driver().allocations.begin()) return nullptr;
+    const Allocation &allocation = std::prev(it)->second;
+    return allocation.range.holds(address, 1) ? &allocation : nullptr;
+}
+
+CUresult allocate_device(const ContextPtr &context, uint64_t bytes, uint64_t *address) {
+    Driver &d = driver();
+    Arena &arena = d.arenas[static_cast<size_t>(context->device)];
+    if (bytes > arena.bytes || bytes > d.settings.device_limit ||
+        arena.allocated > d.settings.device_limit - bytes)
+        return CUDA_ERROR_OUT_OF_MEMORY;
+
+    // The first gap from `next` on, then from the start, that has room for it and a page to guard it.
+    const uint64_t need = pages(bytes) + kPage;
+    const auto search = [&](uint64_t from) -> uint64_t {
+        uint64_t at = from;
+        for (auto it = d.allocations.lower_bound(arena.address); it != d.allocations.end(); ++it) {
+            const Range &range = it->second.range;
+            if (range.address >= arena.address + arena.bytes) break;
+            const uint64_t end = range.address + pages(range.bytes) + kPage;
+            if (end <= at) continue;
+            if (range.address >= at && range.address - at >= need) break;
+            at = end;
+        }
+        return at + need <= arena.address + arena.bytes ? at : 0;
+    };
+    uint64_t found = search(arena.next);
+    if (!found) found = search(arena.address);
+    if (!found) return CUDA_ERROR_OUT_OF_MEMORY;
+
+    arena.next = found + need;
+    arena.allocated += bytes;
+    d.allocations[found] = {{found, bytes}, context, d.next_buffer++, true, false};
+    ++d.counters.live_device_allocations;
+    d.counters.device_bytes += bytes;
+    d.counters.peak_device_bytes = std::max(d.counters.peak_device_bytes, d.counters.device_bytes);
+    *address = found;
+    return CUDA_SUCCESS;
+}
+
+CUresult pin(const ContextPtr &context, Range range, bool registered) {
+    Driver &d = driver();
+    if (range.bytes > d.settings.pinned_limit ||
+        d.counters.pinned_bytes > d.settings.pinned_limit - range.bytes)
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    auto next = d.allocations.lower_bound(range.address);
+    if ((next != d.allocations.end() && next->second.range.meets(range)) ||
+        (next != d.allocations.begin() && std::prev(next)->second.range.meets(range)))
+        return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
+    d.allocations[range.address] = {range, context, d.next_buffer++, false, registered};
+    ++(registered ? d.counters.live_registrations : d.counters.live_host_allocations);
+    d.counters.pinned_bytes += range.bytes;
+    d.counters.peak_pinned_bytes = std::max(d.counters.peak_pinned_bytes, d.counters.pinned_bytes);
+    return CUDA_SUCCESS;
+}
+
+void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
+    Driver &d = driver();
+    const Allocation allocation = d.allocations.at(address);
+    if (abandoned)
+        ++d.counters.abandoned;
+    else if (is_used(allocation.range))
+        ++d.counters.hazards;
+    wait_for_uses(lock, allocation.range, allocation.on_device ? allocation.context.get() : nullptr);
+    if (d.allocations.erase(address) == 0) return; // by somebody else meanwhile
+
+    if (allocation.on_device) {
+        arena_of(address)->allocated -= allocation.range.bytes;
+        d.counters.device_bytes -= allocation.range.bytes;
+        --d.counters.live_device_allocations;
+        discard(allocation);
+    } else {
+        d.counters.pinned_bytes -= allocation.range.bytes;
+        --(allocation.registered ? d.counters.live_registrations : d.counters.live_host_allocations);
+        if (!allocation.registered) std::free(reinterpret_cast<void *>(address));
+    }
+}
+
+bool is_mapped(Range range) {
+    unsigned char residency[4096]; // mincore() fills in one byte a page; only its error matters
+    uint64_t at = range.address / kPage * kPage;
+    while (at < range.end()) {
+        const uint64_t step = std::min<uint64_t>(pages(range.end() - at), sizeof residency * kPage);
+        if (mincore(reinterpret_cast<void *>(at), step, residency) != 0) return false;
+        at += step;
+    }
+    return true;
+}
+
+View::View() {
+    parts_.reserve(driver().allocations.size());
+    for (const auto &[address, allocation] : driver().allocations)
+        parts_.push_back({allocation.range, allocation.on_device ? allocation.context->device : -1});
+}
+
+const View::Part *View::find(uint64_t address, uint64_t bytes) {
+    if (!recent_ || !recent_->range.holds(address, bytes)) {
+        auto it = std::upper_bound(parts_.begin(), parts_.end(), address,
+                                   [](uint64_t a, const Part &part) { return a < part.range.address; });
+        if (it == parts_.begin() || !std::prev(it)->range.holds(address, bytes)) return nullptr;
+        recent_ = &*std::prev(it);
+    }
+    return recent_;
+}
+
+std::byte *View::device(uint64_t address, uint64_t bytes, int device) {
+    const Part *part = find(address, bytes);
+    if (!part || part->device < 0 || (device >= 0 && part->device != device)) return nullptr;
+    return alias_of(address);
+}
+
+std::byte *View::kernel(uint64_t address, uint64_t bytes, int on_device) {
+    const Part *part = find(address, bytes);
+    if (!part) return nullptr;
+    if (part->device >= 0) return device(address, bytes, on_device);
+    return is_mapped({address, bytes}) ? reinterpret_cast<std::byte *>(address) : nullptr;
+}
+
+std::byte *View::any(uint64_t address, uint64_t bytes) {
+    if (arena_of(address)) return device(address, bytes, -1);
+    return is_mapped({address, bytes}) ? reinterpret_cast<std::byte *>(address) : nullptr;
+}
+
+} // namespace simulated
