@@ -73,7 +73,9 @@ void check_submit(const kvf_submit_options &options) {
     }
     if (options.mode > KVF_SAVE_SNAPSHOT)
         throw Error(KVF_ERR_INVALID_ARGUMENT, "no such save mode");
-    if (options.reserved) throw Error(KVF_ERR_STRUCT_SIZE, "reserved is not 0");
+    if (options.flags & ~uint32_t{KVF_SUBMIT_FOLLOW_STREAM}) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
+    }
 }
 
 // A text for a caller who asks twice: for its length, and for itself.
@@ -101,15 +103,15 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
                                                          static_cast<unsigned long long>(bytes)));
         }
         if (count) require(static_cast<unsigned char *>(buffer), "buffer");
-        MappedCheck mapped;
-        if (needed && !mapped(reinterpret_cast<uint64_t>(buffer), needed)) {
+        if (needed && !MappedCheck()(reinterpret_cast<uint64_t>(buffer), needed)) {
             throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
         }
+        Locator locate(*target);
         std::vector<LayoutBuilder> builders(target->device_count());
         for (uint64_t i = 0; i < count; ++i) {
             const kvf_region &r = regions[i];
             const uint64_t extent = (r.rows - 1) * (r.rows > 1 ? r.pitch : 0) + r.width;
-            builders[target->device_of(r.address, extent, mapped)].add(r);
+            builders[locate(r.address, extent)].add(r);
         }
         for (uint32_t device = 0; device < builders.size(); ++device) {
             submission.fragments += builders[device].fragments();

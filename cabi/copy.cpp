@@ -55,4 +55,20 @@ void copy_piece(const Piece &piece, unsigned char *buffer, Direction direction) 
     }
 }
 
+void copy_packed(const Piece &piece, unsigned char *packed, unsigned char *buffer,
+                 Direction direction) {
+    auto at = reinterpret_cast<uint64_t>(packed);
+    if (!piece.runs) {
+        kvf_region block = piece.block;
+        block.address = at;
+        block.pitch = block.width;
+        return copy_block(block, buffer + block.offset, direction);
+    }
+    for (uint64_t i = 0; i < piece.count; ++i) {
+        const Run &run = piece.runs[i];
+        copy(at, buffer + run.offset, run.bytes, direction);
+        at += run.bytes;
+    }
+}
+
 } // namespace kvf

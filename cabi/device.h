@@ -1,6 +1,7 @@
 // A device holds the memory that regions name, and moves legs of jobs between it and buffers.
 #pragma once
 
+#include <memory>
 #include <string>
 
 #include "job.h"
@@ -21,8 +22,13 @@ public:
     virtual void poke(Direction direction) = 0;
 
     // Saves a layout while the caller waits, as far as is needed for its memory to be free to change:
-    // the first half of a save by snapshot. Returns the layout of what remains to be moved.
-    virtual Layout snapshot(Layout layout, unsigned char *buffer) = 0;
+    // the first half of a save by snapshot. Returns what remains to be moved.
+    // Throws KVF_ERR_OUT_OF_MEMORY where there is no room for it; nothing has happened then.
+    struct Snapshot {
+        Layout layout;
+        std::shared_ptr<void> memory; // that the layout lies in; to be kept until it has been moved
+    };
+    virtual Snapshot snapshot(const Layout &layout, unsigned char *buffer) = 0;
 
     // Ends the threads. No leg is in flight, and none comes any more.
     virtual void stop() = 0;

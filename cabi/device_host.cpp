@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 
 #include "copy.h"
 #include "engine.h"
@@ -20,6 +21,7 @@ constexpr uint64_t kRunsPerPiece = 4096;
 // The background thread's nice value: a decoding thread that wants the core gets nine tenths of it
 // (sched(7): each step of nice is worth a factor of 1.25).
 constexpr int kBackgroundNice = 10;
+constexpr std::chrono::microseconds kGatePoll{50};
 
 } // namespace
 
@@ -73,15 +75,23 @@ void HostDevice::work(bool background) {
     std::unique_lock lock(mutex_);
     for (;;) {
         Leg *leg = nullptr;
-        wake.wait(lock, [&] {
-            const bool held_back = background && schedule_.has_urgent();
+        const auto ready = [&] {
+            const bool held_back = background && schedule_.has(KVF_PRIORITY_URGENT);
             leg = held_back ? nullptr : schedule_.front(priority);
             return leg || stopping_;
-        });
+        };
+        // A job that follows a stream announces nothing when its turn has come: look again.
+        while (!ready()) {
+            if (schedule_.has(priority)) {
+                wake.wait_for(lock, kGatePoll);
+            } else {
+                wake.wait(lock);
+            }
+        }
         if (!leg) return;
         const Piece piece =
             schedule_.take(*leg, background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
-        if (!background && !schedule_.has_urgent()) background_work_.notify_one();
+        if (!background && !schedule_.has(KVF_PRIORITY_URGENT)) background_work_.notify_one();
         Job &job = *leg->job;
         lock.unlock();
 
@@ -101,11 +111,12 @@ void HostDevice::work(bool background) {
     }
 }
 
-Layout HostDevice::snapshot(Layout layout, unsigned char *buffer) {
-    // The buffer is as near as any other host memory: one copy is the whole save.
+// The buffer is as near as any other host memory: one copy is the whole save.
+Device::Snapshot HostDevice::snapshot(const Layout &layout, unsigned char *buffer) {
     Cursor cursor(layout);
-    while (!cursor.at_end())
+    while (!cursor.at_end()) {
         copy_piece(cursor.next(kUrgentPiece, kRunsPerPiece), buffer, Direction::Save);
+    }
     return {};
 }
 

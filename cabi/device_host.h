@@ -19,7 +19,7 @@ public:
     std::string describe() const override;
     void submit(Leg &leg) override;
     void poke(Direction) override;
-    Layout snapshot(Layout layout, unsigned char *buffer) override;
+    Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
     void stop() override;
 
 private:

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "device_host.h"
+#include "json.h"
 
 namespace kvf {
 namespace {
@@ -18,10 +19,41 @@ thread_local const Engine *dispatching = nullptr; // whose dispatch thread this 
 
 Engine::Engine(const kvf_engine_options &options) : tracing_(options.flags & KVF_ENGINE_TRACE) {
     devices_.push_back(std::make_unique<HostDevice>(*this, options.copy_threads));
-    if (options.devices == KVF_DEVICES_CUDA) {
-        throw Error(KVF_ERR_NO_DEVICE, "this version has no CUDA device");
+    if (options.devices == KVF_DEVICES_HOST) {
+        no_cuda_ = "not asked for";
+    } else {
+        open_cuda(options);
+        if (cuda_.empty() && options.devices == KVF_DEVICES_CUDA) {
+            throw Error(KVF_ERR_NO_DEVICE, no_cuda_);
+        }
     }
     pool_ = std::make_shared<Pool>(options.pinned_limit, pinner_);
+}
+
+// Every CUDA device that can be used. Others, and a missing driver, are noted and not an error here.
+void Engine::open_cuda(const kvf_engine_options &options) {
+    const auto driver = CudaDriver::get(no_cuda_);
+    if (!driver) return;
+    int count = 0;
+    const CUresult result = driver->cuDeviceGetCount(&count);
+    if (result != CUDA_SUCCESS) no_cuda_ = kvf::describe(driver->error(result, "cuDeviceGetCount"));
+    if (result == CUDA_SUCCESS && count == 0) no_cuda_ = "the CUDA driver shows no device";
+    const uint32_t copy_threads = options.copy_threads
+                                      ? options.copy_threads
+                                      : std::clamp(std::thread::hardware_concurrency(), 1u, 4u);
+    for (int ordinal = 0; ordinal < count; ++ordinal) {
+        try {
+            auto context = std::make_shared<const CudaContext>(driver, ordinal);
+            devices_.push_back(
+                std::make_unique<CudaDevice>(*this, context, static_cast<uint32_t>(devices_.size()),
+                                             options.staging_bytes, copy_threads));
+            cuda_.push_back(std::move(context));
+        } catch (const Error &error) {
+            no_cuda_ += format("%sdevice %d: ", no_cuda_.empty() ? "" : "; ", ordinal) +
+                        kvf::describe(error);
+        }
+    }
+    if (!cuda_.empty()) pinner_ = std::make_shared<CudaPinner>(cuda_[0]);
 }
 
 Engine::~Engine() = default;
@@ -43,16 +75,44 @@ std::string Engine::describe() const {
                   static_cast<unsigned long long>(usage.limit),
                   static_cast<unsigned long long>(usage.mapped),
                   static_cast<unsigned long long>(usage.free), pinner_ ? "true" : "false") +
-           "\"devices\": [" + devices + "]}";
+           "\"no_cuda\": " + json_quote(no_cuda_) + ", \"devices\": [" + devices + "]}";
 }
 
-uint32_t Engine::device_of(uint64_t address, uint64_t bytes, MappedCheck &mapped) const {
-    if (mapped(address, bytes)) return kHost;
-    throw Error(KVF_ERR_UNREACHABLE, format("address 0x%llx is not mapped in this process",
-                                            static_cast<unsigned long long>(address)));
+bool Locator::on_cuda(uint64_t address, uint32_t &device) {
+    if (address >= known_begin_ && address < known_end_) {
+        device = known_device_;
+        return true;
+    }
+    CudaPlace place{};
+    if (!cuda_place(*engine_.cuda_[0], address, place)) return false;
+    for (size_t i = 0; i < engine_.cuda_.size(); ++i) {
+        if (engine_.cuda_[i]->ordinal() != place.ordinal) continue;
+        known_begin_ = place.begin;
+        known_end_ = place.end;
+        device = known_device_ = static_cast<uint32_t>(i + 1); // after the host
+        return true;
+    }
+    throw Error(KVF_ERR_UNREACHABLE,
+                format("CUDA device %d is not among the engine's", place.ordinal));
 }
 
-void Engine::submit(Submission &&submission, const kvf_submit_options &options, kvf_job *handle) {
+uint32_t Locator::operator()(uint64_t address, uint64_t bytes) {
+    uint32_t first = Engine::kHost, last = Engine::kHost;
+    if (!engine_.cuda_.empty() && on_cuda(address, first)) {
+        // A range that is mapped from several allocations begins and ends in different ones.
+        if (on_cuda(address + bytes - 1, last) && last == first) return first;
+        throw Error(KVF_ERR_UNREACHABLE,
+                    format("the range at 0x%llx reaches beyond the device's memory",
+                           static_cast<unsigned long long>(address)));
+    }
+    if (mapped_(address, bytes)) return Engine::kHost;
+    throw Error(KVF_ERR_UNREACHABLE,
+                format("address 0x%llx is not mapped in this process",
+                       static_cast<unsigned long long>(address)));
+}
+
+std::shared_ptr<Job> Engine::submit(Submission &&submission, const kvf_submit_options &options,
+                                    kvf_job *handle) {
     auto job = std::make_shared<Job>();
     job->direction = submission.direction;
     job->priority = options.priority;
@@ -66,10 +126,19 @@ void Engine::submit(Submission &&submission, const kvf_submit_options &options, 
     job->callback = options.callback;
     job->owned_by = submission.owned_by;
     job->on_end = std::move(submission.on_end);
+    job->keep = std::move(submission.keep);
     job->engine = this;
     job->owner = weak_from_this();
     if (submission.buffer_bytes) {
         job->memory = use_memory(submission.buffer, submission.buffer_bytes);
+    }
+    job->pinned = job->memory && job->memory->pinned();
+    if (!job->pinned && pinner_ && submission.buffer_bytes) {
+        job->pinned = pinner_->is_pinned(submission.buffer, submission.buffer_bytes);
+    }
+    if (options.flags & KVF_SUBMIT_FOLLOW_STREAM) {
+        if (cuda_.empty()) throw Error(KVF_ERR_UNSUPPORTED, "the engine has no CUDA device");
+        job->gate = follow_stream(cuda_, options.stream);
     }
     for (auto &[device, layout] : submission.layouts) {
         if (layout.empty()) continue;
@@ -106,14 +175,21 @@ void Engine::submit(Submission &&submission, const kvf_submit_options &options, 
     }
     // From here on the job is in flight and will complete; nothing below may fail.
     if (handle) *handle = job->handle;
-    if (submission.run) return submission.run(job);
-    if (job->legs.empty()) return job->end();
+    if (submission.run) {
+        submission.run(job);
+        return job;
+    }
+    if (job->legs.empty()) {
+        job->end();
+        return job;
+    }
     const size_t count = job->legs.size();
     job->expect_legs(static_cast<uint32_t>(count));
     // The legs are the job's, and the job lives as long as any of them is in flight.
     std::vector<Leg *> legs;
     for (auto &leg : job->legs) legs.push_back(leg.get());
     for (Leg *leg : legs) devices_[leg->device]->submit(*leg);
+    return job;
 }
 
 void Engine::poke() {

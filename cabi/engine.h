@@ -5,9 +5,28 @@
 #include <thread>
 #include <unordered_set>
 
-#include "device.h"
+#include "device_cuda.h"
 
 namespace kvf {
+
+class Engine;
+
+// Finds the device that holds an address. Made for one submission: it remembers where it last looked,
+// so that half a million regions of a few tensors cost a few questions.
+class Locator {
+public:
+    explicit Locator(const Engine &engine) : engine_(engine) {}
+    // The index of the device. Throws KVF_ERR_UNREACHABLE.
+    uint32_t operator()(uint64_t address, uint64_t bytes);
+
+private:
+    bool on_cuda(uint64_t address, uint32_t &device);
+
+    const Engine &engine_;
+    MappedCheck mapped_;
+    uint64_t known_begin_ = 0, known_end_ = 0; // of the device below
+    uint32_t known_device_ = 0;
+};
 
 // What a submission wants moved, per device, before it has become a job.
 struct Submission {
@@ -23,6 +42,7 @@ struct Submission {
     std::vector<std::pair<uint32_t, Layout>> layouts; // device, layout
     // Instead of layouts: work that somebody else's thread does. It must end with job->end().
     std::function<void(std::shared_ptr<Job>)> run;
+    std::vector<std::shared_ptr<void>> keep; // until the job has ended
     std::function<void(int32_t)> on_end;
     // Happens with the job's entry among those in flight; may throw, and then there is no job.
     std::function<void()> on_entry;
@@ -38,13 +58,12 @@ public:
 
     std::string describe() const;
 
-    // The device that holds this memory. Throws KVF_ERR_UNREACHABLE.
-    uint32_t device_of(uint64_t address, uint64_t bytes, MappedCheck &mapped) const;
     Device &device(uint32_t index) { return *devices_[index]; }
     size_t device_count() const { return devices_.size(); }
 
     // Lets a job in and starts it. The handle is published only if `job` is not NULL.
-    void submit(Submission &&submission, const kvf_submit_options &options, kvf_job *job);
+    std::shared_ptr<Job> submit(Submission &&submission, const kvf_submit_options &options,
+                                kvf_job *job);
     // Jobs have been asked to stop: sees to it that they end soon.
     void poke();
     using Concern = std::function<bool(const Job &)>;
@@ -70,9 +89,15 @@ public:
     uint32_t take_trace(void *events, uint64_t stride, uint32_t capacity);
 
 private:
+    friend class Locator;
+
+    void open_cuda(const kvf_engine_options &options);
     void run_dispatch();
 
     const bool tracing_;
+    std::string no_cuda_;                                     // why there is none
+    std::vector<std::shared_ptr<const CudaContext>> cuda_;    // of the devices after the host
+    std::vector<int> ordinals_;                               // CUDA's number of each
     std::shared_ptr<Pinner> pinner_;
     std::shared_ptr<Pool> pool_;
     std::vector<std::unique_ptr<Device>> devices_;

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: MIT
 //
-// The irregular rest of a layout: rows of any length at any address, gathered into device staging (or scattered
-// from it), so that the copy engine then moves staging as one piece.
+// The irregular rest of a layout: rows of any length at any address, gathered into device staging
+// (or scattered from it), so that the copy engine then moves staging as one piece.
 //
-// Compiled to gather.ptx by tools/compile_kernels.py; commit both. No header is included, so that the result depends on
-// this file and on the compiler's version alone.
+// Compiled to gather.ptx by tools/compile_kernels.py; commit both. No header is included, so that
+// the result depends on this file and on the compiler's version alone.
 //
 //   grid    16 to 64 blocks for a slot of 16 MiB; any number is right
 //   block   512 threads
 //   shared  none to ask for
 //
-// The table is read once, through mapped pinned memory or device memory, each block its part of it: a row of the table
-// costs 16 bytes of the link. It must be 16-byte aligned. Rows of one scatter must not overlap.
+// The table is read once, through mapped pinned memory or device memory, each block its part of it:
+// a row of the table costs 16 bytes of the link. It must be 16-byte aligned. Rows of one scatter
+// must not overlap.
 
 struct Row {
     unsigned long long address; // in device memory, or mapped pinned memory; any alignment
@@ -31,16 +32,17 @@ enum : unsigned int {
     CHUNK = THREADS, // rows of the table held in shared memory at once: 8 KiB
 
     // A row of up to TINY bytes is copied by one thread; all others by warps, TILE bytes at a time.
-    TINY = 32,
+    TINY = 128,
     TILE = 8192,
 
-    // Up to here, every block reads the whole table, and tiles are dealt to the warps of the whole grid: a few long
-    // rows would leave most blocks idle otherwise. Beyond, each block has rows of its own.
+    // Up to here, every block reads the whole table, and tiles are dealt to the warps of the whole
+    // grid: a few long rows would leave most blocks idle otherwise. Beyond, each block has rows of
+    // its own.
     FEW = 256,
 };
 
-// Staging and cache are used once: don't displace the model's own lines in L2. Written as assembly because NVRTC 11.7
-// has these instructions only as functions of headers.
+// Staging and cache are used once: don't displace the model's own lines in L2. Written as assembly
+// because NVRTC 11.7 has these instructions only as functions of headers.
 static __device__ __forceinline__ Vector16 load(const Vector16 *from) {
     Vector16 v;
     asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -63,26 +65,43 @@ static __device__ __forceinline__ void store(Unit *to, Unit value) {
     *to = value;
 }
 
-// What a single thread does.
+// What a single thread does, where addresses and length are multiples of sizeof(Unit).
+template <typename Unit>
+static __device__ __forceinline__ void copy_tiny_units(unsigned char *to, const unsigned char *from,
+                                                       unsigned int bytes) {
+    constexpr unsigned int SIZE = sizeof(Unit);
+    constexpr unsigned int UNROLL = SIZE == 16 ? 4 : 8;
+    Unit *target = reinterpret_cast<Unit *>(to);
+    const Unit *source = reinterpret_cast<const Unit *>(from);
+#pragma unroll 1
+    for (unsigned int i = 0; i * SIZE < bytes; i += UNROLL) {
+        Unit values[UNROLL];
+#pragma unroll
+        for (unsigned int k = 0; k < UNROLL; ++k)
+            if ((i + k) * SIZE < bytes) values[k] = load(source + i + k);
+#pragma unroll
+        for (unsigned int k = 0; k < UNROLL; ++k)
+            if ((i + k) * SIZE < bytes) store(target + i + k, values[k]);
+    }
+}
+
 static __device__ __forceinline__ void copy_tiny(unsigned char *to, const unsigned char *from,
                                                  unsigned int bytes) {
     const unsigned int mix = static_cast<unsigned int>(reinterpret_cast<unsigned long long>(to) |
                                                        reinterpret_cast<unsigned long long>(from)) |
                              bytes;
-    if (mix % 4 == 0)
-        for (unsigned int i = 0; i < bytes; i += 4)
-            *reinterpret_cast<unsigned int *>(to + i) =
-                *reinterpret_cast<const unsigned int *>(from + i);
+    if (mix % 16 == 0)
+        copy_tiny_units<Vector16>(to, from, bytes);
+    else if (mix % 4 == 0)
+        copy_tiny_units<unsigned int>(to, from, bytes);
     else if (mix % 2 == 0)
-        for (unsigned int i = 0; i < bytes; i += 2)
-            *reinterpret_cast<unsigned short *>(to + i) =
-                *reinterpret_cast<const unsigned short *>(from + i);
+        copy_tiny_units<unsigned short>(to, from, bytes);
     else
-        for (unsigned int i = 0; i < bytes; ++i) to[i] = from[i];
+        copy_tiny_units<unsigned char>(to, from, bytes);
 }
 
-// What a warp does, where both addresses have the same remainder modulo sizeof(Unit): bytes up to the first whole unit,
-// units, the bytes that are left.
+// What a warp does, where both addresses have the same remainder modulo sizeof(Unit): bytes up to
+// the first whole unit, units, the bytes that are left.
 template <typename Unit>
 static __device__ __forceinline__ void copy_units(unsigned char *to, const unsigned char *from,
                                                   unsigned int bytes, unsigned int lane) {
@@ -93,8 +112,8 @@ static __device__ __forceinline__ void copy_units(unsigned char *to, const unsig
     const unsigned int done = head + units * SIZE;
     const unsigned int tail = bytes - done;
 
-    // Loads go ahead of stores: what hides the latency of the memory is how much is under way, up to 2 KiB a warp
-    // here. There is a lane for each byte of head and tail.
+    // Loads go ahead of stores: what hides the latency of the memory is how much is under way, up
+    // to 2 KiB a warp here. There is a lane for each byte of head and tail.
     unsigned char head_byte = 0, tail_byte = 0;
     if (lane < head) head_byte = from[lane];
     if (lane < tail) tail_byte = from[done + lane];
@@ -167,8 +186,9 @@ static __device__ __forceinline__ void move(unsigned long long staging, const Ro
             copy_tiny(GATHER ? place : memory, GATHER ? memory : place, own.bytes);
         }
 
-        // Tiles are counted through the chunk, and tile number n is of team member n % team. Where no row has more
-        // than one, row and tile are the same; else the rows are walked. `tile` counts from the start of row i.
+        // Tiles are counted through the chunk, and tile number n is of team member n % team. Where
+        // no row has more than one, row and tile are the same; else the rows are walked. `tile`
+        // counts from the start of row i.
         unsigned int i = tiled ? 0 : member;
         unsigned int tile = tiled ? member : 0;
         for (;;) {
@@ -199,12 +219,12 @@ static __device__ __forceinline__ void move(unsigned long long staging, const Ro
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS)
     kvferry_gather(unsigned long long staging, const Row *rows, unsigned int row_count) {
     move<true>(staging, rows, row_count);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS)
     kvferry_scatter(unsigned long long staging, const Row *rows, unsigned int row_count) {
     move<false>(staging, rows, row_count);
 }

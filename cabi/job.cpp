@@ -50,6 +50,8 @@ void Job::end() {
     if (on_end) on_end(completion.status);
     on_end = nullptr;
     memory.reset();
+    keep.clear();
+    gate.reset();
     Engine *const owner = engine;
     // The order matters: whoever sees the completion may free the buffer and destroy the queue; the
     // engine is told last, because it may be gone right afterwards.

@@ -19,6 +19,14 @@ namespace kvf {
 class Engine;
 class Job;
 
+// Work of somebody else's that a job must follow.
+class Gate {
+public:
+    virtual ~Gate() = default;
+    // True from the moment on when that work is done. Cheap.
+    virtual bool is_open() = 0;
+};
+
 struct Leg {
     Leg(std::shared_ptr<Job> job, uint32_t device, Layout layout)
         : job(std::move(job)), device(device), layout(std::move(layout)), cursor(this->layout) {}
@@ -58,6 +66,9 @@ public:
     Engine *engine = nullptr;    // valid until the job has ended
     std::weak_ptr<Engine> owner; // the same, for those who do not know whether it has
     std::shared_ptr<MemoryUse> memory;
+    bool pinned = false; // the buffer is
+    std::shared_ptr<Gate> gate;
+    std::vector<std::shared_ptr<void>> keep; // until it has ended
     std::vector<std::unique_ptr<Leg>> legs;
 
     // Nothing more of it needs to move: it was cancelled, or a leg failed.

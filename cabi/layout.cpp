@@ -76,7 +76,7 @@ Layout LayoutBuilder::finish() {
 
 Piece Cursor::next(uint64_t most, uint64_t most_runs) {
     Piece piece;
-    if (at_runs()) {
+    if (!this->block()) {
         piece.runs = &layout_->runs[run_];
         while (run_ < layout_->runs.size() && piece.count < most_runs &&
                (piece.count == 0 || piece.bytes + layout_->runs[run_].bytes <= most)) {

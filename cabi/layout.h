@@ -93,8 +93,10 @@ public:
     explicit Cursor(const Layout &layout) : layout_(&layout) {}
 
     bool at_end() const { return block_ == layout_->blocks.size() && run_ == layout_->runs.size(); }
-    // The next piece comes from the irregular rest.
-    bool at_runs() const { return block_ == layout_->blocks.size(); }
+    // The block that the next piece comes from; NULL where it comes from the irregular rest.
+    const kvf_region *block() const {
+        return block_ < layout_->blocks.size() ? &layout_->blocks[block_] : nullptr;
+    }
 
     // At most `most` bytes (a row that is wider is split; one run is the least) and at most `most_runs`
     // runs. Must not be called at the end.

@@ -68,7 +68,7 @@ Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
                 if (error.status != KVF_ERR_TAP || !allowed) throw;
             }
         }
-        if (!tap_) blocking_ = std::make_unique<Worker>();
+        if (!tap_) blocking_ = std::make_unique<Crew>(1);
         learn_structure(0);
     } catch (...) {
         tap_.reset();
@@ -154,12 +154,30 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     submission.fragments = captured.fragments;
     submission.segments = captured.segments;
     submission.layouts = std::move(captured.layouts);
-    if (submission.mode == KVF_SAVE_SNAPSHOT) {
-        for (auto &[device, layout] : submission.layouts) {
-            layout = engine_->device(device).snapshot(std::move(layout), submission.buffer);
-        }
+    if (submission.mode == KVF_SAVE_SNAPSHOT && !take_snapshot(submission)) {
+        // Device memory is short. What remains safe is to move the bytes while the caller waits.
+        submission.mode = KVF_SAVE_IN_PLACE;
+        kvf_submit_options urgent = options;
+        urgent.priority = KVF_PRIORITY_URGENT;
+        engine_->submit(std::move(submission), urgent, job)->wait(KVF_FOREVER, nullptr);
+        return;
     }
     engine_->submit(std::move(submission), options, job);
+}
+
+// Copies aside what the submission would read. False where there is no room for it.
+bool Llama::take_snapshot(Submission &submission) {
+    try {
+        for (auto &[device, layout] : submission.layouts) {
+            auto snapshot = engine_->device(device).snapshot(layout, submission.buffer);
+            layout = std::move(snapshot.layout);
+            if (snapshot.memory) submission.keep.push_back(std::move(snapshot.memory));
+        }
+        return true;
+    } catch (const Error &error) {
+        if (error.status != KVF_ERR_OUT_OF_MEMORY) throw;
+        return false;
+    }
 }
 
 void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
@@ -312,17 +330,16 @@ uint32_t Llama::resolve_mode(uint32_t mode) const {
 
 // ---- recording ---------------------------------------------------------------------------------
 
-int64_t Llama::locate(uint64_t address, uint64_t bytes) {
-    try {
-        return engine_->device_of(address, bytes, mapped_);
-    } catch (const Error &) {
-        return -1;
-    }
-}
-
 Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes) {
-    return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()),
-                    [this](uint64_t address, uint64_t count) { return locate(address, count); });
+    const auto locate = [locator = Locator(*engine_)](uint64_t address,
+                                                      uint64_t count) mutable -> int64_t {
+        try {
+            return locator(address, count);
+        } catch (const Error &) {
+            return -1;
+        }
+    };
+    return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()), locate);
 }
 
 void Llama::note_tensors(const Recorder &recorder) {

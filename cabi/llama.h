@@ -7,7 +7,7 @@
 #include "engine.h"
 #include "structure.h"
 #include "tap.h"
-#include "worker.h"
+#include "crew.h"
 
 namespace kvf {
 
@@ -34,8 +34,8 @@ private:
     void check_idle(int32_t sequence, Busy busy);
     std::optional<Structure> check_state(const unsigned char *state, uint64_t bytes);
     uint32_t resolve_mode(uint32_t mode) const;
+    bool take_snapshot(Submission &submission);
     void empty_sequence(int32_t sequence);
-    int64_t locate(uint64_t address, uint64_t bytes);
     Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes);
     void note_tensors(const Recorder &recorder);
     void learn_structure(int32_t sequence);
@@ -58,7 +58,7 @@ private:
     const uint32_t sequences_; // 0 to one less
     const std::string fingerprint_;
     std::unique_ptr<Tap> tap_;         // either this
-    std::unique_ptr<Worker> blocking_; // or this
+    std::unique_ptr<Crew> blocking_; // or this
 
     // Touched by the context's thread only.
     std::optional<Structure> structure_; // of this cache's states, as far as it has been seen

@@ -19,6 +19,8 @@ public:
     // Throws KVF_ERR_DEVICE or KVF_ERR_OUT_OF_MEMORY.
     virtual void pin(void *memory, uint64_t bytes) = 0;
     virtual void unpin(void *memory) noexcept = 0;
+    // Somebody, not necessarily this library, has pinned the range.
+    virtual bool is_pinned(const void *memory, uint64_t bytes) const = 0;
 };
 
 class Pool;
@@ -92,10 +94,10 @@ private:
     uint64_t free_bytes_ = 0;
 };
 
-// False where a page that [address, address + bytes) begins or ends in is not mapped. Cheap enough for
-// every region of a submission: pages are looked up once as long as they repeat.
+// Whether memory is mapped: asks the system, and remembers the neighbourhood of the last answer.
 class MappedCheck {
 public:
+    // False where the page that [address, address + bytes) begins or ends in is not mapped.
     bool operator()(uint64_t address, uint64_t bytes);
 
 private:

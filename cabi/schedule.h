@@ -13,14 +13,22 @@ public:
     // The leg stays the job's; the schedule forgets it when it has ended.
     void add(Leg &leg) { waiting(leg).push_back(&leg); }
 
-    bool has_urgent() const { return !urgent_.empty(); }
-    bool has_background() const { return !background_.empty(); }
     bool empty() const { return urgent_.empty() && background_.empty(); }
+    bool has(uint32_t priority) const {
+        return !(priority == KVF_PRIORITY_URGENT ? urgent_ : background_).empty();
+    }
 
-    // The leg whose turn it is. NULL if there is none of that priority.
+    // The leg whose turn it is; NULL if there is none that may begin. Legs that still follow other work
+    // let the others pass.
     Leg *front(uint32_t priority) {
         auto &legs = priority == KVF_PRIORITY_URGENT ? urgent_ : background_;
-        return legs.empty() ? nullptr : legs.front();
+        for (size_t i = 0; i < legs.size(); ++i) {
+            Leg *leg = legs.front();
+            if (!leg->job->gate || leg->job->gate->is_open()) return leg;
+            legs.pop_front();
+            legs.push_back(leg);
+        }
+        return nullptr;
     }
 
     // Takes the next piece of a leg that front() gave, and moves the leg to the back of its line.
@@ -38,6 +46,13 @@ public:
     bool give_back(Leg &leg) {
         --leg.in_flight;
         return leg.in_flight == 0 && leg.cursor.at_end();
+    }
+
+    template <class Function>
+    void for_each(Function &&function) {
+        for (auto *legs : {&urgent_, &background_}) {
+            for (Leg *leg : *legs) function(*leg);
+        }
     }
 
     // Ends handing out pieces of every leg whose job is stopping. Those with no piece in flight have

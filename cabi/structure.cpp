@@ -107,7 +107,7 @@ bool read_attention(Reader &reader, AttentionVariant variant, Section &section) 
         uint32_t transposed;
         if (!read_cells(reader, cells, variant)) return false;
         if (!reader.read(transposed) || transposed > 1) return false;
-        if (!reader.read(section.layers) || section.layers == 0 || section.layers > kMostLayers) {
+        if (!reader.read(section.layers) || section.layers > kMostLayers) {
             return false;
         }
         section.transposed = transposed;
@@ -135,7 +135,7 @@ bool read_recurrent(Reader &reader, Section &section) {
         if (position < 0 || position == INT32_MAX || sequences != 0) return false;
     }
     if (!reader.read(transposed) || transposed != 0) return false;
-    if (!reader.read(section.layers) || section.layers == 0 || section.layers > kMostLayers)
+    if (!reader.read(section.layers) || section.layers > kMostLayers)
         return false;
     while (reader.left() > 0) {
         if (section.tensors.size() == 2 * uint64_t{section.layers}) return false;

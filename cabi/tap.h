@@ -52,7 +52,7 @@ public:
 private:
     const Direction direction_;
     const uint64_t buffer_, buffer_bytes_;
-    const Locate locate_;
+    Locate locate_;
     std::vector<LayoutBuilder> builders_; // by device
     LayoutBuilder *builder_ = nullptr;    // of the tensor below
     const ggml_tensor *tensor_ = nullptr;

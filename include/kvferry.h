@@ -260,6 +260,11 @@ enum {
     KVF_PRIORITY_URGENT = 1,     /* as fast as the link; goes before background jobs */
 };
 
+enum {
+    /* The transfer begins when the work that `stream` holds at the time of the call has been done. */
+    KVF_SUBMIT_FOLLOW_STREAM = 1,
+};
+
 /* How and whom to tell. Queue and callback may both be set, or neither (then poll or wait). */
 typedef struct kvf_submit_options {
     uint32_t size;                    /* sizeof(kvf_submit_options) */
@@ -268,11 +273,13 @@ typedef struct kvf_submit_options {
     kvf_completion_callback callback; /* gets it too, on the dispatch thread; NULL: none */
     uint64_t user_data;               /* yours; comes back in the completion */
     uint32_t mode;                    /* KVF_SAVE_*; read by kvf_llama_save() only */
-    uint32_t reserved;                /* 0 */
+    uint32_t flags;                   /* KVF_SUBMIT_* */
     char *error;         /* where to write one line of text when the call fails, or NULL */
     uint64_t error_size; /* its capacity, terminating 0 included */
+    uint64_t stream;     /* a CUstream or cudaStream_t; read with KVF_SUBMIT_FOLLOW_STREAM only */
 } kvf_submit_options;
-#define KVF_SUBMIT_OPTIONS_INIT {sizeof(kvf_submit_options), 0, 0, 0, 0, 0, 0, 0, 0}
+#define KVF_SUBMIT_OPTIONS_INIT                                                                    \
+    {sizeof(kvf_submit_options), 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 /* 1 if the job has ended (then `completion`, if not NULL, is filled in), 0 if not. Never waits. */
 KVF_API int32_t kvf_job_poll(kvf_job job, kvf_completion *completion, uint64_t completion_size);

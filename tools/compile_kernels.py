@@ -1,18 +1,21 @@
 """Compiles cabi/gather.cu to cabi/gather.ptx, or checks that they agree.
 
     python tools/compile_kernels.py            compiles
-    python tools/compile_kernels.py --check    fails where the committed .ptx is not what the source gives
+    python tools/compile_kernels.py --check    fails unless the .ptx is what the source gives
 
-The compiler is NVRTC from PyPI: no CUDA toolkit, no GPU. Its version is pinned, so that everybody gets the same text.
+The compiler is NVRTC from PyPI: no CUDA toolkit, no GPU. Its version is pinned, so that everybody
+gets the same text.
 
-Why this compiler, this target, this ISA. The driver compiles PTX for whatever GPU it finds, but refuses PTX of an ISA
-newer than itself (CUDA_ERROR_UNSUPPORTED_PTX_VERSION), and an NVRTC always writes the ISA of its own release. 11.7 is
-the oldest on PyPI: ISA 7.7, driver 515. What it writes here uses no instruction newer than ISA 6.0 (CUDA 9, driver 384),
-so the `.version` line is lowered to that: the driver's own compiler, which refuses an instruction that the declared ISA
-does not have, is the check. compute_52 reaches back to Maxwell; the kernels use nothing that newer targets would add.
+Why this compiler, this target, this ISA. The driver compiles PTX for whatever GPU it finds, but
+refuses PTX of an ISA newer than itself (CUDA_ERROR_UNSUPPORTED_PTX_VERSION), and an NVRTC always
+writes the ISA of its own release. 11.7 is the oldest on PyPI: ISA 7.7, driver 515. What it writes
+here uses no instruction newer than ISA 6.0 (CUDA 9, driver 384), so the `.version` line is lowered
+to that: the driver's own compiler, which refuses an instruction that the declared ISA does not
+have, is the check. compute_52 reaches back to Maxwell; the kernels use nothing that newer targets
+would add.
 
---check compiles again where that NVRTC is installed. Elsewhere it compares the digests that the .ptx carries: of the
-source it was made from, and of its own text.
+--check compiles again where that NVRTC is installed. Elsewhere it compares the digests that the
+.ptx carries: of the source it was made from, and of its own text.
 """
 
 from __future__ import annotations
@@ -111,16 +114,18 @@ def check(compiler: Path | None, source: bytes, committed: str) -> str:
     """Says how the committed text was found good; Failure where it is not."""
     again = "\nRun tools/compile_kernels.py, and commit both files."
     lines = committed.splitlines(keepends=True)
-    split = next((i for i, line in enumerate(lines) if i >= 4), len(lines))
-    body = "".join(lines[split:])
-    if "".join(lines[:split]) != header(source, body):
+    body = "".join(lines[4:])
+    if "".join(lines[:4]) != header(source, body):
         if f"source sha256: {digest(source)}\n" not in committed:
             raise Failure(f"{PTX.name} was made from another {SOURCE.name}.{again}")
         if f"text sha256: {digest(body.encode())}\n" not in committed:
             raise Failure(f"{PTX.name} was edited after it was made.{again}")
         raise Failure(f"{PTX.name} was made by another compiler or with other options.{again}")
     if compiler is None:
-        return f"{PTX.name} agrees with {SOURCE.name} by its digests ({COMPILER} {VERSION} is not installed)"
+        return (
+            f"{PTX.name} agrees with {SOURCE.name} by its digests; "
+            f"{COMPILER} {VERSION}, to compile it again, is not installed"
+        )
     if generate(compiler, source) != committed:
         raise Failure(f"{SOURCE.name} compiles to something else than {PTX.name}.{again}")
     return f"{PTX.name} is what {SOURCE.name} compiles to"

@@ -19,6 +19,7 @@ import os
 import time
 import weakref
 from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -53,6 +54,27 @@ class Completion(NamedTuple):
     finished_ns: int
     detail: str
     """One line on what went wrong, or ""."""
+
+
+async def see_through(
+    attempt: Callable[[], Awaitable[None]], on_cancel: Callable[[], None]
+) -> None:
+    """Awaits ``attempt()`` to its end. Cancellation calls ``on_cancel``, and goes on after the end.
+
+    ``attempt`` has to stand being broken off and made again. The shield holds off cancel scopes;
+    asyncio's ``Task.cancel()`` comes through it, each time once: hence the recursion, from which
+    the latest cancellation emerges. (No exception is kept in a variable: its traceback would keep
+    this frame, the frame the exception, and both the transfer's memory until the next collection.)
+    """
+    try:
+        await attempt()
+    except GeneratorExit:
+        raise
+    except anyio.get_cancelled_exc_class():
+        on_cancel()
+        with anyio.CancelScope(shield=True):
+            await see_through(attempt, on_cancel)
+        raise
 
 
 class Pending:
@@ -175,25 +197,6 @@ class Completions:
             if self._reader is turn:
                 self._hand_on()
             del owner
-
-    async def outlast(
-        self, pending: Pending, cancellation: BaseException | None
-    ) -> BaseException | None:
-        """Waits until it has ended, whatever cancellation says.
-
-        Returns the cancellation that the caller has to raise then: the one given, or a later one.
-        The shield holds off cancel scopes, but asyncio's ``Task.cancel()`` comes through it, each
-        time once; and that one, unlike a scope's, nobody would repeat.
-        """
-        with anyio.CancelScope(shield=True):
-            while not pending.ended:
-                try:
-                    await self.until_ended(pending)
-                except GeneratorExit:
-                    raise
-                except anyio.get_cancelled_exc_class() as latest:
-                    cancellation = latest
-        return cancellation
 
     def _enter_loop(self) -> None:
         loop = anyio.lowlevel.current_token()

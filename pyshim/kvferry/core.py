@@ -58,14 +58,17 @@ class Core:
         self.closed = False
         self._process = os.getpid()
 
+    def is_inherited(self) -> bool:
+        """True in a forked child, which has these objects but none of the threads behind them."""
+        return os.getpid() != self._process
+
     def abandon(self) -> None:
         """Cancels what is in flight and takes the engine down, within a bounded time.
 
         For finalizers, on any thread. If the time is not enough everything is left as it is, and
         alive: memory must never be freed under a transfer.
         """
-        # A child of fork() inherits the finalizer, but neither the threads nor the right to this.
-        if self.closed or os.getpid() != self._process:
+        if self.closed or self.is_inherited():
             return
         self.closed = True
         if not self._stop(time.monotonic() + _PATIENCE_SECONDS):

@@ -8,16 +8,15 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import anyio
-
 from ._native import ffi, lib
 from .buffer import Buffer, borrow, pinned
-from .completions import Completions
+from .completions import Completions, see_through
 from .core import Core, describe
 from .errors import ErrorText, check, error
 from .llama import Llama, attach
 from .regions import RegionList, region_list
 from .transfer import Priority, SubmitOptions, Transfer
+from .worker import Call
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -101,7 +100,7 @@ class Engine:
         self._core = Core(handle[0], completions)
         # Called when this object is collected unclosed, or by atexit.
         self._finalizer = weakref.finalize(self, self._core.abandon)
-        self._closed = anyio.Event()
+        self._destroyed: Call | None = None  # the last call of all
 
     # ---- Memory ---------------------------------------------------------------------------------
 
@@ -259,46 +258,39 @@ class Engine:
         From now on, new transfers raise EngineClosed. Those in flight end as they would, or are
         cancelled if ``cancel`` is set or the task that waits here is; the tasks that wait for them
         learn their true outcome (EngineClosed if the closing cut them short). Snapshots and buffers
-        stay valid. Closing twice is allowed; the second waits for the first.
+        stay valid. Closing twice is allowed. In a forked child it does nothing: the parent closes.
         """
         core = self._core
-        core.completions.check_process()
-        if core.completions.closing:
-            await self._closed.wait()
+        if core.is_inherited():
             return
         core.completions.closing = True
-        cancellation: BaseException | None = None
         if cancel:
-            check(lib.kvf_engine_cancel(core.handle))
-        try:
-            for transfer in core.completions.transfers():
-                await core.completions.until_ended(transfer)
-        except GeneratorExit:
-            raise
-        except anyio.get_cancelled_exc_class() as request:
-            cancellation = request
-            check(lib.kvf_engine_cancel(core.handle))
-            for transfer in core.completions.transfers():
-                cancellation = await core.completions.outlast(transfer, cancellation)
-        cancellation = await self._take_down(cancellation)
-        self._closed.set()
-        if cancellation is not None:
-            raise cancellation
+            self._cancel()
+        await see_through(self._take_down, self._cancel)
 
-    async def _take_down(self, cancellation: BaseException | None) -> BaseException | None:
-        """With nothing left in flight, ends all threads: each worker's last call is its own end."""
+    def _cancel(self) -> None:
+        lib.kvf_engine_cancel(self._core.handle)
+
+    async def _take_down(self) -> None:
+        """Waits for what is in flight, then ends all threads. May be broken off and begun again."""
         core = self._core
-        for end in [attachment.end() for attachment in core.attachments]:
-            cancellation = await core.completions.outlast(end, cancellation)
-        core.attachments.clear()
-        destroyed = core.memory_worker.post(lib.kvf_engine_destroy, core.handle)
-        core.memory_worker.stop()
-        cancellation = await core.completions.outlast(destroyed, cancellation)
+        if core.closed:
+            return
+        for transfer in core.completions.transfers():
+            await core.completions.until_ended(transfer)
+        # Each worker's last call is its own end.
+        for attachment in list(core.attachments):
+            await core.completions.until_ended(attachment.end())
+        if self._destroyed is None:
+            self._destroyed = core.memory_worker.post(lib.kvf_engine_destroy, core.handle)
+            core.memory_worker.stop()
+        await core.completions.until_ended(self._destroyed)
+        if core.closed:
+            return
         core.completions.destroy()
         core.closed = True
         self._finalizer.detach()
-        check(destroyed.result)
-        return cancellation
+        check(self._destroyed.result)
 
     async def __aenter__(self) -> Engine:
         return self
@@ -314,5 +306,5 @@ class Engine:
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
-        if core is not None and not core.closed:
+        if core is not None and not core.closed and not core.is_inherited():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)

@@ -11,9 +11,9 @@ import anyio
 
 from ._native import ffi, lib
 from .buffer import Buffer, borrow
-from .completions import Completion, Pending
+from .completions import Completion, Pending, see_through
 from .core import Attachment, Core, describe
-from .errors import BufferTooSmall, ErrorText, check, error
+from .errors import BufferTooSmall, ErrorText, StateDamaged, check, error
 from .snapshot import Snapshot
 from .transfer import Priority, SubmitOptions, Transfer
 from .worker import Call, Worker
@@ -170,7 +170,11 @@ class Llama:
         if verify:
             if not isinstance(state, Snapshot):
                 raise TypeError("only a Snapshot can be verified")
-            await state.verify()
+            try:
+                await state.verify()
+            except StateDamaged:
+                await self.remove(seq)  # as after every other failure
+                raise
         transfer = await self.start_load(state, seq, priority=priority)
         await transfer.wait()
 
@@ -211,15 +215,13 @@ class Llama:
             else:
                 transfer.not_submitted()
 
-        cancellation: BaseException | None = None
         try:
             await self._attachment.worker.call(submit, after=submitted)
         except GeneratorExit:
             raise
-        except anyio.get_cancelled_exc_class() as request:
-            cancellation = await transfer.abort(request)
-        if cancellation is not None:
-            raise cancellation
+        except anyio.get_cancelled_exc_class():
+            await transfer.abort()
+            raise
 
     # ---- Remove ---------------------------------------------------------------------------------
 
@@ -261,27 +263,25 @@ class Llama:
 
         Cancelling the task that waits here cancels the transfers. Closing the engine detaches too.
         """
+        self._core.completions.check_process()
+        self._attachment.detaching = True
+        await see_through(self._take_down, self._cancel)
+
+    def _cancel(self) -> None:
+        for transfer in self._attachment.in_flight:
+            transfer.cancel()
+
+    async def _take_down(self) -> None:
+        """Waits for what is in flight, then detaches. May be broken off and begun again."""
         core, attachment = self._core, self._attachment
-        core.completions.check_process()
-        attachment.detaching = True
-        cancellation: BaseException | None = None
-        try:
-            for transfer in list(attachment.in_flight):
-                await core.completions.until_ended(transfer)
-        except GeneratorExit:
-            raise
-        except anyio.get_cancelled_exc_class() as request:
-            cancellation = request
-            for transfer in list(attachment.in_flight):
-                transfer.cancel()
-            for transfer in list(attachment.in_flight):
-                cancellation = await core.completions.outlast(transfer, cancellation)
+        for transfer in list(attachment.in_flight):
+            await core.completions.until_ended(transfer)
+        if attachment not in core.attachments:
+            return  # detached before, or by closing the engine
         end = attachment.end()
-        cancellation = await core.completions.outlast(end, cancellation)
+        await core.completions.until_ended(end)
         if attachment in core.attachments:
             core.attachments.remove(attachment)
-        if cancellation is not None:
-            raise cancellation
         check(end.result)
 
     async def __aenter__(self) -> Llama:

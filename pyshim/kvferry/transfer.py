@@ -9,7 +9,7 @@ import anyio
 
 from ._native import ffi, lib
 from .buffer import Buffer
-from .completions import Completion, Completions, Pending, PendingTransfer
+from .completions import Completion, Completions, Pending, PendingTransfer, see_through
 from .errors import ErrorText, error
 
 if TYPE_CHECKING:
@@ -74,17 +74,7 @@ class Transfer(PendingTransfer, Generic[T]):
 
         Raises TransferCancelled after ``cancel``, EngineClosed if the engine was closed around it.
         """
-        cancellation: BaseException | None = None
-        try:
-            await self._completions.until_ended(self)
-            if self._aftermath is not None:
-                await self._completions.until_ended(self._aftermath)
-        except GeneratorExit:
-            raise
-        except anyio.get_cancelled_exc_class() as request:
-            cancellation = await self.abort(request)
-        if cancellation is not None:
-            raise cancellation
+        await see_through(self._until_over, self.cancel)
         if self.completion is None:
             raise error(lib.KVF_ERR_CLOSED)
         status = self.completion.status
@@ -95,13 +85,16 @@ class Transfer(PendingTransfer, Generic[T]):
             raise error(status, self.completion.detail)
         return cast(T, self._result)
 
-    async def abort(self, cancellation: BaseException) -> BaseException | None:
-        """Cancels it and waits for its end, through any cancellation; see Completions.outlast."""
+    async def abort(self) -> None:
+        """Cancels it, and waits for its end whatever cancellation says."""
         self.cancel()
-        latest = await self._completions.outlast(self, cancellation)
+        with anyio.CancelScope(shield=True):
+            await see_through(self._until_over, self.cancel)
+
+    async def _until_over(self) -> None:
+        await self._completions.until_ended(self)
         if self._aftermath is not None:
-            latest = await self._completions.outlast(self._aftermath, latest)
-        return latest
+            await self._completions.until_ended(self._aftermath)
 
     # ---- Called by whoever submits it -----------------------------------------------------------
 

@@ -16,12 +16,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
-
-import anyio
+from typing import Any, TypeVar, cast
 
 from ._native import lib
-from .completions import Completions, PendingCall
+from .completions import Completions, PendingCall, see_through
 from .errors import error
 
 T = TypeVar("T")
@@ -53,10 +51,11 @@ class Call(PendingCall):
             self.failure = failure
 
     def returned(self) -> None:
-        # What the call refers to must not live as long as its result does.
+        # The thread may hold this object a little longer: it must not keep anybody's memory.
         self._function, self._arguments = None, ()
-        if self._after is not None:
-            self._after(self)
+        after, self._after = self._after, None
+        if after is not None:
+            after(self)
 
 
 class Worker:
@@ -83,21 +82,17 @@ class Worker:
         the end, and the cancellation goes on after that.
         """
         call = self.post(function, *arguments, after=after)
-        cancellation: BaseException | None = None
-        try:
+
+        async def until_ended() -> None:
             await self._completions.until_ended(call)
-        except GeneratorExit:
-            raise
-        except anyio.get_cancelled_exc_class() as request:
-            if self._take_back(call):
-                raise
-            cancellation = await self._completions.outlast(call, request)
-        if cancellation is not None:
-            raise cancellation
+
+        def take_back() -> None:
+            self._take_back(call)
+
+        await see_through(until_ended, take_back)
         if call.failure is not None:
             raise call.failure
-        result: T = call.result
-        return result
+        return cast(T, call.result)
 
     def post(
         self,
@@ -144,16 +139,14 @@ class Worker:
         with self._changed:
             self._calls.clear()
 
-    def _take_back(self, call: Call) -> bool:
+    def _take_back(self, call: Call) -> None:
         with self._changed:
-            try:
-                self._calls.remove(call)
-            except ValueError:
-                return False
+            if call not in self._calls:
+                return
+            self._calls.remove(call)
         call.failure = error(lib.KVF_ERR_CANCELLED)
         call.ended = True
         call.returned()
-        return True
 
     def _serve(self) -> None:
         while True:

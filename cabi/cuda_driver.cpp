@@ -1,0 +1,191 @@
+#include "cuda_driver.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+
+#include "fork.h"
+
+namespace kvf {
+namespace {
+
+// The oldest driver that the entry points and the kernels' PTX (ISA 6.0, CUDA 9.0) are sure to work on;
+// primary contexts, pointer attributes and registered memory of today's semantics are all in it.
+constexpr int kOldestVersion = 11000;
+
+// The driver does not survive a fork: a child of a process that has initialised it cannot use it.
+std::atomic<bool> initialised{false};
+std::atomic<bool> inherited{false};
+
+std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
+    const char *name = std::getenv("KVFERRY_CUDA_DRIVER");
+    if (!name || !*name) name = "libcuda.so.1";
+    void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+        why = std::string("no CUDA driver: ") + dlerror();
+        return nullptr;
+    }
+    auto driver = std::make_shared<CudaDriver>();
+    const char *missing = nullptr;
+#define KVF_CUDA_LOAD(member, symbol, parameters)                                                  \
+    driver->member = reinterpret_cast<decltype(driver->member)>(dlsym(library, #symbol));
+    CUDA_DRIVER_ENTRY_POINTS(KVF_CUDA_LOAD)
+#undef KVF_CUDA_LOAD
+#define KVF_CUDA_REQUIRE(member, symbol, parameters)                                               \
+    if (!driver->member) missing = #symbol;
+    CUDA_DRIVER_REQUIRED(KVF_CUDA_REQUIRE)
+#undef KVF_CUDA_REQUIRE
+    if (missing) {
+        why = std::string("the CUDA driver ") + name + " is too old: it has no " + missing;
+        return nullptr;
+    }
+    initialised = true;
+    const CUresult result = driver->cuInit(0);
+    if (result != CUDA_SUCCESS) {
+        why = describe(driver->error(result, "cuInit"));
+        return nullptr;
+    }
+    driver->cuDriverGetVersion(&driver->version);
+    if (driver->version < kOldestVersion) {
+        why = format("the CUDA driver is too old: it supports CUDA %d.%d, and 11.0 is needed",
+                     driver->version / 1000, driver->version % 1000 / 10);
+        return nullptr;
+    }
+    return driver; // its library stays loaded
+}
+
+} // namespace
+
+std::shared_ptr<const CudaDriver> CudaDriver::get(std::string &why) {
+    struct Opened {
+        std::shared_ptr<const CudaDriver> driver;
+        std::string why;
+        Opened() {
+            on_fork([] {}, [] {}, [] { inherited = initialised.load(); });
+            driver = open_driver(why);
+        }
+    };
+    static const Opened *opened = new Opened; // never destroyed: threads may outlive static destructors
+    if (inherited) {
+        why = "the CUDA driver cannot be used in a forked child of a process that used it";
+        return nullptr;
+    }
+    why = opened->why;
+    return opened->driver;
+}
+
+Error CudaDriver::error(CUresult result, const char *call) const {
+    const char *name = nullptr;
+    const char *text = nullptr;
+    cuGetErrorName(result, &name);
+    cuGetErrorString(result, &text);
+    const std::string detail =
+        format("%s: %s (%s)", call, name ? name : "unknown error", text ? text : "");
+    switch (result) {
+    case CUDA_ERROR_OUT_OF_MEMORY: return Error(KVF_ERR_OUT_OF_MEMORY, detail);
+    case CUDA_ERROR_DEINITIALIZED:
+    case CUDA_ERROR_ECC_UNCORRECTABLE:
+    case CUDA_ERROR_NVLINK_UNCORRECTABLE:
+    case CUDA_ERROR_CONTAINED:
+    case CUDA_ERROR_ILLEGAL_ADDRESS:
+    case CUDA_ERROR_LAUNCH_TIMEOUT:
+    case CUDA_ERROR_CONTEXT_IS_DESTROYED:
+    case CUDA_ERROR_ASSERT:
+    case CUDA_ERROR_HARDWARE_STACK_ERROR:
+    case CUDA_ERROR_ILLEGAL_INSTRUCTION:
+    case CUDA_ERROR_MISALIGNED_ADDRESS:
+    case CUDA_ERROR_INVALID_ADDRESS_SPACE:
+    case CUDA_ERROR_INVALID_PC:
+    case CUDA_ERROR_LAUNCH_FAILED:
+    case CUDA_ERROR_EXTERNAL_DEVICE:
+    case CUDA_ERROR_UNKNOWN: return Error(KVF_ERR_DEVICE_LOST, detail);
+    default: return Error(KVF_ERR_DEVICE, detail);
+    }
+}
+
+void CudaDriver::check(CUresult result, const char *call) const {
+    if (result != CUDA_SUCCESS) throw error(result, call);
+}
+
+CudaContext::CudaContext(std::shared_ptr<const CudaDriver> driver, int ordinal)
+    : driver_(std::move(driver)), ordinal_(ordinal) {
+    driver_->check(driver_->cuDeviceGet(&device_, ordinal), "cuDeviceGet");
+    driver_->check(driver_->cuDevicePrimaryCtxRetain(&context_, device_), "cuDevicePrimaryCtxRetain");
+}
+
+CudaContext::~CudaContext() { driver_->cuDevicePrimaryCtxRelease(device_); }
+
+int CudaContext::attribute(CUdevice_attribute attribute) const {
+    int value = 0;
+    driver_->cuDeviceGetAttribute(&value, attribute, device_);
+    return value;
+}
+
+std::string CudaContext::name() const {
+    char name[128] = "";
+    driver_->cuDeviceGetName(name, sizeof name, device_);
+    return name;
+}
+
+std::string CudaContext::pci_bus_id() const {
+    char id[32] = "";
+    driver_->cuDeviceGetPCIBusId(id, sizeof id, device_);
+    return id;
+}
+
+uint64_t CudaContext::total_memory() const {
+    size_t bytes = 0;
+    driver_->cuDeviceTotalMem(&bytes, device_);
+    return bytes;
+}
+
+void CudaContext::adopt_thread() const {
+    driver_->check(driver_->cuCtxSetCurrent(context_), "cuCtxSetCurrent");
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+    driver_->cuThreadExchangeStreamCaptureMode(&mode);
+}
+
+CudaCurrent::CudaCurrent(const CudaContext &context) : driver_(context.driver()) {
+    driver_.check(driver_.cuCtxPushCurrent(context.handle()), "cuCtxPushCurrent");
+    driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+}
+
+CudaCurrent::~CudaCurrent() {
+    driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+    CUcontext popped;
+    driver_.cuCtxPopCurrent(&popped);
+}
+
+void CudaPinner::pin(void *memory, uint64_t bytes) {
+    const CudaCurrent current(*context_);
+    const CudaDriver &driver = context_->driver();
+    driver.check(driver.cuMemHostRegister(memory, bytes, CU_MEMHOSTREGISTER_PORTABLE),
+                 "cuMemHostRegister");
+}
+
+void CudaPinner::unpin(void *memory) noexcept {
+    try {
+        const CudaCurrent current(*context_);
+        context_->driver().cuMemHostUnregister(memory);
+    } catch (const Error &) {
+        // The context is gone, and the registration with it.
+    }
+}
+
+bool CudaPinner::is_pinned(const void *memory, uint64_t bytes) const {
+    const CudaDriver &driver = context_->driver();
+    const auto is_host = [&](const void *address) {
+        unsigned int type = 0;
+        return driver.cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+                                            reinterpret_cast<CUdeviceptr>(address)) ==
+                   CUDA_SUCCESS &&
+               type == CU_MEMORYTYPE_HOST;
+    };
+    const CudaCurrent current(*context_);
+    return is_host(memory) && is_host(static_cast<const char *>(memory) + bytes - 1);
+}
+
+} // namespace kvf

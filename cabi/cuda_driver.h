@@ -1,0 +1,85 @@
+// The CUDA driver, opened at run time: libkvferry serves machines with and without a GPU.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda_driver_api.h"
+#include "memory.h"
+#include "status.h"
+
+namespace kvf {
+
+class CudaDriver {
+public:
+    // Opens the driver that the environment variable KVFERRY_CUDA_DRIVER names, or libcuda.so.1, once
+    // for the process. NULL where there is none that can be used; `why` then says so.
+    static std::shared_ptr<const CudaDriver> get(std::string &why);
+
+#define KVF_CUDA_MEMBER(name, symbol, parameters) CUresult(*name) parameters = nullptr;
+    CUDA_DRIVER_ENTRY_POINTS(KVF_CUDA_MEMBER)
+#undef KVF_CUDA_MEMBER
+
+    int version = 0; // of the CUDA that the driver supports: 1000 * major + 10 * minor
+
+    // Throws KVF_ERR_OUT_OF_MEMORY, KVF_ERR_DEVICE_LOST for an error that no later call recovers from,
+    // or KVF_ERR_DEVICE.
+    void check(CUresult result, const char *call) const;
+    Error error(CUresult result, const char *call) const;
+};
+
+// A device's primary context, which is the one that llama.cpp, PyTorch and every program of the CUDA
+// runtime use. Retained while this object lives.
+class CudaContext {
+public:
+    CudaContext(std::shared_ptr<const CudaDriver> driver, int ordinal);
+    ~CudaContext();
+    CudaContext(const CudaContext &) = delete;
+    CudaContext &operator=(const CudaContext &) = delete;
+
+    const CudaDriver &driver() const { return *driver_; }
+    CUcontext handle() const { return context_; }
+    int ordinal() const { return ordinal_; }
+    int attribute(CUdevice_attribute attribute) const;
+    std::string name() const;
+    std::string pci_bus_id() const;
+    uint64_t total_memory() const;
+
+    // Makes this context the calling thread's for as long as the thread lives, and lets it work while
+    // another thread captures a CUDA graph.
+    void adopt_thread() const;
+
+private:
+    const std::shared_ptr<const CudaDriver> driver_;
+    const int ordinal_;
+    CUdevice device_ = 0;
+    CUcontext context_ = nullptr;
+};
+
+// Makes a context current on a thread that is not ours, and puts everything back at the end.
+class CudaCurrent {
+public:
+    explicit CudaCurrent(const CudaContext &context);
+    ~CudaCurrent();
+    CudaCurrent(const CudaCurrent &) = delete;
+    CudaCurrent &operator=(const CudaCurrent &) = delete;
+
+private:
+    const CudaDriver &driver_;
+    CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
+};
+
+// Pins host memory for all devices at once.
+class CudaPinner final : public Pinner {
+public:
+    explicit CudaPinner(std::shared_ptr<const CudaContext> context) : context_(std::move(context)) {}
+    void pin(void *memory, uint64_t bytes) override;
+    void unpin(void *memory) noexcept override;
+    bool is_pinned(const void *memory, uint64_t bytes) const override;
+
+private:
+    const std::shared_ptr<const CudaContext> context_;
+};
+
+} // namespace kvf

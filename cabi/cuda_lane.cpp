@@ -1,0 +1,536 @@
+#include "cuda_lane.h"
+
+#include <sys/prctl.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "copy.h"
+#include "engine.h"
+
+namespace kvf {
+namespace {
+
+// Pieces of urgent jobs: large enough that queuing one costs nothing beside moving it, small enough that
+// a cancelled job stops within a quarter of a millisecond.
+constexpr uint64_t kUrgentRun = 8 << 20;
+constexpr uint64_t kUrgentBlock = 16 << 20;
+// Pieces of background jobs: a decode step waits for one of them at most.
+constexpr uint64_t kBackgroundRun = 2 << 20;
+constexpr uint64_t kBackgroundBlock = 4 << 20;
+constexpr uint64_t kBackgroundGather = 4 << 20;
+constexpr uint64_t kStagingSlot = 8 << 20;
+constexpr uint64_t kLeastStagingSlot = 1 << 20;
+constexpr uint64_t kBounce = 4 << 20;
+// Rows narrower than this are gathered: the copy engine moves them slower than the link.
+constexpr uint64_t kNarrow = 1024;
+constexpr uint32_t kUrgentBlocks = 64, kBackgroundBlocks = 32; // of a kernel's grid
+// A copy that has not ended by then never will; the device is given up.
+constexpr uint64_t kStuckNs = 60'000'000'000;
+
+uint64_t stuck_ns() {
+    static const uint64_t value = [] {
+        const char *seconds = std::getenv("KVFERRY_STUCK_SECONDS");
+        const uint64_t given = seconds ? std::strtoull(seconds, nullptr, 10) : 0;
+        return given ? given * 1'000'000'000 : kStuckNs;
+    }();
+    return value;
+}
+
+void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+} // namespace
+
+CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels *kernels, Crew &crew,
+                   uint32_t device, Direction direction, Limits limits)
+    : engine_(engine), context_(context), driver_(context.driver()), kernels_(kernels), crew_(crew),
+      device_(device), direction_(direction), limits_(limits) {
+    slot_staging_ = std::min<uint64_t>(kStagingSlot, limits_.staging_bytes / 2);
+    staging_slots_ =
+        slot_staging_ ? std::min<uint64_t>(kSlots, limits_.staging_bytes / slot_staging_) : 0;
+    no_staging_ = !kernels_ || slot_staging_ < kLeastStagingSlot;
+    const CudaCurrent current(context_);
+    try {
+        for (Slot &slot : slots_) {
+            driver_.check(driver_.cuStreamCreateWithPriority(&slot.stream, CU_STREAM_NON_BLOCKING, 0),
+                          "cuStreamCreateWithPriority");
+            driver_.check(driver_.cuEventCreate(&slot.copied, CU_EVENT_DISABLE_TIMING),
+                          "cuEventCreate");
+            driver_.check(driver_.cuEventCreate(&slot.finished, CU_EVENT_DISABLE_TIMING),
+                          "cuEventCreate");
+        }
+    } catch (...) {
+        for (Slot &slot : slots_) release(slot);
+        throw;
+    }
+}
+
+CudaLane::~CudaLane() {
+    stop();
+    try {
+        const CudaCurrent current(context_);
+        for (Slot &slot : slots_) release(slot);
+    } catch (const Error &) {
+        // The context is gone, and everything in it.
+    }
+}
+
+void CudaLane::release(Slot &slot) {
+    if (slot.staging) driver_.cuMemFree(slot.staging);
+    if (slot.bounce) driver_.cuMemFreeHost(slot.bounce);
+    slot.rows.reset();
+    if (slot.copied) driver_.cuEventDestroy(slot.copied);
+    if (slot.finished) driver_.cuEventDestroy(slot.finished);
+    if (slot.stream) driver_.cuStreamDestroy(slot.stream);
+}
+
+void CudaLane::submit(Leg &leg) {
+    {
+        std::lock_guard lock(mutex_);
+        if (!broken()) {
+            if (!thread_.joinable()) thread_ = std::thread([this] { pump(); });
+            schedule_.add(leg);
+            work_.notify_one();
+            return;
+        }
+    }
+    leg.job->fail(KVF_ERR_DEVICE_LOST, "");
+    leg.job->leg_ended(leg);
+}
+
+void CudaLane::poke() {
+    std::vector<Leg *> ended;
+    {
+        std::lock_guard lock(mutex_);
+        schedule_.sweep(ended);
+    }
+    for (Leg *leg : ended) leg->job->leg_ended(*leg);
+}
+
+void CudaLane::stop() {
+    {
+        std::lock_guard lock(mutex_);
+        stopping_ = true;
+        work_.notify_one();
+    }
+    if (thread_.joinable()) thread_.join();
+}
+
+// ---- the loop ----------------------------------------------------------------------------------
+
+void CudaLane::pump() {
+    prctl(PR_SET_TIMERSLACK, 1000UL); // its short sleeps are to be short: nanoseconds
+    try {
+        context_.adopt_thread();
+    } catch (const Error &error) {
+        break_down(error);
+    }
+    for (;;) {
+        bool progress = retire();
+        progress |= queue_copies();
+        progress |= refill();
+        if (progress) continue;
+        if (pieces_ > 0) {
+            idle();
+            continue;
+        }
+        std::unique_lock lock(mutex_);
+        if (schedule_.empty()) {
+            if (stopping_) return;
+            work_.wait(lock, [this] { return stopping_ || !schedule_.empty(); });
+        } else {
+            // What there is follows streams that are still at work.
+            work_.wait_for(lock, std::chrono::microseconds(20));
+        }
+    }
+}
+
+// Nothing can be done at this moment, but pieces are under way.
+void CudaLane::idle() {
+    const bool on_device = std::any_of(slots_.begin(), slots_.end(), [](const Slot &slot) {
+        return slot.stage == Stage::Copying || slot.stage == Stage::Finishing;
+    });
+    if (!on_device) {
+        // The crew tells when it is done.
+        std::unique_lock lock(mutex_);
+        work_.wait_for(lock, std::chrono::milliseconds(1), [this] { return crew_ended_; });
+        crew_ended_ = false;
+        return;
+    }
+    if (urgent_ && copies_queued_ > 2) {
+        // The queue is full for a while: looking at it now and then is enough.
+        std::this_thread::sleep_for(std::chrono::microseconds(10));
+        return;
+    }
+    relax();
+}
+
+// Moves pieces on whose part has ended. True if there was one.
+bool CudaLane::retire() {
+    bool progress = false;
+    for (Slot &slot : slots_) {
+        switch (slot.stage) {
+        case Stage::Idle:
+        case Stage::Ready: break;
+        case Stage::Filling:
+            if (!slot.crew_done.load(std::memory_order_acquire)) break;
+            slot.stage = Stage::Ready;
+            progress = true;
+            break;
+        case Stage::Draining:
+            if (!slot.crew_done.load(std::memory_order_acquire)) break;
+            end_piece(slot);
+            progress = true;
+            break;
+        case Stage::Copying:
+        case Stage::Finishing: {
+            const bool copying = slot.stage == Stage::Copying;
+            const CUresult result =
+                broken() ? CUDA_SUCCESS : driver_.cuEventQuery(copying ? slot.copied : slot.finished);
+            if (result == CUDA_ERROR_NOT_READY) {
+                if (now_ns() - slot.queued_ns > stuck_ns()) {
+                    break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
+                }
+                break;
+            }
+            if (copying) --copies_queued_;
+            progress = true;
+            slot.stage = Stage::Finishing;
+            if (result != CUDA_SUCCESS) {
+                fail_piece(slot, driver_.error(result, "cuEventQuery"));
+            } else if (!copying || direction_ == Direction::Save || slot.way != Way::Gather) {
+                after_device(slot);
+            }
+            break;
+        }
+        }
+    }
+    return progress;
+}
+
+bool CudaLane::queue_copies() {
+    const uint32_t window = urgent_ ? kSlots : 1;
+    bool progress = false;
+    while (copies_queued_ < window) {
+        // The one that has been ready for longest.
+        Slot *next = nullptr;
+        for (Slot &slot : slots_) {
+            if (slot.stage == Stage::Ready && (!next || slot.begin_ns < next->begin_ns)) next = &slot;
+        }
+        if (!next) break;
+        attempt(*next, [&] { queue_copy(*next); });
+        progress = true;
+    }
+    return progress;
+}
+
+// Takes new pieces into idle slots.
+bool CudaLane::refill() {
+    bool progress = false;
+    for (;;) {
+        std::unique_lock lock(mutex_);
+        Leg *leg = schedule_.front(KVF_PRIORITY_URGENT);
+        const bool urgent = leg != nullptr;
+        if (!urgent) leg = schedule_.front(KVF_PRIORITY_BACKGROUND);
+        if (!leg) return progress;
+        urgent_ = urgent;
+        // In the background the next piece is made ready while one is being copied, and no more.
+        if (!urgent && pieces_ >= 2) return progress;
+        const bool pageable = !leg->job->pinned;
+        const Way way = way_of(*leg);
+        Slot *slot = idle_slot(way);
+        if (!slot) return progress;
+
+        uint64_t most = way == Way::Run     ? (urgent ? kUrgentRun : kBackgroundRun)
+                        : way == Way::Block ? (urgent ? kUrgentBlock : kBackgroundBlock)
+                                            : (urgent ? slot->staging_bytes : kBackgroundGather);
+        uint64_t most_runs = CudaRowTable::kRows;
+        if (way == Way::Gather) {
+            most = std::min(most, slot->staging_bytes);
+            if (const auto *block = leg->cursor.block()) {
+                most = std::min(most, block->width * CudaRowTable::kRows);
+            }
+        } else if (way == Way::Run) {
+            most_runs = 1;
+            if (const auto *block = leg->cursor.block()) most = std::min(most, block->width);
+        }
+        if (pageable) most = std::min(most, kBounce);
+        slot->leg = leg;
+        slot->piece = schedule_.take(*leg, most, most_runs);
+        lock.unlock();
+
+        slot->way = way;
+        slot->begin_ns = now_ns();
+        slot->queued_ns = 0;
+        ++pieces_;
+        leg->job->note_started(slot->begin_ns);
+        attempt(*slot, [&] { prepare(*slot); });
+        progress = true;
+    }
+}
+
+// How the next piece of a leg gets to the host and back.
+CudaLane::Way CudaLane::way_of(const Leg &leg) const {
+    const kvf_region *block = leg.cursor.block();
+    if (!block) return no_staging_ ? Way::Run : Way::Gather;
+    if (block->rows == 1 || block->width >= kUrgentBlock) return Way::Run;
+    const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);
+    if (block->width >= kNarrow && pitch <= limits_.max_pitch) return Way::Block;
+    if (!no_staging_ && block->width <= kLeastStagingSlot) return Way::Gather;
+    return pitch <= limits_.max_pitch ? Way::Block : Way::Run;
+}
+
+CudaLane::Slot *CudaLane::idle_slot(Way way) {
+    if (way == Way::Gather) {
+        for (size_t i = 0; i < staging_slots_; ++i) {
+            Slot &slot = slots_[i];
+            if (slot.stage == Stage::Idle && ensure_staging(slot)) return &slot;
+        }
+        return nullptr;
+    }
+    // From the other end, so that gathered pieces find theirs.
+    for (size_t i = kSlots; i-- > 0;) {
+        if (slots_[i].stage == Stage::Idle) return &slots_[i];
+    }
+    return nullptr;
+}
+
+// ---- one piece ---------------------------------------------------------------------------------
+
+// What precedes the copy.
+void CudaLane::prepare(Slot &slot) {
+    Job &job = *slot.leg->job;
+    slot.stage = Stage::Ready;
+    if (!job.pinned) ensure_bounce(slot);
+    if (slot.way == Way::Gather) {
+        slot.row_count = slot.rows->fill(slot.piece);
+        if (direction_ == Direction::Save) {
+            kernels_->launch(direction_, slot.staging, slot.rows->device_address(), slot.row_count,
+                             urgent_ ? kUrgentBlocks : kBackgroundBlocks, slot.stream);
+        }
+    }
+    if (direction_ == Direction::Load && !job.pinned) {
+        slot.stage = Stage::Filling;
+        slot.crew_done.store(false, std::memory_order_relaxed);
+        crew_.add([this, &slot, buffer = job.buffer] {
+            copy_packed(slot.piece, slot.bounce, buffer, Direction::Load);
+            std::lock_guard lock(mutex_);
+            slot.crew_done.store(true, std::memory_order_release);
+            crew_ended_ = true;
+            work_.notify_one();
+        });
+    }
+}
+
+void CudaLane::queue_copy(Slot &slot) {
+    Job &job = *slot.leg->job;
+    slot.queued_ns = now_ns();
+    if (!job.stopping()) {
+        const kvf_region &block = slot.piece.block;
+        switch (slot.way) {
+        case Way::Gather: copy_gathered(slot); break;
+        case Way::Run:
+            if (slot.piece.runs) {
+                const Run &run = slot.piece.runs[0];
+                copy_run(slot, run.address, job.pinned ? job.buffer + run.offset : slot.bounce,
+                         run.bytes);
+            } else {
+                copy_run(slot, block.address, job.pinned ? job.buffer + block.offset : slot.bounce,
+                         block.width);
+            }
+            break;
+        case Way::Block:
+            if (job.pinned) {
+                copy_rows(slot, block.address, block.pitch, job.buffer + block.offset,
+                          block.buffer_pitch, block.width, block.rows);
+            } else {
+                copy_rows(slot, block.address, block.pitch, slot.bounce, block.width, block.width,
+                          block.rows);
+            }
+            break;
+        }
+    }
+    driver_.check(driver_.cuEventRecord(slot.copied, slot.stream), "cuEventRecord");
+    slot.stage = Stage::Copying;
+    ++copies_queued_;
+    if (direction_ == Direction::Load && slot.way == Way::Gather) {
+        if (!job.stopping()) {
+            kernels_->launch(direction_, slot.staging, slot.rows->device_address(), slot.row_count,
+                             urgent_ ? kUrgentBlocks : kBackgroundBlocks, slot.stream);
+        }
+        driver_.check(driver_.cuEventRecord(slot.finished, slot.stream), "cuEventRecord");
+    }
+}
+
+// Between staging, where the piece's rows follow one another, and the host.
+void CudaLane::copy_gathered(Slot &slot) {
+    Job &job = *slot.leg->job;
+    const Piece &piece = slot.piece;
+    if (!job.pinned) return copy_run(slot, slot.staging, slot.bounce, piece.bytes);
+    if (!piece.runs) {
+        const kvf_region &block = piece.block;
+        if (block.rows == 1 || block.buffer_pitch == block.width) {
+            return copy_run(slot, slot.staging, job.buffer + block.offset, piece.bytes);
+        }
+        return copy_rows(slot, slot.staging, block.width, job.buffer + block.offset,
+                         block.buffer_pitch, block.width, block.rows);
+    }
+    // Runs that are neighbours in the buffer are one copy.
+    uint64_t at = 0;
+    for (uint64_t i = 0; i < piece.count;) {
+        const uint64_t offset = piece.runs[i].offset;
+        uint64_t bytes = 0;
+        for (; i < piece.count && piece.runs[i].offset == offset + bytes; ++i) {
+            bytes += piece.runs[i].bytes;
+        }
+        copy_run(slot, slot.staging + at, job.buffer + offset, bytes);
+        at += bytes;
+    }
+}
+
+void CudaLane::copy_run(Slot &slot, CUdeviceptr address, unsigned char *host, uint64_t bytes) {
+    if (direction_ == Direction::Save) {
+        driver_.check(driver_.cuMemcpyDtoHAsync(host, address, bytes, slot.stream),
+                      "cuMemcpyDtoHAsync");
+    } else {
+        driver_.check(driver_.cuMemcpyHtoDAsync(address, host, bytes, slot.stream),
+                      "cuMemcpyHtoDAsync");
+    }
+}
+
+void CudaLane::copy_rows(Slot &slot, CUdeviceptr address, uint64_t pitch, unsigned char *host,
+                         uint64_t host_pitch, uint64_t width, uint64_t rows) {
+    if (rows == 1) return copy_run(slot, address, host, width);
+    CUDA_MEMCPY2D copy{};
+    copy.WidthInBytes = width;
+    copy.Height = rows;
+    if (direction_ == Direction::Save) {
+        copy.srcMemoryType = CU_MEMORYTYPE_DEVICE;
+        copy.srcDevice = address;
+        copy.srcPitch = pitch;
+        copy.dstMemoryType = CU_MEMORYTYPE_HOST;
+        copy.dstHost = host;
+        copy.dstPitch = host_pitch;
+    } else {
+        copy.srcMemoryType = CU_MEMORYTYPE_HOST;
+        copy.srcHost = host;
+        copy.srcPitch = host_pitch;
+        copy.dstMemoryType = CU_MEMORYTYPE_DEVICE;
+        copy.dstDevice = address;
+        copy.dstPitch = pitch;
+    }
+    driver_.check(driver_.cuMemcpy2DAsync(&copy, slot.stream), "cuMemcpy2DAsync");
+}
+
+// The device has done its part.
+void CudaLane::after_device(Slot &slot) {
+    Job &job = *slot.leg->job;
+    if (direction_ == Direction::Load || job.pinned || job.stopping()) return end_piece(slot);
+    slot.stage = Stage::Draining;
+    slot.crew_done.store(false, std::memory_order_relaxed);
+    crew_.add([this, &slot, buffer = job.buffer] {
+        copy_packed(slot.piece, slot.bounce, buffer, Direction::Save);
+        std::lock_guard lock(mutex_);
+        slot.crew_done.store(true, std::memory_order_release);
+        crew_ended_ = true;
+        work_.notify_one();
+    });
+}
+
+void CudaLane::end_piece(Slot &slot) {
+    Leg &leg = *slot.leg;
+    Job &job = *leg.job;
+    engine_.trace(job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.piece.bytes,
+                  device_);
+    slot.stage = Stage::Idle;
+    slot.leg = nullptr;
+    --pieces_;
+    std::unique_lock lock(mutex_);
+    const bool ended = schedule_.give_back(leg);
+    lock.unlock();
+    if (ended) job.leg_ended(leg);
+}
+
+// ---- trouble -----------------------------------------------------------------------------------
+
+// Runs a step of a piece; if it fails, the piece's job does.
+template <class Function>
+void CudaLane::attempt(Slot &slot, Function &&function) {
+    if (broken()) return fail_piece(slot, Error(KVF_ERR_DEVICE_LOST));
+    try {
+        function();
+    } catch (const Error &error) {
+        fail_piece(slot, error);
+    } catch (const std::exception &) {
+        fail_piece(slot, Error(KVF_ERR_OUT_OF_MEMORY));
+    }
+}
+
+void CudaLane::fail_piece(Slot &slot, const Error &error) {
+    slot.leg->job->fail(error.status, error.detail);
+    if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
+    if (slot.stage == Stage::Copying) --copies_queued_;
+    // What the stream holds already may still touch the buffer: the piece ends when that has ended.
+    if (!broken() && driver_.cuEventRecord(slot.finished, slot.stream) == CUDA_SUCCESS) {
+        slot.stage = Stage::Finishing;
+        if (!slot.queued_ns) slot.queued_ns = now_ns();
+        return;
+    }
+    end_piece(slot);
+}
+
+// The device is lost. Every leg ends with that, those in slots as they are looked at next.
+void CudaLane::break_down(const Error &error) {
+    std::vector<Leg *> ended;
+    {
+        std::lock_guard lock(mutex_);
+        broken_.store(true, std::memory_order_release);
+        schedule_.for_each([&](Leg &leg) { leg.job->fail(KVF_ERR_DEVICE_LOST, error.detail); });
+        for (Slot &slot : slots_) {
+            if (slot.leg) slot.leg->job->fail(KVF_ERR_DEVICE_LOST, error.detail);
+        }
+        schedule_.sweep(ended);
+    }
+    for (Leg *leg : ended) leg->job->leg_ended(*leg);
+}
+
+// ---- memory of the slots -----------------------------------------------------------------------
+
+// Takes device memory for a slot; less of it where there is little. False if there is none at all.
+bool CudaLane::ensure_staging(Slot &slot) {
+    if (slot.staging) return true;
+    try {
+        if (!slot.rows) slot.rows = std::make_unique<CudaRowTable>(context_);
+    } catch (const Error &) {
+        no_staging_ = true;
+        return false;
+    }
+    while (slot_staging_ >= kLeastStagingSlot) {
+        if (driver_.cuMemAlloc(&slot.staging, slot_staging_) == CUDA_SUCCESS) {
+            slot.staging_bytes = slot_staging_;
+            return true;
+        }
+        slot.staging = 0;
+        slot_staging_ /= 2;
+    }
+    // Rows will be copied one by one, unless another slot has staging.
+    no_staging_ = std::none_of(slots_.begin(), slots_.end(),
+                               [](const Slot &other) { return other.staging != 0; });
+    return false;
+}
+
+void CudaLane::ensure_bounce(Slot &slot) {
+    if (slot.bounce) return;
+    void *memory;
+    driver_.check(driver_.cuMemHostAlloc(&memory, kBounce, CU_MEMHOSTALLOC_PORTABLE),
+                  "cuMemHostAlloc");
+    slot.bounce = static_cast<unsigned char *>(memory);
+}
+
+} // namespace kvf

@@ -1,0 +1,129 @@
+// The pump: moves the legs of one direction of one CUDA device, piece by piece.
+//
+// Urgent jobs keep the copy engine's queue filled. Background jobs never have more than one copy in it:
+// llama.cpp copies its inputs and logits at every step, and a step waits for whatever is queued before it,
+// whatever the size of the pieces (an H200 with a full queue: a decode step of 5.1 ms became 19.4 ms).
+//
+// A piece passes through a slot, which has a stream of its own:
+//
+//     save    gather kernel*  ->  copy to the host    ->  crew copies out**
+//     load    crew copies in**  ->  copy to the device  ->  scatter kernel*
+//
+// *  for the irregular rest and for narrow rows, through staging on the device
+// ** for a pageable buffer, through a pinned bounce buffer
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <thread>
+
+#include "crew.h"
+#include "cuda_kernels.h"
+#include "schedule.h"
+
+namespace kvf {
+
+class Engine;
+
+class CudaLane {
+public:
+    struct Limits {
+        uint64_t staging_bytes; // of device memory, over all slots
+        uint64_t max_pitch;     // of a two-dimensional copy
+    };
+    // `kernels` may be NULL: rows are then copied one by one.
+    CudaLane(Engine &engine, const CudaContext &context, const CudaKernels *kernels, Crew &crew,
+             uint32_t device, Direction direction, Limits limits);
+    ~CudaLane();
+    CudaLane(const CudaLane &) = delete;
+    CudaLane &operator=(const CudaLane &) = delete;
+
+    void submit(Leg &leg);
+    void poke();
+    void stop();
+    // Nothing can be moved any more: the device is lost.
+    bool broken() const { return broken_.load(std::memory_order_acquire); }
+
+private:
+    static constexpr size_t kSlots = 8;
+
+    enum class Stage {
+        Idle,
+        Filling,   // the crew copies in
+        Ready,     // its copy may be queued
+        Copying,   // its copy is queued or under way
+        Finishing, // waits for what else its stream holds
+        Draining,  // the crew copies out
+    };
+    enum class Way { Run, Block, Gather };
+
+    struct Slot {
+        Stage stage = Stage::Idle;
+        CUstream stream = nullptr;
+        CUevent copied = nullptr, finished = nullptr;
+        CUdeviceptr staging = 0;
+        uint64_t staging_bytes = 0;
+        std::unique_ptr<CudaRowTable> rows;
+        unsigned char *bounce = nullptr;
+
+        Leg *leg = nullptr;
+        Piece piece;
+        Way way = Way::Run;
+        uint32_t row_count = 0;
+        std::atomic<bool> crew_done{false};
+        uint64_t begin_ns = 0, queued_ns = 0;
+    };
+
+    void pump();
+    bool retire();
+    bool queue_copies();
+    bool refill();
+    void idle();
+
+    Way way_of(const Leg &leg) const;
+    Slot *idle_slot(Way way);
+    void prepare(Slot &slot);
+    void queue_copy(Slot &slot);
+    void after_device(Slot &slot);
+    void end_piece(Slot &slot);
+    void fail_piece(Slot &slot, const Error &error);
+    void break_down(const Error &error);
+    template <class Function>
+    void attempt(Slot &slot, Function &&function);
+    void copy_run(Slot &slot, CUdeviceptr address, unsigned char *host, uint64_t bytes);
+    void copy_rows(Slot &slot, CUdeviceptr address, uint64_t pitch, unsigned char *host,
+                   uint64_t host_pitch, uint64_t width, uint64_t rows);
+    void copy_gathered(Slot &slot);
+    bool ensure_staging(Slot &slot);
+    void ensure_bounce(Slot &slot);
+    void release(Slot &slot);
+
+    Engine &engine_;
+    const CudaContext &context_;
+    const CudaDriver &driver_;
+    const CudaKernels *const kernels_;
+    Crew &crew_;
+    const uint32_t device_;
+    const Direction direction_;
+    const Limits limits_;
+
+    std::mutex mutex_;
+    std::condition_variable work_;
+    Schedule schedule_;
+    bool stopping_ = false;
+    bool crew_ended_ = false; // since the pump last looked
+    std::thread thread_;      // started with the first leg
+    std::atomic<bool> broken_{false};
+
+    // The pump's own.
+    std::array<Slot, kSlots> slots_;
+    uint64_t slot_staging_ = 0;   // bytes of staging a slot gets
+    size_t staging_slots_ = 0;    // how many of them get it
+    bool no_staging_ = false;     // there was no device memory for it
+    uint32_t copies_queued_ = 0;
+    uint32_t pieces_ = 0;         // slots that are not idle
+    bool urgent_ = false;         // what is in the slots is
+};
+
+} // namespace kvf

@@ -1,0 +1,241 @@
+#include "device_cuda.h"
+
+#include "json.h"
+
+namespace kvf {
+namespace {
+
+constexpr uint64_t kStagingBytes = 32 << 20; // for a direction
+
+class StreamGate final : public Gate {
+public:
+    StreamGate(std::shared_ptr<const CudaContext> context, uint64_t stream)
+        : context_(std::move(context)) {
+        const CudaDriver &driver = context_->driver();
+        const CudaCurrent current(*context_);
+        driver.check(driver.cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+        const CUresult result = driver.cuEventRecord(event_, reinterpret_cast<CUstream>(stream));
+        if (result != CUDA_SUCCESS) {
+            driver.cuEventDestroy(event_);
+            driver.check(result, "cuEventRecord");
+        }
+    }
+    ~StreamGate() override {
+        try {
+            const CudaCurrent current(*context_);
+            context_->driver().cuEventDestroy(event_);
+        } catch (const Error &) {
+            // The context is gone, and the event with it.
+        }
+    }
+
+    bool is_open() override {
+        // An error opens it too: the transfer will meet it and say so.
+        if (!open_ && query() != CUDA_ERROR_NOT_READY) open_ = true;
+        return open_;
+    }
+
+private:
+    CUresult query() const {
+        try {
+            const CudaCurrent current(*context_);
+            return context_->driver().cuEventQuery(event_);
+        } catch (const Error &) {
+            return CUDA_ERROR_CONTEXT_IS_DESTROYED;
+        }
+    }
+
+    const std::shared_ptr<const CudaContext> context_;
+    CUevent event_ = nullptr;
+    std::atomic<bool> open_{false};
+};
+
+} // namespace
+
+// Device memory that holds a layout's bytes, one after another.
+class CudaDevice::SnapshotMemory {
+public:
+    SnapshotMemory(std::shared_ptr<const CudaContext> context, uint64_t bytes)
+        : context_(std::move(context)) {
+        const CudaDriver &driver = context_->driver();
+        driver.check(driver.cuMemAlloc(&address, bytes), "cuMemAlloc");
+    }
+    ~SnapshotMemory() {
+        try {
+            const CudaCurrent current(*context_);
+            context_->driver().cuMemFree(address);
+        } catch (const Error &) {
+            // The context is gone, and the memory with it.
+        }
+    }
+    SnapshotMemory(const SnapshotMemory &) = delete;
+    SnapshotMemory &operator=(const SnapshotMemory &) = delete;
+
+    CUdeviceptr address = 0;
+
+private:
+    const std::shared_ptr<const CudaContext> context_;
+};
+
+CudaDevice::CudaDevice(Engine &engine, std::shared_ptr<const CudaContext> context, uint32_t index,
+                       uint64_t staging_bytes, uint32_t copy_threads)
+    : context_(std::move(context)), staging_bytes_(staging_bytes ? staging_bytes : kStagingBytes),
+      crew_(copy_threads) {
+    try {
+        kernels_ = std::make_unique<CudaKernels>(*context_);
+    } catch (const Error &error) {
+        no_kernels_ = kvf::describe(error); // slower, and right all the same
+    }
+    const int max_pitch = context_->attribute(CU_DEVICE_ATTRIBUTE_MAX_PITCH);
+    const CudaLane::Limits limits{staging_bytes_, static_cast<uint64_t>(max_pitch)};
+    save_ = std::make_unique<CudaLane>(engine, *context_, kernels_.get(), crew_, index,
+                                       Direction::Save, limits);
+    load_ = std::make_unique<CudaLane>(engine, *context_, kernels_.get(), crew_, index,
+                                       Direction::Load, limits);
+    const CudaCurrent current(*context_);
+    const CudaDriver &driver = context_->driver();
+    driver.check(driver.cuStreamCreateWithPriority(&snapshot_stream_, CU_STREAM_NON_BLOCKING, 0),
+                 "cuStreamCreateWithPriority");
+}
+
+CudaDevice::~CudaDevice() {
+    stop();
+    try {
+        const CudaCurrent current(*context_);
+        if (snapshot_stream_) context_->driver().cuStreamDestroy(snapshot_stream_);
+    } catch (const Error &) {
+        // The context is gone, and the stream with it.
+    }
+}
+
+std::string CudaDevice::describe() const {
+    return "{\"kind\": \"cuda\", \"name\": " + json_quote(context_->name()) +
+           ", \"pci_bus_id\": " + json_quote(context_->pci_bus_id()) +
+           format(", \"ordinal\": %d, \"compute_capability\": \"%d.%d\", \"memory\": %llu, "
+                  "\"copy_engines\": %d, \"staging\": %llu, \"broken\": %s, ",
+                  context_->ordinal(),
+                  context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+                  context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+                  static_cast<unsigned long long>(context_->total_memory()),
+                  context_->attribute(CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT),
+                  static_cast<unsigned long long>(staging_bytes_),
+                  save_->broken() || load_->broken() ? "true" : "false") +
+           "\"kernels\": " + (kernels_ ? "true" : "false") +
+           ", \"no_kernels\": " + json_quote(no_kernels_) + "}";
+}
+
+void CudaDevice::submit(Leg &leg) { lane(leg.job->direction).submit(leg); }
+
+void CudaDevice::poke(Direction direction) { lane(direction).poke(); }
+
+void CudaDevice::stop() {
+    save_->stop();
+    load_->stop();
+}
+
+// Everything is packed into one allocation by copies on the device, which run at the speed of its
+// memory; what remains is to move long runs of that.
+Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
+    std::lock_guard lock(snapshot_mutex_);
+    const CudaCurrent current(*context_);
+    const CudaDriver &driver = context_->driver();
+    auto memory = std::make_shared<SnapshotMemory>(context_, layout.bytes);
+
+    LayoutBuilder packed;
+    uint64_t at = memory->address;
+    const auto synchronize = [&] {
+        driver.check(driver.cuStreamSynchronize(snapshot_stream_), "cuStreamSynchronize");
+    };
+    const uint64_t max_pitch =
+        static_cast<uint64_t>(context_->attribute(CU_DEVICE_ATTRIBUTE_MAX_PITCH));
+    try {
+        for (const kvf_region &block : layout.blocks) {
+            if (block.rows == 1 || block.pitch > max_pitch) {
+                for (uint64_t i = 0; i < block.rows; ++i) {
+                    driver.check(driver.cuMemcpyDtoDAsync(at + i * block.width,
+                                                          block.address + i * block.pitch,
+                                                          block.width, snapshot_stream_),
+                                 "cuMemcpyDtoDAsync");
+                }
+            } else {
+                CUDA_MEMCPY2D copy{};
+                copy.srcMemoryType = copy.dstMemoryType = CU_MEMORYTYPE_DEVICE;
+                copy.srcDevice = block.address;
+                copy.srcPitch = block.pitch;
+                copy.dstDevice = at;
+                copy.dstPitch = block.width;
+                copy.WidthInBytes = block.width;
+                copy.Height = block.rows;
+                driver.check(driver.cuMemcpy2DAsync(&copy, snapshot_stream_), "cuMemcpy2DAsync");
+            }
+            packed.add({at, block.width, block.rows, block.width, block.offset, block.buffer_pitch});
+            at += block.width * block.rows;
+        }
+        if (!layout.runs.empty() && kernels_) {
+            if (!snapshot_rows_) snapshot_rows_ = std::make_unique<CudaRowTable>(*context_);
+            Layout runs;
+            runs.runs = layout.runs;
+            Cursor cursor(runs);
+            while (!cursor.at_end()) {
+                // Offsets within one launch are 32 bits wide.
+                const Piece piece = cursor.next(UINT32_MAX, CudaRowTable::kRows);
+                const uint32_t count = snapshot_rows_->fill(piece);
+                kernels_->launch(Direction::Save, at, snapshot_rows_->device_address(), count, 128,
+                                 snapshot_stream_);
+                synchronize(); // the table is written anew for the next launch
+                for (uint64_t i = 0; i < piece.count; ++i) {
+                    packed.add(at, piece.runs[i].offset, piece.runs[i].bytes);
+                    at += piece.runs[i].bytes;
+                }
+            }
+        } else {
+            for (const Run &run : layout.runs) {
+                driver.check(driver.cuMemcpyDtoDAsync(at, run.address, run.bytes, snapshot_stream_),
+                             "cuMemcpyDtoDAsync");
+                packed.add(at, run.offset, run.bytes);
+                at += run.bytes;
+            }
+        }
+    } catch (...) {
+        driver.cuStreamSynchronize(snapshot_stream_); // what was queued must not outlive the memory
+        throw;
+    }
+    synchronize();
+    return {packed.finish(), std::move(memory)};
+}
+
+bool cuda_place(const CudaContext &context, uint64_t address, CudaPlace &place) {
+    const CudaDriver &driver = context.driver();
+    unsigned int type = 0;
+    int ordinal = -1;
+    CUdeviceptr begin = 0;
+    size_t bytes = 0;
+    CUpointer_attribute attributes[] = {
+        CU_POINTER_ATTRIBUTE_MEMORY_TYPE, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+        CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, CU_POINTER_ATTRIBUTE_RANGE_SIZE};
+    void *values[] = {&type, &ordinal, &begin, &bytes};
+    const CudaCurrent current(context);
+    // Unlike cuPointerGetAttribute, this one succeeds for any pointer, and gives zeros for a foreign one.
+    if (driver.cuPointerGetAttributes(4, attributes, values, address) != CUDA_SUCCESS) return false;
+    if (type != CU_MEMORYTYPE_DEVICE || ordinal < 0) return false;
+    if (begin == 0) {
+        begin = address;
+        bytes = 1;
+    }
+    place = {ordinal, begin, begin + bytes};
+    return true;
+}
+
+std::shared_ptr<Gate> follow_stream(const std::vector<std::shared_ptr<const CudaContext>> &contexts,
+                                    uint64_t stream) {
+    for (const auto &context : contexts) {
+        try {
+            return std::make_shared<StreamGate>(context, stream);
+        } catch (const Error &error) {
+            if (error.status != KVF_ERR_DEVICE) throw; // a stream of another device is refused as such
+        }
+    }
+    throw Error(KVF_ERR_INVALID_ARGUMENT, "no device of the engine knows this stream");
+}
+
+} // namespace kvf

@@ -1,0 +1,133 @@
+"""The engine's options, its account of itself, its memory, and the texts of its errors."""
+
+import gc
+
+import kvferry
+import numpy as np
+import pytest
+from event_loops import anyio_backend  # noqa: F401
+from kvferry._native import ffi, lib
+
+pytestmark = pytest.mark.anyio
+
+
+def test_the_version_is_the_librarys() -> None:
+    assert kvferry.__version__ == ffi.string(lib.kvf_version()).decode()
+
+
+async def test_an_engine_describes_itself() -> None:
+    async with kvferry.Engine("host", copy_threads=3, pinned_limit=1 << 20) as engine:
+        description = engine.describe()
+    assert description["version"] == kvferry.__version__
+    assert description["pool"]["limit"] == 1 << 20
+    assert description["devices"][0]["kind"] == "host"
+    assert description["devices"][0]["copy_threads"] == 3
+
+
+async def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="'auto', 'host' or 'cuda'"):
+        kvferry.Engine("gpu")  # type: ignore[arg-type]
+    async with kvferry.Engine("host") as engine:
+        with pytest.raises(ValueError, match="'background' or 'urgent'"):
+            await engine.copy_out(b"anything", priority="high")  # type: ignore[arg-type]
+        assert (await engine.copy_out(b"anything")).to_bytes() == b"anything"
+
+
+@pytest.mark.parametrize("priority", ["background", "urgent"])
+async def test_both_priorities_move_the_bytes(priority: kvferry.Priority) -> None:
+    source = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8)
+    target = np.zeros_like(source)
+    async with kvferry.Engine("host") as engine:
+        buffer = await engine.copy_out(source, priority=priority)
+        await engine.copy_in(target, buffer, priority=priority)
+    assert np.array_equal(source, target)
+
+
+async def test_a_completion_tells_how_the_transfer_went() -> None:
+    async with kvferry.Engine("host") as engine:
+        transfer = await engine.start_copy_out(np.zeros((100, 64), np.uint8)[:, :32])
+        assert transfer.completion is None or transfer.done
+        await transfer.wait()
+    completion = transfer.completion
+    assert completion is not None
+    assert (completion.status, completion.bytes, completion.detail) == (0, 3200, "")
+    assert completion.fragments == 100
+    assert completion.segments == 1
+    assert completion.submitted_ns <= completion.started_ns <= completion.finished_ns
+
+
+async def test_the_trace_accounts_for_every_byte() -> None:
+    async with kvferry.Engine("host", trace=True) as engine:
+        source = np.zeros(5_000_000, np.uint8)
+        buffer = await engine.copy_out(source)
+        await engine.copy_in(source, buffer)
+        events = engine.trace()
+        assert engine.trace() == []
+    for direction in ("save", "load"):
+        assert sum(e.bytes for e in events if e.direction == direction) == source.size
+    assert all(event.begin_ns <= event.end_ns for event in events)
+    assert {event.device for event in events} == {0}
+
+
+async def test_without_tracing_there_is_no_trace() -> None:
+    async with kvferry.Engine("host") as engine:
+        with pytest.raises(kvferry.KvferryError, match="not supported here"):
+            engine.trace()
+
+
+async def test_the_limit_of_pinned_memory_holds_and_closing_a_buffer_makes_room() -> None:
+    async with kvferry.Engine("host", pinned_limit=1 << 20) as engine:
+        buffer = await engine.allocate(1 << 20)
+        with pytest.raises(kvferry.PinnedLimit):
+            await engine.allocate(1 << 20)
+        buffer.close()
+        again = await engine.allocate(1 << 20)
+        assert again.nbytes == 1 << 20
+
+
+async def test_a_view_keeps_pool_memory_from_being_used_again() -> None:
+    async with kvferry.Engine("host", pinned_limit=1 << 20) as engine:
+        buffer = await engine.allocate(1 << 20)
+        view = buffer.numpy()[100:]
+        del buffer
+        gc.collect()
+        view[:] = 7
+        with pytest.raises(kvferry.PinnedLimit):
+            await engine.allocate(1 << 20)
+        assert np.all(view == 7)
+        del view
+        await engine.allocate(1 << 20)
+
+
+async def test_a_buffer_in_use_cannot_be_closed() -> None:
+    async with kvferry.Engine("host", copy_threads=1) as engine:
+        slow = np.zeros(1 << 28, np.uint8)[::2]
+        buffer = await engine.allocate(slow.size)
+        transfer = await engine.start_copy_out(slow, buffer)
+        with pytest.raises(kvferry.Busy):
+            buffer.close()
+        transfer.cancel()
+        with pytest.raises(kvferry.TransferCancelled):
+            await transfer.wait()
+        buffer.close()
+        buffer.close()
+        with pytest.raises(kvferry.KvferryError, match="closed"):
+            _ = buffer.view
+
+
+async def test_attaching_to_what_is_no_context_is_refused() -> None:
+    async with kvferry.Engine("host") as engine:
+        with pytest.raises(TypeError, match=r"llama_cpp\.Llama"):
+            engine.attach("text")
+        with pytest.raises(kvferry.ContextFreed):
+            engine.attach(0)
+
+
+@pytest.mark.parametrize(
+    "status", [number for name, number in vars(lib).items() if name.startswith("KVF_ERR_")]
+)
+def test_each_status_has_an_exception_with_the_librarys_text(status: int) -> None:
+    error = kvferry.errors.error(status, "the detail")
+    assert error.status == status
+    assert error.name == ffi.string(lib.kvf_status_name(status)).decode()
+    assert str(error) == ffi.string(lib.kvf_strerror(status)).decode() + ": the detail"

@@ -1,0 +1,296 @@
+"""Sequences of a real llama.cpp context from Python: the plain case, and what can go wrong.
+
+The kinds of model and cache that llama.cpp treats differently have tests of their own.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import kvferry
+import llama_reference as reference
+import numpy as np
+import pytest
+from event_loops import anyio_backend  # noqa: F401
+from kvferry.synthetic import write_model
+
+pytestmark = pytest.mark.anyio
+
+PROMPT_TOKENS = 200
+EMPTY_BYTES = 16
+"""Size of an empty sequence's state: magic, sequence, one stream of no cells."""
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("llama", tmp_path_factory.mktemp("models") / "llama.gguf")
+
+
+@pytest.fixture(scope="module")
+def model(model_path: Path) -> Iterator[reference.Model]:
+    with reference.Model(model_path) as model:
+        yield model
+
+
+@pytest.fixture
+def context(model: reference.Model) -> Iterator[reference.Context]:
+    """With a prompt in sequence 0, and sequences 1 to 3 empty."""
+    with model.context(n_ctx=1024) as context:
+        context.decode(0, model.prompt(PROMPT_TOKENS))
+        yield context
+
+
+async def test_a_sequence_saved_beside_decoding_goes_on_as_after_llama_cpps_own_calls(
+    model: reference.Model, context: reference.Context
+) -> None:
+    tokens = model.prompt(50, seed=1)
+    with model.context(n_ctx=1024) as like:
+        like.decode(0, model.prompt(PROMPT_TOKENS))
+        state = like.state_get(0)
+        for token in tokens:
+            like.decode(1, [token])
+        like.state_set(2, state)
+        expected_state = like.state_get(2)
+        expected_logits = like.decode(2, [7])
+
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        assert llama.size(0) == len(state)
+        async with anyio.create_task_group() as tasks:
+
+            async def decode() -> None:
+                for token in tokens:
+                    await llama.run(context.decode, 1, [token])
+
+            tasks.start_soon(decode)
+            snapshots = [await llama.save(0) for _ in range(10)]
+        assert all(snapshot.to_bytes() == state for snapshot in snapshots)
+
+        await llama.load(snapshots[0], 2)
+        assert (await llama.save(2)).to_bytes() == expected_state
+        logits = await llama.run(context.decode, 2, [7])
+    assert np.array_equal(logits, expected_logits)
+
+
+async def test_many_tasks_save_at_once(context: reference.Context) -> None:
+    state = context.state_get(0)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        saved: list[bool] = []
+
+        async def save() -> None:
+            saved.append((await llama.save(0)).to_bytes() == state)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(300):
+                tasks.start_soon(save)
+    assert saved == [True] * 300
+
+
+async def test_a_save_that_has_been_started_is_awaited_later(context: reference.Context) -> None:
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        state = context.state_get(0)
+        transfer = await llama.start_save(0, mode="snapshot")
+        await llama.run(context.seq_rm, 0)  # a snapshot doesn't mind
+        snapshot = await transfer.wait()
+        assert snapshot.to_bytes() == state
+        assert transfer.done
+        assert snapshot.completion is not None
+        assert snapshot.completion.mode == 2
+        await (await llama.start_load(snapshot, 0)).wait()
+        assert (await llama.save(0, priority="urgent", mode="in_place")).to_bytes() == state
+
+
+async def test_a_state_is_saved_into_the_callers_memory(context: reference.Context) -> None:
+    state = context.state_get(0)
+    memory = np.zeros(len(state) + 100, np.uint8)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0, into=memory)
+        assert snapshot.nbytes == len(state)
+        assert snapshot.numpy().ctypes.data == memory.ctypes.data
+        with pytest.raises(kvferry.BufferTooSmall, match="bytes are needed"):
+            await llama.save(0, into=memory[: len(state) - 1])
+    assert memory[: len(state)].tobytes() == state
+    assert not memory[len(state) :].any()
+
+
+async def test_a_file_brings_a_sequence_back(context: reference.Context, tmp_path: Path) -> None:
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        await (await llama.save(0)).to_file(tmp_path / "state")
+        state = context.state_get(0)
+        await llama.remove(0)
+        snapshot = await kvferry.Snapshot.from_file(tmp_path / "state")
+        assert snapshot.fingerprint == llama.fingerprint
+        await llama.load(snapshot, 0, verify=True)
+    assert context.state_get(0) == state
+
+
+async def test_size_may_be_asked_on_the_contexts_thread_and_beside_it(
+    context: reference.Context,
+) -> None:
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        size = context.state_size(0)
+        assert llama.size(0) == size
+        assert await llama.size_async(0) == size
+        assert await llama.run(llama.size, 0) == size
+        assert llama.size(3) == EMPTY_BYTES
+
+
+async def test_what_the_program_runs_returns_and_raises_as_it_does(
+    context: reference.Context,
+) -> None:
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        assert await llama.run(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            await llama.run(divmod, 1, 0)
+
+
+async def test_remove_waits_for_transfers_of_the_sequence(context: reference.Context) -> None:
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        state = context.state_get(0)
+        transfer = await llama.start_save(0, mode="in_place")
+        await llama.remove(0)
+        assert transfer.done
+        assert (await transfer.wait()).to_bytes() == state
+        assert llama.size(0) == EMPTY_BYTES
+        await llama.remove(0)
+
+
+async def test_a_state_that_cannot_be_loaded_leaves_the_sequence_empty_and_others_alone(
+    context: reference.Context,
+) -> None:
+    state = context.state_get(0)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+
+        other = kvferry.Snapshot.from_bytes(state, fingerprint="another model")
+        changed = bytearray(state)
+        sealed = kvferry.Snapshot.from_bytes(changed)
+        await sealed.seal()
+        changed[-1] ^= 1
+        for bad, verify, error in [
+            (state[:-1], False, kvferry.StateDamaged),
+            (state[:40], False, kvferry.StateDamaged),
+            (b"?" * len(state), False, kvferry.StateDamaged),
+            (other, False, kvferry.StateMismatch),
+            (sealed, True, kvferry.StateDamaged),
+        ]:
+            await llama.load(snapshot, 1)
+            with pytest.raises(error):
+                await llama.load(bad, 1, verify=verify)
+            assert llama.size(1) == EMPTY_BYTES
+        assert context.state_get(0) == state
+        await llama.load(snapshot, 1)
+
+
+async def test_sequences_that_cannot_be_used_are_refused(context: reference.Context) -> None:
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+        for beyond in (-1, 4):
+            with pytest.raises(kvferry.SequenceRange):
+                llama.size(beyond)
+            with pytest.raises(kvferry.SequenceRange):
+                await llama.save(beyond)
+            with pytest.raises(kvferry.SequenceRange):
+                await llama.load(snapshot, beyond)
+        with pytest.raises(kvferry.SequenceEmpty):
+            await llama.save(1)
+        with pytest.raises(ValueError, match="'auto', 'in_place' or 'snapshot'"):
+            await llama.save(0, mode="safe")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="only a Snapshot"):
+            await llama.load(snapshot.to_bytes(), 1, verify=True)
+
+
+async def test_a_cancelled_load_is_whole_or_empty_and_a_cancelled_save_leaves_nothing(
+    context: reference.Context,
+) -> None:
+    state = context.state_get(0)
+    pace = random.Random(0)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+        whole = bytearray(state)
+        for _ in range(200):
+            with anyio.move_on_after(pace.random() * 0.001) as scope:
+                await llama.load(snapshot, 1)
+            size = llama.size(1)
+            assert size in ((EMPTY_BYTES, len(state)) if scope.cancelled_caught else (len(state),))
+            with anyio.move_on_after(pace.random() * 0.001):
+                await llama.save(0, into=whole)
+            whole.append(0)  # raises BufferError if a job still uses it
+            whole.pop()
+        snapshot.close()
+    assert context.state_get(0) == state
+
+
+async def test_a_detached_context_is_let_go_and_can_be_attached_again(
+    context: reference.Context,
+) -> None:
+    async with kvferry.Engine("host") as engine:
+        async with engine.attach(context.address) as llama:
+            transfer = await llama.start_save(0)
+        assert transfer.done
+        await llama.detach()
+        with pytest.raises(kvferry.EngineClosed, match="detached"):
+            await llama.save(0)
+        with pytest.raises(kvferry.EngineClosed, match="detached"):
+            llama.size(0)
+        again = engine.attach(context.address)
+        assert (await again.save(0)).to_bytes() == context.state_get(0)
+
+
+async def test_several_engines_may_attach_to_one_context(context: reference.Context) -> None:
+    state = context.state_get(0)
+    async with kvferry.Engine("host") as one, kvferry.Engine("host") as other:
+        snapshots = [await each.attach(context.address).save(0) for each in (one, other)]
+        assert [snapshot.to_bytes() for snapshot in snapshots] == [state, state]
+
+
+async def test_a_context_that_has_been_freed_is_noticed(model: reference.Model) -> None:
+    async with kvferry.Engine("host") as engine:
+        context = model.context()
+        context.decode(0, model.prompt(10))
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+        await llama.run(context.close)
+        with pytest.raises(kvferry.ContextFreed):
+            await llama.save(0)
+        with pytest.raises(kvferry.ContextFreed):
+            llama.size(0)
+        with pytest.raises(kvferry.ContextFreed):
+            await llama.load(snapshot, 0)
+
+
+async def test_an_object_of_llama_cpp_python_will_do(
+    model: reference.Model, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its structs must fit the library for that: see `_context_params_type`."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    bindings = llama_cpp.llama_cpp
+    params = reference._context_params_type()
+    monkeypatch.setattr(bindings.llama_context_default_params, "restype", params)
+    monkeypatch.setattr(
+        bindings.llama_init_from_model, "argtypes", [bindings.llama_model_p_ctypes, params]
+    )
+    llm = llama_cpp.Llama(str(model_path), n_ctx=256, n_threads=1, verbose=False)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(llm)
+        await llama.run(llm.eval, model.prompt(20))
+        size = llama.size()
+        snapshot = await llama.save()
+        assert snapshot.nbytes == size > EMPTY_BYTES
+        llm.reset()
+        await llama.load(snapshot, 0)
+        assert (await llama.save()).to_bytes() == snapshot.to_bytes()
+        llm.close()
+        with pytest.raises(kvferry.ContextFreed):
+            await llama.save()
