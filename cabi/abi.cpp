@@ -1,6 +1,7 @@
 // The C ABI: checks arguments, finds objects by their handles, and turns exceptions into statuses.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <new>
 
@@ -35,6 +36,17 @@ int32_t guarded(Function &&function) noexcept {
     return guarded(nullptr, 0, std::forward<Function>(function));
 }
 
+// No version's structs come near this size: a larger one is a mistake.
+constexpr uint64_t kLargestStruct = 4096;
+
+// The caller's size of a struct that the library fills in.
+void check_struct_size(uint64_t size) {
+    if (size < sizeof(uint64_t) || size > kLargestStruct) {
+        throw Error(KVF_ERR_STRUCT_SIZE,
+                    format("size is %llu", static_cast<unsigned long long>(size)));
+    }
+}
+
 // A copy of the caller's options as this version knows them. NULL gives the defaults.
 template <class Options>
 Options read_options(const Options *given) {
@@ -43,7 +55,7 @@ Options read_options(const Options *given) {
     if (!given) return options;
     uint32_t size;
     std::memcpy(&size, given, sizeof size);
-    if (size < 2 * sizeof(uint32_t) || size > 4096) {
+    if (size < 2 * sizeof(uint32_t) || size > kLargestStruct) {
         throw Error(KVF_ERR_STRUCT_SIZE, format("size is %u; sizeof is %zu", size, sizeof options));
     }
     std::memcpy(&options, given, std::min<size_t>(size, sizeof options));
@@ -58,7 +70,8 @@ Options read_options(const Options *given) {
 // Where a failing call may write its text; nowhere if the options are too short or malformed for it.
 template <class Options>
 std::pair<char *, uint64_t> error_place(const Options *given) {
-    if (!given || given->size < sizeof(Options) || given->size > 4096) return {nullptr, 0};
+    constexpr size_t end = offsetof(Options, error_size) + sizeof given->error_size;
+    if (!given || given->size < end || given->size > kLargestStruct) return {nullptr, 0};
     return {given->error, given->error_size};
 }
 
@@ -191,7 +204,7 @@ int32_t kvf_engine_trace(kvf_engine engine, kvf_trace_event *events, uint64_t ev
                          uint32_t capacity) {
     return guarded([&]() -> int32_t {
         if (capacity) require(events, "events");
-        if (event_size < sizeof(uint64_t)) throw Error(KVF_ERR_STRUCT_SIZE);
+        check_struct_size(event_size);
         return static_cast<int32_t>(find<Engine>(engine)->take_trace(events, event_size, capacity));
     });
 }
@@ -257,7 +270,7 @@ int32_t kvf_queue_take(kvf_queue queue, kvf_completion *completions, uint64_t co
     return guarded([&]() -> int32_t {
         require(completions, "completions");
         if (capacity == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "capacity is 0");
-        if (completion_size < sizeof(uint64_t)) throw Error(KVF_ERR_STRUCT_SIZE);
+        check_struct_size(completion_size);
         const uint32_t most = std::min<uint32_t>(capacity, INT32_MAX);
         return static_cast<int32_t>(
             find<Queue>(queue)->take(completions, completion_size, most, timeout_ns));
@@ -283,19 +296,12 @@ int32_t kvf_queue_destroy(kvf_queue queue) {
 
 // ---- jobs --------------------------------------------------------------------------------------
 
-namespace {
-
-void give_completion(const kvf_completion &completion, kvf_completion *to, uint64_t size) {
-    if (to) std::memcpy(to, &completion, std::min<uint64_t>(size, sizeof completion));
-}
-
-} // namespace
-
 int32_t kvf_job_poll(kvf_job job, kvf_completion *completion, uint64_t completion_size) {
     return guarded([&]() -> int32_t {
+        if (completion) check_struct_size(completion_size);
         kvf_completion ended;
         if (!find<Job>(job)->ended(&ended)) return 0;
-        give_completion(ended, completion, completion_size);
+        if (completion) copy_struct(ended, completion, completion_size);
         return 1;
     });
 }
@@ -303,9 +309,10 @@ int32_t kvf_job_poll(kvf_job job, kvf_completion *completion, uint64_t completio
 int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *completion,
                      uint64_t completion_size) {
     return guarded([&]() -> int32_t {
+        if (completion) check_struct_size(completion_size);
         kvf_completion ended;
         if (!find<Job>(job)->wait(timeout_ns, &ended)) return KVF_ERR_TIMEOUT;
-        give_completion(ended, completion, completion_size);
+        if (completion) copy_struct(ended, completion, completion_size);
         return KVF_OK;
     });
 }

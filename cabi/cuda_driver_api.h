@@ -1,8 +1,9 @@
 /* The part of the CUDA driver API that kvferry uses: types, values, and one table of entry points.
  *
- * kvferry opens the driver at run time and needs no CUDA toolkit to build, so it cannot include cuda.h. Names, values
- * and layouts here are those of cuda.h (CUDA 12.9; all of them are part of the driver's stable ABI). C11 and C++17.
- * The simulated driver under tests/simulated_cuda implements the same table. */
+ * kvferry opens the driver at run time and needs no CUDA toolkit to build, so it cannot include
+ * cuda.h. Names, values and layouts here are those of cuda.h (CUDA 12.9; all of them are part of
+ * the driver's stable ABI). C11 and C++17. The simulated driver under tests/simulated_cuda
+ * implements the same table. */
 #ifndef KVFERRY_CUDA_DRIVER_API_H
 #define KVFERRY_CUDA_DRIVER_API_H
 
@@ -13,7 +14,7 @@
 extern "C" {
 #endif
 
-/* ---- Types -------------------------------------------------------------------------------------------------------- */
+/* ---- Types ----------------------------------------------------------------------------------- */
 
 typedef int CUdevice;
 typedef unsigned long long CUdeviceptr;
@@ -24,9 +25,9 @@ typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 typedef struct CUarray_st *CUarray;
 
-/* ---- Values ------------------------------------------------------------------------------------------------------- */
+/* ---- Values ---------------------------------------------------------------------------------- */
 
-/* X(name, number, text): the errors that kvferry tells apart or that the simulated driver returns. */
+/* X(name, number, text): errors that kvferry tells apart or that the simulated driver returns. */
 #define CUDA_DRIVER_ERRORS(X)                                                                      \
     X(CUDA_SUCCESS, 0, "no error")                                                                 \
     X(CUDA_ERROR_INVALID_VALUE, 1, "invalid argument")                                             \
@@ -201,8 +202,9 @@ typedef struct CUDA_MEMCPY2D_st {
     size_t Height;
 } CUDA_MEMCPY2D;
 
-/* ---- Entry points -------------------------------------------------------------------------------------------------
- * X(name, symbol, parameters): `symbol` is what the library exports and what dlsym() takes; all return CUresult. */
+/* ---- Entry points -------------------------------------------------------------------------------
+ * X(name, symbol, parameters): `symbol` is what the library exports and what dlsym() takes; all
+ * return CUresult. */
 
 #define CUDA_DRIVER_REQUIRED(X)                                                                    \
     X(cuInit, cuInit, (unsigned int flags))                                                        \

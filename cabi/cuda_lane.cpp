@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 #include "copy.h"
 #include "engine.h"
@@ -27,6 +28,16 @@ constexpr uint64_t kNarrow = 1024;
 constexpr uint32_t kUrgentBlocks = 64, kBackgroundBlocks = 32; // of a kernel's grid
 // A copy that has not ended by then never will; the device is given up.
 constexpr uint64_t kStuckNs = 60'000'000'000;
+
+// TUNE-BEGIN
+uint64_t tune(const char *name, uint64_t value) {
+    const char *all = std::getenv("KVF_TUNE");
+    if (!all) return value;
+    const std::string key = std::string(name) + "=";
+    const char *at = std::strstr(all, key.c_str());
+    return at ? std::strtoull(at + key.size(), nullptr, 10) : value;
+}
+// TUNE-END
 
 uint64_t stuck_ns() {
     static const uint64_t value = [] {
@@ -55,6 +66,18 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
     staging_slots_ =
         slot_staging_ ? std::min<uint64_t>(kSlots, limits_.staging_bytes / slot_staging_) : 0;
     no_staging_ = !kernels_ || slot_staging_ < kLeastStagingSlot;
+    t_bgrun = tune("bgrun", kBackgroundRun);
+    t_bgblock = tune("bgblock", kBackgroundBlock);
+    t_bggather = tune("bggather", kBackgroundGather);
+    t_narrow = tune("narrow", kNarrow);
+    t_bgnarrow = tune("bgnarrow", kNarrow);
+    t_window = tune("window", 1);
+    t_ahead = tune("ahead", 2);
+    t_bgblocks = tune("bgblocks", kBackgroundBlocks);
+    t_ublocks = tune("ublocks", kUrgentBlocks);
+    t_urun = tune("urun", kUrgentRun);
+    t_ublock = tune("ublock", kUrgentBlock);
+    t_uwin = tune("uwin", kSlots);
     const CudaCurrent current(context_);
     try {
         for (Slot &slot : slots_) {
@@ -215,7 +238,7 @@ bool CudaLane::retire() {
 }
 
 bool CudaLane::queue_copies() {
-    const uint32_t window = urgent_ ? kSlots : 1;
+    const uint32_t window = urgent_ ? t_uwin : t_window;
     bool progress = false;
     while (copies_queued_ < window) {
         // The one that has been ready for longest.
@@ -241,15 +264,15 @@ bool CudaLane::refill() {
         if (!leg) return progress;
         urgent_ = urgent;
         // In the background the next piece is made ready while one is being copied, and no more.
-        if (!urgent && pieces_ >= 2) return progress;
+        if (!urgent && pieces_ >= t_ahead) return progress;
         const bool pageable = !leg->job->pinned;
         const Way way = way_of(*leg);
         Slot *slot = idle_slot(way);
         if (!slot) return progress;
 
-        uint64_t most = way == Way::Run     ? (urgent ? kUrgentRun : kBackgroundRun)
-                        : way == Way::Block ? (urgent ? kUrgentBlock : kBackgroundBlock)
-                                            : (urgent ? slot->staging_bytes : kBackgroundGather);
+        uint64_t most = way == Way::Run     ? (urgent ? t_urun : t_bgrun)
+                        : way == Way::Block ? (urgent ? t_ublock : t_bgblock)
+                                            : (urgent ? slot->staging_bytes : t_bggather);
         uint64_t most_runs = CudaRowTable::kRows;
         if (way == Way::Gather) {
             most = std::min(most, slot->staging_bytes);
@@ -281,7 +304,8 @@ CudaLane::Way CudaLane::way_of(const Leg &leg) const {
     if (!block) return no_staging_ ? Way::Run : Way::Gather;
     if (block->rows == 1 || block->width >= kUrgentBlock) return Way::Run;
     const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);
-    if (block->width >= kNarrow && pitch <= limits_.max_pitch) return Way::Block;
+    const uint64_t narrow = leg.job->priority == KVF_PRIORITY_URGENT ? t_narrow : t_bgnarrow;
+    if (block->width >= narrow && pitch <= limits_.max_pitch) return Way::Block;
     if (!no_staging_ && block->width <= kLeastStagingSlot) return Way::Gather;
     return pitch <= limits_.max_pitch ? Way::Block : Way::Run;
 }
@@ -312,7 +336,7 @@ void CudaLane::prepare(Slot &slot) {
         slot.row_count = slot.rows->fill(slot.piece);
         if (direction_ == Direction::Save) {
             kernels_->launch(direction_, slot.staging, slot.rows->device_address(), slot.row_count,
-                             urgent_ ? kUrgentBlocks : kBackgroundBlocks, slot.stream);
+                             static_cast<uint32_t>(urgent_ ? t_ublocks : t_bgblocks), slot.stream);
         }
     }
     if (direction_ == Direction::Load && !job.pinned) {
@@ -362,7 +386,7 @@ void CudaLane::queue_copy(Slot &slot) {
     if (direction_ == Direction::Load && slot.way == Way::Gather) {
         if (!job.stopping()) {
             kernels_->launch(direction_, slot.staging, slot.rows->device_address(), slot.row_count,
-                             urgent_ ? kUrgentBlocks : kBackgroundBlocks, slot.stream);
+                             static_cast<uint32_t>(urgent_ ? t_ublocks : t_bgblocks), slot.stream);
         }
         driver_.check(driver_.cuEventRecord(slot.finished, slot.stream), "cuEventRecord");
     }

@@ -116,6 +116,7 @@ private:
     std::thread thread_;      // started with the first leg
     std::atomic<bool> broken_{false};
 
+    uint64_t t_bgrun, t_bgblock, t_bggather, t_narrow, t_bgnarrow, t_window, t_ahead, t_bgblocks, t_ublocks, t_urun, t_ublock, t_uwin; // TUNE
     // The pump's own.
     std::array<Slot, kSlots> slots_;
     uint64_t slot_staging_ = 0;   // bytes of staging a slot gets

@@ -16,6 +16,7 @@ public:
     virtual std::string describe() const = 0;
 
     // Takes a leg in; it ends with exactly one leg.job->leg_ended(leg), on a thread of the device's.
+    // Where it throws instead, the leg has not been taken in.
     virtual void submit(Leg &leg) = 0;
 
     // A job of this direction is stopping: its legs must end soon.

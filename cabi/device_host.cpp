@@ -35,13 +35,16 @@ std::string HostDevice::describe() const {
 }
 
 void HostDevice::start_threads() {
-    for (uint32_t i = 0; i < threads_; ++i) workers_.emplace_back([this] { work(false); });
-    workers_.emplace_back([this] { work(true); });
+    // Goes on where it stopped if the system refused a thread the last time.
+    while (workers_.size() <= threads_) {
+        const bool background = workers_.empty();
+        workers_.emplace_back([this, background] { work(background); });
+    }
 }
 
 void HostDevice::submit(Leg &leg) {
     std::lock_guard lock(mutex_);
-    if (workers_.empty()) start_threads();
+    if (workers_.size() <= threads_) start_threads();
     schedule_.add(leg);
     if (leg.job->priority == KVF_PRIORITY_URGENT) {
         // Everybody may help with a long one.

@@ -44,9 +44,9 @@ void Engine::open_cuda(const kvf_engine_options &options) {
     for (int ordinal = 0; ordinal < count; ++ordinal) {
         try {
             auto context = std::make_shared<const CudaContext>(driver, ordinal);
-            devices_.push_back(
-                std::make_unique<CudaDevice>(*this, context, static_cast<uint32_t>(devices_.size()),
-                                             options.staging_bytes, copy_threads));
+            devices_.push_back(std::make_unique<CudaDevice>(*this, context,
+                                                            static_cast<uint32_t>(devices_.size()),
+                                                            options.staging_bytes, copy_threads));
             cuda_.push_back(std::move(context));
         } catch (const Error &error) {
             no_cuda_ += format("%sdevice %d: ", no_cuda_.empty() ? "" : "; ", ordinal) +
@@ -106,9 +106,8 @@ uint32_t Locator::operator()(uint64_t address, uint64_t bytes) {
                            static_cast<unsigned long long>(address)));
     }
     if (mapped_(address, bytes)) return Engine::kHost;
-    throw Error(KVF_ERR_UNREACHABLE,
-                format("address 0x%llx is not mapped in this process",
-                       static_cast<unsigned long long>(address)));
+    throw Error(KVF_ERR_UNREACHABLE, format("address 0x%llx is not mapped in this process",
+                                            static_cast<unsigned long long>(address)));
 }
 
 std::shared_ptr<Job> Engine::submit(Submission &&submission, const kvf_submit_options &options,
@@ -188,7 +187,15 @@ std::shared_ptr<Job> Engine::submit(Submission &&submission, const kvf_submit_op
     // The legs are the job's, and the job lives as long as any of them is in flight.
     std::vector<Leg *> legs;
     for (auto &leg : job->legs) legs.push_back(leg.get());
-    for (Leg *leg : legs) devices_[leg->device]->submit(*leg);
+    for (Leg *leg : legs) {
+        try {
+            devices_[leg->device]->submit(*leg);
+        } catch (const std::exception &error) {
+            // A thread could not be started.
+            job->fail(KVF_ERR_SYSTEM, error.what());
+            job->leg_ended(*leg);
+        }
+    }
     return job;
 }
 
@@ -296,7 +303,7 @@ uint32_t Engine::take_trace(void *events, uint64_t stride, uint32_t capacity) {
     auto *out = static_cast<unsigned char *>(events);
     uint32_t n = 0;
     for (; n < capacity && !trace_.empty(); ++n, out += stride) {
-        std::memcpy(out, &trace_.front(), std::min<uint64_t>(stride, sizeof(kvf_trace_event)));
+        copy_struct(trace_.front(), out, stride);
         trace_.pop_front();
     }
     return n;

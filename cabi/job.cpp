@@ -1,5 +1,6 @@
 #include "job.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 
@@ -56,13 +57,14 @@ void Job::end() {
     // The order matters: whoever sees the completion may free the buffer and destroy the queue; the
     // engine is told last, because it may be gone right afterwards.
     const bool dispatched = callback != nullptr;
-    if (queue) queue->push(completion);
-    queue.reset();
     {
+        // Under one lock: whoever has taken it from the queue finds that the job has ended.
         std::lock_guard lock(mutex_);
+        if (queue) queue->push(completion);
         has_ended_visible_ = true;
         ended_.notify_all();
     }
+    queue.reset();
     if (dispatched) owner->dispatch(callback, completion);
     owner->job_ended(*this);
 }
@@ -79,8 +81,9 @@ bool Job::wait(int64_t timeout_ns, kvf_completion *completion) {
     const auto done = [this] { return has_ended_visible_; };
     if (timeout_ns < 0) {
         ended_.wait(lock, done);
-    } else if (!ended_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), done)) {
-        return false;
+    } else {
+        timeout_ns = std::min(timeout_ns, kLongestTimeoutNs);
+        if (!ended_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), done)) return false;
     }
     if (completion) *completion = completion_;
     return true;

@@ -40,6 +40,7 @@ class LayoutBuilder {
 public:
     // One run of `bytes` at `address`, whose place in the buffer is `offset`.
     void add(uint64_t address, uint64_t offset, uint64_t bytes) {
+        if (bytes == 0) return; // recurrent states may have rows of nothing
         ++fragments_;
         layout_.bytes += bytes;
         if (block_.rows == 1) {

@@ -256,7 +256,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     settle();
     check_usable();
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
-    if (!mapped_(reinterpret_cast<uint64_t>(buffer), bytes)) {
+    if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
     }
     submission.direction = direction;
@@ -339,7 +339,8 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
             return -1;
         }
     };
-    return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()), locate);
+    return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()),
+                    locate);
 }
 
 void Llama::note_tensors(const Recorder &recorder) {

@@ -62,7 +62,6 @@ private:
 
     // Touched by the context's thread only.
     std::optional<Structure> structure_; // of this cache's states, as far as it has been seen
-    MappedCheck mapped_;
 
     // Touched by jobs that end, and by libllama freeing the context.
     struct Transfers {

@@ -27,7 +27,13 @@ struct Registry {
     std::map<uint64_t, std::shared_ptr<KnownMemory>> ranges;
 
     Registry() {
-        on_fork([this] { mutex.lock(); }, [this] { mutex.unlock(); }, [this] { mutex.unlock(); });
+        // The child forgets the parent's: their pools' locks may be held by threads that it does not
+        // have, and where pinned memory was, the child has nothing, or soon something else.
+        on_fork([this] { mutex.lock(); }, [this] { mutex.unlock(); },
+                [this] {
+                    new (&ranges) std::map<uint64_t, std::shared_ptr<KnownMemory>>;
+                    mutex.unlock();
+                });
     }
 
     std::shared_ptr<KnownMemory> holding(uint64_t begin, uint64_t bytes) {
@@ -242,6 +248,7 @@ Pool::Usage Pool::usage() const {
 
 bool MappedCheck::operator()(uint64_t address, uint64_t bytes) {
     const uint64_t page = page_size();
+    if (address + bytes < address) return false;
     return mapped(address / page * page) && mapped((address + bytes - 1) / page * page);
 }
 

@@ -51,6 +51,7 @@ uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int6
     if (timeout_ns < 0) {
         arrived_.wait(lock, ready);
     } else if (timeout_ns > 0) {
+        timeout_ns = std::min(timeout_ns, kLongestTimeoutNs);
         arrived_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), ready);
     }
     if (!ready()) return 0;
@@ -58,7 +59,7 @@ uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int6
     uint32_t n = 0;
     auto *out = static_cast<unsigned char *>(completions);
     for (; n < capacity && !completions_.empty(); ++n, out += stride) {
-        std::memcpy(out, &completions_.front(), std::min<uint64_t>(stride, sizeof(kvf_completion)));
+        copy_struct(completions_.front(), out, stride);
         completions_.pop_front();
     }
     if (!closed_) woken_ = false;

@@ -1,7 +1,9 @@
 // The one error type inside the library, and the way it leaves through the C ABI.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -24,10 +26,22 @@ std::string describe(const Error &error);
 // Copies `text` into a caller's buffer, cut to fit, always terminated. A NULL buffer is allowed.
 void copy_text(const std::string &text, char *buffer, uint64_t capacity);
 
+// Copies a struct to where a caller's version of it has `size` bytes: cut, or followed by zeros.
+template <class Struct>
+void copy_struct(const Struct &from, void *to, uint64_t size) {
+    std::memcpy(to, &from, std::min<uint64_t>(size, sizeof from));
+    if (size > sizeof from) {
+        std::memset(static_cast<unsigned char *>(to) + sizeof from, 0, size - sizeof from);
+    }
+}
+
 // printf into a string.
 std::string format(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 // Nanoseconds of CLOCK_MONOTONIC.
 uint64_t now_ns();
+
+// Callers may ask for timeouts that end after the clock does: those are cut to this, ten years.
+constexpr int64_t kLongestTimeoutNs = INT64_C(10) * 365 * 24 * 3600 * 1'000'000'000;
 
 } // namespace kvf

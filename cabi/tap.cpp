@@ -13,6 +13,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 
 #include "fork.h"
@@ -125,11 +126,17 @@ namespace {
 
 constexpr size_t kMostLibraries = 8;
 
+void forget_observers();
+
 // Guards installing and uninstalling.
 std::mutex &taps_mutex() {
     static std::mutex *mutex = [] {
         auto *m = new std::mutex;
-        on_fork([m] { m->lock(); }, [m] { m->unlock(); }, [m] { m->unlock(); });
+        on_fork([m] { m->lock(); }, [m] { m->unlock(); },
+                [m] {
+                    forget_observers();
+                    m->unlock();
+                });
         return m;
     }();
     return *mutex;
@@ -214,6 +221,22 @@ struct TapHooks {
         return all[index];
     }
 };
+
+namespace {
+
+// In a forked child: the attachments are the parent's. What the child frees does not concern them, and
+// their jobs would be waited for in vain. They are left as they are, since the fork may have met them
+// half changed.
+void forget_observers() {
+    for (auto &place : TapHooks::libraries) {
+        auto *library = place.load(std::memory_order_acquire);
+        if (!library) continue;
+        new (&library->observers_mutex) std::mutex;
+        new (&library->observers) std::map<uint64_t, Tap::BufferFreed>;
+    }
+}
+
+} // namespace
 
 void Tap::Library::install(size_t index) {
     ObjectTables tables;

@@ -64,18 +64,18 @@ def compile_source(compiler: Path, source: bytes) -> str:
 
     def text(kind: str) -> str:
         size = ctypes.c_size_t()
-        check(getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size)))
+        require(getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size)))
         buffer = ctypes.create_string_buffer(size.value)
-        check(getattr(nvrtc, f"nvrtcGet{kind}")(program, buffer))
+        require(getattr(nvrtc, f"nvrtcGet{kind}")(program, buffer))
         return buffer.value.decode()
 
-    def check(status: int) -> None:
+    def require(status: int) -> None:
         if status != 0:
             raise Failure(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
 
     # The name becomes part of mangled symbols: the same wherever the tree lies.
     name = SOURCE.name.encode()
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, name, 0, None, None))
+    require(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, name, 0, None, None))
     try:
         options = (ctypes.c_char_p * len(OPTIONS))(*(option.encode() for option in OPTIONS))
         status = nvrtc.nvrtcCompileProgram(program, len(options), options)

@@ -82,11 +82,8 @@ class Core:
     def _stop(self, deadline: float) -> bool:
         # First the workers, so that nothing more is submitted.
         for worker in [self.memory_worker, *(each.worker for each in self.attachments)]:
-            worker.stop()
-            worker.drop_calls()
-            if not worker.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            if not worker.halt(deadline - time.monotonic()):
                 return False
-            worker.lock.release()
         lib.kvf_engine_cancel(self.handle)
         return self.completions.drain_without_loop(deadline - time.monotonic())
 

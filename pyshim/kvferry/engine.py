@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import anyio.lowlevel
+
 from ._native import ffi, lib
 from .buffer import Buffer, borrow, pinned
 from .completions import Completions, see_through
@@ -154,6 +156,7 @@ class Engine:
     ) -> Transfer[Buffer]:
         """As ``copy_out``, but returns as soon as the transfer has been submitted."""
         self._core.completions.check_usable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
         regions = region_list(source, writable=False)
         if into is None:
             buffer = await self.allocate(regions.nbytes)
@@ -177,6 +180,7 @@ class Engine:
     ) -> Transfer[Buffer]:
         """As ``copy_in``, but returns as soon as the transfer has been submitted."""
         self._core.completions.check_usable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
         regions = region_list(target, writable=True)
         return self._submit(lib.kvf_regions_load, regions, borrow(data), priority)
 

@@ -1,4 +1,4 @@
-"""A libllama of the user's choice, as far as the command line drives one: models, contexts, decoding.
+"""A libllama of the user's choice, as far as the command line drives one.
 
 Programs have bindings of their own and need none of this. The command line doesn't use theirs
 because it must find and drive whatever libllama there is, with or without llama-cpp-python, and
@@ -190,7 +190,9 @@ class Libllama:
             self._declare()
         except AttributeError as failure:
             raise LlamaError(f"{found.path} is of another time than kvferry: {failure}") from None
-        self.path = _path_of(self.functions.llama_decode)
+        self.loaded_as = _path_of(self.functions.llama_decode)
+        """As the loader knows it: links are not resolved."""
+        self.path = os.path.realpath(self.loaded_as)
         self._load_backends()
         self.context_params = self._context_params_type()
 
@@ -242,7 +244,7 @@ class Libllama:
 
 
 def _path_of(function: Any) -> str:
-    """The file that a loaded function comes from, links resolved."""
+    """The file that a loaded function comes from, by the name under which it was loaded."""
 
     class Info(ctypes.Structure):
         _fields_ = (
@@ -257,7 +259,7 @@ def _path_of(function: Any) -> str:
     info = Info()
     if not dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info)) or not info.path:
         raise LlamaError("the loader doesn't say where libllama came from")
-    return os.path.realpath(os.fsdecode(info.path))
+    return os.fsdecode(info.path)
 
 
 # ---- Models and contexts -------------------------------------------------------------------------
@@ -267,7 +269,7 @@ class Model:
     """A loaded model. Free it after its contexts, or leave that to ``with``."""
 
     def __init__(self, library: Libllama, path: str | os.PathLike[str], *, gpu: bool) -> None:
-        """``gpu``: put the layers where libllama puts them by default; else keep them on the host."""
+        """``gpu``: layers go where libllama puts them by default; else they stay on the host."""
         self.library = library
         self.gpu = gpu
         params = library.functions.llama_model_default_params()

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+import anyio.lowlevel
+
 from ._native import lib
 from .completions import Completions, PendingCall, see_through
 from .errors import error
@@ -67,6 +69,7 @@ class Worker:
         self._calls: deque[Call] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._at_work = False
         self.stopped = False
         self.lock = threading.RLock()
 
@@ -81,6 +84,7 @@ class Worker:
         A cancelled task takes its call back if the thread hasn't begun with it; else it waits for
         the end, and the cancellation goes on after that.
         """
+        await anyio.lowlevel.checkpoint_if_cancelled()
         call = self.post(function, *arguments, after=after)
 
         async def until_ended() -> None:
@@ -90,9 +94,16 @@ class Worker:
             self._take_back(call)
 
         await see_through(until_ended, take_back)
-        if call.failure is not None:
-            raise call.failure
-        return cast(T, call.result)
+        # Taken out of the call, which the thread may hold a little longer, and not kept in a
+        # variable when raised: the traceback would refer to this frame, and the frame to it.
+        result, call.result = call.result, None
+        failure, call.failure = call.failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure
+        return cast(T, result)
 
     def post(
         self,
@@ -134,10 +145,18 @@ class Worker:
             self.stopped = True
             self._changed.notify()
 
-    def drop_calls(self) -> None:
-        """Forgets the calls that haven't begun. For finalizers: no task learns of it."""
+    def halt(self, seconds: float) -> bool:
+        """Stops, forgets the calls that haven't begun, and waits for the one that has.
+
+        For finalizers: blocks, no task learns of it. False if it didn't end within that time.
+        """
         with self._changed:
+            self.stopped = True
             self._calls.clear()
+            self._changed.notify()
+            if threading.current_thread() is self._thread:
+                return True  # collected during a call
+            return self._changed.wait_for(lambda: not self._at_work, max(0.0, seconds))
 
     def _take_back(self, call: Call) -> None:
         with self._changed:
@@ -151,11 +170,15 @@ class Worker:
     def _serve(self) -> None:
         while True:
             with self._changed:
+                self._at_work = False
+                if self.stopped:
+                    self._changed.notify_all()
                 while not self._calls:
                     if self.stopped:
                         return
                     self._changed.wait()
                 call = self._calls.popleft()
+                self._at_work = True
             with self.lock:
                 call.run()
             self._completions.post(call)

@@ -21,7 +21,8 @@ static void count(const kvf_completion *completion) {
 
 /* Submits the next one, polls itself, and tries what it must not do. */
 static void chain(const kvf_completion *completion) {
-    CHECK(kvf_job_poll(completion->job, NULL, 0) == KVF_ERR_INVALID_HANDLE); /* no handle was made */
+    CHECK(kvf_job_poll(completion->job, NULL, 0) ==
+          KVF_ERR_INVALID_HANDLE); /* no handle was made */
     CHECK_STATUS(KVF_ERR_BUSY, kvf_engine_destroy(engine));
     void *buffer;
     CHECK_OK(kvf_buffer_alloc(engine, 100, &buffer));

@@ -85,17 +85,22 @@ enum { LONG_JOB_BYTES = 4 << 20, LONG_JOB_REGIONS = 100000 };
 static unsigned char long_job_memory[LONG_JOB_BYTES];
 static unsigned char long_job_buffer[LONG_JOB_BYTES];
 
-static inline kvf_job start_long_job(kvf_engine engine, const kvf_submit_options *options) {
+static inline kvf_job start_long_job_into(void *buffer, kvf_engine engine,
+                                          const kvf_submit_options *options) {
     kvf_region *regions = malloc(sizeof(kvf_region) * LONG_JOB_REGIONS);
     CHECK(regions);
     for (int i = 0; i < LONG_JOB_REGIONS; ++i) {
         regions[i] = plain_region(long_job_memory, LONG_JOB_BYTES, 0);
     }
     kvf_job job = 0;
-    CHECK_OK(kvf_regions_save(engine, regions, LONG_JOB_REGIONS, long_job_buffer, LONG_JOB_BYTES,
-                              options, &job));
+    CHECK_OK(
+        kvf_regions_save(engine, regions, LONG_JOB_REGIONS, buffer, LONG_JOB_BYTES, options, &job));
     free(regions);
     return job;
+}
+
+static inline kvf_job start_long_job(kvf_engine engine, const kvf_submit_options *options) {
+    return start_long_job_into(long_job_buffer, engine, options);
 }
 
 #endif

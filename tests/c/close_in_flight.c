@@ -82,8 +82,11 @@ static void *submit(void *argument) {
 }
 
 static void under_load(void) {
+    kvf_engine_options one_thread = KVF_ENGINE_OPTIONS_INIT; /* urgent jobs here share a buffer */
+    one_thread.devices = KVF_DEVICES_HOST;
+    one_thread.copy_threads = 1;
     for (int round = 0; round < 20; ++round) {
-        engine = make_engine();
+        CHECK_OK(kvf_engine_create(&one_thread, &engine));
         shared_queue = make_queue();
         atomic_store(&submitted, 0);
         pthread_t threads[3];

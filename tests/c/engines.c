@@ -18,8 +18,7 @@ static void *run(void *argument) {
         for (int i = 0; i < ENGINES; ++i) engines[i] = make_engine();
         for (int i = 0; i < ENGINES; ++i) {
             options.priority = (uint32_t)(i % 2);
-            CHECK_OK(
-                kvf_regions_save(engines[i], &region, 1, to[i], sizeof to[i], &options, NULL));
+            CHECK_OK(kvf_regions_save(engines[i], &region, 1, to[i], sizeof to[i], &options, NULL));
         }
         for (int i = 0; i < ENGINES; ++i) CHECK_OK(kvf_engine_destroy(engines[i]));
     }

@@ -36,7 +36,8 @@ int main(int count, char **arguments) {
     (void)count;
     for (int i = 0; i < 10; ++i) {
         fflush(NULL);
-        const pid_t pid = fork(); /* before the library is used: the child is a process of its own */
+        const pid_t pid =
+            fork(); /* before the library is used: the child is a process of its own */
         CHECK(pid >= 0);
         if (pid == 0) {
             last_engine = make_engine();

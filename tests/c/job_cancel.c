@@ -42,10 +42,10 @@ int main(void) {
 
     /* Every job of the engine, at any state of progress, and none of another engine. */
     const kvf_engine other = make_engine();
-    const kvf_job others = start_long_job(other, NULL);
+    static unsigned char others_buffer[LONG_JOB_BYTES];
+    const kvf_job others = start_long_job_into(others_buffer, other, NULL);
     kvf_job jobs[8];
     for (int i = 0; i < 8; ++i) {
-        options.priority = KVF_PRIORITY_BACKGROUND;
         jobs[i] = start_long_job(engine, &options);
     }
     CHECK_OK(kvf_engine_cancel(engine));

@@ -12,7 +12,7 @@ int main(void) {
     CHECK(kvf_queue_fd(queue) == fd);
     CHECK(!is_readable(fd));
 
-    char from = 3, to = 0;
+    char from = 3, to[3] = {0};
     const kvf_region region = plain_region(&from, 1, 0);
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     options.queue = queue;
@@ -22,7 +22,7 @@ int main(void) {
         for (int i = 0; i < count; ++i) {
             options.user_data = (uint64_t)(round * 10 + i);
             options.priority = (uint32_t)(round % 2);
-            CHECK_OK(kvf_regions_save(engine, &region, 1, &to, 1, &options, NULL));
+            CHECK_OK(kvf_regions_save(engine, &region, 1, &to[i], 1, &options, NULL));
         }
         struct pollfd poll_fd = {fd, POLLIN, 0};
         for (int i = 0; i < count; ++i) {
@@ -37,7 +37,7 @@ int main(void) {
         CHECK(kvf_queue_take(queue, &completion, sizeof completion, 1, 0) == 0);
         CHECK(!is_readable(fd));
     }
-    CHECK(to == 3);
+    CHECK(to[0] == 3 && to[1] == 3 && to[2] == 3);
     CHECK_OK(kvf_engine_destroy(engine));
     CHECK_OK(kvf_queue_destroy(queue));
     return 0;

@@ -1,4 +1,5 @@
 /* A wake makes one take return, waiting or next; timeouts are kept, also absurdly long ones. */
+#define _GNU_SOURCE /* pthread_tryjoin_np */
 #include <pthread.h>
 
 #include "check.h"

@@ -63,8 +63,8 @@ static void check_both_ways(uint64_t count, uint32_t priority) {
     CHECK(memcmp(memory, before, MEMORY) == 0);
 }
 
-static void set(int i, uint64_t from, uint64_t width, uint64_t rows, uint64_t pitch, uint64_t offset,
-                uint64_t buffer_pitch) {
+static void set(int i, uint64_t from, uint64_t width, uint64_t rows, uint64_t pitch,
+                uint64_t offset, uint64_t buffer_pitch) {
     regions[i] = (kvf_region){(uintptr_t)memory + from, width, rows, pitch, offset, buffer_pitch};
 }
 

@@ -105,9 +105,12 @@ static void submit_options(kvf_engine engine) {
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     options.error = error;
     options.error_size = sizeof error;
-    options.reserved = 1;
-    CHECK_STATUS(KVF_ERR_STRUCT_SIZE, kvf_regions_save(engine, &region, 1, &to, 1, &options, NULL));
-    options.reserved = 0;
+    options.flags = 1u << 31;
+    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT,
+                 kvf_regions_save(engine, &region, 1, &to, 1, &options, NULL));
+    options.flags = KVF_SUBMIT_FOLLOW_STREAM; /* an engine without CUDA has no streams */
+    CHECK_STATUS(KVF_ERR_UNSUPPORTED, kvf_regions_save(engine, &region, 1, &to, 1, &options, NULL));
+    options.flags = 0;
     options.priority = 2;
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT,
                  kvf_regions_save(engine, &region, 1, &to, 1, &options, NULL));
@@ -116,6 +119,19 @@ static void submit_options(kvf_engine engine) {
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT,
                  kvf_regions_save(engine, &region, 1, &to, 1, &options, NULL));
     CHECK(strstr(error, "mode"));
+
+    /* A struct of before `stream` was added is told as much as a new one. */
+    options.size = offsetof(kvf_submit_options, stream);
+    error[0] = 0;
+    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT,
+                 kvf_regions_save(engine, &region, 1, &to, 1, &options, NULL));
+    CHECK(strstr(error, "mode"));
+    /* One that ends before `error` is not written through it. */
+    options.size = offsetof(kvf_submit_options, error);
+    error[0] = 0;
+    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT,
+                 kvf_regions_save(engine, &region, 1, &to, 1, &options, NULL));
+    CHECK(error[0] == 0);
 }
 
 /* Completions are written at the caller's stride: no further than it, and whole where it is longer. */

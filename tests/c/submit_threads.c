@@ -27,8 +27,8 @@ static void *run(void *argument) {
         if (++in_flight < WINDOW && i + 1 < JOBS) continue;
         while (in_flight > 0) {
             kvf_completion completions[WINDOW];
-            const int32_t n = kvf_queue_take(queue, completions, sizeof completions[0], WINDOW,
-                                             20 * SECONDS);
+            const int32_t n =
+                kvf_queue_take(queue, completions, sizeof completions[0], WINDOW, 20 * SECONDS);
             CHECK(n > 0);
             for (int32_t c = 0; c < n; ++c) {
                 CHECK(completions[c].user_data >> 32 == me && completions[c].status == KVF_OK);

@@ -30,6 +30,9 @@ Logits = NDArray[np.float32]
 log_lines: collections.deque[str] = collections.deque(maxlen=200)
 """What llama.cpp logged last, newest at the end: the reason for a refusal is found here."""
 
+# Where ggml aborts, it would start a debugger for the stack: seconds, and pages of output.
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+
 _verbose = bool(os.environ.get("KVFERRY_TEST_VERBOSE"))
 
 
@@ -58,8 +61,8 @@ LIBRARY_FOLDER = _load_backends()
 def _context_params_type() -> Any:
     """`llama_context_params` as the loaded libllama lays it out.
 
-    No release of llama-cpp-python has the layout of b10361: 0.3.34 lacks `n_outputs_max_per_seq`, so
-    that the number of threads would be taken for something else and `flash_attn_type` for
+    No release of llama-cpp-python has the layout of b10361: 0.3.34 lacks `n_outputs_max_per_seq`,
+    so that libllama would take the number of threads for that, and `flash_attn_type` for
     `attention_type`.  Two defaults tell the layouts apart.
     """
     fields = list(llama.llama_context_params._fields_)
@@ -76,11 +79,9 @@ def _context_params_type() -> Any:
 
 # A handle of its own: the bindings' functions keep the types that the bindings gave them.
 _library = ctypes.CDLL(llama._lib._name)
-_library.llama_context_default_params.restype = _context_params_type()
-_library.llama_init_from_model.argtypes = [
-    ctypes.c_void_p,
-    _library.llama_context_default_params.restype,
-]
+_ContextParams: Any = _context_params_type()
+_library.llama_context_default_params.restype = _ContextParams
+_library.llama_init_from_model.argtypes = [ctypes.c_void_p, _ContextParams]
 _library.llama_init_from_model.restype = llama.llama_context_p_ctypes
 _defaults = _library.llama_context_default_params()
 if (_defaults.ctx_type, _defaults.rope_scaling_type, _defaults.flash_attn_type) != (0, -1, -1):
@@ -205,8 +206,9 @@ class Context:
     def decode_batch(self, items: Sequence[tuple[int, int]]) -> dict[int, Logits]:
         """Append (sequence, token) pairs, in this order, in as few batches as `n_batch` allows.
 
-        Each token goes to the next position of its sequence.  In a unified attention cache neighbours
-        in the list become neighbours in the cache.  Returns the last logits of each sequence.
+        Each token goes to the next position of its sequence.  In a unified attention cache,
+        neighbours in the list become neighbours in the cache.  Returns the last logits of each
+        sequence.
         """
         logits: dict[int, Logits] = {}
         for start in range(0, len(items), self.options.n_batch):
@@ -236,7 +238,8 @@ class Context:
 
     def _logits(self, index: int) -> Logits:
         pointer = llama.llama_get_logits_ith(self.pointer, index)
-        return np.ctypeslib.as_array(pointer, (self.model.vocabulary,)).copy()
+        logits: Logits = np.ctypeslib.as_array(pointer, (self.model.vocabulary,)).copy()
+        return logits
 
     def decode_in_turn(self, seqs: Iterable[int], length: int, seed: int = 0) -> dict[int, Logits]:
         """Append `length` random tokens to each sequence, one token of each in turn, so that in a

@@ -84,7 +84,7 @@ async def test_others_are_served_when_a_waiting_task_leaves(leaving: int) -> Non
                 tasks.start_soon(wait, index, transfer)
             await anyio.wait_all_tasks_blocked()
             gates[leaving].cancel()
-        assert sorted(served) == [index for index in range(3) if index != leaving]
+        assert {0, 1, 2} - {leaving} <= set(served)
 
 
 async def test_a_transfer_that_nobody_waits_for_lets_its_memory_go() -> None:
@@ -110,18 +110,22 @@ async def test_completions_wait_for_a_slow_loop() -> None:
 
 
 async def test_a_second_event_loop_at_the_same_time_is_refused() -> None:
-    slow = np.zeros(1 << 27, np.uint8)[::2]
+    slow = np.zeros(1 << 28, np.uint8)[::2]
     async with kvferry.Engine("host", copy_threads=1) as engine:
+        transfers = [await engine.start_copy_out(slow) for _ in range(8)]
 
         async def elsewhere() -> None:
             with pytest.raises(RuntimeError, match="one event loop at a time"):
                 await engine.copy_out(b"anything")
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(engine.copy_out, slow)
+            tasks.start_soon(transfers[-1].wait)
             await anyio.wait_all_tasks_blocked()
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(anyio.run, elsewhere).result()
+            for transfer in transfers:
+                transfer.cancel()
+            tasks.cancel_scope.cancel()
 
 
 def test_one_engine_may_serve_one_loop_after_another() -> None:

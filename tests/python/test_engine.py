@@ -2,6 +2,7 @@
 
 import gc
 
+import anyio
 import kvferry
 import numpy as np
 import pytest
@@ -131,3 +132,20 @@ def test_each_status_has_an_exception_with_the_librarys_text(status: int) -> Non
     assert error.status == status
     assert error.name == ffi.string(lib.kvf_status_name(status)).decode()
     assert str(error) == ffi.string(lib.kvf_strerror(status)).decode() + ": the detail"
+
+
+async def test_memory_comes_back_without_the_help_of_the_collector() -> None:
+    """No reference cycle keeps a buffer: not after success, not after errors or cancellation."""
+    source = np.zeros(1 << 20, np.uint8)
+    async with kvferry.Engine("host", pinned_limit=4 << 20) as engine:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(100):
+                await engine.copy_out(source)
+                with anyio.move_on_after(0):
+                    await engine.copy_out(source)
+                with pytest.raises(kvferry.BufferTooSmall):
+                    await engine.copy_in(source, await engine.allocate(1 << 19))
+        finally:
+            gc.enable()

@@ -4,7 +4,9 @@ The kinds of model and cache that llama.cpp treats differently have tests of the
 """
 
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -13,7 +15,6 @@ import llama_reference as reference
 import numpy as np
 import pytest
 from event_loops import anyio_backend  # noqa: F401
-from kvferry.synthetic import write_model
 
 pytestmark = pytest.mark.anyio
 
@@ -22,31 +23,25 @@ EMPTY_BYTES = 16
 """Size of an empty sequence's state: magic, sequence, one stream of no cells."""
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama.gguf")
-
-
-@pytest.fixture(scope="module")
-def model(model_path: Path) -> Iterator[reference.Model]:
-    with reference.Model(model_path) as model:
-        yield model
+@pytest.fixture
+def llama_model(model: Callable[[str], reference.Model]) -> reference.Model:
+    return model("llama")
 
 
 @pytest.fixture
-def context(model: reference.Model) -> Iterator[reference.Context]:
+def context(make_context: Callable[..., reference.Context]) -> reference.Context:
     """With a prompt in sequence 0, and sequences 1 to 3 empty."""
-    with model.context(n_ctx=1024) as context:
-        context.decode(0, model.prompt(PROMPT_TOKENS))
-        yield context
+    context = make_context("llama", n_ctx=1024)
+    context.decode(0, context.model.prompt(PROMPT_TOKENS))
+    return context
 
 
 async def test_a_sequence_saved_beside_decoding_goes_on_as_after_llama_cpps_own_calls(
-    model: reference.Model, context: reference.Context
+    llama_model: reference.Model, context: reference.Context
 ) -> None:
-    tokens = model.prompt(50, seed=1)
-    with model.context(n_ctx=1024) as like:
-        like.decode(0, model.prompt(PROMPT_TOKENS))
+    tokens = llama_model.prompt(50, seed=1)
+    with llama_model.context(n_ctx=1024) as like:
+        like.decode(0, llama_model.prompt(PROMPT_TOKENS))
         state = like.state_get(0)
         for token in tokens:
             like.decode(1, [token])
@@ -255,10 +250,10 @@ async def test_several_engines_may_attach_to_one_context(context: reference.Cont
         assert [snapshot.to_bytes() for snapshot in snapshots] == [state, state]
 
 
-async def test_a_context_that_has_been_freed_is_noticed(model: reference.Model) -> None:
+async def test_a_context_that_has_been_freed_is_noticed(llama_model: reference.Model) -> None:
     async with kvferry.Engine("host") as engine:
-        context = model.context()
-        context.decode(0, model.prompt(10))
+        context = llama_model.context()
+        context.decode(0, llama_model.prompt(10))
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
         await llama.run(context.close)
@@ -271,7 +266,7 @@ async def test_a_context_that_has_been_freed_is_noticed(model: reference.Model) 
 
 
 async def test_an_object_of_llama_cpp_python_will_do(
-    model: reference.Model, model_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama_model: reference.Model, model_path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its structs must fit the library for that: see `_context_params_type`."""
     llama_cpp = pytest.importorskip("llama_cpp")
@@ -281,10 +276,10 @@ async def test_an_object_of_llama_cpp_python_will_do(
     monkeypatch.setattr(
         bindings.llama_init_from_model, "argtypes", [bindings.llama_model_p_ctypes, params]
     )
-    llm = llama_cpp.Llama(str(model_path), n_ctx=256, n_threads=1, verbose=False)
+    llm = llama_cpp.Llama(str(model_path("llama")), n_ctx=256, n_threads=1, verbose=False)
     async with kvferry.Engine("host") as engine:
         llama = engine.attach(llm)
-        await llama.run(llm.eval, model.prompt(20))
+        await llama.run(llm.eval, llama_model.prompt(20))
         size = llama.size()
         snapshot = await llama.save()
         assert snapshot.nbytes == size > EMPTY_BYTES
@@ -294,3 +289,39 @@ async def test_an_object_of_llama_cpp_python_will_do(
         llm.close()
         with pytest.raises(kvferry.ContextFreed):
             await llama.save()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_interpreter_exits_cleanly_with_a_context_attached(
+    model_path: Callable[..., Path], backend: str
+) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import anyio, kvferry
+import llama_reference as reference
+
+model = reference.Model({str(model_path("llama"))!r})
+context = model.context(n_ctx=8192)
+context.decode(0, model.prompt(3000))
+engine = kvferry.Engine("host")
+llama = engine.attach(context.address)
+
+async def main():
+    snapshot = await llama.save(0)
+    for sequence in range(10):
+        await llama.start_save(0)
+    await llama.start_load(snapshot, 1)
+    llama._attachment.worker.post(context.decode, 2, [1] * 500)
+    print("leaving", flush=True)
+
+anyio.run(main, backend={backend!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")

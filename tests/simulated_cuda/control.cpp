@@ -24,11 +24,14 @@ constexpr EntryPointName kNames[] = {
 // Its number, or -1.
 int find_entry_point(const char *name) {
     for (int i = 0; i < kEntryPoints; ++i)
-        if (std::strcmp(kNames[i].symbol, name) == 0 || std::strcmp(kNames[i].name, name) == 0) return i;
+        if (std::strcmp(kNames[i].symbol, name) == 0 || std::strcmp(kNames[i].name, name) == 0)
+            return i;
     return -1;
 }
 
-bool is_execution(const char *what) { return std::strcmp(what, "copy") == 0 || std::strcmp(what, "kernel") == 0; }
+bool is_execution(const char *what) {
+    return std::strcmp(what, "copy") == 0 || std::strcmp(what, "kernel") == 0;
+}
 
 void read_setting(const char *name, uint64_t &value) {
     std::string variable = "KVFSIM_";
@@ -62,8 +65,8 @@ void read_rules(Driver &d, const char *variable, bool hold) {
             if (*end != ':') refuse(variable, one);
             rule.error = static_cast<int>(std::strtol(end + 1, &end, 10));
         }
-        const bool known = is_execution(rule.what.c_str()) ||
-                           (!hold && find_entry_point(rule.what.c_str()) >= 0);
+        const bool known =
+            is_execution(rule.what.c_str()) || (!hold && find_entry_point(rule.what.c_str()) >= 0);
         if (!known || rule.left == 0) refuse(variable, one);
         d.rules.push_back(rule);
     }
@@ -173,11 +176,11 @@ extern "C" {
 int kvfsim_set(const char *setting, uint64_t value) {
     Driver &d = driver();
     Lock lock(d.mutex);
-#define SET(name, initial, text)                                                                      \
-    if (std::strcmp(setting, #name) == 0) {                                                           \
-        d.settings.name = value;                                                                      \
-        d.settings.devices = std::min<uint64_t>(d.settings.devices, kDevices);                        \
-        return 0;                                                                                     \
+#define SET(name, initial, text)                                                                   \
+    if (std::strcmp(setting, #name) == 0) {                                                        \
+        d.settings.name = value;                                                                   \
+        d.settings.devices = std::min<uint64_t>(d.settings.devices, kDevices);                     \
+        return 0;                                                                                  \
     }
     KVFSIM_SETTINGS(SET)
 #undef SET
@@ -191,11 +194,9 @@ void kvfsim_reset(void) {
     ++d.released;
     d.lost = {};
     d.capturing = false;
-    for (auto &calls : d.calls)
-        calls = 0;
+    for (auto &calls : d.calls) calls = 0;
     for (auto &lanes : d.lanes)
-        for (Lane &lane : lanes)
-            lane.peak = lane.queued;
+        for (Lane &lane : lanes) lane.peak = lane.queued;
     Counters fresh;
     const Counters &old = d.counters;
     fresh.live_contexts = old.live_contexts;
@@ -216,7 +217,9 @@ int kvfsim_fail(const char *what, uint64_t nth, int error, int forever) {
     return add_rule(what, nth, error, forever, false);
 }
 
-int kvfsim_hold(const char *what, uint64_t nth, int forever) { return add_rule(what, nth, 0, forever, true); }
+int kvfsim_hold(const char *what, uint64_t nth, int forever) {
+    return add_rule(what, nth, 0, forever, true);
+}
 
 void kvfsim_release(void) {
     Driver &d = driver();
@@ -253,7 +256,7 @@ uint64_t kvfsim_count(const char *counter) {
     Counters &c = d.counters;
     c.live = c.live_contexts + c.live_streams + c.live_events + c.live_modules +
              c.live_device_allocations + c.live_host_allocations + c.live_registrations;
-#define COUNT(name, text)                                                                             \
+#define COUNT(name, text)                                                                          \
     if (std::strcmp(counter, #name) == 0) return c.name;
     KVFSIM_COUNTERS(COUNT)
 #undef COUNT
@@ -266,7 +269,8 @@ uint64_t kvfsim_calls(const char *entry_point) {
 }
 
 uint64_t kvfsim_peak_queued(int device, int direction) {
-    if (device < 0 || device >= kDevices || direction < 0 || direction >= kDirections) return UINT64_MAX;
+    if (device < 0 || device >= kDevices || direction < 0 || direction >= kDirections)
+        return UINT64_MAX;
     Driver &d = driver();
     Lock lock(d.mutex);
     return d.lanes[device][direction].peak;

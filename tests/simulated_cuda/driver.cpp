@@ -9,25 +9,26 @@
 #include "state.h"
 
 // So that a definition below that differs from the table does not compile.
-#define DECLARE(name, symbol, parameters)                                                             \
+#define DECLARE(name, symbol, parameters)                                                          \
     extern "C" __attribute__((visibility("default"))) CUresult symbol parameters;
 CUDA_DRIVER_ENTRY_POINTS(DECLARE)
 #undef DECLARE
 
 using namespace simulated;
 
-// A plain entry point, one that a capture in global mode on another thread forbids, and one that works
-// before cuInit().
-#define ENTER(symbol)                                                                                 \
+// A plain entry point, one that a capture in global mode on another thread forbids, and one that
+// works before cuInit().
+#define ENTER(symbol)                                                                              \
     if (CUresult error = enter(k_##symbol, true, false)) return error
-#define ENTER_UNSAFE(symbol)                                                                          \
+#define ENTER_UNSAFE(symbol)                                                                       \
     if (CUresult error = enter(k_##symbol, true, true)) return error
-#define ENTER_EARLY(symbol)                                                                           \
+#define ENTER_EARLY(symbol)                                                                        \
     if (CUresult error = enter(k_##symbol, false, false)) return error
 
 namespace {
 
-constexpr uint64_t kStagedCopy = 64 << 10; // pageable memory up to this is read before a copy returns
+constexpr uint64_t kStagedCopy = 64
+                                 << 10; // pageable memory up to this is read before a copy returns
 constexpr int kMaxPitch = INT_MAX;
 
 thread_local std::vector<CUcontext> context_stack;
@@ -36,7 +37,7 @@ bool is_device(int device) {
     return device >= 0 && static_cast<uint64_t>(device) < driver().settings.devices;
 }
 
-// ---- Finding things. All with the lock. -----------------------------------------------------------------
+// ---- Finding things. All with the lock. ---------------------------------------------------------
 
 // The thread's context. CUDA_ERROR_INVALID_CONTEXT without one, or its sticky error.
 CUresult current(ContextPtr *context) {
@@ -83,8 +84,7 @@ void destroy(Lock &lock, const ContextPtr &context) {
     break_context(*context, CUDA_ERROR_CONTEXT_IS_DESTROYED);
     context->error = CUDA_ERROR_CONTEXT_IS_DESTROYED;
 
-    for (const StreamPtr &stream : context->streams)
-        close_stream(*stream);
+    for (const StreamPtr &stream : context->streams) close_stream(*stream);
     d.progress.wait(lock, [&] { return context->streams.empty(); });
     context->legacy.reset();
     d.primary[static_cast<size_t>(context->device)].reset();
@@ -111,7 +111,7 @@ void destroy(Lock &lock, const ContextPtr &context) {
     }
 }
 
-// ---- Copies ---------------------------------------------------------------------------------------------
+// ---- Copies -------------------------------------------------------------------------------------
 
 enum class Place { Device, Pinned, Pageable };
 
@@ -179,7 +179,8 @@ CUresult copy(CUstream handle, const Side &to, const Side &from, Shape shape, Lo
     Operation operation;
     operation.kind = Kind::Copy;
     operation.bytes = shape.width * shape.height;
-    operation.uses = {{to.address, shape.extent(to.pitch)}, {from.address, shape.extent(from.pitch)}};
+    operation.uses = {{to.address, shape.extent(to.pitch)},
+                      {from.address, shape.extent(from.pitch)}};
     if (from.place == Place::Device) {
         operation.device = from.device;
         operation.direction = to.place == Place::Device ? KVFSIM_DEVICE : KVFSIM_SAVE;
@@ -222,7 +223,7 @@ CUresult copy_run(CUstream stream, uint64_t to, uint64_t from, uint64_t bytes, b
     return copy(stream, target, source, {bytes, 1}, lock);
 }
 
-// ---- Kernels --------------------------------------------------------------------------------------------
+// ---- Kernels ------------------------------------------------------------------------------------
 
 CUresult run_rows(bool gather, int device, uint64_t staging, uint64_t table, uint32_t row_count) {
     Driver &d = driver();
@@ -261,53 +262,43 @@ T parameter(void **parameters, int index) {
     return value;
 }
 
-// ---- Pointer attributes -----------------------------------------------------------------------------------
+// ---- Pointer attributes -------------------------------------------------------------------------
 
 template <class T>
 void write(void *to, T value) {
     std::memcpy(to, &value, sizeof value);
 }
 
-CUresult attribute_of(void *value, CUpointer_attribute attribute, const Allocation *a, uint64_t address) {
+CUresult attribute_of(void *value, CUpointer_attribute attribute, const Allocation *a,
+                      uint64_t address) {
     switch (attribute) {
-    case CU_POINTER_ATTRIBUTE_CONTEXT:
-        write(value, a ? a->context->handle : nullptr);
-        break;
+    case CU_POINTER_ATTRIBUTE_CONTEXT: write(value, a ? a->context->handle : nullptr); break;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-        write<unsigned int>(value, !a ? 0 : a->on_device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST);
+        write<unsigned int>(value, !a             ? 0
+                                   : a->on_device ? CU_MEMORYTYPE_DEVICE
+                                                  : CU_MEMORYTYPE_HOST);
         break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
-        write<CUdeviceptr>(value, a ? address : 0);
-        break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: write<CUdeviceptr>(value, a ? address : 0); break;
     case CU_POINTER_ATTRIBUTE_HOST_POINTER:
         if (a && a->on_device) return CUDA_ERROR_INVALID_VALUE;
         write<uint64_t>(value, a ? address : 0);
         break;
-    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
-        write<unsigned long long>(value, a ? a->id : 0);
-        break;
-    case CU_POINTER_ATTRIBUTE_IS_MANAGED:
-        write<unsigned int>(value, 0);
-        break;
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID: write<unsigned long long>(value, a ? a->id : 0); break;
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED: write<unsigned int>(value, 0); break;
     case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
         write<int>(value, a ? a->context->device : CU_DEVICE_INVALID);
         break;
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
         write<CUdeviceptr>(value, a ? a->range.address : 0);
         break;
-    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
-        write<size_t>(value, a ? a->range.bytes : 0);
-        break;
-    case CU_POINTER_ATTRIBUTE_MAPPED:
-        write<unsigned int>(value, a ? 1 : 0);
-        break;
-    default:
-        return CUDA_ERROR_NOT_SUPPORTED;
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE: write<size_t>(value, a ? a->range.bytes : 0); break;
+    case CU_POINTER_ATTRIBUTE_MAPPED: write<unsigned int>(value, a ? 1 : 0); break;
+    default: return CUDA_ERROR_NOT_SUPPORTED;
     }
     return CUDA_SUCCESS;
 }
 
-// ---- Modules ----------------------------------------------------------------------------------------------
+// ---- Modules ------------------------------------------------------------------------------------
 
 CUresult load_module(CUmodule *module, const void *image) {
     if (!module || !image) return CUDA_ERROR_INVALID_VALUE;
@@ -324,7 +315,8 @@ CUresult load_module(CUmodule *module, const void *image) {
     for (size_t at = text.find(word); at != std::string::npos; at = text.find(word, at)) {
         at = std::min(text.find_first_not_of(" \t\n", at + word.size()), text.size());
         size_t end = at;
-        while (end < text.size() && (std::isalnum(static_cast<unsigned char>(text[end])) || text[end] == '_'))
+        while (end < text.size() &&
+               (std::isalnum(static_cast<unsigned char>(text[end])) || text[end] == '_'))
             ++end;
         loaded->entries.push_back(text.substr(at, end - at));
     }
@@ -338,7 +330,7 @@ CUresult load_module(CUmodule *module, const void *image) {
 
 extern "C" {
 
-// ---- The driver, its errors, its devices --------------------------------------------------------------------
+// ---- The driver, its errors, its devices --------------------------------------------------------
 
 CUresult cuInit(unsigned int flags) {
     ENTER_EARLY(cuInit);
@@ -363,10 +355,8 @@ CUresult cuDriverGetVersion(int *version) {
 CUresult cuGetErrorName(CUresult error, const char **name) {
     ENTER_EARLY(cuGetErrorName);
     switch (error) {
-#define NAME(name_, number, text)                                                                     \
-    case name_:                                                                                       \
-        *name = #name_;                                                                               \
-        return CUDA_SUCCESS;
+#define NAME(name_, number, text)                                                                  \
+    case name_: *name = #name_; return CUDA_SUCCESS;
         CUDA_DRIVER_ERRORS(NAME)
 #undef NAME
     }
@@ -377,10 +367,8 @@ CUresult cuGetErrorName(CUresult error, const char **name) {
 CUresult cuGetErrorString(CUresult error, const char **text) {
     ENTER_EARLY(cuGetErrorString);
     switch (error) {
-#define TEXT(name, number, text_)                                                                     \
-    case name:                                                                                        \
-        *text = text_;                                                                                \
-        return CUDA_SUCCESS;
+#define TEXT(name, number, text_)                                                                  \
+    case name: *text = text_; return CUDA_SUCCESS;
         CUDA_DRIVER_ERRORS(TEXT)
 #undef TEXT
     }
@@ -443,7 +431,8 @@ CUresult cuDeviceGetPCIBusId(char *id, int size, CUdevice device) {
     Lock lock(driver().mutex);
     if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
     if (!id || size < 13) return CUDA_ERROR_INVALID_VALUE;
-    std::snprintf(id, static_cast<size_t>(size), "0000:%02x:00.0", 0x10u + static_cast<unsigned int>(device));
+    std::snprintf(id, static_cast<size_t>(size), "0000:%02x:00.0",
+                  0x10u + static_cast<unsigned int>(device));
     return CUDA_SUCCESS;
 }
 
@@ -456,7 +445,7 @@ CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
     return CUDA_SUCCESS;
 }
 
-// ---- Contexts -------------------------------------------------------------------------------------------------
+// ---- Contexts -----------------------------------------------------------------------------------
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     ENTER_UNSAFE(cuDevicePrimaryCtxRetain);
@@ -538,7 +527,7 @@ CUresult cuCtxSynchronize(void) {
     return context->error;
 }
 
-// ---- Streams --------------------------------------------------------------------------------------------------
+// ---- Streams ------------------------------------------------------------------------------------
 
 CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned int flags, int) {
     ENTER(cuStreamCreateWithPriority);
@@ -600,8 +589,8 @@ CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int flags) {
     return CUDA_SUCCESS;
 }
 
-static CUresult value_operation(CUstream stream, CUdeviceptr address, uint32_t value, unsigned int flags,
-                                bool wait) {
+static CUresult value_operation(CUstream stream, CUdeviceptr address, uint32_t value,
+                                unsigned int flags, bool wait) {
     if (address == 0 || address % 4 != 0) return CUDA_ERROR_INVALID_VALUE;
     Lock lock(driver().mutex);
     StreamPtr found;
@@ -630,17 +619,19 @@ static CUresult value_operation(CUstream stream, CUdeviceptr address, uint32_t v
     return CUDA_SUCCESS;
 }
 
-CUresult cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr address, uint32_t value, unsigned int flags) {
+CUresult cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr address, uint32_t value,
+                                 unsigned int flags) {
     ENTER(cuStreamWriteValue32_v2);
     return value_operation(stream, address, value, flags, false);
 }
 
-CUresult cuStreamWaitValue32_v2(CUstream stream, CUdeviceptr address, uint32_t value, unsigned int flags) {
+CUresult cuStreamWaitValue32_v2(CUstream stream, CUdeviceptr address, uint32_t value,
+                                unsigned int flags) {
     ENTER(cuStreamWaitValue32_v2);
     return value_operation(stream, address, value, flags, true);
 }
 
-// ---- Events ---------------------------------------------------------------------------------------------------
+// ---- Events -------------------------------------------------------------------------------------
 
 CUresult cuEventCreate(CUevent *event, unsigned int flags) {
     ENTER(cuEventCreate);
@@ -703,11 +694,13 @@ static CUresult elapsed(float *milliseconds, CUevent start, CUevent end) {
     EventPtr first, second;
     if (CUresult error = find_event(start, &first)) return error;
     if (CUresult error = find_event(end, &second)) return error;
-    if (!first->record || !second->record || ((first->flags | second->flags) & CU_EVENT_DISABLE_TIMING))
+    if (!first->record || !second->record ||
+        ((first->flags | second->flags) & CU_EVENT_DISABLE_TIMING))
         return CUDA_ERROR_INVALID_HANDLE;
     if (!first->record->done || !second->record->done) return CUDA_ERROR_NOT_READY;
-    *milliseconds = static_cast<float>(
-        (static_cast<double>(second->record->time_ns) - static_cast<double>(first->record->time_ns)) * 1e-6);
+    *milliseconds = static_cast<float>((static_cast<double>(second->record->time_ns) -
+                                        static_cast<double>(first->record->time_ns)) *
+                                       1e-6);
     return CUDA_SUCCESS;
 }
 
@@ -721,7 +714,7 @@ CUresult cuEventElapsedTime_v2(float *milliseconds, CUevent start, CUevent end) 
     return elapsed(milliseconds, start, end);
 }
 
-// ---- Memory ---------------------------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------
 
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     ENTER_UNSAFE(cuMemAlloc_v2);
@@ -812,7 +805,8 @@ CUresult cuMemHostUnregister(void *address) {
     return context->error;
 }
 
-CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *device_address, void *address, unsigned int flags) {
+CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *device_address, void *address,
+                                      unsigned int flags) {
     ENTER(cuMemHostGetDevicePointer_v2);
     if (!device_address || flags) return CUDA_ERROR_INVALID_VALUE;
     Lock lock(driver().mutex);
@@ -833,7 +827,8 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
     return attribute_of(value, attribute, allocation, address);
 }
 
-// Unlike the one above: for an unknown pointer the values are zero, and the ordinal CU_DEVICE_INVALID.
+// Unlike the one above: for an unknown pointer the values are zero, and the ordinal is
+// CU_DEVICE_INVALID.
 CUresult cuPointerGetAttributes(unsigned int count, CUpointer_attribute *attributes, void **values,
                                 CUdeviceptr address) {
     ENTER(cuPointerGetAttributes);
@@ -850,7 +845,7 @@ CUresult cuPointerGetAttributes(unsigned int count, CUpointer_attribute *attribu
     return CUDA_SUCCESS;
 }
 
-// ---- Copies ---------------------------------------------------------------------------------------------------
+// ---- Copies -------------------------------------------------------------------------------------
 
 CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
     ENTER(cuMemcpyAsync);
@@ -923,7 +918,7 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUst
     return CUDA_SUCCESS;
 }
 
-// ---- Modules and kernels ----------------------------------------------------------------------------------------
+// ---- Modules and kernels ------------------------------------------------------------------------
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     ENTER_UNSAFE(cuModuleLoadData);
@@ -947,8 +942,7 @@ CUresult cuModuleUnload(CUmodule module) {
     auto it = d.modules.find(module);
     if (it == d.modules.end()) return CUDA_ERROR_INVALID_HANDLE;
     const CUresult error = it->second->context->error;
-    for (CUfunction function : it->second->functions)
-        d.functions.erase(function);
+    for (CUfunction function : it->second->functions) d.functions.erase(function);
     d.modules.erase(it);
     --d.counters.live_modules;
     return error;
@@ -971,16 +965,18 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
     return CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
-                        unsigned int block_x, unsigned int block_y, unsigned int block_z,
-                        unsigned int shared_bytes, CUstream stream, void **parameters, void **extra) {
+CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y,
+                        unsigned int grid_z, unsigned int block_x, unsigned int block_y,
+                        unsigned int block_z, unsigned int shared_bytes, CUstream stream,
+                        void **parameters, void **extra) {
     ENTER(cuLaunchKernel);
     Driver &d = driver();
     Lock lock(d.mutex);
     StreamPtr found;
     if (CUresult error = find_current_stream(stream, &found)) return error;
     auto it = d.functions.find(function);
-    if (it == d.functions.end() || it->second.context != found->context) return CUDA_ERROR_INVALID_HANDLE;
+    if (it == d.functions.end() || it->second.context != found->context)
+        return CUDA_ERROR_INVALID_HANDLE;
     const bool gather = it->second.name == "kvferry_gather";
     if (!gather && it->second.name != "kvferry_scatter") return CUDA_ERROR_NOT_SUPPORTED;
     const uint64_t blocks = uint64_t{grid_x} * grid_y * grid_z;
@@ -988,7 +984,8 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
     if (!parameters || extra || blocks == 0 || threads == 0 || threads > 1024 || grid_y > 65535 ||
         grid_z > 65535 || shared_bytes > (48u << 10))
         return CUDA_ERROR_INVALID_VALUE;
-    if (block_x != 512 || threads != 512 || blocks != grid_x) return CUDA_ERROR_INVALID_VALUE; // as gather.cu
+    if (block_x != 512 || threads != 512 || blocks != grid_x)
+        return CUDA_ERROR_INVALID_VALUE; // as gather.cu
 
     const auto staging = parameter<CUdeviceptr>(parameters, 0);
     const auto rows = parameter<CUdeviceptr>(parameters, 1);

@@ -43,8 +43,10 @@ void open_arena(int device) {
     arena.file = memfd_create("simulated_cuda", MFD_CLOEXEC);
     if (arena.file < 0 || ftruncate(arena.file, static_cast<off_t>(bytes)) != 0)
         give_up("simulated_cuda: memfd_create");
-    void *shown = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    void *alias = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, arena.file, 0);
+    void *shown =
+        mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *alias =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, arena.file, 0);
     if (shown == MAP_FAILED || alias == MAP_FAILED) give_up("simulated_cuda: mmap");
     madvise(alias, bytes, MADV_DONTDUMP);
     arena.address = reinterpret_cast<uint64_t>(shown);
@@ -72,7 +74,7 @@ CUresult allocate_device(const ContextPtr &context, uint64_t bytes, uint64_t *ad
         arena.allocated > d.settings.device_limit - bytes)
         return CUDA_ERROR_OUT_OF_MEMORY;
 
-    // The first gap from `next` on, then from the start, that has room for it and a page to guard it.
+    // The first gap from `next` on, then from the start, with room for it and a page to guard it.
     const uint64_t need = pages(bytes) + kPage;
     const auto search = [&](uint64_t from) -> uint64_t {
         uint64_t at = from;
@@ -123,7 +125,8 @@ void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
         ++d.counters.abandoned;
     else if (is_used(allocation.range))
         ++d.counters.hazards;
-    wait_for_uses(lock, allocation.range, allocation.on_device ? allocation.context.get() : nullptr);
+    wait_for_uses(lock, allocation.range,
+                  allocation.on_device ? allocation.context.get() : nullptr);
     if (d.allocations.erase(address) == 0) return; // by somebody else meanwhile
 
     if (allocation.on_device) {
@@ -133,7 +136,8 @@ void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
         discard(allocation);
     } else {
         d.counters.pinned_bytes -= allocation.range.bytes;
-        --(allocation.registered ? d.counters.live_registrations : d.counters.live_host_allocations);
+        --(allocation.registered ? d.counters.live_registrations
+                                 : d.counters.live_host_allocations);
         if (!allocation.registered) std::free(reinterpret_cast<void *>(address));
     }
 }
@@ -152,13 +156,15 @@ bool is_mapped(Range range) {
 View::View() {
     parts_.reserve(driver().allocations.size());
     for (const auto &[address, allocation] : driver().allocations)
-        parts_.push_back({allocation.range, allocation.on_device ? allocation.context->device : -1});
+        parts_.push_back(
+            {allocation.range, allocation.on_device ? allocation.context->device : -1});
 }
 
 const View::Part *View::find(uint64_t address, uint64_t bytes) {
     if (!recent_ || !recent_->range.holds(address, bytes)) {
-        auto it = std::upper_bound(parts_.begin(), parts_.end(), address,
-                                   [](uint64_t a, const Part &part) { return a < part.range.address; });
+        auto it =
+            std::upper_bound(parts_.begin(), parts_.end(), address,
+                             [](uint64_t a, const Part &part) { return a < part.range.address; });
         if (it == parts_.begin() || !std::prev(it)->range.holds(address, bytes)) return nullptr;
         recent_ = &*std::prev(it);
     }

@@ -64,9 +64,9 @@ enum class Kind { Copy, Kernel, Other };
 
 struct Operation {
     Kind kind = Kind::Other;
-    std::function<CUresult()> run;     // without the lock; empty: nothing to do
-    std::function<bool()> ready;       // with the lock, asked again and again; empty: at once
-    std::vector<CompletionPtr> after;  // of other streams
+    std::function<CUresult()> run;    // without the lock; empty: nothing to do
+    std::function<bool()> ready;      // with the lock, asked again and again; empty: at once
+    std::vector<CompletionPtr> after; // of other streams
     CompletionPtr completion = std::make_shared<Completion>();
     std::vector<Range> uses; // memory it names
     uint64_t bytes = 0;
@@ -129,7 +129,8 @@ struct Arena {
     uint64_t address = 0;
     uint64_t bytes = 0;
     std::byte *alias = nullptr;
-    uint64_t next = 0;      // where the search for free addresses begins: late reuse finds stale pointers
+    uint64_t next =
+        0; // where the search for free addresses begins: late reuse finds stale pointers
     uint64_t allocated = 0; // bytes asked for
 };
 
@@ -191,7 +192,7 @@ Handle new_handle() {
 
 using Lock = std::unique_lock<std::mutex>;
 
-// ---- control.cpp ----
+// ---- control.cpp --------------------------------------------------------------------------------
 
 // Every entry point begins with it: counts the call, and returns an error that has been asked for.
 CUresult enter(EntryPoint entry_point, bool needs_init, bool unsafe_in_capture);
@@ -204,7 +205,7 @@ bool injected_hold(const char *what);
 // Breaks a context: its queued operations end, its calls return the error.
 void break_context(Context &context, CUresult error);
 
-// ---- memory.cpp ----
+// ---- memory.cpp ---------------------------------------------------------------------------------
 
 // All with the lock.
 Arena *arena_of(uint64_t address);
@@ -239,7 +240,7 @@ private:
     const Part *recent_ = nullptr;
 };
 
-// ---- stream.cpp ----
+// ---- stream.cpp ---------------------------------------------------------------------------------
 
 // All with the lock.
 StreamPtr new_stream(const ContextPtr &context, bool blocking);

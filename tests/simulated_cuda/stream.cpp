@@ -65,8 +65,7 @@ CUresult execute(Lock &lock, const Context &context, Operation &operation) {
         lock.unlock();
         result = operation.run();
         lock.lock();
-        while (!context.error && Clock::now() < end)
-            d.progress.wait_until(lock, end);
+        while (!context.error && Clock::now() < end) d.progress.wait_until(lock, end);
         if (!result) count(operation);
     }
     if (lane) std::erase(lane->queue, &operation);
@@ -86,8 +85,7 @@ void work(const StreamPtr &stream) {
             return context.error || std::all_of(operation.after.begin(), operation.after.end(),
                                                 [](const auto &other) { return other->done; });
         });
-        if (CUresult result = execute(lock, context, operation))
-            break_context(context, result);
+        if (CUresult result = execute(lock, context, operation)) break_context(context, result);
         if (operation.device >= 0) --d.lanes[operation.device][operation.direction].queued;
         operation.completion->time_ns = now_ns();
         operation.completion->done = true;
@@ -166,11 +164,12 @@ void close_stream(Stream &stream) {
 }
 
 bool is_used(Range range) {
-    return any_operation([&](const Context &, const Operation &operation) { return names(operation, range); });
+    return any_operation(
+        [&](const Context &, const Operation &operation) { return names(operation, range); });
 }
 
-// Kernels are waited for whatever they name, since their rows name more; and so is all of `context`, as
-// the driver does when device memory is freed.
+// Kernels are waited for whatever they name, since their rows name more; and so is all of
+// `context`, as the driver does when device memory is freed.
 void wait_for_uses(Lock &lock, Range range, const Context *context) {
     driver().progress.wait(lock, [&] {
         return !any_operation([&](const Context &in, const Operation &operation) {

@@ -1,7 +1,7 @@
 // What the simulated driver keeps. One function per behaviour.
 //
 //   test_simulated_cuda gather.ptx                  all of it
-//   test_simulated_cuda gather.ptx libcuda.so.1     the part that a real driver must keep as well, on one
+//   test_simulated_cuda gather.ptx libcuda.so.1     on a real driver: what that must keep as well
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -41,7 +41,8 @@ void check(bool good, const char *what, int line) {
 }
 void check_result(CUresult got, CUresult wanted, const char *what, int line) {
     if (got == wanted) return;
-    std::printf("  line %d: %s: %d instead of %d\n", line, what, static_cast<int>(got), static_cast<int>(wanted));
+    std::printf("  line %d: %s: %d instead of %d\n", line, what, static_cast<int>(got),
+                static_cast<int>(wanted));
     ++failures;
 }
 #define CHECK(...) check((__VA_ARGS__), #__VA_ARGS__, __LINE__)
@@ -53,8 +54,7 @@ using Bytes = std::vector<unsigned char>;
 Bytes random_bytes(size_t size) {
     static std::mt19937_64 engine(7);
     Bytes bytes(size);
-    for (auto &byte : bytes)
-        byte = static_cast<unsigned char>(engine());
+    for (auto &byte : bytes) byte = static_cast<unsigned char>(engine());
     return bytes;
 }
 
@@ -65,11 +65,11 @@ void load_api(const char *library, bool simulated) {
         std::printf("%s\n", dlerror());
         std::exit(1);
     }
-#define LOAD(name, symbol, parameters)                                                                \
+#define LOAD(name, symbol, parameters)                                                             \
     cuda.name = reinterpret_cast<CUresult(*) parameters>(dlsym(handle, #symbol));
     CUDA_DRIVER_ENTRY_POINTS(LOAD)
 #undef LOAD
-#define REQUIRE(name, symbol, parameters)                                                             \
+#define REQUIRE(name, symbol, parameters)                                                          \
     if (!cuda.name) std::printf("no %s in %s\n", #symbol, library), std::exit(1);
     CUDA_DRIVER_REQUIRED(REQUIRE)
 #undef REQUIRE
@@ -120,7 +120,7 @@ Bytes download(const Session &s, CUdeviceptr from, size_t size) {
     return to;
 }
 
-// ---- What a real driver keeps too -------------------------------------------------------------------------
+// ---- What a real driver keeps too ---------------------------------------------------------------
 
 void errors_have_names() {
     const char *text = nullptr;
@@ -219,7 +219,8 @@ void pointer_attributes_tell_device_from_pinned_and_unknown() {
     const CUdeviceptr unknown = as_device(registered) + 3 * page;
     RETURNS(CUDA_ERROR_INVALID_VALUE,
             cuda.cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE, unknown));
-    CUpointer_attribute attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+    CUpointer_attribute attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+                                        CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
                                         CU_POINTER_ATTRIBUTE_CONTEXT};
     void *values[] = {&type, &ordinal, &context};
     OK(cuda.cuPointerGetAttributes(3, attributes, values, unknown));
@@ -259,7 +260,8 @@ void a_stream_keeps_its_order() {
     while ((result = cuda.cuEventQuery(done)) == CUDA_ERROR_NOT_READY) {
     }
     OK(result);
-    CHECK(to[0] == 7 && to[99] == 7 && to[100] == 42 && to[size - 101] == 42 && to[size - 100] == 7);
+    CHECK(to[0] == 7 && to[99] == 7 && to[100] == 42 && to[size - 101] == 42 &&
+          to[size - 100] == 7);
     OK(cuda.cuEventDestroy(done));
     OK(cuda.cuMemFreeHost(from));
     OK(cuda.cuMemFreeHost(to));
@@ -298,14 +300,12 @@ void events_tell_the_time_between_them() {
     OK(cuda.cuEventCreate(&plain, CU_EVENT_DISABLE_TIMING));
     float milliseconds = -1;
     RETURNS(CUDA_ERROR_INVALID_HANDLE, cuda.cuEventElapsedTime(&milliseconds, first, second));
-    for (const CUevent event : {first, second, plain})
-        OK(cuda.cuEventRecord(event, s.stream));
+    for (const CUevent event : {first, second, plain}) OK(cuda.cuEventRecord(event, s.stream));
     OK(cuda.cuStreamSynchronize(s.stream));
     OK(cuda.cuEventElapsedTime(&milliseconds, first, second));
     CHECK(milliseconds >= 0);
     RETURNS(CUDA_ERROR_INVALID_HANDLE, cuda.cuEventElapsedTime(&milliseconds, first, plain));
-    for (const CUevent event : {first, second, plain})
-        OK(cuda.cuEventDestroy(event));
+    for (const CUevent event : {first, second, plain}) OK(cuda.cuEventDestroy(event));
 }
 
 void a_stream_waits_for_a_value_and_writes_one() {
@@ -361,7 +361,8 @@ void two_dimensional_copies_respect_pitches() {
     const Bytes after = download(s, device, content.size());
     same = true;
     for (size_t row = 0; row < rows; ++row) {
-        const unsigned char *now = &after[row * device_pitch], *before = &content[row * device_pitch];
+        const unsigned char *now = &after[row * device_pitch],
+                            *before = &content[row * device_pitch];
         same &= std::memcmp(now, before + 3, width) == 0;
         same &= std::memcmp(now + width, before + width, device_pitch - width) == 0;
     }
@@ -423,7 +424,8 @@ void wrong_arguments_are_refused() {
 }
 
 // Rows of all lengths and alignments, scattered over a source, packed with gaps in staging.
-void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, unsigned int blocks, bool aligned) {
+void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, unsigned int blocks,
+                        bool aligned) {
     std::mt19937_64 engine(lengths.size());
     const uint64_t align = aligned ? 16 : 1;
     std::vector<kvferry_row> rows;
@@ -437,15 +439,16 @@ void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, 
         offset += bytes;
         address += bytes;
     }
-    for (size_t i = rows.size(); i > 1; --i)
-        std::swap(rows[i - 1], rows[engine() % i]);
+    for (size_t i = rows.size(); i > 1; --i) std::swap(rows[i - 1], rows[engine() % i]);
     const Bytes memory = random_bytes(address + 64), staging = random_bytes(offset + 64);
-    const CUdeviceptr device_memory = allocate(memory.size()), device_staging = allocate(staging.size());
+    const CUdeviceptr device_memory = allocate(memory.size()),
+                      device_staging = allocate(staging.size());
     upload(s, device_memory, memory);
     upload(s, device_staging, staging);
     Bytes wanted_staging = staging, wanted_memory = random_bytes(memory.size());
     const Bytes other_memory = wanted_memory;
-    auto *table = reinterpret_cast<kvferry_row *>(allocate_host(rows.size() * sizeof(kvferry_row) + 16));
+    auto *table =
+        reinterpret_cast<kvferry_row *>(allocate_host(rows.size() * sizeof(kvferry_row) + 16));
     for (size_t i = 0; i < rows.size(); ++i) {
         const kvferry_row &row = rows[i];
         std::memcpy(&wanted_staging[row.offset], &memory[row.address], row.bytes);
@@ -476,8 +479,7 @@ void kernels_move_rows_of_every_length_and_alignment() {
     Session s;
     std::mt19937_64 engine(1);
     std::vector<uint32_t> small, mixed, skewed(3000, 2);
-    for (uint32_t bytes = 0; bytes <= 200; ++bytes)
-        small.push_back(bytes);
+    for (uint32_t bytes = 0; bytes <= 200; ++bytes) small.push_back(bytes);
     for (int i = 0; i < 3000; ++i)
         mixed.push_back(static_cast<uint32_t>(engine() % (i % 50 == 0 ? 40000 : 600)));
     skewed[1234] = 3u << 20;
@@ -496,7 +498,7 @@ void kernels_move_rows_of_every_length_and_alignment() {
     }
 }
 
-// ---- What only the simulated one can show -----------------------------------------------------------------
+// ---- What only the simulated one can show -------------------------------------------------------
 
 void streams_run_beside_one_another() {
     Session s;
@@ -545,8 +547,7 @@ void the_nth_call_fails() {
     OK(cuda.cuMemFree(address));
     kvfsim_fail("cuEventCreate", 1, CUDA_ERROR_UNKNOWN, 1);
     CUevent event = nullptr;
-    for (int i = 0; i < 3; ++i)
-        RETURNS(CUDA_ERROR_UNKNOWN, cuda.cuEventCreate(&event, 0));
+    for (int i = 0; i < 3; ++i) RETURNS(CUDA_ERROR_UNKNOWN, cuda.cuEventCreate(&event, 0));
     CHECK(kvfsim_calls("cuEventCreate") == 3);
     CHECK(kvfsim_calls("cuMemAlloc_v2") == 3);
 }
@@ -596,7 +597,8 @@ void unmapped_host_memory_is_an_error_not_a_crash() {
     for (const bool save : {true, false}) {
         Session s;
         const CUdeviceptr a = allocate(size);
-        void *host = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        void *host =
+            mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         OK(cuda.cuMemHostRegister(host, size, 0));
         kvfsim_hold("copy", 1, 0);
         OK(save ? cuda.cuMemcpyDtoHAsync(host, a, size, s.stream)
@@ -878,7 +880,9 @@ int main(int argc, char **argv) {
 
     const auto leaves_nothing = [] {
         const uint64_t live = kvfsim_count("live");
-        if (live) std::printf("  %llu objects leaked\n", static_cast<unsigned long long>(live)), ++failures;
+        if (live)
+            std::printf("  %llu objects leaked\n", static_cast<unsigned long long>(live)),
+                ++failures;
     };
     leaves_nothing();
     CHECK(kvfsim_count("abandoned") == 0);

@@ -1,0 +1,166 @@
+package kvferry
+
+// #include "shim.h"
+import "C"
+
+import (
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+// How many completions one call takes from the queue.
+const batch = 256
+
+// completions is a queue of the C library and the one goroutine that reads it. It waits for the queue's descriptor
+// in Go's own poller, as a goroutine that waits for a socket does: no thread stands in C, and C calls no Go.
+type completions struct {
+	queue  C.kvf_queue
+	file   *os.File // a duplicate of the queue's descriptor: os.File wants to close what it polls
+	ended  chan struct{}
+	closed atomic.Bool
+
+	// Every waiter there has ever been, by its token; and those that are free, the last used first.
+	waiters atomic.Pointer[[]*waiter]
+	mutex   sync.Mutex
+	free    []*waiter
+}
+
+// waiter is the place where one transfer waits. It is used again and again: nothing is allocated per job.
+type waiter struct {
+	submission C.kvgo_submission
+	pinner     runtime.Pinner
+	memory     []byte // what C works on, so that it stays reachable
+
+	// What C does in between is invisible to Go's memory model: this flag orders what the submitter has written
+	// before what the reader reads. The channel orders the way back.
+	armed  atomic.Bool
+	done   chan struct{} // holds one
+	status C.int32_t
+	result Completion
+	detail string
+}
+
+func newCompletions() (*completions, error) {
+	c := &completions{ended: make(chan struct{})}
+	c.waiters.Store(new([]*waiter))
+	if err := check(C.kvf_queue_create(&c.queue)); err != nil {
+		return nil, err
+	}
+	fail := func(err error) (*completions, error) {
+		C.kvf_queue_destroy(c.queue)
+		return nil, err
+	}
+	fd := C.kvf_queue_fd(c.queue)
+	if fd < 0 {
+		return fail(check(fd))
+	}
+	duplicate, _, errno := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_DUPFD_CLOEXEC, 0)
+	if errno != 0 {
+		return fail(&Error{Status: ErrSystem, Detail: "fcntl: " + errno.Error()})
+	}
+	c.file = os.NewFile(duplicate, "kvferry queue")
+	if err := c.file.SetReadDeadline(time.Time{}); err != nil { // it is not in the poller
+		c.file.Close()
+		return fail(&Error{Status: ErrSystem, Detail: err.Error()})
+	}
+	go c.read()
+	return c, nil
+}
+
+// close ends the reader and gives the queue back. No job may be in flight.
+func (c *completions) close() error {
+	c.closed.Store(true)
+	C.kvf_queue_wake(c.queue)
+	<-c.ended
+	c.file.Close()
+	return check(C.kvf_queue_destroy(c.queue))
+}
+
+func (c *completions) read() {
+	defer close(c.ended)
+	taken := make([]C.kvf_completion, batch)
+	handles := make([]C.uint64_t, 0, batch)
+	// The descriptor is level-triggered and Go's poller edge-triggered. They fit each other because the poller is
+	// asked to wait only after the queue has been found empty: what comes later is a new edge.
+	drain := func(uintptr) bool {
+		for {
+			n := C.kvf_queue_take(c.queue, &taken[0], C.uint64_t(unsafe.Sizeof(taken[0])), batch, 0)
+			if n <= 0 {
+				return c.closed.Load()
+			}
+			handles = handles[:0]
+			waiters := *c.waiters.Load()
+			for i := range taken[:n] {
+				completion := &taken[i]
+				if waiters[completion.user_data].complete(completion) {
+					handles = append(handles, completion.job)
+				}
+			}
+			if len(handles) > 0 {
+				C.kvgo_release(&handles[0], C.uint32_t(len(handles)))
+			}
+		}
+	}
+	connection, err := c.file.SyscallConn()
+	if err == nil {
+		err = connection.Read(drain)
+	}
+	if err != nil {
+		panic("kvferry: the completion queue cannot be read: " + err.Error())
+	}
+}
+
+// complete hands a completion to the one who waits for it. True if its job has a handle, to be released.
+func (w *waiter) complete(completion *C.kvf_completion) bool {
+	if !w.armed.Swap(false) {
+		panic("kvferry: a job has completed twice")
+	}
+	w.status = completion.status
+	w.result = Completion{
+		Bytes:     int64(completion.bytes),
+		Mode:      SaveMode(completion.mode),
+		Fragments: int64(completion.fragments),
+		Segments:  int64(completion.segments),
+		Submitted: time.Duration(completion.submitted_ns),
+		Started:   time.Duration(completion.started_ns),
+		Finished:  time.Duration(completion.finished_ns),
+	}
+	if completion.status != C.KVF_OK {
+		w.detail = goString(completion.detail[:])
+	}
+	hasHandle := w.submission.wants_job != 0
+	w.done <- struct{}{} // from here on w is somebody else's
+	return hasHandle
+}
+
+func (c *completions) get() *waiter {
+	c.mutex.Lock()
+	defer c.mutex.Unlock()
+	if n := len(c.free); n > 0 {
+		w := c.free[n-1]
+		c.free = c.free[:n-1]
+		return w
+	}
+	waiters := *c.waiters.Load()
+	w := &waiter{done: make(chan struct{}, 1)}
+	w.submission.queue = C.uint64_t(c.queue)
+	w.submission.token = C.uint64_t(len(waiters))
+	// Appended beyond what a reader of the older slice sees.
+	waiters = append(waiters, w)
+	c.waiters.Store(&waiters)
+	return w
+}
+
+func (c *completions) put(w *waiter) {
+	w.pinner.Unpin()
+	w.memory = nil
+	w.detail = ""
+	c.mutex.Lock()
+	c.free = append(c.free, w)
+	c.mutex.Unlock()
+}

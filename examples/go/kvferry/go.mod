@@ -1,0 +1,3 @@
+module example.org/kvferry
+
+go 1.22

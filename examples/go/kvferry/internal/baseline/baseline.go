@@ -1,0 +1,96 @@
+// Package baseline does in plain C what the benchmarks do in Go, so that the difference is the Go layer's cost; and
+// gives them memory and clocks that Go does not.
+package baseline
+
+/*
+#cgo pkg-config: ../../kvferry-go.pc
+#include <kvferry.h>
+#include <malloc.h>
+#include <stdlib.h>
+#include <time.h>
+
+static uint64_t now(clockid_t clock) {
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+static uint64_t monotonic(void) { return now(CLOCK_MONOTONIC); }
+static uint64_t cpu(void) { return now(CLOCK_PROCESS_CPUTIME_ID); }
+
+static uint64_t heap_in_use(void) {
+    struct mallinfo2 info = mallinfo2();
+    return info.uordblks + info.hblkhd;
+}
+
+// Saves `bytes` bytes `count` times with at most `depth` jobs in flight, and takes the completions in batches.
+static int32_t saves(uint64_t count, uint64_t depth, uint64_t bytes) {
+    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
+    options.devices = KVF_DEVICES_HOST;
+    kvf_engine engine;
+    kvf_queue queue;
+    int32_t status = kvf_engine_create(&options, &engine);
+    if (status) return status;
+    status = kvf_queue_create(&queue);
+    char *source = calloc(depth, bytes);
+    void *pool = NULL;
+    if (!status) status = kvf_buffer_alloc(engine, depth * bytes, &pool);
+    kvf_completion *done = calloc(depth, sizeof *done);
+    kvf_submit_options submit = KVF_SUBMIT_OPTIONS_INIT;
+    submit.queue = queue;
+    submit.priority = KVF_PRIORITY_URGENT;
+    uint64_t submitted = 0, completed = 0;
+    for (; submitted < depth && submitted < count && !status; ++submitted) {
+        submit.user_data = submitted;
+        const kvf_region region = {(uint64_t)(source + submitted * bytes), bytes, 1, 0, 0, 0};
+        status = kvf_regions_save(engine, &region, 1, (char *)pool + submitted * bytes, bytes, &submit, NULL);
+    }
+    while (completed < submitted && !status) {
+        const int32_t n = kvf_queue_take(queue, done, sizeof *done, (uint32_t)depth, KVF_FOREVER);
+        for (int32_t i = 0; i < n && !status; ++i, ++completed) {
+            if (done[i].status) status = done[i].status;
+            if (submitted == count) continue;
+            const uint64_t slot = submit.user_data = done[i].user_data;
+            const kvf_region region = {(uint64_t)(source + slot * bytes), bytes, 1, 0, 0, 0};
+            status = kvf_regions_save(engine, &region, 1, (char *)pool + slot * bytes, bytes, &submit, NULL);
+            ++submitted;
+        }
+    }
+    kvf_engine_destroy(engine);
+    kvf_queue_destroy(queue);
+    kvf_buffer_free(pool);
+    free(source);
+    free(done);
+    return status;
+}
+*/
+import "C"
+
+import (
+	"fmt"
+	"time"
+	"unsafe"
+)
+
+// Monotonic reads the clock that completions carry, CLOCK_MONOTONIC.
+func Monotonic() time.Duration { return time.Duration(C.monotonic()) }
+
+// CPU is the processor time that the whole process has used, C's threads included.
+func CPU() time.Duration { return time.Duration(C.cpu()) }
+
+// HeapInUse is how many bytes C's allocator has given out.
+func HeapInUse() int64 { return int64(C.heap_in_use()) }
+
+// Alloc gives memory of C's, filled with zeros.
+func Alloc(size int) []byte { return unsafe.Slice((*byte)(C.calloc(1, C.size_t(size))), size) }
+
+// Free gives it back.
+func Free(memory []byte) { C.free(unsafe.Pointer(unsafe.SliceData(memory))) }
+
+// Saves makes count saves of size bytes in C, with at most depth in flight.
+func Saves(count, depth, size int) error {
+	if status := C.saves(C.uint64_t(count), C.uint64_t(depth), C.uint64_t(size)); status != 0 {
+		return fmt.Errorf("%s", C.GoString(C.kvf_strerror(status)))
+	}
+	return nil
+}

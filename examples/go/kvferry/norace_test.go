@@ -1,0 +1,5 @@
+//go:build !race
+
+package kvferry_test
+
+const raceEnabled = false

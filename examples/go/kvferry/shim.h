@@ -1,0 +1,30 @@
+// What crosses from Go to C: one call a job, with one flat struct of numbers. It holds no pointer, so that Go's
+// runtime has nothing to check, and the memory that its addresses name has been pinned before.
+#pragma once
+
+#include <kvferry.h>
+
+enum { KVGO_SAVE_REGIONS, KVGO_LOAD_REGIONS, KVGO_SAVE_SEQUENCE, KVGO_LOAD_SEQUENCE };
+
+typedef struct kvgo_submission {
+    uint64_t owner; // kvf_engine or kvf_llama
+    uint64_t queue;
+    uint64_t token;
+    uint64_t buffer;
+    uint64_t bytes;
+    uint64_t count; // regions
+    uint64_t stream;
+    uint64_t job; // out, where a handle is wanted
+    int32_t sequence;
+    uint32_t operation;
+    uint32_t priority;
+    uint32_t mode;
+    uint32_t flags;
+    uint32_t wants_job;
+    char error[256]; // out, where the submission is refused
+} kvgo_submission;
+
+int32_t kvgo_submit(kvgo_submission *s, const kvf_region *regions);
+void kvgo_release(const uint64_t *jobs, uint32_t count);
+int32_t kvgo_attach(uint64_t engine, uintptr_t context, uint32_t flags, const char *library, char *error,
+                    uint64_t error_size, uint64_t *llama);

@@ -1,0 +1,167 @@
+package kvferry
+
+// #include "shim.h"
+import "C"
+
+import (
+	"context"
+	"sync"
+	"time"
+	"unsafe"
+)
+
+// Completion is how a transfer went.
+type Completion struct {
+	Bytes     int64    // size of the state, or of the regions
+	Mode      SaveMode // of a sequence's save: as it was done
+	Fragments int64    // separate pieces of tensor memory that it consists of
+	Segments  int64    // what remained of them after joining runs and rows into blocks
+
+	// When it was submitted, when its first byte began to move (0 if none did), and when it ended: readings of
+	// CLOCK_MONOTONIC. Only differences mean anything.
+	Submitted, Started, Finished time.Duration
+}
+
+// Took is the time from the submission to the end.
+func (c Completion) Took() time.Duration { return c.Finished - c.Submitted }
+
+// Priority says how a transfer shares the link with whatever else the device does.
+type Priority uint32
+
+const (
+	Background Priority = C.KVF_PRIORITY_BACKGROUND // paced: decoding beside it hardly notices
+	Urgent     Priority = C.KVF_PRIORITY_URGENT     // as fast as the link, and before background transfers
+)
+
+// SaveMode says what the sequence may do while it is being saved.
+type SaveMode uint32
+
+const (
+	// Snapshot where the next decode of the sequence would overwrite what is being saved, else InPlace.
+	Auto SaveMode = C.KVF_SAVE_AUTO
+	// No memory beside the buffer. A plain attention cache may be appended to meanwhile; the sequence must not be
+	// removed, shifted or copied onto, and a recurrent or sliding-window sequence must not be decoded.
+	InPlace SaveMode = C.KVF_SAVE_IN_PLACE
+	// The sequence is copied aside first; anything may be done to it meanwhile.
+	Snapshot SaveMode = C.KVF_SAVE_SNAPSHOT
+)
+
+// Option changes how one transfer is made. Without any it is a background transfer in Auto mode.
+type Option struct {
+	kind  optionKind
+	value uint64
+}
+
+type optionKind uint8
+
+const (
+	optionPriority optionKind = iota
+	optionMode
+	optionStream
+)
+
+// WithPriority sets the transfer's priority.
+func WithPriority(p Priority) Option { return Option{optionPriority, uint64(p)} }
+
+// WithMode sets the mode of a sequence's save; other transfers ignore it.
+func WithMode(m SaveMode) Option { return Option{optionMode, uint64(m)} }
+
+// AfterStream makes the transfer begin when the work that a CUDA stream (a CUstream or cudaStream_t) holds at the
+// time of the call has been done.
+func AfterStream(stream uintptr) Option { return Option{optionStream, uint64(stream)} }
+
+// settings is what options come to.
+type settings struct {
+	priority, mode, flags C.uint32_t
+	stream                C.uint64_t
+}
+
+func read(options []Option) (s settings) {
+	for _, option := range options {
+		switch option.kind {
+		case optionPriority:
+			s.priority = C.uint32_t(option.value)
+		case optionMode:
+			s.mode = C.uint32_t(option.value)
+		case optionStream:
+			s.stream = C.uint64_t(option.value)
+			s.flags |= C.KVF_SUBMIT_FOLLOW_STREAM
+		}
+	}
+	return s
+}
+
+// request is a transfer that somebody wants. What it holds goes to the heap with it, so that options and the box
+// around Bytes, which could stay on the stack, are unpacked before.
+type request struct {
+	operation C.uint32_t
+	owner     C.uint64_t  // the engine, or the attachment
+	lock      sync.Locker // held while it is submitted; nil: none
+	sequence  int32
+	regions   []Region
+	memory    []byte
+	settings
+}
+
+// transfer submits a job and waits for its one completion, whatever happens to ctx meanwhile.
+func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
+	if ctx.Err() != nil {
+		return Completion{}, cancelled(ctx)
+	}
+	if !e.inFlight.enter() {
+		return Completion{}, &Error{Status: ErrClosed}
+	}
+	defer e.inFlight.leave()
+	w := e.completions.get()
+	defer e.completions.put(w)
+	w.memory = r.memory
+	start := unsafe.Pointer(unsafe.SliceData(r.memory))
+	// Pinned, then told to C as a number. Memory that is not Go's is left alone by Pin.
+	w.pinner.Pin(start)
+	for i := range r.regions {
+		w.pinner.Pin(r.regions[i].Address)
+	}
+	s := &w.submission
+	s.operation, s.owner, s.sequence = r.operation, r.owner, C.int32_t(r.sequence)
+	s.buffer, s.bytes, s.count = C.uint64_t(uintptr(start)), C.uint64_t(len(r.memory)), C.uint64_t(len(r.regions))
+	s.priority, s.mode, s.flags, s.stream = r.priority, r.mode, r.flags, r.stream
+	s.error[0] = 0
+	done := ctx.Done()
+	s.wants_job = 0
+	if done != nil { // only a job that may have to be cancelled needs a handle
+		s.wants_job = 1
+	}
+	w.armed.Store(true)
+
+	status := w.submit(r.lock, r.regions)
+	if status != C.KVF_OK {
+		w.armed.Store(false)
+		return Completion{}, failure(status, s.error[:])
+	}
+	if done == nil {
+		<-w.done
+	} else {
+		select {
+		case <-w.done:
+		case <-done:
+			C.kvf_job_cancel(s.job)
+			<-w.done // it still has its true outcome, and C still uses the memory until then
+		}
+	}
+	if w.status != C.KVF_OK {
+		err := &Error{Status: Status(w.status), Detail: w.detail}
+		if err.Status == ErrCancelled {
+			err.Cause = context.Cause(ctx)
+		}
+		return w.result, err
+	}
+	return w.result, nil
+}
+
+func (w *waiter) submit(lock sync.Locker, regions []Region) C.int32_t {
+	if lock != nil {
+		lock.Lock()
+		defer lock.Unlock()
+	}
+	return C.kvgo_submit(&w.submission, (*C.kvf_region)(unsafe.Pointer(unsafe.SliceData(regions))))
+}

@@ -1,0 +1,429 @@
+package kvferry_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unsafe"
+
+	"example.org/kvferry"
+	"example.org/kvferry/internal/baseline"
+)
+
+// regionsOf describes memory as one run.
+func regionsOf(memory []byte) []kvferry.Region {
+	return []kvferry.Region{{Address: unsafe.Pointer(unsafe.SliceData(memory)), Width: uint64(len(memory)), Rows: 1}}
+}
+
+func pattern(size int, seed byte) []byte {
+	memory := make([]byte, size)
+	for i := range memory {
+		memory[i] = byte(i*7) + byte(i>>8) + seed
+	}
+	return memory
+}
+
+func TestRegionsComeBackAsTheyWere(t *testing.T) {
+	engine := newEngine(t)
+	// Rows of 3 KiB at a pitch of 4 KiB, packed in the buffer.
+	const rows, width, pitch = 100, 3 << 10, 4 << 10
+	source := pattern(rows*pitch, 1)
+	regions := []kvferry.Region{{Address: unsafe.Pointer(&source[0]), Width: width, Rows: rows, Pitch: pitch, BufferPitch: width}}
+	size, err := kvferry.RegionsSize(regions)
+	if err != nil || size != rows*width {
+		t.Fatalf("size is %d, %v", size, err)
+	}
+	buffer := newBuffer(t, engine, int(size))
+	completion, err := engine.SaveRegions(context.Background(), regions, buffer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if completion.Bytes != size || completion.Fragments != rows || completion.Took() <= 0 {
+		t.Errorf("completion says %+v", completion)
+	}
+	target := make([]byte, len(source))
+	regions[0].Address = unsafe.Pointer(&target[0])
+	if _, err := engine.LoadRegions(context.Background(), regions, kvferry.Bytes(buffer.Bytes())); err != nil {
+		t.Fatal(err)
+	}
+	for row := range rows {
+		if !bytes.Equal(target[row*pitch:][:width], source[row*pitch:][:width]) {
+			t.Fatalf("row %d differs", row)
+		}
+	}
+}
+
+func TestGoMemoryIsKeptWhileInFlight(t *testing.T) {
+	engine := newEngine(t)
+	stop := make(chan struct{})
+	var group sync.WaitGroup
+	group.Add(1)
+	go func() { // what a collector frees, others get
+		defer group.Done()
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				runtime.GC()
+				for range 64 {
+					_ = pattern(64<<10, 0xee)
+				}
+			}
+		}
+	}()
+	for i := range 200 {
+		saved := make([]byte, 64<<10)
+		// The source is reachable through the region only.
+		if _, err := engine.SaveRegions(context.Background(), regionsOf(pattern(64<<10, byte(i))), kvferry.Bytes(saved)); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(saved, pattern(64<<10, byte(i))) {
+			t.Fatalf("save %d is damaged", i)
+		}
+	}
+	close(stop)
+	group.Wait()
+}
+
+func TestBufferCannotBeClosedWhileATransferUsesIt(t *testing.T) {
+	engine := newEngine(t)
+	const size = 32 << 20
+	source := baseline.Alloc(size)
+	defer baseline.Free(source)
+	refused := false
+	for attempt := 0; !refused; attempt++ {
+		if attempt == 1000 {
+			t.Fatal("never saw the transfer in flight")
+		}
+		buffer := newBuffer(t, engine, size)
+		var completion kvferry.Completion
+		var err error
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			completion, err = engine.SaveRegions(context.Background(), regionsOf(source), buffer)
+		}()
+		for inFlight(t, engine) == 0 && !isClosed(ended) {
+			runtime.Gosched()
+		}
+		for !isClosed(ended) {
+			closing := buffer.Close()
+			closed := baseline.Monotonic()
+			if errors.Is(closing, kvferry.ErrBusy) {
+				refused = true
+				continue
+			}
+			<-ended
+			if closing != nil || err == nil && completion.Finished > closed {
+				t.Fatalf("the buffer was closed in flight (%v)", closing)
+			}
+		}
+		<-ended
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	buffer := newBuffer(t, engine, 1)
+	if err := buffer.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(source[:1]), buffer); !errors.Is(err, kvferry.ErrInvalidArgument) {
+		t.Errorf("saving into a closed buffer gave %v", err)
+	}
+	if buffer.Bytes() != nil {
+		t.Error("a closed buffer gives its memory")
+	}
+}
+
+func isClosed(done chan struct{}) bool {
+	select {
+	case <-done:
+		return true
+	default:
+		return false
+	}
+}
+
+func TestForgottenBufferIsGivenBack(t *testing.T) {
+	engine := newEngine(t)
+	func() {
+		if _, err := engine.NewBuffer(1 << 20); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	deadline := time.Now().Add(10 * time.Second)
+	for bytesTaken(t, engine) > 0 {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d bytes are still taken", bytesTaken(t, engine))
+		}
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func TestBufferWhoseMemoryWasHandedOutIsKept(t *testing.T) {
+	engine := newEngine(t)
+	buffer, err := engine.NewBuffer(1 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := buffer.Bytes()
+	buffer = nil
+	for range 5 {
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+	}
+	if bytesTaken(t, engine) == 0 {
+		t.Error("the buffer is gone, and its memory is still held")
+	}
+	memory[0] = 1
+}
+
+func TestCancelledTransferIsWaitedForAndSaysWhy(t *testing.T) {
+	engine := newEngine(t)
+	const size = 64 << 20
+	source, target := baseline.Alloc(size), baseline.Alloc(size)
+	defer baseline.Free(source)
+	defer baseline.Free(target)
+	why := errors.New("the user has left")
+	for attempt := 0; ; attempt++ {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		go cancel(why)
+		_, err := engine.SaveRegions(ctx, regionsOf(source), kvferry.Bytes(target))
+		if n := inFlight(t, engine); n != 0 {
+			// The engine forgets a job a moment after its completion.
+			time.Sleep(10 * time.Millisecond)
+			if n := inFlight(t, engine); n != 0 {
+				t.Fatalf("%d jobs in flight after the call has returned", n)
+			}
+		}
+		if err == nil {
+			if attempt == 1000 {
+				t.Fatal("no cancellation was ever in time")
+			}
+			continue
+		}
+		if !errors.Is(err, kvferry.ErrCancelled) || !errors.Is(err, why) {
+			t.Fatalf("cancelling gave %v", err)
+		}
+		return
+	}
+}
+
+func TestContextThatHasEndedSubmitsNothing(t *testing.T) {
+	engine := newEngine(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 0)
+	defer cancel()
+	_, err := engine.SaveRegions(ctx, regionsOf(make([]byte, 1)), kvferry.Bytes(make([]byte, 1)))
+	if !errors.Is(err, kvferry.ErrCancelled) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// Everything that can be counted is the same after 10,000 transfers, of which many were cancelled at a random moment.
+func TestNothingLeaksUnderRandomCancellation(t *testing.T) {
+	const transfers, workers, size = 10_000, 64, 256 << 10
+	goroutines, descriptors := runtime.NumGoroutine(), countDescriptors(t)
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var next, cancelledCount, moved atomic.Int64
+	run := func(count int64) {
+		next.Store(0)
+		var group sync.WaitGroup
+		for worker := range workers {
+			group.Add(1)
+			go func() {
+				defer group.Done()
+				random := rand.New(rand.NewPCG(uint64(worker), uint64(count)))
+				want, own := pattern(size, byte(worker)), make([]byte, size)
+				for next.Add(1) <= count {
+					ctx, cancel := context.WithCancel(context.Background())
+					if random.IntN(2) == 0 {
+						time.AfterFunc(time.Duration(random.IntN(2000))*time.Microsecond, cancel)
+					}
+					buffer, err := engine.NewBuffer(size)
+					if err != nil {
+						t.Error(err)
+						cancel()
+						return
+					}
+					n := 1 + random.IntN(size)
+					var to kvferry.Memory = buffer
+					if random.IntN(2) == 0 {
+						to = kvferry.Bytes(own)
+					}
+					priority := kvferry.WithPriority(kvferry.Priority(random.IntN(2)))
+					_, err = engine.SaveRegions(ctx, regionsOf(want[:n]), to, priority)
+					if err == nil {
+						clear := make([]byte, n)
+						if _, err = engine.LoadRegions(ctx, regionsOf(clear), to, priority); err == nil {
+							moved.Add(1)
+							if !bytes.Equal(clear, want[:n]) {
+								t.Errorf("transfer of %d bytes is damaged", n)
+							}
+						}
+					}
+					if errors.Is(err, kvferry.ErrCancelled) && errors.Is(err, context.Canceled) {
+						cancelledCount.Add(1)
+					} else if err != nil {
+						t.Error(err)
+					}
+					cancel()
+					if err := buffer.Close(); err != nil {
+						t.Error(err)
+					}
+				}
+			}()
+		}
+		group.Wait()
+	}
+	run(transfers / 10) // the library takes what it keeps
+	heap := baseline.HeapInUse()
+	run(transfers)
+	if grown := baseline.HeapInUse() - heap; grown > 256<<10 {
+		t.Errorf("C's heap has grown by %d bytes", grown)
+	}
+	if cancelledCount.Load() == 0 || moved.Load() == 0 {
+		t.Errorf("%d cancelled, %d moved: the test has lost its point", cancelledCount.Load(), moved.Load())
+	}
+	if taken := bytesTaken(t, engine); taken != 0 {
+		t.Errorf("%d bytes of the pool are still taken", taken)
+	}
+	if err := engine.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := countDescriptors(t); n > descriptors {
+		t.Errorf("%d descriptors, %d before", n, descriptors)
+	}
+	deadline := time.Now().Add(5 * time.Second)
+	for runtime.NumGoroutine() > goroutines && time.Now().Before(deadline) {
+		time.Sleep(time.Millisecond)
+	}
+	if n := runtime.NumGoroutine(); n > goroutines {
+		t.Errorf("%d goroutines, %d before", n, goroutines)
+	}
+	t.Logf("%d moved, %d cancelled", moved.Load(), cancelledCount.Load())
+}
+
+func TestEngineClosesUnderLoad(t *testing.T) {
+	for round := range 20 {
+		engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var group sync.WaitGroup
+		var ended atomic.Int64
+		for worker := range 32 {
+			group.Add(1)
+			go func() {
+				defer group.Done()
+				source, target := make([]byte, 1<<20), make([]byte, 1<<20)
+				for {
+					_, err := engine.SaveRegions(context.Background(), regionsOf(source[:1<<(10+worker%10)]), kvferry.Bytes(target))
+					switch {
+					case err == nil:
+						ended.Add(1)
+					case errors.Is(err, kvferry.ErrClosed):
+						return
+					case errors.Is(err, kvferry.ErrCancelled) && round%2 == 1:
+					default:
+						t.Error(err)
+						return
+					}
+				}
+			}()
+		}
+		for ended.Load() < 100 {
+			time.Sleep(100 * time.Microsecond)
+		}
+		if round%2 == 1 {
+			engine.Cancel()
+		}
+		if err := engine.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := engine.Close(); err != nil {
+			t.Errorf("closing twice gave %v", err)
+		}
+		group.Wait()
+		if _, err := engine.NewBuffer(1); !errors.Is(err, kvferry.ErrClosed) {
+			t.Errorf("a buffer of a closed engine gave %v", err)
+		}
+	}
+}
+
+func TestATransferAllocatesNothing(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	engine := newEngine(t)
+	source, own := make([]byte, 4096), make([]byte, 4096)
+	regions := regionsOf(source)
+	buffer := newBuffer(t, engine, 4096)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	for name, save := range map[string]func() error{
+		"buffer": func() error {
+			_, err := engine.SaveRegions(context.Background(), regions, buffer)
+			return err
+		},
+		"bytes": func() error {
+			_, err := engine.SaveRegions(context.Background(), regions, kvferry.Bytes(own), kvferry.WithPriority(kvferry.Urgent))
+			return err
+		},
+		"cancellable": func() error {
+			_, err := engine.LoadRegions(ctx, regions, buffer)
+			return err
+		},
+	} {
+		if n := testing.AllocsPerRun(1000, func() {
+			if err := save(); err != nil {
+				t.Fatal(err)
+			}
+		}); n != 0 {
+			t.Errorf("%s: %v allocations", name, n)
+		}
+	}
+}
+
+func TestRegisteredMemoryIsRefusedTwiceAndReleased(t *testing.T) {
+	engine := newEngine(t)
+	memory := make([]byte, 1<<20)
+	registration, err := engine.Register(memory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := engine.Register(memory[1:]); !errors.Is(err, kvferry.ErrBusy) {
+		t.Errorf("registering twice gave %v", err)
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(pattern(1<<20, 3)), kvferry.Bytes(memory)); err != nil {
+		t.Error(err)
+	}
+	for range 2 {
+		if err := registration.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if !bytes.Equal(memory, pattern(1<<20, 3)) {
+		t.Error("damaged")
+	}
+}
+
+func countDescriptors(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}

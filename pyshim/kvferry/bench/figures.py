@@ -1,0 +1,351 @@
+"""The measurements: each a name, a unit, a goal, and a function of a prepared context.
+
+Those that compare speeds serve every device; the limit is memcpy on the host and the raw pinned
+copy on CUDA.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import anyio
+import numpy
+
+from ..table import ms
+from ..workload import SAVED, percentile
+from .measurement import Goal, Measurement, Reading, at_least, at_most
+from .prepared import SMALL, Beside, Direction, Prepared, ended, seconds
+
+Measure = Callable[[Prepared], Awaitable[Reading]]
+
+_ROUNDS, _STEPS = 6, 20  # of decoding, alone and beside transfers each
+
+
+# ---- Speed alone on the machine ------------------------------------------------------------------
+
+
+def of_raw(direction: Direction, goal: Goal) -> Measurement:
+    async def measure(prepared: Prepared) -> Reading:
+        samples = await prepared.transfers(direction)
+        gb_per_s = prepared.nbytes / samples.our_ms / 1e6
+        return Reading(
+            samples.raw_ms / samples.our_ms,
+            f"{ms(samples.our_ms)} ms, raw {ms(samples.raw_ms)} ms; {gb_per_s:.1f} GB/s",
+            {
+                "our_ms": samples.our_ms,
+                "raw_ms": samples.raw_ms,
+                "fragments": samples.completion.fragments,
+                "segments": samples.completion.segments,
+            },
+        )
+
+    return Measurement(f"urgent {direction}", "of raw speed", goal, measure)
+
+
+def beyond_raw(direction: Direction, goal: Goal) -> Measurement:
+    async def measure(prepared: Prepared) -> Reading:
+        samples = await prepared.transfers(direction)
+        return Reading(samples.our_ms - samples.raw_ms, f"raw {ms(samples.raw_ms)} ms")
+
+    return Measurement(f"submit to completion of a {direction}, beyond raw", "ms", goal, measure)
+
+
+def against_native(direction: Direction, goal: Goal | None) -> Measurement:
+    """Against llama.cpp's own call at its best, pinned or not."""
+
+    async def measure(prepared: Prepared) -> Reading:
+        samples = await prepared.transfers(direction)
+        pinned = await prepared.native(direction, "pinned")
+        pageable = await prepared.native(direction, "pageable")
+        return Reading(
+            min(pinned, pageable) / samples.our_ms,
+            f"{ms(samples.our_ms)} ms, llama.cpp {ms(pinned)} pinned, {ms(pageable)} pageable",
+            {"our_ms": samples.our_ms, "native_ms": {"pinned": pinned, "pageable": pageable}},
+        )
+
+    return Measurement(f"{direction} against llama.cpp's best", "times as fast", goal, measure)
+
+
+def pageable_against_native(direction: Direction, goal: Goal) -> Measurement:
+    async def measure(prepared: Prepared) -> Reading:
+        samples = await prepared.transfers(direction, "pageable")
+        native = await prepared.native(direction, "pageable")
+        return Reading(
+            native / samples.our_ms, f"{ms(samples.our_ms)} ms, llama.cpp {ms(native)} ms"
+        )
+
+    name = f"pageable {direction} against llama.cpp"
+    return Measurement(name, "times as fast", goal, measure)
+
+
+def against_prefill(goal: Goal | None) -> Measurement:
+    async def measure(prepared: Prepared) -> Reading:
+        samples = await prepared.transfers("load")
+        return Reading(
+            prepared.prefill_ms / samples.our_ms,
+            f"load {ms(samples.our_ms)} ms, prefill of {prepared.prefill_tokens} tokens "
+            f"{ms(prepared.prefill_ms)} ms",
+        )
+
+    return Measurement("load against prefill", "times as fast", goal, measure)
+
+
+def both_directions(goal: Goal) -> Measurement:
+    async def measure(prepared: Prepared) -> Reading:
+        other = await prepared.engine.allocate(prepared.nbytes)
+        other.numpy()[:] = prepared.pinned.numpy()
+        one = (await prepared.transfers("save")).our_ms
+        ours, raw = [], []
+        for _ in range(prepared.repeats):
+            save = await prepared.llama.start_save(SAVED, into=prepared.pinned, priority="urgent")
+            load = await prepared.llama.start_load(other, 2, priority="urgent")
+            await save.wait()
+            await load.wait()
+            first, second = ended(save.completion), ended(load.completion)
+            end_ns = max(first.finished_ns, second.finished_ns)
+            ours.append((end_ns - first.submitted_ns) / 1e6)
+            raw.append(prepared.raw.both_seconds(other.numpy().ctypes.data) * 1e3)
+        raw_one = (await prepared.transfers("save")).raw_ms
+        value = 2 * one / statistics.median(ours)
+        hardware = 2 * raw_one / statistics.median(raw)
+        return Reading(value, f"raw copies: {hardware:.2f}", {"raw": hardware})
+
+    return Measurement("both directions at once", "times one direction", goal, measure)
+
+
+def first_byte(goal: Goal) -> Measurement:
+    """Of a small save: how long until the first piece moves."""
+
+    async def measure(prepared: Prepared) -> Reading:
+        per_token = prepared.llama.size(SAVED) / prepared.prefill_tokens
+        tokens = max(1, round((4 << 20) / per_token))
+        await prepared.llama.run(prepared.context.decode, [(SMALL, 1)] * tokens)
+        times = []
+        for _ in range(4 * prepared.repeats):
+            save = await prepared.llama.start_save(SMALL, into=prepared.pinned, priority="urgent")
+            await save.wait()
+            done = ended(save.completion)
+            times.append((done.started_ns - done.submitted_ns) / 1e3)
+        await prepared.llama.run(prepared.context.remove, SMALL)
+        await prepared.llama.save(SAVED, into=prepared.pinned)  # what it held before
+        return Reading(statistics.median(times), f"of {done.bytes / 2**20:.1f} MiB")
+
+    return Measurement("first byte of a 4 MiB save after submit", "µs", goal, measure)
+
+
+# ---- Size ----------------------------------------------------------------------------------------
+
+
+def size_query(goal: Goal) -> Measurement:
+    async def measure(prepared: Prepared) -> Reading:
+        llama, context = prepared.llama, prepared.context
+        before = _tap_calls(llama.describe())
+        ours, theirs = [], []
+        for _ in range(300):
+            begin = time.perf_counter_ns()
+            llama.size(SAVED)
+            middle = time.perf_counter_ns()
+            context.state_size(SAVED)
+            ours.append(middle - begin)
+            theirs.append(time.perf_counter_ns() - middle)
+        calls = _tap_calls(llama.describe()) - before
+        if calls:
+            raise AssertionError(f"{calls} tensor copies were asked for by 300 size queries")
+        our_us, their_us = statistics.median(ours) / 1e3, statistics.median(theirs) / 1e3
+        text = f"{our_us:.1f} µs, llama.cpp {their_us:.1f} µs, both from Python; no tensor call"
+        return Reading(our_us - their_us, text, {"our_us": our_us, "native_us": their_us})
+
+    return Measurement("size query beyond llama.cpp's own", "µs", goal, measure)
+
+
+def _tap_calls(description: dict[str, object]) -> int:
+    return int(str(description["recorded_calls"])) + int(str(description["passed_calls"]))
+
+
+# ---- Beside decoding -----------------------------------------------------------------------------
+
+
+def _beside(
+    direction: Direction, name: str, unit: str, goal: Goal | None, of: Callable[[Beside], Reading]
+) -> Measurement:
+    async def measure(prepared: Prepared) -> Reading:
+        return of(await prepared.beside(direction, _ROUNDS, _STEPS))
+
+    return Measurement(f"{name} beside a background {direction}", unit, goal, measure)
+
+
+def decode_percentile(direction: Direction, percent: int, goal: Goal | None) -> Measurement:
+    def of(beside: Beside) -> Reading:
+        idle = percentile([step.ms for step in beside.idle], percent)
+        during = percentile([step.ms for step in beside.during], percent)
+        return Reading(
+            100 * (during / idle - 1),
+            f"{ms(during)} ms of {len(beside.during)} steps, idle {ms(idle)} ms",
+            {"idle_ms": idle, "during_ms": during, "steps": len(beside.during)},
+        )
+
+    return _beside(direction, f"decode p{percent}", "% more", goal, of)
+
+
+def decode_loss(direction: Direction, goal: Goal | None) -> Measurement:
+    """Tokens a second while transfers never stop, captures and waits for the thread included."""
+
+    def of(beside: Beside) -> Reading:
+        idle = len(beside.idle) / beside.idle_seconds
+        busy = beside.busy_steps / beside.busy_seconds
+        return Reading(100 * (1 - busy / idle), f"{busy:.1f} tokens/s, idle {idle:.1f}")
+
+    return _beside(direction, "decoding lost", "% of tokens/s", goal, of)
+
+
+def background_speed(direction: Direction, goal: Goal | None) -> Measurement:
+    async def measure(prepared: Prepared) -> Reading:
+        beside = await prepared.beside(direction, _ROUNDS, _STEPS)
+        raw = (await prepared.transfers(direction)).raw_ms
+        ours = statistics.median(beside.transfer_seconds) * 1e3
+        return Reading(raw / ours, f"{ms(ours)} ms, raw {ms(raw)} ms alone")
+
+    return Measurement(f"background {direction} beside decoding", "of raw speed", goal, measure)
+
+
+# ---- Memory and the event loop -------------------------------------------------------------------
+
+
+def host_memory(goal: Goal) -> Measurement:
+    """Peak of resident memory during a save into a buffer that is resident already."""
+
+    async def measure(prepared: Prepared) -> Reading:
+        await prepared.llama.save(SAVED, into=prepared.pinned, priority="urgent")
+        gc.collect()
+        before = _reset_peak()
+        await prepared.llama.save(SAVED, into=prepared.pinned, priority="urgent")
+        grown = (_resident("VmHWM") - before) / 2**20
+        return Reading(grown, f"during a save of {prepared.nbytes / 2**20:.0f} MiB")
+
+    return Measurement("host memory beyond the buffer", "MiB", goal, measure)
+
+
+def _reset_peak() -> int:
+    # proc(5): 5 resets the peak resident set size to the current one.
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(key)
+
+
+def device_memory(goal: Goal) -> Measurement:
+    async def measure(prepared: Prepared) -> Reading:
+        taken = prepared.device_bytes_taken
+        if taken is None:
+            raise LookupError("no device memory to look at")
+        return Reading(taken / 2**20, "taken by the first save and load, by cuMemGetInfo")
+
+    return Measurement("device memory beyond the cache", "MiB", goal, measure)
+
+
+def longest_stall(goal: Goal, nbytes: int = 256 << 20) -> Measurement:
+    """How long the event loop was kept from a task that always wants to run.
+
+    The same without any transfer, in ``details``, tells what the machine itself does: with fewer
+    idle cores than copying threads, the loop's own thread is preempted.
+    """
+
+    async def measure(prepared: Prepared) -> Reading:
+        source = numpy.ones(nbytes, numpy.uint8)
+        target = await prepared.engine.allocate(nbytes)
+        await prepared.engine.copy_out(source, target)
+        await prepared.engine.copy_in(source, target)
+
+        async def transfers() -> None:
+            for _ in range(prepared.repeats):
+                await prepared.engine.copy_out(source, target)
+                await prepared.engine.copy_in(source, target)
+
+        async def nothing() -> None:
+            await anyio.sleep(0.5)
+
+        gc.collect()
+        idle = await _stalls(nothing)
+        stalls = await _stalls(transfers)
+        longest = max(stalls)
+        text = (
+            f"{longest.ran_ms:.2f} ms of it running, the rest preempted; p99.9 "
+            f"{percentile([each.ms for each in stalls], 99.9):.3f} ms; "
+            f"without transfers {max(idle).ms:.2f} ms"
+        )
+        details = {"idle_longest_ms": max(idle).ms, "turns": len(stalls)}
+        return Reading(longest.ms, text, details)
+
+    name = f"longest stall of the event loop, {nbytes >> 20} MiB"
+    return Measurement(name, "ms", goal, measure)
+
+
+class _Gap(NamedTuple):
+    ms: float
+    ran_ms: float
+    """Processor time of the event loop's thread: its own doing."""
+
+
+async def _stalls(work: Callable[[], Awaitable[None]]) -> list[_Gap]:
+    """The gaps between the turns of a task that always wants one."""
+    gaps: list[_Gap] = []
+    done = anyio.Event()
+
+    async def tick() -> None:
+        last, last_ran = time.perf_counter_ns(), time.thread_time_ns()
+        while not done.is_set():
+            await anyio.lowlevel.checkpoint()
+            now, ran = time.perf_counter_ns(), time.thread_time_ns()
+            gaps.append(_Gap((now - last) / 1e6, (ran - last_ran) / 1e6))
+            last, last_ran = now, ran
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tick)
+        await work()
+        done.set()
+    return gaps
+
+
+def same_bytes() -> Measurement:
+    """A figure of a wrong copy is worth nothing."""
+
+    async def measure(prepared: Prepared) -> Reading:
+        await prepared.llama.save(SAVED, into=prepared.pinned, priority="urgent")
+        address = prepared.pageable.ctypes.data
+        await prepared.llama.run(prepared.context.state_get, SAVED, address, prepared.nbytes)
+        equal = numpy.array_equal(prepared.pinned.numpy(), prepared.pageable)
+        return Reading(float(equal), "the state, against llama.cpp's own call")
+
+    return Measurement("bit-identical", "1 = yes", at_least(1), measure)
+
+
+__all__ = [
+    "against_native",
+    "against_prefill",
+    "at_least",
+    "at_most",
+    "background_speed",
+    "beyond_raw",
+    "both_directions",
+    "decode_loss",
+    "decode_percentile",
+    "device_memory",
+    "first_byte",
+    "host_memory",
+    "longest_stall",
+    "of_raw",
+    "pageable_against_native",
+    "same_bytes",
+    "seconds",
+    "size_query",
+]

@@ -1,0 +1,76 @@
+"""The limits of the bench: copies by nothing but memcpy, or by nothing but the CUDA driver."""
+
+from __future__ import annotations
+
+from ..limits import RawCuda, memcpy_seconds
+
+
+class Memcpy:
+    """Makes copies from host memory to host memory, by as many threads as the engine uses."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self.name = f"memcpy by {threads} thread(s)"
+
+    def __call__(self, pinned: int, pageable: int, nbytes: int) -> _HostCopies:
+        return _HostCopies(self._threads, pinned, pageable, nbytes)
+
+    def device_free_bytes(self) -> int | None:
+        return None
+
+
+class _HostCopies:
+    def __init__(self, threads: int, pinned: int, pageable: int, nbytes: int) -> None:
+        self._threads, self._nbytes = threads, nbytes
+        self._pinned, self._pageable = pinned, pageable
+
+    def save_seconds(self) -> float:
+        return memcpy_seconds(self._pinned, self._pageable, self._nbytes, self._threads)
+
+    def load_seconds(self) -> float:
+        return memcpy_seconds(self._pageable, self._pinned, self._nbytes, self._threads)
+
+    def both_seconds(self, other: int) -> float:
+        raise NotImplementedError("one memory has no two directions")
+
+    def close(self) -> None:
+        pass
+
+
+class PinnedCopies:
+    """Makes copies between device and pinned host memory, by the driver's own calls."""
+
+    name = "raw pinned copy"
+
+    def __init__(self, cuda: RawCuda) -> None:
+        self._cuda = cuda
+
+    def __call__(self, pinned: int, pageable: int, nbytes: int) -> _DeviceCopies:
+        return _DeviceCopies(self._cuda, pinned, nbytes)
+
+    def device_free_bytes(self) -> int | None:
+        return self._cuda.free_bytes()
+
+
+class _DeviceCopies:
+    def __init__(self, cuda: RawCuda, pinned: int, nbytes: int) -> None:
+        self._cuda, self._pinned, self._nbytes = cuda, pinned, nbytes
+        self._source = cuda.allocate(nbytes)
+        self._target = cuda.allocate(nbytes)
+        # What is saved from there must be what the buffer holds.
+        cuda.load_seconds(self._source, pinned, nbytes)
+
+    def save_seconds(self) -> float:
+        return self._cuda.save_seconds(self._pinned, self._source, self._nbytes)
+
+    def load_seconds(self) -> float:
+        return self._cuda.load_seconds(self._target, self._pinned, self._nbytes)
+
+    def both_seconds(self, other: int) -> float:
+        return self._cuda.both_seconds(
+            self._pinned, self._source, self._target, other, self._nbytes
+        )
+
+    def close(self) -> None:
+        self._cuda.free(self._source)
+        self._cuda.free(self._target)

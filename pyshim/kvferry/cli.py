@@ -1,0 +1,138 @@
+"""The command line: ``kvferry doctor``, ``kvferry demo``, ``kvferry bench``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import anyio
+
+from . import __version__
+from .errors import KvferryError
+from .libllama import ENVIRONMENT_VARIABLE, LlamaError
+from .table import Progress
+
+_DIFFERS, _FAILED, _INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status.
+
+    0: all is well. 1: a comparison found a difference. 2: it could not be run.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except BrokenPipeError:
+        # Whoever reads our output has seen enough. Python would complain at the exit otherwise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
+    except (KvferryError, LlamaError, OSError) as failure:
+        print(f"kvferry {options.name}: error: {failure}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvferry",
+        description="Saves and loads the KV cache of a running llama.cpp model beside decoding.",
+    )
+    parser.add_argument("--version", action="version", version=f"kvferry {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
+
+    doctor = commands.add_parser("doctor", help="what is here, and what it means for speed")
+    _common(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    doctor.set_defaults(command=_doctor)
+
+    demo = commands.add_parser("demo", help="save, load and decode beside each other, compared")
+    _common(demo)
+    demo.add_argument("--model", metavar="FILE", help="a GGUF; else a synthetic one is written")
+    demo.add_argument("--json", metavar="FILE", help="write all figures there")
+    demo.add_argument(
+        "--picture", metavar="FILE", default="kvferry-demo.png", help="timeline (%(default)s)"
+    )
+    demo.add_argument(
+        "--tokens",
+        type=_tokens,
+        metavar="N",
+        help="length of the prompt (512 on the host, 4096 on CUDA)",
+    )
+    demo.set_defaults(command=_demo)
+
+    bench = commands.add_parser("bench", help="the figures, each beside its goal and its limit")
+    _common(bench)
+    bench.add_argument("--model", metavar="FILE", help="a GGUF; else a synthetic one is written")
+    bench.add_argument(
+        "--out", metavar="FOLDER", default="kvferry-bench", help="for all files (%(default)s)"
+    )
+    bench.add_argument("--tokens", type=_tokens, metavar="N", help="length of a saved sequence")
+    bench.add_argument(
+        "--only", metavar="TEXT", help="only the measurements whose name contains TEXT"
+    )
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--llama-lib",
+        metavar="DIR",
+        help=f"folder of libllama; else ${ENVIRONMENT_VARIABLE}, installed llama_cpp, the system",
+    )
+    parser.add_argument("--device", choices=("auto", "host", "cuda"), default="auto")
+
+
+def _tokens(text: str) -> int:
+    try:
+        tokens = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens") from None
+    if not 16 <= tokens <= 1_000_000:
+        raise argparse.ArgumentTypeError("between 16 and 1000000 tokens")
+    return tokens
+
+
+# The commands are imported when they are run: what one needs must not keep another from working.
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from . import doctor
+
+    return anyio.run(doctor.doctor, options.llama_lib, options.device, options.json)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo
+
+    chosen = demo.Options(
+        llama_lib=options.llama_lib,
+        model=options.model,
+        json=options.json,
+        picture=options.picture,
+        tokens=options.tokens,
+        device=options.device,
+    )
+    return 0 if anyio.run(demo.demo, chosen, Progress()) else _DIFFERS
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from . import bench
+
+    chosen = bench.Options(
+        llama_lib=options.llama_lib,
+        model=options.model,
+        out=options.out,
+        tokens=options.tokens,
+        device=options.device,
+        only=options.only,
+    )
+    return 0 if anyio.run(bench.bench, chosen, Progress()) else _DIFFERS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""``kvferry doctor``: what is here, and what each finding means for speed."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from . import __version__
+from .completions import Completion
+from .engine import Devices, Engine
+from .errors import KvferryError
+from .libllama import Context, ContextOptions, Libllama, LlamaError, Model, find
+from .limits import memcpy_seconds
+from .synthetic import write_model
+from .transfer import Priority
+
+_COPIED = 128 << 20
+_REPEATS = 5
+
+
+@dataclasses.dataclass
+class Finding:
+    subject: str
+    found: str
+    meaning: str
+    good: bool = True
+    """False where something is missing that kvferry could use."""
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+async def doctor(llama_lib: str | None, device: Devices, as_json: bool) -> int:
+    """Prints all findings. Returns 0, or 1 where kvferry can't save and load sequences."""
+    async with Engine(device) as engine:
+        findings = [
+            Finding("kvferry", __version__, "the library and the Python package agree"),
+            _devices(engine),
+            _cuda_driver(),
+            *await _llama(engine, llama_lib),
+            _pinned_memory(engine),
+            _cores(),
+            _memcpy(),
+            await _through_kvferry(engine),
+        ]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            _print(finding)
+    can_move = all(each.good for each in findings if each.subject in ("libllama", "tap"))
+    return 0 if can_move else 1
+
+
+def _print(finding: Finding) -> None:
+    mark = "ok" if finding.good else "--"
+    print(f"{mark}  {finding.subject:<14} {finding.found}")
+    indent = " " * 19
+    print(textwrap.fill(finding.meaning, 98, initial_indent=indent, subsequent_indent=indent))
+
+
+# ---- Devices -------------------------------------------------------------------------------------
+
+
+def _devices(engine: Engine) -> Finding:
+    description = engine.describe()
+    devices = description["devices"]
+    found = ", ".join(f"{each['kind']}: {each['name']}" for each in devices)
+    if any(each["kind"] == "cuda" for each in devices):
+        meaning = "caches in this device's memory are moved by its copy engines, beside decoding"
+        return Finding("devices", found, meaning, details=description)
+    meaning = (
+        "caches are host memory: a save is a copy by the same cores that decode. It frees cells of "
+        "the cache, not time"
+    )
+    return Finding("devices", found, meaning, details=description)
+
+
+def _cuda_driver() -> Finding:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as failure:
+        return Finding("CUDA driver", f"none ({failure})", "no NVIDIA GPU can be used", good=False)
+    if status := driver.cuInit(0):
+        name = ctypes.c_char_p()
+        driver.cuGetErrorName(status, ctypes.byref(name))
+        said = (name.value or b"unknown").decode()
+        return Finding("CUDA driver", f"cuInit fails: {said}", "no GPU can be used", good=False)
+    version, count = ctypes.c_int(), ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    text = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}, {count.value} device(s)"
+    return Finding("CUDA driver", text, "opened at run time; kvferry needs no CUDA toolkit")
+
+
+# ---- llama.cpp -----------------------------------------------------------------------------------
+
+
+async def _llama(engine: Engine, folder: str | None) -> list[Finding]:
+    try:
+        library = Libllama(find(folder))
+    except LlamaError as failure:
+        meaning = "only plain memory regions can be moved, no llama.cpp sequences"
+        return [Finding("libllama", str(failure), meaning, good=False)]
+    found = f"{library.path} ({library.build})"
+    details = {"path": library.path, "build": library.build, "source": library.source}
+    meaning = f"from {library.source}; used as it is, unmodified"
+    return [
+        Finding("libllama", found, meaning, details=details),
+        await _tap(engine, library),
+    ]
+
+
+async def _tap(engine: Engine, library: Libllama) -> Finding:
+    """Attaches to a small context, since only that tells."""
+    with tempfile.TemporaryDirectory(prefix="kvferry-doctor-") as folder:
+        path = Path(folder) / "small.gguf"
+        try:
+            write_model("llama", path)
+        except ImportError as failure:
+            return Finding("tap", "not tried", str(failure))
+        options = ContextOptions(n_ctx=256, n_seq_max=1, threads=1)
+        try:
+            with Model(library, path, gpu=False) as model, Context(model, options) as context:
+                async with engine.attach(context.address, library=library.loaded_as) as llama:
+                    description = llama.describe()
+        except (LlamaError, KvferryError) as failure:
+            meaning = (
+                "sequences can't be saved beside decoding; Engine.attach(..., allow_blocking=True) "
+                "uses llama.cpp's own blocking calls instead"
+            )
+            return Finding("tap", f"not possible: {failure}", meaning, good=False)
+    meaning = (
+        "libllama's tensor copies can be recorded, so whole sequences move at the speed of the "
+        "link, and beside decoding"
+    )
+    return Finding("tap", "possible", meaning, details=description)
+
+
+# ---- Memory and cores ----------------------------------------------------------------------------
+
+
+def _pinned_memory(engine: Engine) -> Finding:
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = limit == resource.RLIM_INFINITY
+    found = "no limit" if unlimited else f"RLIMIT_MEMLOCK {limit / 2**20:.0f} MiB"
+    if any(each["kind"] == "cuda" for each in engine.describe()["devices"]):
+        # cuMemHostRegister pins through the kernel driver, which doesn't charge RLIMIT_MEMLOCK.
+        meaning = "the CUDA driver pins beyond it; Engine(pinned_limit=...) bounds kvferry's pool"
+    else:
+        meaning = "nothing is pinned without a CUDA device: any memory is as fast as any other"
+    return Finding("pinned memory", found, meaning, details={"bytes": None if unlimited else limit})
+
+
+def _cores() -> Finding:
+    usable, present = len(os.sched_getaffinity(0)), os.cpu_count()
+    if usable > 2:
+        meaning = "enough to copy host memory beside decoding, if decoding leaves one free"
+    else:
+        meaning = (
+            "transfers of host memory and decoding share them: give llama.cpp one thread less than "
+            "there are cores, for its threads spin while they wait for each other"
+        )
+    details = {"usable": usable, "present": present}
+    return Finding("cores", f"{usable} of {present} usable", meaning, details=details)
+
+
+def _memcpy() -> Finding:
+    source, target = (numpy.ones(_COPIED, numpy.uint8) for _ in range(2))
+    speeds = {}
+    for threads in sorted({1, 2, 4, len(os.sched_getaffinity(0))}):
+        if threads <= len(os.sched_getaffinity(0)):
+            times = [
+                memcpy_seconds(target.ctypes.data, source.ctypes.data, _COPIED, threads)
+                for _ in range(_REPEATS)
+            ]
+            speeds[threads] = _COPIED / statistics.median(times) / 1e9
+    found = ", ".join(f"{speed:.1f} GB/s with {n}" for n, speed in speeds.items()) + " thread(s)"
+    return Finding(
+        "memcpy",
+        found,
+        "the bound for everything that moves from host memory to host memory",
+        details={"gb_per_s": {str(threads): speed for threads, speed in speeds.items()}},
+    )
+
+
+async def _through_kvferry(engine: Engine) -> Finding:
+    source = numpy.ones(_COPIED, numpy.uint8)
+    buffer = await engine.allocate(_COPIED)
+    priorities: list[Priority] = ["urgent", "background"]
+    speeds: dict[str, float] = {}
+    for priority in priorities:
+        saves, loads = [], []
+        for _ in range(_REPEATS + 1):  # the first touches the buffer
+            transfer = await engine.start_copy_out(source, buffer, priority=priority)
+            await transfer.wait()
+            saves.append(_seconds(transfer.completion))
+            transfer = await engine.start_copy_in(source, buffer, priority=priority)
+            await transfer.wait()
+            loads.append(_seconds(transfer.completion))
+        for direction, times in (("save", saves), ("load", loads)):
+            speeds[f"{priority} {direction}"] = _COPIED / statistics.median(times[1:]) / 1e9
+    found = ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in speeds.items())
+    meaning = (
+        "host memory through kvferry: urgent should come near memcpy with as many threads as "
+        "the engine copies with, background is one polite thread"
+    )
+    return Finding("transfers", found, meaning, details={"gb_per_s": speeds})
+
+
+def _seconds(completion: Completion | None) -> float:
+    assert completion is not None
+    return (completion.finished_ns - completion.submitted_ns) / 1e9

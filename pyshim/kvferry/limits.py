@@ -1,0 +1,130 @@
+"""The speeds that bound kvferry's: plain memcpy by several threads, and raw pinned copies on CUDA.
+
+Nothing of kvferry is used here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+_memmove = ctypes.CDLL(None).memmove  # called without the interpreter's lock
+_memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_memmove.restype = None
+
+
+def memcpy_seconds(target: int, source: int, nbytes: int, threads: int) -> float:
+    """Copies between two addresses, each thread an equal share; wall seconds, starts included."""
+    share = -(-nbytes // threads)
+    begin = time.monotonic()
+    workers = []
+    for offset in range(share, nbytes, share):
+        size = min(share, nbytes - offset)
+        arguments = (target + offset, source + offset, size)
+        workers.append(threading.Thread(target=_memmove, args=arguments))
+        workers[-1].start()
+    _memmove(target, source, min(share, nbytes))
+    for worker in workers:
+        worker.join()
+    return time.monotonic() - begin
+
+
+class CudaError(Exception):
+    """The driver is missing, or it refused."""
+
+
+class RawCuda:
+    """One device's copy engine through the driver's own calls: two streams, pinned host memory."""
+
+    def __init__(self, device: int = 0) -> None:
+        """Uses the primary context, as llama.cpp and kvferry do."""
+        try:
+            self._driver: Any = ctypes.CDLL("libcuda.so.1")
+        except OSError as failure:
+            raise CudaError(f"no CUDA driver: {failure}") from None
+        self._call("cuInit", 0)
+        self._device = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(self._device), device)
+        self._context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self._call("cuCtxPushCurrent_v2", self._context)
+        self._streams = [ctypes.c_void_p() for _ in range(2)]
+        for stream in self._streams:
+            self._call("cuStreamCreate", ctypes.byref(stream), 1)  # non-blocking
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory."""
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        return address.value
+
+    def free(self, address: int) -> None:
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def free_bytes(self) -> int:
+        """Device memory that nobody has taken, as the driver says."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
+    def save_seconds(self, host: int, device: int, nbytes: int) -> float:
+        """One copy of the whole, device to pinned host memory."""
+        return self._timed(lambda: self._save(host, device, nbytes))
+
+    def load_seconds(self, device: int, host: int, nbytes: int) -> float:
+        """One copy of the whole, pinned host to device memory."""
+        return self._timed(lambda: self._load(device, host, nbytes))
+
+    def both_seconds(self, into: int, device: int, other: int, source: int, nbytes: int) -> float:
+        """A save and a load of as many bytes each, at the same time."""
+
+        def both() -> None:
+            self._save(into, device, nbytes)
+            self._load(other, source, nbytes)
+
+        return self._timed(both)
+
+    def _save(self, host: int, device: int, nbytes: int) -> None:
+        host_address, size = ctypes.c_void_p(host), ctypes.c_size_t(nbytes)
+        device_address = ctypes.c_uint64(device)
+        self._call("cuMemcpyDtoHAsync_v2", host_address, device_address, size, self._streams[0])
+
+    def _load(self, device: int, host: int, nbytes: int) -> None:
+        host_address, size = ctypes.c_void_p(host), ctypes.c_size_t(nbytes)
+        device_address = ctypes.c_uint64(device)
+        self._call("cuMemcpyHtoDAsync_v2", device_address, host_address, size, self._streams[1])
+
+    def _timed(self, enqueue: Callable[[], None]) -> float:
+        begin = time.monotonic()
+        enqueue()
+        for stream in self._streams:
+            self._call("cuStreamSynchronize", stream)
+        return time.monotonic() - begin
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._driver, name)(*arguments)
+        if status != 0:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorString(status, ctypes.byref(text))
+            raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")
+
+    def close(self) -> None:
+        for stream in self._streams:
+            self._call("cuStreamDestroy_v2", stream)
+        self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+        self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+
+    def __enter__(self) -> RawCuda:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,111 @@
+"""What the demonstration and the benchmarks have a context do: prompts that leave a sequence in a
+known layout, and decoding beside transfers."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import anyio
+
+from .libllama import Context, Step
+from .llama import Llama
+
+SAVED, DECODED, LOADED = 0, 1, 2
+"""The sequences: one is saved while another decodes, and loaded into a third."""
+
+SEQUENCES = 4
+
+Arrangement = Literal["alone", "in turn", "at random"]
+"""``alone``: one prompt, so that its cells lie side by side. ``in turn``: four prompts, one token
+of each after the other, so that a sequence has every fourth cell. ``at random``: four prompts
+shuffled, so that its runs of cells have no regular pitch."""
+
+Items = list[tuple[int, int]]
+
+
+def prompt(arrangement: Arrangement, tokens: int, vocabulary: int) -> Items:
+    """(sequence, token) pairs that give each of its sequences ``tokens`` cells."""
+    chance = random.Random(0)
+    sequences = [SAVED] if arrangement == "alone" else list(range(SEQUENCES))
+    turns = sequences * tokens
+    if arrangement == "at random":
+        chance.shuffle(turns)
+    return [(seq, chance.randrange(vocabulary)) for seq in turns]
+
+
+def cells(arrangement: Arrangement, tokens: int, spare: int) -> int:
+    """Cells for the prompts, a load into sequence 2, and ``spare`` tokens more."""
+    # In an arrangement of four, the load takes the cells that its sequence had.
+    return tokens * (2 if arrangement == "alone" else SEQUENCES) + spare
+
+
+def decoding_threads() -> int:
+    """For contexts: llama.cpp's threads spin while they wait for each other, so that with one on
+    every core whatever else runs would hold all of them up."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+@dataclass
+class Decoding:
+    """Single tokens that are appended to a sequence, one after the other."""
+
+    llama: Llama
+    context: Context
+    budget: int
+    """Most tokens, for the cache is finite."""
+    steps: list[Step] = field(default_factory=list)
+    _stepped: anyio.Event = field(default_factory=anyio.Event)
+
+    def items(self, index: int) -> Items:
+        """The token of a step, by its number, so that another context can repeat it."""
+        return [(DECODED, (7 * index + 3) % self.context.model.vocabulary)]
+
+    async def step(self) -> None:
+        step = await self.llama.run(self.context.decode, self.items(len(self.steps)))
+        self.steps.append(step)
+        self._stepped.set()
+        self._stepped = anyio.Event()
+
+    async def several(self, count: int) -> list[Step]:
+        for _ in range(min(count, self.budget - len(self.steps))):
+            await self.step()
+        return self.steps[-count:]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Decodes for as long as the body lasts, or until the budget is spent."""
+        over = False
+
+        async def decode() -> None:
+            while not over and len(self.steps) < self.budget:
+                await self.step()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(decode)
+            try:
+                yield
+            finally:
+                over = True
+
+    async def pass_steps(self, count: int) -> None:
+        """While it is running, waits for so many steps."""
+        target = min(len(self.steps) + count, self.budget)
+        while len(self.steps) < target:
+            await self._stepped.wait()
+
+    def during(self, begin_ns: int, end_ns: int) -> list[Step]:
+        """The steps that shared time with an interval."""
+        return [step for step in self.steps if step.end_ns > begin_ns and step.begin_ns < end_ns]
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """By nearest rank; of few values, the 99th is the largest. NaN of none."""
+    if not values:
+        return float("nan")
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]

@@ -1,0 +1,167 @@
+// How recorded fragments become few regions, and regions become pieces. (Random ones: fuzz/layout.cpp.)
+#include "layout.h"
+
+#include "check.hpp"
+#include "coverage.hpp"
+
+using namespace kvf;
+
+namespace {
+
+constexpr uint64_t kBase = 0x7f0000000000; // never read
+
+Layout of_fragments(const std::vector<Run> &fragments) {
+    LayoutBuilder builder;
+    for (const auto &f : fragments) builder.add(f.address, f.offset, f.bytes);
+    CHECK(builder.fragments() == fragments.size());
+    return builder.finish();
+}
+
+Coverage coverage(const Layout &layout, uint64_t most, uint64_t most_runs) {
+    Coverage result;
+    Cursor cursor(layout);
+    while (!cursor.at_end()) {
+        const Piece piece = cursor.next(most, most_runs);
+        CHECK(piece.bytes > 0 && (piece.bytes <= most || piece.count == 1));
+        CHECK(piece.count <= most_runs);
+        result.add(piece);
+    }
+    return result;
+}
+
+void check_moves_the_same(const std::vector<Run> &fragments, const Layout &layout) {
+    Coverage expected;
+    for (const auto &f : fragments) expected.add(f.address, f.offset, f.bytes);
+    CHECK(layout.bytes == expected.bytes());
+    for (const uint64_t most : {1u, 7u, 64u, 4096u, 1u << 20, 1u << 30}) {
+        if (expected.bytes() / most > 1 << 16) continue;
+        CHECK(coverage(layout, most, 3) == expected);
+        CHECK(coverage(layout, most, 1 << 20) == expected);
+    }
+}
+
+Layout check(const std::vector<Run> &fragments, size_t blocks, size_t runs) {
+    Layout layout = of_fragments(fragments);
+    check_moves_the_same(fragments, layout);
+    CHECK(layout.blocks.size() == blocks);
+    CHECK(layout.runs.size() == runs);
+    return layout;
+}
+
+void nothing() {
+    const Layout layout = check({}, 0, 0);
+    CHECK(layout.empty() && layout.segments() == 0);
+    CHECK(Cursor(layout).at_end());
+}
+
+void neighbours_become_one_run() {
+    std::vector<Run> fragments;
+    for (uint64_t i = 0; i < 1000; ++i) fragments.push_back({kBase + i * 256, i * 256, 256});
+    const Layout layout = check(fragments, 1, 0);
+    CHECK(layout.blocks[0].rows == 1 && layout.blocks[0].width == 256000);
+    // Neighbours of unequal sizes too.
+    check({{kBase, 0, 100}, {kBase + 100, 100, 70000}, {kBase + 70100, 70100, 1}}, 1, 0);
+    // Neighbours in memory alone, or in the buffer alone, are none.
+    check({{kBase, 0, 100}, {kBase + 100, 101, 30}}, 0, 2);
+    check({{kBase, 0, 100}, {kBase + 101, 100, 30}}, 0, 2);
+}
+
+void rows_become_one_block() {
+    std::vector<Run> fragments;
+    for (uint64_t i = 0; i < 100000; ++i)
+        fragments.push_back({kBase + i * 8192, 7 + i * 2048, 2048});
+    const Layout layout = check(fragments, 1, 0);
+    CHECK(layout.blocks[0].rows == 100000 && layout.blocks[0].pitch == 8192);
+    CHECK(layout.blocks[0].buffer_pitch == 2048 && layout.blocks[0].offset == 7);
+}
+
+void a_few_rows_stay_runs() {
+    std::vector<Run> fragments;
+    for (uint64_t i = 0; i < kFewRows - 1; ++i)
+        fragments.push_back({kBase + i * 1000, i * 100, 100});
+    check(fragments, 0, kFewRows - 1);
+    fragments.push_back({kBase + (kFewRows - 1) * 1000, (kFewRows - 1) * 100, 100});
+    check(fragments, 1, 0);
+}
+
+void a_long_run_stays_whole() {
+    check({{kBase, 0, kLongRun}}, 1, 0);
+    check({{kBase, 0, kLongRun}, {kBase + 10 * kLongRun, kLongRun, kLongRun + 1}}, 2, 0);
+    check({{kBase, 0, kLongRun}, {kBase + 10 * kLongRun, kLongRun, kLongRun}}, 1, 0); // two rows
+    check({{kBase, 0, kLongRun - 1}}, 0, 1);
+}
+
+// A run of cells, then one far away, then the next run: rows must not be paired across the gap.
+void periods_do_not_pair_wrongly() {
+    std::vector<Run> fragments;
+    uint64_t offset = 0;
+    for (uint64_t layer = 0; layer < 20; ++layer) {
+        for (uint64_t row = 0; row < 64; ++row, offset += 128) {
+            fragments.push_back({kBase + layer * 1000000 + row * 512, offset, 128});
+        }
+    }
+    CHECK(of_fragments(fragments).blocks.size() == 20);
+    check_moves_the_same(fragments, of_fragments(fragments));
+}
+
+void rows_that_go_backwards() {
+    std::vector<Run> fragments;
+    for (uint64_t i = 0; i < 50; ++i) fragments.push_back({kBase + (50 - i) * 1000, i * 100, 100});
+    check(fragments, 0, 50);
+}
+
+void the_same_bytes_twice() {
+    check({{kBase, 0, 100}, {kBase, 0, 100}, {kBase, 100, 100}, {kBase, 200, 100}}, 0, 4);
+}
+
+void regions() {
+    LayoutBuilder builder;
+    const kvf_region block{kBase, 100, 50, 300, 0, 100};
+    const kvf_region few{kBase + 100000, 100, 3, 300, 5000, 200};
+    const kvf_region plain{kBase + 200000, 100, 1, ~0ull, 6000, ~0ull};
+    const kvf_region dense{kBase + 300000, 100, 4, 100, 7000, 100};
+    Coverage expected;
+    for (const auto &region : {block, few, dense}) {
+        builder.add(region);
+        expected.add(region);
+    }
+    builder.add(plain);
+    expected.add(plain.address, plain.offset, plain.width);
+    CHECK(builder.fragments() == 50 + 3 + 1 + 1);
+    const Layout layout = builder.finish();
+    CHECK(layout.bytes == expected.bytes());
+    for (const uint64_t most : {1u, 99u, 100u, 250u, 100000u}) {
+        CHECK(coverage(layout, most, 2) == expected);
+    }
+}
+
+void a_cursor_can_give_up() {
+    std::vector<Run> fragments{{kBase, 0, kLongRun}};
+    for (uint64_t i = 0; i < 5; ++i)
+        fragments.push_back({kBase + 1000000 + i * i * 1000, kLongRun + i * 100, 90 + i});
+    const Layout layout = check(fragments, 1, 5);
+    Cursor cursor(layout);
+    CHECK(cursor.next(1000, 10).bytes == 1000);
+    cursor.skip_to_end();
+    CHECK(cursor.at_end());
+    Cursor other(layout);
+    CHECK(other.next(kLongRun, 10).bytes == kLongRun && !other.at_end());
+    CHECK(other.next(1, 10).count == 1);
+    other.skip_to_end();
+    CHECK(other.at_end());
+}
+
+} // namespace
+
+int main() {
+    nothing();
+    neighbours_become_one_run();
+    rows_become_one_block();
+    a_few_rows_stay_runs();
+    a_long_run_stays_whole();
+    periods_do_not_pair_wrongly();
+    rows_that_go_backwards();
+    the_same_bytes_twice();
+    regions();
+    a_cursor_can_give_up();
+}

@@ -1,0 +1,93 @@
+// Writes states as llama.cpp does (state_write in llama-kv-cache.cpp and llama-memory-recurrent.cpp of
+// b10361), with tensor bytes of 0x5a.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+class StateWriter {
+public:
+    StateWriter() {
+        add<uint32_t>(0xaf143cd8); // the sequence format's magic number
+        add<int32_t>(0);           // sequence
+    }
+
+    template <class T>
+    StateWriter &add(T value) {
+        const size_t at = bytes.size();
+        bytes.resize(at + sizeof value);
+        std::memcpy(bytes.data() + at, &value, sizeof value);
+        return *this;
+    }
+
+    struct Attention {
+        uint32_t streams = 1;
+        uint32_t stream = 0; // that holds the cells
+        uint32_t cells = 3;
+        uint32_t layers = 2;
+        int32_t type = 1; // GGML_TYPE_F16
+        uint32_t row = 32;
+        bool transposed = false;
+        bool extension = false; // M-RoPE
+        bool values = true;     // not with MLA
+    };
+
+    StateWriter &attention(const Attention &a) {
+        add(a.streams);
+        for (uint32_t stream = 0; stream < a.streams; ++stream) {
+            const uint32_t cells = stream == a.stream ? a.cells : 0;
+            add(cells);
+            if (cells == 0) continue;
+            for (uint32_t i = 0; i < cells; ++i) {
+                add<int32_t>(static_cast<int32_t>(i)).add<uint32_t>(1);
+                if (a.extension) add<int32_t>(0).add<int32_t>(0);
+                add<int32_t>(0); // the sequence
+            }
+            add<uint32_t>(a.transposed).add(a.layers);
+            for (uint32_t layer = 0; layer < a.layers; ++layer) {
+                add(a.type).add<uint64_t>(a.row).tensor(uint64_t{cells} * a.row);
+            }
+            for (uint32_t layer = 0; a.values && layer < a.layers; ++layer) {
+                add(a.type);
+                if (a.transposed) {
+                    add<uint32_t>(2).add<uint32_t>(a.row / 2); // element size, rows
+                } else {
+                    add<uint64_t>(a.row);
+                }
+                tensor(uint64_t{cells} * a.row);
+            }
+        }
+        return *this;
+    }
+
+    struct Recurrent {
+        uint32_t cells = 1;
+        uint32_t layers = 2;
+        uint32_t layers_with_r = 2, layers_with_s = 2;
+        uint64_t r = 48, s = 64; // row sizes
+    };
+
+    StateWriter &recurrent(const Recurrent &r) {
+        add(r.cells);
+        for (uint32_t i = 0; i < r.cells; ++i) add<int32_t>(7).add<uint32_t>(0);
+        add<uint32_t>(0).add(r.layers);
+        for (uint32_t i = 0; i < r.layers_with_r; ++i)
+            add<int32_t>(0).add(r.r).tensor(r.cells * r.r);
+        for (uint32_t i = 0; i < r.layers_with_s; ++i)
+            add<int32_t>(0).add(r.s).tensor(r.cells * r.s);
+        return *this;
+    }
+
+    std::vector<unsigned char> bytes;
+
+private:
+    StateWriter &tensor(uint64_t count) {
+        bytes.resize(bytes.size() + count, 0x5a);
+        tensor_bytes += count;
+        return *this;
+    }
+
+public:
+    uint64_t tensor_bytes = 0;
+};

@@ -1,0 +1,74 @@
+// Any order of fragments and regions, cut into any pieces, moves exactly the bytes that were added.
+#include "layout.h"
+
+#include "../c/coverage.hpp"
+#include "input.hpp"
+
+using namespace kvf;
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    Input input(data, size);
+    const uint64_t widths[] = {1, 2, 64, 100, 2048, 40000, kLongRun - 1, kLongRun, 3 * kLongRun};
+    LayoutBuilder builder;
+    Coverage expected;
+    uint64_t fragments = 0, address = uint64_t{1} << 40, offset = 0;
+
+    while (!input.at_end() && fragments < 2000) {
+        const uint64_t width = widths[input.below(9)];
+        switch (input.below(8)) {
+        case 0: address += input.below(5000); break;
+        case 1: address -= input.below(5000); break;
+        case 2: offset += input.below(100); break;
+        case 3: offset = input.below(100000); break;
+        default: break; // a neighbour
+        }
+        if (input.below(4) == 0) {
+            const kvf_region region{address,
+                                    width,
+                                    1 + input.below(20),
+                                    width + input.below(3) * 64,
+                                    offset,
+                                    width + input.below(3) * 32};
+            builder.add(region);
+            expected.add(region);
+            const bool one_run = region.pitch == width && region.buffer_pitch == width;
+            fragments += one_run ? 1 : region.rows;
+            address += region.rows * region.pitch;
+            offset += region.rows * region.buffer_pitch;
+        } else {
+            // Rows at a pitch, as a tensor's fragments come.
+            const uint64_t pitch = width + input.below(3) * width;
+            for (uint64_t rows = 1 + input.below(12); rows > 0; --rows) {
+                builder.add(address, offset, width);
+                expected.add(address, offset, width);
+                ++fragments;
+                address += pitch;
+                offset += width;
+            }
+        }
+    }
+
+    CHECK(builder.fragments() == fragments);
+    const Layout layout = builder.finish();
+    CHECK(layout.bytes == expected.bytes());
+    CHECK(layout.segments() <= fragments);
+    for (const auto &block : layout.blocks)
+        CHECK(block.rows >= kFewRows || block.width >= kLongRun);
+    for (const auto &run : layout.runs) CHECK(run.bytes < kLongRun);
+
+    const uint64_t mosts[] = {777, 4096, 100000, uint64_t{4} << 20};
+    const uint64_t most = mosts[size % 4];
+    const uint64_t most_runs = 1 + size % 50;
+    Coverage moved;
+    Cursor cursor(layout);
+    for (bool at_runs = false; !cursor.at_end();) {
+        const Piece piece = cursor.next(most, most_runs);
+        CHECK(piece.runs || !at_runs); // the irregular rest comes last
+        at_runs = piece.runs != nullptr;
+        CHECK(piece.bytes > 0 && (piece.bytes <= most || (at_runs && piece.count == 1)));
+        CHECK(piece.count <= most_runs);
+        moved.add(piece);
+    }
+    CHECK(moved == expected);
+    return 0;
+}

@@ -1,0 +1,65 @@
+"""Models and contexts of the real libllama for every test that asks for them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from llama_reference import Context, Model
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`model_path(kind, **arguments of write_model)`: a synthetic model, written once a session."""
+    from kvferry.synthetic import write_model
+
+    folder = tmp_path_factory.mktemp("models")
+    written: dict[object, Path] = {}
+
+    def path(kind: str, **arguments: Any) -> Path:
+        key = (kind, *sorted(arguments.items()))
+        if key not in written:
+            written[key] = write_model(kind, folder / f"{kind}-{len(written)}.gguf", **arguments)
+        return written[key]
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(model_path: Callable[..., Path]) -> Iterator[Callable[..., Model]]:
+    """`model(kind, **arguments of write_model)`: the same, loaded once and shared by all tests."""
+    from llama_reference import Model
+
+    loaded: dict[Path, Model] = {}
+
+    def load(kind: str, **arguments: Any) -> Model:
+        path = model_path(kind, **arguments)
+        if path not in loaded:
+            loaded[path] = Model(path)
+        return loaded[path]
+
+    yield load
+    for one in loaded.values():
+        one.close()
+
+
+@pytest.fixture
+def make_context(model: Callable[..., Model]) -> Iterator[Callable[..., Context]]:
+    """`make_context(kind or model, **ContextOptions)`: a context that is freed after the test.
+
+    A kind stands for its small model with the default seed.
+    """
+    from llama_reference import ContextOptions
+
+    with contextlib.ExitStack() as contexts:
+
+        def make(source: str | Model, **options: Any) -> Context:
+            chosen = model(source) if isinstance(source, str) else source
+            return contexts.enter_context(chosen.context(ContextOptions(**options)))
+
+        yield make
