@@ -50,7 +50,7 @@ void copy_block(const kvf_region &block, unsigned char *place, Direction directi
 void copy_piece(const Piece &piece, unsigned char *buffer, Direction direction) {
     if (!piece.runs) return copy_block(piece.block, buffer + piece.block.offset, direction);
     for (uint64_t i = 0; i < piece.count; ++i) {
-        const Run &run = piece.runs[i];
+        const Run run = piece.run(i);
         copy(run.address, buffer + run.offset, run.bytes, direction);
     }
 }
@@ -65,7 +65,7 @@ void copy_packed(const Piece &piece, unsigned char *packed, unsigned char *buffe
         return copy_block(block, buffer + block.offset, direction);
     }
     for (uint64_t i = 0; i < piece.count; ++i) {
-        const Run &run = piece.runs[i];
+        const Run run = piece.run(i);
         copy(at, buffer + run.offset, run.bytes, direction);
         at += run.bytes;
     }

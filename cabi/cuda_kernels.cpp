@@ -66,7 +66,7 @@ uint32_t CudaRowTable::fill(const Piece &piece) {
     uint64_t offset = 0;
     if (piece.runs) {
         for (uint64_t i = 0; i < piece.count; ++i) {
-            const Run &run = piece.runs[i];
+            const Run run = piece.run(i);
             rows_[i] = {run.address, static_cast<uint32_t>(offset), static_cast<uint32_t>(run.bytes)};
             offset += run.bytes;
         }

@@ -361,7 +361,7 @@ void CudaLane::queue_copy(Slot &slot) {
         case Way::Gather: copy_gathered(slot); break;
         case Way::Run:
             if (slot.piece.runs) {
-                const Run &run = slot.piece.runs[0];
+                const Run run = slot.piece.run(0);
                 copy_run(slot, run.address, job.pinned ? job.buffer + run.offset : slot.bounce,
                          run.bytes);
             } else {
@@ -408,9 +408,9 @@ void CudaLane::copy_gathered(Slot &slot) {
     // Runs that are neighbours in the buffer are one copy.
     uint64_t at = 0;
     for (uint64_t i = 0; i < piece.count;) {
-        const uint64_t offset = piece.runs[i].offset;
+        const uint64_t offset = piece.run(i).offset;
         uint64_t bytes = 0;
-        for (; i < piece.count && piece.runs[i].offset == offset + bytes; ++i) {
+        for (; i < piece.count && piece.run(i).offset == offset + bytes; ++i) {
             bytes += piece.runs[i].bytes;
         }
         copy_run(slot, slot.staging + at, job.buffer + offset, bytes);

@@ -6,6 +6,7 @@ namespace kvf {
 namespace {
 
 constexpr uint64_t kStagingBytes = 32 << 20; // for a direction
+constexpr uint32_t kSnapshotBlocks = 128;    // the device does nothing else meanwhile
 
 class StreamGate final : public Gate {
 public:
@@ -171,27 +172,27 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
             packed.add({at, block.width, block.rows, block.width, block.offset, block.buffer_pitch});
             at += block.width * block.rows;
         }
-        if (!layout.runs.empty() && kernels_) {
-            if (!snapshot_rows_) snapshot_rows_ = std::make_unique<CudaRowTable>(*context_);
-            Layout runs;
-            runs.runs = layout.runs;
-            Cursor cursor(runs);
-            while (!cursor.at_end()) {
-                // Offsets within one launch are 32 bits wide.
-                const Piece piece = cursor.next(UINT32_MAX, CudaRowTable::kRows);
+        if (!layout.spans.empty() && kernels_ && !snapshot_rows_) {
+            snapshot_rows_ = std::make_unique<CudaRowTable>(*context_);
+        }
+        Cursor cursor(layout);
+        cursor.skip_blocks();
+        while (!cursor.at_end()) {
+            // Offsets within one launch are 32 bits wide.
+            const Piece piece = cursor.next(UINT32_MAX, CudaRowTable::kRows);
+            if (kernels_) {
                 const uint32_t count = snapshot_rows_->fill(piece);
-                kernels_->launch(Direction::Save, at, snapshot_rows_->device_address(), count, 128,
-                                 snapshot_stream_);
+                kernels_->launch(Direction::Save, at, snapshot_rows_->device_address(), count,
+                                 kSnapshotBlocks, snapshot_stream_);
                 synchronize(); // the table is written anew for the next launch
-                for (uint64_t i = 0; i < piece.count; ++i) {
-                    packed.add(at, piece.runs[i].offset, piece.runs[i].bytes);
-                    at += piece.runs[i].bytes;
-                }
             }
-        } else {
-            for (const Run &run : layout.runs) {
-                driver.check(driver.cuMemcpyDtoDAsync(at, run.address, run.bytes, snapshot_stream_),
-                             "cuMemcpyDtoDAsync");
+            for (uint64_t i = 0; i < piece.count; ++i) {
+                const Run run = piece.run(i);
+                if (!kernels_) {
+                    driver.check(
+                        driver.cuMemcpyDtoDAsync(at, run.address, run.bytes, snapshot_stream_),
+                        "cuMemcpyDtoDAsync");
+                }
                 packed.add(at, run.offset, run.bytes);
                 at += run.bytes;
             }

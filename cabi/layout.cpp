@@ -16,40 +16,43 @@ void LayoutBuilder::add(const kvf_region &region) {
         }
         return;
     }
+    keep_run();
+    run_ = {};
     keep_block();
     fragments_ += region.rows;
     layout_.bytes += region.width * region.rows;
     layout_.blocks.push_back(region);
 }
 
-// The fragment does not continue what is being grown.
-void LayoutBuilder::start_anew(uint64_t address, uint64_t offset, uint64_t bytes) {
+// The run does not continue the block that is being grown.
+void LayoutBuilder::start_block() {
+    const auto is_next_row = [this](uint64_t address, uint64_t offset) {
+        return run_.bytes == block_.width && run_.address >= address + run_.bytes &&
+               run_.offset >= offset + run_.bytes;
+    };
+    const auto pair_with = [this](uint64_t address, uint64_t offset) {
+        block_ = {address, run_.bytes, 2, run_.address - address, offset, run_.offset - offset};
+    };
+    if (block_.rows == 1 && is_next_row(block_.address, block_.offset)) {
+        return pair_with(block_.address, block_.offset);
+    }
     if (block_.rows > 1 && block_.rows < kFewRows) {
-        // Its last row may begin something with the fragment: a longer run, or the next block. Rows that
-        // repeat with a period of their own would else be paired wrongly for ever.
-        kvf_region last = block_;
-        last.address += (block_.rows - 1) * block_.pitch;
-        last.offset += (block_.rows - 1) * block_.buffer_pitch;
-        const bool adjacent =
-            address == last.address + last.width && offset == last.offset + last.width;
-        const bool next_row =
-            bytes == last.width && address >= last.address + bytes && offset >= last.offset + bytes;
-        if (adjacent || next_row) {
-            keep_rows(block_.rows - 1);
-            last.rows = adjacent ? 1 : 2;
-            last.width += adjacent ? bytes : 0;
-            last.pitch = address - last.address;
-            last.buffer_pitch = offset - last.offset;
-            block_ = last;
-            return;
+        // The last of its rows may be the first of a block that goes on with this one: rows that repeat
+        // with a period of their own would else be paired wrongly for ever.
+        const uint64_t before = block_.rows - 1;
+        const uint64_t address = block_.address + before * block_.pitch;
+        const uint64_t offset = block_.offset + before * block_.buffer_pitch;
+        if (is_next_row(address, offset)) {
+            keep_rows(before);
+            return pair_with(address, offset);
         }
     }
     keep_block();
-    block_ = {address, bytes, 1, 0, offset, 0};
+    block_ = {run_.address, run_.bytes, 1, 0, run_.offset, 0};
 }
 
 void LayoutBuilder::keep_block() {
-    if (block_.rows >= kFewRows || (block_.rows >= 1 && block_.width >= kLongRun)) {
+    if (block_.rows >= kFewRows || (block_.rows > 0 && block_.width >= kLongRun)) {
         layout_.blocks.push_back(block_);
     } else {
         keep_rows(block_.rows);
@@ -57,6 +60,7 @@ void LayoutBuilder::keep_block() {
     block_ = {};
 }
 
+// The first rows of the block, each for itself.
 void LayoutBuilder::keep_rows(uint64_t rows) {
     for (uint64_t i = 0; i < rows; ++i) {
         const uint64_t address = block_.address + i * block_.pitch;
@@ -64,25 +68,81 @@ void LayoutBuilder::keep_rows(uint64_t rows) {
         if (block_.width >= kLongRun) {
             layout_.blocks.push_back({address, block_.width, 1, 0, offset, 0});
         } else {
-            layout_.runs.push_back({address, offset, block_.width});
+            keep_irregular({address, offset, block_.width});
         }
     }
 }
 
-Layout LayoutBuilder::finish() {
+void LayoutBuilder::keep_irregular(const Run &run) {
+    if (matching_) {
+        if (matched_ < pattern_.count) {
+            const Run &expected = layout_.runs[pattern_.first + matched_];
+            if (matched_ == 0) {
+                match_ = {pattern_.first, 0, run.address - expected.address,
+                          run.offset - expected.offset};
+            }
+            if (run.bytes == expected.bytes &&
+                run.address == expected.address + match_.address_distance &&
+                run.offset == expected.offset + match_.offset_distance) {
+                ++matched_;
+                return;
+            }
+        }
+        stop_matching();
+    }
+    layout_.runs.push_back(run);
+}
+
+// The tensor has turned out to be fragmented in its own way: what did match goes into the table.
+void LayoutBuilder::stop_matching() {
+    matching_ = false;
+    own_first_ = layout_.runs.size();
+    for (uint64_t i = 0; i < matched_; ++i) {
+        Run run = layout_.runs[pattern_.first + i];
+        run.address += match_.address_distance;
+        run.offset += match_.offset_distance;
+        layout_.runs.push_back(run);
+    }
+}
+
+void LayoutBuilder::begin_tensor() {
+    keep_run();
+    run_ = {};
     keep_block();
+    if (matching_ && matched_ > 0) {
+        match_.count = matched_;
+        layout_.spans.push_back(match_);
+    } else if (!matching_ && layout_.runs.size() > own_first_) {
+        pattern_ = {own_first_, layout_.runs.size() - own_first_, 0, 0};
+        layout_.spans.push_back(pattern_);
+    }
+    matching_ = pattern_.count > 0;
+    matched_ = 0;
+    own_first_ = layout_.runs.size();
+}
+
+Layout LayoutBuilder::finish() {
+    begin_tensor();
     return std::move(layout_);
 }
 
 Piece Cursor::next(uint64_t most, uint64_t most_runs) {
     Piece piece;
     if (!this->block()) {
-        piece.runs = &layout_->runs[run_];
-        while (run_ < layout_->runs.size() && piece.count < most_runs &&
-               (piece.count == 0 || piece.bytes + layout_->runs[run_].bytes <= most)) {
-            piece.bytes += layout_->runs[run_].bytes;
+        const Span &span = layout_->spans[span_];
+        piece.runs = &layout_->runs[span.first + run_];
+        piece.address_distance = span.address_distance;
+        piece.offset_distance = span.offset_distance;
+        while (run_ < span.count && piece.count < most_runs) {
+            const uint64_t bytes = piece.runs[piece.count].bytes;
+            if (piece.count > 0 && piece.bytes + bytes > most) break;
+            piece.bytes += bytes;
             ++piece.count;
             ++run_;
+        }
+        if (run_ == span.count) {
+            run_ = 0;
+            ++span_;
         }
         return piece;
     }

@@ -18,6 +18,13 @@ struct Run {
     uint64_t bytes;
 };
 
+// A stretch of the irregular rest: `count` runs of the table, from `first` on, all moved by the same
+// distances. The tensors of a cache are fragmented alike, so that one stretch serves them all.
+struct Span {
+    uint64_t first, count;
+    uint64_t address_distance, offset_distance; // modulo 2^64
+};
+
 // A run of this many bytes is worth a copy of its own.
 constexpr uint64_t kLongRun = 64 << 10;
 // Fewer rows than this are not worth a two-dimensional copy of their own.
@@ -26,16 +33,22 @@ constexpr uint64_t kFewRows = 8;
 // Regions of one device, in the order in which they were recorded.
 struct Layout {
     std::vector<kvf_region> blocks; // long runs (rows == 1) and two-dimensional blocks
-    std::vector<Run> runs;          // the irregular rest
+    std::vector<Span> spans;        // the irregular rest ...
+    std::vector<Run> runs;          // ... and the table that it refers to
     uint64_t bytes = 0;
 
-    bool empty() const { return blocks.empty() && runs.empty(); }
-    uint64_t segments() const { return blocks.size() + runs.size(); }
+    bool empty() const { return blocks.empty() && spans.empty(); }
+    uint64_t segments() const {
+        uint64_t count = blocks.size();
+        for (const Span &span : spans) count += span.count;
+        return count;
+    }
 };
 
-// Joins fragments as they come: neighbours in memory and in the buffer become one run, and rows of one
+// Joins fragments as they come: neighbours in memory and in the buffer become one run, and runs of one
 // width at one pitch become one block. Half a million fragments of a cache whose sequences were
-// decoded in turn become a few dozen blocks.
+// decoded in turn become a few dozen blocks; where they advanced at random, one tensor's runs become
+// the table for all.
 class LayoutBuilder {
 public:
     // One run of `bytes` at `address`, whose place in the buffer is `offset`.
@@ -43,41 +56,50 @@ public:
         if (bytes == 0) return; // recurrent states may have rows of nothing
         ++fragments_;
         layout_.bytes += bytes;
-        if (block_.rows == 1) {
-            if (address == block_.address + block_.width &&
-                offset == block_.offset + block_.width) {
-                block_.width += bytes;
-                return;
-            }
-            if (bytes == block_.width && address >= block_.address + bytes &&
-                offset >= block_.offset + bytes) {
-                block_.pitch = address - block_.address;
-                block_.buffer_pitch = offset - block_.offset;
-                block_.rows = 2;
-                return;
-            }
-        } else if (bytes == block_.width &&
-                   address == block_.address + block_.rows * block_.pitch &&
-                   offset == block_.offset + block_.rows * block_.buffer_pitch) {
-            ++block_.rows;
+        if (address == run_.address + run_.bytes && offset == run_.offset + run_.bytes && run_.bytes) {
+            run_.bytes += bytes;
             return;
         }
-        start_anew(address, offset, bytes);
+        keep_run();
+        run_ = {address, offset, bytes};
     }
 
     void add(const kvf_region &region);
+
+    // What comes next lies elsewhere, in another tensor, and may be fragmented as the last one was.
+    void begin_tensor();
 
     uint64_t fragments() const { return fragments_; }
     Layout finish();
 
 private:
-    void start_anew(uint64_t address, uint64_t offset, uint64_t bytes);
+    void keep_run() {
+        if (block_.rows > 1 && run_.bytes == block_.width &&
+            run_.address == block_.address + block_.rows * block_.pitch &&
+            run_.offset == block_.offset + block_.rows * block_.buffer_pitch) {
+            ++block_.rows;
+        } else if (run_.bytes) {
+            start_block();
+        }
+    }
+    void start_block();
     void keep_block();
     void keep_rows(uint64_t rows);
+    void keep_irregular(const Run &run);
+    void stop_matching();
 
     Layout layout_;
-    kvf_region block_{}; // being grown; rows == 0: none
     uint64_t fragments_ = 0;
+
+    // A fragment passes through three stages, each of which holds on to what may still grow.
+    Run run_{};          // neighbours; bytes == 0: none
+    kvf_region block_{}; // rows; rows == 0: none
+    // The span of the tensor: runs that equal a former span's so far, or else the end of the table.
+    Span pattern_{};        // the former span; count == 0: none
+    uint64_t matched_ = 0;  // of its runs
+    bool matching_ = false; // else the tensor's runs are in the table, from own_first_ on
+    Span match_{};
+    uint64_t own_first_ = 0;
 };
 
 // A part of a layout: one block, or a stretch of the irregular rest.
@@ -85,7 +107,12 @@ struct Piece {
     kvf_region block{};
     const Run *runs = nullptr; // not NULL: `count` runs instead of the block
     uint64_t count = 0;
+    uint64_t address_distance = 0, offset_distance = 0; // as in Span
     uint64_t bytes = 0;
+
+    Run run(uint64_t i) const {
+        return {runs[i].address + address_distance, runs[i].offset + offset_distance, runs[i].bytes};
+    }
 };
 
 // Walks through a layout piece by piece. The layout must outlive it and stay as it is.
@@ -93,7 +120,9 @@ class Cursor {
 public:
     explicit Cursor(const Layout &layout) : layout_(&layout) {}
 
-    bool at_end() const { return block_ == layout_->blocks.size() && run_ == layout_->runs.size(); }
+    bool at_end() const {
+        return block_ == layout_->blocks.size() && span_ == layout_->spans.size();
+    }
     // The block that the next piece comes from; NULL where it comes from the irregular rest.
     const kvf_region *block() const {
         return block_ < layout_->blocks.size() ? &layout_->blocks[block_] : nullptr;
@@ -103,9 +132,10 @@ public:
     // runs. Must not be called at the end.
     Piece next(uint64_t most, uint64_t most_runs);
 
+    void skip_blocks() { block_ = layout_->blocks.size(); }
     void skip_to_end() {
-        block_ = layout_->blocks.size();
-        run_ = layout_->runs.size();
+        skip_blocks();
+        span_ = layout_->spans.size();
     }
 
 private:
@@ -113,7 +143,8 @@ private:
     size_t block_ = 0;
     uint64_t row_ = 0;    // in the block
     uint64_t column_ = 0; // bytes of that row that have been handed out
-    size_t run_ = 0;
+    size_t span_ = 0;
+    uint64_t run_ = 0; // in the span
 };
 
 // Checks regions that came from outside: no zero sizes, no overflow, pitches at least as wide as rows.

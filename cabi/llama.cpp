@@ -189,8 +189,16 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     submission.bytes = bytes;
 
     // From here on whatever fails leaves the sequence empty.
-    empty_sequence(sequence);
-    const auto structure = check_state(state, bytes);
+    std::optional<Structure> structure;
+    try {
+        structure = check_state(state, bytes);
+    } catch (...) {
+        empty_sequence(sequence);
+        throw;
+    }
+    // libllama empties the sequence itself, but only in those parts of the cache of which the state has
+    // cells: a state without any would leave what was there.
+    if (!structure || !structure->has_cells_everywhere()) empty_sequence(sequence);
     if (blocking_) return load_blocking(sequence, std::move(submission), options, job);
 
     Recorder recorder = make_recorder(Direction::Load, buffer, bytes);
@@ -387,11 +395,7 @@ void Llama::learn(const Structure &structure) {
 }
 
 bool Llama::knows_cells() const {
-    if (!structure_) return false;
-    for (const auto &section : structure_->sections) {
-        if (section.cells == 0) return false;
-    }
-    return true;
+    return structure_ && structure_->has_cells_everywhere();
 }
 
 // ---- failure -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 #include "structure.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "status.h"
@@ -172,6 +173,11 @@ uint64_t Structure::cells() const {
     uint64_t most = 0;
     for (const auto &section : sections) most = std::max(most, section.cells);
     return most;
+}
+
+bool Structure::has_cells_everywhere() const {
+    return std::all_of(sections.begin(), sections.end(),
+                       [](const Section &section) { return section.cells > 0; });
 }
 
 std::string Structure::kind() const {

@@ -36,6 +36,7 @@ struct Structure {
     uint64_t tensor_bytes = 0;
 
     uint64_t cells() const;
+    bool has_cells_everywhere() const;
     // "attention", "attention+recurrent" ...
     std::string kind() const;
 };

@@ -362,6 +362,7 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
             tensors_.push_back(tensor_address_);
             const int64_t device = locate_(tensor_address_ + offset, bytes);
             builder_ = device < 0 ? nullptr : &builders_[static_cast<size_t>(device)];
+            if (builder_) builder_->begin_tensor();
         }
         if (!builder_) {
             // No device of the engine reaches this tensor: the original call, here and now.

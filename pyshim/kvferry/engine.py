@@ -113,6 +113,7 @@ class Engine:
         each GiB, on a thread of the engine's own. Raises PinnedLimit.
         """
         self._core.completions.check_usable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
         return await self._core.memory_worker.call(pinned, self._core.handle, nbytes)
 
     # ---- llama.cpp ------------------------------------------------------------------------------

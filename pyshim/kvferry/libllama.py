@@ -399,6 +399,12 @@ class Context:
         address = self._functions.llama_get_logits_ith(self.pointer, -1)
         return ctypes.string_at(address, 4 * self.model.vocabulary)
 
+    def shorten(self, seq: int, tokens: int) -> None:
+        """Removes the last ``tokens`` of a sequence."""
+        end = self._functions.llama_memory_seq_pos_max(self._memory, seq) + 1
+        if not self._functions.llama_memory_seq_rm(self._memory, seq, end - tokens, -1):
+            raise LlamaError("this cache can't remove a part of a sequence")
+
     def remove(self, seq: int) -> None:
         self._functions.llama_memory_seq_rm(self._memory, seq, -1, -1)
 

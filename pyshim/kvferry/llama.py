@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import anyio
+import anyio.lowlevel
 
 from ._native import ffi, lib
 from .buffer import Buffer, borrow
@@ -62,6 +63,7 @@ class Llama:
         ``await llama.run(llm.eval, tokens)``. A cancelled task waits for its end if it has begun.
         """
         self._check_usable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
         return await self._attachment.worker.call(function, *arguments)
 
     # ---- Size -----------------------------------------------------------------------------------
@@ -122,6 +124,7 @@ class Llama:
         self._check_usable()
         if mode not in _SAVE_MODES:
             raise ValueError(f"mode is 'auto', 'in_place' or 'snapshot', not {mode!r}")
+        await anyio.lowlevel.checkpoint_if_cancelled()
         fingerprint = self.fingerprint
         while True:
             if into is not None:
@@ -183,6 +186,7 @@ class Llama:
     ) -> Transfer[None]:
         """As ``load``, but returns as soon as the cells of the sequence have been taken."""
         self._check_usable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
         buffer = borrow(state)
         if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
             await self.remove(seq)  # as after every other failure
@@ -216,7 +220,12 @@ class Llama:
                 transfer.not_submitted()
 
         try:
-            await self._attachment.worker.call(submit, after=submitted)
+            call = self._attachment.worker.post(submit, after=submitted)
+        except BaseException:
+            transfer.not_submitted()
+            raise
+        try:
+            await self._attachment.worker.outcome(call)
         except GeneratorExit:
             raise
         except anyio.get_cancelled_exc_class():

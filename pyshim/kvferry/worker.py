@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-import anyio.lowlevel
-
 from ._native import lib
 from .completions import Completions, PendingCall, see_through
 from .errors import error
@@ -73,19 +71,16 @@ class Worker:
         self.stopped = False
         self.lock = threading.RLock()
 
-    async def call(
-        self,
-        function: Callable[..., T],
-        *arguments: Any,
-        after: Callable[[Call], None] | None = None,
-    ) -> T:
-        """Makes the call, and returns or raises as it does.
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Makes the call, and returns or raises as it does. Cancelling: see ``outcome``."""
+        return cast(T, await self.outcome(self.post(function, *arguments)))
+
+    async def outcome(self, call: Call) -> Any:
+        """Waits for a call that was asked for; returns or raises as it does.
 
         A cancelled task takes its call back if the thread hasn't begun with it; else it waits for
         the end, and the cancellation goes on after that.
         """
-        await anyio.lowlevel.checkpoint_if_cancelled()
-        call = self.post(function, *arguments, after=after)
 
         async def until_ended() -> None:
             await self._completions.until_ended(call)
@@ -103,7 +98,7 @@ class Worker:
                 raise failure
             finally:
                 del failure
-        return cast(T, result)
+        return result
 
     def post(
         self,

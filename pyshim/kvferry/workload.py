@@ -57,13 +57,26 @@ class Decoding:
     llama: Llama
     context: Context
     budget: int
-    """Most tokens, for the cache is finite."""
+    """Most tokens that the sequence may grow by, for the cache is finite."""
     steps: list[Step] = field(default_factory=list)
+    _rewound: int = 0  # steps up to here have been taken back
     _stepped: anyio.Event = field(default_factory=anyio.Event)
 
     def items(self, index: int) -> Items:
         """The token of a step, by its number, so that another context can repeat it."""
         return [(DECODED, (7 * index + 3) % self.context.model.vocabulary)]
+
+    @property
+    def left(self) -> int:
+        return self.budget - (len(self.steps) - self._rewound)
+
+    async def rewind(self) -> None:
+        """Takes the tokens back, so that what follows starts with as short a sequence again.
+
+        Raises LlamaError for a recurrent cache, which can't.
+        """
+        await self.llama.run(self.context.shorten, DECODED, len(self.steps) - self._rewound)
+        self._rewound = len(self.steps)
 
     async def step(self) -> None:
         step = await self.llama.run(self.context.decode, self.items(len(self.steps)))
@@ -72,9 +85,10 @@ class Decoding:
         self._stepped = anyio.Event()
 
     async def several(self, count: int) -> list[Step]:
-        for _ in range(min(count, self.budget - len(self.steps))):
+        first = len(self.steps)
+        for _ in range(min(count, self.left)):
             await self.step()
-        return self.steps[-count:]
+        return self.steps[first:]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -82,7 +96,7 @@ class Decoding:
         over = False
 
         async def decode() -> None:
-            while not over and len(self.steps) < self.budget:
+            while not over and self.left > 0:
                 await self.step()
 
         async with anyio.create_task_group() as tasks:
@@ -94,7 +108,7 @@ class Decoding:
 
     async def pass_steps(self, count: int) -> None:
         """While it is running, waits for so many steps."""
-        target = min(len(self.steps) + count, self.budget)
+        target = len(self.steps) + min(count, self.left)
         while len(self.steps) < target:
             await self._stepped.wait()
 

@@ -28,7 +28,8 @@ public:
     void add(const kvf::Piece &piece) {
         if (!piece.runs) return add(piece.block);
         for (uint64_t i = 0; i < piece.count; ++i) {
-            add(piece.runs[i].address, piece.runs[i].offset, piece.runs[i].bytes);
+            const kvf::Run run = piece.run(i);
+            add(run.address, run.offset, run.bytes);
         }
     }
 

@@ -135,6 +135,56 @@ void regions() {
     }
 }
 
+// The fragments of one tensor of `cells` cells at random places, the same ones for the same seed.
+std::vector<Run> random_tensor(uint64_t address, uint64_t offset, uint64_t cells, uint64_t seed) {
+    std::vector<Run> fragments;
+    for (uint64_t i = 0; i < cells; ++i) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        address += 64 * (1 + (seed >> 33) % 5);
+        fragments.push_back({address, offset + i * 64, 64});
+        address += 64;
+    }
+    return fragments;
+}
+
+// Builds a layout of tensors, and checks that it moves what they consist of.
+Layout of_tensors(const std::vector<std::vector<Run>> &tensors) {
+    LayoutBuilder builder;
+    Coverage expected;
+    for (const auto &tensor : tensors) {
+        builder.begin_tensor();
+        for (const Run &run : tensor) {
+            builder.add(run.address, run.offset, run.bytes);
+            expected.add(run.address, run.offset, run.bytes);
+        }
+    }
+    Layout layout = builder.finish();
+    CHECK(coverage(layout, 1000, 7) == expected);
+    CHECK(coverage(layout, 1 << 30, 1 << 30) == expected);
+    return layout;
+}
+
+void tensors_that_are_fragmented_alike_share_the_table() {
+    std::vector<std::vector<Run>> tensors;
+    for (uint64_t i = 0; i < 30; ++i) {
+        tensors.push_back(random_tensor(kBase + i * 10000000, i * 64012, 1000, 1));
+    }
+    const Layout layout = of_tensors(tensors);
+    CHECK(layout.spans.size() == 30 && layout.runs.size() <= 1000);
+    CHECK(layout.segments() == 30 * layout.runs.size());
+}
+
+void tensors_that_differ_have_runs_of_their_own() {
+    const auto one = random_tensor(kBase, 0, 500, 1);
+    auto late = random_tensor(kBase + 10000000, 50000, 500, 1); // as `one`, but for its end
+    late.back().address += 64;
+    auto shorter = random_tensor(kBase + 20000000, 100000, 400, 1);
+    auto longer = random_tensor(kBase + 30000000, 150000, 600, 1);
+    const auto other = random_tensor(kBase + 40000000, 200000, 500, 2);
+    of_tensors({one, late, shorter, longer, other, one});
+    of_tensors({one, shorter, {}, one});
+}
+
 void a_cursor_can_give_up() {
     std::vector<Run> fragments{{kBase, 0, kLongRun}};
     for (uint64_t i = 0; i < 5; ++i)
@@ -163,5 +213,7 @@ int main() {
     rows_that_go_backwards();
     the_same_bytes_twice();
     regions();
+    tensors_that_are_fragmented_alike_share_the_table();
+    tensors_that_differ_have_runs_of_their_own();
     a_cursor_can_give_up();
 }

@@ -19,7 +19,6 @@ static int32_t submit(const kvf_region *regions, uint64_t count, void *to, uint6
     const int32_t status = kvf_regions_save(engine, regions, count, to, bytes, &options, &job);
     const int32_t load = kvf_regions_load(engine, regions, count, to, bytes, &options, &other);
     CHECK_STATUS(status, load); /* both directions check alike */
-    if (status == 0) printf("addr %lx to %p\n", (long)regions[0].address, to);
     CHECK(status < 0 && job == 7 && other == 7 && error[0]);
     return status;
 }
@@ -88,12 +87,17 @@ int main(void) {
 
     /* Memory that is not there: of a region, at its beginning or end; of the buffer. */
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    unsigned char *pages =
-        mmap(NULL, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    CHECK(pages != MAP_FAILED && munmap(pages, page) == 0 && munmap(pages + 2 * page, page) == 0);
-    const kvf_region before = plain_region(pages + page - 1, 2, 0);
-    const kvf_region behind = plain_region(pages + 2 * page - 1, 2, 0);
-    const kvf_region rows = {(uintptr_t)(pages + page), 8, 2, page, 0, 8};
+    /* A page with nothing around it; wide holes, which the next mapping of anybody's does not fill. */
+    enum { HOLE = 64 << 20 };
+    unsigned char *begin =
+        mmap(NULL, 2 * HOLE + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(begin != MAP_FAILED);
+    unsigned char *const alone = begin + HOLE;
+    CHECK(mprotect(alone, page, PROT_READ | PROT_WRITE) == 0);
+    CHECK(munmap(begin, HOLE) == 0 && munmap(alone + page, HOLE) == 0);
+    const kvf_region before = plain_region(alone - 1, 2, 0);
+    const kvf_region behind = plain_region(alone + page - 1, 2, 0);
+    const kvf_region rows = {(uintptr_t)alone, 8, 2, page, 0, 8};
     const kvf_region kernel = plain_region((void *)(uintptr_t)(UINT64_C(0xffff) << 48), 8, 0);
     const kvf_region low = plain_region((void *)(uintptr_t)8, 8, 0);
     CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&before, 1, buffer, sizeof buffer));
@@ -102,12 +106,12 @@ int main(void) {
     CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&kernel, 1, buffer, sizeof buffer));
     CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&low, 1, buffer, sizeof buffer));
     const kvf_region good = plain_region(memory, 16, 0);
-    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, pages + page - 1, 16));
-    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, pages + 2 * page - 1, 16));
+    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, alone - 1, 16));
+    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, alone + page - 1, 16));
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, (void *)(uintptr_t)8, 16));
     /* A buffer that would reach around the end of the address space to memory that is mapped. */
     const kvf_region around = plain_region(memory, 1, huge - page);
-    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&around, 1, pages + page + 100, huge));
+    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&around, 1, alone + 100, huge));
 
     /* Nothing of all this was submitted. */
     CHECK_OK(kvf_engine_destroy(engine));

@@ -37,6 +37,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
             offset += region.rows * region.buffer_pitch;
         } else {
             // Rows at a pitch, as a tensor's fragments come.
+            if (input.below(3) == 0) builder.begin_tensor();
             const uint64_t pitch = width + input.below(3) * width;
             for (uint64_t rows = 1 + input.below(12); rows > 0; --rows) {
                 builder.add(address, offset, width);

@@ -46,7 +46,7 @@ async def test_waiting_takes_no_threads() -> None:
             for transfer in transfers:
                 tasks.start_soon(transfer.wait)
             await anyio.lowlevel.checkpoint()
-            assert threading.active_count() == before
+            assert threading.active_count() <= before
 
 
 async def test_several_tasks_may_wait_for_one_transfer() -> None:

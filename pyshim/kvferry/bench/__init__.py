@@ -190,7 +190,7 @@ class _Run:
         """What the pictures show, of what has been measured."""
         for direction in ("save", "load"):
             ways = _ways(prepared, direction)
-            if len(ways) > 1:
+            if len(ways) > 2:  # compared with llama.cpp
                 size = f"{prepared.nbytes / 2**20:.0f} MiB"
                 self._bars.append(Bars(f"{direction}, {prepared.name}\n{size}", ways))
             beside: Beside | None = prepared.known(f"beside {direction}")

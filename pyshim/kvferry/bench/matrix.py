@@ -40,6 +40,7 @@ class Shape:
     flash_attention: bool = True
     sizes: Mapping[str, int] = field(default_factory=dict)
     steps: int = 0
+    """Most single tokens decoded in one go."""
     repeats: int = 10
 
 
@@ -105,7 +106,7 @@ def host(bench: Bench) -> list[Stage]:
         ),
         _stage(
             bench,
-            Shape("beside decoding", 512, steps=600, repeats=5),
+            Shape("8B geometry", 512, steps=100, repeats=5),
             [
                 figures.decode_loss("save", None),
                 figures.decode_percentile("save", 50, None),
@@ -121,8 +122,7 @@ def host(bench: Bench) -> list[Stage]:
 def cuda(bench: Bench) -> list[Stage]:
     """The table of the project's CUDA issue: goals for an H200 and a state of 1 GiB."""
     tokens = 8192
-    # Single tokens that four rounds of decoding beside saves and loads may take.
-    steps = 700
+    steps = 100
     prefill = figures.against_prefill(at_least(20) if bench.real_model else None)
     return [
         _stage(

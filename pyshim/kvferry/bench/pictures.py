@@ -50,7 +50,7 @@ def draw_bars(bars: Sequence[Bars], path: Path, *, heading: str) -> None:
             drawn, [f"{value:.3g} ms" for _, value in shown], padding=4, fontsize=9, color="#333333"
         )
     axis.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=10)
-    axis.invert_yaxis()
+    axis.set_ylim(len(bars) - 0.45, -0.55)
     # From microseconds to seconds: only the powers of ten can be compared by eye.
     axis.set_xscale("log")
     smallest = min(value for bar in bars for value in bar.ms.values())

@@ -25,6 +25,7 @@ from ..libllama import Context, ContextOptions, LlamaError, Model, Step
 from ..llama import Llama
 from ..timeline import Span, Timeline
 from ..workload import (
+    DECODED,
     LOADED,
     SAVED,
     SEQUENCES,
@@ -199,7 +200,8 @@ class Prepared:
 
     async def beside(self, direction: Direction, rounds: int, steps: int) -> Beside:
         """Rounds of ``steps`` decode steps alone and as many with a background transfer always in
-        flight, in turn, so that the growing cache and the machine's mood weigh on both alike."""
+        flight, in turn, so that the machine's mood weighs on both alike; each from the same length
+        of the sequence on."""
 
         async def measure() -> Beside:
             idle: list[Step] = []
@@ -209,9 +211,11 @@ class Prepared:
             await self.transfer("save", "pinned", "background")  # warms up
             await self.decoding.several(3)
             for _ in range(rounds):
+                await self.decoding.rewind()
                 begin = time.monotonic()
                 idle += await self.decoding.several(steps)
                 idle_seconds += time.monotonic() - begin
+                await self.decoding.rewind()
                 self.drain_trace()
                 first, begin_ns = len(self.decoding.steps), time.monotonic_ns()
                 spans += await self._keep_transferring(direction, steps)
@@ -235,9 +239,9 @@ class Prepared:
     async def _keep_transferring(self, direction: Direction, steps: int) -> list[Span]:
         """Background transfers, one after the other, until so many steps have been decoded."""
         spans: list[Span] = []
-        target = min(len(self.decoding.steps) + steps, self.decoding.budget)
+        target = len(self.decoding.steps) + steps
         async with self.decoding.running():
-            while len(self.decoding.steps) < target:
+            while len(self.decoding.steps) < target and self.decoding.left > 0:
                 if direction == "save":
                     save = await self.llama.start_save(SAVED, into=self.pinned)
                     recorded_ns = time.monotonic_ns()
@@ -300,7 +304,7 @@ async def prepare(
     """Decodes the prompts and takes the buffers. ``steps``: most tokens decoded later on."""
     small = _GPU_WARM_UP_TOKENS if model.gpu else _WARM_UP_TOKENS
     options = ContextOptions(
-        n_ctx=cells(arrangement, tokens, steps + small + 8),
+        n_ctx=cells(arrangement, tokens, steps + 2 * small + 8),
         n_seq_max=SEQUENCES,
         threads=decoding_threads(),
         flash_attention=flash_attention,
@@ -310,6 +314,9 @@ async def prepare(
         async with engine.attach(context.address, library=library) as llama:
             await llama.run(context.decode, [(SMALL, 1)] * small)
             await llama.run(context.remove, SMALL)
+            if arrangement == "alone":
+                # A short sequence of its own, so that its steps cost about the same throughout.
+                await llama.run(context.decode, [(DECODED, 1)] * small)
             items = prompt(arrangement, tokens, model.vocabulary)
             prefill = await llama.run(context.decode, items)
             nbytes = llama.size(SAVED)

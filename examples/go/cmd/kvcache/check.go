@@ -1,0 +1,113 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math"
+	"slices"
+
+	"example.org/kvferry"
+	"github.com/hybridgroup/yzma/pkg/llama"
+)
+
+// checked says how states that the run has left in the cache stand the comparison.
+type checked struct {
+	States int `json:"states"`
+	// The state saved again is the same, byte for byte, and so are the logits of the next token, and those after
+	// llama.cpp's own load of the same state.
+	Identical int `json:"identical_to_llama_cpp"`
+	// The next token is the one that follows when the whole conversation is prefilled again. The logits themselves
+	// differ a little: in the run its tokens were computed in batches with those of others.
+	SameToken   int     `json:"same_next_token_as_prefill"`
+	LargestDiff float64 `json:"largest_logit_difference_to_prefill"` // of the largest logit
+}
+
+// check loads every state that is in the cache in each of three ways into a context that does nothing else.
+func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer], conversations []conversation) (checked, error) {
+	var result checked
+	const sequence = 0
+	own := &plain{model: m}
+	err := states.each(func(conversation int, state *kvferry.Buffer, tokens int) error {
+		said := conversations[conversation].tokens
+		next := said[tokens]
+
+		m.clear(sequence)
+		if err := f.load(ctx, sequence, state); err != nil {
+			return err
+		}
+		again, err := own.save(ctx, sequence, state.Len())
+		if err != nil {
+			return err
+		}
+		identical := bytes.Equal(again, state.Bytes())
+		ferried, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
+		if err != nil {
+			return err
+		}
+
+		m.clear(sequence)
+		if err := own.load(ctx, sequence, state.Bytes()); err != nil {
+			return err
+		}
+		loaded, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
+		if err != nil {
+			return err
+		}
+
+		m.clear(sequence)
+		if _, err = m.feed(ctx, sequence, 0, said[:tokens]); err != nil {
+			return err
+		}
+		prefilled, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
+		if err != nil {
+			return err
+		}
+
+		result.States++
+		if identical && sameBits(ferried, loaded) {
+			result.Identical++
+		}
+		if largest(ferried) == largest(prefilled) {
+			result.SameToken++
+		}
+		scale := float64(slices.MaxFunc(prefilled, func(a, b float32) int { return int(math.Copysign(1, math.Abs(float64(a))-math.Abs(float64(b)))) }))
+		for i := range ferried {
+			result.LargestDiff = max(result.LargestDiff, math.Abs(float64(ferried[i]-prefilled[i])/scale))
+		}
+		return nil
+	})
+	m.clear(sequence)
+	if err == nil && result.States == 0 {
+		err = errors.New("the cache is empty: there is nothing to check")
+	}
+	return result, err
+}
+
+func sameBits(a, b []float32) bool {
+	return slices.EqualFunc(a, b, func(x, y float32) bool { return math.Float32bits(x) == math.Float32bits(y) })
+}
+
+// feed decodes tokens of one sequence, and gives a copy of the last one's logits.
+func (m *model) feed(ctx context.Context, sequence llama.SeqId, position int, tokens []llama.Token) ([]float32, error) {
+	m.mutex.Lock()
+	defer m.mutex.Unlock()
+	batch := llama.BatchInit(int32(m.batch), 0, 1)
+	defer llama.BatchFree(batch)
+	for first := 0; first < len(tokens); first += m.batch {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		batch.Clear()
+		for i := first; i < min(first+m.batch, len(tokens)); i++ {
+			if err := batch.Add(tokens[i], llama.Pos(position+i), []llama.SeqId{sequence}, i == len(tokens)-1); err != nil {
+				return nil, err
+			}
+		}
+		if err := m.decode(batch); err != nil {
+			return nil, err
+		}
+	}
+	logits, err := m.logits(batch.NTokens - 1)
+	return slices.Clone(logits), err
+}

@@ -1,0 +1,180 @@
+// Command kvcache holds more conversations than a llama.cpp context has sequences. Every turn finds the state of its
+// conversation in a cache, loads it while others decode, and saves it behind the answer; the cache has a budget of bytes
+// and evicts what was used least recently. The same turns are then held in two other ways: without a cache, by prefilling
+// again, and with llama.cpp's own blocking calls. A table compares them.
+//
+// Decoding is yzma's, on an unmodified libllama; saving and loading is kvferry's.
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime"
+	"syscall"
+	"time"
+
+	"example.org/kvferry"
+)
+
+type flags struct {
+	settings
+	library, model, json string
+	threads              int
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	f, err := parse(os.Args[1:], os.Stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return
+	}
+	if err != nil {
+		os.Exit(2)
+	}
+	err = run(ctx, f, os.Stdout, os.Stderr)
+	if ctx.Err() != nil {
+		fmt.Fprintln(os.Stderr, "kvcache: interrupted; nothing was written")
+		os.Exit(130)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "kvcache:", err)
+		os.Exit(1)
+	}
+}
+
+func parse(arguments []string, out io.Writer) (f flags, err error) {
+	set := flag.NewFlagSet("kvcache", flag.ContinueOnError)
+	set.SetOutput(out)
+	var budget float64
+	set.IntVar(&f.Conversations, "conversations", 12, "how many `conversations` there are")
+	set.IntVar(&f.Sequences, "sequences", 4, "how many `sequences` the context has, and turns at a time")
+	set.IntVar(&f.Turns, "turns", 60, "`turns` of all conversations together")
+	set.IntVar(&f.Prompt, "prompt", 384, "`tokens` that a conversation begins with, on average")
+	set.IntVar(&f.User, "user", 24, "`tokens` of every later turn")
+	set.IntVar(&f.Generate, "generate", 24, "`tokens` of every answer")
+	set.Float64Var(&budget, "budget", 40, "`MiB` of states that the cache may hold")
+	set.Uint64Var(&f.Seed, "seed", 1, "`number` that decides who says what when")
+	set.IntVar(&f.threads, "threads", runtime.NumCPU(), "`threads` that decode")
+	set.StringVar(&f.library, "llama-lib", cmp.Or(os.Getenv("KVFERRY_LLAMA_LIB"), "../../build/llama"), "`folder` of libllama.so")
+	set.StringVar(&f.model, "model", "../../build/models/kvcache.gguf", "GGUF `file`; its vocabulary is used at random")
+	set.StringVar(&f.json, "json", "", "`file` for all figures; - is the standard output, instead of the table")
+	set.Usage = func() {
+		fmt.Fprintln(out, "kvcache: conversations that share few sequences of llama.cpp, their states kept by kvferry")
+		set.PrintDefaults()
+	}
+	if err := set.Parse(arguments); err != nil {
+		return f, err
+	}
+	f.Budget = int64(budget * (1 << 20))
+	if set.NArg() > 0 || min(f.Conversations, f.Sequences, f.Turns, f.Prompt, f.User, f.Generate, f.threads) < 1 || budget <= 0 {
+		err := errors.New("every number must be at least 1, and there are no other arguments")
+		fmt.Fprintln(out, "kvcache:", err)
+		return f, err
+	}
+	return f, nil
+}
+
+func run(ctx context.Context, f flags, out, progress io.Writer) error {
+	if err := loadLibrary(f.library); err != nil {
+		return err
+	}
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{})
+	if err != nil {
+		return err
+	}
+	defer engine.Close()
+	result := report{Settings: f.settings}
+
+	// Each way gets a context of its own, as empty as the others'.
+	if err := withRun(ctx, f, "prefill again", progress, func(m *model) (way[struct{}], error) { return nil, nil },
+		func(_ *runner[struct{}], r row) error { result.Rows = append(result.Rows, r); return nil }); err != nil {
+		return err
+	}
+	if err := withRun(ctx, f, "llama.cpp", progress, func(m *model) (way[[]byte], error) { return &plain{model: m}, nil },
+		func(_ *runner[[]byte], r row) error { result.Rows = append(result.Rows, r); return nil }); err != nil {
+		return err
+	}
+	var attached *kvferry.Llama
+	err = withRun(ctx, f, "kvferry", progress, func(m *model) (_ way[*kvferry.Buffer], err error) {
+		attached, err = engine.Attach(uintptr(m.context), &m.mutex, kvferry.AttachOptions{})
+		return ferry{engine, attached}, err
+	}, func(r *runner[*kvferry.Buffer], w row) (err error) {
+		result.Rows = append(result.Rows, w)
+		result.Check, err = check(ctx, r.model, r.way.(ferry), r.cache, r.conversations)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if f.json != "-" {
+		result.print(out)
+	}
+	if f.json != "" {
+		if err := result.writeJSON(f.json); err != nil {
+			return err
+		}
+	}
+	if c := result.Check; c.Identical != c.States {
+		return fmt.Errorf("%d states are not what llama.cpp makes of them", c.States-c.Identical)
+	}
+	return nil
+}
+
+// withRun holds the conversations in one way, and hands what it measured to `use` before everything is taken down.
+func withRun[State any](ctx context.Context, f flags, name string, progress io.Writer,
+	open func(*model) (way[State], error), use func(*runner[State], row) error) (err error) {
+	m, err := openModel(f.model, f.Sequences, 256, f.threads) // to learn its vocabulary
+	if err != nil {
+		return err
+	}
+	turns := schedule(f.settings, m.vocabulary)
+	m.close()
+	if m, err = openModel(f.model, f.Sequences, longest(f.settings, turns), f.threads); err != nil {
+		return err
+	}
+	defer m.close()
+	w, err := open(m)
+	if err != nil {
+		return err
+	}
+	if f, ours := any(w).(ferry); ours {
+		defer f.llama.Close()
+	}
+	r := &runner[State]{settings: f.settings, model: m, way: w, decoder: newDecoder(m), progress: showProgress(progress, name, f.Turns)}
+	defer r.decoder.close()
+	release := func(State) {}
+	if w != nil {
+		release = w.release
+	}
+	r.cache = newCache(f.Budget, release)
+	defer r.cache.clear()
+	start := time.Now()
+	if err := r.run(ctx, turns); err != nil {
+		return err
+	}
+	return use(r, makeRow(name, f.settings, time.Since(start), r.figures, r.cache.counts, r.decoder.steps))
+}
+
+// showProgress counts turns on a terminal, and elsewhere says only what has begun.
+func showProgress(out io.Writer, name string, turns int) func(int) {
+	file, isFile := out.(*os.File)
+	if isFile {
+		if info, err := file.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+			return func(done int) {
+				fmt.Fprintf(out, "\r%s: turn %d of %d\x1b[K", name, done, turns)
+				if done == turns {
+					fmt.Fprint(out, "\r\x1b[K")
+				}
+			}
+		}
+	}
+	fmt.Fprintf(out, "%s: %d turns\n", name, turns)
+	return func(int) {}
+}

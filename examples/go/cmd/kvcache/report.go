@@ -1,0 +1,118 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"text/tabwriter"
+	"time"
+)
+
+// report is what the program has to say. Times are milliseconds.
+type report struct {
+	Settings settings `json:"settings"`
+	Rows     []row    `json:"ways"`
+	Check    checked  `json:"check"`
+}
+
+type row struct {
+	Way            string  `json:"way"`
+	Seconds        float64 `json:"seconds"`
+	FirstP50       float64 `json:"first_token_p50_ms"`
+	FirstP95       float64 `json:"first_token_p95_ms"`
+	Prefilled      int     `json:"prefilled_tokens"`
+	Hits           int     `json:"hits"`
+	Misses         int     `json:"misses"`
+	HitRate        float64 `json:"hit_rate"`
+	Evictions      int     `json:"evictions"`
+	LoadP50        float64 `json:"load_p50_ms"`
+	SaveP50        float64 `json:"save_p50_ms"`
+	StepP50        float64 `json:"decode_step_p50_ms"`
+	StepP99        float64 `json:"decode_step_p99_ms"`
+	SavedBytes     int64   `json:"saved_bytes"`
+	LoadedBytes    int64   `json:"loaded_bytes"`
+	GeneratedPerS  float64 `json:"generated_tokens_per_second"`
+	cacheIsUseless bool
+}
+
+func makeRow(way string, s settings, took time.Duration, f figures, c counts, steps []time.Duration) row {
+	r := row{Way: way, Seconds: took.Seconds(), FirstP50: quantile(f.firsts, 0.5), FirstP95: quantile(f.firsts, 0.95),
+		Prefilled: f.prefilled, Hits: c.Hits, Misses: c.Misses, Evictions: c.Evictions,
+		LoadP50: quantile(f.loads, 0.5), SaveP50: quantile(f.saves, 0.5),
+		StepP50: quantile(steps, 0.5), StepP99: quantile(steps, 0.99), SavedBytes: f.savedBytes, LoadedBytes: f.loadedBytes,
+		GeneratedPerS: float64(s.Turns*s.Generate) / took.Seconds(), cacheIsUseless: c.Hits+c.Misses == 0}
+	if !r.cacheIsUseless {
+		r.HitRate = float64(c.Hits) / float64(c.Hits+c.Misses)
+	}
+	return r
+}
+
+// quantile gives milliseconds; 0 where there is nothing to take it of.
+func quantile(values []time.Duration, q float64) float64 {
+	if len(values) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(values))
+	return float64(sorted[min(len(sorted)-1, int(q*float64(len(sorted))))]) / 1e6
+}
+
+func (r report) print(out io.Writer) {
+	s := r.Settings
+	fmt.Fprintf(out, "%d turns of %d conversations on %d sequences, %d tokens generated each; budget %s\n\n",
+		s.Turns, s.Conversations, s.Sequences, s.Generate, mebibytes(s.Budget))
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(table, "\tfirst token\tp95\tprefilled\thit rate\tevicted\tload\tsave\tdecode step\tp99\tsaved\tloaded\tall\t")
+	for _, w := range r.Rows {
+		hitRate, load, save, evicted := "-", "-", "-", "-"
+		if !w.cacheIsUseless {
+			hitRate, evicted = fmt.Sprintf("%.0f %%", 100*w.HitRate), fmt.Sprint(w.Evictions)
+			load, save = fmt.Sprintf("%.2f ms", w.LoadP50), fmt.Sprintf("%.2f ms", w.SaveP50)
+		}
+		fmt.Fprintf(table, "%s\t%.1f ms\t%.1f ms\t%d\t%s\t%s\t%s\t%s\t%.2f ms\t%.2f ms\t%s\t%s\t%.2f s\t\n",
+			w.Way, w.FirstP50, w.FirstP95, w.Prefilled, hitRate, evicted, load, save, w.StepP50, w.StepP99,
+			mebibytes(w.SavedBytes), mebibytes(w.LoadedBytes), w.Seconds)
+	}
+	table.Flush()
+	fmt.Fprintf(out, "\n%d of %d states: saved again the same bytes, and the same logits as after llama.cpp's own load\n",
+		r.Check.Identical, r.Check.States)
+	fmt.Fprintf(out, "%d of %d states: the same next token as after prefilling again (logits differ by at most %.2g of the largest)\n",
+		r.Check.SameToken, r.Check.States, r.Check.LargestDiff)
+}
+
+func mebibytes(n int64) string {
+	if n == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
+}
+
+// writeJSON writes all figures. The file appears when it is whole.
+func (r report) writeJSON(path string) error {
+	text, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	if path == "-" {
+		_, err := fmt.Printf("%s\n", text)
+		return err
+	}
+	file, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(file.Name()) // in vain once it has been renamed
+	_, err = file.Write(append(text, '\n'))
+	if err == nil {
+		err = file.Chmod(0o644)
+	}
+	if other := file.Close(); err == nil {
+		err = other
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(file.Name(), path)
+}
