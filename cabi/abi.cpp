@@ -410,6 +410,13 @@ int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer, ui
     });
 }
 
+int32_t kvf_llama_remove(kvf_llama llama, int32_t sequence) {
+    return guarded([&]() -> int32_t {
+        find<Llama>(llama)->remove(sequence);
+        return KVF_OK;
+    });
+}
+
 int32_t kvf_llama_settle(kvf_llama llama) {
     return guarded([&]() -> int32_t { return static_cast<int32_t>(find<Llama>(llama)->settle()); });
 }

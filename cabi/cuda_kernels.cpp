@@ -38,19 +38,13 @@ void CudaKernels::launch(Direction direction, CUdeviceptr staging, CUdeviceptr r
                  "cuLaunchKernel");
 }
 
-CudaRowTable::CudaRowTable(const CudaContext &context) : context_(context) {
+CudaRowTable::CudaRowTable(const CudaContext &context, CUdeviceptr place)
+    : context_(context), place_(place) {
     const CudaDriver &driver = context.driver();
     const CudaCurrent current(context);
     void *memory;
-    driver.check(driver.cuMemHostAlloc(&memory, kRows * sizeof(kvferry_row),
-                                       CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
-                 "cuMemHostAlloc");
+    driver.check(driver.cuMemHostAlloc(&memory, kBytes, CU_MEMHOSTALLOC_PORTABLE), "cuMemHostAlloc");
     rows_ = static_cast<kvferry_row *>(memory);
-    const CUresult result = driver.cuMemHostGetDevicePointer(&device_address_, memory, 0);
-    if (result != CUDA_SUCCESS) {
-        driver.cuMemFreeHost(memory);
-        driver.check(result, "cuMemHostGetDevicePointer");
-    }
 }
 
 CudaRowTable::~CudaRowTable() {
@@ -62,22 +56,34 @@ CudaRowTable::~CudaRowTable() {
     }
 }
 
-uint32_t CudaRowTable::fill(const Piece &piece) {
-    uint64_t offset = 0;
+void CudaRowTable::clear() {
+    count_ = 0;
+    end_ = 0;
+}
+
+void CudaRowTable::add(const Piece &piece) {
+    const auto add_row = [this](uint64_t address, uint64_t bytes) {
+        rows_[count_++] = {address, static_cast<uint32_t>(end_), static_cast<uint32_t>(bytes)};
+        end_ += bytes;
+    };
     if (piece.runs) {
         for (uint64_t i = 0; i < piece.count; ++i) {
-            const Run run = piece.run(i);
-            rows_[i] = {run.address, static_cast<uint32_t>(offset), static_cast<uint32_t>(run.bytes)};
-            offset += run.bytes;
+            add_row(piece.runs[i].address + piece.address_distance, piece.runs[i].bytes);
         }
-        return static_cast<uint32_t>(piece.count);
+    } else {
+        const kvf_region &block = piece.block;
+        for (uint64_t i = 0; i < block.rows; ++i) {
+            add_row(block.address + i * block.pitch, block.width);
+        }
     }
-    const kvf_region &block = piece.block;
-    for (uint64_t i = 0; i < block.rows; ++i, offset += block.width) {
-        rows_[i] = {block.address + i * block.pitch, static_cast<uint32_t>(offset),
-                    static_cast<uint32_t>(block.width)};
-    }
-    return static_cast<uint32_t>(block.rows);
+}
+
+void CudaRowTable::launch(const CudaKernels &kernels, Direction direction, CUdeviceptr staging,
+                          uint32_t blocks, CUstream stream) const {
+    const CudaDriver &driver = context_.driver();
+    driver.check(driver.cuMemcpyHtoDAsync(place_, rows_, count_ * sizeof(kvferry_row), stream),
+                 "cuMemcpyHtoDAsync");
+    kernels.launch(direction, staging, place_, count_, blocks, stream);
 }
 
 } // namespace kvf

@@ -14,7 +14,7 @@ public:
     CudaKernels(const CudaKernels &) = delete;
     CudaKernels &operator=(const CudaKernels &) = delete;
 
-    // Queues the move of `count` rows between where they are and staging. Both addresses are the device's.
+    // Queues the move of `count` rows between where they are and staging. Both are device addresses.
     void launch(Direction direction, CUdeviceptr staging, CUdeviceptr rows, uint32_t count,
                 uint32_t blocks, CUstream stream) const;
 
@@ -24,24 +24,35 @@ private:
     CUfunction gather_ = nullptr, scatter_ = nullptr;
 };
 
-// A table of rows in pinned memory that the device reads through the link.
+// The rows of a launch: written in pinned memory, read by the kernel from device memory. (Read through the
+// link, they would keep a kernel waiting on its multiprocessors while the link is full of our own copies.)
 class CudaRowTable {
 public:
-    static constexpr uint32_t kRows = 65536; // 1 MiB
+    static constexpr uint32_t kRows = 32768;
+    static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row);
 
-    explicit CudaRowTable(const CudaContext &context);
+    // `place` is device memory of kBytes, which stays the caller's.
+    CudaRowTable(const CudaContext &context, CUdeviceptr place);
     ~CudaRowTable();
     CudaRowTable(const CudaRowTable &) = delete;
     CudaRowTable &operator=(const CudaRowTable &) = delete;
 
-    // Writes the rows of a piece, which lie one after another in staging. Returns how many.
-    uint32_t fill(const Piece &piece);
-    CUdeviceptr device_address() const { return device_address_; }
+    // The rows of pieces that lie one after another in staging. What was launched with the table before
+    // must have ended.
+    void clear();
+    void add(const Piece &piece);
+    uint32_t rows() const { return count_; }
+
+    // Queues the copy of the table to the device and a kernel that works through it.
+    void launch(const CudaKernels &kernels, Direction direction, CUdeviceptr staging, uint32_t blocks,
+                CUstream stream) const;
 
 private:
     const CudaContext &context_;
+    const CUdeviceptr place_;
     kvferry_row *rows_ = nullptr;
-    CUdeviceptr device_address_ = 0;
+    uint32_t count_ = 0;
+    uint64_t end_ = 0; // in staging
 };
 
 } // namespace kvf

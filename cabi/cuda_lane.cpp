@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 
 #include "copy.h"
 #include "engine.h"
@@ -12,32 +11,30 @@
 namespace kvf {
 namespace {
 
-// Pieces of urgent jobs: large enough that queuing one costs nothing beside moving it, small enough that
-// a cancelled job stops within a quarter of a millisecond.
-constexpr uint64_t kUrgentRun = 8 << 20;
-constexpr uint64_t kUrgentBlock = 16 << 20;
-// Pieces of background jobs: a decode step waits for one of them at most.
-constexpr uint64_t kBackgroundRun = 2 << 20;
-constexpr uint64_t kBackgroundBlock = 4 << 20;
-constexpr uint64_t kBackgroundGather = 4 << 20;
-constexpr uint64_t kStagingSlot = 8 << 20;
+// What a slot takes at once. Urgent: so much that queuing it costs nothing beside moving it, and yet a
+// cancelled job stops within a millisecond. Background: a decode step may have to wait for two of them;
+// smaller ones cost the link more than they spare the step (measured on an H200: docs/performance.md).
+struct Sizes {
+    uint64_t run, block, gather;
+};
+constexpr Sizes kUrgentSizes{16 << 20, 16 << 20, 16 << 20};
+constexpr Sizes kBackgroundSizes{4 << 20, 6 << 20, 4 << 20};
+constexpr uint64_t kStagingSlot = 8 << 20; // with its table of rows
 constexpr uint64_t kLeastStagingSlot = 1 << 20;
 constexpr uint64_t kBounce = 4 << 20;
+constexpr size_t kMostPieces = 64;
+
+// Copies in the queue: for urgent jobs so many that it never runs empty.
+constexpr uint32_t kLeastQueued = 2;
+constexpr uint64_t kUrgentQueuedBytes = 32 << 20;
+// Slots in use for background jobs: those in the queue, and two being made ready.
+constexpr uint32_t kBackgroundSlots = 4;
+
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
 constexpr uint64_t kNarrow = 1024;
 constexpr uint32_t kUrgentBlocks = 64, kBackgroundBlocks = 32; // of a kernel's grid
 // A copy that has not ended by then never will; the device is given up.
 constexpr uint64_t kStuckNs = 60'000'000'000;
-
-// TUNE-BEGIN
-uint64_t tune(const char *name, uint64_t value) {
-    const char *all = std::getenv("KVF_TUNE");
-    if (!all) return value;
-    const std::string key = std::string(name) + "=";
-    const char *at = std::strstr(all, key.c_str());
-    return at ? std::strtoull(at + key.size(), nullptr, 10) : value;
-}
-// TUNE-END
 
 uint64_t stuck_ns() {
     static const uint64_t value = [] {
@@ -66,18 +63,6 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
     staging_slots_ =
         slot_staging_ ? std::min<uint64_t>(kSlots, limits_.staging_bytes / slot_staging_) : 0;
     no_staging_ = !kernels_ || slot_staging_ < kLeastStagingSlot;
-    t_bgrun = tune("bgrun", kBackgroundRun);
-    t_bgblock = tune("bgblock", kBackgroundBlock);
-    t_bggather = tune("bggather", kBackgroundGather);
-    t_narrow = tune("narrow", kNarrow);
-    t_bgnarrow = tune("bgnarrow", kNarrow);
-    t_window = tune("window", 1);
-    t_ahead = tune("ahead", 2);
-    t_bgblocks = tune("bgblocks", kBackgroundBlocks);
-    t_ublocks = tune("ublocks", kUrgentBlocks);
-    t_urun = tune("urun", kUrgentRun);
-    t_ublock = tune("ublock", kUrgentBlock);
-    t_uwin = tune("uwin", kSlots);
     const CudaCurrent current(context_);
     try {
         for (Slot &slot : slots_) {
@@ -222,7 +207,7 @@ bool CudaLane::retire() {
                 }
                 break;
             }
-            if (copying) --copies_queued_;
+            if (copying) leave_queue(slot);
             progress = true;
             slot.stage = Stage::Finishing;
             if (result != CUDA_SUCCESS) {
@@ -238,9 +223,8 @@ bool CudaLane::retire() {
 }
 
 bool CudaLane::queue_copies() {
-    const uint32_t window = urgent_ ? t_uwin : t_window;
     bool progress = false;
-    while (copies_queued_ < window) {
+    while (copies_queued_ < kLeastQueued || (urgent_ && bytes_queued_ < kUrgentQueuedBytes)) {
         // The one that has been ready for longest.
         Slot *next = nullptr;
         for (Slot &slot : slots_) {
@@ -264,31 +248,16 @@ bool CudaLane::refill() {
         if (!leg) return progress;
         urgent_ = urgent;
         // In the background the next piece is made ready while one is being copied, and no more.
-        if (!urgent && pieces_ >= t_ahead) return progress;
-        const bool pageable = !leg->job->pinned;
+        if (!urgent && pieces_ >= kBackgroundSlots) return progress;
         const Way way = way_of(*leg);
         Slot *slot = idle_slot(way);
         if (!slot) return progress;
 
-        uint64_t most = way == Way::Run     ? (urgent ? t_urun : t_bgrun)
-                        : way == Way::Block ? (urgent ? t_ublock : t_bgblock)
-                                            : (urgent ? slot->staging_bytes : t_bggather);
-        uint64_t most_runs = CudaRowTable::kRows;
-        if (way == Way::Gather) {
-            most = std::min(most, slot->staging_bytes);
-            if (const auto *block = leg->cursor.block()) {
-                most = std::min(most, block->width * CudaRowTable::kRows);
-            }
-        } else if (way == Way::Run) {
-            most_runs = 1;
-            if (const auto *block = leg->cursor.block()) most = std::min(most, block->width);
-        }
-        if (pageable) most = std::min(most, kBounce);
         slot->leg = leg;
-        slot->piece = schedule_.take(*leg, most, most_runs);
+        slot->way = way;
+        schedule_.take(*leg, [&](Cursor &cursor) { take_pieces(*slot, *leg, cursor, urgent); });
         lock.unlock();
 
-        slot->way = way;
         slot->begin_ns = now_ns();
         slot->queued_ns = 0;
         ++pieces_;
@@ -298,15 +267,42 @@ bool CudaLane::refill() {
     }
 }
 
+// Fills a slot with pieces of one way.
+void CudaLane::take_pieces(Slot &slot, const Leg &leg, Cursor &cursor, bool urgent) {
+    const Sizes &sizes = urgent ? kUrgentSizes : kBackgroundSizes;
+    uint64_t most = slot.way == Way::Run     ? sizes.run
+                    : slot.way == Way::Block ? sizes.block
+                                             : std::min(sizes.gather, slot.staging_bytes);
+    if (!leg.job->pinned) most = std::min(most, kBounce);
+    uint64_t rows_left = slot.way == Way::Gather ? CudaRowTable::kRows : 1;
+    slot.pieces.clear();
+    slot.bytes = 0;
+    do {
+        uint64_t bytes = most - slot.bytes;
+        if (const kvf_region *block = cursor.block()) {
+            if (slot.way == Way::Run) bytes = std::min(bytes, block->width);
+            if (slot.way == Way::Gather) {
+                if (!slot.pieces.empty() && block->width > bytes) break;
+                bytes = std::min(bytes, block->width * rows_left);
+            }
+        } else if (!slot.pieces.empty() && bytes < kLongRun) {
+            break; // the next run might not fit
+        }
+        const Piece &piece = slot.pieces.emplace_back(cursor.next(bytes, rows_left));
+        slot.bytes += piece.bytes;
+        if (slot.way == Way::Gather) rows_left -= piece.runs ? piece.count : piece.block.rows;
+    } while (!cursor.at_end() && slot.bytes < most && rows_left > 0 &&
+             slot.pieces.size() < kMostPieces && way_of(leg) == slot.way);
+}
+
 // How the next piece of a leg gets to the host and back.
 CudaLane::Way CudaLane::way_of(const Leg &leg) const {
     const kvf_region *block = leg.cursor.block();
     if (!block) return no_staging_ ? Way::Run : Way::Gather;
-    if (block->rows == 1 || block->width >= kUrgentBlock) return Way::Run;
+    if (block->rows == 1 || block->width >= kUrgentSizes.block) return Way::Run;
     const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);
-    const uint64_t narrow = leg.job->priority == KVF_PRIORITY_URGENT ? t_narrow : t_bgnarrow;
-    if (block->width >= narrow && pitch <= limits_.max_pitch) return Way::Block;
-    if (!no_staging_ && block->width <= kLeastStagingSlot) return Way::Gather;
+    if (block->width >= kNarrow && pitch <= limits_.max_pitch) return Way::Block;
+    if (!no_staging_ && block->width <= kLeastStagingSlot / 2) return Way::Gather;
     return pitch <= limits_.max_pitch ? Way::Block : Way::Run;
 }
 
@@ -333,89 +329,110 @@ void CudaLane::prepare(Slot &slot) {
     slot.stage = Stage::Ready;
     if (!job.pinned) ensure_bounce(slot);
     if (slot.way == Way::Gather) {
-        slot.row_count = slot.rows->fill(slot.piece);
+        slot.rows->clear();
+        for (const Piece &piece : slot.pieces) slot.rows->add(piece);
         if (direction_ == Direction::Save) {
-            kernels_->launch(direction_, slot.staging, slot.rows->device_address(), slot.row_count,
-                             static_cast<uint32_t>(urgent_ ? t_ublocks : t_bgblocks), slot.stream);
+            slot.rows->launch(*kernels_, direction_, slot.staging, kernel_blocks(), slot.stream);
         }
     }
-    if (direction_ == Direction::Load && !job.pinned) {
-        slot.stage = Stage::Filling;
-        slot.crew_done.store(false, std::memory_order_relaxed);
-        crew_.add([this, &slot, buffer = job.buffer] {
-            copy_packed(slot.piece, slot.bounce, buffer, Direction::Load);
-            std::lock_guard lock(mutex_);
-            slot.crew_done.store(true, std::memory_order_release);
-            crew_ended_ = true;
-            work_.notify_one();
-        });
-    }
+    if (direction_ == Direction::Load && !job.pinned) crew_copies(slot, Stage::Filling);
+}
+
+uint32_t CudaLane::kernel_blocks() const { return urgent_ ? kUrgentBlocks : kBackgroundBlocks; }
+
+// Has the crew copy between the bounce buffer and the job's.
+void CudaLane::crew_copies(Slot &slot, Stage stage) {
+    slot.stage = stage;
+    slot.crew_done.store(false, std::memory_order_relaxed);
+    crew_.add([this, &slot, buffer = slot.leg->job->buffer] {
+        unsigned char *packed = slot.bounce;
+        for (const Piece &piece : slot.pieces) {
+            copy_packed(piece, packed, buffer, direction_);
+            packed += piece.bytes;
+        }
+        std::lock_guard lock(mutex_);
+        slot.crew_done.store(true, std::memory_order_release);
+        crew_ended_ = true;
+        work_.notify_one();
+    });
 }
 
 void CudaLane::queue_copy(Slot &slot) {
     Job &job = *slot.leg->job;
     slot.queued_ns = now_ns();
     if (!job.stopping()) {
-        const kvf_region &block = slot.piece.block;
-        switch (slot.way) {
-        case Way::Gather: copy_gathered(slot); break;
-        case Way::Run:
-            if (slot.piece.runs) {
-                const Run run = slot.piece.run(0);
-                copy_run(slot, run.address, job.pinned ? job.buffer + run.offset : slot.bounce,
-                         run.bytes);
-            } else {
-                copy_run(slot, block.address, job.pinned ? job.buffer + block.offset : slot.bounce,
-                         block.width);
-            }
-            break;
-        case Way::Block:
-            if (job.pinned) {
-                copy_rows(slot, block.address, block.pitch, job.buffer + block.offset,
-                          block.buffer_pitch, block.width, block.rows);
-            } else {
-                copy_rows(slot, block.address, block.pitch, slot.bounce, block.width, block.width,
-                          block.rows);
-            }
-            break;
+        if (slot.way == Way::Gather) {
+            copy_gathered(slot);
+        } else {
+            copy_direct(slot);
         }
     }
     driver_.check(driver_.cuEventRecord(slot.copied, slot.stream), "cuEventRecord");
     slot.stage = Stage::Copying;
     ++copies_queued_;
+    bytes_queued_ += slot.bytes;
     if (direction_ == Direction::Load && slot.way == Way::Gather) {
         if (!job.stopping()) {
-            kernels_->launch(direction_, slot.staging, slot.rows->device_address(), slot.row_count,
-                             static_cast<uint32_t>(urgent_ ? t_ublocks : t_bgblocks), slot.stream);
+            slot.rows->launch(*kernels_, direction_, slot.staging, kernel_blocks(), slot.stream);
         }
         driver_.check(driver_.cuEventRecord(slot.finished, slot.stream), "cuEventRecord");
     }
 }
 
-// Between staging, where the piece's rows follow one another, and the host.
+// Between the cache and the host.
+void CudaLane::copy_direct(Slot &slot) {
+    Job &job = *slot.leg->job;
+    unsigned char *packed = slot.bounce;
+    for (const Piece &piece : slot.pieces) {
+        if (piece.runs) {
+            const Run run = piece.run(0);
+            copy_run(slot, run.address, job.pinned ? job.buffer + run.offset : packed, run.bytes);
+        } else if (job.pinned) {
+            const kvf_region &block = piece.block;
+            copy_rows(slot, block.address, block.pitch, job.buffer + block.offset, block.buffer_pitch,
+                      block.width, block.rows);
+        } else {
+            const kvf_region &block = piece.block;
+            copy_rows(slot, block.address, block.pitch, packed, block.width, block.width, block.rows);
+        }
+        packed += piece.bytes;
+    }
+}
+
+// Between staging, where the rows of the pieces follow one another, and the host.
 void CudaLane::copy_gathered(Slot &slot) {
     Job &job = *slot.leg->job;
-    const Piece &piece = slot.piece;
-    if (!job.pinned) return copy_run(slot, slot.staging, slot.bounce, piece.bytes);
-    if (!piece.runs) {
-        const kvf_region &block = piece.block;
-        if (block.rows == 1 || block.buffer_pitch == block.width) {
-            return copy_run(slot, slot.staging, job.buffer + block.offset, piece.bytes);
-        }
-        return copy_rows(slot, slot.staging, block.width, job.buffer + block.offset,
-                         block.buffer_pitch, block.width, block.rows);
-    }
-    // Runs that are neighbours in the buffer are one copy.
-    uint64_t at = 0;
-    for (uint64_t i = 0; i < piece.count;) {
-        const uint64_t offset = piece.run(i).offset;
-        uint64_t bytes = 0;
-        for (; i < piece.count && piece.run(i).offset == offset + bytes; ++i) {
-            bytes += piece.runs[i].bytes;
-        }
-        copy_run(slot, slot.staging + at, job.buffer + offset, bytes);
+    if (!job.pinned) return copy_run(slot, slot.staging, slot.bounce, slot.bytes);
+    // What is one run both in staging and in the buffer is one copy, across pieces too.
+    uint64_t at = slot.staging, offset = 0, bytes = 0;
+    const auto flush = [&] {
+        if (bytes) copy_run(slot, at, job.buffer + offset, bytes);
         at += bytes;
+        bytes = 0;
+    };
+    const auto extend = [&](uint64_t next_offset, uint64_t next_bytes) {
+        if (offset + bytes != next_offset) {
+            flush();
+            offset = next_offset;
+        }
+        bytes += next_bytes;
+    };
+    for (const Piece &piece : slot.pieces) {
+        const kvf_region &block = piece.block;
+        if (piece.runs) {
+            for (uint64_t i = 0; i < piece.count; ++i) {
+                extend(piece.runs[i].offset + piece.offset_distance, piece.runs[i].bytes);
+            }
+        } else if (block.rows == 1 || block.buffer_pitch == block.width) {
+            extend(block.offset, piece.bytes);
+        } else {
+            flush();
+            copy_rows(slot, at, block.width, job.buffer + block.offset, block.buffer_pitch,
+                      block.width, block.rows);
+            at += piece.bytes;
+        }
     }
+    flush();
 }
 
 void CudaLane::copy_run(Slot &slot, CUdeviceptr address, unsigned char *host, uint64_t bytes) {
@@ -452,25 +469,22 @@ void CudaLane::copy_rows(Slot &slot, CUdeviceptr address, uint64_t pitch, unsign
     driver_.check(driver_.cuMemcpy2DAsync(&copy, slot.stream), "cuMemcpy2DAsync");
 }
 
+void CudaLane::leave_queue(const Slot &slot) {
+    --copies_queued_;
+    bytes_queued_ -= slot.bytes;
+}
+
 // The device has done its part.
 void CudaLane::after_device(Slot &slot) {
     Job &job = *slot.leg->job;
     if (direction_ == Direction::Load || job.pinned || job.stopping()) return end_piece(slot);
-    slot.stage = Stage::Draining;
-    slot.crew_done.store(false, std::memory_order_relaxed);
-    crew_.add([this, &slot, buffer = job.buffer] {
-        copy_packed(slot.piece, slot.bounce, buffer, Direction::Save);
-        std::lock_guard lock(mutex_);
-        slot.crew_done.store(true, std::memory_order_release);
-        crew_ended_ = true;
-        work_.notify_one();
-    });
+    crew_copies(slot, Stage::Draining);
 }
 
 void CudaLane::end_piece(Slot &slot) {
     Leg &leg = *slot.leg;
     Job &job = *leg.job;
-    engine_.trace(job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.piece.bytes,
+    engine_.trace(job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.bytes,
                   device_);
     slot.stage = Stage::Idle;
     slot.leg = nullptr;
@@ -499,7 +513,7 @@ void CudaLane::attempt(Slot &slot, Function &&function) {
 void CudaLane::fail_piece(Slot &slot, const Error &error) {
     slot.leg->job->fail(error.status, error.detail);
     if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
-    if (slot.stage == Stage::Copying) --copies_queued_;
+    if (slot.stage == Stage::Copying) leave_queue(slot);
     // What the stream holds already may still touch the buffer: the piece ends when that has ended.
     if (!broken() && driver_.cuEventRecord(slot.finished, slot.stream) == CUDA_SUCCESS) {
         slot.stage = Stage::Finishing;
@@ -529,19 +543,20 @@ void CudaLane::break_down(const Error &error) {
 // Takes device memory for a slot; less of it where there is little. False if there is none at all.
 bool CudaLane::ensure_staging(Slot &slot) {
     if (slot.staging) return true;
-    try {
-        if (!slot.rows) slot.rows = std::make_unique<CudaRowTable>(context_);
-    } catch (const Error &) {
-        no_staging_ = true;
-        return false;
-    }
-    while (slot_staging_ >= kLeastStagingSlot) {
-        if (driver_.cuMemAlloc(&slot.staging, slot_staging_) == CUDA_SUCCESS) {
-            slot.staging_bytes = slot_staging_;
-            return true;
+    for (; slot_staging_ >= kLeastStagingSlot; slot_staging_ /= 2) {
+        if (driver_.cuMemAlloc(&slot.staging, slot_staging_) != CUDA_SUCCESS) {
+            slot.staging = 0;
+            continue;
         }
-        slot.staging = 0;
-        slot_staging_ /= 2;
+        slot.staging_bytes = slot_staging_ - CudaRowTable::kBytes;
+        try {
+            slot.rows = std::make_unique<CudaRowTable>(context_, slot.staging + slot.staging_bytes);
+            return true;
+        } catch (const Error &) {
+            driver_.cuMemFree(slot.staging);
+            slot.staging = 0;
+            break; // pinned memory is what is short
+        }
     }
     // Rows will be copied one by one, unless another slot has staging.
     no_staging_ = std::none_of(slots_.begin(), slots_.end(),

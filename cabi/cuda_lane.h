@@ -1,10 +1,11 @@
 // The pump: moves the legs of one direction of one CUDA device, piece by piece.
 //
-// Urgent jobs keep the copy engine's queue filled. Background jobs never have more than one copy in it:
-// llama.cpp copies its inputs and logits at every step, and a step waits for whatever is queued before it,
-// whatever the size of the pieces (an H200 with a full queue: a decode step of 5.1 ms became 19.4 ms).
+// Urgent jobs keep the copy engine's queue filled. Background jobs have two copies in it, on streams of
+// their own: llama.cpp copies its inputs and logits at every step, and a step waits for whatever was queued
+// before it (an H200 with a full queue: a decode step of 5.1 ms became 19.4 ms). With one copy the engine
+// would stand still for 11 microseconds after each.
 //
-// A piece passes through a slot, which has a stream of its own:
+// Pieces pass through slots, each of which has a stream of its own:
 //
 //     save    gather kernel*  ->  copy to the host    ->  crew copies out**
 //     load    crew copies in**  ->  copy to the device  ->  scatter kernel*
@@ -68,9 +69,9 @@ private:
         unsigned char *bounce = nullptr;
 
         Leg *leg = nullptr;
-        Piece piece;
+        std::vector<Piece> pieces; // of one way; small ones together, since each copy has its price
+        uint64_t bytes = 0;        // of them
         Way way = Way::Run;
-        uint32_t row_count = 0;
         std::atomic<bool> crew_done{false};
         uint64_t begin_ns = 0, queued_ns = 0;
     };
@@ -85,6 +86,7 @@ private:
     Slot *idle_slot(Way way);
     void prepare(Slot &slot);
     void queue_copy(Slot &slot);
+    void leave_queue(const Slot &slot);
     void after_device(Slot &slot);
     void end_piece(Slot &slot);
     void fail_piece(Slot &slot, const Error &error);
@@ -94,7 +96,11 @@ private:
     void copy_run(Slot &slot, CUdeviceptr address, unsigned char *host, uint64_t bytes);
     void copy_rows(Slot &slot, CUdeviceptr address, uint64_t pitch, unsigned char *host,
                    uint64_t host_pitch, uint64_t width, uint64_t rows);
+    void copy_direct(Slot &slot);
     void copy_gathered(Slot &slot);
+    void take_pieces(Slot &slot, const Leg &leg, Cursor &cursor, bool urgent);
+    void crew_copies(Slot &slot, Stage stage);
+    uint32_t kernel_blocks() const;
     bool ensure_staging(Slot &slot);
     void ensure_bounce(Slot &slot);
     void release(Slot &slot);
@@ -116,13 +122,13 @@ private:
     std::thread thread_;      // started with the first leg
     std::atomic<bool> broken_{false};
 
-    uint64_t t_bgrun, t_bgblock, t_bggather, t_narrow, t_bgnarrow, t_window, t_ahead, t_bgblocks, t_ublocks, t_urun, t_ublock, t_uwin; // TUNE
     // The pump's own.
     std::array<Slot, kSlots> slots_;
     uint64_t slot_staging_ = 0;   // bytes of staging a slot gets
     size_t staging_slots_ = 0;    // how many of them get it
     bool no_staging_ = false;     // there was no device memory for it
     uint32_t copies_queued_ = 0;
+    uint64_t bytes_queued_ = 0;   // of these
     uint32_t pieces_ = 0;         // slots that are not idle
     bool urgent_ = false;         // what is in the slots is
 };

@@ -103,6 +103,7 @@ CudaDevice::~CudaDevice() {
     stop();
     try {
         const CudaCurrent current(*context_);
+        if (snapshot_table_) context_->driver().cuMemFree(snapshot_table_);
         if (snapshot_stream_) context_->driver().cuStreamDestroy(snapshot_stream_);
     } catch (const Error &) {
         // The context is gone, and the stream with it.
@@ -173,7 +174,8 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
             at += block.width * block.rows;
         }
         if (!layout.spans.empty() && kernels_ && !snapshot_rows_) {
-            snapshot_rows_ = std::make_unique<CudaRowTable>(*context_);
+            driver.check(driver.cuMemAlloc(&snapshot_table_, CudaRowTable::kBytes), "cuMemAlloc");
+            snapshot_rows_ = std::make_unique<CudaRowTable>(*context_, snapshot_table_);
         }
         Cursor cursor(layout);
         cursor.skip_blocks();
@@ -181,9 +183,10 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
             // Offsets within one launch are 32 bits wide.
             const Piece piece = cursor.next(UINT32_MAX, CudaRowTable::kRows);
             if (kernels_) {
-                const uint32_t count = snapshot_rows_->fill(piece);
-                kernels_->launch(Direction::Save, at, snapshot_rows_->device_address(), count,
-                                 kSnapshotBlocks, snapshot_stream_);
+                snapshot_rows_->clear();
+                snapshot_rows_->add(piece);
+                snapshot_rows_->launch(*kernels_, Direction::Save, at, kSnapshotBlocks,
+                                       snapshot_stream_);
                 synchronize(); // the table is written anew for the next launch
             }
             for (uint64_t i = 0; i < piece.count; ++i) {

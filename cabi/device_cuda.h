@@ -32,6 +32,7 @@ private:
 
     std::mutex snapshot_mutex_; // one snapshot is taken at a time
     CUstream snapshot_stream_ = nullptr;
+    CUdeviceptr snapshot_table_ = 0;
     std::unique_ptr<CudaRowTable> snapshot_rows_;
 };
 

@@ -92,8 +92,10 @@ void HostDevice::work(bool background) {
             }
         }
         if (!leg) return;
-        const Piece piece =
-            schedule_.take(*leg, background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
+        Piece piece;
+        schedule_.take(*leg, [&](Cursor &cursor) {
+            piece = cursor.next(background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
+        });
         if (!background && !schedule_.has(KVF_PRIORITY_URGENT)) background_work_.notify_one();
         Job &job = *leg->job;
         lock.unlock();

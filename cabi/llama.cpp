@@ -232,6 +232,14 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     }
 }
 
+void Llama::remove(int32_t sequence) {
+    settle();
+    check_usable();
+    check_sequence(sequence, false);
+    check_idle(sequence, Busy::WithAny);
+    empty_sequence(sequence);
+}
+
 uint32_t Llama::settle() {
     std::set<int32_t> sequences;
     {

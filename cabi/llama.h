@@ -24,6 +24,7 @@ public:
               kvf_job *job);
     void load(int32_t sequence, const void *buffer, uint64_t bytes,
               const kvf_submit_options &options, kvf_job *job);
+    void remove(int32_t sequence);
     uint32_t settle();
     void detach();
 

@@ -9,6 +9,11 @@
 #include <cstring>
 
 namespace kvf {
+namespace {
+
+constexpr size_t kMostSpare = 1024; // more is memory that nobody may want again
+
+} // namespace
 
 Queue::Queue() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     if (fd_ < 0) throw Error(KVF_ERR_SYSTEM, format("eventfd: %s", std::strerror(errno)));
@@ -31,16 +36,15 @@ void Queue::reserve() {
     std::lock_guard lock(mutex_);
     if (closed_) throw Error(KVF_ERR_INVALID_HANDLE, "the queue has been destroyed");
     // The memory for the completion is taken now: it must not be missing when the job has ended.
-    completions_.emplace_back();
-    completions_.pop_back();
-    ++reserved_;
+    if (spare_.empty()) spare_.emplace_back();
+    reserved_.splice(reserved_.end(), spare_, spare_.begin());
 }
 
 void Queue::push(const kvf_completion &completion) noexcept {
     std::lock_guard lock(mutex_);
-    --reserved_;
     const bool was_empty = completions_.empty() && !woken_;
-    completions_.push_back(completion);
+    reserved_.front() = completion;
+    completions_.splice(completions_.end(), reserved_, reserved_.begin());
     if (was_empty) signal();
     arrived_.notify_one();
 }
@@ -60,7 +64,11 @@ uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int6
     auto *out = static_cast<unsigned char *>(completions);
     for (; n < capacity && !completions_.empty(); ++n, out += stride) {
         copy_struct(completions_.front(), out, stride);
-        completions_.pop_front();
+        if (spare_.size() < kMostSpare) {
+            spare_.splice(spare_.end(), completions_, completions_.begin());
+        } else {
+            completions_.pop_front();
+        }
     }
     if (!closed_) woken_ = false;
     if (completions_.empty() && !closed_) {
@@ -80,7 +88,7 @@ void Queue::wake() {
 
 bool Queue::close() {
     std::lock_guard lock(mutex_);
-    if (reserved_) return false;
+    if (!reserved_.empty()) return false;
     closed_ = true;
     completions_.clear();
     signal();

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
+#include <list>
 #include <mutex>
 
 #include "handle.h"
@@ -36,8 +36,9 @@ private:
 
     std::mutex mutex_;
     std::condition_variable arrived_;
-    std::deque<kvf_completion> completions_;
-    uint64_t reserved_ = 0;
+    std::list<kvf_completion> completions_;
+    std::list<kvf_completion> reserved_; // places for those to come
+    std::list<kvf_completion> spare_;    // places that have been used
     bool woken_ = false;
     bool closed_ = false;
     int fd_ = -1;

@@ -31,17 +31,18 @@ public:
         return nullptr;
     }
 
-    // Takes the next piece of a leg that front() gave, and moves the leg to the back of its line.
-    Piece take(Leg &leg, uint64_t most, uint64_t most_runs) {
-        Piece piece = leg.cursor.next(most, most_runs);
+    // Lets `take_from` move the cursor of a leg that front() gave, and moves the leg to the back of its
+    // line. What was taken is given back as one.
+    template <class Function>
+    void take(Leg &leg, Function &&take_from) {
+        take_from(leg.cursor);
         ++leg.in_flight;
         auto &legs = waiting(leg);
         legs.pop_front();
         if (!leg.cursor.at_end()) legs.push_back(&leg);
-        return piece;
     }
 
-    // A piece has moved. True if its leg has ended with it: then the caller tells the job, outside the
+    // What was taken has moved. True if its leg has ended with it: then the caller tells the job, outside the
     // lock.
     bool give_back(Leg &leg) {
         --leg.in_flight;

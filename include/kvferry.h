@@ -412,6 +412,11 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
 KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,
                                uint64_t bytes, const kvf_submit_options *options, kvf_job *job);
 
+/* Empties a sequence, as llama_memory_seq_rm() does, but not under a transfer.
+ * Errors: KVF_ERR_BUSY (a transfer of this sequence is in flight), KVF_ERR_SEQUENCE_RANGE,
+ * KVF_ERR_CONTEXT_FREED. */
+KVF_API int32_t kvf_llama_remove(kvf_llama llama, int32_t sequence);
+
 /* Empties the sequences whose loads failed or were cancelled after submission. Returns how many. */
 KVF_API int32_t kvf_llama_settle(kvf_llama llama);
 

@@ -20,7 +20,7 @@ from .completions import Completion
 from .engine import Devices, Engine
 from .errors import KvferryError
 from .libllama import Context, ContextOptions, Libllama, LlamaError, Model, find
-from .limits import memcpy_seconds
+from .limits import cuda_driver, memcpy_seconds
 from .synthetic import write_model
 from .transfer import Priority
 
@@ -86,7 +86,7 @@ def _devices(engine: Engine) -> Finding:
 
 def _cuda_driver() -> Finding:
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL(cuda_driver())
     except OSError as failure:
         return Finding("CUDA driver", f"none ({failure})", "no NVIDIA GPU can be used", good=False)
     if status := driver.cuInit(0):

@@ -6,6 +6,7 @@ Nothing of kvferry is used here.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -37,13 +38,18 @@ class CudaError(Exception):
     """The driver is missing, or it refused."""
 
 
+def cuda_driver() -> str:
+    """The driver that kvferry opens too."""
+    return os.environ.get("KVFERRY_CUDA_DRIVER", "libcuda.so.1")
+
+
 class RawCuda:
     """One device's copy engine through the driver's own calls: two streams, pinned host memory."""
 
     def __init__(self, device: int = 0) -> None:
         """Uses the primary context, as llama.cpp and kvferry do."""
         try:
-            self._driver: Any = ctypes.CDLL("libcuda.so.1")
+            self._driver: Any = ctypes.CDLL(cuda_driver())
         except OSError as failure:
             raise CudaError(f"no CUDA driver: {failure}") from None
         self._call("cuInit", 0)
@@ -51,22 +57,30 @@ class RawCuda:
         self._call("cuDeviceGet", ctypes.byref(self._device), device)
         self._context = ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
-        self._call("cuCtxPushCurrent_v2", self._context)
+        self._enter()
         self._streams = [ctypes.c_void_p() for _ in range(2)]
         for stream in self._streams:
-            self._call("cuStreamCreate", ctypes.byref(stream), 1)  # non-blocking
+            # Non-blocking, of ordinary priority.
+            self._call("cuStreamCreateWithPriority", ctypes.byref(stream), 1, 0)
+
+    def _enter(self) -> None:
+        """A context is current per thread, and any thread may call."""
+        self._call("cuCtxSetCurrent", self._context)
 
     def allocate(self, nbytes: int) -> int:
         """Device memory."""
+        self._enter()
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
         return address.value
 
     def free(self, address: int) -> None:
+        self._enter()
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def free_bytes(self) -> int:
         """Device memory that nobody has taken, as the driver says."""
+        self._enter()
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value
@@ -99,6 +113,7 @@ class RawCuda:
         self._call("cuMemcpyHtoDAsync_v2", device_address, host_address, size, self._streams[1])
 
     def _timed(self, enqueue: Callable[[], None]) -> float:
+        self._enter()
         begin = time.monotonic()
         enqueue()
         for stream in self._streams:
@@ -113,9 +128,9 @@ class RawCuda:
             raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")
 
     def close(self) -> None:
+        self._enter()
         for stream in self._streams:
             self._call("cuStreamDestroy_v2", stream)
-        self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
         self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
     def __enter__(self) -> RawCuda:

@@ -1,19 +1,48 @@
 // Any order of fragments and regions, cut into any pieces, moves exactly the bytes that were added.
 #include "layout.h"
 
+#include <vector>
+
 #include "../c/coverage.hpp"
 #include "input.hpp"
 
 using namespace kvf;
 
+namespace {
+
+struct Model {
+    LayoutBuilder builder;
+    Coverage coverage;
+    std::vector<Run> tensor; // its fragments so far
+    uint64_t fragments = 0;
+
+    void begin_tensor() {
+        builder.begin_tensor();
+        tensor.clear();
+    }
+    void add(uint64_t address, uint64_t offset, uint64_t bytes) {
+        builder.add(address, offset, bytes);
+        coverage.add(address, offset, bytes);
+        tensor.push_back({address, offset, bytes});
+        ++fragments;
+    }
+    void add(const kvf_region &region) {
+        builder.add(region);
+        coverage.add(region);
+        const bool one_run = region.pitch == region.width && region.buffer_pitch == region.width;
+        fragments += one_run ? 1 : region.rows;
+    }
+};
+
+} // namespace
+
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     Input input(data, size);
     const uint64_t widths[] = {1, 2, 64, 100, 2048, 40000, kLongRun - 1, kLongRun, 3 * kLongRun};
-    LayoutBuilder builder;
-    Coverage expected;
-    uint64_t fragments = 0, address = uint64_t{1} << 40, offset = 0;
+    Model model;
+    uint64_t address = uint64_t{1} << 40, offset = 0;
 
-    while (!input.at_end() && fragments < 2000) {
+    while (!input.at_end() && model.fragments < 2000) {
         const uint64_t width = widths[input.below(9)];
         switch (input.below(8)) {
         case 0: address += input.below(5000); break;
@@ -22,32 +51,43 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         case 3: offset = input.below(100000); break;
         default: break; // a neighbour
         }
-        if (input.below(4) == 0) {
+        switch (input.below(8)) {
+        case 0: model.begin_tensor(); break;
+        case 1: { // another tensor, fragmented as the last one, or nearly so
+            const std::vector<Run> last = model.tensor;
+            if (input.below(4)) model.begin_tensor();
+            const uint64_t distance = input.number<uint16_t>();
+            const uint64_t odd_one = input.below(30), most = input.below(200);
+            for (size_t i = 0; i < last.size() && i < most; ++i) {
+                model.add(last[i].address + distance, last[i].offset + offset,
+                          last[i].bytes + (i == odd_one));
+            }
+            break;
+        }
+        case 2: {
             const kvf_region region{address,
                                     width,
                                     1 + input.below(20),
                                     width + input.below(3) * 64,
                                     offset,
                                     width + input.below(3) * 32};
-            builder.add(region);
-            expected.add(region);
-            const bool one_run = region.pitch == width && region.buffer_pitch == width;
-            fragments += one_run ? 1 : region.rows;
+            model.add(region);
             address += region.rows * region.pitch;
             offset += region.rows * region.buffer_pitch;
-        } else {
-            // Rows at a pitch, as a tensor's fragments come.
-            if (input.below(3) == 0) builder.begin_tensor();
+            break;
+        }
+        default: // rows at a pitch, as a tensor's fragments come
             const uint64_t pitch = width + input.below(3) * width;
             for (uint64_t rows = 1 + input.below(12); rows > 0; --rows) {
-                builder.add(address, offset, width);
-                expected.add(address, offset, width);
-                ++fragments;
+                model.add(address, offset, width);
                 address += pitch;
                 offset += width;
             }
         }
     }
+    LayoutBuilder &builder = model.builder;
+    const Coverage &expected = model.coverage;
+    const uint64_t fragments = model.fragments;
 
     CHECK(builder.fragments() == fragments);
     const Layout layout = builder.finish();

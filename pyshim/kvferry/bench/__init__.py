@@ -59,6 +59,7 @@ async def bench(options: Options, progress: Progress) -> bool:
         models = _Models(library, options.model, gpu, progress)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvferry-bench-"))
         models.folder = Path(folder)
+        stack.callback(models.close)
         raw: Memcpy | PinnedCopies
         if gpu:
             raw = PinnedCopies(stack.enter_context(RawCuda()))
@@ -98,12 +99,15 @@ class _Models:
     async def open(self, kind: str, sizes: Mapping[str, int]) -> AsyncIterator[Model]:
         path = Path(self._path) if self._path else self._synthetic(kind, sizes)
         if self._loaded is None or self._loaded[0] != path:
-            if self._loaded is not None:
-                self._loaded[1].close()
-                self._loaded = None
+            self.close()
             self._progress.say(f"loading {path.name}")
             self._loaded = (path, Model(self._library, path, gpu=self._gpu))
         yield self._loaded[1]
+
+    def close(self) -> None:
+        if self._loaded is not None:
+            self._loaded[1].close()
+            self._loaded = None
 
     def _synthetic(self, kind: str, sizes: Mapping[str, int]) -> Path:
         name = "-".join([kind, *(f"{key}{value}" for key, value in sizes.items())])

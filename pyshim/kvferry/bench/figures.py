@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from array import array
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
@@ -18,8 +18,8 @@ import numpy
 
 from ..table import ms
 from ..workload import SAVED, percentile
-from .measurement import Goal, Measurement, Reading, at_least, at_most
-from .prepared import SMALL, Beside, Direction, Prepared, ended, seconds
+from .measurement import Goal, Measurement, Reading, at_least
+from .prepared import SMALL, Beside, Direction, Prepared, ended
 
 Measure = Callable[[Prepared], Awaitable[Reading]]
 
@@ -109,10 +109,11 @@ def both_directions(goal: Goal) -> Measurement:
             first, second = ended(save.completion), ended(load.completion)
             end_ns = max(first.finished_ns, second.finished_ns)
             ours.append((end_ns - first.submitted_ns) / 1e6)
-            raw.append(prepared.raw.both_seconds(other.numpy().ctypes.data) * 1e3)
+            address = other.numpy().ctypes.data
+            raw.append(await anyio.to_thread.run_sync(prepared.raw.both_seconds, address))
         raw_one = (await prepared.transfers("save")).raw_ms
         value = 2 * one / statistics.median(ours)
-        hardware = 2 * raw_one / statistics.median(raw)
+        hardware = 2 * raw_one / statistics.median(raw) / 1e3
         return Reading(value, f"raw copies: {hardware:.2f}", {"raw": hardware})
 
     return Measurement("both directions at once", "times one direction", goal, measure)
@@ -253,16 +254,41 @@ def device_memory(goal: Goal) -> Measurement:
     return Measurement("device memory beyond the cache", "MiB", goal, measure)
 
 
-def longest_stall(goal: Goal, nbytes: int = 256 << 20) -> Measurement:
-    """How long the event loop was kept from a task that always wants to run.
-
-    The same without any transfer, in ``details``, tells what the machine itself does: with fewer
-    idle cores than copying threads, the loop's own thread is preempted.
-    """
+def longest_stall(goal: Goal) -> Measurement:
+    """How long the event loop was kept from a task that always wants to run."""
 
     async def measure(prepared: Prepared) -> Reading:
-        source = numpy.ones(nbytes, numpy.uint8)
-        target = await prepared.engine.allocate(nbytes)
+        idle, busy = await _stalls_of(prepared)
+        text = (
+            f"{busy.long} of {busy.turns:,} turns over {_LONG_MS:g} ms; without transfers "
+            f"{idle.longest_ms:.2f} ms"
+        )
+        return Reading(busy.longest_ms, text, {"idle_longest_ms": idle.longest_ms})
+
+    return Measurement("longest stall of the event loop", "ms", goal, measure)
+
+
+def longest_own_stall(goal: Goal) -> Measurement:
+    """The same in processor time of the loop's thread: what the loop itself is to blame for, on a
+    machine where others preempt it."""
+
+    async def measure(prepared: Prepared) -> Reading:
+        idle, busy = await _stalls_of(prepared)
+        return Reading(busy.longest_own_ms, f"without transfers {idle.longest_own_ms:.2f} ms")
+
+    name = "longest stall of the event loop, its own time"
+    return Measurement(name, "ms", goal, measure)
+
+
+_STALL_BYTES = 256 << 20
+
+
+async def _stalls_of(prepared: Prepared) -> tuple[_Stalls, _Stalls]:
+    """Without transfers, and with saves and loads of 256 MiB one after the other."""
+
+    async def both() -> tuple[_Stalls, _Stalls]:
+        source = numpy.ones(_STALL_BYTES, numpy.uint8)
+        target = await prepared.engine.allocate(_STALL_BYTES)
         await prepared.engine.copy_out(source, target)
         await prepared.engine.copy_in(source, target)
 
@@ -274,33 +300,30 @@ def longest_stall(goal: Goal, nbytes: int = 256 << 20) -> Measurement:
         async def nothing() -> None:
             await anyio.sleep(0.5)
 
-        idle = await _stalls(nothing)
-        stalls = await _stalls(transfers)
-        longest = max(range(len(stalls.ms)), key=stalls.ms.__getitem__)
-        text = (
-            f"{stalls.ran_ms[longest]:.2f} ms of it running, the rest preempted; p99.9 "
-            f"{percentile(list(stalls.ms), 99.9):.3f} ms; "
-            f"without transfers {max(idle.ms):.2f} ms"
-        )
-        details = {"idle_longest_ms": max(idle.ms), "turns": len(stalls.ms)}
-        return Reading(stalls.ms[longest], text, details)
+        return await _stalls(nothing), await _stalls(transfers)
 
-    name = f"longest stall of the event loop, {nbytes >> 20} MiB"
-    return Measurement(name, "ms", goal, measure)
+    return await prepared.once("stalls", both)
 
 
+_LONG_MS = 0.5
+
+
+@dataclass
 class _Stalls:
-    """The gaps between the turns of a task that always wants one."""
+    """The gaps between the turns of a task that always wants one.
 
-    def __init__(self) -> None:
-        # Not lists of objects: a million of them make the garbage collector the longest stall.
-        self.ms = array("d")
-        self.ran_ms = array("d")
-        """Processor time of the event loop's thread: its own doing."""
+    Not a list of them: a million entries, grown and collected, would be the longest stall.
+    """
+
+    turns: int = 0
+    long: int = 0
+    longest_ms: float = 0.0
+    longest_own_ms: float = 0.0
+    """Processor time of the event loop's thread."""
 
 
 async def _stalls(work: Callable[[], Awaitable[None]]) -> _Stalls:
-    gaps = _Stalls()
+    stalls = _Stalls()
     done = anyio.Event()
 
     async def tick() -> None:
@@ -308,8 +331,11 @@ async def _stalls(work: Callable[[], Awaitable[None]]) -> _Stalls:
         while not done.is_set():
             await anyio.lowlevel.checkpoint()
             now, ran = time.perf_counter_ns(), time.thread_time_ns()
-            gaps.ms.append((now - last) / 1e6)
-            gaps.ran_ms.append((ran - last_ran) / 1e6)
+            gap_ms = (now - last) / 1e6
+            stalls.turns += 1
+            stalls.long += gap_ms > _LONG_MS
+            stalls.longest_ms = max(stalls.longest_ms, gap_ms)
+            stalls.longest_own_ms = max(stalls.longest_own_ms, (ran - last_ran) / 1e6)
             last, last_ran = now, ran
 
     gc.collect()
@@ -317,7 +343,7 @@ async def _stalls(work: Callable[[], Awaitable[None]]) -> _Stalls:
         tasks.start_soon(tick)
         await work()
         done.set()
-    return gaps
+    return stalls
 
 
 def same_bytes() -> Measurement:
@@ -331,25 +357,3 @@ def same_bytes() -> Measurement:
         return Reading(float(equal), "the state, against llama.cpp's own call")
 
     return Measurement("bit-identical", "1 = yes", at_least(1), measure)
-
-
-__all__ = [
-    "against_native",
-    "against_prefill",
-    "at_least",
-    "at_most",
-    "background_speed",
-    "beyond_raw",
-    "both_directions",
-    "decode_loss",
-    "decode_percentile",
-    "device_memory",
-    "first_byte",
-    "host_memory",
-    "longest_stall",
-    "of_raw",
-    "pageable_against_native",
-    "same_bytes",
-    "seconds",
-    "size_query",
-]

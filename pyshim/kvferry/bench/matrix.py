@@ -83,6 +83,7 @@ def host(bench: Bench) -> list[Stage]:
                 figures.against_native("load", None),
                 figures.host_memory(at_most(64)),
                 figures.longest_stall(at_most(1)),
+                figures.longest_own_stall(at_most(1)),
             ],
         ),
         _stage(
@@ -140,6 +141,7 @@ def cuda(bench: Bench) -> list[Stage]:
                 figures.first_byte(at_most(100)),
                 figures.size_query(at_most(5)),
                 figures.longest_stall(at_most(1)),
+                figures.longest_own_stall(at_most(1)),
             ],
         ),
         _stage(

@@ -14,8 +14,8 @@ import (
 // checked says how states that the run has left in the cache stand the comparison.
 type checked struct {
 	States int `json:"states"`
-	// The state saved again is the same, byte for byte, and so are the logits of the next token, and those after
-	// llama.cpp's own load of the same state.
+	// What kvferry has loaded is what llama.cpp's own call loads: the same bytes when it is saved again, by either,
+	// and the same logits of the next token, bit for bit.
 	Identical int `json:"identical_to_llama_cpp"`
 	// The next token is the one that follows when the whole conversation is prefilled again. The logits themselves
 	// differ a little: in the run its tokens were computed in batches with those of others.
@@ -36,11 +36,15 @@ func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer
 		if err := f.load(ctx, sequence, state); err != nil {
 			return err
 		}
-		again, err := own.save(ctx, sequence, state.Len())
+		again, err := f.save(ctx, sequence, state.Len())
 		if err != nil {
 			return err
 		}
-		identical := bytes.Equal(again, state.Bytes())
+		defer again.Close()
+		byLlama, err := own.save(ctx, sequence, state.Len())
+		if err != nil {
+			return err
+		}
 		ferried, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
 		if err != nil {
 			return err
@@ -50,10 +54,15 @@ func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer
 		if err := own.load(ctx, sequence, state.Bytes()); err != nil {
 			return err
 		}
+		reference, err := own.save(ctx, sequence, state.Len())
+		if err != nil {
+			return err
+		}
 		loaded, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
 		if err != nil {
 			return err
 		}
+		same := bytes.Equal(again.Bytes(), reference) && bytes.Equal(byLlama, reference) && sameBits(ferried, loaded)
 
 		m.clear(sequence)
 		if _, err = m.feed(ctx, sequence, 0, said[:tokens]); err != nil {
@@ -65,13 +74,16 @@ func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer
 		}
 
 		result.States++
-		if identical && sameBits(ferried, loaded) {
+		if same {
 			result.Identical++
 		}
 		if largest(ferried) == largest(prefilled) {
 			result.SameToken++
 		}
-		scale := float64(slices.MaxFunc(prefilled, func(a, b float32) int { return int(math.Copysign(1, math.Abs(float64(a))-math.Abs(float64(b)))) }))
+		var scale float64
+		for _, value := range prefilled {
+			scale = max(scale, math.Abs(float64(value)))
+		}
 		for i := range ferried {
 			result.LargestDiff = max(result.LargestDiff, math.Abs(float64(ferried[i]-prefilled[i])/scale))
 		}

@@ -61,7 +61,7 @@ func parse(arguments []string, out io.Writer) (f flags, err error) {
 	set.IntVar(&f.Generate, "generate", 24, "`tokens` of every answer")
 	set.Float64Var(&budget, "budget", 40, "`MiB` of states that the cache may hold")
 	set.Uint64Var(&f.Seed, "seed", 1, "`number` that decides who says what when")
-	set.IntVar(&f.threads, "threads", runtime.NumCPU(), "`threads` that decode")
+	set.IntVar(&f.threads, "threads", max(1, runtime.NumCPU()/2), "`threads` that decode; llama.cpp's wait for each other by spinning, so leave cores for the transfers")
 	set.StringVar(&f.library, "llama-lib", cmp.Or(os.Getenv("KVFERRY_LLAMA_LIB"), "../../build/llama"), "`folder` of libllama.so")
 	set.StringVar(&f.model, "model", "../../build/models/kvcache.gguf", "GGUF `file`; its vocabulary is used at random")
 	set.StringVar(&f.json, "json", "", "`file` for all figures; - is the standard output, instead of the table")

@@ -76,7 +76,7 @@ func (r report) print(out io.Writer) {
 			mebibytes(w.SavedBytes), mebibytes(w.LoadedBytes), w.Seconds)
 	}
 	table.Flush()
-	fmt.Fprintf(out, "\n%d of %d states: saved again the same bytes, and the same logits as after llama.cpp's own load\n",
+	fmt.Fprintf(out, "\n%d of %d states: loaded by kvferry as by llama.cpp's own call, the same bytes and the same next logits\n",
 		r.Check.Identical, r.Check.States)
 	fmt.Fprintf(out, "%d of %d states: the same next token as after prefilling again (logits differ by at most %.2g of the largest)\n",
 		r.Check.SameToken, r.Check.States, r.Check.LargestDiff)

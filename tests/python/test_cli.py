@@ -1,0 +1,227 @@
+"""The command line: what it prints, what it writes, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from kvferry import bench, libllama
+from kvferry.bench.measurement import Measurement, Reading, Stage, at_least
+from kvferry.table import Progress, table
+
+FIGURES = {
+    "state_bytes",
+    "fragments",
+    "size_query_us",
+    "submit_ms",
+    "save_ms",
+    "load_ms",
+    "native_save_ms",
+    "native_load_ms",
+    "prefill_ms",
+    "decode_p50_ms",
+    "decode_p99_ms",
+    "bit_identical",
+}
+
+
+def run(
+    *arguments: str, first: str = "", environment: Mapping[str, str | None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs kvferry in a process of its own, after the Python statements `first`."""
+    code = f"import sys; {first}\nfrom kvferry.cli import main; sys.exit(main(sys.argv[1:]))"
+    changed = {**os.environ, **(environment or {})}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={name: value for name, value in changed.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+# ---- demo ----------------------------------------------------------------------------------------
+
+
+def test_demo_is_bit_identical_in_every_layout(tmp_path: Path) -> None:
+    figures, picture = tmp_path / "demo.json", tmp_path / "demo.png"
+
+    done = run("demo", "--tokens", "32", "--json", str(figures), "--picture", str(picture))
+
+    assert done.returncode == 0, done.stderr
+    layouts = json.loads(figures.read_text())["layouts"]
+    names = [layout["layout"] for layout in layouts]
+    assert names[:3] == ["contiguous", "V transposed", "fragmented"]
+    assert [layout["bit_identical"] for layout in layouts] == [True] * len(layouts)
+    for layout in layouts:
+        assert layout.keys() >= FIGURES
+    for name in names:
+        assert name in done.stdout
+    header = picture.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(header[16:20], "big") == 1200  # pixels wide
+
+
+def test_demo_says_so_where_the_logits_differ(tmp_path: Path) -> None:
+    figures = tmp_path / "demo.json"
+
+    done = run(
+        "demo",
+        "--tokens",
+        "16",
+        "--json",
+        str(figures),
+        "--picture",
+        str(tmp_path / "demo.png"),
+        first="import os; from kvferry import libllama; "
+        "libllama.Context.logits = lambda self: os.urandom(8)",
+    )
+
+    assert done.returncode == 1, done.stderr
+    layouts = json.loads(figures.read_text())["layouts"]
+    assert not any(layout["bit_identical"] for layout in layouts)
+    assert "false" in done.stdout
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_libllama_and_can_tap_it() -> None:
+    done = run("doctor", "--json")
+
+    assert done.returncode == 0, done.stderr
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
+    assert findings["tap"]["found"] == "possible"
+    assert "libllama" in findings["libllama"]["details"]["path"]
+    assert findings["memcpy"]["details"]["gb_per_s"]["1"] > 0
+    assert all(finding["meaning"] for finding in findings.values())
+
+
+def test_doctor_works_without_the_optional_packages() -> None:
+    done = run(
+        "doctor",
+        first="sys.modules['llama_cpp'] = sys.modules['gguf'] = sys.modules['matplotlib'] = None",
+        environment={libllama.ENVIRONMENT_VARIABLE: None},
+    )
+
+    assert "Traceback" not in done.stderr
+    assert "memcpy" in done.stdout
+    if "no libllama found" in done.stdout:  # else this system has one of its own
+        assert done.returncode == 1
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+def test_bench_writes_the_figures_that_were_asked_for(tmp_path: Path) -> None:
+    done = run(
+        "bench", "--tokens", "32", "--only", "V transposed: save", "--out", str(tmp_path / "out")
+    )
+
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [line["stage"] for line in report["results"]] == ["V transposed"]
+    assert report["results"][0]["value"] > 0
+    assert json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_measurement_that_fails_loses_no_other(tmp_path: Path) -> None:
+    class NothingPrepared:
+        name = "stage"
+        nbytes = 0
+        timeline = None
+        pieces = ()
+
+        class decoding:
+            steps = ()
+
+        def known(self, key: str) -> None: ...
+        def drain_trace(self) -> None: ...
+
+    class opened:
+        async def __aenter__(self) -> NothingPrepared:
+            return NothingPrepared()
+
+        async def __aexit__(self, *failure: object) -> None: ...
+
+    async def fails(_: object) -> Reading:
+        raise RuntimeError("out of luck")
+
+    async def works(_: object) -> Reading:
+        return Reading(2.0)
+
+    run = bench._Run(tmp_path, Progress(), only=None)
+    measurements = [Measurement("a", "x", None, fails), Measurement("b", "x", at_least(1), works)]
+
+    await run.stage(Stage("stage", opened, measurements))  # type: ignore[arg-type]
+
+    assert [(each.name, each.error, each.met) for each in run.results] == [
+        ("a", "RuntimeError: out of luck", None),
+        ("b", "", True),
+    ]
+    assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2
+
+
+# ---- Options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "COMMAND"),
+        (["dance"], "dance"),
+        (["demo", "--tokens", "many"], "'many' is not a number of tokens"),
+        (["demo", "--tokens", "0"], "between 16 and 1000000 tokens"),
+        (["demo", "--device", "tpu"], "tpu"),
+        (["demo", "--llama-lib", "/nowhere"], "/nowhere is not a folder"),
+        (["demo", "--llama-lib", "/proc/self/task"], "no libllama.so in /proc/self/task"),
+        (["demo", "--model", "/nowhere/model.gguf"], "no model file /nowhere/model.gguf"),
+        (["demo", "--model", __file__], "can't load"),
+        (["bench", "--out", "/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], complaint: str) -> None:
+    done = run(*arguments)
+
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
+    (tmp_path / "libllama.so").write_text("not a library")
+
+    done = run("demo", "--llama-lib", str(tmp_path))
+
+    assert done.returncode == 2
+    assert str(tmp_path / "libllama.so") in done.stderr
+
+
+def test_libllama_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named, environment = tmp_path / "named", tmp_path / "environment"
+    for folder in (named, environment):
+        folder.mkdir()
+        (folder / "libllama.so").touch()
+
+    monkeypatch.setenv(libllama.ENVIRONMENT_VARIABLE, str(environment))
+    assert libllama.find(named).path == str(named / "libllama.so")
+    assert libllama.find().path == str(environment / "libllama.so")
+    monkeypatch.delenv(libllama.ENVIRONMENT_VARIABLE)
+    assert libllama.find().source == "installed llama_cpp"
+
+
+def test_table_aligns_words_left_and_numbers_right() -> None:
+    text = table(["name", "two\nlines"], [["a", "1"], ["longer", "22"]])
+    assert text.split("\n") == [
+        "          two",
+        "name    lines",
+        "------  -----",
+        "a           1",
+        "longer     22",
+    ]
