@@ -326,6 +326,15 @@ int32_t kvf_job_cancel(kvf_job job) {
     });
 }
 
+int32_t kvf_job_stream_wait(kvf_job job, uint64_t stream) {
+    return guarded([&]() -> int32_t {
+        const auto found = find<Job>(job);
+        // A job whose engine is gone has ended: there is nothing to wait for.
+        if (const auto engine = found->owner.lock()) engine->make_stream_wait(stream, *found);
+        return KVF_OK;
+    });
+}
+
 int32_t kvf_job_release(kvf_job job) {
     return guarded([&]() -> int32_t {
         withdraw<Job>(job);

@@ -68,7 +68,8 @@ std::shared_ptr<const CudaDriver> CudaDriver::get(std::string &why) {
             driver = open_driver(why);
         }
     };
-    static const Opened *opened = new Opened; // never destroyed: threads may outlive static destructors
+    static const Opened *opened =
+        new Opened; // never destroyed: threads may outlive static destructors
     if (inherited) {
         why = "the CUDA driver cannot be used in a forked child of a process that used it";
         return nullptr;
@@ -113,7 +114,8 @@ void CudaDriver::check(CUresult result, const char *call) const {
 CudaContext::CudaContext(std::shared_ptr<const CudaDriver> driver, int ordinal)
     : driver_(std::move(driver)), ordinal_(ordinal) {
     driver_->check(driver_->cuDeviceGet(&device_, ordinal), "cuDeviceGet");
-    driver_->check(driver_->cuDevicePrimaryCtxRetain(&context_, device_), "cuDevicePrimaryCtxRetain");
+    driver_->check(driver_->cuDevicePrimaryCtxRetain(&context_, device_),
+                   "cuDevicePrimaryCtxRetain");
 }
 
 CudaContext::~CudaContext() { driver_->cuDevicePrimaryCtxRelease(device_); }

@@ -73,7 +73,8 @@ private:
 // Pins host memory for all devices at once.
 class CudaPinner final : public Pinner {
 public:
-    explicit CudaPinner(std::shared_ptr<const CudaContext> context) : context_(std::move(context)) {}
+    explicit CudaPinner(std::shared_ptr<const CudaContext> context)
+        : context_(std::move(context)) {}
     void pin(void *memory, uint64_t bytes) override;
     void unpin(void *memory) noexcept override;
     bool is_pinned(const void *memory, uint64_t bytes) const override;

@@ -33,8 +33,8 @@ void CudaKernels::launch(Direction direction, CUdeviceptr staging, CUdeviceptr r
     constexpr unsigned int kThreads = 512; // THREADS in gather.cu
     void *parameters[] = {&staging, &rows, &count};
     const CudaDriver &driver = context_.driver();
-    driver.check(driver.cuLaunchKernel(direction == Direction::Save ? gather_ : scatter_, blocks, 1, 1,
-                                       kThreads, 1, 1, 0, stream, parameters, nullptr),
+    driver.check(driver.cuLaunchKernel(direction == Direction::Save ? gather_ : scatter_, blocks, 1,
+                                       1, kThreads, 1, 1, 0, stream, parameters, nullptr),
                  "cuLaunchKernel");
 }
 
@@ -43,7 +43,8 @@ CudaRowTable::CudaRowTable(const CudaContext &context, CUdeviceptr place)
     const CudaDriver &driver = context.driver();
     const CudaCurrent current(context);
     void *memory;
-    driver.check(driver.cuMemHostAlloc(&memory, kBytes, CU_MEMHOSTALLOC_PORTABLE), "cuMemHostAlloc");
+    driver.check(driver.cuMemHostAlloc(&memory, kBytes, CU_MEMHOSTALLOC_PORTABLE),
+                 "cuMemHostAlloc");
     rows_ = static_cast<kvferry_row *>(memory);
 }
 

@@ -44,8 +44,8 @@ public:
     uint32_t rows() const { return count_; }
 
     // Queues the copy of the table to the device and a kernel that works through it.
-    void launch(const CudaKernels &kernels, Direction direction, CUdeviceptr staging, uint32_t blocks,
-                CUstream stream) const;
+    void launch(const CudaKernels &kernels, Direction direction, CUdeviceptr staging,
+                uint32_t blocks, CUstream stream) const;
 
 private:
     const CudaContext &context_;

@@ -55,8 +55,8 @@ void relax() {
 
 } // namespace
 
-CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels *kernels, Crew &crew,
-                   uint32_t device, Direction direction, Limits limits)
+CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels *kernels,
+                   Crew &crew, uint32_t device, Direction direction, Limits limits)
     : engine_(engine), context_(context), driver_(context.driver()), kernels_(kernels), crew_(crew),
       device_(device), direction_(direction), limits_(limits) {
     slot_staging_ = std::min<uint64_t>(kStagingSlot, limits_.staging_bytes / 2);
@@ -66,8 +66,9 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
     const CudaCurrent current(context_);
     try {
         for (Slot &slot : slots_) {
-            driver_.check(driver_.cuStreamCreateWithPriority(&slot.stream, CU_STREAM_NON_BLOCKING, 0),
-                          "cuStreamCreateWithPriority");
+            driver_.check(
+                driver_.cuStreamCreateWithPriority(&slot.stream, CU_STREAM_NON_BLOCKING, 0),
+                "cuStreamCreateWithPriority");
             driver_.check(driver_.cuEventCreate(&slot.copied, CU_EVENT_DISABLE_TIMING),
                           "cuEventCreate");
             driver_.check(driver_.cuEventCreate(&slot.finished, CU_EVENT_DISABLE_TIMING),
@@ -200,7 +201,8 @@ bool CudaLane::retire() {
         case Stage::Finishing: {
             const bool copying = slot.stage == Stage::Copying;
             const CUresult result =
-                broken() ? CUDA_SUCCESS : driver_.cuEventQuery(copying ? slot.copied : slot.finished);
+                broken() ? CUDA_SUCCESS
+                         : driver_.cuEventQuery(copying ? slot.copied : slot.finished);
             if (result == CUDA_ERROR_NOT_READY) {
                 if (now_ns() - slot.queued_ns > stuck_ns()) {
                     break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
@@ -228,7 +230,8 @@ bool CudaLane::queue_copies() {
         // The one that has been ready for longest.
         Slot *next = nullptr;
         for (Slot &slot : slots_) {
-            if (slot.stage == Stage::Ready && (!next || slot.begin_ns < next->begin_ns)) next = &slot;
+            if (slot.stage == Stage::Ready && (!next || slot.begin_ns < next->begin_ns))
+                next = &slot;
         }
         if (!next) break;
         attempt(*next, [&] { queue_copy(*next); });
@@ -389,11 +392,12 @@ void CudaLane::copy_direct(Slot &slot) {
             copy_run(slot, run.address, job.pinned ? job.buffer + run.offset : packed, run.bytes);
         } else if (job.pinned) {
             const kvf_region &block = piece.block;
-            copy_rows(slot, block.address, block.pitch, job.buffer + block.offset, block.buffer_pitch,
-                      block.width, block.rows);
+            copy_rows(slot, block.address, block.pitch, job.buffer + block.offset,
+                      block.buffer_pitch, block.width, block.rows);
         } else {
             const kvf_region &block = piece.block;
-            copy_rows(slot, block.address, block.pitch, packed, block.width, block.width, block.rows);
+            copy_rows(slot, block.address, block.pitch, packed, block.width, block.width,
+                      block.rows);
         }
         packed += piece.bytes;
     }

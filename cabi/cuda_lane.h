@@ -124,13 +124,13 @@ private:
 
     // The pump's own.
     std::array<Slot, kSlots> slots_;
-    uint64_t slot_staging_ = 0;   // bytes of staging a slot gets
-    size_t staging_slots_ = 0;    // how many of them get it
-    bool no_staging_ = false;     // there was no device memory for it
+    uint64_t slot_staging_ = 0; // bytes of staging a slot gets
+    size_t staging_slots_ = 0;  // how many of them get it
+    bool no_staging_ = false;   // there was no device memory for it
     uint32_t copies_queued_ = 0;
-    uint64_t bytes_queued_ = 0;   // of these
-    uint32_t pieces_ = 0;         // slots that are not idle
-    bool urgent_ = false;         // what is in the slots is
+    uint64_t bytes_queued_ = 0; // of these
+    uint32_t pieces_ = 0;       // slots that are not idle
+    bool urgent_ = false;       // what is in the slots is
 };
 
 } // namespace kvf

@@ -8,49 +8,6 @@ namespace {
 constexpr uint64_t kStagingBytes = 32 << 20; // for a direction
 constexpr uint32_t kSnapshotBlocks = 128;    // the device does nothing else meanwhile
 
-class StreamGate final : public Gate {
-public:
-    StreamGate(std::shared_ptr<const CudaContext> context, uint64_t stream)
-        : context_(std::move(context)) {
-        const CudaDriver &driver = context_->driver();
-        const CudaCurrent current(*context_);
-        driver.check(driver.cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
-        const CUresult result = driver.cuEventRecord(event_, reinterpret_cast<CUstream>(stream));
-        if (result != CUDA_SUCCESS) {
-            driver.cuEventDestroy(event_);
-            driver.check(result, "cuEventRecord");
-        }
-    }
-    ~StreamGate() override {
-        try {
-            const CudaCurrent current(*context_);
-            context_->driver().cuEventDestroy(event_);
-        } catch (const Error &) {
-            // The context is gone, and the event with it.
-        }
-    }
-
-    bool is_open() override {
-        // An error opens it too: the transfer will meet it and say so.
-        if (!open_ && query() != CUDA_ERROR_NOT_READY) open_ = true;
-        return open_;
-    }
-
-private:
-    CUresult query() const {
-        try {
-            const CudaCurrent current(*context_);
-            return context_->driver().cuEventQuery(event_);
-        } catch (const Error &) {
-            return CUDA_ERROR_CONTEXT_IS_DESTROYED;
-        }
-    }
-
-    const std::shared_ptr<const CudaContext> context_;
-    CUevent event_ = nullptr;
-    std::atomic<bool> open_{false};
-};
-
 } // namespace
 
 // Device memory that holds a layout's bytes, one after another.
@@ -170,7 +127,8 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
                 copy.Height = block.rows;
                 driver.check(driver.cuMemcpy2DAsync(&copy, snapshot_stream_), "cuMemcpy2DAsync");
             }
-            packed.add({at, block.width, block.rows, block.width, block.offset, block.buffer_pitch});
+            packed.add(
+                {at, block.width, block.rows, block.width, block.offset, block.buffer_pitch});
             at += block.width * block.rows;
         }
         if (!layout.spans.empty() && kernels_ && !snapshot_rows_) {
@@ -228,18 +186,6 @@ bool cuda_place(const CudaContext &context, uint64_t address, CudaPlace &place) 
     }
     place = {ordinal, begin, begin + bytes};
     return true;
-}
-
-std::shared_ptr<Gate> follow_stream(const std::vector<std::shared_ptr<const CudaContext>> &contexts,
-                                    uint64_t stream) {
-    for (const auto &context : contexts) {
-        try {
-            return std::make_shared<StreamGate>(context, stream);
-        } catch (const Error &error) {
-            if (error.status != KVF_ERR_DEVICE) throw; // a stream of another device is refused as such
-        }
-    }
-    throw Error(KVF_ERR_INVALID_ARGUMENT, "no device of the engine knows this stream");
 }
 
 } // namespace kvf

@@ -44,9 +44,4 @@ struct CudaPlace {
 // False for memory that is not a device's.
 bool cuda_place(const CudaContext &context, uint64_t address, CudaPlace &place);
 
-// An event behind what a caller's stream holds now. NULL contexts are skipped; throws
-// KVF_ERR_INVALID_ARGUMENT for a stream that none of them knows.
-std::shared_ptr<Gate> follow_stream(const std::vector<std::shared_ptr<const CudaContext>> &contexts,
-                                    uint64_t stream);
-
 } // namespace kvf

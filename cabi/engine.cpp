@@ -56,7 +56,9 @@ void Engine::open_cuda(const kvf_engine_options &options) {
                         kvf::describe(error);
         }
     }
-    if (!cuda_.empty()) pinner_ = std::make_shared<CudaPinner>(cuda_[0]);
+    if (cuda_.empty()) return;
+    pinner_ = std::make_shared<CudaPinner>(cuda_[0]);
+    stream_waits_ = std::make_unique<CudaStreamWaits>(cuda_);
 }
 
 Engine::~Engine() = default;
@@ -225,6 +227,11 @@ void Engine::wait(const Concern &concerns) {
         return std::none_of(in_flight_.begin(), in_flight_.end(),
                             [&](const Job *job) { return concerns(*job); });
     });
+}
+
+void Engine::make_stream_wait(uint64_t stream, Job &job) {
+    if (!stream_waits_) throw Error(KVF_ERR_UNSUPPORTED, "the engine has no CUDA device");
+    stream_waits_->make_wait(stream, job);
 }
 
 void Engine::hold() {

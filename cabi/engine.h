@@ -5,6 +5,7 @@
 #include <thread>
 #include <unordered_set>
 
+#include "cuda_stream.h"
 #include "device_cuda.h"
 
 namespace kvf {
@@ -70,6 +71,9 @@ public:
     void cancel(const Concern &concerns);
     void wait(const Concern &concerns);
 
+    // What `stream` is given from now on waits until the job has ended.
+    void make_stream_wait(uint64_t stream, Job &job);
+
     Pool &pool() { return *pool_; }
     std::shared_ptr<Pinner> pinner() const { return pinner_; }
 
@@ -95,11 +99,12 @@ private:
     void run_dispatch();
 
     const bool tracing_;
-    std::string no_cuda_;                                     // why there is none
-    std::vector<std::shared_ptr<const CudaContext>> cuda_;    // of the devices after the host
-    std::vector<int> ordinals_;                               // CUDA's number of each
+    std::string no_cuda_;       // why there is none
+    CudaContexts cuda_;         // of the devices after the host
+    std::vector<int> ordinals_; // CUDA's number of each
     std::shared_ptr<Pinner> pinner_;
     std::shared_ptr<Pool> pool_;
+    std::unique_ptr<CudaStreamWaits> stream_waits_;
     std::vector<std::unique_ptr<Device>> devices_;
 
     mutable std::mutex mutex_;

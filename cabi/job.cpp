@@ -62,11 +62,21 @@ void Job::end() {
         std::lock_guard lock(mutex_);
         if (queue) queue->push(completion);
         has_ended_visible_ = true;
+        for (auto *word : words_) word->store(1, std::memory_order_release);
         ended_.notify_all();
     }
     queue.reset();
     if (dispatched) owner->dispatch(callback, completion);
     owner->job_ended(*this);
+}
+
+void Job::raise_at_end(std::atomic<uint32_t> &word) {
+    std::lock_guard lock(mutex_);
+    if (has_ended_visible_) {
+        word.store(1, std::memory_order_release);
+    } else {
+        words_.push_back(&word);
+    }
 }
 
 bool Job::ended(kvf_completion *completion) {

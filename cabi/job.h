@@ -80,6 +80,9 @@ public:
     void leg_ended(Leg &leg);
     void end();
 
+    // Sets the word to 1 when the job has ended; now, if it has. The word must stay until then.
+    void raise_at_end(std::atomic<uint32_t> &word);
+
     bool ended(kvf_completion *completion);
     bool wait(int64_t timeout_ns, kvf_completion *completion);
 
@@ -92,8 +95,9 @@ private:
 
     std::mutex mutex_;
     std::condition_variable ended_;
-    bool has_ended_ = false;         // its status is final
-    bool has_ended_visible_ = false; // waiters may see it: its bookkeeping is done
+    bool has_ended_ = false;                     // its status is final
+    bool has_ended_visible_ = false;             // waiters may see it: its bookkeeping is done
+    std::vector<std::atomic<uint32_t> *> words_; // to be set
     int32_t status_ = KVF_OK;
     std::string detail_;
     kvf_completion completion_{};

@@ -56,7 +56,8 @@ public:
         if (bytes == 0) return; // recurrent states may have rows of nothing
         ++fragments_;
         layout_.bytes += bytes;
-        if (address == run_.address + run_.bytes && offset == run_.offset + run_.bytes && run_.bytes) {
+        if (address == run_.address + run_.bytes && offset == run_.offset + run_.bytes &&
+            run_.bytes) {
             run_.bytes += bytes;
             return;
         }
@@ -111,7 +112,8 @@ struct Piece {
     uint64_t bytes = 0;
 
     Run run(uint64_t i) const {
-        return {runs[i].address + address_distance, runs[i].offset + offset_distance, runs[i].bytes};
+        return {runs[i].address + address_distance, runs[i].offset + offset_distance,
+                runs[i].bytes};
     }
 };
 

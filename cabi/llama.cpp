@@ -402,9 +402,7 @@ void Llama::learn(const Structure &structure) {
     }
 }
 
-bool Llama::knows_cells() const {
-    return structure_ && structure_->has_cells_everywhere();
-}
+bool Llama::knows_cells() const { return structure_ && structure_->has_cells_everywhere(); }
 
 // ---- failure -----------------------------------------------------------------------------------
 

@@ -4,10 +4,10 @@
 #include <map>
 #include <set>
 
+#include "crew.h"
 #include "engine.h"
 #include "structure.h"
 #include "tap.h"
-#include "crew.h"
 
 namespace kvf {
 
@@ -58,7 +58,7 @@ private:
     const llama_model *const model_;
     const uint32_t sequences_; // 0 to one less
     const std::string fingerprint_;
-    std::unique_ptr<Tap> tap_;         // either this
+    std::unique_ptr<Tap> tap_;       // either this
     std::unique_ptr<Crew> blocking_; // or this
 
     // Touched by the context's thread only.

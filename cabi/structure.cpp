@@ -136,8 +136,7 @@ bool read_recurrent(Reader &reader, Section &section) {
         if (position < 0 || position == INT32_MAX || sequences != 0) return false;
     }
     if (!reader.read(transposed) || transposed != 0) return false;
-    if (!reader.read(section.layers) || section.layers > kMostLayers)
-        return false;
+    if (!reader.read(section.layers) || section.layers > kMostLayers) return false;
     while (reader.left() > 0) {
         if (section.tensors.size() == 2 * uint64_t{section.layers}) return false;
         if (!read_tensors(reader, 1, cells, section)) return false;

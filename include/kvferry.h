@@ -278,8 +278,7 @@ typedef struct kvf_submit_options {
     uint64_t error_size; /* its capacity, terminating 0 included */
     uint64_t stream;     /* a CUstream or cudaStream_t; read with KVF_SUBMIT_FOLLOW_STREAM only */
 } kvf_submit_options;
-#define KVF_SUBMIT_OPTIONS_INIT                                                                    \
-    {sizeof(kvf_submit_options), 0, 0, 0, 0, 0, 0, 0, 0, 0}
+#define KVF_SUBMIT_OPTIONS_INIT {sizeof(kvf_submit_options), 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 /* 1 if the job has ended (then `completion`, if not NULL, is filled in), 0 if not. Never waits. */
 KVF_API int32_t kvf_job_poll(kvf_job job, kvf_completion *completion, uint64_t completion_size);
@@ -292,6 +291,12 @@ KVF_API int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *co
 /* Asks the job to end early. A request: the job still ends exactly once, with KVF_ERR_CANCELLED or,
  * if it was faster, with its true outcome. Returns at once; cancelling twice or too late is allowed. */
 KVF_API int32_t kvf_job_cancel(kvf_job job);
+
+/* Makes a CUDA stream (a CUstream or cudaStream_t) wait: what it is given from now on begins when the job
+ * has ended, in whatever way. Returns at once. Destroying the engine waits for streams that still wait.
+ * Errors: KVF_ERR_UNSUPPORTED (no CUDA device, or a driver older than 11.7), KVF_ERR_INVALID_ARGUMENT
+ * (a stream that no device of the engine knows), KVF_ERR_BUSY (1,024 waits are outstanding). */
+KVF_API int32_t kvf_job_stream_wait(kvf_job job, uint64_t stream);
 
 /* Lets go of the handle. The job itself goes on, and its completion still arrives. Every handle that
  * a submitting call gave out must be released once; a call that was given no place for a handle

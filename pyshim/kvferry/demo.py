@@ -126,7 +126,9 @@ async def demo(options: Options, progress: Progress) -> bool:
     threads = decoding_threads()
     async with Engine(options.device, trace=True) as engine:
         devices = engine.describe()["devices"]
-        gpu = any(device["kind"] == "cuda" for device in devices)
+        gpu = any(device["kind"] == "cuda" for device in devices) and (
+            options.device == "cuda" or library.offloads
+        )
         progress.say(f"engine: {', '.join(device['name'] for device in devices)}")
         tokens = options.tokens or (4096 if gpu else 512)
         rows: list[dict[str, Any]] = []
@@ -448,11 +450,13 @@ def _median_us(call: Callable[[], object]) -> float:
     return statistics.median(times) / 1e3
 
 
-def _both(idle: list[Step], during: list[Step], percent: float) -> dict[str, float]:
-    return {
-        "idle": percentile([step.ms for step in idle], percent),
-        "during_transfers": percentile([step.ms for step in during], percent),
-    }
+def _both(idle: list[Step], during: list[Step], percent: float) -> dict[str, float | None]:
+    """None where no step fell into a transfer."""
+
+    def of(steps: list[Step]) -> float | None:
+        return percentile([step.ms for step in steps], percent) if steps else None
+
+    return {"idle": of(idle), "during_transfers": of(during)}
 
 
 def _print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool) -> None:
@@ -473,6 +477,8 @@ def _print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool
     ]
 
     def steps(row: dict[str, Any], when: str) -> str:
+        if not row["decode_steps"][when]:
+            return "-"  # the transfers were too short to meet one
         return f"{ms(row['decode_p50_ms'][when])}/{ms(row['decode_p99_ms'][when])}"
 
     lines = [
@@ -501,9 +507,9 @@ def _print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool
     )
     if not gpu:
         print(
-            "No GPU: the cache lies in host memory, and a transfer is a copy from memory to memory "
-            f"by the same {cores}\ncores that decode ({threads} of them). It shows that the bytes "
-            "are right and that decoding goes on, not what\na GPU gains."
+            "The cache lies in host memory here: a transfer is a copy from memory to memory by the "
+            f"same {cores} cores\nthat decode ({threads} of them). It shows that the bytes are "
+            "right and that decoding goes on, not what a GPU gains."
         )
 
 

@@ -112,7 +112,8 @@ async def _llama(engine: Engine, folder: str | None) -> list[Finding]:
         return [Finding("libllama", str(failure), meaning, good=False)]
     found = f"{library.path} ({library.build})"
     details = {"path": library.path, "build": library.build, "source": library.source}
-    meaning = f"from {library.source}; used as it is, unmodified"
+    where = "the GPU's memory" if library.offloads else "host memory"
+    meaning = f"from {library.source}; used as it is, unmodified; puts caches into {where}"
     return [
         Finding("libllama", found, meaning, details=details),
         await _tap(engine, library),

@@ -153,6 +153,7 @@ _POINTER, _INT, _SIZE, _BOOL = ctypes.c_void_p, ctypes.c_int32, ctypes.c_size_t,
 
 # name: (result, arguments)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "llama_supports_gpu_offload": (_BOOL, []),
     "llama_model_default_params": (_ModelParams, []),
     "llama_model_load_from_file": (_POINTER, [ctypes.c_char_p, _ModelParams]),
     "llama_model_free": (None, [_POINTER]),
@@ -237,6 +238,11 @@ class Libllama:
                 function.restype = ctypes.c_char_p
                 said.append((function() or b"").decode())
         return f"{Path(self.path).name}, ggml {' '.join(said) or 'of unknown version'}"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether it has a backend for a GPU of this machine."""
+        return bool(self.functions.llama_supports_gpu_offload())
 
     def refusal(self, what: str) -> LlamaError:
         lines = [line for line in self.log if line.strip(" .")][-3:]

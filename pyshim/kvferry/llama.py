@@ -244,12 +244,7 @@ class Llama:
         await self._attachment.worker.call(self._remove, seq)
 
     def _remove(self, seq: int) -> None:
-        # The header promises that a damaged state leaves the sequence empty.
-        status = lib.kvf_llama_load(
-            self._attachment.handle, seq, ffi.from_buffer("uint8_t[]", b"?"), 1, ffi.NULL, ffi.NULL
-        )
-        if status != lib.KVF_ERR_STATE_DAMAGED:
-            check(status)
+        check(lib.kvf_llama_remove(self._attachment.handle, seq))
 
     # ---- Looking inside -------------------------------------------------------------------------
 

@@ -118,8 +118,6 @@ class Decoding:
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """By nearest rank; of few values, the 99th is the largest. NaN of none."""
-    if not values:
-        return float("nan")
+    """By nearest rank; of few values, the 99th is the largest."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]

@@ -32,7 +32,8 @@ expect() { test "$(run "$1" "$2" | tail -1)" = "$3" || { run "$1" "$2"; echo "wa
 $cc $flags $(pkg-config --cflags kvferry) "$here/program.c" -o "$work/shared" $(pkg-config --libs kvferry)
 expect "pkg-config" "$work/shared" shared
 
-"$cmake" -S "$here/project" -B "$work/cmake" -DCMAKE_C_COMPILER="$cc" -Dkvferry_ROOT="$root" >"$work/log" ||
+"$cmake" -S "$here/project" -B "$work/cmake" -DCMAKE_C_COMPILER="$cc" -Dkvferry_ROOT="$root" \
+    -Dwanted_version="$(pkg-config --modversion kvferry)" >"$work/log" ||
     { cat "$work/log"; exit 1; }
 "$cmake" --build "$work/cmake" >"$work/log" || { cat "$work/log"; exit 1; }
 expect "find_package, kvferry::kvferry" "$work/cmake/program_shared" shared

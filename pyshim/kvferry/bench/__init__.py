@@ -55,7 +55,9 @@ async def bench(options: Options, progress: Progress) -> bool:
     async with AsyncExitStack() as stack:
         engine = await stack.enter_async_context(Engine(options.device, trace=True))
         description = engine.describe()
-        gpu = any(each["kind"] == "cuda" for each in description["devices"])
+        gpu = any(each["kind"] == "cuda" for each in description["devices"]) and (
+            options.device == "cuda" or library.offloads
+        )
         models = _Models(library, options.model, gpu, progress)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvferry-bench-"))
         models.folder = Path(folder)

@@ -1,0 +1,50 @@
+// Streams of the caller's, and jobs that follow them or that they follow.
+#pragma once
+
+#include <list>
+#include <mutex>
+
+#include "cuda_driver.h"
+#include "job.h"
+
+namespace kvf {
+
+using CudaContexts = std::vector<std::shared_ptr<const CudaContext>>;
+
+// A gate behind what a stream holds now. Throws KVF_ERR_INVALID_ARGUMENT for a stream that none of the
+// contexts knows.
+std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream);
+
+// Makes streams wait for jobs: a word of pinned memory for each wait, which the stream watches and the
+// ending job sets. A word is used again when an event behind the wait has passed.
+class CudaStreamWaits {
+public:
+    explicit CudaStreamWaits(CudaContexts contexts) : contexts_(std::move(contexts)) {}
+    // Blocks until the streams have passed: every job has ended by then.
+    ~CudaStreamWaits();
+    CudaStreamWaits(const CudaStreamWaits &) = delete;
+    CudaStreamWaits &operator=(const CudaStreamWaits &) = delete;
+
+    // What `stream` is given from now on waits until the job has ended. Throws KVF_ERR_UNSUPPORTED for a
+    // driver older than CUDA 11.7, KVF_ERR_INVALID_ARGUMENT for an unknown stream, KVF_ERR_BUSY where too
+    // many waits are outstanding.
+    void make_wait(uint64_t stream, Job &job);
+
+private:
+    struct Wait {
+        size_t word;
+        CUevent passed;
+        const CudaContext *context;
+    };
+    void map_words();
+    void collect();
+
+    const CudaContexts contexts_;
+    std::mutex mutex_;
+    std::atomic<uint32_t> *words_ = nullptr; // pinned
+    CUdeviceptr device_words_ = 0;
+    std::vector<size_t> free_;
+    std::list<Wait> waits_;
+};
+
+} // namespace kvf

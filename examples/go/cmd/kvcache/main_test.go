@@ -1,0 +1,65 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestProgramComparesThreeWays(t *testing.T) {
+	f := quickFlags(t)
+	var out bytes.Buffer
+	if err := run(context.Background(), f, &out, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	for _, word := range []string{"prefill again", "llama.cpp", "kvferry", "hit rate", "MiB"} {
+		if !strings.Contains(out.String(), word) {
+			t.Errorf("the table lacks %q:\n%s", word, out.String())
+		}
+	}
+	text, err := os.ReadFile(f.json)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var figures report
+	if err := json.Unmarshal(text, &figures); err != nil {
+		t.Fatal(err)
+	}
+	if len(figures.Rows) != 3 || figures.Check.States == 0 || figures.Check.Identical != figures.Check.States {
+		t.Errorf("%s", text)
+	}
+	for _, row := range figures.Rows[1:] {
+		if row.Hits+row.Misses != f.Turns || row.Hits == 0 || row.SavedBytes < row.LoadedBytes || row.LoadedBytes == 0 {
+			t.Errorf("%+v", row)
+		}
+	}
+}
+
+// As SIGINT does it: the context ends.
+func TestInterruptedProgramWritesNothing(t *testing.T) {
+	f := quickFlags(t)
+	f.Turns = 1_000_000
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { cancel() }()
+	if err := run(ctx, f, io.Discard, io.Discard); !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v", err)
+	}
+	if left, _ := os.ReadDir(filepath.Dir(f.json)); len(left) > 0 {
+		t.Errorf("it left %v", left)
+	}
+}
+
+func TestWrongArgumentsAreRefused(t *testing.T) {
+	for _, arguments := range []string{"-sequences 0", "-budget -1", "-turns x", "more", "-nonsense"} {
+		var said bytes.Buffer
+		if _, err := parse(strings.Fields(arguments), &said); err == nil || said.Len() == 0 {
+			t.Errorf("%s: %v, %q", arguments, err, said.String())
+		}
+	}
+}
