@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <new>
@@ -254,15 +255,19 @@ bool MappedCheck::operator()(uint64_t address, uint64_t bytes) {
 
 bool MappedCheck::mapped(uint64_t page) {
     if (page >= known_begin_ && page < known_end_) return true;
+    // The system looks at every page that it is asked about. So the first question is for one page: a
+    // small job asks no other. Who goes on asking has many regions, near each other as a rule, and
+    // learns of ever longer stretches.
     unsigned char resident[512];
-    // A stretch of pages at once, since the next region will be near; alone where that is not mapped.
-    const uint64_t stretch = sizeof resident * page_size();
-    if (mincore(reinterpret_cast<void *>(page), stretch, resident) == 0) {
+    const auto ask = [&](uint64_t pages) {
+        if (mincore(reinterpret_cast<void *>(page), pages * page_size(), resident) != 0) return false;
         known_begin_ = page;
-        known_end_ = page + stretch;
+        known_end_ = page + pages * page_size();
         return true;
-    }
-    return mincore(reinterpret_cast<void *>(page), page_size(), resident) == 0;
+    };
+    const uint64_t stretch = stretch_;
+    stretch_ = std::min<uint64_t>(stretch_ * 8, sizeof resident);
+    return ask(stretch) || (stretch > 1 && ask(1)); // alone where the stretch is not all mapped
 }
 
 } // namespace kvf

@@ -103,6 +103,7 @@ public:
 private:
     bool mapped(uint64_t page);
     uint64_t known_begin_ = 0, known_end_ = 0;
+    uint64_t stretch_ = 1; // pages that the next question is about
 };
 
 } // namespace kvf

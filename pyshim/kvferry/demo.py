@@ -31,6 +31,7 @@ from .snapshot import Snapshot
 from .synthetic import write_model
 from .table import Progress, mib, ms, table
 from .timeline import Span, Timeline, draw
+from .transfer import Priority
 from .workload import (
     LOADED,
     SAVED,
@@ -42,6 +43,7 @@ from .workload import (
     decoding_threads,
     percentile,
     prompt,
+    submit,
 )
 
 _REPEATS = 5  # of every timed save and load; the figures are medians
@@ -297,11 +299,8 @@ async def _with_kvferry(
 
 @dataclass(frozen=True)
 class _Timed:
-    """A transfer, as the task that awaited it saw it."""
+    """A transfer, and when its submitting call came back: until then the layout was recorded."""
 
-    ms: float
-    submit_ms: float
-    """How long the submitting call took: the layout is recorded in it."""
     recorded_ns: int
     completion: Completion
 
@@ -310,7 +309,12 @@ class _Timed:
         return Span(direction, done.submitted_ns, self.recorded_ns, done.finished_ns)
 
     @property
-    def in_flight_ms(self) -> float:
+    def submit_ms(self) -> float:
+        return (self.recorded_ns - self.completion.submitted_ns) / 1e6
+
+    @property
+    def ms(self) -> float:
+        """From the submitting call to the completion."""
         return (self.completion.finished_ns - self.completion.submitted_ns) / 1e6
 
 
@@ -325,20 +329,18 @@ class _Run:
         self._all_loads: list[Completion] = []
         self._intervals: list[tuple[int, int]] = []
 
-    async def save(self, priority: Any) -> Snapshot:
-        begin = time.monotonic_ns()
-        transfer = await self._llama.start_save(SAVED, into=self._buffer, priority=priority)
-        submitted = time.monotonic_ns()
+    async def save(self, priority: Priority) -> Snapshot:
+        start = self._llama.start_save(SAVED, into=self._buffer, priority=priority)
+        transfer, recorded_ns = await submit(self._llama, start)
         snapshot = await transfer.wait()
-        self.saves.append(_timed(begin, submitted, transfer.completion))
+        self.saves.append(_timed(recorded_ns, transfer.completion))
         return snapshot
 
-    async def load(self, snapshot: Snapshot, priority: Any) -> None:
-        begin = time.monotonic_ns()
-        transfer = await self._llama.start_load(snapshot, LOADED, priority=priority)
-        submitted = time.monotonic_ns()
+    async def load(self, snapshot: Snapshot, priority: Priority) -> None:
+        start = self._llama.start_load(snapshot, LOADED, priority=priority)
+        transfer, recorded_ns = await submit(self._llama, start)
         await transfer.wait()
-        timed = _timed(begin, submitted, transfer.completion)
+        timed = _timed(recorded_ns, transfer.completion)
         self.loads.append(timed)
         self._all_loads.append(timed.completion)
 
@@ -360,7 +362,7 @@ class _Run:
         pieces: list[TraceEvent] = self._engine.trace()
         title = (
             f"{name}: {mib(save.completion.bytes)} MiB in {save.completion.fragments:,} fragments"
-            f", saved in {ms(save.in_flight_ms)} ms, loaded in {ms(load.in_flight_ms)} ms"
+            f", saved in {ms(save.ms)} ms, loaded in {ms(load.ms)} ms"
         )
         spans = [save.span("save"), load.span("load")]
         return Timeline(title, begin, end, self.decoding.during(begin, end), spans, pieces)
@@ -378,14 +380,9 @@ class _Run:
         return [event for _, event in sorted(events, key=lambda pair: pair[0])]
 
 
-def _timed(begin_ns: int, submitted_ns: int, completion: Completion | None) -> _Timed:
+def _timed(recorded_ns: int, completion: Completion | None) -> _Timed:
     assert completion is not None
-    now = time.monotonic_ns()
-    # From when the call reached the C library: before that it may have waited for a decode step.
-    # The event loop may learn late that it has returned, after the end of the whole transfer even.
-    submitted_ns = min(submitted_ns, completion.finished_ns)
-    submit_ms = (submitted_ns - completion.submitted_ns) / 1e6
-    return _Timed((now - begin_ns) / 1e6, submit_ms, submitted_ns, completion)
+    return _Timed(recorded_ns, completion)
 
 
 # ---- With llama.cpp's own calls ------------------------------------------------------------------
@@ -501,9 +498,9 @@ def _print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool
     ]
     print(f"\n{table(header, lines)}\n", flush=True)
     print(
-        f"Medians of {_REPEATS}. Saves and loads alone on the machine, kvferry's urgent; "
-        "'beside': decode steps\nof another sequence while kvferry saves and loads in the "
-        "background. prefill: all prompts of the layout."
+        f"Medians of {_REPEATS}. Saves and loads alone on the machine, kvferry's urgent, from the "
+        "call to the completion.\n'beside': decode steps of another sequence while kvferry saves "
+        "and loads in the background.\nprefill: all prompts of the layout."
     )
     if not gpu:
         print(

@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import anyio
+import anyio.lowlevel
 
 from .libllama import Context, Step
 from .llama import Llama
+from .transfer import Transfer
+
+T = TypeVar("T")
 
 SAVED, DECODED, LOADED = 0, 1, 2
 """The sequences: one is saved while another decodes, and loaded into a third."""
@@ -115,6 +120,24 @@ class Decoding:
     def during(self, begin_ns: int, end_ns: int) -> list[Step]:
         """The steps that shared time with an interval."""
         return [step for step in self.steps if step.end_ns > begin_ns and step.begin_ns < end_ns]
+
+
+async def submit(llama: Llama, start: Awaitable[Transfer[T]]) -> tuple[Transfer[T], int]:
+    """Starts a transfer; returns it and when the submitting call came back.
+
+    That is asked on the context's own thread, right after the call: this task learns of it late
+    where copying keeps all cores busy. (For asyncio, which begins tasks in order.)
+    """
+    transfers: list[Transfer[T]] = []
+
+    async def wait() -> None:
+        transfers.append(await start)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait)
+        await anyio.lowlevel.checkpoint()  # it has asked for its call
+        recorded_ns = await llama.run(time.monotonic_ns)
+    return transfers[0], recorded_ns
 
 
 def percentile(values: list[float], percent: float) -> float:

@@ -34,6 +34,7 @@ from ..workload import (
     cells,
     decoding_threads,
     prompt,
+    submit,
 )
 
 if TYPE_CHECKING:
@@ -243,16 +244,15 @@ class Prepared:
         async with self.decoding.running():
             while len(self.decoding.steps) < target and self.decoding.left > 0:
                 if direction == "save":
-                    save = await self.llama.start_save(SAVED, into=self.pinned)
-                    recorded_ns = time.monotonic_ns()
+                    start_save = self.llama.start_save(SAVED, into=self.pinned)
+                    save, recorded_ns = await submit(self.llama, start_save)
                     await save.wait()
                     done = ended(save.completion)
                 else:
-                    load = await self.llama.start_load(self.pinned, LOADED)
-                    recorded_ns = time.monotonic_ns()
+                    start_load = self.llama.start_load(self.pinned, LOADED)
+                    load, recorded_ns = await submit(self.llama, start_load)
                     await load.wait()
                     done = ended(load.completion)
-                recorded_ns = min(recorded_ns, done.finished_ns)
                 spans.append(Span(direction, done.submitted_ns, recorded_ns, done.finished_ns))
         return spans
 

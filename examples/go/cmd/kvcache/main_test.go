@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestProgramComparesThreeWays(t *testing.T) {
@@ -41,18 +42,31 @@ func TestProgramComparesThreeWays(t *testing.T) {
 	}
 }
 
-// As SIGINT does it: the context ends.
+// As SIGINT does it: the context ends, here in the middle of kvferry's turns.
 func TestInterruptedProgramWritesNothing(t *testing.T) {
 	f := quickFlags(t)
-	f.Turns = 1_000_000
+	f.Turns, f.Generate = 20, 30
 	ctx, cancel := context.WithCancel(context.Background())
-	go func() { cancel() }()
-	if err := run(ctx, f, io.Discard, io.Discard); !errors.Is(err, context.Canceled) {
+	defer cancel()
+	if err := run(ctx, f, io.Discard, whenWritten{"kvferry", cancel}); !errors.Is(err, context.Canceled) {
 		t.Fatalf("got %v", err)
 	}
 	if left, _ := os.ReadDir(filepath.Dir(f.json)); len(left) > 0 {
 		t.Errorf("it left %v", left)
 	}
+}
+
+// whenWritten calls a function a moment after a text has been written.
+type whenWritten struct {
+	text string
+	do   func()
+}
+
+func (w whenWritten) Write(p []byte) (int, error) {
+	if strings.HasPrefix(string(p), w.text) {
+		time.AfterFunc(50*time.Millisecond, w.do)
+	}
+	return len(p), nil
 }
 
 func TestWrongArgumentsAreRefused(t *testing.T) {
