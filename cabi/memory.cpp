@@ -260,7 +260,8 @@ bool MappedCheck::mapped(uint64_t page) {
     // learns of ever longer stretches.
     unsigned char resident[512];
     const auto ask = [&](uint64_t pages) {
-        if (mincore(reinterpret_cast<void *>(page), pages * page_size(), resident) != 0) return false;
+        if (mincore(reinterpret_cast<void *>(page), pages * page_size(), resident) != 0)
+            return false;
         known_begin_ = page;
         known_end_ = page + pages * page_size();
         return true;
