@@ -36,6 +36,7 @@ help:
 	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python"
 	@echo "make test-gpu  the Python tests on a real GPU"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
+	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
 	@echo "make lint      formatting, linters, types: checks only"
 	@echo "make format    formats all sources"
@@ -158,12 +159,38 @@ test-python: $(PACKAGE) $(BINDINGS)
 test-gpu: $(PACKAGE) $(BINDINGS)
 	KVFERRY_TEST_GPU=1 python -m pytest tests/python $(ARGS)
 
+# The Go examples link a library of their own build, so that they are as fast as an installed one, and find it without
+# any setting: examples/go/kvferry/kvferry-go.pc says how. After this, `cd examples/go && go run ./cmd/kvcache` works.
+GO_LIBRARY := examples/go/kvferry/kvferry.pc
+GO_MODEL := build/models/kvcache.gguf
+
+.PHONY: go-kvcache
+go-kvcache: $(GO_LIBRARY) $(GO_MODEL) $(LLAMA)
+	@echo 'now: cd examples/go && go run ./cmd/kvcache'
+
+$(GO_LIBRARY): $(TOOLS) $(shell find CMakeLists.txt include cabi -type f)
+	cmake -S . -B build/go -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_INSTALL_LIBDIR=lib
+	cmake --build build/go --parallel $(JOBS)
+	cmake --install build/go --prefix build/go/prefix
+	sed -e 's|^prefix=.*|prefix=$(CURDIR)/build/go/prefix|' -e 's|^Libs:|Libs: -Wl,-rpath,$${libdir}|' \
+	    build/go/prefix/lib/pkgconfig/kvferry.pc > $@
+
+$(GO_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
+	mkdir -p $(@D)
+	PYTHONPATH=pyshim/kvferry python -c 'from synthetic import write_model; write_model("llama", "$@", \
+	    layers=12, embedding=512, heads=8, kv_heads=4, head_dim=64, feed_forward=1024, context=8192)'
+
+# Go's race detector watches the C code's callers, GOGC=1 collects whatever is not held, checkptr checks unsafe pointers.
 .PHONY: test-go
-test-go: $(LLAMA)
 ifeq ($(shell command -v go),)
+test-go:
 	@echo "Go tests skipped: no Go installed"
-else ifneq ($(wildcard examples/go/go.mod),)
-	cd examples/go && go vet ./... && go test -race ./...
+else
+test-go: go-kvcache
+	cd examples/go && go vet ./... && go test ./...
+	cd examples/go/kvferry && go vet ./... && go test ./... && go test -race ./... && \
+	    GOGC=1 go test -count=1 ./... && go test -gcflags=all=-d=checkptr ./...
+	cd examples/go && GOGC=1 go test -race -run Sequences ./...
 endif
 
 # ---- Formatting, linters, types --------------------------------------------------------------------------------------

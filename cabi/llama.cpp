@@ -69,7 +69,7 @@ Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
             }
         }
         if (!tap_) blocking_ = std::make_unique<Crew>(1);
-        learn_structure(0);
+        learn_structure(most_telling_sequence());
     } catch (...) {
         tap_.reset();
         engine_->let_go();
@@ -199,7 +199,9 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     // libllama empties the sequence itself, but only in those parts of the cache of which the state has
     // cells: a state without any would leave what was there.
     if (!structure || !structure->has_cells_everywhere()) empty_sequence(sequence);
-    if (blocking_) return load_blocking(sequence, std::move(submission), options, job);
+    if (blocking_) {
+        return load_blocking(sequence, std::move(submission), std::move(structure), options, job);
+    }
 
     Recorder recorder = make_recorder(Direction::Load, buffer, bytes);
     uint64_t read = 0;
@@ -208,7 +210,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
             Recording recording(recorder);
             read = api_.state_seq_set_data(context_, state, bytes, sequence, 0);
         }
-        if (read != bytes) throw_load_failed(recorder, structure);
+        if (read != bytes) throw load_failure(recorder.abort_text(), structure);
         Recorder::Captured captured = recorder.finish();
         note_tensors(recorder);
         if (structure) {
@@ -364,12 +366,22 @@ void Llama::note_tensors(const Recorder &recorder) {
     tensors_.insert(recorder.tensors().begin(), recorder.tensors().end());
 }
 
+// With the tap a sequence that holds cells, for it tells most and costs nothing. Without it an empty
+// one where there is one, since a state is then copied whole to look at it.
+int32_t Llama::most_telling_sequence() const {
+    for (uint32_t i = 0; i < sequences_; ++i) {
+        const auto sequence = static_cast<int32_t>(i);
+        const bool empty = api_.memory_seq_pos_max(api_.get_memory(context_), sequence) < 0;
+        if (empty == !tap_) return sequence;
+    }
+    return 0;
+}
+
 // Looks at the structure of a sequence's state. An empty sequence tells the kind of the cache, one with
 // cells its types and row sizes too.
 void Llama::learn_structure(int32_t sequence) {
     const uint64_t bytes = api_.state_seq_get_size(context_, sequence, 0);
     if (bytes == 0) return;
-    if (!tap_ && api_.memory_seq_pos_max(api_.get_memory(context_), sequence) >= 0) return;
     ScratchState scratch(bytes);
     Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes);
     uint64_t written = 0;
@@ -412,11 +424,9 @@ void Llama::empty_sequence(int32_t sequence) {
 
 // libllama returned an error for a state that looks whole. It says why in its log only; this finds out
 // as much as the program's next step depends on.
-void Llama::throw_load_failed(const Recorder &recorder, const std::optional<Structure> &state) {
-    if (!recorder.abort_text().empty()) {
-        throw Error(KVF_ERR_STATE_DAMAGED, "libllama: " + recorder.abort_text());
-    }
-    if (!state) throw Error(KVF_ERR_STATE_DAMAGED, "libllama refused it");
+Error Llama::load_failure(const std::string &abort_text, const std::optional<Structure> &state) {
+    if (!abort_text.empty()) return Error(KVF_ERR_STATE_DAMAGED, "libllama: " + abort_text);
+    if (!state) return Error(KVF_ERR_STATE_DAMAGED, "libllama refused it");
     bool others = false;
     for (uint32_t sequence = 0; sequence < sequences_; ++sequence) {
         if (api_.memory_seq_pos_max(api_.get_memory(context_), static_cast<int32_t>(sequence)) <
@@ -428,15 +438,15 @@ void Llama::throw_load_failed(const Recorder &recorder, const std::optional<Stru
     }
     if (structure_) {
         const std::string why = mismatch(*state, *structure_);
-        if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, why);
+        if (!why.empty()) return Error(KVF_ERR_STATE_MISMATCH, why);
     }
     const uint32_t cells = api_.n_ctx_seq ? api_.n_ctx_seq(context_) : api_.n_ctx(context_);
     if (state->cells() > cells || others || knows_cells()) {
-        throw Error(KVF_ERR_CACHE_FULL,
-                    format("the state has %llu cells; a sequence may have %u",
-                           static_cast<unsigned long long>(state->cells()), cells));
+        return Error(KVF_ERR_CACHE_FULL,
+                     format("the state has %llu cells; a sequence may have %u",
+                            static_cast<unsigned long long>(state->cells()), cells));
     }
-    throw Error(KVF_ERR_STATE_MISMATCH, "libllama refused it");
+    return Error(KVF_ERR_STATE_MISMATCH, "libllama refused it");
 }
 
 // Called by libllama's thread that frees the context, before the memory goes.
@@ -482,15 +492,20 @@ void Llama::save_blocking(int32_t sequence, Submission &&submission,
 }
 
 void Llama::load_blocking(int32_t sequence, Submission &&submission,
-                          const kvf_submit_options &options, kvf_job *job) {
-    submission.run = [this, sequence](std::shared_ptr<Job> started) {
-        blocking_->add([this, sequence, started = std::move(started)] {
+                          std::optional<Structure> &&structure, const kvf_submit_options &options,
+                          kvf_job *job) {
+    submission.run = [this, sequence,
+                      structure = std::move(structure)](std::shared_ptr<Job> started) {
+        blocking_->add([this, sequence, structure, started = std::move(started)] {
             if (!started->stopping()) {
                 started->note_started(now_ns());
                 const size_t n =
                     api_.state_seq_set_data(context_, started->buffer, started->bytes, sequence, 0);
-                if (n != started->bytes)
-                    started->fail(KVF_ERR_LLAMA, "llama_state_seq_set_data failed");
+                if (n != started->bytes) {
+                    // The context rests, so what belongs to its thread may be looked at here.
+                    const Error failure = load_failure("", structure);
+                    started->fail(failure.status, failure.detail);
+                }
             }
             started->end();
         });

@@ -39,14 +39,15 @@ private:
     void empty_sequence(int32_t sequence);
     Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes);
     void note_tensors(const Recorder &recorder);
+    int32_t most_telling_sequence() const;
     void learn_structure(int32_t sequence);
     void learn(const Structure &structure);
     bool knows_cells() const;
-    [[noreturn]] void throw_load_failed(const Recorder &recorder,
-                                        const std::optional<Structure> &state);
+    Error load_failure(const std::string &abort_text, const std::optional<Structure> &state);
     void save_blocking(int32_t sequence, Submission &&submission, const kvf_submit_options &options,
                        kvf_job *job);
-    void load_blocking(int32_t sequence, Submission &&submission, const kvf_submit_options &options,
+    void load_blocking(int32_t sequence, Submission &&submission,
+                       std::optional<Structure> &&structure, const kvf_submit_options &options,
                        kvf_job *job);
     Submission begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes);
     void on_buffer_freed(uint64_t begin, uint64_t bytes);

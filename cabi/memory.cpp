@@ -249,24 +249,32 @@ Pool::Usage Pool::usage() const {
 
 bool MappedCheck::operator()(uint64_t address, uint64_t bytes) {
     const uint64_t page = page_size();
-    if (address + bytes < address) return false;
-    return mapped(address / page * page) && mapped((address + bytes - 1) / page * page);
+    const uint64_t first = address / page * page;
+    const uint64_t last = (address + bytes - 1) / page * page;
+    if (is_known(first) && is_known(last)) return true;
+    {
+        // What the library has mapped or pinned itself needs no system call.
+        std::lock_guard lock(registry().mutex);
+        if (registry().holding(address, bytes)) return true;
+    }
+    return mapped(first, (last - first) / page + 1) && mapped(last, 1);
 }
 
-bool MappedCheck::mapped(uint64_t page) {
-    if (page >= known_begin_ && page < known_end_) return true;
-    // The system looks at every page that it is asked about. So the first question is for one page: a
-    // small job asks no other. Who goes on asking has many regions, near each other as a rule, and
+bool MappedCheck::mapped(uint64_t page, uint64_t wanted) {
+    if (is_known(page)) return true;
+    // A question costs a microsecond, and something for every page that it is about. So a small job asks
+    // once, about what it moves; and who goes on asking has many regions, near each other as a rule, and
     // learns of ever longer stretches.
     unsigned char resident[512];
     const auto ask = [&](uint64_t pages) {
-        if (mincore(reinterpret_cast<void *>(page), pages * page_size(), resident) != 0)
+        if (mincore(reinterpret_cast<void *>(page), pages * page_size(), resident) != 0) {
             return false;
+        }
         known_begin_ = page;
         known_end_ = page + pages * page_size();
         return true;
     };
-    const uint64_t stretch = stretch_;
+    const uint64_t stretch = std::max<uint64_t>(stretch_, wanted <= 64 ? wanted : 1);
     stretch_ = std::min<uint64_t>(stretch_ * 8, sizeof resident);
     return ask(stretch) || (stretch > 1 && ask(1)); // alone where the stretch is not all mapped
 }

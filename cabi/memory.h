@@ -101,7 +101,8 @@ public:
     bool operator()(uint64_t address, uint64_t bytes);
 
 private:
-    bool mapped(uint64_t page);
+    bool is_known(uint64_t page) const { return page >= known_begin_ && page < known_end_; }
+    bool mapped(uint64_t page, uint64_t wanted);
     uint64_t known_begin_ = 0, known_end_ = 0;
     uint64_t stretch_ = 1; // pages that the next question is about
 };

@@ -93,6 +93,7 @@ bool read_transposed(Reader &reader, uint32_t layers, uint64_t cells, Section &s
 
 bool read_attention(Reader &reader, AttentionVariant variant, Section &section) {
     section = {};
+    section.extended = variant.has_extension;
     if (!reader.read(section.streams) || section.streams == 0 || section.streams > kMostStreams) {
         return false;
     }
@@ -225,6 +226,8 @@ std::string mismatch(const Structure &state, const Structure &cache) {
                                 : "V is not transposed (saved with flash attention)";
         }
         if (a.tensors != b.tensors) return "the cache's types or row sizes differ";
+        // libllama reads cells as the cache has them, whatever they were taken for here.
+        if (a.extended != b.extended) return "its cells have other coordinates";
     }
     return "";
 }

@@ -26,6 +26,7 @@ struct Section {
     uint32_t streams = 1;             // of an attention section
     uint64_t cells = 0;               // over all streams
     bool transposed = false;          // V; known if there are cells
+    bool extended = false;            // two more coordinates a cell; known if there are cells
     uint32_t layers = 0;              // known if there are cells, or it is recurrent
     std::vector<TensorShape> tensors; // K then V, or R then S
     bool operator==(const Section &) const = default;

@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { PROMPT_TOKENS = 512, SAVED = 0, DECODED = 1, LOADED = 2, SEQUENCES = 3 };
 
@@ -62,6 +63,9 @@ static void open_model(const char *model_file, const char *folder) {
     params.n_batch = PROMPT_TOKENS;
     params.n_seq_max = SEQUENCES;
     params.kv_unified = true;
+    /* Its threads spin while they wait for each other: they need processors of their own. */
+    const long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    params.n_threads = params.n_threads_batch = processors > 2 ? (int32_t)processors / 2 : 1;
     context = llama_init_from_model(model, params);
     if (!context) fail("llama_init_from_model", "failed");
     vocabulary = llama_vocab_n_tokens(llama_model_get_vocab(model));
@@ -71,7 +75,7 @@ static void open_model(const char *model_file, const char *folder) {
 
 static void report(const kvf_completion *done, const char *how, int steps) {
     check(done->status, done->detail[0] ? done->detail : how);
-    printf("%-10s %.1f MiB in %.2f ms, %d decode steps of another sequence beside it\n", how,
+    printf("%s: %.1f MiB in %.2f ms, %d decode steps of another sequence beside it\n", how,
            (double)done->bytes / (1 << 20), (double)(done->finished_ns - done->submitted_ns) / 1e6,
            steps);
 }
@@ -92,7 +96,7 @@ static void save_with_poll(kvf_llama llama, void *state, uint64_t bytes) {
     }
     kvf_completion done;
     check(kvf_queue_take(queue, &done, sizeof done, 1, 0), "kvf_queue_take");
-    report(&done, "poll", steps);
+    report(&done, "save, poll", steps);
     check(kvf_queue_destroy(queue), "kvf_queue_destroy");
 }
 
@@ -114,7 +118,7 @@ static void save_with_callback(kvf_llama llama, void *state, uint64_t bytes) {
         decode(DECODED, 1);
         ++steps;
     }
-    report(&called_with, "callback", steps);
+    report(&called_with, "save, callback", steps);
 }
 
 /* A load has to be over before the sequence is decoded: here it is simply waited for. */

@@ -23,7 +23,7 @@ var (
 func TestMain(m *testing.M) {
 	for _, needed := range []string{filepath.Join(library, "libllama.so"), file} {
 		if _, err := os.Stat(needed); err != nil {
-			fmt.Println("skipped (run `make go` in the root of kvferry):", err)
+			fmt.Println("skipped (run `make go-kvcache` in the root of kvferry):", err)
 			os.Exit(0)
 		}
 	}

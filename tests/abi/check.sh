@@ -18,7 +18,7 @@ baseline=$here/kvferry-$abi.abi
 symbols() {
     nm -D --defined-only --with-symbol-versions "$library" | awk '{print $3}' | LC_ALL=C sort >"$work/exported"
     awk '/^[A-Z].*{/ { version = $1; print version }
-         /^ *kvf_[a-z_]*;/ { sub(";", "", $1); print $1 "@@" version }' "$1" | LC_ALL=C sort >"$work/listed"
+         /^ *kvf_[a-z0-9_]*;/ { sub(";", "", $1); print $1 "@@" version }' "$1" | LC_ALL=C sort >"$work/listed"
     # binutils print a version's own symbol as NAME or as NAME@@NAME.
     sed -i 's/^\(KVFERRY_[0-9.]*\)@@\1$/\1/' "$work/exported"
     test -s "$work/listed" && diff "$work/listed" "$work/exported"

@@ -87,7 +87,7 @@ static unsigned char long_job_buffer[LONG_JOB_BYTES];
 
 static inline kvf_job start_long_job_into(void *buffer, kvf_engine engine,
                                           const kvf_submit_options *options) {
-    kvf_region *regions = malloc(sizeof(kvf_region) * LONG_JOB_REGIONS);
+    kvf_region *regions = (kvf_region *)malloc(sizeof(kvf_region) * LONG_JOB_REGIONS);
     CHECK(regions);
     for (int i = 0; i < LONG_JOB_REGIONS; ++i) {
         regions[i] = plain_region(long_job_memory, LONG_JOB_BYTES, 0);

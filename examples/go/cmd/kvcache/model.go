@@ -30,7 +30,7 @@ func loadLibrary(folder string) error {
 		return err
 	}
 	if _, err := os.Stat(filepath.Join(folder, "libllama.so")); err != nil {
-		return fmt.Errorf("no libllama (run `make go` in the root of kvferry, or give -llama-lib): %w", err)
+		return fmt.Errorf("no libllama (run `make go-kvcache` in the root of kvferry, or give -llama-lib): %w", err)
 	}
 	if err := llama.Load(folder); err != nil {
 		return err
@@ -42,7 +42,7 @@ func loadLibrary(folder string) error {
 
 func openModel(path string, sequences, contextLength, threads int) (*model, error) {
 	if _, err := os.Stat(path); err != nil {
-		return nil, fmt.Errorf("no model (run `make go` in the root of kvferry, or give -model): %w", err)
+		return nil, fmt.Errorf("no model (run `make go-kvcache` in the root of kvferry, or give -model): %w", err)
 	}
 	handle, err := llama.ModelLoadFromFile(path, llama.ModelDefaultParams())
 	if err != nil {

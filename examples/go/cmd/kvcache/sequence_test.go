@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	if _, err := os.Stat(testModel); err != nil {
-		fmt.Println("skipped: no model (run `make go` in the root of kvferry):", err)
+		fmt.Println("skipped: no model (run `make go-kvcache` in the root of kvferry):", err)
 		os.Exit(0)
 	}
 	os.Exit(m.Run())

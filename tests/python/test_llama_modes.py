@@ -1,0 +1,248 @@
+"""What may go on beside a transfer: the two modes of a save, loads beside decoding, and libllama's
+blocking calls instead of the tap."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import kvferry
+import numpy as np
+import pytest
+from kvferry._native import lib
+from kvferry.synthetic import KINDS
+from like_contexts import CACHES, MakeContext
+from llama_reference import Context, Model
+
+pytestmark = pytest.mark.anyio
+
+OVERWRITTEN = {"gemma3", "mamba", "hybrid", "hybrid-iswa"}
+"""Kinds where decoding a sequence overwrites a part of what a save of it reads."""
+
+# As `KVF_SAVE_*` in a completion.
+IN_PLACE, SNAPSHOT = 1, 2
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def large_model(model: Callable[..., Model]) -> Model:
+    """1 MiB a token: a state of 48 tokens takes some milliseconds to move, many decode steps."""
+    return model("llama", geometry="bench")
+
+
+def large_context(make_context: MakeContext, model: Model) -> Context:
+    context = make_context(model, n_ctx=192)
+    context.decode(0, model.prompt(48))
+    context.decode(1, model.prompt(8, seed=1))
+    return context
+
+
+# ---- Modes of a save -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_by_default_a_sequence_may_be_decoded_as_soon_as_its_save_has_been_started(
+    make_context: MakeContext, kind: str, cache: str
+) -> None:
+    context = make_context(kind, **CACHES[cache])
+    context.decode_in_turn([0, 1], 40)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        default = "snapshot" if kind in OVERWRITTEN else "in_place"
+        assert llama.describe()["default_mode"] == default
+        for seed in range(5):
+            state = context.state_get(0)
+            transfer = await llama.start_save(0)
+            await llama.run(context.decode, 0, context.model.prompt(10, seed))
+            snapshot = await transfer.wait()
+            assert snapshot.to_bytes() == state
+            assert snapshot.completion is not None
+            assert snapshot.completion.mode == (SNAPSHOT if default == "snapshot" else IN_PLACE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_snapshot_does_not_mind_what_is_done_to_its_sequence(
+    make_context: MakeContext, kind: str
+) -> None:
+    context = make_context(kind)
+    context.decode_in_turn([0, 1], 40)
+
+    def overwrite() -> None:
+        context.seq_rm(0)
+        context.decode(1, context.model.prompt(50, seed=1))
+        context.clear()
+
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        state = context.state_get(0)
+        transfer = await llama.start_save(0, mode="snapshot")
+        await llama.run(overwrite)
+        snapshot = await transfer.wait()
+    assert snapshot.to_bytes() == state
+    assert snapshot.completion is not None
+    assert snapshot.completion.mode == SNAPSHOT
+
+
+@pytest.mark.parametrize("kind", sorted(OVERWRITTEN))
+async def test_in_place_a_resting_sequence_is_saved_beside_the_decoding_of_others(
+    make_context: MakeContext, kind: str
+) -> None:
+    context = make_context(kind)
+    context.decode_in_turn([0, 1], 40)
+    state = context.state_get(0)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        for seed in range(5):
+            transfer = await llama.start_save(0, mode="in_place")
+            await llama.run(context.decode, 1, context.model.prompt(10, seed))
+            snapshot = await transfer.wait()
+            assert snapshot.to_bytes() == state
+            assert snapshot.completion is not None
+            assert snapshot.completion.mode == IN_PLACE
+
+
+async def test_in_place_a_sequence_that_is_decoded_on_is_saved_as_it_was(
+    make_context: MakeContext, large_model: Model
+) -> None:
+    context = large_context(make_context, large_model)
+    state = (ctypes.c_uint8 * context.state_size(0))()
+    assert context.state_get_into(0, state) == len(state)
+    beside = 0
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        for token in range(8):
+            transfer = await llama.start_save(0, mode="in_place")
+            await llama.run(context.decode, 0, [token])
+            beside += not transfer.done
+            snapshot = await transfer.wait()
+            assert np.array_equal(snapshot.numpy(), np.frombuffer(state, np.uint8))
+            assert context.seq_rm(0, 48, -1)
+    assert beside > 0
+
+
+# ---- Loads beside decoding -----------------------------------------------------------------------
+
+
+async def test_others_decode_beside_a_load_as_if_it_had_ended(
+    make_context: MakeContext, large_model: Model
+) -> None:
+    ours, like = (large_context(make_context, large_model) for _ in range(2))
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(ours.address)
+        snapshot = await llama.save(0)
+        state = snapshot.to_bytes()
+        beside = 0
+        for token in range(8):
+            transfer = await llama.start_load(snapshot, 2)
+            logits = await llama.run(ours.decode, 1, [token])
+            beside += not transfer.done
+            await transfer.wait()
+            like.state_set(2, state)
+            assert np.array_equal(logits, like.decode(1, [token]))
+        assert np.array_equal(ours.decode(2, [7]), like.decode(2, [7]))
+    assert beside > 0
+
+
+# ---- Size ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_size_is_llama_cpps_own_and_reads_no_tensor_byte(
+    make_context: MakeContext, kind: str, cache: str
+) -> None:
+    context = make_context(kind, **CACHES[cache])
+    context.decode_in_turn([0, 1], 40)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        before = llama.describe()
+        assert [llama.size(seq) for seq in range(4)] == [context.state_size(s) for s in range(4)]
+        after = llama.describe()
+        assert after == before
+        context.state_get(0)  # which does read them, and is counted
+        assert llama.describe()["passed_calls"] > before["passed_calls"]
+
+
+# ---- Blocking ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blocking(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Arguments for `attach` that leave the tap out though it would work.
+
+    Python has no way to say so, since no program needs it: here its word for "where it must be"
+    is given the meaning of "always".
+    """
+
+    class Forcing:
+        KVF_LLAMA_ALLOW_BLOCKING = lib.KVF_LLAMA_FORCE_BLOCKING
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(lib, name)
+
+    monkeypatch.setattr("kvferry.llama.lib", Forcing())
+    yield {"allow_blocking": True}
+
+
+@pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_without_the_tap_the_same_bytes_are_moved(
+    make_context: MakeContext, blocking: dict[str, Any], kind: str, cache: str
+) -> None:
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    for context in (ours, like):
+        context.decode_in_turn([0, 1], 40)
+    state = like.state_get(0)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(ours.address, **blocking)
+        assert llama.describe()["tap"] is False
+        assert llama.size(0) == len(state)
+        snapshot = await llama.save(0)
+        assert snapshot.to_bytes() == state
+        assert snapshot.completion is not None
+        assert snapshot.completion.mode == IN_PLACE
+        await llama.load(snapshot, 2)
+        like.state_set(2, state)
+        assert (await llama.save(2)).to_bytes() == like.state_get(2)
+    assert np.array_equal(ours.decode(2, [7]), like.decode(2, [7]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_without_the_tap_bad_states_are_refused_and_leave_the_sequence_empty(
+    make_context: MakeContext, blocking: dict[str, Any], kind: str
+) -> None:
+    """With every sequence in use, so that none shows what an empty one looks like."""
+    context = make_context(kind)
+    context.decode_in_turn(range(4), 20)
+    state = context.state_get(0)
+    empty = make_context(kind).state_size(0)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address, **blocking)
+        for bad in (state[:-1], state[:30], b"?" * len(state), state + bytes(16)):
+            with pytest.raises((kvferry.StateDamaged, kvferry.StateMismatch)):
+                await llama.load(bad, 2)
+            assert llama.size(2) == empty
+            await llama.load(state, 2)
+        assert context.state_get(0) == state
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "hybrid"])
+async def test_without_the_tap_a_load_into_a_full_cache_is_refused(
+    make_context: MakeContext, blocking: dict[str, Any], kind: str
+) -> None:
+    context = make_context(kind, n_ctx=256)
+    context.decode(0, context.model.prompt(100))
+    state = context.state_get(0)
+    context.decode(1, context.model.prompt(100))
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address, **blocking)
+        with pytest.raises(kvferry.CacheFull):
+            await llama.load(state, 2)
+        assert context.pos_max(2) == -1
+        assert context.state_get(0) == state
