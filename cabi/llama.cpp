@@ -358,7 +358,7 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
         }
     };
     return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()),
-                    locate);
+                    locate, blocks_);
 }
 
 void Llama::note_tensors(const Recorder &recorder) {

@@ -63,6 +63,7 @@ private:
     std::unique_ptr<Crew> blocking_; // or this
 
     // Touched by the context's thread only.
+    BlockCache blocks_;
     std::optional<Structure> structure_; // of this cache's states, as far as it has been seen
 
     // Touched by jobs that end, and by libllama freeing the context.

@@ -205,8 +205,26 @@ struct TapHooks {
         __builtin_unreachable();
     }
 
+    template <size_t index>
+    static void *operator_new(size_t bytes) {
+        Recorder *const recorder = recording;
+        if (recorder && bytes >= BlockCache::kLeastBlock) {
+            if (void *block = recorder->blocks().take(bytes)) return block;
+        }
+        return ::operator new(bytes);
+    }
+
+    template <size_t index>
+    static void operator_delete(void *memory, size_t bytes) {
+        Recorder *const recorder = recording;
+        if (recorder && memory && bytes >= BlockCache::kLeastBlock) {
+            if (recorder->blocks().keep(memory, bytes)) return;
+        }
+        ::operator delete(memory, bytes);
+    }
+
     struct Functions {
-        void *tensor_get, *tensor_set, *buffer_free, *abort;
+        void *tensor_get, *tensor_set, *buffer_free, *abort, *operator_new, *operator_delete;
     };
     template <size_t... indices>
     static constexpr auto make(std::index_sequence<indices...>) {
@@ -214,7 +232,9 @@ struct TapHooks {
             Functions{reinterpret_cast<void *>(&tensor_get<indices>),
                       reinterpret_cast<void *>(&tensor_set<indices>),
                       reinterpret_cast<void *>(&buffer_free<indices>),
-                      reinterpret_cast<void *>(&abort<indices>)}...};
+                      reinterpret_cast<void *>(&abort<indices>),
+                      reinterpret_cast<void *>(&operator_new<indices>),
+                      reinterpret_cast<void *>(&operator_delete<indices>)}...};
     }
     static Functions functions(size_t index) {
         static const auto all = make(std::make_index_sequence<kMostLibraries>{});
@@ -247,11 +267,14 @@ void Tap::Library::install(size_t index) {
     struct Wanted {
         const char *name;
         void *ours;
-        bool found;
-    } wanted[] = {{"ggml_backend_tensor_get", functions.tensor_get, false},
-                  {"ggml_backend_tensor_set", functions.tensor_set, false},
-                  {"ggml_backend_buffer_free", functions.buffer_free, false},
-                  {"ggml_abort", functions.abort, false}};
+        bool required;
+        bool found = false;
+    } wanted[] = {{"ggml_backend_tensor_get", functions.tensor_get, true},
+                  {"ggml_backend_tensor_set", functions.tensor_set, true},
+                  {"ggml_backend_buffer_free", functions.buffer_free, true},
+                  {"ggml_abort", functions.abort, true},
+                  {"_Znwm", functions.operator_new, false},
+                  {"_ZdlPvm", functions.operator_delete, false}};
 
     std::vector<Slot> found;
     for (const auto &table : tables.relocations) {
@@ -272,7 +295,7 @@ void Tap::Library::install(size_t index) {
         }
     }
     for (const auto &w : wanted) {
-        if (w.found) continue;
+        if (w.found || !w.required) continue;
         throw Error(KVF_ERR_TAP,
                     std::string("libllama (") + llama.path + ") does not call " + w.name +
                         " through a relocation slot; is ggml linked into it statically?");
@@ -345,9 +368,9 @@ Recording::Recording(Recorder &recorder) { recording = &recorder; }
 Recording::~Recording() { recording = nullptr; }
 
 Recorder::Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
-                   Locate locate)
+                   Locate locate, BlockCache &blocks)
     : direction_(direction), buffer_(reinterpret_cast<uint64_t>(buffer)), buffer_bytes_(bytes),
-      locate_(std::move(locate)), builders_(devices) {}
+      locate_(std::move(locate)), blocks_(blocks), builders_(devices) {}
 
 bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offset, uint64_t bytes,
                       Direction direction, const GgmlApi &ggml) noexcept {

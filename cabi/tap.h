@@ -5,7 +5,8 @@
 // recording they note (address, bytes, place in the state) instead of copying; on any other thread they
 // do what was there before. No struct of ggml or llama is read: the address comes from ggml_get_data().
 //
-// Two more calls are watched: ggml_abort, so that a failed assertion of libllama's while a thread records
+// Other calls are watched too: operator new and delete, where large blocks are concerned while a thread
+// records (block_cache.h); ggml_abort, so that a failed assertion of libllama's while a thread records
 // becomes an exception, which libllama's own handlers turn into an error, and not the end of the process;
 // and ggml_backend_buffer_free, so that a cache is not freed under a transfer.
 #pragma once
@@ -15,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "block_cache.h"
 #include "layout.h"
 #include "llama_api.h"
 
@@ -27,7 +29,7 @@ public:
     using Locate = std::function<int64_t(uint64_t address, uint64_t bytes)>;
 
     Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
-             Locate locate);
+             Locate locate, BlockCache &blocks);
 
     struct Captured {
         std::vector<std::pair<uint32_t, Layout>> layouts; // by device
@@ -47,12 +49,14 @@ public:
     // True if the call concerned this recorder's buffer and is thereby done.
     bool record(const ggml_tensor *tensor, const void *data, uint64_t offset, uint64_t bytes,
                 Direction direction, const GgmlApi &ggml) noexcept;
+    BlockCache &blocks() { return blocks_; }
     void note_abort(std::string text) { abort_text_ = std::move(text); }
 
 private:
     const Direction direction_;
     const uint64_t buffer_, buffer_bytes_;
     Locate locate_;
+    BlockCache &blocks_;
     std::vector<LayoutBuilder> builders_; // by device
     LayoutBuilder *builder_ = nullptr;    // of the tensor below
     const ggml_tensor *tensor_ = nullptr;

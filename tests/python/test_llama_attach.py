@@ -1,0 +1,206 @@
+"""Several contexts and engines in one process, other callers of libllama, and its slots afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import kvferry
+import pytest
+from like_contexts import MakeContext
+from llama_reference import LIBRARY_FOLDER, Context, Model
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def make_prompted(make_context: MakeContext, kind: str) -> Context:
+    context = make_context(kind)
+    context.decode_in_turn([0, 1], 40)
+    return context
+
+
+# ---- The slots -----------------------------------------------------------------------------------
+
+
+def libllama_segments() -> list[tuple[int, int, str]]:
+    """Begin, end and protection of what the loader keeps for libllama."""
+    library = str((LIBRARY_FOLDER / "libllama.so").resolve())
+    segments = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, protection, _, _, _, *path = line.split(maxsplit=5)
+        if path == [library]:
+            begin, end = (int(address, 16) for address in addresses.split("-"))
+            segments.append((begin, end, protection))
+    return segments
+
+
+def words_of_libllama() -> dict[int, bytes]:
+    """Its memory that is not code, word by word: its relocation slots are in there."""
+    words = {}
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        for begin, end, protection in libllama_segments():
+            if "x" not in protection:
+                memory.seek(begin)
+                content = memory.read(end - begin)
+                words |= {begin + at: content[at : at + 8] for at in range(0, len(content), 8)}
+    return words
+
+
+def merged(segments: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """Neighbours of one protection as one: how the kernel divides them says nothing."""
+    result: list[tuple[int, int, str]] = []
+    for begin, end, protection in segments:
+        if result and result[-1][1:] == (begin, protection):
+            begin = result.pop()[0]
+        result.append((begin, end, protection))
+    return result
+
+
+async def test_the_last_detach_leaves_libllama_as_it_was(make_context: MakeContext) -> None:
+    context, other = make_prompted(make_context, "llama"), make_prompted(make_context, "llama")
+    async with kvferry.Engine("host") as engine:
+        async with engine.attach(context.address) as llama:
+            await llama.load(await llama.save(0), 2)  # binds what is bound at the first call
+        segments, words = merged(libllama_segments()), words_of_libllama()
+
+        llama = engine.attach(context.address)
+        attached = words_of_libllama()
+        changed = {at for at, word in words.items() if attached[at] != word}
+        assert len(changed) >= 4  # tensor_get, tensor_set, buffer_free, abort
+
+        second = engine.attach(other.address)
+        await llama.detach()
+        assert words_of_libllama() == attached
+        assert (await second.save(0)).to_bytes() == other.state_get(0)
+        await second.detach()
+        assert words_of_libllama() == words
+        assert merged(libllama_segments()) == segments
+
+
+async def test_llama_cpps_own_calls_pass_through_while_attached_and_unseen_afterwards(
+    make_context: MakeContext,
+) -> None:
+    context, like = make_prompted(make_context, "llama"), make_prompted(make_context, "llama")
+    state = context.state_get(0)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        before = llama.describe()
+        assert context.state_get(0) == state
+        assert context.state_set(2, state) == len(state)
+        like.state_set(2, state)
+        assert context.state_get(2) == like.state_get(2)
+        after = llama.describe()
+        assert after["passed_calls"] > before["passed_calls"]
+        assert after["recorded_calls"] == before["recorded_calls"]
+
+        await llama.save(0)
+        recorded = llama.describe()
+        assert recorded["recorded_calls"] > after["recorded_calls"]
+        assert recorded["passed_calls"] == after["passed_calls"]
+
+        await llama.detach()
+        context.state_get(0)
+        again = engine.attach(context.address)
+        assert again.describe()["passed_calls"] == recorded["passed_calls"]
+
+
+async def test_threads_that_do_not_record_are_untouched(make_context: MakeContext) -> None:
+    """Another thread saves and loads in a context of its own, by llama.cpp's calls, all the while."""
+    context, other = make_prompted(make_context, "llama"), make_prompted(make_context, "gemma3")
+    expected = context.state_get(0)
+    states = [other.state_get(0)]
+    assert other.state_set(0, states[0]) == len(states[0])  # from now on in the same cells again
+    states[0] = other.state_get(0)
+    stop = threading.Event()
+    rounds = 0
+
+    def save_and_load() -> None:
+        nonlocal rounds
+        while not stop.is_set():
+            assert other.state_set(0, states[0]) == len(states[0])
+            states.append(other.state_get(0))
+            rounds += 1
+
+    thread = threading.Thread(target=save_and_load)
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        thread.start()
+        try:
+            for _ in range(100):
+                snapshot = await llama.save(0)
+                assert snapshot.to_bytes() == expected
+                await llama.load(snapshot, 2)
+        finally:
+            stop.set()
+            thread.join()
+    assert rounds > 10
+    assert set(states) == {states[0]}
+
+
+# ---- Several -------------------------------------------------------------------------------------
+
+
+async def test_several_engines_serve_several_contexts_at_once(make_context: MakeContext) -> None:
+    kinds = ["llama", "gemma3", "mamba", "hybrid", "llama", "deepseek2"]
+    contexts = [make_prompted(make_context, kind) for kind in kinds]
+    likes = [make_prompted(make_context, kind) for kind in kinds]
+    expected = [like.state_get(0) for like in likes]
+    for like, state in zip(likes, expected, strict=True):
+        like.state_set(2, state)
+
+    async def save_and_load(llama: kvferry.Llama, state: bytes) -> None:
+        for _ in range(20):
+            snapshot = await llama.save(0)
+            assert snapshot.to_bytes() == state
+            await llama.load(snapshot, 2)
+
+    async with kvferry.Engine("host") as one, kvferry.Engine("host") as two:
+        async with anyio.create_task_group() as tasks:
+            for index, context in enumerate(contexts):
+                llama = (one, two)[index % 2].attach(context.address)
+                tasks.start_soon(save_and_load, llama, expected[index])
+    for context, like in zip(contexts, likes, strict=True):
+        assert context.decode(2, [7]).tobytes() == like.decode(2, [7]).tobytes()
+
+
+async def test_freeing_one_context_does_not_concern_the_others(
+    make_context: MakeContext, model: Callable[..., Model]
+) -> None:
+    context = make_prompted(make_context, "llama")
+    state = context.state_get(0)
+    async with kvferry.Engine("host") as one, kvferry.Engine("host") as two:
+        llamas = [engine.attach(context.address) for engine in (one, two)]
+        for _ in range(5):
+            with model("llama").context() as brief:
+                brief.decode(0, brief.model.prompt(20))
+                freed = one.attach(brief.address)
+                await freed.save(0)
+                transfers = [await llama.start_save(0) for llama in llamas]
+            with pytest.raises(kvferry.ContextFreed):
+                await freed.save(0)
+            for transfer in transfers:
+                assert (await transfer.wait()).to_bytes() == state
+
+
+async def test_a_model_is_told_from_another_by_its_fingerprint(
+    make_context: MakeContext, model: Callable[..., Model]
+) -> None:
+    """It covers all that libllama tells of a model, and not the weights: see the header."""
+    async with kvferry.Engine("host") as engine:
+
+        def fingerprint(source: str | Model, **options: object) -> str:
+            return engine.attach(make_context(source, **options).address).fingerprint
+
+        plain = fingerprint("llama")
+        assert fingerprint("llama", n_ctx=1024, n_seq_max=2) == plain
+        assert fingerprint(model("llama", geometry="other")) != plain
+        assert fingerprint(model("llama", layers=5)) != plain
+        assert fingerprint("qwen2vl") != plain
+        assert fingerprint(model("llama", seed=1)) == plain
