@@ -174,6 +174,11 @@ $(GO_LIBRARY): $(TOOLS) $(shell find CMakeLists.txt include cabi -type f)
 	cmake --install build/go --prefix build/go/prefix
 	sed -e 's|^prefix=.*|prefix=$(CURDIR)/build/go/prefix|' -e 's|^Libs:|Libs: -Wl,-rpath,$${libdir}|' \
 	    build/go/prefix/lib/pkgconfig/kvferry.pc > $@
+	@# Go caches what it has compiled and looks neither at pkg-config's answer nor at headers outside of the package: a
+	@# header inside, that nobody includes, tells it when they have changed.
+	for package in kvferry kvferry/internal/baseline; do \
+	    (echo "// $(CURDIR)"; sha256sum build/go/prefix/include/kvferry.h | sed 's|^|// |') > examples/go/$$package/tree.h; \
+	done
 
 $(GO_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
 	mkdir -p $(@D)

@@ -170,6 +170,18 @@ func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (Com
 	return completion, err
 }
 
+// Remove empties the sequence, as llama_memory_seq_rm does, but not under a transfer. Errors: ErrBusy (a transfer of
+// this sequence is in flight), ErrSequenceRange, ErrContextFreed, ErrClosed.
+func (s Sequence) Remove() error {
+	if !s.llama.inFlight.enter() {
+		return &Error{Status: ErrClosed}
+	}
+	defer s.llama.inFlight.leave()
+	s.llama.lock.Lock()
+	defer s.llama.lock.Unlock()
+	return check(C.kvf_llama_remove(s.llama.handle, C.int32_t(s.id)))
+}
+
 func (s Sequence) transfer(ctx context.Context, operation C.uint32_t, m Memory, set settings) (Completion, error) {
 	memory, buffer, err := claim(m)
 	if err != nil {

@@ -82,12 +82,18 @@ class Samples:
 
     ours: list[float]
     """From the submitting call to the completion."""
+    moving: list[float]
+    """From the first piece to the completion: without recording the layout."""
     raw: list[float]
     completion: Completion
 
     @property
     def our_ms(self) -> float:
         return statistics.median(self.ours) * 1e3
+
+    @property
+    def moving_ms(self) -> float:
+        return statistics.median(self.moving) * 1e3
 
     @property
     def raw_ms(self) -> float:
@@ -106,6 +112,7 @@ class Beside:
     busy_seconds: float
     """Wall time with a transfer after the other, and the steps in it."""
     transfer_seconds: list[float]
+    """From the end of the submitting call, in which the layout was recorded, to the completion."""
 
 
 @dataclass
@@ -144,16 +151,17 @@ class Prepared:
         """Urgent ones, in turn with raw copies."""
 
         async def measure() -> Samples:
-            ours, raw, completion = [], [], None
+            ours, moving, raw, completion = [], [], [], None
             for index in range(self.repeats + 1):
                 completion = await self.transfer(direction, memory, "urgent")
                 copy = self.raw.save_seconds if direction == "save" else self.raw.load_seconds
                 raw_seconds = await anyio.to_thread.run_sync(copy)
                 if index:  # the first warms up
                     ours.append(seconds(completion))
+                    moving.append((completion.finished_ns - completion.started_ns) / 1e9)
                     raw.append(raw_seconds)
             assert completion is not None
-            return Samples(ours, raw, completion)
+            return Samples(ours, moving, raw, completion)
 
         return await self.once(f"{direction} {memory}", measure)
 
@@ -232,7 +240,7 @@ class Prepared:
             during = list({step.begin_ns: step for step in found}.values())
             if direction == "save":
                 self._keep_timeline(begin_ns, end_ns, spans, moved)
-            seconds_each = [(span.finished_ns - span.submitted_ns) / 1e9 for span in spans]
+            seconds_each = [(span.finished_ns - span.recorded_ns) / 1e9 for span in spans]
             return Beside(idle, during, idle_seconds, busy_steps, busy_seconds, seconds_each)
 
         return await self.once(f"beside {direction}", measure)

@@ -152,6 +152,16 @@ func TestGoMemoryHoldsAStateToo(t *testing.T) {
 	}
 }
 
+func TestRemovedSequenceIsEmpty(t *testing.T) {
+	_, f := newModel(t, 1, 20, 0)
+	if err := f.llama.Sequence(0).Remove(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.llama.Sequence(0).Save(context.Background(), kvferry.Bytes(make([]byte, 1<<20))); !errors.Is(err, kvferry.ErrSequenceEmpty) {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	_, f := newModel(t, 2, 50, 0)
 	ctx := context.Background()
