@@ -177,7 +177,7 @@ $(GO_LIBRARY): $(TOOLS) $(shell find CMakeLists.txt include cabi -type f)
 	@# Go caches what it has compiled and looks neither at pkg-config's answer nor at headers outside of the package: a
 	@# header inside, that nobody includes, tells it when they have changed.
 	for package in kvferry kvferry/internal/baseline; do \
-	    (echo "// $(CURDIR)"; sha256sum build/go/prefix/include/kvferry.h | sed 's|^|// |') > examples/go/$$package/tree.h; \
+	    (echo "// $(CURDIR)"; sha256sum build/go/prefix/include/kvferry.h | sed 's|^|// |') > examples/go/$$package/tree.hxx; \
 	done
 
 $(GO_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
@@ -218,10 +218,10 @@ lint-c: $(TOOLS)
 	$(if $(C_SOURCES),clang-format --dry-run -Werror $(C_SOURCES))
 
 .PHONY: lint-go
-lint-go:
 ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)
+lint-go: $(GO_LIBRARY)
 	unformatted=$$(gofmt -l $(GO_SOURCES)); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
-	cd examples/go && go vet ./...
+	cd examples/go && go vet ./... && cd kvferry && go vet ./...
 endif
 
 .PHONY: format

@@ -1,5 +1,7 @@
 #include "crew.h"
 
+#include <system_error>
+
 namespace kvf {
 
 Crew::~Crew() {
@@ -12,12 +14,20 @@ Crew::~Crew() {
 }
 
 void Crew::add(std::function<void()> task) {
-    std::lock_guard lock(mutex_);
-    if (crew_.empty()) {
-        for (uint32_t i = 0; i < threads_; ++i) crew_.emplace_back([this] { run(); });
+    {
+        std::lock_guard lock(mutex_);
+        try {
+            while (crew_.size() < threads_) crew_.emplace_back([this] { run(); });
+        } catch (const std::system_error &) {
+            // The system refuses threads: those that there are do it, or else the caller.
+        }
+        if (!crew_.empty()) {
+            tasks_.push_back(std::move(task));
+            work_.notify_one();
+            return;
+        }
     }
-    tasks_.push_back(std::move(task));
-    work_.notify_one();
+    task();
 }
 
 void Crew::run() {

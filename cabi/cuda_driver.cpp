@@ -43,12 +43,13 @@ std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
         return nullptr;
     }
     initialised = true;
-    const CUresult result = driver->cuInit(0);
-    if (result != CUDA_SUCCESS) {
-        why = describe(driver->error(result, "cuInit"));
+    try {
+        driver->check(driver->cuInit(0), "cuInit");
+        driver->check(driver->cuDriverGetVersion(&driver->version), "cuDriverGetVersion");
+    } catch (const Error &error) {
+        why = describe(error);
         return nullptr;
     }
-    driver->cuDriverGetVersion(&driver->version);
     if (driver->version < kOldestVersion) {
         why = format("the CUDA driver is too old: it supports CUDA %d.%d, and 11.0 is needed",
                      driver->version / 1000, driver->version % 1000 / 10);
@@ -113,12 +114,17 @@ void CudaDriver::check(CUresult result, const char *call) const {
 
 CudaContext::CudaContext(std::shared_ptr<const CudaDriver> driver, int ordinal)
     : driver_(std::move(driver)), ordinal_(ordinal) {
+    const CudaRelaxed relaxed(*driver_);
     driver_->check(driver_->cuDeviceGet(&device_, ordinal), "cuDeviceGet");
     driver_->check(driver_->cuDevicePrimaryCtxRetain(&context_, device_),
                    "cuDevicePrimaryCtxRetain");
 }
 
-CudaContext::~CudaContext() { driver_->cuDevicePrimaryCtxRelease(device_); }
+CudaContext::~CudaContext() {
+    if (given_up()) return;
+    const CudaRelaxed relaxed(*driver_);
+    driver_->cuDevicePrimaryCtxRelease(device_);
+}
 
 int CudaContext::attribute(CUdevice_attribute attribute) const {
     int value = 0;
@@ -150,13 +156,21 @@ void CudaContext::adopt_thread() const {
     driver_->cuThreadExchangeStreamCaptureMode(&mode);
 }
 
-CudaCurrent::CudaCurrent(const CudaContext &context) : driver_(context.driver()) {
+CudaRelaxed::CudaRelaxed(const CudaDriver &driver)
+    : driver_(driver),
+      exchanged_(driver.cuThreadExchangeStreamCaptureMode(&mode_) == CUDA_SUCCESS) {}
+
+CudaRelaxed::~CudaRelaxed() {
+    if (exchanged_) driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+}
+
+CudaCurrent::CudaCurrent(const CudaContext &context)
+    : driver_(context.driver()), relaxed_(driver_) {
+    if (context.given_up()) throw Error(KVF_ERR_DEVICE_LOST, "a copy did not end");
     driver_.check(driver_.cuCtxPushCurrent(context.handle()), "cuCtxPushCurrent");
-    driver_.cuThreadExchangeStreamCaptureMode(&mode_);
 }
 
 CudaCurrent::~CudaCurrent() {
-    driver_.cuThreadExchangeStreamCaptureMode(&mode_);
     CUcontext popped;
     driver_.cuCtxPopCurrent(&popped);
 }

@@ -1,6 +1,7 @@
 // The CUDA driver, opened at run time: libkvferry serves machines with and without a GPU.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -50,16 +51,37 @@ public:
     // another thread captures a CUDA graph.
     void adopt_thread() const;
 
+    // Something in it never ends, and what frees, unpins or releases would wait for that: from now on
+    // nobody makes it current any more, and what it holds stays behind.
+    void give_up() const { given_up_.store(true, std::memory_order_relaxed); }
+    bool given_up() const { return given_up_.load(std::memory_order_relaxed); }
+
 private:
     const std::shared_ptr<const CudaDriver> driver_;
     const int ordinal_;
     CUdevice device_ = 0;
     CUcontext context_ = nullptr;
+    mutable std::atomic<bool> given_up_{false};
+};
+
+// Lets the calling thread work while another thread captures a CUDA graph, until the end of this object.
+class CudaRelaxed {
+public:
+    explicit CudaRelaxed(const CudaDriver &driver);
+    ~CudaRelaxed();
+    CudaRelaxed(const CudaRelaxed &) = delete;
+    CudaRelaxed &operator=(const CudaRelaxed &) = delete;
+
+private:
+    const CudaDriver &driver_;
+    CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED; // afterwards the thread's own
+    const bool exchanged_;
 };
 
 // Makes a context current on a thread that is not ours, and puts everything back at the end.
 class CudaCurrent {
 public:
+    // Throws KVF_ERR_DEVICE_LOST for a context that was given up.
     explicit CudaCurrent(const CudaContext &context);
     ~CudaCurrent();
     CudaCurrent(const CudaCurrent &) = delete;
@@ -67,7 +89,7 @@ public:
 
 private:
     const CudaDriver &driver_;
-    CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
+    const CudaRelaxed relaxed_;
 };
 
 // Pins host memory for all devices at once.

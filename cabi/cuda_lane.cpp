@@ -203,12 +203,12 @@ bool CudaLane::retire() {
             const CUresult result =
                 broken() ? CUDA_SUCCESS
                          : driver_.cuEventQuery(copying ? slot.copied : slot.finished);
-            if (result == CUDA_ERROR_NOT_READY) {
-                if (now_ns() - slot.queued_ns > stuck_ns()) {
-                    break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
-                }
+            if (result != CUDA_SUCCESS && now_ns() - slot.queued_ns > stuck_ns()) {
+                context_.give_up();
+                break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
                 break;
             }
+            if (result == CUDA_ERROR_NOT_READY) break;
             if (copying) leave_queue(slot);
             progress = true;
             slot.stage = Stage::Finishing;
@@ -429,6 +429,10 @@ void CudaLane::copy_gathered(Slot &slot) {
             }
         } else if (block.rows == 1 || block.buffer_pitch == block.width) {
             extend(block.offset, piece.bytes);
+        } else if (block.buffer_pitch > limits_.max_pitch) {
+            for (uint64_t i = 0; i < block.rows; ++i) {
+                extend(block.offset + i * block.buffer_pitch, block.width);
+            }
         } else {
             flush();
             copy_rows(slot, at, block.width, job.buffer + block.offset, block.buffer_pitch,
@@ -517,6 +521,7 @@ void CudaLane::attempt(Slot &slot, Function &&function) {
 void CudaLane::fail_piece(Slot &slot, const Error &error) {
     slot.leg->job->fail(error.status, error.detail);
     if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
+    engine_.poke(); // the rest of the job, on other devices too, need not be moved
     if (slot.stage == Stage::Copying) leave_queue(slot);
     // What the stream holds already may still touch the buffer: the piece ends when that has ended.
     if (!broken() && driver_.cuEventRecord(slot.finished, slot.stream) == CUDA_SUCCESS) {

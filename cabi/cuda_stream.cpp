@@ -114,11 +114,15 @@ void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
         CUresult result = driver.cuStreamWaitValue32(handle, address, 1, CU_STREAM_WAIT_VALUE_EQ);
         if (result == CUDA_SUCCESS) {
             free_.pop_back();
-            result = driver.cuEventRecord(wait.passed, handle);
-            waits_.push_back(wait);
             job.raise_at_end(words_[word]);
+            result = driver.cuEventRecord(wait.passed, handle);
+            if (result == CUDA_SUCCESS) {
+                waits_.push_back(wait);
+                return;
+            }
+            // Nobody will know when the stream has passed: the word is not used again.
+            driver.cuEventDestroy(wait.passed);
             driver.check(result, "cuEventRecord");
-            return;
         }
         driver.cuEventDestroy(wait.passed);
         const Error error = driver.error(result, "cuStreamWaitValue32");

@@ -132,7 +132,10 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
             at += block.width * block.rows;
         }
         if (!layout.spans.empty() && kernels_ && !snapshot_rows_) {
-            driver.check(driver.cuMemAlloc(&snapshot_table_, CudaRowTable::kBytes), "cuMemAlloc");
+            if (!snapshot_table_) {
+                driver.check(driver.cuMemAlloc(&snapshot_table_, CudaRowTable::kBytes),
+                             "cuMemAlloc");
+            }
             snapshot_rows_ = std::make_unique<CudaRowTable>(*context_, snapshot_table_);
         }
         Cursor cursor(layout);
@@ -178,7 +181,10 @@ bool cuda_place(const CudaContext &context, uint64_t address, CudaPlace &place) 
     void *values[] = {&type, &ordinal, &begin, &bytes};
     const CudaCurrent current(context);
     // Unlike cuPointerGetAttribute, this one succeeds for any pointer, and gives zeros for a foreign one.
-    if (driver.cuPointerGetAttributes(4, attributes, values, address) != CUDA_SUCCESS) return false;
+    // An error says that the device is lost, and not that the memory were the host's: whoever touched it
+    // there would crash.
+    driver.check(driver.cuPointerGetAttributes(4, attributes, values, address),
+                 "cuPointerGetAttributes");
     if (type != CU_MEMORYTYPE_DEVICE || ordinal < 0) return false;
     if (begin == 0) {
         begin = address;

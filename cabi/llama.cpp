@@ -210,7 +210,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
             Recording recording(recorder);
             read = api_.state_seq_set_data(context_, state, bytes, sequence, 0);
         }
-        if (read != bytes) throw load_failure(recorder.abort_text(), structure);
+        if (read != bytes) throw load_failure(sequence, recorder.abort_text(), structure);
         Recorder::Captured captured = recorder.finish();
         note_tensors(recorder);
         if (structure) {
@@ -338,6 +338,11 @@ std::optional<Structure> Llama::check_state(const unsigned char *state, uint64_t
     if (!structure) throw Error(KVF_ERR_STATE_DAMAGED);
     const std::string why = mismatch(*structure, *structure_);
     if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, why);
+    // The last position of a sequence has a cell in every part of the memory. libllama takes a state
+    // without, and then has a sequence that is empty in one part and takes cells in another.
+    if (structure->cells() > 0 && !structure->has_cells_everywhere()) {
+        throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+    }
     return structure;
 }
 
@@ -424,17 +429,17 @@ void Llama::empty_sequence(int32_t sequence) {
 
 // libllama returned an error for a state that looks whole. It says why in its log only; this finds out
 // as much as the program's next step depends on.
-Error Llama::load_failure(const std::string &abort_text, const std::optional<Structure> &state) {
+Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
+                          const std::optional<Structure> &state) {
+    empty_sequence(sequence); // it may hold a part of the state
     if (!abort_text.empty()) return Error(KVF_ERR_STATE_DAMAGED, "libllama: " + abort_text);
     if (!state) return Error(KVF_ERR_STATE_DAMAGED, "libllama refused it");
     bool others = false;
-    for (uint32_t sequence = 0; sequence < sequences_; ++sequence) {
-        if (api_.memory_seq_pos_max(api_.get_memory(context_), static_cast<int32_t>(sequence)) <
-            0) {
-            continue;
-        }
+    for (uint32_t i = 0; i < sequences_; ++i) {
+        const auto other = static_cast<int32_t>(i);
+        if (api_.memory_seq_pos_max(api_.get_memory(context_), other) < 0) continue;
         others = true;
-        if (!knows_cells()) learn_structure(static_cast<int32_t>(sequence));
+        if (!knows_cells()) learn_structure(other);
     }
     if (structure_) {
         const std::string why = mismatch(*state, *structure_);
@@ -503,7 +508,7 @@ void Llama::load_blocking(int32_t sequence, Submission &&submission,
                     api_.state_seq_set_data(context_, started->buffer, started->bytes, sequence, 0);
                 if (n != started->bytes) {
                     // The context rests, so what belongs to its thread may be looked at here.
-                    const Error failure = load_failure("", structure);
+                    const Error failure = load_failure(sequence, "", structure);
                     started->fail(failure.status, failure.detail);
                 }
             }

@@ -43,7 +43,8 @@ private:
     void learn_structure(int32_t sequence);
     void learn(const Structure &structure);
     bool knows_cells() const;
-    Error load_failure(const std::string &abort_text, const std::optional<Structure> &state);
+    Error load_failure(int32_t sequence, const std::string &abort_text,
+                       const std::optional<Structure> &state);
     void save_blocking(int32_t sequence, Submission &&submission, const kvf_submit_options &options,
                        kvf_job *job);
     void load_blocking(int32_t sequence, Submission &&submission,

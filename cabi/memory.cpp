@@ -6,7 +6,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #include "fork.h"
 
@@ -14,6 +18,7 @@ namespace kvf {
 namespace {
 
 constexpr uint64_t kHugePage = 2 << 20;
+constexpr uint64_t kIdleNs = 30'000'000'000; // a free buffer that nobody wanted for so long goes
 
 uint64_t page_size() {
     static const uint64_t size = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
@@ -76,6 +81,45 @@ Registry &registry() {
     return *registry;
 }
 
+// As the system estimates it; 0 where it does not tell.
+uint64_t available_memory() {
+    std::ifstream file("/proc/meminfo");
+    std::string name;
+    for (uint64_t kib; file >> name >> kib; file.ignore(16, '\n')) {
+        if (name == "MemAvailable:") return kib << 10;
+    }
+    return 0;
+}
+
+// Takes the pages of new memory now, by several threads where it is much: the first transfer would pay for
+// them otherwise, and the driver pins memory that is there ten times as fast (32 ms against 374 ms for 1
+// GiB beside an H200).
+void populate(char *begin, uint64_t bytes) {
+    const uint64_t threads = std::clamp<uint64_t>(bytes / (32 << 20), 1, 4);
+    const uint64_t share = round_up(bytes / threads, kHugePage);
+    const auto touch = [](char *from, char *to) {
+#if defined(MADV_POPULATE_WRITE)
+        if (madvise(from, static_cast<size_t>(to - from), MADV_POPULATE_WRITE) == 0) return;
+        if (errno != EINVAL) return; // no memory, say: whoever uses the pages will see
+#endif
+        const uint64_t page = page_size(); // a kernel older than 5.14
+        for (char *at = from; at < to; at += page) *static_cast<volatile char *>(at) = 0;
+    };
+    if (bytes > available_memory()) return; // its owner may not mean to use it all
+    std::vector<std::thread> helpers;
+    char *at = begin;
+    char *const end = begin + bytes;
+    try {
+        for (; static_cast<uint64_t>(end - at) > share; at += share) {
+            helpers.emplace_back(touch, at, at + share);
+        }
+    } catch (const std::system_error &) {
+        // No thread to be had: this one does the rest.
+    }
+    touch(at, end);
+    for (auto &helper : helpers) helper.join();
+}
+
 } // namespace
 
 std::shared_ptr<MemoryUse> use_memory(const void *buffer, uint64_t bytes) {
@@ -101,8 +145,9 @@ void register_memory(void *buffer, uint64_t bytes, std::shared_ptr<Pinner> pinne
             throw Error(KVF_ERR_BUSY, "overlaps a registered range or a buffer");
         }
         registry().ranges.emplace(known->begin, known);
+        if (!pinner) return;
+        known->users = 1; // it cannot be unregistered while it is being pinned
     }
-    if (!pinner) return;
     try {
         pinner->pin(buffer, bytes);
     } catch (...) {
@@ -113,6 +158,7 @@ void register_memory(void *buffer, uint64_t bytes, std::shared_ptr<Pinner> pinne
     std::lock_guard lock(registry().mutex);
     known->pinned = true;
     known->pinner = std::move(pinner);
+    known->users.fetch_sub(1, std::memory_order_release);
 }
 
 void unregister_memory(void *buffer) {
@@ -140,6 +186,7 @@ void *Pool::alloc(uint64_t bytes) {
 
     auto known = std::make_shared<KnownMemory>();
     void *memory = nullptr;
+    const uint64_t now = now_ns();
     {
         std::lock_guard lock(mutex_);
         auto it = free_.lower_bound(size);
@@ -150,6 +197,7 @@ void *Pool::alloc(uint64_t bytes) {
             free_.erase(it);
         }
     }
+    if (now > kIdleNs) trim(now - kIdleNs);
     if (!memory) {
         memory = map(size);
         known->bytes = size;
@@ -212,6 +260,7 @@ void *Pool::map(uint64_t bytes) {
     // A forked child has no use for pinned pages, and copying them on write would take them away from
     // the parent's devices.
     if (pinner_) madvise(begin, bytes, MADV_DONTFORK);
+    populate(begin, bytes);
     if (pinner_) {
         try {
             pinner_->pin(begin, bytes);

@@ -40,6 +40,11 @@ void Queue::reserve() {
     reserved_.splice(reserved_.end(), spare_, spare_.begin());
 }
 
+void Queue::give_up_reserved() {
+    std::lock_guard lock(mutex_);
+    spare_.splice(spare_.end(), reserved_, reserved_.begin());
+}
+
 void Queue::push(const kvf_completion &completion) noexcept {
     std::lock_guard lock(mutex_);
     const bool was_empty = completions_.empty() && !woken_;

@@ -23,6 +23,7 @@ public:
     // A job that will complete into this queue reserves its place first: push() then cannot fail, and
     // a queue with places reserved cannot be destroyed.
     void reserve();
+    void give_up_reserved();
     void push(const kvf_completion &completion) noexcept;
 
     uint32_t take(void *completions, uint64_t stride, uint32_t capacity, int64_t timeout_ns);

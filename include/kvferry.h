@@ -146,11 +146,11 @@ enum {
 };
 
 typedef struct kvf_engine_options {
-    uint32_t size;          /* sizeof(kvf_engine_options) */
-    uint32_t devices;       /* KVF_DEVICES_* */
-    uint32_t flags;         /* KVF_ENGINE_* */
-    uint32_t copy_threads;  /* threads that copy host memory; 0: as many as cores, at most 4 */
-    uint64_t pinned_limit;  /* most bytes of the buffer pool, free ones included; 0: no limit */
+    uint32_t size;         /* sizeof(kvf_engine_options) */
+    uint32_t devices;      /* KVF_DEVICES_* */
+    uint32_t flags;        /* KVF_ENGINE_* */
+    uint32_t copy_threads; /* threads that copy host memory; 0: by the number of cores, 6 at most */
+    uint64_t pinned_limit; /* most bytes of the buffer pool, free ones included; 0: no limit */
     uint64_t staging_bytes; /* most device memory used per device and direction; 0: 32 MiB */
     char *error;            /* where to write one line of text when this call fails, or NULL */
     uint64_t error_size;    /* its capacity, terminating 0 included */
@@ -201,7 +201,8 @@ KVF_API int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t by
 /* Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT if it is not registered. */
 KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
 
-/* Returns the pool's free buffers to the system. */
+/* Returns the pool's free buffers to the system, all of them and now. (Those that have lain idle for
+ * half a minute go when the pool is used next.) */
 KVF_API int32_t kvf_buffer_trim(kvf_engine engine);
 
 /* ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ static void allow_threads(rlim_t count) {
     CHECK(setrlimit(RLIMIT_NPROC, &limit) == 0);
 }
 
-static char from[100], to[100];
+static char from[100000], to[100000]; /* enough for threads to be wanted */
 
 static int32_t outcome(kvf_engine engine, const kvf_submit_options *options) {
     const kvf_region region = plain_region(from, sizeof from, 0);

@@ -26,12 +26,11 @@ int32_t kvgo_submit(kvgo_submission *s, const kvf_region *regions) {
 }
 
 void kvgo_release(const uint64_t *jobs, uint32_t count) {
-    for (uint32_t i = 0; i < count; ++i)
-        kvf_job_release(jobs[i]);
+    for (uint32_t i = 0; i < count; ++i) kvf_job_release(jobs[i]);
 }
 
-int32_t kvgo_attach(uint64_t engine, uintptr_t context, uint32_t flags, const char *library, char *error,
-                    uint64_t error_size, uint64_t *llama) {
+int32_t kvgo_attach(uint64_t engine, uintptr_t context, uint32_t flags, const char *library,
+                    char *error, uint64_t error_size, uint64_t *llama) {
     kvf_llama_options options = KVF_LLAMA_OPTIONS_INIT;
     options.flags = flags;
     options.library = library;

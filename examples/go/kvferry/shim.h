@@ -26,5 +26,5 @@ typedef struct kvgo_submission {
 
 int32_t kvgo_submit(kvgo_submission *s, const kvf_region *regions);
 void kvgo_release(const uint64_t *jobs, uint32_t count);
-int32_t kvgo_attach(uint64_t engine, uintptr_t context, uint32_t flags, const char *library, char *error,
-                    uint64_t error_size, uint64_t *llama);
+int32_t kvgo_attach(uint64_t engine, uintptr_t context, uint32_t flags, const char *library,
+                    char *error, uint64_t error_size, uint64_t *llama);

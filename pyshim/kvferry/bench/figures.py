@@ -50,7 +50,7 @@ def of_raw(direction: Direction, goal: Goal) -> Measurement:
     return Measurement(f"urgent {direction}", "of raw speed", goal, measure)
 
 
-def beyond_raw(direction: Direction, goal: Goal) -> Measurement:
+def beyond_raw(direction: Direction, goal: Goal | None) -> Measurement:
     async def measure(prepared: Prepared) -> Reading:
         samples = await prepared.transfers(direction)
         return Reading(

@@ -179,7 +179,8 @@ def _common(
         figures.same_bytes(),
         figures.of_raw("save", at_least(save)),
         figures.of_raw("load", at_least(load)),
-        *([figures.beyond_raw("save", goal), figures.beyond_raw("load", goal)] if goal else []),
+        figures.beyond_raw("save", goal),
+        figures.beyond_raw("load", goal),
         figures.against_native("save", at_least(native)),
         figures.against_native("load", at_least(native)),
     ]

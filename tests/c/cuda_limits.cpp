@@ -1,0 +1,54 @@
+// Device memory stays within staging_bytes for a direction, pinned memory of the library's own within 34 MiB for
+// a direction, and background jobs within two copies in the device's queue.
+#include "cuda.hpp"
+
+namespace {
+
+constexpr uint64_t kRoom = 24 * MiB;
+constexpr uint64_t kTooLittle = 700 * KiB; // to be of use
+
+void move_both_ways(kvf_engine engine, const Plan &plan, Kind kind, uint32_t priority) {
+    const DeviceMemory device(kRoom), other(kRoom);
+    const Buffer buffer(engine, kind, plan.buffer_bytes), other_buffer(engine, kind, buffer.bytes());
+    const kvf_job save = start(engine, Way::Save, plan.at(device.address()), buffer, priority);
+    const kvf_job load = start(engine, Way::Load, plan.at(other.address()), other_buffer, priority);
+    succeed(save);
+    succeed(load);
+}
+
+} // namespace
+
+int main() {
+    need_simulation();
+    Driver &d = driver();
+    Random random(9);
+    const Context context;
+    const Holdings holdings;
+    for (const uint64_t staging : {uint64_t{0}, 5 * MiB, 2 * MiB, kTooLittle}) {
+        d.reset();
+        const uint64_t before = d.count("device_bytes"), pinned = d.count("pinned_bytes");
+        Engine engine(staging);
+        for (const uint32_t priority : {KVF_PRIORITY_BACKGROUND, KVF_PRIORITY_URGENT}) {
+            for (const Style style : {Style::CellsAtRandom, Style::Narrow, Style::Mixed}) {
+                const Plan plan = make_plan(random, style, kRoom, 100'000);
+                move_both_ways(engine, plan, Kind::Pageable, priority);
+            }
+        }
+        CHECK(d.count("peak_device_bytes") - before <=
+              2 * kRoom + 2 * (staging ? staging : 32 * MiB));
+        CHECK(d.count("peak_pinned_bytes") - pinned <= 2 * 34 * MiB);
+        CHECK((d.count("kernels") > 0) == (staging != kTooLittle));
+    }
+
+    d.reset();
+    d.set("latency_us", 300);
+    Engine engine;
+    const Plan run = {{{0, kRoom, 1, 0, 0, 0}}, kRoom};
+    for (const Kind kind : {Kind::Pool, Kind::Pageable}) {
+        move_both_ways(engine, run, kind, KVF_PRIORITY_BACKGROUND);
+    }
+    CHECK(d.peak_queued(0, KVFSIM_SAVE) == 2 && d.peak_queued(0, KVFSIM_LOAD) == 2);
+    engine.destroy();
+    holdings.check_same();
+    return 0;
+}

@@ -1,0 +1,127 @@
+"""A state taken apart into its fields, so that tests can damage each of them.
+
+An account of the format of its own, made from llama.cpp's `state_write` functions and what the kinds
+of synthetic models are, and not from kvferry's: one must not repeat the other's mistakes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Some bytes of a state."""
+
+    name: str
+    """Such as "attention.cell.position"; "….data" for bytes of tensors."""
+    begin: int
+    size: int
+    signed: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.size
+
+    @property
+    def is_data(self) -> bool:
+        return self.name.endswith(".data")
+
+    def read(self, state: bytes) -> int:
+        return int.from_bytes(state[self.begin : self.end], "little", signed=self.signed)
+
+    def replaced(self, state: bytes, value: int) -> bytes:
+        """The state with another value here, taken modulo what the field can hold."""
+        new = (value % (1 << (8 * self.size))).to_bytes(self.size, "little")
+        return state[: self.begin] + new + state[self.end :]
+
+
+SECTIONS: dict[str, list[str]] = {
+    "llama": ["attention"],
+    "qwen2vl": ["attention with coordinates"],
+    "gemma3": ["attention", "attention"],
+    "mamba": ["recurrent"],
+    "hybrid": ["attention", "recurrent"],
+    "hybrid-iswa": ["attention", "attention", "recurrent"],
+    "deepseek2": ["attention of keys"],
+    "deepseek32": ["attention of keys", "attention of keys"],
+}
+"""What the state of each kind consists of, after its header."""
+
+
+def state_fields(kind: str, state: bytes) -> list[Field]:
+    """All of it, in order and without gaps."""
+    walk = _Walk(state)
+    walk.take("header.magic", "I")
+    walk.take("header.sequence", "i")
+    for section in SECTIONS[kind]:
+        if section == "recurrent":
+            walk.recurrent()
+        else:
+            walk.attention(
+                has_values=section != "attention of keys",
+                has_coordinates=section == "attention with coordinates",
+            )
+    assert walk.at == len(state), (kind, walk.at, len(state))
+    return walk.fields
+
+
+class _Walk:
+    def __init__(self, state: bytes) -> None:
+        self.state = state
+        self.at = 0
+        self.fields: list[Field] = []
+
+    def take(self, name: str, code: str) -> int:
+        (value,) = struct.unpack_from("<" + code, self.state, self.at)
+        size = struct.calcsize("<" + code)
+        self.fields.append(Field(name, self.at, size, signed=code.islower()))
+        self.at += size
+        return int(value)
+
+    def data(self, name: str, size: int) -> None:
+        if size:
+            self.fields.append(Field(name + ".data", self.at, size))
+            self.at += size
+
+    def rows(self, name: str, cells: int) -> None:
+        self.take(name + ".type", "i")
+        self.data(name, self.take(name + ".row", "Q") * cells)
+
+    def attention(self, *, has_values: bool, has_coordinates: bool) -> None:
+        for _ in range(self.take("attention.streams", "I")):
+            cells = self.take("attention.cells", "I")
+            if cells:
+                self.stream(cells, has_values, has_coordinates)
+
+    def stream(self, cells: int, has_values: bool, has_coordinates: bool) -> None:
+        for _ in range(cells):
+            self.take("attention.cell.position", "i")
+            self.take("attention.cell.sequences", "I")
+            if has_coordinates:
+                self.take("attention.cell.x", "i")
+                self.take("attention.cell.y", "i")
+            self.take("attention.cell.sequence", "i")
+        transposed = self.take("attention.transposed", "I")
+        layers = self.take("attention.layers", "I")
+        for _ in range(layers):
+            self.rows("attention.key", cells)
+        for _ in range(layers if has_values else 0):
+            if not transposed:
+                self.rows("attention.value", cells)
+                continue
+            self.take("attention.value.type", "i")
+            element = self.take("attention.value.element", "I")
+            self.data("attention.value", element * self.take("attention.value.rows", "I") * cells)
+
+    def recurrent(self) -> None:
+        """The last section: how many of its layers have tensors only its length tells."""
+        cells = self.take("recurrent.cells", "I")
+        for _ in range(cells):
+            self.take("recurrent.cell.position", "i")
+            self.take("recurrent.cell.sequences", "I")
+        self.take("recurrent.transposed", "I")
+        self.take("recurrent.layers", "I")
+        while self.at < len(self.state):
+            self.rows("recurrent.tensor", cells)
