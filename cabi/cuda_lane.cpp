@@ -108,8 +108,8 @@ void CudaLane::submit(Leg &leg) {
             work_.notify_one();
             return;
         }
+        leg.job->fail(KVF_ERR_DEVICE_LOST, why_broken_);
     }
-    leg.job->fail(KVF_ERR_DEVICE_LOST, "");
     leg.job->leg_ended(leg);
 }
 
@@ -508,7 +508,7 @@ void CudaLane::end_piece(Slot &slot) {
 // Runs a step of a piece; if it fails, the piece's job does.
 template <class Function>
 void CudaLane::attempt(Slot &slot, Function &&function) {
-    if (broken()) return fail_piece(slot, Error(KVF_ERR_DEVICE_LOST));
+    if (broken()) return fail_piece(slot, Error(KVF_ERR_DEVICE_LOST, why_broken_));
     try {
         function();
     } catch (const Error &error) {
@@ -537,6 +537,7 @@ void CudaLane::break_down(const Error &error) {
     std::vector<Leg *> ended;
     {
         std::lock_guard lock(mutex_);
+        if (!broken()) why_broken_ = error.detail;
         broken_.store(true, std::memory_order_release);
         schedule_.for_each([&](Leg &leg) { leg.job->fail(KVF_ERR_DEVICE_LOST, error.detail); });
         for (Slot &slot : slots_) {

@@ -119,7 +119,8 @@ private:
     Schedule schedule_;
     bool stopping_ = false;
     bool crew_ended_ = false; // since the pump last looked
-    std::thread thread_;      // started with the first leg
+    std::string why_broken_;
+    std::thread thread_; // started with the first leg
     std::atomic<bool> broken_{false};
 
     // The pump's own.

@@ -31,8 +31,9 @@ struct Driver {
 #undef MEMBER
     // The controls of the simulated driver; NULL in a real one.
 #define SIMULATED_CONTROLS(X)                                                                      \
-    X(set) X(reset) X(fail) X(hold) X(release) X(wait_held) X(lose_device) X(begin_capture)        \
-    X(end_capture) X(count) X(calls) X(peak_queued) X(write) X(read)
+    X(set)                                                                                         \
+    X(reset) X(fail) X(hold) X(release) X(wait_held) X(lose_device) X(begin_capture)               \
+        X(end_capture) X(count) X(calls) X(peak_queued) X(write) X(read)
 #define MEMBER(name) decltype(&kvfsim_##name) name = nullptr;
     SIMULATED_CONTROLS(MEMBER)
 #undef MEMBER
@@ -143,7 +144,9 @@ private:
 
 class Stream {
 public:
-    Stream() { CHECK_CUDA(driver().cuStreamCreateWithPriority(&stream_, CU_STREAM_NON_BLOCKING, 0)); }
+    Stream() {
+        CHECK_CUDA(driver().cuStreamCreateWithPriority(&stream_, CU_STREAM_NON_BLOCKING, 0));
+    }
     ~Stream() { driver().cuStreamDestroy(stream_); }
     Stream(const Stream &) = delete;
     Stream &operator=(const Stream &) = delete;
@@ -206,8 +209,8 @@ public:
 
 private:
     static constexpr const char *kNames[] = {
-        "live_contexts", "live_streams", "live_events", "live_modules", "live_device_allocations",
-        "live_host_allocations", "live_registrations"};
+        "live_contexts",           "live_streams",          "live_events",       "live_modules",
+        "live_device_allocations", "live_host_allocations", "live_registrations"};
 
     static std::vector<uint64_t> now() {
         std::vector<uint64_t> counts;
@@ -323,11 +326,11 @@ inline kvf_job start(kvf_engine engine, Way way, const Regions &regions, const B
         options.error_size = sizeof error;
     }
     kvf_job job = 0;
-    const int32_t status =
-        way == Way::Save ? kvf_regions_save(engine, regions.data(), regions.size(), buffer.data(),
-                                            buffer.bytes(), &options, &job)
-                         : kvf_regions_load(engine, regions.data(), regions.size(), buffer.data(),
-                                            buffer.bytes(), &options, &job);
+    const int32_t status = way == Way::Save
+                               ? kvf_regions_save(engine, regions.data(), regions.size(),
+                                                  buffer.data(), buffer.bytes(), &options, &job)
+                               : kvf_regions_load(engine, regions.data(), regions.size(),
+                                                  buffer.data(), buffer.bytes(), &options, &job);
     if (status != KVF_OK) fprintf(stderr, "%s\n", options.error);
     CHECK_OK(status);
     return job;
@@ -377,9 +380,8 @@ inline Bytes random_bytes(Random &random, uint64_t bytes) {
 
 // How regions lie in memory. Cells: rows of 2 KiB of one cell each, as a cache of several sequences has.
 enum class Style { Runs, CellsInTurn, CellsAtRandom, Blocks, Narrow, Long, Mixed };
-constexpr Style kStyles[] = {Style::Runs,   Style::CellsInTurn, Style::CellsAtRandom,
-                             Style::Blocks, Style::Narrow,      Style::Long,
-                             Style::Mixed};
+constexpr Style kStyles[] = {Style::Runs,   Style::CellsInTurn, Style::CellsAtRandom, Style::Blocks,
+                             Style::Narrow, Style::Long,        Style::Mixed};
 
 struct Plan {
     Regions regions; // addresses from 0 on, in [0, room)

@@ -68,7 +68,8 @@ void at_any_moment(kvf_engine engine, Random &random) {
         options.priority = i / 4 % 2;
         const kvf_job job = start(engine, way, plan.at(device.address()), buffer, options);
         const int64_t until = clock_ns() + static_cast<int64_t>(between(random, 0, 3'000'000));
-        while (clock_ns() < until) {}
+        while (clock_ns() < until) {
+        }
         CHECK_OK(kvf_job_cancel(job));
         const kvf_completion completion = finish(job);
         CHECK(completion.status == KVF_OK || completion.status == KVF_ERR_CANCELLED);

@@ -46,7 +46,8 @@ int main() {
         for (const uint64_t width : {uint64_t{2000}, uint64_t{100}, 600 * KiB}) {
             const uint64_t address = device.address() + 1;
             move_rows(engine, device, pageable, {address, width, 16, GiB, 3, width}, 1);
-            move_rows(engine, device, pageable, {address, width, 9, kBeyondPitch, 5 * GiB, width}, 2);
+            move_rows(engine, device, pageable, {address, width, 9, kBeyondPitch, 5 * GiB, width},
+                      2);
             const kvf_region apart = {address, width, 9, width + 5, 0, kBeyondPitch};
             move_rows(engine, device, pageable, apart, 3);
             if (driver().simulated()) { // so much memory is not pinned in a moment on a real one

@@ -9,7 +9,8 @@ constexpr uint64_t kTooLittle = 700 * KiB; // to be of use
 
 void move_both_ways(kvf_engine engine, const Plan &plan, Kind kind, uint32_t priority) {
     const DeviceMemory device(kRoom), other(kRoom);
-    const Buffer buffer(engine, kind, plan.buffer_bytes), other_buffer(engine, kind, buffer.bytes());
+    const Buffer buffer(engine, kind, plan.buffer_bytes),
+        other_buffer(engine, kind, buffer.bytes());
     const kvf_job save = start(engine, Way::Save, plan.at(device.address()), buffer, priority);
     const kvf_job load = start(engine, Way::Load, plan.at(other.address()), other_buffer, priority);
     succeed(save);

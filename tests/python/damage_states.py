@@ -12,10 +12,15 @@ from __future__ import annotations
 import json
 import random
 import sys
+from typing import Any
 
-from kvferry._native import ffi, lib
+import kvferry._native as native
 from llama_reference import Context, ContextOptions, Model
 from state_fields import Field, state_fields
+
+# More of it is used here than the package itself does, and than its types say.
+ffi: Any = native.ffi
+lib: Any = native.lib
 
 TARGET = 2
 NUMBERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 20, 21, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**63]

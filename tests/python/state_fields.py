@@ -1,7 +1,7 @@
 """A state taken apart into its fields, so that tests can damage each of them.
 
-An account of the format of its own, made from llama.cpp's `state_write` functions and what the kinds
-of synthetic models are, and not from kvferry's: one must not repeat the other's mistakes.
+An account of the format of its own, made from llama.cpp's `state_write` functions and from what the
+kinds of synthetic models are, not from kvferry's code: one must not repeat the other's mistakes.
 """
 
 from __future__ import annotations

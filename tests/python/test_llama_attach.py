@@ -1,4 +1,4 @@
-"""Several contexts and engines in one process, other callers of libllama, and its slots afterwards."""
+"""Several contexts and engines in one process, other callers of libllama, and what stays behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def libllama_segments() -> list[tuple[int, int, str]]:
 
 def words_of_libllama() -> dict[int, bytes]:
     """Its memory that is not code, word by word: its relocation slots are in there."""
-    words = {}
+    words: dict[int, bytes] = {}
     with open("/proc/self/mem", "rb", buffering=0) as memory:
         for begin, end, protection in libllama_segments():
             if "x" not in protection:
@@ -112,7 +112,7 @@ async def test_llama_cpps_own_calls_pass_through_while_attached_and_unseen_after
 
 
 async def test_threads_that_do_not_record_are_untouched(make_context: MakeContext) -> None:
-    """Another thread saves and loads in a context of its own, by llama.cpp's calls, all the while."""
+    """One saves and loads in a context of its own, by llama.cpp's calls, all the while."""
     context, other = make_prompted(make_context, "llama"), make_prompted(make_context, "gemma3")
     expected = context.state_get(0)
     states = [other.state_get(0)]
@@ -161,11 +161,14 @@ async def test_several_engines_serve_several_contexts_at_once(make_context: Make
             assert snapshot.to_bytes() == state
             await llama.load(snapshot, 2)
 
-    async with kvferry.Engine("host") as one, kvferry.Engine("host") as two:
-        async with anyio.create_task_group() as tasks:
-            for index, context in enumerate(contexts):
-                llama = (one, two)[index % 2].attach(context.address)
-                tasks.start_soon(save_and_load, llama, expected[index])
+    async with (
+        kvferry.Engine("host") as one,
+        kvferry.Engine("host") as two,
+        anyio.create_task_group() as tasks,
+    ):
+        for index, context in enumerate(contexts):
+            llama = (one, two)[index % 2].attach(context.address)
+            tasks.start_soon(save_and_load, llama, expected[index])
     for context, like in zip(contexts, likes, strict=True):
         assert context.decode(2, [7]).tobytes() == like.decode(2, [7]).tobytes()
 
@@ -192,7 +195,7 @@ async def test_freeing_one_context_does_not_concern_the_others(
 async def test_a_model_is_told_from_another_by_its_fingerprint(
     make_context: MakeContext, model: Callable[..., Model]
 ) -> None:
-    """It covers all that libllama tells of a model, and not the weights: see the header."""
+    """It covers all that libllama tells of a model; of the weights it tells nothing."""
     async with kvferry.Engine("host") as engine:
 
         def fingerprint(source: str | Model, **options: object) -> str:

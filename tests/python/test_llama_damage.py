@@ -1,8 +1,8 @@
 """Truncated and damaged states: refused before libllama sees them, and nothing is lost by it.
 
-libllama trusts what it loads. Some damaged states end the process in an assertion, others take cells
-that nothing can free again, others leave the target half filled. After a refusal by kvferry the
-target is empty, the other sequences have not changed, and every cell can still be used.
+libllama trusts what it loads. Some damaged states end the process in an assertion, others take
+cells that nothing can free again, others leave the target half filled. After a refusal by kvferry
+the target is empty, the other sequences have not changed, and every cell can still be used.
 """
 
 from __future__ import annotations
@@ -163,7 +163,6 @@ async def test_a_damaged_field_is_refused(make_context: MakeContext, kind: str, 
                 else:
                     with pytest.raises(DAMAGED):
                         await llama.load(damaged, TARGET)
-                        pytest.fail(f"{field} = {number}")
                     refusals += 1
                 assert llama.size(TARGET) == len(scene.empty), (field, number)
         scene.assert_nothing_lost()
@@ -282,7 +281,7 @@ async def test_a_recurrent_state_of_two_cells_is_refused(make_context: MakeConte
 
 # ---- At random -----------------------------------------------------------------------------------
 
-DAMAGES = 1000
+DAMAGES = 500
 
 
 @each_kind_and_cache

@@ -84,7 +84,7 @@ OF_WHOLE_SEQUENCES = [copy, copy_delayed, copy_and_part, keep, start_again, clea
 OF_PARTS = [remove_from_the_middle, remove_the_end, remove_and_append]
 
 
-@pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])
+@pytest.mark.parametrize("cache", ["transposed", "streams"])
 @pytest.mark.parametrize(
     ("kind", "edit"),
     [

@@ -4,7 +4,8 @@ blocking calls instead of the tap."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from typing import Any
 
 import kvferry
@@ -13,7 +14,7 @@ import pytest
 from kvferry._native import lib
 from kvferry.synthetic import KINDS
 from like_contexts import CACHES, MakeContext
-from llama_reference import Context, Model
+from llama_reference import Context, Logits, Model
 
 pytestmark = pytest.mark.anyio
 
@@ -40,6 +41,21 @@ def large_context(make_context: MakeContext, model: Model) -> Context:
     context.decode(0, model.prompt(48))
     context.decode(1, model.prompt(8, seed=1))
     return context
+
+
+async def decode_beside(
+    llama: kvferry.Llama, context: Context, seq: int, token: int, transfer: kvferry.Transfer[Any]
+) -> tuple[Logits, bool]:
+    """The logits, and whether the transfer was still in flight when the decoding began."""
+
+    def decode() -> tuple[Logits, int]:
+        began_ns = time.monotonic_ns()
+        return context.decode(seq, [token]), began_ns
+
+    logits, began_ns = await llama.run(decode)
+    await transfer.wait()
+    assert transfer.completion is not None
+    return logits, transfer.completion.finished_ns > began_ns
 
 
 # ---- Modes of a save -----------------------------------------------------------------------------
@@ -118,10 +134,9 @@ async def test_in_place_a_sequence_that_is_decoded_on_is_saved_as_it_was(
         llama = engine.attach(context.address)
         for token in range(8):
             transfer = await llama.start_save(0, mode="in_place")
-            await llama.run(context.decode, 0, [token])
-            beside += not transfer.done
+            beside += (await decode_beside(llama, context, 0, token, transfer))[1]
             snapshot = await transfer.wait()
-            assert np.array_equal(snapshot.numpy(), np.frombuffer(state, np.uint8))
+            assert np.array_equal(snapshot.numpy(), np.ctypeslib.as_array(state))
             assert context.seq_rm(0, 48, -1)
     assert beside > 0
 
@@ -140,9 +155,8 @@ async def test_others_decode_beside_a_load_as_if_it_had_ended(
         beside = 0
         for token in range(8):
             transfer = await llama.start_load(snapshot, 2)
-            logits = await llama.run(ours.decode, 1, [token])
-            beside += not transfer.done
-            await transfer.wait()
+            logits, overlapped = await decode_beside(llama, ours, 1, token, transfer)
+            beside += overlapped
             like.state_set(2, state)
             assert np.array_equal(logits, like.decode(1, [token]))
         assert np.array_equal(ours.decode(2, [7]), like.decode(2, [7]))
@@ -173,21 +187,23 @@ async def test_size_is_llama_cpps_own_and_reads_no_tensor_byte(
 
 
 @pytest.fixture
-def blocking(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def blocking(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Arguments for `attach` that leave the tap out though it would work.
 
     Python has no way to say so, since no program needs it: here its word for "where it must be"
     is given the meaning of "always".
     """
 
+    native: Any = lib
+
     class Forcing:
-        KVF_LLAMA_ALLOW_BLOCKING = lib.KVF_LLAMA_FORCE_BLOCKING
+        KVF_LLAMA_ALLOW_BLOCKING = native.KVF_LLAMA_FORCE_BLOCKING
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(lib, name)
+            return getattr(native, name)
 
     monkeypatch.setattr("kvferry.llama.lib", Forcing())
-    yield {"allow_blocking": True}
+    return {"allow_blocking": True}
 
 
 @pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])

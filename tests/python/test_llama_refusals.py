@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -342,17 +343,15 @@ async def test_freeing_a_context_ends_its_transfers_first(large_model: Model) ->
             context.decode(0, large_model.prompt(32))
             llama = engine.attach(context.address)
             snapshot = await llama.save(0)
-            transfers = [
+            transfers: list[Any] = [
                 await llama.start_save(0),
                 await llama.start_load(snapshot, 1),
                 await llama.start_load(snapshot, 2),
             ]
             await llama.run(context.close)
             for transfer in transfers:
-                try:
+                with contextlib.suppress(kvferry.TransferCancelled, kvferry.ContextFreed):
                     await transfer.wait()
-                except (kvferry.TransferCancelled, kvferry.ContextFreed):
-                    pass
                 assert transfer.done
             await assert_every_call_raises(llama, kvferry.ContextFreed, snapshot)
             await llama.detach()

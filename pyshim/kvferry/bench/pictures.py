@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..table import ms
+
 # Each way of moving a state, and its colour.
 WAYS = {
     "raw copy": "#b8b8b8",
@@ -47,7 +49,7 @@ def draw_bars(bars: Sequence[Bars], path: Path, *, heading: str) -> None:
             positions, [value for _, value in shown], height * 0.92, color=colour, label=way
         )
         axis.bar_label(
-            drawn, [f"{value:.3g} ms" for _, value in shown], padding=4, fontsize=9, color="#333333"
+            drawn, [f"{ms(value)} ms" for _, value in shown], padding=4, fontsize=9, color="#333333"
         )
     axis.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=10)
     axis.set_ylim(len(bars) - 0.45, -0.55)
@@ -70,10 +72,14 @@ def draw_latencies(latencies: Sequence[Latencies], path: Path, *, heading: str) 
     """The share of steps that took at most so long; the two curves agree where nothing is lost."""
     from matplotlib import pyplot
 
+    columns = min(3, len(latencies))
+    rows = -(-len(latencies) // columns)
     figure, axes = pyplot.subplots(
-        1, len(latencies), figsize=(12, 4.2), dpi=100, squeeze=False, layout="constrained"
+        rows, columns, figsize=(12, 4.0 * rows), dpi=100, squeeze=False, layout="constrained"
     )
-    for axis, each in zip(axes[0], latencies, strict=True):
+    for unused in axes.flat[len(latencies) :]:
+        unused.set_axis_off()
+    for axis, each in zip(axes.flat, latencies, strict=False):
         curves = (("alone", each.idle, "#4c72b0"), ("beside transfers", each.during, "#dd8452"))
         for label, values, colour in curves:
             ordered = sorted(values)
@@ -85,7 +91,8 @@ def draw_latencies(latencies: Sequence[Latencies], path: Path, *, heading: str) 
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(loc="lower right", fontsize=9, frameon=False)
-    axes[0, 0].set_ylabel("% of steps at most so long", fontsize=10)
+    for first in axes[:, 0]:
+        first.set_ylabel("% of steps at most so long", fontsize=10)
     figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
     figure.savefig(path)
     pyplot.close(figure)
