@@ -32,8 +32,9 @@ struct Driver {
     // The controls of the simulated driver; NULL in a real one.
 #define SIMULATED_CONTROLS(X)                                                                      \
     X(set)                                                                                         \
-    X(reset) X(fail) X(hold) X(release) X(wait_held) X(lose_device) X(begin_capture)               \
-        X(end_capture) X(count) X(calls) X(peak_queued) X(write) X(read)
+    X(reset)                                                                                       \
+    X(fail) X(hold) X(release) X(wait_held) X(lose_device) X(begin_capture) X(end_capture)         \
+        X(count) X(calls) X(peak_queued) X(write) X(read)
 #define MEMBER(name) decltype(&kvfsim_##name) name = nullptr;
     SIMULATED_CONTROLS(MEMBER)
 #undef MEMBER

@@ -144,6 +144,8 @@ async def test_states_of_other_models_and_caches_are_refused(
     assert len(states - {own}) > 5
     async with kvferry.Engine("host") as engine:
         for state in states - {own}:
+            if known:
+                context.decode(2, [1, 2, 3])
             async with engine.attach(context.address) as llama:
                 with pytest.raises((kvferry.StateMismatch, kvferry.StateDamaged)):
                     await llama.load(state, 2)

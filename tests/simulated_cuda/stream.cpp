@@ -163,9 +163,11 @@ void close_stream(Stream &stream) {
     stream.wake.notify_one();
 }
 
+// What is left of a broken context counts as ended: nobody can wait for it.
 bool is_used(Range range) {
-    return any_operation(
-        [&](const Context &, const Operation &operation) { return names(operation, range); });
+    return any_operation([&](const Context &in, const Operation &operation) {
+        return !in.error && names(operation, range);
+    });
 }
 
 // Kernels are waited for whatever they name, since their rows name more; and so is all of
