@@ -89,14 +89,16 @@ class _Strided:
             self._shape, self._strides, self._item = array.shape, array.strides, array.itemsize
             self._address = array.__array_interface__["data"][0]
             read_only = not array.flags.writeable
-        if writable:
-            if read_only:
-                raise error(lib.KVF_ERR_INVALID_ARGUMENT, "the target is read-only")
-            if any(n > 1 and step == 0 for n, step in zip(self._shape, self._strides, strict=True)):
-                raise error(lib.KVF_ERR_INVALID_ARGUMENT, "elements of the target share memory")
         self.nbytes = self._item
         for length in self._shape:
             self.nbytes *= length
+        if writable and read_only:
+            raise error(lib.KVF_ERR_INVALID_ARGUMENT, "the target is read-only")
+        repeated = any(
+            n > 1 and step == 0 for n, step in zip(self._shape, self._strides, strict=True)
+        )
+        if writable and repeated and self.nbytes:
+            raise error(lib.KVF_ERR_INVALID_ARGUMENT, "elements of the target share memory")
 
     def regions(self, offset: int) -> Iterator[Region]:
         """As few as its strides allow: the inner dimensions become rows, the outer are walked."""

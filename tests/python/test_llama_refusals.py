@@ -140,7 +140,7 @@ async def test_states_of_other_models_and_caches_are_refused(
     if known:
         context.decode_in_turn([0, 1], 20)
     before = [context.state_get(seq) for seq in range(4)]
-    # Where keys and values are alike, and there is no V to transpose, a cache may be no other.
+    # Not every option makes a difference to every kind: mamba's cache is always the same.
     assert len(states - {own}) > 5
     async with kvferry.Engine("host") as engine:
         for state in states - {own}:

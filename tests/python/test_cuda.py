@@ -1,0 +1,365 @@
+"""Device memory, on the simulated CUDA driver; on a real GPU with KVFERRY_TEST_GPU=1."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import anyio
+import kvferry
+import numpy as np
+import pytest
+from event_loops import anyio_backend  # noqa: F401
+from numpy.typing import NDArray
+from simulated_cuda import DeviceArray, Error, SimulatedCuda
+
+ON_GPU = bool(os.environ.get("KVFERRY_TEST_GPU"))
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(
+        not ON_GPU and "KVFERRY_SIMULATED_CUDA" not in os.environ,
+        reason="needs KVFERRY_SIMULATED_CUDA, or a GPU and KVFERRY_TEST_GPU=1",
+    ),
+]
+
+
+class RealCuda(SimulatedCuda):
+    """The real driver, as far as it can do what the simulated one does."""
+
+    def __init__(self) -> None:
+        self.path = "libcuda.so.1"
+        self._library = ctypes.CDLL(self.path)
+
+    def write(self, address: int, values: NDArray[Any]) -> None:
+        with self.context():
+            self.call(
+                "cuMemcpyHtoD_v2",
+                ctypes.c_uint64(address),
+                ctypes.c_void_p(values.ctypes.data),
+                ctypes.c_size_t(values.nbytes),
+            )
+
+    def read(self, values: NDArray[Any], address: int) -> None:
+        with self.context():
+            self.call(
+                "cuMemcpyDtoH_v2",
+                ctypes.c_void_p(values.ctypes.data),
+                ctypes.c_uint64(address),
+                ctypes.c_size_t(values.nbytes),
+            )
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[SimulatedCuda]:
+    driver = RealCuda() if ON_GPU else SimulatedCuda(os.environ["KVFERRY_SIMULATED_CUDA"])
+    with pytest.MonkeyPatch.context() as patch, driver.context():
+        # Set only while kvferry opens the driver, which it does once: other programs that tests
+        # start are to find what there is.
+        if not ON_GPU:
+            patch.setenv("KVFERRY_CUDA_DRIVER", driver.path)
+        anyio.run(_open_driver)
+        yield driver
+
+
+async def _open_driver() -> None:
+    async with kvferry.Engine("cuda"):
+        pass
+
+
+@pytest.fixture
+def cuda(driver: SimulatedCuda) -> Iterator[SimulatedCuda]:
+    """The driver; the test may leave nothing in it."""
+    if ON_GPU:
+        yield driver
+        return
+    driver.reset()
+    live = driver.count("live")
+    yield driver
+    driver.reset()
+    assert driver.count("live") == live
+    assert driver.count("hazards") == 0
+
+
+@pytest.fixture
+def simulated(cuda: SimulatedCuda) -> SimulatedCuda:
+    if ON_GPU:
+        pytest.skip("needs the simulated driver")
+    return cuda
+
+
+class View:
+    """A part of a device array, described by the same part of a host array."""
+
+    def __init__(self, array: DeviceArray, host: NDArray[Any], part: NDArray[Any]) -> None:
+        self._array = array
+        offset = part.ctypes.data - host.ctypes.data
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": part.shape,
+            "typestr": part.dtype.str,
+            "data": (array.address + offset, False),
+            "strides": None if part.flags.c_contiguous else part.strides,
+        }
+
+
+def numbers(shape: tuple[int, ...] = (6, 8, 10)) -> NDArray[np.int16]:
+    return np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+
+
+PARTS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "whole": lambda a: a,
+    "some planes": lambda a: a[2:5],
+    "some rows": lambda a: a[:, 3:7],
+    "some columns": lambda a: a[:, :, 5:9],
+    "every other row": lambda a: a[:, ::2],
+    "every third column": lambda a: a[..., ::3],
+    "transposed": lambda a: a.T,
+    "axes moved": lambda a: np.moveaxis(a, 1, 0),
+    "one element": lambda a: a[1:2, 2:3, 3:4],
+    "nothing": lambda a: a[:, 4:4],
+}
+
+
+async def test_the_engine_knows_the_device(cuda: SimulatedCuda) -> None:
+    async with kvferry.Engine("cuda") as engine:
+        description = engine.describe()
+    assert [d["kind"] for d in description["devices"]][:2] == ["host", "cuda"]
+    assert not description["devices"][1]["broken"]
+    assert description["pool"]["pinned"]
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
+@pytest.mark.parametrize("priority", ["background", "urgent"])
+async def test_any_strides_go_out_and_come_back(
+    cuda: SimulatedCuda, part: Callable[[NDArray[Any]], NDArray[Any]], priority: Any
+) -> None:
+    host = numbers()
+    with cuda.array(host) as source, cuda.array(-host) as target:
+        async with kvferry.Engine("cuda") as engine:
+            shown = View(source, host, part(host))
+            out = await engine.copy_out(shown, priority=priority)
+            assert out.to_bytes() == part(host).tobytes()
+            await engine.copy_in(View(target, host, part(host)), out, priority=priority)
+            out.close()
+        expected = -host
+        part(expected)[...] = part(host)
+        assert np.array_equal(target.download(), expected)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+async def test_a_large_array_moves_through_every_kind_of_buffer(
+    cuda: SimulatedCuda, pinned: bool
+) -> None:
+    host = np.random.default_rng(1).integers(0, 2**16, (300, 7000), np.uint16)
+    every_other = host[:, ::2]
+    with cuda.array(host) as source, cuda.array(np.zeros_like(host)) as target:
+        async with kvferry.Engine("cuda") as engine:
+            into = await engine.allocate(host.nbytes) if pinned else bytearray(host.nbytes)
+            await engine.copy_out(source, into)
+            assert bytes(memoryview(np.asarray(into))) == host.tobytes()
+            await engine.copy_in(target, into)
+            assert np.array_equal(target.download(), host)
+            out = await engine.copy_out(View(source, host, every_other))
+            assert out.to_bytes() == every_other.tobytes()
+            del into, out
+
+
+async def test_arrays_of_the_device_and_of_the_host_travel_together(cuda: SimulatedCuda) -> None:
+    host = numbers()
+    with cuda.array(host) as first, cuda.array(host[0] * 3) as second:
+        async with kvferry.Engine("cuda") as engine:
+            packed = await engine.copy_out([first, b"between", second])
+            assert packed.to_bytes() == host.tobytes() + b"between" + (host[0] * 3).tobytes()
+            between = bytearray(7)
+            first.upload(0)
+            second.upload(0)
+            await engine.copy_in([first, between, second], packed)
+            packed.close()
+        assert between == b"between"
+        assert np.array_equal(first.download(), host)
+        assert np.array_equal(second.download(), host[0] * 3)
+
+
+async def test_many_transfers_at_once(cuda: SimulatedCuda) -> None:
+    host = np.random.default_rng(2).integers(0, 256, (24, 50_000), np.uint8)
+    with cuda.array(host) as source, cuda.array(np.zeros_like(host)) as target:
+        async with kvferry.Engine("cuda") as engine:
+
+            async def through(row: int) -> None:
+                out = await engine.copy_out(View(source, host, host[row]))
+                await engine.copy_in(View(target, host, host[row]), out)
+
+            async with anyio.create_task_group() as tasks:
+                for row in range(len(host)):
+                    tasks.start_soon(through, row)
+        assert np.array_equal(target.download(), host)
+
+
+async def test_what_is_wrong_is_said(cuda: SimulatedCuda) -> None:
+    host = numbers()
+    with cuda.array(host) as array:
+        async with kvferry.Engine("cuda") as engine:
+            with pytest.raises(kvferry.BufferTooSmall):
+                await engine.copy_out(array, bytearray(host.nbytes - 1))
+            with pytest.raises(kvferry.BufferTooSmall):
+                await engine.copy_in(array, bytes(host.nbytes - 1))
+            beyond = kvferry.Region(address=array.address, width=1 << 40)
+            with pytest.raises((kvferry.Unreachable, kvferry.BufferTooSmall)):
+                await engine.copy_out(beyond, bytearray(8))
+            read_only = View(array, host, host)
+            read_only.__cuda_array_interface__["data"] = (array.address, True)
+            with pytest.raises(kvferry.InvalidArgument, match="read-only"):
+                await engine.copy_in(read_only, bytes(host.nbytes))
+            assert engine.describe()["jobs_in_flight"] == 0
+
+
+async def test_a_failed_copy_is_told_and_the_engine_goes_on(simulated: SimulatedCuda) -> None:
+    host = numbers()
+    with simulated.array(host) as array:
+        async with kvferry.Engine("cuda") as engine:
+            simulated.fail("cuMemcpyDtoHAsync", error=Error.INVALID_VALUE)
+            with pytest.raises(kvferry.KvferryError, match="cuMemcpyDtoHAsync") as failure:
+                await engine.copy_out(array)
+            assert failure.value.name == "KVF_ERR_DEVICE"
+            assert (await engine.copy_out(array)).to_bytes() == host.tobytes()
+
+
+async def test_no_memory_to_pin(simulated: SimulatedCuda) -> None:
+    host = numbers()
+    with simulated.array(host) as array:
+        async with kvferry.Engine("cuda") as engine:
+            simulated.set(pinned_limit=simulated.count("pinned_bytes"))
+            with pytest.raises((MemoryError, kvferry.KvferryError)):
+                await engine.copy_out(array)
+            simulated.set(pinned_limit=2**64 - 1)
+            assert (await engine.copy_out(array)).to_bytes() == host.tobytes()
+
+
+async def test_a_cancelled_task_waits_for_the_copy_under_way(simulated: SimulatedCuda) -> None:
+    host = numbers()
+    with simulated.array(host) as array:
+        async with kvferry.Engine("cuda") as engine:
+            buffer = await engine.allocate(host.nbytes)
+            simulated.hold()
+
+            async def release_later() -> None:
+                await anyio.to_thread.run_sync(simulated.wait_held)
+                scope.cancel()
+                await anyio.sleep(0.02)
+                assert buffer.jobs == 1  # the device still writes into it
+                simulated.release()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(release_later)
+                with anyio.CancelScope() as scope:
+                    await engine.copy_out(array, buffer)
+            assert scope.cancelled_caught
+            assert buffer.jobs == 0
+            buffer.close()
+
+
+async def test_a_lost_device_is_an_exception_of_its_own(simulated: SimulatedCuda) -> None:
+    simulated.set(devices=2)
+    host = numbers()
+    with simulated.array(host, device=1) as array, simulated.array(host) as other:
+        async with kvferry.Engine("cuda") as engine:
+            simulated.hold()
+            transfer = await engine.start_copy_out(array)
+            await anyio.to_thread.run_sync(simulated.wait_held)
+            simulated.lose_device(1)
+            with pytest.raises(kvferry.DeviceLost, match="CUDA_ERROR_ECC_UNCORRECTABLE"):
+                await transfer.wait()
+            simulated.release()
+            with pytest.raises(kvferry.DeviceLost):
+                await engine.copy_out(array)
+            assert [d.get("broken") for d in engine.describe()["devices"]] == [None, False, True]
+            assert (await engine.copy_out(other)).to_bytes() == host.tobytes()
+        # The test's own context of the device is as lost as the engine's.
+        with pytest.raises(Exception, match="214"):
+            array.close()
+    simulated._retained.pop(1)
+    simulated.call("cuDevicePrimaryCtxRelease_v2", 1)
+
+
+# ---- With PyTorch and transformers -----------------------------------------------------------------
+
+
+def missing_for_transformers() -> str:
+    """Why the test below cannot run here, or ""."""
+    for module in ("torch", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    import torch
+
+    return "" if ON_GPU and torch.cuda.is_available() else "PyTorch finds no GPU"
+
+
+def cache_tensors(cache: Any) -> list[Any]:
+    """The keys and values of a DynamicCache, whatever its version calls them."""
+    if hasattr(cache, "layers"):
+        return [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    return [*cache.key_cache, *cache.value_cache]
+
+
+@pytest.mark.skipif(bool(missing_for_transformers()), reason=missing_for_transformers())
+async def test_a_transformers_cache_is_saved_beside_decoding_and_loaded_back() -> None:
+    import torch
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    )
+    model = LlamaForCausalLM(config).to("cuda", torch.float16).eval()
+    stop = False
+
+    @torch.inference_mode()
+    def step(cache: DynamicCache, tokens: torch.Tensor) -> torch.Tensor:
+        logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+        torch.cuda.current_stream().synchronize()
+        return logits
+
+    def decode_another() -> int:
+        """Another request, decoded until told to stop; how many tokens."""
+        cache, tokens = DynamicCache(), torch.randint(1000, (1, 64), device="cuda")
+        count = 0
+        while not stop:
+            tokens = step(cache, tokens).argmax(-1, keepdim=True)
+            count += 1
+        return count
+
+    cache, prompt = DynamicCache(), torch.randint(1000, (1, 2000), device="cuda")
+    token = step(cache, prompt).argmax(-1, keepdim=True)
+    tensors = cache_tensors(cache)
+    before = [tensor.clone() for tensor in tensors]
+    decoded = 0
+
+    async def decode() -> None:
+        nonlocal decoded
+        decoded = await anyio.to_thread.run_sync(decode_another)
+
+    async with kvferry.Engine("cuda") as engine, anyio.create_task_group() as tasks:
+        tasks.start_soon(decode)
+        saved = await engine.copy_out(tensors)
+        for tensor in tensors:
+            tensor.zero_()
+        torch.cuda.synchronize()
+        await engine.copy_in(tensors, saved)
+        stop = True
+    assert decoded > 0
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+    # What comes next is what would have come.
+    untouched = DynamicCache()
+    step(untouched, prompt)
+    assert torch.equal(step(cache, token), step(untouched, token))
