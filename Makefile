@@ -34,7 +34,7 @@ PACKAGE := .venv/.kvferry
 help:
 	@echo "make demo      save, load and decode beside each other on a real libllama; prints a table, draws a timeline"
 	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python"
-	@echo "make test-gpu  the Python tests on a real GPU"
+	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
@@ -152,11 +152,15 @@ test-tsan: build/tsan/build.ninja $(LLAMA)
 	$(FIXED_LAYOUT) $(CTEST) --test-dir build/tsan $(ARGS)
 
 .PHONY: test-python
-test-python: $(PACKAGE) $(BINDINGS)
-	python -m pytest tests/python $(ARGS)
+test-python: $(PACKAGE) $(BINDINGS) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
+	KVFERRY_SIMULATED_CUDA=$(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so \
+	    python -m pytest tests/python $(ARGS)
 
 .PHONY: test-gpu
-test-gpu: $(PACKAGE) $(BINDINGS)
+test-gpu: $(PACKAGE) $(BINDINGS) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS)
+	KVFERRY_TEST_GPU=1 $(CTEST) --test-dir build/native --label-regex cuda --parallel 1
 	KVFERRY_TEST_GPU=1 python -m pytest tests/python $(ARGS)
 
 # The Go examples link a library of their own build, so that they are as fast as an installed one, and find it without

@@ -113,6 +113,15 @@ uint32_t Locator::operator()(uint64_t address, uint64_t bytes) {
                                             static_cast<unsigned long long>(address)));
 }
 
+void Engine::check(const kvf_submit_options &options) const {
+    if (options.queue) find<Queue>(options.queue);
+    if ((options.flags & KVF_SUBMIT_FOLLOW_STREAM) && cuda_.empty()) {
+        throw Error(KVF_ERR_UNSUPPORTED, "the engine has no CUDA device");
+    }
+    std::lock_guard lock(mutex_);
+    if (closing_) throw Error(KVF_ERR_CLOSED);
+}
+
 std::shared_ptr<Job> Engine::submit(Submission &&submission, const kvf_submit_options &options,
                                     kvf_job *handle) {
     auto job = std::make_shared<Job>();
@@ -139,7 +148,7 @@ std::shared_ptr<Job> Engine::submit(Submission &&submission, const kvf_submit_op
         job->pinned = pinner_->is_pinned(submission.buffer, submission.buffer_bytes);
     }
     if (options.flags & KVF_SUBMIT_FOLLOW_STREAM) {
-        if (cuda_.empty()) throw Error(KVF_ERR_UNSUPPORTED, "the engine has no CUDA device");
+        check(options);
         job->gate = follow_stream(cuda_, options.stream);
     }
     for (auto &[device, layout] : submission.layouts) {

@@ -62,6 +62,8 @@ public:
     Device &device(uint32_t index) { return *devices_[index]; }
     size_t device_count() const { return devices_.size(); }
 
+    // Throws what submit() would for these options.
+    void check(const kvf_submit_options &options) const;
     // Lets a job in and starts it. The handle is published only if `job` is not NULL.
     std::shared_ptr<Job> submit(Submission &&submission, const kvf_submit_options &options,
                                 kvf_job *job);

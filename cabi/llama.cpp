@@ -115,7 +115,7 @@ uint64_t Llama::size(int32_t sequence) {
 
 void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submit_options &options,
                  kvf_job *job) {
-    Submission submission = begin(Direction::Save, sequence, buffer, bytes);
+    Submission submission = begin(Direction::Save, sequence, buffer, bytes, options);
     check_sequence(sequence, true);
     check_idle(sequence, Busy::WithLoads);
     submission.mode = resolve_mode(options.mode);
@@ -182,7 +182,7 @@ bool Llama::take_snapshot(Submission &submission) {
 
 void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
                  const kvf_submit_options &options, kvf_job *job) {
-    Submission submission = begin(Direction::Load, sequence, buffer, bytes);
+    Submission submission = begin(Direction::Load, sequence, buffer, bytes, options);
     check_sequence(sequence, false);
     check_idle(sequence, Busy::WithAny);
     const auto *state = static_cast<const unsigned char *>(buffer);
@@ -268,11 +268,13 @@ void Llama::detach() {
 
 // ---- what has to hold before a transfer --------------------------------------------------------
 
-Submission Llama::begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes) {
+Submission Llama::begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes,
+                        const kvf_submit_options &options) {
     Submission submission;
     submission.submitted_ns = now_ns();
     settle();
     check_usable();
+    engine_->check(options); // what is wrong with them must not cost a sequence its cells
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");

@@ -50,7 +50,8 @@ private:
     void load_blocking(int32_t sequence, Submission &&submission,
                        std::optional<Structure> &&structure, const kvf_submit_options &options,
                        kvf_job *job);
-    Submission begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes);
+    Submission begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes,
+                     const kvf_submit_options &options);
     void on_buffer_freed(uint64_t begin, uint64_t bytes);
     void let_go();
 

@@ -375,7 +375,8 @@ KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *contex
                                  const kvf_llama_options *options, kvf_llama *llama);
 
 /* Describes the attachment as JSON text: library and build, model, kind of cache, default save mode,
- * a fingerprint of model and cache, counters of the tap. As kvf_engine_describe(). Any thread. */
+ * a fingerprint of the model (of all that libllama tells of it; weights are not read), counters of
+ * the tap. As kvf_engine_describe(). Any thread. */
 KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity,
                                    uint64_t *needed);
 
@@ -389,8 +390,8 @@ enum {
     KVF_SAVE_AUTO = 0,
     /* Straight from the cache, with no memory beside the buffer. Until the completion, other sequences
      * may be decoded, and a plain attention cache may be appended to by decoding this one. The
-     * sequence must not be removed, shifted, divided or copied onto; a recurrent or sliding-window
-     * sequence must not be decoded. */
+     * sequence must not be removed, shifted, divided or copied onto, and no shift of it may be pending; a
+     * recurrent or sliding-window sequence must not be decoded. */
     KVF_SAVE_IN_PLACE = 1,
     /* The call copies the sequence aside first, on the device; anything may be done to the sequence as
      * soon as it returns. Host memory is copied straight into the buffer, during the call. */
