@@ -20,10 +20,11 @@ void lose(Random &random, const char *held, CUresult error) {
         unsigned lost = 0;
         {
             const Context context(0);
-            const DeviceMemory device(random_bytes(random, kRoom));
-            address = device.address();
+            std::vector<std::unique_ptr<DeviceMemory>> memories;
             d.hold(held, 1, 1);
             for (unsigned i = 0; i < 16; ++i) {
+                memories.push_back(std::make_unique<DeviceMemory>(random_bytes(random, kRoom)));
+                address = memories.back()->address();
                 const Plan plan = make_plan(random, kStyles[i % 7], kRoom);
                 const Kind kind = i / 2 % 2 ? Kind::Pool : Kind::Pageable;
                 buffers.push_back(std::make_unique<Buffer>(engine, kind, plan.buffer_bytes));

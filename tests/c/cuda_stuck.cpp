@@ -29,6 +29,5 @@ int main() {
     const int64_t begin = clock_ns();
     engine.destroy();
     CHECK(clock_ns() - begin < 5 * SECONDS);
-    d.release();
     return 0;
 }

@@ -285,7 +285,7 @@ async def test_a_lost_device_is_an_exception_of_its_own(simulated: SimulatedCuda
     simulated.call("cuDevicePrimaryCtxRelease_v2", 1)
 
 
-# ---- With PyTorch and transformers -----------------------------------------------------------------
+# ---- With PyTorch and transformers ---------------------------------------------------------------
 
 
 def missing_for_transformers() -> str:
