@@ -30,11 +30,11 @@ struct Driver {
     CUDA_DRIVER_ENTRY_POINTS(MEMBER)
 #undef MEMBER
     // The controls of the simulated driver; NULL in a real one.
-#define SIMULATED_CONTROLS(X)                                                                      \
-    X(set)                                                                                         \
-    X(reset)                                                                                       \
-    X(fail) X(hold) X(release) X(wait_held) X(lose_device) X(begin_capture) X(end_capture)         \
-        X(count) X(calls) X(peak_queued) X(write) X(read)
+    // clang-format off: it would never be content
+#define SIMULATED_CONTROLS(X) \
+    X(set) X(reset) X(fail) X(hold) X(release) X(wait_held) X(lose_device) X(begin_capture) \
+    X(end_capture) X(count) X(calls) X(peak_queued) X(write) X(read)
+// clang-format on
 #define MEMBER(name) decltype(&kvfsim_##name) name = nullptr;
     SIMULATED_CONTROLS(MEMBER)
 #undef MEMBER
