@@ -109,7 +109,7 @@ uint32_t Locator::operator()(uint64_t address, uint64_t bytes) {
                            static_cast<unsigned long long>(address)));
     }
     if (mapped_(address, bytes)) return Engine::kHost;
-    throw Error(KVF_ERR_UNREACHABLE, format("address 0x%llx is not mapped in this process",
+    throw Error(KVF_ERR_UNREACHABLE, format("address 0x%llx cannot be read by this process",
                                             static_cast<unsigned long long>(address)));
 }
 

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -79,6 +80,20 @@ Registry &registry() {
     static Registry *registry =
         new Registry; // never destroyed: jobs may outlive static destructors
     return *registry;
+}
+
+// Mapped is not enough: the CUDA driver reserves the addresses of device memory without access. With an
+// action that does not exist, this call reads the signal set that it is given, and then fails: EFAULT
+// says that it could not read. (The trick is that of Abseil's address_is_readable.cc.)
+bool is_readable(uint64_t address) {
+    constexpr int kNoSuchAction = ~0;
+    constexpr size_t kSignalSet = 8; // the kernel's; what is read is aligned to it
+    const int saved = errno;
+    syscall(SYS_rt_sigprocmask, kNoSuchAction, address & ~uint64_t{kSignalSet - 1}, nullptr,
+            kSignalSet);
+    const bool readable = errno != EFAULT;
+    errno = saved;
+    return readable;
 }
 
 // As the system estimates it; 0 where it does not tell.
@@ -178,7 +193,7 @@ Pool::~Pool() {
 
 void *Pool::alloc(uint64_t bytes) {
     if (bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "bytes is 0");
-    if (bytes > (uint64_t{1} << 46)) throw Error(KVF_ERR_OUT_OF_MEMORY, "no machine has so much");
+    if (bytes >= (uint64_t{1} << 46)) throw Error(KVF_ERR_OUT_OF_MEMORY, "no machine has so much");
     // Sizes in steps of an eighth at most, so that buffers of nearly the same size serve each other.
     uint64_t step = page_size();
     while (step < bytes / 16) step *= 2;
@@ -316,7 +331,8 @@ bool MappedCheck::mapped(uint64_t page, uint64_t wanted) {
     // learns of ever longer stretches.
     unsigned char resident[512];
     const auto ask = [&](uint64_t pages) {
-        if (mincore(reinterpret_cast<void *>(page), pages * page_size(), resident) != 0) {
+        if (mincore(reinterpret_cast<void *>(page), pages * page_size(), resident) != 0 ||
+            !is_readable(page)) {
             return false;
         }
         known_begin_ = page;

@@ -105,6 +105,13 @@ int main(void) {
     CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&rows, 1, buffer, sizeof buffer));
     CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&kernel, 1, buffer, sizeof buffer));
     CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&low, 1, buffer, sizeof buffer));
+
+    /* Mapped without access, as the CUDA driver keeps the addresses of device memory. */
+    void *reserved = mmap(NULL, 1 << 24, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(reserved != MAP_FAILED);
+    const kvf_region without_access = plain_region((char *)reserved + 5, 100, 0);
+    CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&without_access, 1, buffer, sizeof buffer));
+    CHECK(munmap(reserved, 1 << 24) == 0);
     const kvf_region good = plain_region(memory, 16, 0);
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, alone - 1, 16));
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, alone + page - 1, 16));

@@ -323,7 +323,7 @@ async def test_a_transformers_cache_is_saved_beside_decoding_and_loaded_back() -
     model = LlamaForCausalLM(config).to("cuda", torch.float16).eval()
     stop = False
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(cache: DynamicCache, tokens: torch.Tensor) -> torch.Tensor:
         logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
         torch.cuda.current_stream().synchronize()
@@ -350,12 +350,14 @@ async def test_a_transformers_cache_is_saved_beside_decoding_and_loaded_back() -
 
     async with kvferry.Engine("cuda") as engine, anyio.create_task_group() as tasks:
         tasks.start_soon(decode)
-        saved = await engine.copy_out(tensors)
-        for tensor in tensors:
-            tensor.zero_()
-        torch.cuda.synchronize()
-        await engine.copy_in(tensors, saved)
-        stop = True
+        try:
+            saved = await engine.copy_out(tensors)
+            for tensor in tensors:
+                tensor.zero_()
+            torch.cuda.synchronize()
+            await engine.copy_in(tensors, saved)
+        finally:
+            stop = True
     assert decoded > 0
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
