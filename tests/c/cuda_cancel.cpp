@@ -27,7 +27,7 @@ void while_it_follows_a_stream(kvf_engine engine, Random &random) {
 void while_the_device_works(kvf_engine engine, Random &random, const char *what, Style style,
                             Way way, Kind kind) {
     const Driver &d = driver();
-    const uint64_t room = 4 * MiB;
+    const uint64_t room = 2 * MiB;
     const Plan plan = make_plan(random, style, room);
     const DeviceMemory device(random_bytes(random, room)), other(random_bytes(random, room));
     const Buffer buffer(engine, kind, plan.buffer_bytes);
@@ -52,7 +52,7 @@ void while_the_device_works(kvf_engine engine, Random &random, const char *what,
 
 void at_any_moment(kvf_engine engine, Random &random) {
     const kvf_queue queue = make_queue();
-    const uint64_t room = 4 * MiB;
+    const uint64_t room = 2 * MiB;
     for (unsigned i = 0; i < 56; ++i) {
         const Way way = i % 2 ? Way::Load : Way::Save;
         const Plan plan = make_plan(random, kStyles[i % 7], room);

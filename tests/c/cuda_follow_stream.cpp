@@ -48,8 +48,8 @@ int main() {
         // Host memory waits for streams, too.
         static unsigned char host[1000];
         Barrier third;
-        third.close(stream);
         const Buffer host_buffer(engine, kind, sizeof host);
+        third.close(stream);
         const Regions of_host = {plain_region(host, sizeof host, 0)};
         const kvf_job host_job = start(engine, Way::Load, of_host, host_buffer, options);
         sleep_ms(5);
