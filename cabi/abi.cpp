@@ -126,17 +126,18 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
             const uint64_t extent = (r.rows - 1) * (r.rows > 1 ? r.pitch : 0) + r.width;
             builders[locate(r.address, extent)].add(r);
         }
+        Recorded recorded;
         for (uint32_t device = 0; device < builders.size(); ++device) {
-            submission.fragments += builders[device].fragments();
+            recorded.fragments += builders[device].fragments();
             Layout layout = builders[device].finish();
-            submission.segments += layout.segments();
-            submission.bytes += layout.bytes;
-            submission.layouts.emplace_back(device, std::move(layout));
+            recorded.segments += layout.segments();
+            recorded.bytes += layout.bytes;
+            recorded.layouts.emplace_back(device, std::move(layout));
         }
         submission.direction = direction;
         submission.buffer = static_cast<unsigned char *>(buffer);
         submission.buffer_bytes = needed;
-        target->submit(std::move(submission), options, job);
+        target->submit(std::move(submission), std::move(recorded), options, job);
         return KVF_OK;
     });
 }

@@ -33,6 +33,8 @@ constexpr uint32_t kBackgroundSlots = 4;
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
 constexpr uint64_t kNarrow = 1024;
 constexpr uint32_t kUrgentBlocks = 64, kBackgroundBlocks = 32; // of a kernel's grid
+// For so long a pump stays awake for a leg that has been announced.
+constexpr uint64_t kExpectNs = 500'000;
 // A copy that has not ended by then never will; the device is given up.
 constexpr uint64_t kStuckNs = 60'000'000'000;
 
@@ -109,8 +111,30 @@ void CudaLane::submit(Leg &leg) {
             return;
         }
         leg.job->fail(KVF_ERR_DEVICE_LOST, why_broken_);
+        leg.parts.cut_short();
     }
     leg.job->leg_ended(leg);
+}
+
+void CudaLane::extend(Leg &leg, Layout &&part) {
+    std::lock_guard lock(mutex_);
+    leg.parts.add(std::move(part));
+    work_.notify_one();
+}
+
+void CudaLane::finish(Leg &leg) {
+    {
+        std::lock_guard lock(mutex_);
+        if (!schedule_.finish(leg)) return;
+    }
+    leg.job->leg_ended(leg);
+}
+
+// Waking the pump takes several times as long as queuing a copy: it may wake while the leg is recorded.
+void CudaLane::expect() {
+    std::lock_guard lock(mutex_);
+    expected_until_ns_ = now_ns() + kExpectNs;
+    work_.notify_one();
 }
 
 void CudaLane::poke() {
@@ -150,12 +174,18 @@ void CudaLane::pump() {
             continue;
         }
         std::unique_lock lock(mutex_);
-        if (schedule_.empty()) {
-            if (stopping_) return;
-            work_.wait(lock, [this] { return stopping_ || !schedule_.empty(); });
-        } else {
-            // What there is follows streams that are still at work.
+        if (!schedule_.empty()) {
+            // What there is follows streams that are still at work, or is still being recorded.
             work_.wait_for(lock, std::chrono::microseconds(20));
+        } else if (stopping_) {
+            return;
+        } else if (now_ns() < expected_until_ns_) {
+            lock.unlock();
+            relax();
+        } else {
+            work_.wait(lock, [this] {
+                return stopping_ || !schedule_.empty() || now_ns() < expected_until_ns_;
+            });
         }
     }
 }
@@ -258,7 +288,7 @@ bool CudaLane::refill() {
 
         slot->leg = leg;
         slot->way = way;
-        schedule_.take(*leg, [&](Cursor &cursor) { take_pieces(*slot, *leg, cursor, urgent); });
+        schedule_.take(*leg, [&] { take_pieces(*slot, *leg, urgent); });
         lock.unlock();
 
         slot->begin_ns = now_ns();
@@ -271,7 +301,8 @@ bool CudaLane::refill() {
 }
 
 // Fills a slot with pieces of one way.
-void CudaLane::take_pieces(Slot &slot, const Leg &leg, Cursor &cursor, bool urgent) {
+void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
+    Parts &parts = leg.parts;
     const Sizes &sizes = urgent ? kUrgentSizes : kBackgroundSizes;
     uint64_t most = slot.way == Way::Run     ? sizes.run
                     : slot.way == Way::Block ? sizes.block
@@ -282,7 +313,7 @@ void CudaLane::take_pieces(Slot &slot, const Leg &leg, Cursor &cursor, bool urge
     slot.bytes = 0;
     do {
         uint64_t bytes = most - slot.bytes;
-        if (const kvf_region *block = cursor.block()) {
+        if (const kvf_region *block = parts.block()) {
             if (slot.way == Way::Run) bytes = std::min(bytes, block->width);
             if (slot.way == Way::Gather) {
                 if (!slot.pieces.empty() && block->width > bytes) break;
@@ -291,16 +322,16 @@ void CudaLane::take_pieces(Slot &slot, const Leg &leg, Cursor &cursor, bool urge
         } else if (!slot.pieces.empty() && bytes < kLongRun) {
             break; // the next run might not fit
         }
-        const Piece &piece = slot.pieces.emplace_back(cursor.next(bytes, rows_left));
+        const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
         if (slot.way == Way::Gather) rows_left -= piece.runs ? piece.count : piece.block.rows;
-    } while (!cursor.at_end() && slot.bytes < most && rows_left > 0 &&
+    } while (!parts.empty() && slot.bytes < most && rows_left > 0 &&
              slot.pieces.size() < kMostPieces && way_of(leg) == slot.way);
 }
 
 // How the next piece of a leg gets to the host and back.
 CudaLane::Way CudaLane::way_of(const Leg &leg) const {
-    const kvf_region *block = leg.cursor.block();
+    const kvf_region *block = leg.parts.block();
     if (!block) return no_staging_ ? Way::Run : Way::Gather;
     if (block->rows == 1 || block->width >= kUrgentSizes.block) return Way::Run;
     const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);

@@ -40,7 +40,11 @@ public:
     CudaLane(const CudaLane &) = delete;
     CudaLane &operator=(const CudaLane &) = delete;
 
+    // As of Device.
     void submit(Leg &leg);
+    void extend(Leg &leg, Layout &&part);
+    void finish(Leg &leg);
+    void expect();
     void poke();
     void stop();
     // Nothing can be moved any more: the device is lost.
@@ -98,7 +102,7 @@ private:
                    uint64_t host_pitch, uint64_t width, uint64_t rows);
     void copy_direct(Slot &slot);
     void copy_gathered(Slot &slot);
-    void take_pieces(Slot &slot, const Leg &leg, Cursor &cursor, bool urgent);
+    void take_pieces(Slot &slot, Leg &leg, bool urgent);
     void crew_copies(Slot &slot, Stage stage);
     uint32_t kernel_blocks() const;
     bool ensure_staging(Slot &slot);
@@ -118,7 +122,8 @@ private:
     std::condition_variable work_;
     Schedule schedule_;
     bool stopping_ = false;
-    bool crew_ended_ = false; // since the pump last looked
+    bool crew_ended_ = false;        // since the pump last looked
+    uint64_t expected_until_ns_ = 0; // a leg may come any moment
     std::string why_broken_;
     std::thread thread_; // started with the first leg
     std::atomic<bool> broken_{false};

@@ -15,9 +15,16 @@ public:
     // A JSON object for kvf_engine_describe().
     virtual std::string describe() const = 0;
 
-    // Takes a leg in; it ends with exactly one leg.job->leg_ended(leg), on a thread of the device's.
-    // Where it throws instead, the leg has not been taken in.
+    // Takes a leg in; it ends with exactly one leg.job->leg_ended(leg), on any thread. Where it throws
+    // instead, the leg has not been taken in.
     virtual void submit(Leg &leg) = 0;
+
+    // More of a leg that is not closed; and its end. Neither does anything once the leg was cut short.
+    virtual void extend(Leg &leg, Layout &&part) = 0;
+    virtual void finish(Leg &leg) = 0;
+
+    // A leg of this direction is about to come: whoever takes it in may wake up already.
+    virtual void expect(Direction) {}
 
     // A job of this direction is stopping: its legs must end soon.
     virtual void poke(Direction direction) = 0;

@@ -83,10 +83,6 @@ std::string CudaDevice::describe() const {
            ", \"no_kernels\": " + json_quote(no_kernels_) + "}";
 }
 
-void CudaDevice::submit(Leg &leg) { lane(leg.job->direction).submit(leg); }
-
-void CudaDevice::poke(Direction direction) { lane(direction).poke(); }
-
 void CudaDevice::stop() {
     save_->stop();
     load_->stop();

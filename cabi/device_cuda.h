@@ -13,8 +13,13 @@ public:
     ~CudaDevice() override;
 
     std::string describe() const override;
-    void submit(Leg &leg) override;
-    void poke(Direction direction) override;
+    void submit(Leg &leg) override { lane(leg.direction).submit(leg); }
+    void extend(Leg &leg, Layout &&part) override {
+        lane(leg.direction).extend(leg, std::move(part));
+    }
+    void finish(Leg &leg) override { lane(leg.direction).finish(leg); }
+    void expect(Direction direction) override { lane(direction).expect(); }
+    void poke(Direction direction) override { lane(direction).poke(); }
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
     void stop() override;
 

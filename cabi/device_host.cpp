@@ -45,29 +45,47 @@ void HostDevice::start_threads() {
 }
 
 void HostDevice::submit(Leg &leg) {
-    if (leg.layout.bytes <= kCopyAtOnce && !leg.job->gate) {
+    if (leg.parts.is_closed() && leg.parts.bytes() <= kCopyAtOnce && !leg.job->gate) {
         Job &job = *leg.job;
         const uint64_t begin_ns = now_ns();
         job.note_started(begin_ns);
-        while (!leg.cursor.at_end() && !job.stopping()) {
-            copy_piece(leg.cursor.next(kUrgentPiece, kRunsPerPiece), job.buffer, job.direction);
+        while (!leg.parts.empty() && !job.stopping()) {
+            copy_piece(leg.parts.next(kUrgentPiece, kRunsPerPiece), job.buffer, job.direction);
         }
-        engine_.trace(job, begin_ns, now_ns(), leg.layout.bytes, leg.device);
+        engine_.trace(job, begin_ns, now_ns(), leg.parts.bytes(), leg.device);
         job.leg_ended(leg);
         return;
     }
     std::lock_guard lock(mutex_);
     if (workers_.size() <= threads_) start_threads();
     schedule_.add(leg);
-    if (leg.job->priority == KVF_PRIORITY_URGENT) {
-        // Everybody may help with a long one.
-        if (leg.layout.bytes > kUrgentPiece) {
-            urgent_work_.notify_all();
-        } else {
-            urgent_work_.notify_one();
-        }
-    } else {
+    wake(leg.job->priority, leg.parts.bytes());
+}
+
+void HostDevice::extend(Leg &leg, Layout &&part) {
+    std::lock_guard lock(mutex_);
+    if (leg.parts.is_closed()) return;
+    const uint64_t bytes = part.bytes;
+    leg.parts.add(std::move(part));
+    wake(leg.job->priority, bytes);
+}
+
+void HostDevice::finish(Leg &leg) {
+    {
+        std::lock_guard lock(mutex_);
+        if (!schedule_.finish(leg)) return;
+    }
+    leg.job->leg_ended(leg);
+}
+
+// There is so much more to copy.
+void HostDevice::wake(uint32_t priority, uint64_t bytes) {
+    if (priority == KVF_PRIORITY_BACKGROUND) {
         background_work_.notify_one();
+    } else if (bytes > kUrgentPiece) {
+        urgent_work_.notify_all(); // everybody may help with a long one
+    } else {
+        urgent_work_.notify_one();
     }
 }
 
@@ -86,7 +104,7 @@ void HostDevice::work(bool background) {
         setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kBackgroundNice);
     }
     const uint32_t priority = background ? KVF_PRIORITY_BACKGROUND : KVF_PRIORITY_URGENT;
-    std::condition_variable &wake = background ? background_work_ : urgent_work_;
+    std::condition_variable &arrived = background ? background_work_ : urgent_work_;
 
     std::unique_lock lock(mutex_);
     for (;;) {
@@ -100,16 +118,17 @@ void HostDevice::work(bool background) {
         };
         while (!ready()) {
             if (schedule_.has(priority) && !held_back) {
-                // A job that follows a stream announces nothing when its turn has come: look again.
-                wake.wait_for(lock, kGatePoll);
+                // A job that follows a stream announces nothing when its turn has come: look again. (And one
+                // whose next part is being recorded will have it soon.)
+                arrived.wait_for(lock, kGatePoll);
             } else {
-                wake.wait(lock);
+                arrived.wait(lock);
             }
         }
         if (!leg) return;
         Piece piece;
-        schedule_.take(*leg, [&](Cursor &cursor) {
-            piece = cursor.next(background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
+        schedule_.take(*leg, [&] {
+            piece = leg->parts.next(background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
         });
         if (!background && !schedule_.front(KVF_PRIORITY_URGENT)) background_work_.notify_one();
         Job &job = *leg->job;

@@ -18,12 +18,15 @@ public:
 
     std::string describe() const override;
     void submit(Leg &leg) override;
+    void extend(Leg &leg, Layout &&part) override;
+    void finish(Leg &leg) override;
     void poke(Direction) override;
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
     void stop() override;
 
 private:
     void start_threads();
+    void wake(uint32_t priority, uint64_t bytes);
     void work(bool background);
 
     Engine &engine_;

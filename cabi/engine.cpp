@@ -122,16 +122,19 @@ void Engine::check(const kvf_submit_options &options) const {
     if (closing_) throw Error(KVF_ERR_CLOSED);
 }
 
-std::shared_ptr<Job> Engine::submit(Submission &&submission, const kvf_submit_options &options,
-                                    kvf_job *handle) {
+std::shared_ptr<Job> Engine::submit(Submission &&submission, Recorded &&recorded,
+                                    const kvf_submit_options &options, kvf_job *handle) {
+    OpenJob open(*this, std::move(submission), options, handle != nullptr);
+    open.commit(std::move(recorded), handle);
+    return open.job();
+}
+
+std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_options &options) {
     auto job = std::make_shared<Job>();
     job->direction = submission.direction;
     job->priority = options.priority;
     job->mode = submission.mode;
     job->buffer = submission.buffer;
-    job->bytes = submission.bytes;
-    job->fragments = submission.fragments;
-    job->segments = submission.segments;
     job->user_data = options.user_data;
     job->submitted_ns = submission.submitted_ns;
     job->callback = options.callback;
@@ -151,69 +154,31 @@ std::shared_ptr<Job> Engine::submit(Submission &&submission, const kvf_submit_op
         check(options);
         job->gate = follow_stream(cuda_, options.stream);
     }
-    for (auto &[device, layout] : submission.layouts) {
-        if (layout.empty()) continue;
-        job->legs.push_back(std::make_unique<Leg>(job, device, std::move(layout)));
-    }
-    // A leg that was not submitted would keep its job alive for ever.
-    const auto abandon = [&] {
-        for (auto &leg : job->legs) leg->job.reset();
-    };
+    return job;
+}
+
+// Makes the job one of those in flight; from then on it ends in the ordinary way. Throws, and then it is none.
+void Engine::enter(const std::shared_ptr<Job> &job, kvf_queue queue_handle,
+                   const std::function<void()> &on_entry) {
+    if (job->callback) expect_callbacks();
+    std::shared_ptr<Queue> queue;
+    if (queue_handle) queue = find<Queue>(queue_handle);
+    std::lock_guard lock(mutex_);
+    if (closing_) throw Error(KVF_ERR_CLOSED);
+    const auto entry = in_flight_.insert(job.get()).first;
     try {
-        if (options.callback) expect_callbacks();
-        std::shared_ptr<Queue> queue;
-        if (options.queue) queue = find<Queue>(options.queue);
-        if (handle) publish(job->handle, job);
+        if (queue) queue->reserve();
         try {
-            std::lock_guard lock(mutex_);
-            if (closing_) throw Error(KVF_ERR_CLOSED);
-            auto entry = in_flight_.insert(job.get()).first;
-            try {
-                if (queue) queue->reserve();
-                try {
-                    if (submission.on_entry) submission.on_entry();
-                } catch (...) {
-                    if (queue) queue->give_up_reserved();
-                    throw;
-                }
-            } catch (...) {
-                in_flight_.erase(entry);
-                throw;
-            }
-            job->queue = std::move(queue);
+            if (on_entry) on_entry();
         } catch (...) {
-            if (handle) withdraw<Job>(job->handle);
+            if (queue) queue->give_up_reserved();
             throw;
         }
     } catch (...) {
-        abandon();
+        in_flight_.erase(entry);
         throw;
     }
-    // From here on the job is in flight and will complete; nothing below may fail.
-    if (handle) *handle = job->handle;
-    if (submission.run) {
-        submission.run(job);
-        return job;
-    }
-    if (job->legs.empty()) {
-        job->end();
-        return job;
-    }
-    const size_t count = job->legs.size();
-    job->expect_legs(static_cast<uint32_t>(count));
-    // The legs are the job's, and the job lives as long as any of them is in flight.
-    std::vector<Leg *> legs;
-    for (auto &leg : job->legs) legs.push_back(leg.get());
-    for (Leg *leg : legs) {
-        try {
-            devices_[leg->device]->submit(*leg);
-        } catch (const std::exception &error) {
-            // A thread could not be started.
-            job->fail(KVF_ERR_SYSTEM, error.what());
-            job->leg_ended(*leg);
-        }
-    }
-    return job;
+    job->queue = std::move(queue);
 }
 
 void Engine::poke() {

@@ -7,6 +7,7 @@
 
 #include "cuda_stream.h"
 #include "device_cuda.h"
+#include "submission.h"
 
 namespace kvf {
 
@@ -29,26 +30,6 @@ private:
     uint32_t known_device_ = 0;
 };
 
-// What a submission wants moved, per device, before it has become a job.
-struct Submission {
-    Direction direction = Direction::Save;
-    unsigned char *buffer = nullptr;
-    uint64_t buffer_bytes = 0;
-    uint64_t bytes = 0; // for the completion
-    uint64_t fragments = 0;
-    uint64_t segments = 0;
-    uint32_t mode = 0;
-    uint64_t submitted_ns = 0;
-    const void *owned_by = nullptr;
-    std::vector<std::pair<uint32_t, Layout>> layouts; // device, layout
-    // Instead of layouts: work that somebody else's thread does. It must end with job->end().
-    std::function<void(std::shared_ptr<Job>)> run;
-    std::vector<std::shared_ptr<void>> keep; // until the job has ended
-    std::function<void(int32_t)> on_end;
-    // Happens with the job's entry among those in flight; may throw, and then there is no job.
-    std::function<void()> on_entry;
-};
-
 class Engine final : public Object, public std::enable_shared_from_this<Engine> {
 public:
     static constexpr ObjectType kType = ObjectType::Engine;
@@ -65,8 +46,8 @@ public:
     // Throws what submit() would for these options.
     void check(const kvf_submit_options &options) const;
     // Lets a job in and starts it. The handle is published only if `job` is not NULL.
-    std::shared_ptr<Job> submit(Submission &&submission, const kvf_submit_options &options,
-                                kvf_job *job);
+    std::shared_ptr<Job> submit(Submission &&submission, Recorded &&recorded,
+                                const kvf_submit_options &options, kvf_job *job);
     // Jobs have been asked to stop: sees to it that they end soon.
     void poke();
     using Concern = std::function<bool(const Job &)>;
@@ -96,6 +77,11 @@ public:
 
 private:
     friend class Locator;
+    friend class OpenJob;
+
+    std::shared_ptr<Job> make_job(Submission &submission, const kvf_submit_options &options);
+    void enter(const std::shared_ptr<Job> &job, kvf_queue queue,
+               const std::function<void()> &on_entry);
 
     void open_cuda(const kvf_engine_options &options);
     void run_dispatch();

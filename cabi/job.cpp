@@ -25,7 +25,11 @@ void Job::note_started(uint64_t ns) {
 
 void Job::leg_ended(Leg &leg) {
     const std::shared_ptr<Job> alive = std::move(leg.job);
-    if (legs_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) end();
+    let_go();
+}
+
+void Job::let_go() {
+    if (holds_.fetch_sub(1, std::memory_order_acq_rel) == 1) end();
 }
 
 void Job::end() {
@@ -45,6 +49,8 @@ void Job::end() {
         completion.submitted_ns = submitted_ns;
         completion.started_ns = started_ns_.load(std::memory_order_relaxed);
         completion.finished_ns = now_ns();
+        completion.listed_ns = listed_ns;
+        completion.recorded_ns = recorded_ns;
         copy_text(detail_, completion.detail, sizeof completion.detail);
         completion_ = completion;
     }
@@ -56,11 +62,11 @@ void Job::end() {
     Engine *const owner = engine;
     // The order matters: whoever sees the completion may free the buffer and destroy the queue; the
     // engine is told last, because it may be gone right afterwards.
-    const bool dispatched = callback != nullptr;
+    const bool dispatched = callback != nullptr && !retracted_;
     {
         // Under one lock: whoever has taken it from the queue finds that the job has ended.
         std::lock_guard lock(mutex_);
-        if (queue) queue->push(completion);
+        if (queue) retracted_ ? queue->give_up_reserved() : queue->push(completion);
         has_ended_visible_ = true;
         for (auto *word : words_) word->store(1, std::memory_order_release);
         ended_.notify_all();

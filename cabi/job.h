@@ -28,17 +28,16 @@ public:
 };
 
 struct Leg {
-    Leg(std::shared_ptr<Job> job, uint32_t device, Layout layout)
-        : job(std::move(job)), device(device), layout(std::move(layout)), cursor(this->layout) {}
+    Leg(uint32_t device, Direction direction) : device(device), direction(direction) {}
     Leg(const Leg &) = delete;
     Leg &operator=(const Leg &) = delete;
 
-    std::shared_ptr<Job> job; // keeps the job alive until this leg has ended
+    std::shared_ptr<Job> job; // while the leg is a device's: keeps the job alive
     const uint32_t device;
-    const Layout layout;
+    const Direction direction; // the job's
 
     // The rest belongs to the device's schedule, and is guarded by its lock.
-    Cursor cursor;
+    Parts parts;
     uint32_t in_flight = 0; // pieces handed out and not given back
 };
 
@@ -46,7 +45,8 @@ class Job final : public Object, public std::enable_shared_from_this<Job> {
 public:
     static constexpr ObjectType kType = ObjectType::Job;
 
-    // What a submitting function knows about it. Set before the job starts, constant afterwards.
+    // What a submitting function knows about it. Set before the job starts, constant afterwards; what it
+    // learns while it records is set before it lets go.
     Direction direction = Direction::Save;
     uint32_t priority = KVF_PRIORITY_BACKGROUND;
     uint32_t mode = 0;
@@ -56,7 +56,7 @@ public:
     uint64_t segments = 0;
     uint64_t user_data = 0;
     const void *owned_by = nullptr; // the attachment it belongs to, if any
-    uint64_t submitted_ns = 0;
+    uint64_t submitted_ns = 0, listed_ns = 0, recorded_ns = 0;
     std::shared_ptr<Queue> queue; // a place is reserved in it
     kvf_completion_callback callback = nullptr;
     // Called once, with the final status, before the completion can be seen by anybody.
@@ -76,9 +76,13 @@ public:
     void cancel();
     void fail(int32_t status, const std::string &detail);
     void note_started(uint64_t ns);
-    // The last leg to end, ends the job. A job without legs is ended by its submitter.
+    // The job ends when the last of its legs has ended and its submitter has let go of it.
+    void expect_leg() { holds_.fetch_add(1, std::memory_order_relaxed); }
     void leg_ended(Leg &leg);
-    void end();
+    void let_go();
+    // Nobody is told of its end: the submitting call fails. Before the submitter lets go.
+    void retract() { retracted_ = true; }
+    bool is_retracted() const { return retracted_; }
 
     // Sets the word to 1 when the job has ended; now, if it has. The word must stay until then.
     void raise_at_end(std::atomic<uint32_t> &word);
@@ -86,11 +90,12 @@ public:
     bool ended(kvf_completion *completion);
     bool wait(int64_t timeout_ns, kvf_completion *completion);
 
-    void expect_legs(uint32_t count) { legs_left_ = count; }
-
 private:
+    void end();
+
     std::atomic<bool> stopping_{false};
-    std::atomic<uint32_t> legs_left_{0};
+    std::atomic<uint32_t> holds_{1}; // the submitter's, and the legs'
+    bool retracted_ = false;
     std::atomic<uint64_t> started_ns_{0};
 
     std::mutex mutex_;

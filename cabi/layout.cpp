@@ -1,6 +1,7 @@
 #include "layout.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace kvf {
 
@@ -75,33 +76,33 @@ void LayoutBuilder::keep_rows(uint64_t rows) {
 
 void LayoutBuilder::keep_irregular(const Run &run) {
     if (matching_) {
-        if (matched_ < pattern_.count) {
-            const Run &expected = layout_.runs[pattern_.first + matched_];
+        if (matched_ < pattern_->size()) {
+            const Run &expected = (*pattern_)[matched_];
             if (matched_ == 0) {
-                match_ = {pattern_.first, 0, run.address - expected.address,
-                          run.offset - expected.offset};
+                address_distance_ = run.address - expected.address;
+                offset_distance_ = run.offset - expected.offset;
             }
             if (run.bytes == expected.bytes &&
-                run.address == expected.address + match_.address_distance &&
-                run.offset == expected.offset + match_.offset_distance) {
+                run.address == expected.address + address_distance_ &&
+                run.offset == expected.offset + offset_distance_) {
                 ++matched_;
                 return;
             }
         }
         stop_matching();
     }
-    layout_.runs.push_back(run);
+    own_.push_back(run);
 }
 
-// The tensor has turned out to be fragmented in its own way: what did match goes into the table.
+// The tensor has turned out to be fragmented in its own way: what did match goes into its table.
 void LayoutBuilder::stop_matching() {
     matching_ = false;
-    own_first_ = layout_.runs.size();
+    own_.reserve(pattern_->size());
     for (uint64_t i = 0; i < matched_; ++i) {
-        Run run = layout_.runs[pattern_.first + i];
-        run.address += match_.address_distance;
-        run.offset += match_.offset_distance;
-        layout_.runs.push_back(run);
+        Run run = (*pattern_)[i];
+        run.address += address_distance_;
+        run.offset += offset_distance_;
+        own_.push_back(run);
     }
 }
 
@@ -109,28 +110,36 @@ void LayoutBuilder::begin_tensor() {
     keep_run();
     run_ = {};
     keep_block();
+    const auto refer_to = [this](const std::shared_ptr<const RunTable> &table) {
+        if (layout_.tables.empty() || layout_.tables.back() != table) {
+            layout_.tables.push_back(table);
+        }
+    };
     if (matching_ && matched_ > 0) {
-        match_.count = matched_;
-        layout_.spans.push_back(match_);
-    } else if (!matching_ && layout_.runs.size() > own_first_) {
-        pattern_ = {own_first_, layout_.runs.size() - own_first_, 0, 0};
-        layout_.spans.push_back(pattern_);
+        layout_.spans.push_back({pattern_->data(), matched_, address_distance_, offset_distance_});
+        refer_to(pattern_);
+    } else if (!own_.empty()) {
+        pattern_ = std::make_shared<const RunTable>(std::move(own_));
+        own_ = {};
+        layout_.spans.push_back({pattern_->data(), pattern_->size(), 0, 0});
+        refer_to(pattern_);
     }
-    matching_ = pattern_.count > 0;
+    matching_ = pattern_ != nullptr;
     matched_ = 0;
-    own_first_ = layout_.runs.size();
 }
+
+Layout LayoutBuilder::take() { return std::exchange(layout_, {}); }
 
 Layout LayoutBuilder::finish() {
     begin_tensor();
-    return std::move(layout_);
+    return take();
 }
 
 Piece Cursor::next(uint64_t most, uint64_t most_runs) {
     Piece piece;
     if (!this->block()) {
         const Span &span = layout_->spans[span_];
-        piece.runs = &layout_->runs[span.first + run_];
+        piece.runs = span.runs + run_;
         piece.address_distance = span.address_distance;
         piece.offset_distance = span.offset_distance;
         while (run_ < span.count && piece.count < most_runs) {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
+#include <memory>
 #include <vector>
 
 #include "status.h"
@@ -18,11 +20,15 @@ struct Run {
     uint64_t bytes;
 };
 
-// A stretch of the irregular rest: `count` runs of the table, from `first` on, all moved by the same
-// distances. The tensors of a cache are fragmented alike, so that one stretch serves them all.
+// The irregular rest of one tensor.
+using RunTable = std::vector<Run>;
+
+// A stretch of the irregular rest: `count` runs of a table, all moved by the same distances. The tensors of
+// a cache are fragmented alike, so that one table serves them all.
 struct Span {
-    uint64_t first, count;
-    uint64_t address_distance, offset_distance; // modulo 2^64
+    const Run *runs = nullptr;
+    uint64_t count = 0;
+    uint64_t address_distance = 0, offset_distance = 0; // modulo 2^64
 };
 
 // A run of this many bytes is worth a copy of its own.
@@ -34,7 +40,7 @@ constexpr uint64_t kFewRows = 8;
 struct Layout {
     std::vector<kvf_region> blocks; // long runs (rows == 1) and two-dimensional blocks
     std::vector<Span> spans;        // the irregular rest ...
-    std::vector<Run> runs;          // ... and the table that it refers to
+    std::vector<std::shared_ptr<const RunTable>> tables; // ... and what it refers to
     uint64_t bytes = 0;
 
     bool empty() const { return blocks.empty() && spans.empty(); }
@@ -71,6 +77,13 @@ public:
     void begin_tensor();
 
     uint64_t fragments() const { return fragments_; }
+
+    // After begin_tensor(): the bytes of all that take() would give.
+    uint64_t bytes() const { return layout_.bytes; }
+    // Hands over what has been recorded up to the last begin_tensor(); the rest is recorded as if nothing had
+    // been taken.
+    Layout take();
+
     Layout finish();
 
 private:
@@ -95,12 +108,12 @@ private:
     // A fragment passes through three stages, each of which holds on to what may still grow.
     Run run_{};          // neighbours; bytes == 0: none
     kvf_region block_{}; // rows; rows == 0: none
-    // The span of the tensor: runs that equal a former span's so far, or else the end of the table.
-    Span pattern_{};        // the former span; count == 0: none
-    uint64_t matched_ = 0;  // of its runs
-    bool matching_ = false; // else the tensor's runs are in the table, from own_first_ on
-    Span match_{};
-    uint64_t own_first_ = 0;
+    // The irregular rest of the tensor: equal to a former tensor's so far, or else a table of its own.
+    std::shared_ptr<const RunTable> pattern_;             // of a former tensor; NULL: none
+    uint64_t matched_ = 0;                                // of its runs
+    bool matching_ = false;                               // else the tensor's runs are in own_
+    uint64_t address_distance_ = 0, offset_distance_ = 0; // from the pattern's
+    RunTable own_;
 };
 
 // A part of a layout: one block, or a stretch of the irregular rest.
@@ -120,6 +133,7 @@ struct Piece {
 // Walks through a layout piece by piece. The layout must outlive it and stay as it is.
 class Cursor {
 public:
+    Cursor() = default; // to be assigned to
     explicit Cursor(const Layout &layout) : layout_(&layout) {}
 
     bool at_end() const {
@@ -135,18 +149,62 @@ public:
     Piece next(uint64_t most, uint64_t most_runs);
 
     void skip_blocks() { block_ = layout_->blocks.size(); }
-    void skip_to_end() {
-        skip_blocks();
-        span_ = layout_->spans.size();
-    }
 
 private:
-    const Layout *layout_;
+    const Layout *layout_ = nullptr;
     size_t block_ = 0;
     uint64_t row_ = 0;    // in the block
     uint64_t column_ = 0; // bytes of that row that have been handed out
     size_t span_ = 0;
     uint64_t run_ = 0; // in the span
+};
+
+// The layouts of one transfer, in the order in which they are recorded. The first may be moved while the
+// next are still being recorded. Pieces that were handed out stay valid as long as this lives.
+class Parts {
+public:
+    void add(Layout &&layout) {
+        if (closed_ || layout.empty()) return;
+        bytes_ += layout.bytes;
+        layouts_.push_back(std::move(layout));
+        if (!cursor_valid_) settle();
+    }
+    // Nothing more will come.
+    void close() { closed_ = true; }
+    // Nothing more will be handed out.
+    void cut_short() {
+        closed_ = true;
+        next_ = layouts_.size();
+        cursor_valid_ = false;
+    }
+
+    bool is_closed() const { return closed_; }
+    // There is nothing to hand out at the moment.
+    bool empty() const { return !cursor_valid_; }
+    bool at_end() const { return empty() && closed_; }
+    uint64_t bytes() const { return bytes_; } // of all that was added
+
+    // As of a cursor. Must not be called while empty().
+    const kvf_region *block() const { return cursor_.block(); }
+    Piece next(uint64_t most, uint64_t most_runs) {
+        const Piece piece = cursor_.next(most, most_runs);
+        if (cursor_.at_end()) settle();
+        return piece;
+    }
+
+private:
+    // Goes on to the next layout, if there is one.
+    void settle() {
+        cursor_valid_ = next_ < layouts_.size();
+        if (cursor_valid_) cursor_ = Cursor(layouts_[next_++]);
+    }
+
+    std::deque<Layout> layouts_;
+    size_t next_ = 0; // the first that has not been begun
+    Cursor cursor_;
+    bool cursor_valid_ = false; // it is not at its end
+    uint64_t bytes_ = 0;
+    bool closed_ = false;
 };
 
 // Checks regions that came from outside: no zero sizes, no overflow, pitches at least as wide as rows.

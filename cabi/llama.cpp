@@ -7,6 +7,9 @@
 namespace kvf {
 namespace {
 
+// So much is moved while the rest is still being recorded. Less is recorded in less time than it takes to begin.
+constexpr uint64_t kLeastPart = 4 << 20;
+
 // Identity of the model: all that libllama tells of it, FNV-1a. Weights are not read: two models that
 // differ in nothing else are told apart by their metadata alone.
 std::string fingerprint(const LlamaApi &api, const llama_model *model) {
@@ -122,6 +125,10 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     if (blocking_) return save_blocking(sequence, std::move(submission), options, job);
 
     Recorder recorder = make_recorder(Direction::Save, buffer, bytes);
+    std::optional<OpenJob> open;
+    if (submission.mode == KVF_SAVE_IN_PLACE) {
+        move_while_recording(recorder, open, submission, options, job != nullptr);
+    }
     uint64_t written = 0;
     try {
         Recording recording(recorder);
@@ -138,37 +145,33 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
                                                      static_cast<unsigned long long>(needed),
                                                      static_cast<unsigned long long>(bytes)));
     }
-    Recorder::Captured captured = recorder.finish();
+    Recorded recorded = recorder.finish();
     note_tensors(recorder);
     if (!knows_cells()) {
         if (const auto structure = parse_state(static_cast<unsigned char *>(buffer), written)) {
-            if (structure->tensor_bytes != captured.bytes) {
-                throw Error(KVF_ERR_TAP,
-                            "libllama moved tensor bytes in a way that was not recorded");
-            }
+            check_recorded_whole(*structure, recorded);
             learn(*structure);
         }
     }
-    submission.bytes = written;
+    recorded.bytes = written;
+    if (open) return open->commit(std::move(recorded), job);
     submission.buffer_bytes = written;
-    submission.fragments = captured.fragments;
-    submission.segments = captured.segments;
-    submission.layouts = std::move(captured.layouts);
-    if (submission.mode == KVF_SAVE_SNAPSHOT && !take_snapshot(submission)) {
+    if (submission.mode == KVF_SAVE_SNAPSHOT && !take_snapshot(submission, recorded)) {
         // Device memory is short. What remains safe is to move the bytes while the caller waits.
         submission.mode = KVF_SAVE_IN_PLACE;
         kvf_submit_options urgent = options;
         urgent.priority = KVF_PRIORITY_URGENT;
-        engine_->submit(std::move(submission), urgent, job)->wait(KVF_FOREVER, nullptr);
+        engine_->submit(std::move(submission), std::move(recorded), urgent, job)
+            ->wait(KVF_FOREVER, nullptr);
         return;
     }
-    engine_->submit(std::move(submission), options, job);
+    engine_->submit(std::move(submission), std::move(recorded), options, job);
 }
 
 // Copies aside what the submission would read. False where there is no room for it.
-bool Llama::take_snapshot(Submission &submission) {
+bool Llama::take_snapshot(Submission &submission, Recorded &recorded) {
     try {
-        for (auto &[device, layout] : submission.layouts) {
+        for (auto &[device, layout] : recorded.layouts) {
             auto snapshot = engine_->device(device).snapshot(layout, submission.buffer);
             layout = std::move(snapshot.layout);
             if (snapshot.memory) submission.keep.push_back(std::move(snapshot.memory));
@@ -186,7 +189,6 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     check_sequence(sequence, false);
     check_idle(sequence, Busy::WithAny);
     const auto *state = static_cast<const unsigned char *>(buffer);
-    submission.bytes = bytes;
 
     // From here on whatever fails leaves the sequence empty.
     std::optional<Structure> structure;
@@ -200,30 +202,35 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     // cells: a state without any would leave what was there.
     if (!structure || !structure->has_cells_everywhere()) empty_sequence(sequence);
     if (blocking_) {
-        return load_blocking(sequence, std::move(submission), std::move(structure), options, job);
+        return load_blocking(sequence, std::move(submission), bytes, std::move(structure), options,
+                             job);
     }
 
     Recorder recorder = make_recorder(Direction::Load, buffer, bytes);
-    uint64_t read = 0;
     try {
+        std::optional<OpenJob> open;
+        move_while_recording(recorder, open, submission, options, job != nullptr);
+        uint64_t read = 0;
         {
             Recording recording(recorder);
             read = api_.state_seq_set_data(context_, state, bytes, sequence, 0);
         }
-        if (read != bytes) throw load_failure(sequence, recorder.abort_text(), structure);
-        Recorder::Captured captured = recorder.finish();
+        if (read != bytes) {
+            open.reset(); // nothing may move any more when the sequence gives up its cells
+            throw load_failure(sequence, recorder.abort_text(), structure);
+        }
+        Recorded recorded = recorder.finish();
         note_tensors(recorder);
         if (structure) {
-            if (structure->tensor_bytes != captured.bytes) {
-                throw Error(KVF_ERR_TAP,
-                            "libllama moved tensor bytes in a way that was not recorded");
-            }
+            check_recorded_whole(*structure, recorded);
             learn(*structure);
         }
-        submission.fragments = captured.fragments;
-        submission.segments = captured.segments;
-        submission.layouts = std::move(captured.layouts);
-        engine_->submit(std::move(submission), options, job);
+        recorded.bytes = bytes;
+        if (open) {
+            open->commit(std::move(recorded), job);
+        } else {
+            engine_->submit(std::move(submission), std::move(recorded), options, job);
+        }
     } catch (const Error &) {
         empty_sequence(sequence);
         throw;
@@ -279,6 +286,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
     }
+    for (const uint32_t device : devices_) engine_->device(device).expect(direction);
     submission.direction = direction;
     submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));
     submission.buffer_bytes = bytes;
@@ -356,16 +364,39 @@ uint32_t Llama::resolve_mode(uint32_t mode) const {
 // ---- recording ---------------------------------------------------------------------------------
 
 Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes) {
-    const auto locate = [locator = Locator(*engine_)](uint64_t address,
-                                                      uint64_t count) mutable -> int64_t {
+    const auto locate = [this, direction, locator = Locator(*engine_),
+                         last = int64_t{-1}](uint64_t address, uint64_t count) mutable -> int64_t {
         try {
-            return locator(address, count);
+            const uint32_t device = locator(address, count);
+            if (device != last) engine_->device(device).expect(direction);
+            devices_.insert(device);
+            return last = device;
         } catch (const Error &) {
             return -1;
         }
     };
     return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()),
                     locate, blocks_);
+}
+
+// Lets the job in with the first part that libllama names, and moves that while libllama names the others. What
+// fails later takes the job back. Submission, options and recorder must outlive the recording.
+void Llama::move_while_recording(Recorder &recorder, std::optional<OpenJob> &open,
+                                 Submission &submission, const kvf_submit_options &options,
+                                 bool with_handle) {
+    const auto sink = [this, &open, &submission, &options, with_handle](uint32_t device,
+                                                                        Layout &&part) {
+        if (!open) open.emplace(*engine_, std::move(submission), options, with_handle);
+        open->add(device, std::move(part));
+    };
+    recorder.set_sink(sink, kLeastPart);
+}
+
+// What libllama did not move through the tap has been moved already, or not at all.
+void Llama::check_recorded_whole(const Structure &structure, const Recorded &recorded) {
+    if (structure.tensor_bytes != recorded.bytes) {
+        throw Error(KVF_ERR_TAP, "libllama moved tensor bytes in a way that was not recorded");
+    }
 }
 
 void Llama::note_tensors(const Recorder &recorder) {
@@ -426,6 +457,10 @@ bool Llama::knows_cells() const { return structure_ && structure_->has_cells_eve
 // ---- failure -----------------------------------------------------------------------------------
 
 void Llama::empty_sequence(int32_t sequence) {
+    {
+        std::lock_guard lock(mutex_);
+        to_be_emptied_.erase(sequence);
+    }
     api_.memory_seq_rm(api_.get_memory(context_), sequence, -1, -1);
 }
 
@@ -480,44 +515,48 @@ void Llama::save_blocking(int32_t sequence, Submission &&submission,
                            static_cast<unsigned long long>(needed),
                            static_cast<unsigned long long>(submission.buffer_bytes)));
     }
-    submission.bytes = needed;
     submission.buffer_bytes = needed;
     submission.mode = KVF_SAVE_IN_PLACE; // the context must rest anyway
-    submission.run = [this, sequence](std::shared_ptr<Job> started) {
-        blocking_->add([this, sequence, started = std::move(started)] {
-            if (!started->stopping()) {
-                started->note_started(now_ns());
-                const size_t n =
-                    api_.state_seq_get_data(context_, started->buffer, started->bytes, sequence, 0);
-                if (n != started->bytes)
-                    started->fail(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
-            }
-            started->end();
+    run_blocking(
+        std::move(submission), needed, options, job, [this, sequence, needed](Job &started) {
+            const size_t n = api_.state_seq_get_data(context_, started.buffer, needed, sequence, 0);
+            if (n != needed) started.fail(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
         });
-    };
-    engine_->submit(std::move(submission), options, job);
 }
 
-void Llama::load_blocking(int32_t sequence, Submission &&submission,
+void Llama::load_blocking(int32_t sequence, Submission &&submission, uint64_t bytes,
                           std::optional<Structure> &&structure, const kvf_submit_options &options,
                           kvf_job *job) {
-    submission.run = [this, sequence,
-                      structure = std::move(structure)](std::shared_ptr<Job> started) {
-        blocking_->add([this, sequence, structure, started = std::move(started)] {
-            if (!started->stopping()) {
-                started->note_started(now_ns());
-                const size_t n =
-                    api_.state_seq_set_data(context_, started->buffer, started->bytes, sequence, 0);
-                if (n != started->bytes) {
-                    // The context rests, so what belongs to its thread may be looked at here.
-                    const Error failure = load_failure(sequence, "", structure);
-                    started->fail(failure.status, failure.detail);
-                }
-            }
-            started->end();
-        });
+    const auto load = [this, sequence, bytes, structure = std::move(structure)](Job &started) {
+        const size_t n = api_.state_seq_set_data(context_, started.buffer, bytes, sequence, 0);
+        if (n == bytes) return;
+        // The context rests, so what belongs to its thread may be looked at here.
+        const Error failure = load_failure(sequence, "", structure);
+        started.fail(failure.status, failure.detail);
     };
-    engine_->submit(std::move(submission), options, job);
+    run_blocking(std::move(submission), bytes, options, job, load);
+}
+
+void Llama::run_blocking(Submission &&submission, uint64_t bytes, const kvf_submit_options &options,
+                         kvf_job *handle, std::function<void(Job &)> work) {
+    OpenJob open(*engine_, std::move(submission), options, handle != nullptr);
+    const auto job = open.job();
+    job->expect_leg(); // of a kind: the thread's
+    try {
+        blocking_->add([job, work = std::move(work)] {
+            if (!job->stopping()) {
+                job->note_started(now_ns());
+                work(*job);
+            }
+            job->let_go();
+        });
+    } catch (...) {
+        job->let_go();
+        throw;
+    }
+    Recorded recorded;
+    recorded.bytes = bytes;
+    open.commit(std::move(recorded), handle);
 }
 
 } // namespace kvf

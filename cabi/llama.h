@@ -35,9 +35,13 @@ private:
     void check_idle(int32_t sequence, Busy busy);
     std::optional<Structure> check_state(const unsigned char *state, uint64_t bytes);
     uint32_t resolve_mode(uint32_t mode) const;
-    bool take_snapshot(Submission &submission);
+    bool take_snapshot(Submission &submission, Recorded &recorded);
     void empty_sequence(int32_t sequence);
     Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes);
+    void move_while_recording(Recorder &recorder, std::optional<OpenJob> &open,
+                              Submission &submission, const kvf_submit_options &options,
+                              bool with_handle);
+    static void check_recorded_whole(const Structure &structure, const Recorded &recorded);
     void note_tensors(const Recorder &recorder);
     int32_t most_telling_sequence() const;
     void learn_structure(int32_t sequence);
@@ -47,9 +51,11 @@ private:
                        const std::optional<Structure> &state);
     void save_blocking(int32_t sequence, Submission &&submission, const kvf_submit_options &options,
                        kvf_job *job);
-    void load_blocking(int32_t sequence, Submission &&submission,
+    void load_blocking(int32_t sequence, Submission &&submission, uint64_t bytes,
                        std::optional<Structure> &&structure, const kvf_submit_options &options,
                        kvf_job *job);
+    void run_blocking(Submission &&submission, uint64_t bytes, const kvf_submit_options &options,
+                      kvf_job *handle, std::function<void(Job &)> work);
     Submission begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes,
                      const kvf_submit_options &options);
     void on_buffer_freed(uint64_t begin, uint64_t bytes);
@@ -66,6 +72,7 @@ private:
 
     // Touched by the context's thread only.
     BlockCache blocks_;
+    std::set<uint32_t> devices_;         // that hold its tensors, as far as has been seen
     std::optional<Structure> structure_; // of this cache's states, as far as it has been seen
 
     // Touched by jobs that end, and by libllama freeing the context.

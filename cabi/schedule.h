@@ -2,6 +2,7 @@
 // locked: the device that owns it does that.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 
 #include "job.h"
@@ -18,35 +19,47 @@ public:
         return !(priority == KVF_PRIORITY_URGENT ? urgent_ : background_).empty();
     }
 
-    // The leg whose turn it is; NULL if there is none that may begin. Legs that still follow other work
-    // let the others pass.
+    // The leg whose turn it is; NULL if there is none that may begin. Legs that still follow other work, or
+    // whose next part has not been recorded yet, let the others pass.
     Leg *front(uint32_t priority) {
         auto &legs = priority == KVF_PRIORITY_URGENT ? urgent_ : background_;
         for (size_t i = 0; i < legs.size(); ++i) {
             Leg *leg = legs.front();
-            if (!leg->job->gate || leg->job->gate->is_open()) return leg;
+            const auto &gate = leg->job->gate;
+            if (!leg->parts.empty() && (!gate || gate->is_open())) return leg;
             legs.pop_front();
             legs.push_back(leg);
         }
         return nullptr;
     }
 
-    // Lets `take_from` move the cursor of a leg that front() gave, and moves the leg to the back of its
-    // line. What was taken is given back as one.
+    // Lets `take_pieces` take what it wants from the parts of a leg that front() gave, and moves the leg to
+    // the back of its line. What was taken is given back as one.
     template <class Function>
-    void take(Leg &leg, Function &&take_from) {
-        take_from(leg.cursor);
+    void take(Leg &leg, Function &&take_pieces) {
+        take_pieces();
         ++leg.in_flight;
         auto &legs = waiting(leg);
         legs.pop_front();
-        if (!leg.cursor.at_end()) legs.push_back(&leg);
+        if (!leg.parts.at_end()) legs.push_back(&leg);
+    }
+
+    // The leg is complete. True if it has ended with this, as of give_back(); a leg that was cut short has
+    // ended, or will, without.
+    bool finish(Leg &leg) {
+        if (leg.parts.is_closed()) return false;
+        leg.parts.close();
+        if (!leg.parts.at_end()) return false;
+        auto &legs = waiting(leg);
+        legs.erase(std::find(legs.begin(), legs.end(), &leg));
+        return leg.in_flight == 0;
     }
 
     // What was taken has moved. True if its leg has ended with it: then the caller tells the job, outside the
     // lock.
     bool give_back(Leg &leg) {
         --leg.in_flight;
-        return leg.in_flight == 0 && leg.cursor.at_end();
+        return leg.in_flight == 0 && leg.parts.at_end();
     }
 
     template <class Function>
@@ -67,7 +80,7 @@ public:
                     continue;
                 }
                 it = legs->erase(it);
-                leg.cursor.skip_to_end();
+                leg.parts.cut_short();
                 if (leg.in_flight == 0) ended.push_back(&leg);
             }
         }

@@ -379,14 +379,7 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
         return false;
     // This runs inside destructors of libllama's, out of which nothing may be thrown.
     try {
-        if (tensor != tensor_) {
-            tensor_ = tensor;
-            tensor_address_ = reinterpret_cast<uint64_t>(ggml.get_data(tensor));
-            tensors_.push_back(tensor_address_);
-            const int64_t device = locate_(tensor_address_ + offset, bytes);
-            builder_ = device < 0 ? nullptr : &builders_[static_cast<size_t>(device)];
-            if (builder_) builder_->begin_tensor();
-        }
+        if (tensor != tensor_) begin_tensor(tensor, offset, bytes, ggml);
         if (!builder_) {
             // No device of the engine reaches this tensor: the original call, here and now.
             ++direct_fragments_;
@@ -395,17 +388,43 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
         }
         builder_->add(tensor_address_ + offset, place, bytes);
     } catch (...) {
-        failed_ = true;
+        if (!failure_) failure_ = std::current_exception();
     }
     return true;
 }
 
-Recorder::Captured Recorder::finish() {
-    if (failed_) throw Error(KVF_ERR_OUT_OF_MEMORY, "while recording the layout");
-    Captured result;
+void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t bytes,
+                            const GgmlApi &ggml) {
+    if (!listed_ns_) listed_ns_ = now_ns();
+    LayoutBuilder *const former = builder_;
+    tensor_ = tensor;
+    tensor_address_ = reinterpret_cast<uint64_t>(ggml.get_data(tensor));
+    tensors_.push_back(tensor_address_);
+    const int64_t device = locate_(tensor_address_ + offset, bytes);
+    builder_ = device < 0 ? nullptr : &builders_[static_cast<size_t>(device)];
+    if (former) former->begin_tensor();
+    if (former && sink_ && !failure_ && former->bytes() >= least_part_) {
+        Layout part = former->take();
+        sunk_segments_ += part.segments();
+        sunk_bytes_ += part.bytes;
+        sink_(static_cast<uint32_t>(former - builders_.data()), std::move(part));
+    }
+}
+
+Recorded Recorder::finish() {
+    if (failure_) {
+        try {
+            std::rethrow_exception(failure_);
+        } catch (const std::bad_alloc &) {
+            throw Error(KVF_ERR_OUT_OF_MEMORY, "while recording the layout");
+        }
+    }
+    Recorded result;
+    result.listed_ns = listed_ns_;
+    result.recorded_ns = now_ns();
     result.fragments = direct_fragments_;
-    result.segments = direct_fragments_;
-    result.bytes = direct_bytes_;
+    result.segments = direct_fragments_ + sunk_segments_;
+    result.bytes = direct_bytes_ + sunk_bytes_;
     for (uint32_t device = 0; device < builders_.size(); ++device) {
         result.fragments += builders_[device].fragments();
         Layout layout = builders_[device].finish();

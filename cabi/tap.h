@@ -11,6 +11,7 @@
 // and ggml_backend_buffer_free, so that a cache is not freed under a transfer.
 #pragma once
 
+#include <exception>
 #include <functional>
 #include <memory>
 #include <string>
@@ -19,6 +20,7 @@
 #include "block_cache.h"
 #include "layout.h"
 #include "llama_api.h"
+#include "submission.h"
 
 namespace kvf {
 
@@ -28,17 +30,21 @@ public:
     // Says which device of the engine holds [address, address + bytes). Negative: none of them.
     using Locate = std::function<int64_t(uint64_t address, uint64_t bytes)>;
 
+    // Takes what has been recorded so far, of a device: it may be moved while the rest is recorded.
+    using Sink = std::function<void(uint32_t device, Layout &&)>;
+
     Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
              Locate locate, BlockCache &blocks);
 
-    struct Captured {
-        std::vector<std::pair<uint32_t, Layout>> layouts; // by device
-        uint64_t fragments = 0;
-        uint64_t segments = 0;
-        uint64_t bytes = 0; // of tensors
-    };
-    // What was recorded. Throws if it could not be recorded whole.
-    Captured finish();
+    // Called as soon as there are `least` bytes for it. Without one, everything is kept until finish().
+    void set_sink(Sink sink, uint64_t least) {
+        sink_ = std::move(sink);
+        least_part_ = least;
+    }
+
+    // What was recorded; its layouts are those that the sink has not been given. Its bytes are those of tensors.
+    // Throws if it could not be recorded whole.
+    Recorded finish();
 
     // The addresses of the tensors that were concerned.
     const std::vector<uint64_t> &tensors() const { return tensors_; }
@@ -63,8 +69,15 @@ private:
     uint64_t tensor_address_ = 0;
     uint64_t direct_fragments_ = 0, direct_bytes_ = 0; // copied by the original call
     std::vector<uint64_t> tensors_;
-    bool failed_ = false;
+    Sink sink_;
+    uint64_t least_part_ = 0;
+    uint64_t sunk_segments_ = 0, sunk_bytes_ = 0; // of what the sink was given
+    uint64_t listed_ns_ = 0;                      // when the first fragment came
+    std::exception_ptr failure_;
     std::string abort_text_;
+
+    void begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t bytes,
+                      const GgmlApi &ggml);
 };
 
 // While it lives, calls of this thread are recorded.

@@ -222,6 +222,10 @@ typedef struct kvf_completion {
     uint64_t started_ns;   /* when the first piece began to move; 0 if none did */
     uint64_t finished_ns;  /* when the job ended */
     char detail[128];      /* one line on what went wrong, or "" */
+    /* Of a llama transfer, else 0. From submitted_ns to listed_ns libllama took cells and listed what to
+     * move, from then on it named fragment after fragment; at recorded_ns the last one was known. */
+    uint64_t listed_ns;
+    uint64_t recorded_ns;
 } kvf_completion;
 
 /* Called on the engine's own dispatch thread, one at a time, in order of completion: keep it short.

@@ -9,6 +9,13 @@
 
 #include "layout.h"
 
+// How many runs a layout's tables hold.
+inline uint64_t runs_of(const kvf::Layout &layout) {
+    uint64_t runs = 0;
+    for (const auto &table : layout.tables) runs += table->size();
+    return runs;
+}
+
 class Coverage {
 public:
     void add(uint64_t address, uint64_t offset, uint64_t bytes) {

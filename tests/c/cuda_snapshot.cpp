@@ -18,10 +18,11 @@ void save_by_snapshot(const std::shared_ptr<kvf::Engine> &engine, const Plan &pl
     kvf::Submission submission;
     submission.buffer = buffer.data();
     submission.buffer_bytes = buffer.bytes();
-    submission.layouts.emplace_back(1, std::move(snapshot.layout));
+    kvf::Recorded recorded;
+    recorded.layouts.emplace_back(1, std::move(snapshot.layout));
     submission.keep.push_back(std::move(snapshot.memory));
     const kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-    const auto job = engine->submit(std::move(submission), options, nullptr);
+    const auto job = engine->submit(std::move(submission), std::move(recorded), options, nullptr);
     kvf_completion completion;
     CHECK(job->wait(60 * SECONDS, &completion));
     CHECK_OK(completion.status);

@@ -44,7 +44,7 @@ Layout check(const std::vector<Run> &fragments, size_t blocks, size_t runs) {
     Layout layout = of_fragments(fragments);
     check_moves_the_same(fragments, layout);
     CHECK(layout.blocks.size() == blocks);
-    CHECK(layout.runs.size() == runs);
+    CHECK(runs_of(layout) == runs);
     return layout;
 }
 
@@ -170,8 +170,8 @@ void tensors_that_are_fragmented_alike_share_the_table() {
         tensors.push_back(random_tensor(kBase + i * 10000000, i * 64012, 1000, 1));
     }
     const Layout layout = of_tensors(tensors);
-    CHECK(layout.spans.size() == 30 && layout.runs.size() <= 1000);
-    CHECK(layout.segments() == 30 * layout.runs.size());
+    CHECK(layout.spans.size() == 30 && runs_of(layout) <= 1000);
+    CHECK(layout.segments() == 30 * runs_of(layout));
 }
 
 void tensors_that_differ_have_runs_of_their_own() {
@@ -185,20 +185,64 @@ void tensors_that_differ_have_runs_of_their_own() {
     of_tensors({one, shorter, {}, one});
 }
 
-void a_cursor_can_give_up() {
-    std::vector<Run> fragments{{kBase, 0, kLongRun}};
-    for (uint64_t i = 0; i < 5; ++i)
-        fragments.push_back({kBase + 1000000 + i * i * 1000, kLongRun + i * 100, 90 + i});
-    const Layout layout = check(fragments, 1, 5);
-    Cursor cursor(layout);
-    CHECK(cursor.next(1000, 10).bytes == 1000);
-    cursor.skip_to_end();
-    CHECK(cursor.at_end());
-    Cursor other(layout);
-    CHECK(other.next(kLongRun, 10).bytes == kLongRun && !other.at_end());
-    CHECK(other.next(1, 10).count == 1);
-    other.skip_to_end();
-    CHECK(other.at_end());
+// What is taken between tensors, and the rest, move together what would have been moved at once; and tensors that
+// come after still find the table of one that was taken before.
+void a_layout_can_be_taken_in_parts() {
+    LayoutBuilder builder;
+    Coverage expected, moved;
+    std::vector<Layout> parts;
+    for (uint64_t i = 0; i < 10; ++i) {
+        for (const Run &run : random_tensor(kBase + i * 10000000, i * 64012, 1000, 1)) {
+            builder.add(run.address, run.offset, run.bytes);
+            expected.add(run.address, run.offset, run.bytes);
+        }
+        builder.begin_tensor();
+        CHECK(builder.bytes() == (i % 2 + 1) * 64000);
+        if (i % 2) parts.push_back(builder.take());
+    }
+    CHECK(builder.bytes() == 0);
+    CHECK(builder.finish().empty());
+    CHECK(builder.fragments() == 10000);
+    for (const Layout &part : parts) {
+        CHECK(part.bytes == 128000 && part.spans.size() == 2 && part.tables.size() == 1);
+        CHECK(part.tables[0] == parts[0].tables[0]);
+        for (Cursor cursor(part); !cursor.at_end();) moved.add(cursor.next(1000, 7));
+    }
+    CHECK(moved == expected);
+}
+
+Layout of_one_run(uint64_t address, uint64_t bytes) {
+    return of_fragments({{address, address - kBase, bytes}});
+}
+
+void parts_are_handed_out_as_they_come() {
+    Parts parts;
+    CHECK(parts.empty() && !parts.at_end());
+    parts.add(of_one_run(kBase, kLongRun));
+    parts.add(Layout{}); // nothing is no part
+    CHECK(!parts.empty());
+    CHECK(parts.next(kLongRun - 1, 1).bytes == kLongRun - 1 && !parts.empty());
+    CHECK(parts.next(kLongRun, 1).bytes == 1 && parts.empty() && !parts.at_end());
+    parts.add(of_one_run(kBase + 2 * kLongRun, 5));
+    parts.add(of_one_run(kBase + 3 * kLongRun, kLongRun + 1));
+    const Piece small = parts.next(kLongRun, 1);
+    CHECK(small.runs && small.run(0).address == kBase + 2 * kLongRun);
+    parts.close();
+    CHECK(!parts.empty() && parts.block()->width == kLongRun + 1);
+    CHECK(parts.next(~0ull, 1).bytes == kLongRun + 1);
+    CHECK(parts.at_end() && parts.bytes() == 2 * kLongRun + 6);
+    CHECK(small.run(0).bytes == 5); // it is still there
+}
+
+void parts_can_be_cut_short() {
+    Parts parts;
+    parts.add(of_one_run(kBase, kLongRun));
+    parts.add(of_one_run(kBase + 2 * kLongRun, kLongRun));
+    CHECK(parts.next(1000, 1).bytes == 1000);
+    parts.cut_short();
+    CHECK(parts.at_end());
+    parts.add(of_one_run(kBase + 4 * kLongRun, kLongRun)); // whoever records has not noticed yet
+    CHECK(parts.at_end());
 }
 
 } // namespace
@@ -215,5 +259,7 @@ int main() {
     regions();
     tensors_that_are_fragmented_alike_share_the_table();
     tensors_that_differ_have_runs_of_their_own();
-    a_cursor_can_give_up();
+    a_layout_can_be_taken_in_parts();
+    parts_are_handed_out_as_they_come();
+    parts_can_be_cut_short();
 }

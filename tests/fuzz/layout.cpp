@@ -15,10 +15,12 @@ struct Model {
     Coverage coverage;
     std::vector<Run> tensor; // its fragments so far
     uint64_t fragments = 0;
+    std::vector<Layout> taken;
 
-    void begin_tensor() {
+    void begin_tensor(bool take) {
         builder.begin_tensor();
         tensor.clear();
+        if (take) taken.push_back(builder.take());
     }
     void add(uint64_t address, uint64_t offset, uint64_t bytes) {
         builder.add(address, offset, bytes);
@@ -52,10 +54,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         default: break; // a neighbour
         }
         switch (input.below(8)) {
-        case 0: model.begin_tensor(); break;
+        case 0: model.begin_tensor(input.below(2)); break;
         case 1: { // another tensor, fragmented as the last one, or nearly so
             const std::vector<Run> last = model.tensor;
-            if (input.below(4)) model.begin_tensor();
+            if (input.below(4)) model.begin_tensor(input.below(4) == 0);
             const uint64_t distance = input.number<uint16_t>();
             const uint64_t odd_one = input.below(30), most = input.below(200);
             for (size_t i = 0; i < last.size() && i < most; ++i) {
@@ -90,26 +92,32 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const uint64_t fragments = model.fragments;
 
     CHECK(builder.fragments() == fragments);
-    const Layout layout = builder.finish();
-    CHECK(layout.bytes == expected.bytes());
-    CHECK(layout.segments() <= fragments);
-    for (const auto &block : layout.blocks)
-        CHECK(block.rows >= kFewRows || block.width >= kLongRun);
-    for (const auto &run : layout.runs) CHECK(run.bytes < kLongRun);
+    model.taken.push_back(builder.finish());
 
     const uint64_t mosts[] = {777, 4096, 100000, uint64_t{4} << 20};
     const uint64_t most = mosts[size % 4];
     const uint64_t most_runs = 1 + size % 50;
     Coverage moved;
-    Cursor cursor(layout);
-    for (bool at_runs = false; !cursor.at_end();) {
-        const Piece piece = cursor.next(most, most_runs);
-        CHECK(piece.runs || !at_runs); // the irregular rest comes last
-        at_runs = piece.runs != nullptr;
-        CHECK(piece.bytes > 0 && (piece.bytes <= most || (at_runs && piece.count == 1)));
-        CHECK(piece.count <= most_runs);
-        moved.add(piece);
+    uint64_t segments = 0, bytes = 0;
+    for (const Layout &layout : model.taken) {
+        segments += layout.segments();
+        bytes += layout.bytes;
+        for (const auto &block : layout.blocks)
+            CHECK(block.rows >= kFewRows || block.width >= kLongRun);
+        for (const auto &table : layout.tables)
+            for (const auto &run : *table) CHECK(run.bytes < kLongRun);
+        Cursor cursor(layout);
+        for (bool at_runs = false; !cursor.at_end();) {
+            const Piece piece = cursor.next(most, most_runs);
+            CHECK(piece.runs || !at_runs); // the irregular rest comes last
+            at_runs = piece.runs != nullptr;
+            CHECK(piece.bytes > 0 && (piece.bytes <= most || (at_runs && piece.count == 1)));
+            CHECK(piece.count <= most_runs);
+            moved.add(piece);
+        }
     }
+    CHECK(bytes == expected.bytes());
+    CHECK(segments <= fragments);
     CHECK(moved == expected);
     return 0;
 }
