@@ -11,14 +11,13 @@
 namespace kvf {
 namespace {
 
-// What a slot takes at once. Urgent: so much that queuing it costs nothing beside moving it, and yet a
-// cancelled job stops within a millisecond. Background: a decode step may have to wait for two of them;
-// smaller ones cost the link more than they spare the step (measured on an H200: docs/performance.md).
-struct Sizes {
-    uint64_t run, block, gather;
-};
-constexpr Sizes kUrgentSizes{16 << 20, 16 << 20, 16 << 20};
-constexpr Sizes kBackgroundSizes{4 << 20, 6 << 20, 4 << 20};
+// What a slot takes at once for an urgent job: so much that queuing it costs nothing beside moving it, and yet a
+// cancelled job stops within a millisecond.
+constexpr uint64_t kUrgentBytes = 16 << 20;
+// For a background job the pacer says. Where it begins, and what share of the link it aims at: runs, blocks, the
+// gathered. (What was best on an H200: docs/performance.md.)
+constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstGather = 4 << 20;
+constexpr double kRunShare = 0.96, kRowsShare = 0.93;
 constexpr uint64_t kStagingSlot = 8 << 20; // with its table of rows
 constexpr uint64_t kLeastStagingSlot = 1 << 20;
 constexpr uint64_t kBounce = 4 << 20;
@@ -35,6 +34,8 @@ constexpr uint64_t kNarrow = 1024;
 constexpr uint32_t kUrgentBlocks = 64, kBackgroundBlocks = 32; // of a kernel's grid
 // For so long a pump stays awake for a leg that has been announced.
 constexpr uint64_t kExpectNs = 500'000;
+// Shorter sleeps are not worth the risk of waking too late.
+constexpr uint64_t kLeastSleepNs = 15'000;
 // A copy that has not ended by then never will; the device is given up.
 constexpr uint64_t kStuckNs = 60'000'000'000;
 
@@ -60,11 +61,17 @@ void relax() {
 CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels *kernels,
                    Crew &crew, uint32_t device, Direction direction, Limits limits)
     : engine_(engine), context_(context), driver_(context.driver()), kernels_(kernels), crew_(crew),
-      device_(device), direction_(direction), limits_(limits) {
+      device_(device), direction_(direction), limits_(limits),
+      pacers_{Pacer(kRunShare, kFirstRun), Pacer(kRowsShare, kFirstBlock),
+              Pacer(kRowsShare, kFirstGather)} {
     slot_staging_ = std::min<uint64_t>(kStagingSlot, limits_.staging_bytes / 2);
     staging_slots_ =
         slot_staging_ ? std::min<uint64_t>(kSlots, limits_.staging_bytes / slot_staging_) : 0;
     no_staging_ = !kernels_ || slot_staging_ < kLeastStagingSlot;
+    for (size_t way = 0; way < kWays; ++way) {
+        pace_bytes_[way] = pacers_[way].pace().bytes;
+        pace_window_[way] = pacers_[way].pace().window;
+    }
     const CudaCurrent current(context_);
     try {
         for (Slot &slot : slots_) {
@@ -102,23 +109,27 @@ void CudaLane::release(Slot &slot) {
 }
 
 void CudaLane::submit(Leg &leg) {
+    std::vector<Leg *> ended;
     {
         std::lock_guard lock(mutex_);
-        if (!broken()) {
-            if (!thread_.joinable()) thread_ = std::thread([this] { pump(); });
-            schedule_.add(leg);
-            work_.notify_one();
-            return;
+        if (broken()) {
+            leg.job->fail(KVF_ERR_DEVICE_LOST, why_broken_);
+        } else if (!thread_.joinable()) {
+            thread_ = std::thread([this] { pump(); });
         }
-        leg.job->fail(KVF_ERR_DEVICE_LOST, why_broken_);
-        leg.parts.cut_short();
+        schedule_.add(leg);
+        // A job that was asked to stop before its leg came was not found then.
+        if (leg.job->stopping()) schedule_.sweep(ended);
+        ++arrivals_;
+        work_.notify_one();
     }
-    leg.job->leg_ended(leg);
+    for (Leg *other : ended) other->job->leg_ended(*other);
 }
 
 void CudaLane::extend(Leg &leg, Layout &&part) {
     std::lock_guard lock(mutex_);
     leg.parts.add(std::move(part));
+    ++arrivals_;
     work_.notify_one();
 }
 
@@ -142,6 +153,8 @@ void CudaLane::poke() {
     {
         std::lock_guard lock(mutex_);
         schedule_.sweep(ended);
+        ++arrivals_;
+        work_.notify_one();
     }
     for (Leg *leg : ended) leg->job->leg_ended(*leg);
 }
@@ -202,12 +215,18 @@ void CudaLane::idle() {
         crew_ended_ = false;
         return;
     }
-    if (urgent_ && copies_queued_ > 2) {
+    if (copies_queued_ < 2) return relax(); // the engine would stand still meanwhile
+    if (urgent_) {
         // The queue is full for a while: looking at it now and then is enough.
-        std::this_thread::sleep_for(std::chrono::microseconds(10));
-        return;
+        if (copies_queued_ > 2) return std::this_thread::sleep_for(std::chrono::microseconds(10));
+        return relax();
     }
-    relax();
+    // One copy is under way, and another behind it: time to spare the core, until something comes.
+    Pacer &current = pacer(last_queued_);
+    if (current.measuring() || current.expected_ns() < 2 * kLeastSleepNs) return relax();
+    std::unique_lock lock(mutex_);
+    work_.wait_for(lock, std::chrono::nanoseconds(current.expected_ns() / 2),
+                   [this] { return arrivals_ != seen_arrivals_; });
 }
 
 // Moves pieces on whose part has ended. True if there was one.
@@ -239,7 +258,10 @@ bool CudaLane::retire() {
                 break;
             }
             if (result == CUDA_ERROR_NOT_READY) break;
-            if (copying) leave_queue(slot);
+            if (copying) {
+                leave_queue(slot);
+                note_pace(slot);
+            }
             progress = true;
             slot.stage = Stage::Finishing;
             if (result != CUDA_SUCCESS) {
@@ -256,18 +278,49 @@ bool CudaLane::retire() {
 
 bool CudaLane::queue_copies() {
     bool progress = false;
-    while (copies_queued_ < kLeastQueued || (urgent_ && bytes_queued_ < kUrgentQueuedBytes)) {
+    for (;;) {
         // The one that has been ready for longest.
         Slot *next = nullptr;
         for (Slot &slot : slots_) {
             if (slot.stage == Stage::Ready && (!next || slot.begin_ns < next->begin_ns))
                 next = &slot;
         }
-        if (!next) break;
+        if (!next || !may_queue(*next)) return progress;
+        last_queued_ = next->way;
         attempt(*next, [&] { queue_copy(*next); });
         progress = true;
     }
-    return progress;
+}
+
+bool CudaLane::may_queue(const Slot &slot) {
+    if (!urgent_) return copies_queued_ < pacer(slot.way).pace().window;
+    return copies_queued_ < kLeastQueued || bytes_queued_ < kUrgentQueuedBytes;
+}
+
+// A copy has ended. If more were there to be queued all the time, its pacer learns from it.
+void CudaLane::note_pace(const Slot &slot) {
+    const uint64_t now = now_ns();
+    if (!urgent_ && last_end_ns_) {
+        const auto way = static_cast<size_t>(slot.way);
+        pacers_[way].note(slot.epoch, slot.bytes, now - last_end_ns_);
+        pace_bytes_[way].store(pacers_[way].pace().bytes, std::memory_order_relaxed);
+        pace_window_[way].store(pacers_[way].pace().window, std::memory_order_relaxed);
+    }
+    const bool more = copies_queued_ > 0 ||
+                      std::any_of(slots_.begin(), slots_.end(),
+                                  [](const Slot &other) { return other.stage == Stage::Ready; });
+    last_end_ns_ = !urgent_ && more ? now : 0;
+}
+
+std::string CudaLane::describe_pace() const {
+    const auto one = [this](const char *name, Way way) {
+        const auto at = static_cast<size_t>(way);
+        return format("\"%s\": {\"bytes\": %llu, \"queued\": %u}", name,
+                      static_cast<unsigned long long>(pace_bytes_[at].load()),
+                      pace_window_[at].load());
+    };
+    return "{" + one("runs", Way::Run) + ", " + one("rows", Way::Block) + ", " +
+           one("gathered", Way::Gather) + "}";
 }
 
 // Takes new pieces into idle slots.
@@ -275,6 +328,7 @@ bool CudaLane::refill() {
     bool progress = false;
     for (;;) {
         std::unique_lock lock(mutex_);
+        seen_arrivals_ = arrivals_;
         Leg *leg = schedule_.front(KVF_PRIORITY_URGENT);
         const bool urgent = leg != nullptr;
         if (!urgent) leg = schedule_.front(KVF_PRIORITY_BACKGROUND);
@@ -303,10 +357,10 @@ bool CudaLane::refill() {
 // Fills a slot with pieces of one way.
 void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
     Parts &parts = leg.parts;
-    const Sizes &sizes = urgent ? kUrgentSizes : kBackgroundSizes;
-    uint64_t most = slot.way == Way::Run     ? sizes.run
-                    : slot.way == Way::Block ? sizes.block
-                                             : std::min(sizes.gather, slot.staging_bytes);
+    const Pacer::Pace &pace = pacer(slot.way).pace();
+    slot.epoch = pace.epoch;
+    uint64_t most = urgent ? kUrgentBytes : pace.bytes;
+    if (slot.way == Way::Gather) most = std::min(most, slot.staging_bytes);
     if (!leg.job->pinned) most = std::min(most, kBounce);
     uint64_t rows_left = slot.way == Way::Gather ? CudaRowTable::kRows : 1;
     slot.pieces.clear();
@@ -333,7 +387,7 @@ void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
 CudaLane::Way CudaLane::way_of(const Leg &leg) const {
     const kvf_region *block = leg.parts.block();
     if (!block) return no_staging_ ? Way::Run : Way::Gather;
-    if (block->rows == 1 || block->width >= kUrgentSizes.block) return Way::Run;
+    if (block->rows == 1 || block->width >= kUrgentBytes) return Way::Run;
     const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);
     if (block->width >= kNarrow && pitch <= limits_.max_pitch) return Way::Block;
     if (!no_staging_ && block->width <= kLeastStagingSlot / 2) return Way::Gather;

@@ -1,9 +1,9 @@
 // The pump: moves the legs of one direction of one CUDA device, piece by piece.
 //
-// Urgent jobs keep the copy engine's queue filled. Background jobs have two copies in it, on streams of
+// Urgent jobs keep the copy engine's queue filled. Background jobs have one or two copies in it, on streams of
 // their own: llama.cpp copies its inputs and logits at every step, and a step waits for whatever was queued
-// before it (an H200 with a full queue: a decode step of 5.1 ms became 19.4 ms). With one copy the engine
-// would stand still for 11 microseconds after each.
+// before it (an H200 with a full queue: a decode step of 5.1 ms became 19.4 ms). How many, and how large, is
+// the pacer's to find.
 //
 // Pieces pass through slots, each of which has a stream of its own:
 //
@@ -21,6 +21,7 @@
 
 #include "crew.h"
 #include "cuda_kernels.h"
+#include "pacer.h"
 #include "schedule.h"
 
 namespace kvf {
@@ -49,6 +50,8 @@ public:
     void stop();
     // Nothing can be moved any more: the device is lost.
     bool broken() const { return broken_.load(std::memory_order_acquire); }
+    // The pace of background copies, a JSON object. Any thread.
+    std::string describe_pace() const;
 
 private:
     static constexpr size_t kSlots = 8;
@@ -62,6 +65,7 @@ private:
         Draining,  // the crew copies out
     };
     enum class Way { Run, Block, Gather };
+    static constexpr size_t kWays = 3;
 
     struct Slot {
         Stage stage = Stage::Idle;
@@ -76,6 +80,7 @@ private:
         std::vector<Piece> pieces; // of one way; small ones together, since each copy has its price
         uint64_t bytes = 0;        // of them
         Way way = Way::Run;
+        uint32_t epoch = 0; // of the pacer's
         std::atomic<bool> crew_done{false};
         uint64_t begin_ns = 0, queued_ns = 0;
     };
@@ -91,6 +96,9 @@ private:
     void prepare(Slot &slot);
     void queue_copy(Slot &slot);
     void leave_queue(const Slot &slot);
+    Pacer &pacer(Way way) { return pacers_[static_cast<size_t>(way)]; }
+    bool may_queue(const Slot &slot);
+    void note_pace(const Slot &slot);
     void after_device(Slot &slot);
     void end_piece(Slot &slot);
     void fail_piece(Slot &slot, const Error &error);
@@ -124,6 +132,7 @@ private:
     bool stopping_ = false;
     bool crew_ended_ = false;        // since the pump last looked
     uint64_t expected_until_ns_ = 0; // a leg may come any moment
+    uint64_t arrivals_ = 0;          // of legs, of parts of legs, of requests to look again
     std::string why_broken_;
     std::thread thread_; // started with the first leg
     std::atomic<bool> broken_{false};
@@ -137,6 +146,12 @@ private:
     uint64_t bytes_queued_ = 0; // of these
     uint32_t pieces_ = 0;       // slots that are not idle
     bool urgent_ = false;       // what is in the slots is
+    std::array<Pacer, kWays> pacers_;
+    Way last_queued_ = Way::Run;
+    uint64_t last_end_ns_ = 0; // of a background copy with more behind it; 0: none
+    uint64_t seen_arrivals_ = 0;
+    std::array<std::atomic<uint64_t>, kWays> pace_bytes_{}; // for describe_pace()
+    std::array<std::atomic<uint32_t>, kWays> pace_window_{};
 };
 
 } // namespace kvf

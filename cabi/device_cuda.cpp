@@ -80,7 +80,9 @@ std::string CudaDevice::describe() const {
                   static_cast<unsigned long long>(staging_bytes_),
                   save_->broken() || load_->broken() ? "true" : "false") +
            "\"kernels\": " + (kernels_ ? "true" : "false") +
-           ", \"no_kernels\": " + json_quote(no_kernels_) + "}";
+           ", \"no_kernels\": " + json_quote(no_kernels_) +
+           ", \"background_pace\": {\"save\": " + save_->describe_pace() +
+           ", \"load\": " + load_->describe_pace() + "}}";
 }
 
 void CudaDevice::stop() {

@@ -56,10 +56,16 @@ void HostDevice::submit(Leg &leg) {
         job.leg_ended(leg);
         return;
     }
-    std::lock_guard lock(mutex_);
-    if (workers_.size() <= threads_) start_threads();
-    schedule_.add(leg);
-    wake(leg.job->priority, leg.parts.bytes());
+    std::vector<Leg *> ended;
+    {
+        std::lock_guard lock(mutex_);
+        if (workers_.size() <= threads_) start_threads();
+        schedule_.add(leg);
+        // A job that was asked to stop before its leg came was not found then.
+        if (leg.job->stopping()) schedule_.sweep(ended);
+        wake(leg.job->priority, leg.parts.bytes());
+    }
+    for (Leg *other : ended) other->job->leg_ended(*other);
 }
 
 void HostDevice::extend(Leg &leg, Layout &&part) {

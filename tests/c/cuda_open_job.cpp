@@ -150,6 +150,25 @@ void cancelled_while_open(Test &&test, const Source &source) {
     CHECK(completion.status == KVF_ERR_CANCELLED && test.ends == 1);
 }
 
+// Asked to stop before it had a leg, and waiting for a stream that will take its time.
+void cancelled_before_its_first_part(Test &&test, const Source &source) {
+    const Stream stream;
+    Barrier barrier;
+    barrier.close(stream);
+    test.options.flags = KVF_SUBMIT_FOLLOW_STREAM;
+    test.options.stream = stream.number();
+    kvf::OpenJob open(*test.engine, test.submission(), test.options, false);
+    test.engine->cancel([](const kvf::Job &) { return true; });
+    kvf::Recorded recorded;
+    recorded.layouts.emplace_back(source.device(), source.part(0));
+    open.commit(std::move(recorded), nullptr);
+    kvf_completion completion;
+    CHECK(test.completions(&completion, 60 * SECONDS) == 1);
+    CHECK(completion.status == KVF_ERR_CANCELLED && completion.started_ns == 0);
+    barrier.open();
+    stream.synchronize();
+}
+
 void others_pass_while_it_waits(Test &&test, const Source &source) {
     kvf::OpenJob open(*test.engine, test.submission(), test.options, false);
     open.add(source.device(), source.part(0));
@@ -239,6 +258,7 @@ int main() {
                 committed_with_nothing_more(Test(engine, priority), source);
                 taken_back(Test(engine, priority), source);
                 cancelled_while_open(Test(engine, priority), source);
+                cancelled_before_its_first_part(Test(engine, priority), source);
                 others_pass_while_it_waits(Test(engine, priority), source);
             }
             races(engine, source);
