@@ -107,6 +107,92 @@ class DeviceArray:
         self.close()
 
 
+class Stream:
+    """A stream of a device, or its default stream. Ended by close(), or at the end of a `with`.
+
+    It can be held, as a long kernel of somebody else's would hold it.
+    """
+
+    def __init__(self, driver: SimulatedCuda, default: int | None, device: int) -> None:
+        self._driver = driver
+        self._device = device
+        self._default = default
+        handle = ctypes.c_void_p(default)
+        self._word = ctypes.c_void_p()
+        device_word = ctypes.c_uint64()
+        with driver.context(device):
+            if default is None:
+                non_blocking = 1
+                driver.call("cuStreamCreateWithPriority", ctypes.byref(handle), non_blocking, 0)
+            portable_and_mapped = 3
+            driver.call(
+                "cuMemHostAlloc",
+                ctypes.byref(self._word),
+                ctypes.c_size_t(4),
+                portable_and_mapped,
+            )
+            driver.call("cuMemHostGetDevicePointer_v2", ctypes.byref(device_word), self._word, 0)
+        self.handle = handle.value or 0
+        self._device_word = device_word.value
+        self.release()
+
+    def hold(self) -> None:
+        """What it is given from now on waits for release()."""
+        self._set(0)
+        with self._driver.context(self._device):
+            equal = 1
+            self._driver.call(
+                "cuStreamWaitValue32_v2",
+                ctypes.c_void_p(self.handle),
+                ctypes.c_uint64(self._device_word),
+                1,
+                equal,
+            )
+
+    def release(self) -> None:
+        self._set(1)
+
+    def _set(self, value: int) -> None:
+        ctypes.c_uint32.from_address(self._word.value or 0).value = value
+
+    def copy(self, to: DeviceArray, source: DeviceArray) -> None:
+        with self._driver.context(self._device):
+            self._driver.call(
+                "cuMemcpyDtoDAsync_v2",
+                ctypes.c_uint64(to.address),
+                ctypes.c_uint64(source.address),
+                ctypes.c_size_t(source.nbytes),
+                ctypes.c_void_p(self.handle),
+            )
+
+    def make_wait(self, other: int) -> None:
+        """Makes another stream wait for what this one holds."""
+        event = ctypes.c_void_p()
+        with self._driver.context(self._device):
+            self._driver.call("cuEventCreate", ctypes.byref(event), 0)
+            self._driver.call("cuEventRecord", event, ctypes.c_void_p(self.handle))
+            self._driver.call("cuStreamWaitEvent", ctypes.c_void_p(other), event, 0)
+            self._driver.call("cuEventDestroy_v2", event)
+
+    def synchronize(self) -> None:
+        with self._driver.context(self._device):
+            self._driver.call("cuStreamSynchronize", ctypes.c_void_p(self.handle))
+
+    def close(self) -> None:
+        self.release()
+        self.synchronize()
+        with self._driver.context(self._device):
+            if self._default is None:
+                self._driver.call("cuStreamDestroy_v2", ctypes.c_void_p(self.handle))
+            self._driver.call("cuMemFreeHost", self._word)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class SimulatedCuda:
     """The driver's controls. Every method may be called from any thread."""
 
@@ -207,6 +293,10 @@ class SimulatedCuda:
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.uint8, device: int = 0) -> DeviceArray:
         return DeviceArray(self, shape, dtype, device)
+
+    def stream(self, default: int | None = None, device: int = 0) -> Stream:
+        """A new stream, or a default one: 1 the legacy one, 2 this thread's."""
+        return Stream(self, default, device)
 
     def write(self, address: int, values: npt.NDArray[Any]) -> None:
         """Writes contiguous values to device memory, past all streams."""
