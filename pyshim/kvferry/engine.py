@@ -137,28 +137,52 @@ class Engine:
     # ---- Regions --------------------------------------------------------------------------------
 
     async def copy_out(
-        self, source: object, into: object = None, *, priority: Priority = "background"
+        self,
+        source: object,
+        into: object = None,
+        *,
+        priority: Priority = "background",
+        after_stream: int | None = None,
     ) -> Buffer:
         """Saves device or host memory into a buffer, and returns the buffer.
 
         ``source`` is an array (the buffer protocol, ``__cuda_array_interface__`` or
         ``__dlpack__``; with strides or without), a list of arrays, which are packed one after the
         other, a ``Region`` or a list of those. ``into`` is writable contiguous memory, or None for
-        pinned memory. On a CUDA device, work that writes the source must have ended.
+        pinned memory.
+
+        What writes the source must have been done. The transfer sees to it by following a CUDA
+        stream: it begins when the work has been done that the stream holds when the transfer is
+        submitted. ``after_stream`` is that stream's handle, such as PyTorch's
+        ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams. Without
+        one,
+        - the stream that arrays name in ``__cuda_array_interface__`` is followed. CuPy's and
+          Numba's name theirs; PyTorch's and JAX's none, so pass one or synchronize before. If
+          arrays name several this raises InvalidArgument: make one wait for the others and pass
+          it;
+        - arrays that have ``__dlpack__`` alone make the stream that is followed wait for the work
+          on them; it is the legacy default stream where no other array names one.
 
         The source must not be written meanwhile. Cancelling: see ``Transfer.wait``.
         Raises BufferTooSmall, Unreachable, InvalidArgument.
         """
-        transfer = await self.start_copy_out(source, into, priority=priority)
+        transfer = await self.start_copy_out(
+            source, into, priority=priority, after_stream=after_stream
+        )
         return await transfer.wait()
 
     async def start_copy_out(
-        self, source: object, into: object = None, *, priority: Priority = "background"
+        self,
+        source: object,
+        into: object = None,
+        *,
+        priority: Priority = "background",
+        after_stream: int | None = None,
     ) -> Transfer[Buffer]:
         """As ``copy_out``, but returns as soon as the transfer has been submitted."""
         self._core.completions.check_usable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        regions = region_list(source, writable=False)
+        regions = region_list(source, writable=False, after_stream=after_stream)
         if into is None:
             buffer = await self.allocate(regions.nbytes)
         else:
@@ -166,23 +190,37 @@ class Engine:
         return self._submit(lib.kvf_regions_save, regions, buffer, priority)
 
     async def copy_in(
-        self, target: object, data: object, *, priority: Priority = "background"
+        self,
+        target: object,
+        data: object,
+        *,
+        priority: Priority = "background",
+        after_stream: int | None = None,
     ) -> None:
         """Loads contiguous ``data`` into device or host memory: the way back from ``copy_out``.
 
-        ``target`` is described like the source of ``copy_out``, and must be writable. If this fails
-        or is cancelled, part of the target may have been written.
+        ``target`` and ``after_stream`` are as for ``copy_out``; the target must be writable, and
+        what reads or writes it must have been done. DLPack before version 1 doesn't tell whether an
+        array is writable, so that it is refused. If this fails or is cancelled, part of the
+        target may have been written.
         """
-        transfer = await self.start_copy_in(target, data, priority=priority)
+        transfer = await self.start_copy_in(
+            target, data, priority=priority, after_stream=after_stream
+        )
         await transfer.wait()
 
     async def start_copy_in(
-        self, target: object, data: object, *, priority: Priority = "background"
+        self,
+        target: object,
+        data: object,
+        *,
+        priority: Priority = "background",
+        after_stream: int | None = None,
     ) -> Transfer[Buffer]:
         """As ``copy_in``, but returns as soon as the transfer has been submitted."""
         self._core.completions.check_usable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        regions = region_list(target, writable=True)
+        regions = region_list(target, writable=True, after_stream=after_stream)
         return self._submit(lib.kvf_regions_load, regions, borrow(data), priority)
 
     def _submit(
@@ -196,7 +234,9 @@ class Engine:
         memory = buffer.memory
         transfer = Transfer(core.completions, buffer, regions.owner, lambda _: buffer)
         try:
-            submit = SubmitOptions(core.completions, transfer.token, priority)
+            submit = SubmitOptions(
+                core.completions, transfer.token, priority, after_stream=regions.stream
+            )
             check(
                 function(
                     core.handle,

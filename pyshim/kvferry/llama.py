@@ -208,7 +208,7 @@ class Llama:
         memory, nbytes = buffer.memory, buffer.nbytes
 
         def submit() -> int:
-            options = SubmitOptions(completions, transfer.token, priority, mode)
+            options = SubmitOptions(completions, transfer.token, priority, mode=mode)
             check(function(handle, seq, memory, nbytes, options.options, options.job), options.text)
             job: int = options.job[0]
             return job

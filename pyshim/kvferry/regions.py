@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy
 from numpy.typing import NDArray
 
+from . import dlpack
 from ._native import ffi, lib
 from .errors import check, error
 
@@ -44,22 +46,39 @@ class RegionList:
     count: int
     nbytes: int
     owner: object
+    stream: int | None
+    """The CUDA stream that their transfer has to follow."""
 
 
-def region_list(memory: object, *, writable: bool) -> RegionList:
+def region_list(memory: object, *, writable: bool, after_stream: int | None = None) -> RegionList:
     """Describes an array, a sequence of arrays, a Region or a sequence of Regions.
 
     Arrays are packed one after the other, each in C order. ``writable`` memory is for loads.
+    ``after_stream``: the stream to follow, whatever streams the arrays name.
     """
     sources: Sequence[object] = memory if isinstance(memory, (list, tuple)) else [memory]
+    # Each is asked once, and all before the first DLPack array: that wants to know the stream.
+    interfaces = [getattr(source, "__cuda_array_interface__", None) for source in sources]
+    stream = _named_stream(interfaces) if after_stream is None else after_stream
     regions: list[Region] = []
     owners: list[object] = []
     offset = 0
-    for source in sources:
+    for source, interface in zip(sources, interfaces, strict=True):
         if isinstance(source, Region):
             regions.append(source)
             continue
-        array = _Strided(source, writable)
+        if interface is not None:
+            array = _cuda_array(source, interface)
+        elif (host := _host_array(source)) is not None:
+            array = _numpy_array(host)
+        elif not dlpack.is_on_stream(source):
+            array = _lent_array(dlpack.lent(source, None, writable=writable))
+        else:
+            # DLPack's name for the legacy default stream is 1 alone; CUDA's are 0 and 1.
+            stream = stream or _LEGACY_STREAM
+            array = _lent_array(dlpack.lent(source, stream, writable=writable))
+        if writable:
+            array.check_writable()
         regions.extend(array.regions(offset))
         offset += array.nbytes
         owners.append(array.owner)
@@ -68,36 +87,52 @@ def region_list(memory: object, *, writable: bool) -> RegionList:
     native = ffi.new("kvf_region[]", [astuple(region) for region in regions])
     nbytes = ffi.new("uint64_t *")
     check(lib.kvf_regions_size(native, len(regions), nbytes))
-    return RegionList(native, len(regions), nbytes[0], owners)
+    return RegionList(native, len(regions), nbytes[0], owners, stream)
 
 
+_LEGACY_STREAM = 1  # CU_STREAM_LEGACY
+
+
+def _named_stream(interfaces: Iterable[Any]) -> int | None:
+    """The stream whose work must be done before any of the arrays is used; None: nothing to do.
+
+    https://nvidia.github.io/numba-cuda/user/cuda_array_interface.html says what may be named.
+    """
+    named = {interface.get("stream") for interface in interfaces if interface is not None}
+    streams = sorted(named - {None})
+    if 0 in streams:
+        raise error(lib.KVF_ERR_INVALID_ARGUMENT, "an array names stream 0: it is None, 1 or 2")
+    if len(streams) > 1:
+        raise error(
+            lib.KVF_ERR_INVALID_ARGUMENT,
+            f"the arrays name {len(streams)} streams ({', '.join(map(hex, streams))}), and a "
+            "transfer follows one: let one wait for the others and pass it as after_stream",
+        )
+    return streams[0] if streams else None
+
+
+@dataclass(frozen=True)
 class _Strided:
-    """What an array says about its memory. Strides are bytes."""
+    """The memory of an array, which lives as long as ``owner``. Sizes and strides are bytes."""
 
-    def __init__(self, source: Any, writable: bool) -> None:
-        self.owner: object = source
-        if hasattr(source, "__cuda_array_interface__"):
-            interface = source.__cuda_array_interface__
-            self._shape: tuple[int, ...] = tuple(interface["shape"])
-            self._item = numpy.dtype(interface["typestr"]).itemsize
-            self._strides = tuple(interface.get("strides") or _packed(self._shape, self._item))
-            self._address, read_only = interface["data"]
-        else:
-            array = _host_array(source)
-            # The array holds the export of its buffer: a bytearray can't be resized under it.
-            self.owner = array
-            self._shape, self._strides, self._item = array.shape, array.strides, array.itemsize
-            self._address = array.__array_interface__["data"][0]
-            read_only = not array.flags.writeable
-        self.nbytes = self._item
-        for length in self._shape:
-            self.nbytes *= length
-        if writable and read_only:
+    owner: object
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    item: int
+    read_only: bool
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.item
+
+    def check_writable(self) -> None:
+        if self.read_only:
             raise error(lib.KVF_ERR_INVALID_ARGUMENT, "the target is read-only")
         repeated = any(
-            n > 1 and step == 0 for n, step in zip(self._shape, self._strides, strict=True)
+            n > 1 and step == 0 for n, step in zip(self.shape, self.strides, strict=True)
         )
-        if writable and repeated and self.nbytes:
+        if repeated and self.nbytes:
             raise error(lib.KVF_ERR_INVALID_ARGUMENT, "elements of the target share memory")
 
     def regions(self, offset: int) -> Iterator[Region]:
@@ -105,8 +140,8 @@ class _Strided:
         if self.nbytes == 0:
             return
         # A dimension of one element has no stride to speak of.
-        outer = [(n, step) for n, step in zip(self._shape, self._strides, strict=True) if n > 1]
-        width = self._item
+        outer = [(n, step) for n, step in zip(self.shape, self.strides, strict=True) if n > 1]
+        width = self.item
         while outer and outer[-1][1] == width:
             width *= outer.pop()[0]
         rows, pitch = 1, width
@@ -116,19 +151,42 @@ class _Strided:
                 rows *= outer.pop()[0]
         for index in itertools.product(*(range(n) for n, _ in outer)):
             start = sum(i * step for i, (_, step) in zip(index, outer, strict=True))
-            yield Region(self._address + start, width, rows, pitch, offset, width)
+            yield Region(self.address + start, width, rows, pitch, offset, width)
             offset += rows * width
 
 
-def _host_array(source: Any) -> NDArray[Any]:
-    """The memory of `source` as an array, never a copy of it."""
+def _cuda_array(source: object, interface: dict[str, Any]) -> _Strided:
+    shape = tuple(interface["shape"])
+    item = numpy.dtype(interface["typestr"]).itemsize
+    address, read_only = interface["data"]
+    strides = interface.get("strides") or _packed(shape, item)
+    return _Strided(source, address, shape, tuple(strides), item, read_only)
+
+
+def _numpy_array(array: NDArray[Any]) -> _Strided:
+    address = array.__array_interface__["data"][0]
+    read_only = not array.flags.writeable
+    # The array holds the export of its buffer: a bytearray can't be resized under it.
+    return _Strided(array, address, array.shape, array.strides, array.itemsize, read_only)
+
+
+def _lent_array(array: dlpack.LentArray) -> _Strided:
+    strides = array.strides or _packed(array.shape, array.item)
+    return _Strided(array, array.address, array.shape, strides, array.item, bool(array.unwritable))
+
+
+def _host_array(source: Any) -> NDArray[Any] | None:
+    """The memory of `source` as an array, never a copy of it; None if it has to be lent."""
     if isinstance(source, numpy.ndarray):
         return source
     try:
         view = memoryview(source)
-    except TypeError:
+    except (TypeError, BufferError) as refusal:
+        # Both, because JAX's arrays have the buffer protocol, and refuse it for bfloat16.
         if hasattr(source, "__dlpack__"):
-            return numpy.from_dlpack(source)
+            return None
+        if isinstance(refusal, BufferError):
+            raise
         raise TypeError(
             f"{type(source).__name__} has neither the buffer protocol, nor "
             "__cuda_array_interface__, nor __dlpack__"

@@ -140,7 +140,13 @@ class SubmitOptions:
     """A ``kvf_submit_options`` with room for the error text and the job's handle."""
 
     def __init__(
-        self, completions: Completions, token: int, priority: Priority, mode: int = 0
+        self,
+        completions: Completions,
+        token: int,
+        priority: Priority,
+        *,
+        mode: int = 0,
+        after_stream: int | None = None,
     ) -> None:
         self.text = ErrorText()
         self.job: CData = ffi.new("kvf_job *")
@@ -152,6 +158,8 @@ class SubmitOptions:
                 "queue": completions.queue,
                 "user_data": token,
                 "mode": mode,
+                "flags": 0 if after_stream is None else lib.KVF_SUBMIT_FOLLOW_STREAM,
+                "stream": after_stream or 0,
                 "error": self.text.buffer,
                 "error_size": ffi.sizeof(self.text.buffer),
             },

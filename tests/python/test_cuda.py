@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -12,7 +14,9 @@ import anyio
 import kvferry
 import numpy as np
 import pytest
+from dlpack_arrays import LibraryArray
 from event_loops import anyio_backend  # noqa: F401
+from kvferry import dlpack
 from numpy.typing import NDArray
 from simulated_cuda import DeviceArray, Error, SimulatedCuda
 
@@ -215,6 +219,197 @@ async def test_what_is_wrong_is_said(cuda: SimulatedCuda) -> None:
             with pytest.raises(kvferry.InvalidArgument, match="read-only"):
                 await engine.copy_in(read_only, bytes(host.nbytes))
             assert engine.describe()["jobs_in_flight"] == 0
+
+
+# ---- Streams -------------------------------------------------------------------------------------
+
+
+def on_stream(array: DeviceArray, stream: int | None) -> View:
+    """The array as a library shows it whose work on it is queued on that stream."""
+    shown = View(array, *[np.empty(array.shape, array.dtype)] * 2)
+    shown.__cuda_array_interface__["stream"] = stream
+    return shown
+
+
+async def pass_by(engine: kvferry.Engine, array: DeviceArray) -> bytes:
+    """What a transfer that follows nothing finds in the array, after it has overtaken others."""
+    return (await engine.copy_out(array, priority="urgent")).to_bytes()
+
+
+@pytest.mark.parametrize("default", [None, 1, 2], ids=["a stream", "legacy", "per thread"])
+async def test_a_save_follows_the_stream_that_the_array_names(
+    cuda: SimulatedCuda, default: int | None
+) -> None:
+    before, after = numbers(), -numbers()
+    with cuda.array(before) as array, cuda.array(after) as computed:
+        async with kvferry.Engine("cuda") as engine:
+            with cuda.stream(default) as stream:
+                stream.hold()
+                stream.copy(array, computed)
+                transfer = await engine.start_copy_out(on_stream(array, stream.handle))
+                assert await pass_by(engine, array) == before.tobytes()
+                stream.release()
+                assert (await transfer.wait()).to_bytes() == after.tobytes()
+
+
+async def test_a_load_follows_the_stream_that_the_array_names(cuda: SimulatedCuda) -> None:
+    before, after = numbers(), -numbers()
+    with cuda.array(before) as array, cuda.array(np.zeros_like(before)) as reader:
+        async with kvferry.Engine("cuda") as engine:
+            with cuda.stream() as stream:
+                stream.hold()
+                stream.copy(reader, array)
+                transfer = await engine.start_copy_in(on_stream(array, stream.handle), after)
+                assert await pass_by(engine, array) == before.tobytes()
+                stream.release()
+                await transfer.wait()
+            assert np.array_equal(reader.download(), before)
+            assert np.array_equal(array.download(), after)
+
+
+async def test_the_callers_stream_is_followed_and_not_the_one_that_is_named(
+    cuda: SimulatedCuda,
+) -> None:
+    before, after = numbers(), -numbers()
+    with cuda.array(before) as array, cuda.array(after) as computed:
+        async with kvferry.Engine("cuda") as engine:
+            with cuda.stream() as named, cuda.stream() as callers, anyio.fail_after(10):
+                named.hold()
+                callers.hold()
+                callers.copy(array, computed)
+                transfer = await engine.start_copy_out(
+                    on_stream(array, named.handle), after_stream=callers.handle
+                )
+                assert await pass_by(engine, array) == before.tobytes()
+                callers.release()
+                assert (await transfer.wait()).to_bytes() == after.tobytes()
+
+
+async def test_arrays_that_name_no_stream_are_moved_at_once(cuda: SimulatedCuda) -> None:
+    with cuda.array(numbers()) as array:
+        async with kvferry.Engine("cuda") as engine:
+            with cuda.stream(1) as legacy, anyio.fail_after(10):
+                legacy.hold()
+                moved = await engine.copy_out(on_stream(array, None))
+                assert moved.to_bytes() == numbers().tobytes()
+
+
+async def test_arrays_of_several_streams_need_one_stream(cuda: SimulatedCuda) -> None:
+    host = numbers()
+    with cuda.array(host) as first, cuda.array(host) as second:
+        async with kvferry.Engine("cuda") as engine:
+            with cuda.stream() as one, cuda.stream() as other:
+                both = [on_stream(first, one.handle), on_stream(second, other.handle)]
+                with pytest.raises(kvferry.InvalidArgument, match="pass it as after_stream"):
+                    await engine.copy_out(both)
+                packed = await engine.copy_out(both, after_stream=one.handle)
+                assert packed.to_bytes() == host.tobytes() * 2
+            # No stream, and twice the same, are not several.
+            same = [on_stream(first, 1), on_stream(second, None), on_stream(second, 1)]
+            assert (await engine.copy_out(same)).nbytes == 3 * host.nbytes
+
+
+async def test_a_stream_that_cannot_be_followed_is_refused(simulated: SimulatedCuda) -> None:
+    with simulated.array(numbers()) as array:
+        async with kvferry.Engine("cuda") as engine:
+            with pytest.raises(kvferry.InvalidArgument, match="stream 0"):
+                await engine.copy_out(on_stream(array, 0))
+            with pytest.raises(kvferry.InvalidArgument, match="knows this stream"):
+                await engine.copy_out(array, after_stream=0xDEAD0)
+        async with kvferry.Engine("host") as engine:
+            with pytest.raises(kvferry.KvferryError, match="no CUDA device"):
+                await engine.copy_out(b"host memory", after_stream=1)
+
+
+# ---- DLPack --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [(1, 0), None], ids=["version 1", "older"])
+@pytest.mark.parametrize("kind", [dlpack.CUDA, dlpack.CUDA_MANAGED])
+async def test_a_dlpack_array_is_saved_after_its_librarys_work(
+    cuda: SimulatedCuda, kind: int, version: tuple[int, int] | None
+) -> None:
+    before, after = numbers(), -numbers()
+    with cuda.array(before) as array, cuda.array(after) as computed:
+        async with kvferry.Engine("cuda") as engine:
+            with cuda.stream() as librarys:
+                shown = LibraryArray(
+                    before,
+                    array.address,
+                    device=(kind, 0),
+                    version=version,
+                    make_wait=librarys.make_wait,
+                )
+                librarys.hold()
+                librarys.copy(array, computed)
+                transfer = await engine.start_copy_out(shown)
+                assert [request["stream"] for request in shown.requests] == [1]
+                assert await pass_by(engine, array) == before.tobytes()
+                assert shown.given_back == 0
+                librarys.release()
+                assert (await transfer.wait()).to_bytes() == after.tobytes()
+                assert shown.given_back == 1
+
+
+async def test_dlpack_arrays_join_the_stream_that_is_followed(cuda: SimulatedCuda) -> None:
+    host = numbers()
+    with cuda.array(host) as array:
+        async with kvferry.Engine("cuda") as engine:
+            with cuda.stream() as stream:
+                for expected, named, callers in [
+                    (stream.handle, stream.handle, None),
+                    (stream.handle, 1, stream.handle),
+                    (2, None, 2),
+                    (1, None, 0),  # DLPack doesn't know CUDA's other name of the legacy stream
+                ]:
+                    shown = LibraryArray(host, array.address, device=(dlpack.CUDA, 0))
+                    both = [shown, on_stream(array, named)]
+                    out = await engine.copy_out(both, after_stream=callers)
+                    assert out.to_bytes() == host.tobytes() * 2
+                    assert [request["stream"] for request in shown.requests] == [expected]
+
+
+async def test_a_load_into_a_dlpack_array(cuda: SimulatedCuda) -> None:
+    host = numbers()
+    part = host[:, ::2]
+    with cuda.array(np.zeros_like(host)) as array:
+        async with kvferry.Engine("cuda") as engine:
+            shown = LibraryArray(part, array.address, device=(dlpack.CUDA, 0))
+            await engine.copy_in(shown, part.tobytes())
+            assert shown.requests[0]["copy"] is False
+            assert shown.given_back == 1
+        expected = np.zeros_like(host)
+        expected[:, ::2] = part
+        assert np.array_equal(array.download(), expected)
+
+
+async def test_a_dlpack_array_is_given_back_once_however_its_transfer_ends(
+    simulated: SimulatedCuda,
+) -> None:
+    host = numbers()
+    with simulated.array(host) as array:
+        async with kvferry.Engine("cuda") as engine:
+            shown = LibraryArray(host, array.address, device=(dlpack.CUDA, 0))
+            with pytest.raises(kvferry.BufferTooSmall):
+                await engine.copy_out(shown, bytearray(1))
+            gc.collect()
+            assert shown.given_back == 1
+
+            simulated.hold()
+            transfer = await engine.start_copy_out(shown)
+            await anyio.to_thread.run_sync(simulated.wait_held)
+            transfer.cancel()
+            gc.collect()
+            assert shown.given_back == 1  # the device still reads it
+            simulated.release()
+            with contextlib.suppress(kvferry.TransferCancelled):
+                await transfer.wait()
+            del transfer
+            gc.collect()
+            assert shown.given_back == 2
+
+
+# ---- Faults --------------------------------------------------------------------------------------
 
 
 async def test_a_failed_copy_is_told_and_the_engine_goes_on(simulated: SimulatedCuda) -> None:

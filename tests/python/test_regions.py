@@ -2,13 +2,18 @@
 
 import array
 import ctypes
+import gc
 import mmap
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import kvferry
 import numpy as np
 import pytest
+from dlpack_arrays import BFLOAT16, LibraryArray
 from event_loops import anyio_backend  # noqa: F401
+from kvferry import dlpack
 from kvferry.regions import region_list
 from numpy.typing import NDArray
 
@@ -116,23 +121,129 @@ async def test_the_cuda_array_interface_is_understood(name: str) -> None:
     assert np.array_equal(SHAPES[name](target), SHAPES[name](source))
 
 
-class DLPackArray:
-    """An array that has no other protocol than DLPack."""
+class OnlyDLPack:
+    """An array of NumPy's that offers no other protocol than DLPack."""
 
-    def __init__(self, array: NDArray[np.int16]) -> None:
+    def __init__(self, array: NDArray[np.int16], *, old: bool) -> None:
         self._array = array
+        self._old = old
 
-    def __dlpack__(self, **options: object) -> object:
-        return self._array.__dlpack__(**options)
+    def __dlpack__(self, **request: object) -> object:
+        if self._old and request:
+            raise TypeError
+        return self._array.__dlpack__(**request)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._array.__dlpack_device__()
 
 
-async def test_dlpack_is_understood() -> None:
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+async def test_dlpack_is_understood_as_numpy_speaks_it(shape: Shape, old: bool) -> None:
+    source = shape(numbers())
+    if old and not source.flags.writeable:
+        pytest.skip("old DLPack has no read-only arrays")
+    references = sys.getrefcount(source)
     async with kvferry.Engine("host") as engine:
-        out = await engine.copy_out(DLPackArray(numbers()[:, 1:3]))
-    assert out.to_bytes() == numbers()[:, 1:3].tobytes()
+        out = await engine.copy_out(OnlyDLPack(source, old=old))
+    assert out.to_bytes() == source.tobytes()
+    assert sys.getrefcount(source) == references
+
+
+async def test_dlpack_arrays_are_written_into() -> None:
+    target = np.zeros_like(numbers())
+    async with kvferry.Engine("host") as engine:
+        await engine.copy_in(OnlyDLPack(target[:, 1:3], old=False), numbers()[:, 1:3].tobytes())
+    assert np.array_equal(target[:, 1:3], numbers()[:, 1:3])
+    assert not target[:, 3:].any()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (1, 99), None])
+@pytest.mark.parametrize("device", [dlpack.CPU, dlpack.CUDA_HOST])
+async def test_a_dlpack_array_may_be_of_any_type_that_fills_bytes(
+    device: int, version: tuple[int, int] | None
+) -> None:
+    host = numbers()
+    async with kvferry.Engine("host") as engine:
+        for array in [
+            LibraryArray(host, device=(device, 0), version=version, dtype=BFLOAT16),
+            LibraryArray(host, device=(device, 0), version=version, dtype=(0, 4, 4)),
+            LibraryArray(host, device=(device, 0), version=version, packed=True),
+            LibraryArray(host, device=(device, 0), version=version, byte_offset=10),
+        ]:
+            assert (await engine.copy_out(array)).to_bytes() == host.tobytes()
+            assert "stream" not in array.requests[0]  # there is none on the host
+            assert array.capsule_name.startswith(b"used_dltensor")
+            assert array.given_back == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"flags": dlpack.READ_ONLY}, "the target is read-only"),
+        ({"flags": dlpack.IS_COPIED}, "only a copy"),
+        ({"version": None}, "before version 1"),
+    ],
+)
+async def test_a_dlpack_array_that_may_not_be_written_is_no_target(
+    said: dict[str, Any], reason: str
+) -> None:
+    array = LibraryArray(numbers(), **said)
+    async with kvferry.Engine("host") as engine:
+        with pytest.raises(kvferry.InvalidArgument, match=reason):
+            await engine.copy_in(array, bytes(960))
+        assert (await engine.copy_out(array)).to_bytes() == numbers().tobytes()
+    gc.collect()
+    assert array.given_back == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "refusal", "reason"),
+    [
+        ({"dtype": (1, 4, 1)}, kvferry.InvalidArgument, "elements of 4 bits"),
+        ({"version": (2, 0)}, BufferError, "DLPack 2.0"),
+        ({"device": (10, 3)}, kvferry.Unreachable, r"\(10, 3\)"),
+    ],
+)
+async def test_a_dlpack_array_that_is_not_understood_is_refused(
+    said: dict[str, Any], refusal: type[Exception], reason: str
+) -> None:
+    array = LibraryArray(numbers(), **said)
+    async with kvferry.Engine("host") as engine:
+        with pytest.raises(refusal, match=reason):
+            await engine.copy_out(array)
+    gc.collect()
+    assert array.given_back == len(array.requests)
+
+
+async def test_a_dlpack_capsule_is_used_once() -> None:
+    class Forgetful(LibraryArray):
+        """Gives the same capsule again."""
+
+        def __dlpack__(self, **request: Any) -> object:
+            return self.capsule or super().__dlpack__(**request)
+
+    array = Forgetful(numbers())
+    async with kvferry.Engine("host") as engine:
+        await engine.copy_out(array)
+        with pytest.raises(TypeError, match="already used"):
+            await engine.copy_out(array)
+    assert array.given_back == 1
+
+
+async def test_an_array_that_refuses_the_buffer_protocol_is_asked_for_dlpack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(source: object) -> memoryview:
+        """As JAX does for bfloat16. (Python code can't have the protocol before 3.12.)"""
+        raise BufferError("no such type in the buffer protocol")
+
+    monkeypatch.setattr("kvferry.regions.memoryview", refuse, raising=False)
+    array = LibraryArray(numbers(), dtype=BFLOAT16)
+    async with kvferry.Engine("host") as engine:
+        assert (await engine.copy_out(array)).to_bytes() == numbers().tobytes()
+        with pytest.raises(BufferError, match="no such type"):
+            await engine.copy_out(b"which has no DLPack")
 
 
 async def test_a_list_of_arrays_is_packed_one_after_the_other() -> None:
