@@ -202,7 +202,8 @@ class Engine:
         ``target`` and ``after_stream`` are as for ``copy_out``; the target must be writable, and
         what reads or writes it must have been done. DLPack before version 1 doesn't tell whether an
         array is writable, so that it is refused. If this fails or is cancelled, part of the
-        target may have been written.
+        target may have been written. To give a stream its work on the target before the load has
+        ended, see ``Transfer.stream_wait``.
         """
         transfer = await self.start_copy_in(
             target, data, priority=priority, after_stream=after_stream

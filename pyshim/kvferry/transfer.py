@@ -10,7 +10,7 @@ import anyio
 from ._native import ffi, lib
 from .buffer import Buffer
 from .completions import Completion, Completions, Pending, PendingTransfer, see_through
-from .errors import ErrorText, error
+from .errors import ErrorText, check, error
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -65,6 +65,18 @@ class Transfer(PendingTransfer, Generic[T]):
         self._cancel_requested = True
         if self.job is not None:
             lib.kvf_job_cancel(self.job)
+
+    def stream_wait(self, stream: int) -> None:
+        """Makes a CUDA stream wait: what it is given from now on begins when this has ended.
+
+        Ended in whatever way: ``wait`` tells. ``stream`` is a handle, such as PyTorch's
+        ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams. Returns at
+        once. Raises InvalidArgument (no device of the engine knows the stream), Busy (1,024 waits
+        are outstanding), KvferryError (no CUDA device, or a driver older than 11.7).
+        """
+        if not self.ended:
+            assert self.job is not None
+            check(lib.kvf_job_stream_wait(self.job, stream))
 
     async def wait(self) -> T:
         """Waits until it has ended; returns its result, or raises what went wrong.

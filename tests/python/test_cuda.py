@@ -316,9 +316,39 @@ async def test_a_stream_that_cannot_be_followed_is_refused(simulated: SimulatedC
                 await engine.copy_out(on_stream(array, 0))
             with pytest.raises(kvferry.InvalidArgument, match="knows this stream"):
                 await engine.copy_out(array, after_stream=0xDEAD0)
+            transfer = await engine.start_copy_out(array)
+            with pytest.raises(kvferry.InvalidArgument):
+                transfer.stream_wait(0xDEAD0)
+            await transfer.wait()
         async with kvferry.Engine("host") as engine:
             with pytest.raises(kvferry.KvferryError, match="no CUDA device"):
                 await engine.copy_out(b"host memory", after_stream=1)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_stream_waits_for_a_transfer(cuda: SimulatedCuda, cancelled: bool) -> None:
+    before, after = numbers(), -numbers()
+    with cuda.array(before) as array, cuda.array(np.zeros_like(before)) as reader:
+        async with kvferry.Engine("cuda") as engine:
+            with cuda.stream() as held, cuda.stream() as waiting:
+                held.hold()
+                transfer = await engine.start_copy_in(array, after, after_stream=held.handle)
+                transfer.stream_wait(waiting.handle)
+                waiting.copy(reader, array)
+                await anyio.sleep(0.02)
+                assert not reader.download().any()
+                if cancelled:
+                    transfer.cancel()
+                    with pytest.raises(kvferry.TransferCancelled):
+                        await transfer.wait()
+                else:
+                    held.release()
+                    await transfer.wait()
+                waiting.synchronize()
+                assert np.array_equal(reader.download(), before if cancelled else after)
+                # One that has ended is not waited for.
+                transfer.stream_wait(waiting.handle)
+                waiting.synchronize()
 
 
 # ---- DLPack --------------------------------------------------------------------------------------
