@@ -197,7 +197,9 @@ ifeq ($(shell command -v go),)
 test-go:
 	@echo "Go tests skipped: no Go installed"
 else
-test-go: go-kvcache
+test-go: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+test-go: go-kvcache build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	cd examples/go && go vet ./... && go test ./...
 	cd examples/go/kvferry && go vet ./... && go test ./... && go test -race ./... && \
 	    GOGC=1 go test -count=1 ./... && go test -gcflags=all=-d=checkptr ./...

@@ -35,6 +35,7 @@ type waiter struct {
 	submission C.kvgo_submission
 	pinner     runtime.Pinner
 	memory     []byte // what C works on, so that it stays reachable
+	keepsJob   bool   // the job's handle is released by the transfer itself
 
 	// What C does in between is invisible to Go's memory model: this flag orders what the submitter has written
 	// before what the reader reads. The channel orders the way back.
@@ -115,7 +116,7 @@ func (c *completions) read() {
 	}
 }
 
-// complete hands a completion to the one who waits for it. True if its job has a handle, to be released.
+// complete hands a completion to the one who waits for it. True if its job has a handle that the reader must release.
 func (w *waiter) complete(completion *C.kvf_completion) bool {
 	if !w.armed.Swap(false) {
 		panic("kvferry: a job has completed twice")
@@ -133,9 +134,9 @@ func (w *waiter) complete(completion *C.kvf_completion) bool {
 	if completion.status != C.KVF_OK {
 		w.detail = goString(completion.detail[:])
 	}
-	hasHandle := w.submission.wants_job != 0
+	toRelease := w.submission.wants_job != 0 && !w.keepsJob
 	w.done <- struct{}{} // from here on w is somebody else's
-	return hasHandle
+	return toRelease
 }
 
 func (c *completions) get() *waiter {

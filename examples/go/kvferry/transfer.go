@@ -50,6 +50,7 @@ const (
 type Option struct {
 	kind  optionKind
 	value uint64
+	then  func()
 }
 
 type optionKind uint8
@@ -58,22 +59,41 @@ const (
 	optionPriority optionKind = iota
 	optionMode
 	optionStream
+	optionStreamWait
 )
 
 // WithPriority sets the transfer's priority.
-func WithPriority(p Priority) Option { return Option{optionPriority, uint64(p)} }
+func WithPriority(p Priority) Option { return Option{kind: optionPriority, value: uint64(p)} }
 
 // WithMode sets the mode of a sequence's save; other transfers ignore it.
-func WithMode(m SaveMode) Option { return Option{optionMode, uint64(m)} }
+func WithMode(m SaveMode) Option { return Option{kind: optionMode, value: uint64(m)} }
 
 // AfterStream makes the transfer begin when the work that a CUDA stream (a CUstream or cudaStream_t) holds at the
 // time of the call has been done.
-func AfterStream(stream uintptr) Option { return Option{optionStream, uint64(stream)} }
+func AfterStream(stream uintptr) Option { return Option{kind: optionStream, value: uint64(stream)} }
+
+// StreamWait makes a CUDA stream (a CUstream or cudaStream_t) wait for the transfer, and then calls `then` if it is not
+// nil: what the stream is given from there on begins when the transfer has ended, in whatever way. `then` runs on the
+// calling goroutine as soon as the transfer has been submitted; the call notices the end of its context after it. The
+// option may be given several times.
+//
+// Where a stream cannot wait, the transfer is cancelled and its end waited for, and the call returns ErrUnsupported (no
+// CUDA device, or a driver older than 11.7), ErrInvalidArgument (a stream that no device of the engine knows) or ErrBusy
+// (1,024 waits are outstanding).
+func StreamWait(stream uintptr, then func()) Option {
+	return Option{kind: optionStreamWait, value: uint64(stream), then: then}
+}
 
 // settings is what options come to.
 type settings struct {
 	priority, mode, flags C.uint32_t
 	stream                C.uint64_t
+	waits                 []streamWait
+}
+
+type streamWait struct {
+	stream C.uint64_t
+	then   func()
 }
 
 func read(options []Option) (s settings) {
@@ -86,6 +106,8 @@ func read(options []Option) (s settings) {
 		case optionStream:
 			s.stream = C.uint64_t(option.value)
 			s.flags |= C.KVF_SUBMIT_FOLLOW_STREAM
+		case optionStreamWait:
+			s.waits = append(s.waits, streamWait{C.uint64_t(option.value), option.then})
 		}
 	}
 	return s
@@ -127,8 +149,11 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	s.priority, s.mode, s.flags, s.stream = r.priority, r.mode, r.flags, r.stream
 	s.error[0] = 0
 	done := ctx.Done()
+	// Only a job that may have to be cancelled, or waited for by a stream, needs a handle. For a stream it must stay
+	// valid although the job has ended: then it is released here and not by the reader.
+	w.keepsJob = len(r.waits) > 0
 	s.wants_job = 0
-	if done != nil { // only a job that may have to be cancelled needs a handle
+	if done != nil || w.keepsJob {
 		s.wants_job = 1
 	}
 	w.armed.Store(true)
@@ -137,6 +162,12 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	if status != C.KVF_OK {
 		w.armed.Store(false)
 		return Completion{}, failure(status, s.error[:])
+	}
+	if w.keepsJob {
+		defer C.kvgo_release(&s.job, 1)
+		if err := w.makeStreamsWait(r.waits); err != nil {
+			return Completion{}, err
+		}
 	}
 	if done == nil {
 		<-w.done
@@ -156,6 +187,28 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 		return w.result, err
 	}
 	return w.result, nil
+}
+
+// makeStreamsWait returns an error, or leaves by a panic of the program's function, when the job has ended.
+func (w *waiter) makeStreamsWait(waits []streamWait) error {
+	job := w.submission.job
+	waiting := false
+	defer func() {
+		if !waiting {
+			C.kvf_job_cancel(job)
+			<-w.done
+		}
+	}()
+	for _, wait := range waits {
+		if err := check(C.kvf_job_stream_wait(job, wait.stream)); err != nil {
+			return err
+		}
+		if wait.then != nil {
+			wait.then()
+		}
+	}
+	waiting = true
+	return nil
 }
 
 func (w *waiter) submit(lock sync.Locker, regions []Region) C.int32_t {
