@@ -79,11 +79,14 @@ void CudaRowTable::add(const Piece &piece) {
     }
 }
 
-void CudaRowTable::launch(const CudaKernels &kernels, Direction direction, CUdeviceptr staging,
-                          uint32_t blocks, CUstream stream) const {
+void CudaRowTable::send(CUstream stream) const {
     const CudaDriver &driver = context_.driver();
     driver.check(driver.cuMemcpyHtoDAsync(place_, rows_, count_ * sizeof(kvferry_row), stream),
                  "cuMemcpyHtoDAsync");
+}
+
+void CudaRowTable::launch(const CudaKernels &kernels, Direction direction, CUdeviceptr staging,
+                          uint32_t blocks, CUstream stream) const {
     kernels.launch(direction, staging, place_, count_, blocks, stream);
 }
 

@@ -43,7 +43,8 @@ public:
     void add(const Piece &piece);
     uint32_t rows() const { return count_; }
 
-    // Queues the copy of the table to the device and a kernel that works through it.
+    // Queues the copy of the table to the device; and a kernel that works through it, on the same stream.
+    void send(CUstream stream) const;
     void launch(const CudaKernels &kernels, Direction direction, CUdeviceptr staging,
                 uint32_t blocks, CUstream stream) const;
 

@@ -17,7 +17,7 @@ constexpr uint64_t kUrgentBytes = 16 << 20;
 // For a background job the pacer says. Where it begins, and what share of the link it aims at: runs, blocks, the
 // gathered. (What was best on an H200: docs/performance.md.)
 constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstGather = 4 << 20;
-constexpr double kRunShare = 0.96, kRowsShare = 0.93;
+constexpr double kRunShare = 0.97, kRowsShare = 0.93;
 constexpr uint64_t kStagingSlot = 8 << 20; // with its table of rows
 constexpr uint64_t kLeastStagingSlot = 1 << 20;
 constexpr uint64_t kBounce = 4 << 20;
@@ -171,6 +171,7 @@ void CudaLane::stop() {
 // ---- the loop ----------------------------------------------------------------------------------
 
 void CudaLane::pump() {
+    pthread_setname_np(pthread_self(), direction_ == Direction::Save ? "kvf-save" : "kvf-load");
     prctl(PR_SET_TIMERSLACK, 1000UL); // its short sleeps are to be short: nanoseconds
     try {
         context_.adopt_thread();
@@ -419,6 +420,8 @@ void CudaLane::prepare(Slot &slot) {
     if (slot.way == Way::Gather) {
         slot.rows->clear();
         for (const Piece &piece : slot.pieces) slot.rows->add(piece);
+        // Before the data of a load, too: behind it, the table would wait for other slots' copies.
+        slot.rows->send(slot.stream);
         if (direction_ == Direction::Save) {
             slot.rows->launch(*kernels_, direction_, slot.staging, kernel_blocks(), slot.stream);
         }

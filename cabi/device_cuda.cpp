@@ -144,6 +144,7 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
             if (kernels_) {
                 snapshot_rows_->clear();
                 snapshot_rows_->add(piece);
+                snapshot_rows_->send(snapshot_stream_);
                 snapshot_rows_->launch(*kernels_, Direction::Save, at, kSnapshotBlocks,
                                        snapshot_stream_);
                 synchronize(); // the table is written anew for the next launch

@@ -43,6 +43,7 @@ void Pacer::begin(Phase phase) {
 }
 
 void Pacer::learn() {
+    if (bandwidth_.count == 0) expected_ns_ = static_cast<uint64_t>(full_.ns); // as settled so far
     const double bytes = full_.bytes - half_.bytes, ns = full_.ns - half_.ns;
     // Where somebody else has disturbed it, or the pieces could not be cut so, there is nothing to learn.
     if (bytes < full_.bytes / 8 || ns <= 0) return;

@@ -52,6 +52,10 @@ class Completion(NamedTuple):
     started_ns: int
     """When the first piece began to move; 0 if none did."""
     finished_ns: int
+    listed_ns: int
+    """Of a sequence's transfer: when libllama had taken cells and listed what to move. Else 0."""
+    recorded_ns: int
+    """Of a sequence's transfer: when it had named the last fragment. Else 0."""
     detail: str
     """One line on what went wrong, or ""."""
 
@@ -289,5 +293,7 @@ def _completion(record: CData) -> Completion:
         record.submitted_ns,
         record.started_ns,
         record.finished_ns,
+        record.listed_ns,
+        record.recorded_ns,
         "" if record.status == lib.KVF_OK else ffi.string(record.detail).decode(errors="replace"),
     )

@@ -6,12 +6,13 @@ Nothing of kvferry is used here.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 _memmove = ctypes.CDLL(None).memmove  # called without the interpreter's lock
 _memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -41,6 +42,13 @@ class CudaError(Exception):
 def cuda_driver() -> str:
     """The driver that kvferry opens too."""
     return os.environ.get("KVFERRY_CUDA_DRIVER", "libcuda.so.1")
+
+
+class Pace(NamedTuple):
+    """How copies are cut, and how many of them the copy engine is given at once."""
+
+    nbytes: int
+    queued: int
 
 
 class RawCuda:
@@ -101,6 +109,46 @@ class RawCuda:
             self._load(other, source, nbytes)
 
         return self._timed(both)
+
+    def paced(
+        self,
+        direction: Literal["save", "load"],
+        device: int,
+        host: int,
+        nbytes: int,
+        pace: Pace,
+        stop: threading.Event,
+    ) -> None:
+        """Copies the whole again and again, piece by piece, until ``stop`` is set."""
+        self._enter()
+        driver = self._driver
+        copy = driver.cuMemcpyDtoHAsync_v2 if direction == "save" else driver.cuMemcpyHtoDAsync_v2
+        pieces = []
+        for offset in range(0, nbytes, pace.nbytes):
+            size = ctypes.c_size_t(min(pace.nbytes, nbytes - offset))
+            pair = (ctypes.c_void_p(host + offset), ctypes.c_uint64(device + offset))
+            pieces.append((*(pair if direction == "save" else pair[::-1]), size))
+        lanes = []
+        for _ in range(pace.queued):
+            stream, event = ctypes.c_void_p(), ctypes.c_void_p()
+            self._call("cuStreamCreateWithPriority", ctypes.byref(stream), 1, 0)
+            self._call("cuEventCreate", ctypes.byref(event), 2)  # without times
+            lanes.append((stream, event))
+        not_ready = 600  # CUDA_ERROR_NOT_READY
+        turns = itertools.cycle(lanes)
+        for index, piece in enumerate(itertools.cycle(pieces)):
+            stream, event = next(turns)
+            # Only calls into the driver, which leave the interpreter's lock to whoever decodes.
+            while index >= pace.queued and driver.cuEventQuery(event) == not_ready:
+                pass
+            if stop.is_set():
+                break
+            copy(*piece, stream)
+            driver.cuEventRecord(event, stream)
+        for stream, event in lanes:
+            self._call("cuStreamSynchronize", stream)
+            self._call("cuEventDestroy_v2", event)
+            self._call("cuStreamDestroy_v2", stream)
 
     def _save(self, host: int, device: int, nbytes: int) -> None:
         host_address, size = ctypes.c_void_p(host), ctypes.c_size_t(nbytes)

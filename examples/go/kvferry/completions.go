@@ -130,6 +130,8 @@ func (w *waiter) complete(completion *C.kvf_completion) bool {
 		Submitted: time.Duration(completion.submitted_ns),
 		Started:   time.Duration(completion.started_ns),
 		Finished:  time.Duration(completion.finished_ns),
+		Listed:    time.Duration(completion.listed_ns),
+		Recorded:  time.Duration(completion.recorded_ns),
 	}
 	if completion.status != C.KVF_OK {
 		w.detail = goString(completion.detail[:])

@@ -20,6 +20,9 @@ type Completion struct {
 	// When it was submitted, when its first byte began to move (0 if none did), and when it ended: readings of
 	// CLOCK_MONOTONIC. Only differences mean anything.
 	Submitted, Started, Finished time.Duration
+	// Of a sequence's transfer, else 0: when libllama had taken cells and listed what to move, and when it had named
+	// the last fragment.
+	Listed, Recorded time.Duration
 }
 
 // Took is the time from the submission to the end.

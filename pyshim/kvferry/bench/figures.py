@@ -54,7 +54,10 @@ def beyond_raw(direction: Direction, goal: Goal | None) -> Measurement:
     async def measure(prepared: Prepared) -> Reading:
         samples = await prepared.transfers(direction)
         return Reading(
-            samples.our_ms - samples.raw_ms, f"{ms(samples.our_ms)} ms, raw {ms(samples.raw_ms)} ms"
+            samples.our_ms - samples.raw_ms,
+            f"{ms(samples.our_ms)} ms, raw {ms(samples.raw_ms)} ms; libllama lists for "
+            f"{ms(samples.listing_ms)} ms, names for {ms(samples.naming_ms)} ms",
+            {"listing_ms": samples.listing_ms, "naming_ms": samples.naming_ms},
         )
 
     return Measurement(f"submit to completion of a {direction}, beyond raw", "ms", goal, measure)
@@ -101,25 +104,30 @@ def against_prefill(goal: Goal | None) -> Measurement:
 
 
 def both_directions(goal: Goal) -> Measurement:
+    """While bytes move: of a load and a save at once, against a save alone."""
+
     async def measure(prepared: Prepared) -> Reading:
         other = await prepared.engine.allocate(prepared.nbytes)
         other.numpy()[:] = prepared.pinned.numpy()
-        one = (await prepared.transfers("save")).our_ms
+        one = (await prepared.transfers("save")).moving_ms
         ours, raw = [], []
         for _ in range(prepared.repeats):
-            save = await prepared.llama.start_save(SAVED, into=prepared.pinned, priority="urgent")
+            # The load first, for it takes longer to record: then both begin at about the same time.
             load = await prepared.llama.start_load(other, 2, priority="urgent")
+            save = await prepared.llama.start_save(SAVED, into=prepared.pinned, priority="urgent")
             await save.wait()
             await load.wait()
-            first, second = ended(save.completion), ended(load.completion)
-            end_ns = max(first.finished_ns, second.finished_ns)
-            ours.append((end_ns - first.submitted_ns) / 1e6)
+            pair = (ended(save.completion), ended(load.completion))
+            begin_ns = min(done.started_ns for done in pair)
+            ours.append((max(done.finished_ns for done in pair) - begin_ns) / 1e6)
             address = other.numpy().ctypes.data
             raw.append(await anyio.to_thread.run_sync(prepared.raw.both_seconds, address))
         raw_one = (await prepared.transfers("save")).raw_ms
         value = 2 * one / statistics.median(ours)
         hardware = 2 * raw_one / statistics.median(raw) / 1e3
-        return Reading(value, f"raw copies: {hardware:.2f}", {"raw": hardware})
+        both = ms(statistics.median(ours))
+        text = f"{both} ms, a save alone {ms(one)} ms; raw copies: {hardware:.2f}"
+        return Reading(value, text, {"raw": hardware})
 
     return Measurement("both directions at once", "times one direction", goal, measure)
 
@@ -189,11 +197,13 @@ def decode_percentile(direction: Direction, percent: int, goal: Goal | None) -> 
     def of(beside: Beside) -> Reading:
         idle = percentile([step.ms for step in beside.idle], percent)
         during = percentile([step.ms for step in beside.during], percent)
-        return Reading(
-            100 * (during / idle - 1),
-            f"{ms(during)} ms of {len(beside.during)} steps, idle {ms(idle)} ms",
-            {"idle_ms": idle, "during_ms": during, "steps": len(beside.during)},
-        )
+        text = f"{ms(during)} ms of {len(beside.during)} steps, idle {ms(idle)} ms"
+        details = {"idle_ms": idle, "during_ms": during, "steps": len(beside.during)}
+        if beside.paced:
+            paced = percentile([step.ms for step in beside.paced], percent)
+            details["raw_paced_ms"] = paced
+            text += f"; raw copies at that pace +{100 * (paced / idle - 1):.1f} %"
+        return Reading(100 * (during / idle - 1), text, details)
 
     return _beside(direction, f"decode p{percent}", "% more", goal, of)
 
@@ -209,12 +219,29 @@ def decode_loss(direction: Direction, goal: Goal | None) -> Measurement:
     return _beside(direction, "decoding lost", "% of tokens/s", goal, of)
 
 
+def pacing_cost(direction: Direction, goal: Goal) -> Measurement:
+    """Processor time of kvferry's own threads for each second that a background transfer takes."""
+
+    def of(beside: Beside) -> Reading:
+        wall = sum(done.finished_ns - done.submitted_ns for done in beside.transfers) / 1e9
+        text = f"{beside.pump_seconds:.2f} s of processor time in {wall:.2f} s of transfers"
+        return Reading(beside.pump_seconds / wall, text)
+
+    return _beside(direction, "cores that pacing takes", "of a core", goal, of)
+
+
 def background_speed(direction: Direction, goal: Goal | None) -> Measurement:
     async def measure(prepared: Prepared) -> Reading:
         beside = await prepared.beside(direction, _ROUNDS, _STEPS)
         raw = (await prepared.transfers(direction)).raw_ms
-        ours = statistics.median(beside.transfer_seconds) * 1e3
-        return Reading(raw / ours, f"{ms(ours)} ms, raw {ms(raw)} ms alone")
+        text = f"{ms(beside.moving_ms)} ms, raw {ms(raw)} ms alone"
+        pace = {}
+        for device in prepared.engine.describe()["devices"]:
+            pace = device.get("background_pace", {}).get(direction, pace)
+        if pace:
+            found = (f"{p['queued']} x {p['bytes'] / 2**20:.1f}" for p in pace.values())
+            text += f"; MiB queued: {' | '.join(found)} (runs, rows, gathered)"
+        return Reading(raw / beside.moving_ms, text, {"pace": pace})
 
     return Measurement(f"background {direction} beside decoding", "of raw speed", goal, measure)
 

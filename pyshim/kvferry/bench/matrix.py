@@ -195,5 +195,6 @@ def _beside_decoding(*, p50: float, p99: float, speed: float) -> list[Measuremen
             figures.decode_percentile(direction, 99, at_most(p99)),
             figures.background_speed(direction, at_least(speed)),
             figures.decode_loss(direction, None),
+            figures.pacing_cost(direction, at_most(0.6)),
         )
     ]

@@ -8,10 +8,12 @@ changes its speed changes it for all.
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import anyio
@@ -22,6 +24,7 @@ from ..buffer import Buffer
 from ..completions import Completion
 from ..engine import Engine, TraceEvent
 from ..libllama import Context, ContextOptions, LlamaError, Model, Step
+from ..limits import Pace
 from ..llama import Llama
 from ..timeline import Span, Timeline
 from ..workload import (
@@ -63,6 +66,10 @@ class Raw(Protocol):
     def both_seconds(self, other: int) -> float:
         """A save and a load at once; the load from another pinned buffer."""
 
+    @property
+    def paced(self) -> Callable[[Direction, Pace, threading.Event], None] | None:
+        """Copies again and again at that pace until the event is set; None where nothing paces."""
+
     def close(self) -> None: ...
 
 
@@ -85,7 +92,21 @@ class Samples:
     moving: list[float]
     """From the first piece to the completion: without recording the layout."""
     raw: list[float]
-    completion: Completion
+    completions: list[Completion]
+
+    @property
+    def completion(self) -> Completion:
+        return self.completions[-1]
+
+    @property
+    def listing_ms(self) -> float:
+        """libllama's own work before it names the first fragment."""
+        return statistics.median((c.listed_ns - c.submitted_ns) / 1e6 for c in self.completions)
+
+    @property
+    def naming_ms(self) -> float:
+        """From the first fragment that it names to the last."""
+        return statistics.median((c.recorded_ns - c.listed_ns) / 1e6 for c in self.completions)
 
     @property
     def our_ms(self) -> float:
@@ -111,8 +132,16 @@ class Beside:
     busy_steps: int
     busy_seconds: float
     """Wall time with a transfer after the other, and the steps in it."""
-    transfer_seconds: list[float]
-    """From the end of the submitting call, in which the layout was recorded, to the completion."""
+    transfers: list[Completion]
+    pump_seconds: float
+    """Processor time of kvferry's own threads while transfers were under way."""
+    paced: list[Step]
+    """Steps beside raw copies that are cut and queued as kvferry's background copies are."""
+
+    @property
+    def moving_ms(self) -> float:
+        """From the first piece to the completion."""
+        return statistics.median((c.finished_ns - c.started_ns) / 1e6 for c in self.transfers)
 
 
 @dataclass
@@ -151,7 +180,8 @@ class Prepared:
         """Urgent ones, in turn with raw copies."""
 
         async def measure() -> Samples:
-            ours, moving, raw, completion = [], [], [], None
+            ours, moving, raw = [], [], []
+            completions: list[Completion] = []
             for index in range(self.repeats + 1):
                 completion = await self.transfer(direction, memory, "urgent")
                 copy = self.raw.save_seconds if direction == "save" else self.raw.load_seconds
@@ -160,8 +190,8 @@ class Prepared:
                     ours.append(seconds(completion))
                     moving.append((completion.finished_ns - completion.started_ns) / 1e9)
                     raw.append(raw_seconds)
-            assert completion is not None
-            return Samples(ours, moving, raw, completion)
+                    completions.append(completion)
+            return Samples(ours, moving, raw, completions)
 
         return await self.once(f"{direction} {memory}", measure)
 
@@ -214,9 +244,11 @@ class Prepared:
 
         async def measure() -> Beside:
             idle: list[Step] = []
-            idle_seconds = busy_seconds = 0.0
+            paced: list[Step] = []
+            idle_seconds = busy_seconds = pump_seconds = 0.0
             busy_steps = 0
             spans: list[Span] = []
+            transfers: list[Completion] = []
             await self.transfer("save", "pinned", "background")  # warms up
             await self.decoding.several(3)
             for _ in range(rounds):
@@ -227,11 +259,15 @@ class Prepared:
                 await self.decoding.rewind()
                 self.drain_trace()
                 first, begin_ns = len(self.decoding.steps), time.monotonic_ns()
-                spans += await self._keep_transferring(direction, steps)
+                pump_seconds -= own_seconds()
+                await self._keep_transferring(direction, steps, spans, transfers)
+                pump_seconds += own_seconds()
                 end_ns = time.monotonic_ns()
                 busy_seconds += (end_ns - begin_ns) / 1e9
                 busy_steps += len(self.decoding.steps) - first
                 moved = self.drain_trace()
+                await self.decoding.rewind()
+                paced += await self._beside_raw(direction, steps)
             found = [
                 step
                 for span in spans
@@ -240,14 +276,16 @@ class Prepared:
             during = list({step.begin_ns: step for step in found}.values())
             if direction == "save":
                 self._keep_timeline(begin_ns, end_ns, spans, moved)
-            seconds_each = [(span.finished_ns - span.recorded_ns) / 1e9 for span in spans]
-            return Beside(idle, during, idle_seconds, busy_steps, busy_seconds, seconds_each)
+            return Beside(
+                idle, during, idle_seconds, busy_steps, busy_seconds, transfers, pump_seconds, paced
+            )
 
         return await self.once(f"beside {direction}", measure)
 
-    async def _keep_transferring(self, direction: Direction, steps: int) -> list[Span]:
+    async def _keep_transferring(
+        self, direction: Direction, steps: int, spans: list[Span], transfers: list[Completion]
+    ) -> None:
         """Background transfers, one after the other, until so many steps have been decoded."""
-        spans: list[Span] = []
         target = len(self.decoding.steps) + steps
         async with self.decoding.running():
             while len(self.decoding.steps) < target and self.decoding.left > 0:
@@ -262,7 +300,22 @@ class Prepared:
                     await load.wait()
                     done = ended(load.completion)
                 spans.append(Span(direction, done.submitted_ns, recorded_ns, done.finished_ns))
-        return spans
+                transfers.append(done)
+
+    async def _beside_raw(self, direction: Direction, steps: int) -> list[Step]:
+        """Decode steps beside copies of the driver's own at the pace that kvferry has found."""
+        if self.raw.paced is None:
+            return []
+        device = self.engine.describe()["devices"][1]
+        found = device["background_pace"][direction]["runs"]
+        pace, stop = Pace(found["bytes"], found["queued"]), threading.Event()
+        copying = threading.Thread(target=self.raw.paced, args=(direction, pace, stop))
+        copying.start()
+        try:
+            return await self.decoding.several(steps)
+        finally:
+            stop.set()
+            await anyio.to_thread.run_sync(copying.join)
 
     def _keep_timeline(
         self, begin_ns: int, end_ns: int, spans: list[Span], pieces: list[TraceEvent]
@@ -285,6 +338,18 @@ class Prepared:
         events = self.engine.trace()
         self.pieces += events
         return events
+
+
+def own_seconds() -> float:
+    """Processor time of kvferry's own threads so far."""
+    total = 0
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            if (task / "comm").read_text().startswith("kvf-"):
+                total += int((task / "schedstat").read_text().split()[0])
+        except FileNotFoundError:
+            pass  # a thread that has ended
+    return total / 1e9
 
 
 def seconds(completion: Completion) -> float:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ..limits import RawCuda, memcpy_seconds
+import threading
+from typing import Literal
+
+from ..limits import Pace, RawCuda, memcpy_seconds
+
+Direction = Literal["save", "load"]
 
 
 class Memcpy:
@@ -32,6 +37,8 @@ class _HostCopies:
 
     def both_seconds(self, other: int) -> float:
         raise NotImplementedError("one memory has no two directions")
+
+    paced = None
 
     def close(self) -> None:
         pass
@@ -70,6 +77,10 @@ class _DeviceCopies:
         return self._cuda.both_seconds(
             self._pinned, self._source, self._target, other, self._nbytes
         )
+
+    def paced(self, direction: Direction, pace: Pace, stop: threading.Event) -> None:
+        device = self._source if direction == "save" else self._target
+        self._cuda.paced(direction, device, self._pinned, self._nbytes, pace, stop)
 
     def close(self) -> None:
         self._cuda.free(self._source)
