@@ -36,11 +36,14 @@ void copy_long(unsigned char *to, const unsigned char *from, uint64_t bytes) {
     std::memcpy(to, from, bytes);
 }
 
-void copy(uint64_t address, unsigned char *place, uint64_t bytes, Direction direction) {
+// Whether what is written is read again at once, and had better stay in the caches.
+enum class Next { Elsewhere, Reads };
+
+void copy(uint64_t address, unsigned char *place, uint64_t bytes, Direction direction, Next next) {
     auto *memory = reinterpret_cast<unsigned char *>(address);
     unsigned char *const to = direction == Direction::Save ? place : memory;
     const unsigned char *const from = direction == Direction::Save ? memory : place;
-    if (bytes >= kStreaming) return copy_long(to, from, bytes);
+    if (bytes >= kStreaming && next == Next::Elsewhere) return copy_long(to, from, bytes);
     std::memcpy(to, from, bytes);
 }
 
@@ -60,7 +63,7 @@ void copy_narrow(const kvf_region &block, unsigned char *place, Direction direct
     }
 }
 
-void copy_block(const kvf_region &block, unsigned char *place, Direction direction) {
+void copy_block(const kvf_region &block, unsigned char *place, Direction direction, Next next) {
     switch (block.width) {
     case 1: return copy_narrow<1>(block, place, direction);
     case 2: return copy_narrow<2>(block, place, direction);
@@ -70,7 +73,7 @@ void copy_block(const kvf_region &block, unsigned char *place, Direction directi
     default:
         for (uint64_t i = 0; i < block.rows; ++i) {
             copy(block.address + i * block.pitch, place + i * block.buffer_pitch, block.width,
-                 direction);
+                 direction, next);
         }
     }
 }
@@ -78,25 +81,30 @@ void copy_block(const kvf_region &block, unsigned char *place, Direction directi
 } // namespace
 
 void copy_piece(const Piece &piece, unsigned char *buffer, Direction direction) {
-    if (!piece.runs) return copy_block(piece.block, buffer + piece.block.offset, direction);
+    if (!piece.runs) {
+        return copy_block(piece.block, buffer + piece.block.offset, direction, Next::Elsewhere);
+    }
     for (uint64_t i = 0; i < piece.count; ++i) {
         const Run run = piece.run(i);
-        copy(run.address, buffer + run.offset, run.bytes, direction);
+        copy(run.address, buffer + run.offset, run.bytes, direction, Next::Elsewhere);
     }
 }
 
 void copy_packed(const Piece &piece, unsigned char *packed, unsigned char *buffer,
                  Direction direction) {
+    // A device reads what a load packs: from the caches, if it is there (beside an H200, 26 ms instead of 35 for a
+    // pageable gigabyte).
+    const Next next = direction == Direction::Load ? Next::Reads : Next::Elsewhere;
     auto at = reinterpret_cast<uint64_t>(packed);
     if (!piece.runs) {
         kvf_region block = piece.block;
         block.address = at;
         block.pitch = block.width;
-        return copy_block(block, buffer + block.offset, direction);
+        return copy_block(block, buffer + block.offset, direction, next);
     }
     for (uint64_t i = 0; i < piece.count; ++i) {
         const Run run = piece.run(i);
-        copy(at, buffer + run.offset, run.bytes, direction);
+        copy(at, buffer + run.offset, run.bytes, direction, next);
         at += run.bytes;
     }
 }

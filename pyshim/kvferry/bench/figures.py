@@ -235,7 +235,7 @@ def background_speed(direction: Direction, goal: Goal | None) -> Measurement:
         beside = await prepared.beside(direction, _ROUNDS, _STEPS)
         raw = (await prepared.transfers(direction)).raw_ms
         text = f"{ms(beside.moving_ms)} ms, raw {ms(raw)} ms alone"
-        pace = {}
+        pace: dict[str, dict[str, int]] = {}
         for device in prepared.engine.describe()["devices"]:
             pace = device.get("background_pace", {}).get(direction, pace)
         if pace:
