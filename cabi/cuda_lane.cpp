@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "copy.h"
 #include "engine.h"
@@ -19,7 +20,9 @@ constexpr uint64_t kUrgentBytes = 16 << 20;
 constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstGather = 4 << 20;
 constexpr double kRunShare = 0.97, kRowsShare = 0.93;
 constexpr uint64_t kStagingSlot = 8 << 20; // with its table of rows
-constexpr uint64_t kLeastStagingSlot = 1 << 20;
+constexpr uint64_t kStagingSlots = 4;
+constexpr uint64_t kLeastForResident = 8 << 20; // with less staging, all of it is for the slots
+constexpr uint64_t kLeastStagingSlot = 768 << 10;
 constexpr uint64_t kBounce = 4 << 20;
 constexpr size_t kMostPieces = 64;
 
@@ -28,6 +31,9 @@ constexpr uint32_t kLeastQueued = 2;
 constexpr uint64_t kUrgentQueuedBytes = 32 << 20;
 // Slots in use for background jobs: those in the queue, and two being made ready.
 constexpr uint32_t kBackgroundSlots = 4;
+
+// A shorter stretch of the irregular rest is not worth a launch of its own.
+constexpr uint64_t kLeastResident = 64;
 
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
 constexpr uint64_t kNarrow = 1024;
@@ -64,9 +70,11 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
       device_(device), direction_(direction), limits_(limits),
       pacers_{Pacer(kRunShare, kFirstRun), Pacer(kRowsShare, kFirstBlock),
               Pacer(kRowsShare, kFirstGather)} {
-    slot_staging_ = std::min<uint64_t>(kStagingSlot, limits_.staging_bytes / 2);
-    staging_slots_ =
-        slot_staging_ ? std::min<uint64_t>(kSlots, limits_.staging_bytes / slot_staging_) : 0;
+    if (limits_.staging_bytes >= kLeastForResident) resident_bytes_ = CudaResidentTable::kBytes;
+    const uint64_t for_slots = limits_.staging_bytes - resident_bytes_;
+    slot_staging_ = std::min<uint64_t>(for_slots / kStagingSlots, kStagingSlot);
+    if (slot_staging_ < kLeastStagingSlot) slot_staging_ = for_slots / 2;
+    staging_slots_ = slot_staging_ ? std::min<uint64_t>(kSlots, for_slots / slot_staging_) : 0;
     no_staging_ = !kernels_ || slot_staging_ < kLeastStagingSlot;
     for (size_t way = 0; way < kWays; ++way) {
         pace_bytes_[way] = pacers_[way].pace().bytes;
@@ -94,6 +102,8 @@ CudaLane::~CudaLane() {
     try {
         const CudaCurrent current(context_);
         for (Slot &slot : slots_) release(slot);
+        resident_.reset();
+        if (resident_place_) driver_.cuMemFree(resident_place_);
     } catch (const Error &) {
         // The context is gone, and everything in it.
     }
@@ -363,7 +373,10 @@ void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
     uint64_t most = urgent ? kUrgentBytes : pace.bytes;
     if (slot.way == Way::Gather) most = std::min(most, slot.staging_bytes);
     if (!leg.job->pinned) most = std::min(most, kBounce);
-    uint64_t rows_left = slot.way == Way::Gather ? CudaRowTable::kRows : 1;
+    slot.resident = slot.way == Way::Gather && may_reside(leg);
+    uint64_t rows_left = slot.resident             ? CudaResidentTable::kRows
+                         : slot.way == Way::Gather ? CudaRowTable::kRows
+                                                   : 1;
     slot.pieces.clear();
     slot.bytes = 0;
     do {
@@ -379,9 +392,19 @@ void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
         }
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
-        if (slot.way == Way::Gather) rows_left -= piece.runs ? piece.count : piece.block.rows;
+        if (slot.resident) {
+            if (parts.empty() || parts.block() || parts.span().table != *piece.table) break;
+        } else if (slot.way == Way::Gather) {
+            rows_left -= piece.runs ? piece.count : piece.block.rows;
+        }
     } while (!parts.empty() && slot.bytes < most && rows_left > 0 &&
              slot.pieces.size() < kMostPieces && way_of(leg) == slot.way);
+}
+
+// The next of the irregular rest may refer to the table on the device.
+bool CudaLane::may_reside(const Leg &leg) const {
+    return resident_ && !leg.parts.block() && leg.parts.runs_left() >= kLeastResident &&
+           resident_->may_hold(leg.parts.span().table);
 }
 
 // How the next piece of a leg gets to the host and back.
@@ -418,18 +441,35 @@ void CudaLane::prepare(Slot &slot) {
     slot.stage = Stage::Ready;
     if (!job.pinned) ensure_bounce(slot);
     if (slot.way == Way::Gather) {
-        slot.rows->clear();
-        for (const Piece &piece : slot.pieces) slot.rows->add(piece);
         // Before the data of a load, too: behind it, the table would wait for other slots' copies.
-        slot.rows->send(slot.stream);
-        if (direction_ == Direction::Save) {
-            slot.rows->launch(*kernels_, direction_, slot.staging, kernel_blocks(), slot.stream);
+        if (slot.resident) {
+            resident_->acquire(*slot.pieces[0].table, slot.stream);
+            slot.has_table = true;
+        } else {
+            slot.rows->clear();
+            for (const Piece &piece : slot.pieces) slot.rows->add(piece);
+            slot.rows->send(slot.stream);
         }
+        if (direction_ == Direction::Save) launch(slot);
     }
     if (direction_ == Direction::Load && !job.pinned) crew_copies(slot, Stage::Filling);
 }
 
 uint32_t CudaLane::kernel_blocks() const { return urgent_ ? kUrgentBlocks : kBackgroundBlocks; }
+
+// Queues the kernel that moves a slot's rows.
+void CudaLane::launch(Slot &slot) {
+    if (!slot.resident) {
+        return kernels_->launch(direction_, slot.staging, slot.rows->rows(), kernel_blocks(),
+                                slot.stream);
+    }
+    uint64_t at = 0;
+    for (const Piece &piece : slot.pieces) {
+        kernels_->launch(direction_, slot.staging, resident_->rows(piece, at), kernel_blocks(),
+                         slot.stream);
+        at += piece.bytes;
+    }
+}
 
 // Has the crew copy between the bounce buffer and the job's.
 void CudaLane::crew_copies(Slot &slot, Stage stage) {
@@ -463,9 +503,7 @@ void CudaLane::queue_copy(Slot &slot) {
     ++copies_queued_;
     bytes_queued_ += slot.bytes;
     if (direction_ == Direction::Load && slot.way == Way::Gather) {
-        if (!job.stopping()) {
-            slot.rows->launch(*kernels_, direction_, slot.staging, kernel_blocks(), slot.stream);
-        }
+        if (!job.stopping()) launch(slot);
         driver_.check(driver_.cuEventRecord(slot.finished, slot.stream), "cuEventRecord");
     }
 }
@@ -511,7 +549,9 @@ void CudaLane::copy_gathered(Slot &slot) {
     };
     for (const Piece &piece : slot.pieces) {
         const kvf_region &block = piece.block;
-        if (piece.runs) {
+        if (slot.resident) {
+            extend(piece.runs->offset + piece.offset_distance, piece.bytes);
+        } else if (piece.runs) {
             for (uint64_t i = 0; i < piece.count; ++i) {
                 extend(piece.runs[i].offset + piece.offset_distance, piece.runs[i].bytes);
             }
@@ -582,6 +622,8 @@ void CudaLane::end_piece(Slot &slot) {
     Job &job = *leg.job;
     engine_.trace(job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.bytes,
                   device_);
+    if (slot.has_table) resident_->release();
+    slot.has_table = false;
     slot.stage = Stage::Idle;
     slot.leg = nullptr;
     --pieces_;
@@ -649,6 +691,7 @@ bool CudaLane::ensure_staging(Slot &slot) {
         slot.staging_bytes = slot_staging_ - CudaRowTable::kBytes;
         try {
             slot.rows = std::make_unique<CudaRowTable>(context_, slot.staging + slot.staging_bytes);
+            ensure_resident();
             return true;
         } catch (const Error &) {
             driver_.cuMemFree(slot.staging);
@@ -660,6 +703,21 @@ bool CudaLane::ensure_staging(Slot &slot) {
     no_staging_ = std::none_of(slots_.begin(), slots_.end(),
                                [](const Slot &other) { return other.staging != 0; });
     return false;
+}
+
+// Tries once: without it, rows travel with each piece.
+void CudaLane::ensure_resident() {
+    const uint64_t bytes = std::exchange(resident_bytes_, 0);
+    if (!bytes) return;
+    if (driver_.cuMemAlloc(&resident_place_, bytes) != CUDA_SUCCESS) {
+        resident_place_ = 0;
+        return;
+    }
+    try {
+        resident_ = std::make_unique<CudaResidentTable>(context_, resident_place_);
+    } catch (const Error &) {
+        // Pinned memory is short.
+    }
 }
 
 void CudaLane::ensure_bounce(Slot &slot) {

@@ -20,7 +20,7 @@
 #include <thread>
 
 #include "crew.h"
-#include "cuda_kernels.h"
+#include "cuda_tables.h"
 #include "pacer.h"
 #include "schedule.h"
 
@@ -80,7 +80,9 @@ private:
         std::vector<Piece> pieces; // of one way; small ones together, since each copy has its price
         uint64_t bytes = 0;        // of them
         Way way = Way::Run;
-        uint32_t epoch = 0; // of the pacer's
+        uint32_t epoch = 0;    // of the pacer's
+        bool resident = false; // its pieces are of the resident table; and it has acquired that:
+        bool has_table = false;
         std::atomic<bool> crew_done{false};
         uint64_t begin_ns = 0, queued_ns = 0;
     };
@@ -111,10 +113,13 @@ private:
     void copy_direct(Slot &slot);
     void copy_gathered(Slot &slot);
     void take_pieces(Slot &slot, Leg &leg, bool urgent);
+    bool may_reside(const Leg &leg) const;
+    void launch(Slot &slot);
     void crew_copies(Slot &slot, Stage stage);
     uint32_t kernel_blocks() const;
     bool ensure_staging(Slot &slot);
     void ensure_bounce(Slot &slot);
+    void ensure_resident();
     void release(Slot &slot);
 
     Engine &engine_;
@@ -139,9 +144,13 @@ private:
 
     // The pump's own.
     std::array<Slot, kSlots> slots_;
-    uint64_t slot_staging_ = 0; // bytes of staging a slot gets
-    size_t staging_slots_ = 0;  // how many of them get it
-    bool no_staging_ = false;   // there was no device memory for it
+    uint64_t slot_staging_ = 0;   // bytes of staging a slot gets
+    size_t staging_slots_ = 0;    // how many of them get it
+    bool no_staging_ = false;     // there was no device memory for it
+    uint64_t resident_bytes_ = 0; // of the resident table, until it was tried to get them
+    CUdeviceptr resident_place_ = 0;
+    std::unique_ptr<CudaResidentTable>
+        resident_; // NULL before the first staging, and where memory is short
     uint32_t copies_queued_ = 0;
     uint64_t bytes_queued_ = 0; // of these
     uint32_t pieces_ = 0;       // slots that are not idle

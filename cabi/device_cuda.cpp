@@ -145,8 +145,8 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
                 snapshot_rows_->clear();
                 snapshot_rows_->add(piece);
                 snapshot_rows_->send(snapshot_stream_);
-                snapshot_rows_->launch(*kernels_, Direction::Save, at, kSnapshotBlocks,
-                                       snapshot_stream_);
+                kernels_->launch(Direction::Save, at, snapshot_rows_->rows(), kSnapshotBlocks,
+                                 snapshot_stream_);
                 synchronize(); // the table is written anew for the next launch
             }
             for (uint64_t i = 0; i < piece.count; ++i) {

@@ -12,7 +12,8 @@
 //
 // The table is read once, through mapped pinned memory or device memory, each block its part of it:
 // a row of the table costs 16 bytes of the link. It must be 16-byte aligned. Rows of one scatter
-// must not overlap.
+// must not overlap. One table serves all tensors that are fragmented alike: `address_distance` is added to
+// each row's address, and `offset_distance` to its place in staging, modulo 2^64 and 2^32.
 
 struct Row {
     unsigned long long address; // in device memory, or mapped pinned memory; any alignment
@@ -157,7 +158,9 @@ static __device__ __forceinline__ void copy(unsigned char *to, const unsigned ch
 
 template <bool GATHER>
 static __device__ __forceinline__ void move(unsigned long long staging, const Row *table,
-                                            unsigned int row_count) {
+                                            unsigned int row_count,
+                                            unsigned long long address_distance,
+                                            unsigned int offset_distance) {
     __shared__ Row rows[CHUNK];
     const unsigned int thread = threadIdx.x;
     const unsigned int warp = thread / WARP;
@@ -177,7 +180,12 @@ static __device__ __forceinline__ void move(unsigned long long staging, const Ro
             last - base < CHUNK ? static_cast<unsigned int>(last - base) : CHUNK;
         __syncthreads(); // the chunk before has been used
         Row own = {0, 0, 0};
-        if (thread < count) rows[thread] = own = table[base + thread];
+        if (thread < count) {
+            own = table[base + thread];
+            own.address += address_distance;
+            own.offset += offset_distance;
+            rows[thread] = own;
+        }
         const bool tiled = __syncthreads_or(own.bytes > TILE);
 
         if (own.bytes <= TINY && (!together || blockIdx.x == 0)) {
@@ -220,11 +228,13 @@ static __device__ __forceinline__ void move(unsigned long long staging, const Ro
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    kvferry_gather(unsigned long long staging, const Row *rows, unsigned int row_count) {
-    move<true>(staging, rows, row_count);
+    kvferry_gather(unsigned long long staging, const Row *rows, unsigned int row_count,
+                   unsigned long long address_distance, unsigned int offset_distance) {
+    move<true>(staging, rows, row_count, address_distance, offset_distance);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    kvferry_scatter(unsigned long long staging, const Row *rows, unsigned int row_count) {
-    move<false>(staging, rows, row_count);
+    kvferry_scatter(unsigned long long staging, const Row *rows, unsigned int row_count,
+                   unsigned long long address_distance, unsigned int offset_distance) {
+    move<false>(staging, rows, row_count, address_distance, offset_distance);
 }

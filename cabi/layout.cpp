@@ -76,8 +76,8 @@ void LayoutBuilder::keep_rows(uint64_t rows) {
 
 void LayoutBuilder::keep_irregular(const Run &run) {
     if (matching_) {
-        if (matched_ < pattern_->size()) {
-            const Run &expected = (*pattern_)[matched_];
+        if (matched_ < pattern_->runs.size()) {
+            const Run &expected = pattern_->runs[matched_];
             if (matched_ == 0) {
                 address_distance_ = run.address - expected.address;
                 offset_distance_ = run.offset - expected.offset;
@@ -97,9 +97,9 @@ void LayoutBuilder::keep_irregular(const Run &run) {
 // The tensor has turned out to be fragmented in its own way: what did match goes into its table.
 void LayoutBuilder::stop_matching() {
     matching_ = false;
-    own_.reserve(pattern_->size());
+    own_.reserve(pattern_->runs.size());
     for (uint64_t i = 0; i < matched_; ++i) {
-        Run run = (*pattern_)[i];
+        Run run = pattern_->runs[i];
         run.address += address_distance_;
         run.offset += offset_distance_;
         own_.push_back(run);
@@ -110,19 +110,16 @@ void LayoutBuilder::begin_tensor() {
     keep_run();
     run_ = {};
     keep_block();
-    const auto refer_to = [this](const std::shared_ptr<const RunTable> &table) {
-        if (layout_.tables.empty() || layout_.tables.back() != table) {
-            layout_.tables.push_back(table);
-        }
-    };
     if (matching_ && matched_ > 0) {
-        layout_.spans.push_back({pattern_->data(), matched_, address_distance_, offset_distance_});
-        refer_to(pattern_);
+        layout_.spans.push_back({pattern_, matched_, address_distance_, offset_distance_});
     } else if (!own_.empty()) {
-        pattern_ = std::make_shared<const RunTable>(std::move(own_));
+        bool packed = true;
+        for (size_t i = 1; i < own_.size(); ++i) {
+            packed &= own_[i].offset == own_[i - 1].offset + own_[i - 1].bytes;
+        }
+        pattern_ = std::make_shared<const RunTable>(RunTable{std::move(own_), packed});
         own_ = {};
-        layout_.spans.push_back({pattern_->data(), pattern_->size(), 0, 0});
-        refer_to(pattern_);
+        layout_.spans.push_back({pattern_, pattern_->runs.size(), 0, 0});
     }
     matching_ = pattern_ != nullptr;
     matched_ = 0;
@@ -139,7 +136,8 @@ Piece Cursor::next(uint64_t most, uint64_t most_runs) {
     Piece piece;
     if (!this->block()) {
         const Span &span = layout_->spans[span_];
-        piece.runs = span.runs + run_;
+        piece.runs = span.table->runs.data() + run_;
+        piece.table = &span.table;
         piece.address_distance = span.address_distance;
         piece.offset_distance = span.offset_distance;
         while (run_ < span.count && piece.count < most_runs) {

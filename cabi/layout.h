@@ -21,12 +21,15 @@ struct Run {
 };
 
 // The irregular rest of one tensor.
-using RunTable = std::vector<Run>;
+struct RunTable {
+    std::vector<Run> runs;
+    bool packed; // in the buffer each run begins where the one before it ends
+};
 
-// A stretch of the irregular rest: `count` runs of a table, all moved by the same distances. The tensors of
-// a cache are fragmented alike, so that one table serves them all.
+// A stretch of the irregular rest: the first `count` runs of a table, all moved by the same distances. The
+// tensors of a cache are fragmented alike, so that one table serves them all.
 struct Span {
-    const Run *runs = nullptr;
+    std::shared_ptr<const RunTable> table;
     uint64_t count = 0;
     uint64_t address_distance = 0, offset_distance = 0; // modulo 2^64
 };
@@ -39,8 +42,7 @@ constexpr uint64_t kFewRows = 8;
 // Regions of one device, in the order in which they were recorded.
 struct Layout {
     std::vector<kvf_region> blocks; // long runs (rows == 1) and two-dimensional blocks
-    std::vector<Span> spans;        // the irregular rest ...
-    std::vector<std::shared_ptr<const RunTable>> tables; // ... and what it refers to
+    std::vector<Span> spans;        // the irregular rest
     uint64_t bytes = 0;
 
     bool empty() const { return blocks.empty() && spans.empty(); }
@@ -113,14 +115,16 @@ private:
     uint64_t matched_ = 0;                                // of its runs
     bool matching_ = false;                               // else the tensor's runs are in own_
     uint64_t address_distance_ = 0, offset_distance_ = 0; // from the pattern's
-    RunTable own_;
+    std::vector<Run> own_;
 };
 
 // A part of a layout: one block, or a stretch of the irregular rest.
 struct Piece {
     kvf_region block{};
-    const Run *runs = nullptr; // not NULL: `count` runs instead of the block
+    const Run *runs = nullptr; // not NULL: `count` runs instead of the block ...
     uint64_t count = 0;
+    const std::shared_ptr<const RunTable> *table =
+        nullptr; // ... of this table; lives as long as the layout
     uint64_t address_distance = 0, offset_distance = 0; // as in Span
     uint64_t bytes = 0;
 
@@ -143,6 +147,10 @@ public:
     const kvf_region *block() const {
         return block_ < layout_->blocks.size() ? &layout_->blocks[block_] : nullptr;
     }
+
+    // Where it comes from the irregular rest: the span, and what of it has not been handed out.
+    const Span &span() const { return layout_->spans[span_]; }
+    uint64_t runs_left() const { return span().count - run_; }
 
     // At most `most` bytes (a row that is wider is split; one run is the least) and at most `most_runs`
     // runs. Must not be called at the end.
@@ -186,6 +194,8 @@ public:
 
     // As of a cursor. Must not be called while empty().
     const kvf_region *block() const { return cursor_.block(); }
+    const Span &span() const { return cursor_.span(); }
+    uint64_t runs_left() const { return cursor_.runs_left(); }
     Piece next(uint64_t most, uint64_t most_runs) {
         const Piece piece = cursor_.next(most, most_runs);
         if (cursor_.at_end()) settle();

@@ -5,14 +5,17 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <utility>
 
 #include "layout.h"
 
-// How many runs a layout's tables hold.
+// How many runs a layout's tables hold, each counted once.
 inline uint64_t runs_of(const kvf::Layout &layout) {
+    std::set<const kvf::RunTable *> tables;
+    for (const auto &span : layout.spans) tables.insert(span.table.get());
     uint64_t runs = 0;
-    for (const auto &table : layout.tables) runs += table->size();
+    for (const auto *table : tables) runs += table->runs.size();
     return runs;
 }
 

@@ -174,6 +174,18 @@ void tensors_that_are_fragmented_alike_share_the_table() {
     CHECK(layout.segments() == 30 * runs_of(layout));
 }
 
+void a_table_knows_whether_it_is_packed() {
+    const auto is_packed = [](const std::vector<Run> &fragments) {
+        return of_fragments(fragments).spans[0].table->packed;
+    };
+    CHECK(is_packed({{kBase, 5, 10}}));
+    CHECK(is_packed({{kBase + 100, 5, 10}, {kBase, 15, 1}, {kBase + 50, 16, 3}}));
+    CHECK(!is_packed({{kBase, 5, 10}, {kBase + 50, 16, 1}}));
+    CHECK(!is_packed({{kBase, 15, 10}, {kBase + 50, 5, 10}}));
+    // Two runs of the same bytes in the buffer, whose sum looks as if they were packed.
+    CHECK(!is_packed({{kBase, 0, 10}, {kBase + 50, 5, 5}, {kBase + 100, 15, 5}}));
+}
+
 void tensors_that_differ_have_runs_of_their_own() {
     const auto one = random_tensor(kBase, 0, 500, 1);
     auto late = random_tensor(kBase + 10000000, 50000, 500, 1); // as `one`, but for its end
@@ -204,8 +216,8 @@ void a_layout_can_be_taken_in_parts() {
     CHECK(builder.finish().empty());
     CHECK(builder.fragments() == 10000);
     for (const Layout &part : parts) {
-        CHECK(part.bytes == 128000 && part.spans.size() == 2 && part.tables.size() == 1);
-        CHECK(part.tables[0] == parts[0].tables[0]);
+        CHECK(part.bytes == 128000 && part.spans.size() == 2);
+        for (const Span &span : part.spans) CHECK(span.table == parts[0].spans[0].table);
         for (Cursor cursor(part); !cursor.at_end();) moved.add(cursor.next(1000, 7));
     }
     CHECK(moved == expected);
@@ -258,6 +270,7 @@ int main() {
     the_same_bytes_twice();
     regions();
     tensors_that_are_fragmented_alike_share_the_table();
+    a_table_knows_whether_it_is_packed();
     tensors_that_differ_have_runs_of_their_own();
     a_layout_can_be_taken_in_parts();
     parts_are_handed_out_as_they_come();

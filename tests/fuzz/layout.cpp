@@ -104,8 +104,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         bytes += layout.bytes;
         for (const auto &block : layout.blocks)
             CHECK(block.rows >= kFewRows || block.width >= kLongRun);
-        for (const auto &table : layout.tables)
-            for (const auto &run : *table) CHECK(run.bytes < kLongRun);
+        for (const auto &span : layout.spans)
+            for (const auto &run : span.table->runs) CHECK(run.bytes < kLongRun);
         Cursor cursor(layout);
         for (bool at_runs = false; !cursor.at_end();) {
             const Piece piece = cursor.next(most, most_runs);

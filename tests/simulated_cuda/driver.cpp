@@ -225,7 +225,8 @@ CUresult copy_run(CUstream stream, uint64_t to, uint64_t from, uint64_t bytes, b
 
 // ---- Kernels ------------------------------------------------------------------------------------
 
-CUresult run_rows(bool gather, int device, uint64_t staging, uint64_t table, uint32_t row_count) {
+CUresult run_rows(bool gather, int device, uint64_t staging, uint64_t table, uint32_t row_count,
+                  uint64_t address_distance, uint32_t offset_distance) {
     Driver &d = driver();
     Lock lock(d.mutex);
     View view;
@@ -243,6 +244,8 @@ CUresult run_rows(bool gather, int device, uint64_t staging, uint64_t table, uin
         kvferry_row row;
         std::memcpy(&row, rows + i * sizeof row, sizeof row);
         if (row.bytes == 0) continue;
+        row.address += address_distance;
+        row.offset += offset_distance;
         std::byte *memory = rows_view.kernel(row.address, row.bytes, device);
         std::byte *place = staging_view.kernel(staging + row.offset, row.bytes, device);
         if (!memory || !place) return CUDA_ERROR_ILLEGAL_ADDRESS;
@@ -990,11 +993,14 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
     const auto staging = parameter<CUdeviceptr>(parameters, 0);
     const auto rows = parameter<CUdeviceptr>(parameters, 1);
     const auto row_count = parameter<uint32_t>(parameters, 2);
+    const auto address_distance = parameter<uint64_t>(parameters, 3);
+    const auto offset_distance = parameter<uint32_t>(parameters, 4);
     Operation operation;
     operation.kind = Kind::Kernel;
     operation.uses = {{staging, 1}, {rows, uint64_t{row_count} * sizeof(kvferry_row)}};
     operation.run = [=, device = found->context->device] {
-        return run_rows(gather, device, staging, rows, row_count);
+        return run_rows(gather, device, staging, rows, row_count, address_distance,
+                        offset_distance);
     };
     submit(found, std::move(operation));
     return CUDA_SUCCESS;

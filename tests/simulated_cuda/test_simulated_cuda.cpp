@@ -445,6 +445,8 @@ void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, 
                       device_staging = allocate(staging.size());
     upload(s, device_memory, memory);
     upload(s, device_staging, staging);
+    uint64_t address_distance = aligned ? 0 : engine();
+    auto offset_distance = static_cast<uint32_t>(aligned ? 0 : engine());
     Bytes wanted_staging = staging, wanted_memory = random_bytes(memory.size());
     const Bytes other_memory = wanted_memory;
     auto *table =
@@ -453,7 +455,9 @@ void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, 
         const kvferry_row &row = rows[i];
         std::memcpy(&wanted_staging[row.offset], &memory[row.address], row.bytes);
         std::memcpy(&wanted_memory[row.address], &memory[row.address], row.bytes);
-        table[i] = {row.address + device_memory, row.offset, row.bytes};
+        // By distances of any kind, also such that wrap around.
+        table[i] = {row.address + device_memory - address_distance, row.offset - offset_distance,
+                    row.bytes};
     }
 
     CUmodule module = nullptr;
@@ -463,7 +467,8 @@ void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, 
     OK(cuda.cuModuleGetFunction(&scatter, module, "kvferry_scatter"));
     CUdeviceptr staging_argument = device_staging, table_argument = as_device(table);
     auto count = static_cast<uint32_t>(rows.size());
-    void *arguments[] = {&staging_argument, &table_argument, &count};
+    void *arguments[] = {&staging_argument, &table_argument, &count, &address_distance,
+                         &offset_distance};
     OK(cuda.cuLaunchKernel(gather, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
     CHECK(download(s, device_staging, staging.size()) == wanted_staging);
     upload(s, device_memory, other_memory);
@@ -650,7 +655,9 @@ void kernels_check_their_bounds() {
         OK(cuda.cuModuleGetFunction(&gather, module, "kvferry_gather"));
         CUdeviceptr staging_argument = staging, rows = as_device(table);
         uint32_t count = wrong == 3 ? 5 : 1; // the table has four
-        void *arguments[] = {&staging_argument, &rows, &count};
+        uint64_t address_distance = 0;
+        uint32_t offset_distance = 0;
+        void *arguments[] = {&staging_argument, &rows, &count, &address_distance, &offset_distance};
         OK(cuda.cuLaunchKernel(gather, 16, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
         RETURNS(CUDA_ERROR_ILLEGAL_ADDRESS, cuda.cuStreamSynchronize(s.stream));
         cuda.cuModuleUnload(module);

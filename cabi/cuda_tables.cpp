@@ -1,0 +1,101 @@
+#include "cuda_tables.h"
+
+namespace kvf {
+
+CudaRowTable::CudaRowTable(const CudaContext &context, CUdeviceptr place, uint32_t rows)
+    : context_(context), place_(place) {
+    const CudaDriver &driver = context.driver();
+    const CudaCurrent current(context);
+    void *memory;
+    driver.check(
+        driver.cuMemHostAlloc(&memory, rows * sizeof(kvferry_row), CU_MEMHOSTALLOC_PORTABLE),
+        "cuMemHostAlloc");
+    rows_ = static_cast<kvferry_row *>(memory);
+}
+
+CudaRowTable::~CudaRowTable() {
+    try {
+        const CudaCurrent current(context_);
+        context_.driver().cuMemFreeHost(rows_);
+    } catch (const Error &) {
+        // The context is gone, and the memory with it.
+    }
+}
+
+void CudaRowTable::clear() {
+    count_ = 0;
+    end_ = 0;
+}
+
+void CudaRowTable::add(const Piece &piece) {
+    const auto add_row = [this](uint64_t address, uint64_t bytes) {
+        rows_[count_++] = {address, static_cast<uint32_t>(end_), static_cast<uint32_t>(bytes)};
+        end_ += bytes;
+    };
+    if (piece.runs) {
+        for (uint64_t i = 0; i < piece.count; ++i) {
+            add_row(piece.runs[i].address + piece.address_distance, piece.runs[i].bytes);
+        }
+    } else {
+        const kvf_region &block = piece.block;
+        for (uint64_t i = 0; i < block.rows; ++i) {
+            add_row(block.address + i * block.pitch, block.width);
+        }
+    }
+}
+
+void CudaRowTable::add(const RunTable &table) {
+    for (const Run &run : table.runs) {
+        rows_[count_++] = {run.address, static_cast<uint32_t>(run.offset - table.runs[0].offset),
+                           static_cast<uint32_t>(run.bytes)};
+    }
+}
+
+void CudaRowTable::send(CUstream stream) const {
+    const CudaDriver &driver = context_.driver();
+    driver.check(driver.cuMemcpyHtoDAsync(place_, rows_, count_ * sizeof(kvferry_row), stream),
+                 "cuMemcpyHtoDAsync");
+}
+
+CudaResidentTable::CudaResidentTable(const CudaContext &context, CUdeviceptr place)
+    : context_(context), rows_(context, place, kRows) {
+    const CudaDriver &driver = context.driver();
+    const CudaCurrent current(context);
+    driver.check(driver.cuEventCreate(&sent_, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+}
+
+CudaResidentTable::~CudaResidentTable() {
+    try {
+        const CudaCurrent current(context_);
+        context_.driver().cuEventDestroy(sent_);
+    } catch (const Error &) {
+        // The context is gone, and the event with it.
+    }
+}
+
+void CudaResidentTable::acquire(const std::shared_ptr<const RunTable> &table, CUstream stream) {
+    const CudaDriver &driver = context_.driver();
+    if (table != table_) {
+        table_ = nullptr;
+        rows_.clear();
+        rows_.add(*table);
+        rows_.send(stream);
+        driver.check(driver.cuEventRecord(sent_, stream), "cuEventRecord");
+        table_ = table;
+    } else {
+        driver.check(driver.cuStreamWaitEvent(stream, sent_, 0), "cuStreamWaitEvent");
+    }
+    ++users_;
+}
+
+CudaRows CudaResidentTable::rows(const Piece &piece, uint64_t at) const {
+    const Run *const table = table_->runs.data();
+    CudaRows rows = rows_.rows();
+    rows.table += static_cast<uint64_t>(piece.runs - table) * sizeof(kvferry_row);
+    rows.count = static_cast<uint32_t>(piece.count);
+    rows.address_distance = piece.address_distance;
+    rows.offset_distance = static_cast<uint32_t>(at - (piece.runs->offset - table->offset));
+    return rows;
+}
+
+} // namespace kvf

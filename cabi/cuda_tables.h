@@ -1,0 +1,76 @@
+// Tables of rows for the gather and scatter kernels: written in pinned memory, read by the kernels from device
+// memory. (Read through the link, they would keep a kernel waiting on its multiprocessors while the link is full of
+// our own copies.)
+#pragma once
+
+#include <memory>
+
+#include "cuda_kernels.h"
+
+namespace kvf {
+
+// A table that is written anew for each launch.
+class CudaRowTable {
+public:
+    static constexpr uint32_t kRows = 32768;
+    static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row);
+
+    // `place` is device memory for as many rows, which stays the caller's.
+    CudaRowTable(const CudaContext &context, CUdeviceptr place, uint32_t rows = kRows);
+    ~CudaRowTable();
+    CudaRowTable(const CudaRowTable &) = delete;
+    CudaRowTable &operator=(const CudaRowTable &) = delete;
+
+    // The rows of pieces that lie one after another in staging; or of a whole table of runs, each at its distance from
+    // the first in the buffer. What was launched with the table before must have ended.
+    void clear();
+    void add(const Piece &piece);
+    void add(const RunTable &table);
+
+    // Queues the copy of the table to the device.
+    void send(CUstream stream) const;
+    // What was sent; to be launched on the same stream.
+    CudaRows rows() const { return {place_, count_}; }
+
+private:
+    const CudaContext &context_;
+    const CUdeviceptr place_;
+    kvferry_row *rows_ = nullptr;
+    uint32_t count_ = 0;
+    uint64_t end_ = 0; // in staging
+};
+
+// A table of runs that stays on the device while pieces refer to it: the tensors of a cache share one, so that it
+// travels once and not once a piece. One user at a time may bring another.
+class CudaResidentTable {
+public:
+    static constexpr uint32_t kRows = 65536;
+    static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row);
+
+    // `place` is device memory of kBytes, which stays the caller's.
+    CudaResidentTable(const CudaContext &context, CUdeviceptr place);
+    ~CudaResidentTable();
+    CudaResidentTable(const CudaResidentTable &) = delete;
+    CudaResidentTable &operator=(const CudaResidentTable &) = delete;
+
+    // It has the table, or could have it now.
+    bool may_hold(const std::shared_ptr<const RunTable> &table) const {
+        return table == table_ || (users_ == 0 && table->packed && table->runs.size() <= kRows);
+    }
+    // What the stream is given from now on finds the table. Every acquire() that returns is followed by a release(),
+    // when what was launched with the table has ended.
+    void acquire(const std::shared_ptr<const RunTable> &table, CUstream stream);
+    void release() { --users_; }
+
+    // The rows of a piece of the table, for a staging whose `at`-th byte is to be the piece's first.
+    CudaRows rows(const Piece &piece, uint64_t at) const;
+
+private:
+    const CudaContext &context_;
+    CudaRowTable rows_;
+    CUevent sent_ = nullptr;
+    std::shared_ptr<const RunTable> table_;
+    uint32_t users_ = 0;
+};
+
+} // namespace kvf
