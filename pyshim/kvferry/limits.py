@@ -44,11 +44,40 @@ def cuda_driver() -> str:
     return os.environ.get("KVFERRY_CUDA_DRIVER", "libcuda.so.1")
 
 
+Direction = Literal["save", "load"]
+
+
 class Pace(NamedTuple):
     """How copies are cut, and how many of them the copy engine is given at once."""
 
     nbytes: int
     queued: int
+
+
+class _Memcpy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D of the driver API."""
+
+    @staticmethod
+    def _side(name: str) -> list[tuple[str, Any]]:
+        return [
+            (f"{name}XInBytes", ctypes.c_size_t),
+            (f"{name}Y", ctypes.c_size_t),
+            (f"{name}MemoryType", ctypes.c_int),
+            (f"{name}Host", ctypes.c_void_p),
+            (f"{name}Device", ctypes.c_uint64),
+            (f"{name}Array", ctypes.c_void_p),
+            (f"{name}Pitch", ctypes.c_size_t),
+        ]
+
+    _fields_ = (
+        *_side("src"),
+        *_side("dst"),
+        ("WidthInBytes", ctypes.c_size_t),
+        ("Height", ctypes.c_size_t),
+    )
+
+
+_ON_HOST, _ON_DEVICE = 1, 2  # CU_MEMORYTYPE_*
 
 
 class RawCuda:
@@ -86,6 +115,17 @@ class RawCuda:
         self._enter()
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
+    def allocate_host(self, nbytes: int) -> int:
+        """Pinned host memory."""
+        self._enter()
+        address = ctypes.c_void_p()
+        self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), 0)
+        return address.value or 0
+
+    def free_host(self, address: int) -> None:
+        self._enter()
+        self._call("cuMemFreeHost", ctypes.c_void_p(address))
+
     def free_bytes(self) -> int:
         """Device memory that nobody has taken, as the driver says."""
         self._enter()
@@ -101,6 +141,22 @@ class RawCuda:
         """One copy of the whole, pinned host to device memory."""
         return self._timed(lambda: self._load(device, host, nbytes))
 
+    def rows_seconds(
+        self, direction: Direction, device: int, host: int, width: int, pitch: int, rows: int
+    ) -> float:
+        """Rows that lie ``pitch`` bytes apart on the device, packed on the host: one copy."""
+        copy = _Memcpy2D(WidthInBytes=width, Height=rows)
+        on_device, on_host = ("src", "dst") if direction == "save" else ("dst", "src")
+        setattr(copy, f"{on_device}MemoryType", _ON_DEVICE)
+        setattr(copy, f"{on_device}Device", device)
+        setattr(copy, f"{on_device}Pitch", pitch)
+        setattr(copy, f"{on_host}MemoryType", _ON_HOST)
+        setattr(copy, f"{on_host}Host", host)
+        setattr(copy, f"{on_host}Pitch", width)
+        return self._timed(
+            lambda: self._call("cuMemcpy2DAsync_v2", ctypes.byref(copy), self._streams[0])
+        )
+
     def both_seconds(self, into: int, device: int, other: int, source: int, nbytes: int) -> float:
         """A save and a load of as many bytes each, at the same time."""
 
@@ -112,7 +168,7 @@ class RawCuda:
 
     def paced(
         self,
-        direction: Literal["save", "load"],
+        direction: Direction,
         device: int,
         host: int,
         nbytes: int,

@@ -19,14 +19,14 @@ from typing import Any
 from .. import __version__
 from ..engine import Devices, Engine
 from ..libllama import Libllama, LlamaError, Model, find
-from ..limits import RawCuda
+from ..limits import Direction, RawCuda
 from ..synthetic import write_model
 from ..table import Progress, table
 from ..timeline import Timeline, draw
 from . import matrix
 from .measurement import Measurement, Result, Stage, failure, result
 from .pictures import Bars, Latencies, draw_bars, draw_latencies
-from .prepared import Beside, Direction, Prepared, Samples
+from .prepared import Beside, Prepared, Samples
 from .raw import Memcpy, PinnedCopies
 from .trace import Trace
 

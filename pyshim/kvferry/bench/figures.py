@@ -16,10 +16,11 @@ from pathlib import Path
 import anyio
 import numpy
 
+from ..limits import Direction
 from ..table import ms
 from ..workload import SAVED, percentile
 from .measurement import Goal, Measurement, Reading, at_least
-from .prepared import SMALL, Beside, Direction, Prepared, ended
+from .prepared import SMALL, Beside, Prepared, ended
 
 Measure = Callable[[Prepared], Awaitable[Reading]]
 
@@ -29,15 +30,25 @@ _ROUNDS, _STEPS = 6, 20  # of decoding, alone and beside transfers each
 # ---- Speed alone on the machine ------------------------------------------------------------------
 
 
-def of_raw(direction: Direction, goal: Goal) -> Measurement:
-    """While bytes move; what recording the layout adds is in ``beyond_raw``."""
+def of_raw(direction: Direction, goal: Goal, interleaved: int = 1) -> Measurement:
+    """While bytes move; what recording the layout adds is in ``beyond_raw``.
+
+    ``interleaved``: so many sequences lie row by row between one another, which is a copy of rows:
+    what the driver makes of one such copy is then shown beside it.
+    """
 
     async def measure(prepared: Prepared) -> Reading:
         samples = await prepared.transfers(direction)
         gb_per_s = prepared.nbytes / samples.moving_ms / 1e6
+        text = f"{ms(samples.moving_ms)} ms, raw {ms(samples.raw_ms)} ms; {gb_per_s:.1f} GB/s"
+        if interleaved > 1:
+            width = prepared.nbytes // samples.completion.fragments
+            rows = prepared.raw.rows_seconds(direction, width, interleaved * width)
+            if rows is not None:
+                text += f"; one raw copy of rows {ms(rows * 1e3)} ms"
         return Reading(
             samples.raw_ms / samples.moving_ms,
-            f"{ms(samples.moving_ms)} ms, raw {ms(samples.raw_ms)} ms; {gb_per_s:.1f} GB/s",
+            text,
             {
                 "moving_ms": samples.moving_ms,
                 "our_ms": samples.our_ms,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..engine import Engine
 from ..libllama import Model
-from ..workload import Arrangement
+from ..workload import SEQUENCES, Arrangement
 from . import figures
 from .measurement import Goal, Measurement, Stage, at_least, at_most
 from .prepared import Prepared, RawMaker, prepare
@@ -153,7 +153,7 @@ def cuda(bench: Bench) -> list[Stage]:
             bench,
             Shape("four in turn", tokens, "in turn", steps=steps),
             [
-                *_common(0.98, 0.98, beyond=15, native=150),
+                *_common(0.98, 0.98, beyond=15, native=150, interleaved=SEQUENCES),
                 *_beside_decoding(p50=4, p99=9, speed=0.88),
                 figures.device_memory(at_most(64)),
                 figures.host_memory(at_most(64)),
@@ -172,13 +172,18 @@ def cuda(bench: Bench) -> list[Stage]:
 
 
 def _common(
-    save: float, load: float, *, native: float, beyond: float | None = None
+    save: float,
+    load: float,
+    *,
+    native: float,
+    beyond: float | None = None,
+    interleaved: int = 1,
 ) -> list[Measurement]:
     goal: Goal | None = at_most(beyond) if beyond is not None else None
     return [
         figures.same_bytes(),
-        figures.of_raw("save", at_least(save)),
-        figures.of_raw("load", at_least(load)),
+        figures.of_raw("save", at_least(save), interleaved),
+        figures.of_raw("load", at_least(load), interleaved),
         figures.beyond_raw("save", goal),
         figures.beyond_raw("load", goal),
         figures.against_native("save", at_least(native)),

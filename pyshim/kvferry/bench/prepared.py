@@ -24,7 +24,7 @@ from ..buffer import Buffer
 from ..completions import Completion
 from ..engine import Engine, TraceEvent
 from ..libllama import Context, ContextOptions, LlamaError, Model, Step
-from ..limits import Pace
+from ..limits import Direction, Pace
 from ..llama import Llama
 from ..timeline import Span, Timeline
 from ..workload import (
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from ..transfer import Priority
 
 T = TypeVar("T")
-Direction = Literal["save", "load"]
 Memory = Literal["pinned", "pageable"]
 
 _GPU_WARM_UP_TOKENS = 512  # a whole batch: kernels are loaded when they are first used
@@ -65,6 +64,10 @@ class Raw(Protocol):
     def load_seconds(self) -> float: ...
     def both_seconds(self, other: int) -> float:
         """A save and a load at once; the load from another pinned buffer."""
+
+    def rows_seconds(self, direction: Direction, width: int, pitch: int) -> float | None:
+        """As many bytes, in rows of ``width`` bytes ``pitch`` bytes apart on the device; None where
+        there is no such copy."""
 
     @property
     def paced(self) -> Callable[[Direction, Pace, threading.Event], None] | None:

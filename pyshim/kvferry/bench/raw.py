@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Literal
 
-from ..limits import Pace, RawCuda, memcpy_seconds
-
-Direction = Literal["save", "load"]
+from ..limits import Direction, Pace, RawCuda, memcpy_seconds
 
 
 class Memcpy:
@@ -37,6 +34,9 @@ class _HostCopies:
 
     def both_seconds(self, other: int) -> float:
         raise NotImplementedError("one memory has no two directions")
+
+    def rows_seconds(self, direction: Direction, width: int, pitch: int) -> float | None:
+        return None
 
     paced = None
 
@@ -77,6 +77,19 @@ class _DeviceCopies:
         return self._cuda.both_seconds(
             self._pinned, self._source, self._target, other, self._nbytes
         )
+
+    def rows_seconds(self, direction: Direction, width: int, pitch: int) -> float | None:
+        rows = self._nbytes // width
+        device = self._cuda.allocate(rows * pitch)
+        host = self._cuda.allocate_host(rows * width)
+        try:
+            return min(
+                self._cuda.rows_seconds(direction, device, host, width, pitch, rows)
+                for _ in range(5)
+            )
+        finally:
+            self._cuda.free_host(host)
+            self._cuda.free(device)
 
     def paced(self, direction: Direction, pace: Pace, stop: threading.Event) -> None:
         device = self._source if direction == "save" else self._target
