@@ -21,6 +21,7 @@ constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstGather = 4 
 constexpr double kRunShare = 0.97, kRowsShare = 0.93;
 constexpr uint64_t kStagingSlot = 8 << 20; // with its table of rows
 constexpr uint64_t kStagingSlots = 4;
+constexpr uint64_t kStagingGrain = 64 << 10; // halves of a slot are still as aligned as its table must be
 constexpr uint64_t kLeastForResident = 8 << 20; // with less staging, all of it is for the slots
 constexpr uint64_t kLeastStagingSlot = 768 << 10;
 constexpr uint64_t kBounce = 4 << 20;
@@ -72,8 +73,9 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
               Pacer(kRowsShare, kFirstGather)} {
     if (limits_.staging_bytes >= kLeastForResident) resident_bytes_ = CudaResidentTable::kBytes;
     const uint64_t for_slots = limits_.staging_bytes - resident_bytes_;
-    slot_staging_ = std::min<uint64_t>(for_slots / kStagingSlots, kStagingSlot);
-    if (slot_staging_ < kLeastStagingSlot) slot_staging_ = for_slots / 2;
+    const auto aligned = [](uint64_t bytes) { return bytes / kStagingGrain * kStagingGrain; };
+    slot_staging_ = aligned(std::min<uint64_t>(for_slots / kStagingSlots, kStagingSlot));
+    if (slot_staging_ < kLeastStagingSlot) slot_staging_ = aligned(for_slots / 2);
     staging_slots_ = slot_staging_ ? std::min<uint64_t>(kSlots, for_slots / slot_staging_) : 0;
     no_staging_ = !kernels_ || slot_staging_ < kLeastStagingSlot;
     for (size_t way = 0; way < kWays; ++way) {

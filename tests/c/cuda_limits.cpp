@@ -25,7 +25,7 @@ int main() {
     Random random(9);
     const Context context;
     const Holdings holdings;
-    for (const uint64_t staging : {uint64_t{0}, 5 * MiB, 2 * MiB, kTooLittle}) {
+    for (const uint64_t staging : {uint64_t{0}, 10 * MiB + 5, 5 * MiB, 2 * MiB, kTooLittle}) {
         d.reset();
         const uint64_t before = d.count("device_bytes"), pinned = d.count("pinned_bytes");
         Engine engine(staging);
