@@ -19,8 +19,8 @@ constexpr uint64_t kUrgentBytes = 16 << 20;
 // gathered. (What was best on an H200: docs/performance.md.)
 constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstGather = 4 << 20;
 constexpr double kRunShare = 0.97, kRowsShare = 0.93;
-constexpr uint64_t kStagingSlot = 8 << 20; // with its table of rows
-constexpr uint64_t kStagingSlots = 4;
+constexpr uint64_t kStagingSlot = 16 << 20; // with its table of rows
+constexpr uint64_t kStagingSlots = 3; // fewer and larger ones: each piece costs some microseconds
 constexpr uint64_t kStagingGrain = 64 << 10; // halves of a slot are still as aligned as its table must be
 constexpr uint64_t kLeastForResident = 8 << 20; // with less staging, all of it is for the slots
 constexpr uint64_t kLeastStagingSlot = 768 << 10;
