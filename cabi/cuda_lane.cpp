@@ -18,9 +18,6 @@ constexpr uint64_t kUrgentBytes = 16 << 20;
 // gathered. (What was best on an H200: docs/performance.md.)
 constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstGather = 4 << 20;
 constexpr double kRunShare = 0.96, kRowsShare = 0.93;
-constexpr uint64_t kStagingSlot = 8 << 20; // with its table of rows
-constexpr uint64_t kLeastStagingSlot = 1 << 20;
-constexpr uint64_t kBounce = 4 << 20;
 constexpr size_t kMostPieces = 64;
 
 // Copies in the queue: for urgent jobs so many that it never runs empty.
@@ -62,12 +59,9 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
                    Crew &crew, uint32_t device, Direction direction, Limits limits)
     : engine_(engine), context_(context), driver_(context.driver()), kernels_(kernels), crew_(crew),
       device_(device), direction_(direction), limits_(limits),
+      memory_(context, kernels ? limits.staging_bytes : 0),
       pacers_{Pacer(kRunShare, kFirstRun), Pacer(kRowsShare, kFirstBlock),
               Pacer(kRowsShare, kFirstGather)} {
-    slot_staging_ = std::min<uint64_t>(kStagingSlot, limits_.staging_bytes / 2);
-    staging_slots_ =
-        slot_staging_ ? std::min<uint64_t>(kSlots, limits_.staging_bytes / slot_staging_) : 0;
-    no_staging_ = !kernels_ || slot_staging_ < kLeastStagingSlot;
     for (size_t way = 0; way < kWays; ++way) {
         pace_bytes_[way] = pacers_[way].pace().bytes;
         pace_window_[way] = pacers_[way].pace().window;
@@ -75,6 +69,7 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
     const CudaCurrent current(context_);
     try {
         for (Slot &slot : slots_) {
+            slot.pieces.reserve(kMostPieces); // taking pieces must not fail
             driver_.check(
                 driver_.cuStreamCreateWithPriority(&slot.stream, CU_STREAM_NON_BLOCKING, 0),
                 "cuStreamCreateWithPriority");
@@ -100,9 +95,6 @@ CudaLane::~CudaLane() {
 }
 
 void CudaLane::release(Slot &slot) {
-    if (slot.staging) driver_.cuMemFree(slot.staging);
-    if (slot.bounce) driver_.cuMemFreeHost(slot.bounce);
-    slot.rows.reset();
     if (slot.copied) driver_.cuEventDestroy(slot.copied);
     if (slot.finished) driver_.cuEventDestroy(slot.finished);
     if (slot.stream) driver_.cuStreamDestroy(slot.stream);
@@ -336,12 +328,17 @@ bool CudaLane::refill() {
         urgent_ = urgent;
         // In the background the next piece is made ready while one is being copied, and no more.
         if (!urgent && pieces_ >= kBackgroundSlots) return progress;
-        const Way way = way_of(*leg);
-        Slot *slot = idle_slot(way);
+        Slot *slot = idle_slot();
         if (!slot) return progress;
+        slot->way = way_of(*leg);
+        if (!lend(*slot, *leg)) {
+            const std::shared_ptr<Job> job = leg->job;
+            lock.unlock();
+            if (!ensure_memory(slot->way, job)) return progress;
+            continue; // another leg may be in front by now
+        }
 
         slot->leg = leg;
-        slot->way = way;
         schedule_.take(*leg, [&] { take_pieces(*slot, *leg, urgent); });
         lock.unlock();
 
@@ -354,14 +351,42 @@ bool CudaLane::refill() {
     }
 }
 
+// Lends a slot the memory that pieces of its way need. False if some of it is not there at the moment.
+bool CudaLane::lend(Slot &slot, const Leg &leg) {
+    if (slot.way == Way::Gather && !(slot.staging = memory_.take_staging())) return false;
+    if (!leg.job->pinned && !(slot.bounce = memory_.take_bounce())) {
+        memory_.put_back(std::move(slot.staging));
+        return false;
+    }
+    return true;
+}
+
+// Gets what lend() lacked, without the lock: the driver takes its time for that, and nobody who submits or cancels
+// shall wait for it. False if it has to be waited for until slots give theirs back. Where there is no bounce buffer at
+// all, the job ends.
+bool CudaLane::ensure_memory(Way way, const std::shared_ptr<Job> &job) {
+    if (way == Way::Gather && !memory_.ensure_staging()) {
+        return !memory_.has_staging(); // then rows are copied one by one
+    }
+    if (job->pinned) return true;
+    try {
+        return memory_.ensure_bounce();
+    } catch (const Error &error) {
+        job->fail(error.status, error.detail);
+        if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
+        engine_.poke(); // its leg here, and those on other devices, end
+        return true;
+    }
+}
+
 // Fills a slot with pieces of one way.
 void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
     Parts &parts = leg.parts;
     const Pacer::Pace &pace = pacer(slot.way).pace();
     slot.epoch = pace.epoch;
     uint64_t most = urgent ? kUrgentBytes : pace.bytes;
-    if (slot.way == Way::Gather) most = std::min(most, slot.staging_bytes);
-    if (!leg.job->pinned) most = std::min(most, kBounce);
+    if (slot.way == Way::Gather) most = std::min(most, slot.staging->bytes());
+    if (slot.bounce) most = std::min(most, slot.bounce->bytes());
     uint64_t rows_left = slot.way == Way::Gather ? CudaRowTable::kRows : 1;
     slot.pieces.clear();
     slot.bytes = 0;
@@ -386,25 +411,18 @@ void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
 // How the next piece of a leg gets to the host and back.
 CudaLane::Way CudaLane::way_of(const Leg &leg) const {
     const kvf_region *block = leg.parts.block();
-    if (!block) return no_staging_ ? Way::Run : Way::Gather;
+    if (!block) return memory_.has_staging() ? Way::Gather : Way::Run;
     if (block->rows == 1 || block->width >= kUrgentBytes) return Way::Run;
     const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);
     if (block->width >= kNarrow && pitch <= limits_.max_pitch) return Way::Block;
-    if (!no_staging_ && block->width <= kLeastStagingSlot / 2) return Way::Gather;
+    if (memory_.has_staging() && block->width <= CudaLaneMemory::kLeastStaging / 2)
+        return Way::Gather;
     return pitch <= limits_.max_pitch ? Way::Block : Way::Run;
 }
 
-CudaLane::Slot *CudaLane::idle_slot(Way way) {
-    if (way == Way::Gather) {
-        for (size_t i = 0; i < staging_slots_; ++i) {
-            Slot &slot = slots_[i];
-            if (slot.stage == Stage::Idle && ensure_staging(slot)) return &slot;
-        }
-        return nullptr;
-    }
-    // From the other end, so that gathered pieces find theirs.
-    for (size_t i = kSlots; i-- > 0;) {
-        if (slots_[i].stage == Stage::Idle) return &slots_[i];
+CudaLane::Slot *CudaLane::idle_slot() {
+    for (Slot &slot : slots_) {
+        if (slot.stage == Stage::Idle) return &slot;
     }
     return nullptr;
 }
@@ -415,12 +433,13 @@ CudaLane::Slot *CudaLane::idle_slot(Way way) {
 void CudaLane::prepare(Slot &slot) {
     Job &job = *slot.leg->job;
     slot.stage = Stage::Ready;
-    if (!job.pinned) ensure_bounce(slot);
     if (slot.way == Way::Gather) {
-        slot.rows->clear();
-        for (const Piece &piece : slot.pieces) slot.rows->add(piece);
+        CudaRowTable &rows = slot.staging->rows();
+        rows.clear();
+        for (const Piece &piece : slot.pieces) rows.add(piece);
         if (direction_ == Direction::Save) {
-            slot.rows->launch(*kernels_, direction_, slot.staging, kernel_blocks(), slot.stream);
+            rows.launch(*kernels_, direction_, slot.staging->memory(), kernel_blocks(),
+                        slot.stream);
         }
     }
     if (direction_ == Direction::Load && !job.pinned) crew_copies(slot, Stage::Filling);
@@ -433,7 +452,7 @@ void CudaLane::crew_copies(Slot &slot, Stage stage) {
     slot.stage = stage;
     slot.crew_done.store(false, std::memory_order_relaxed);
     crew_.add([this, &slot, buffer = slot.leg->job->buffer] {
-        unsigned char *packed = slot.bounce;
+        unsigned char *packed = slot.bounce->memory();
         for (const Piece &piece : slot.pieces) {
             copy_packed(piece, packed, buffer, direction_);
             packed += piece.bytes;
@@ -461,7 +480,8 @@ void CudaLane::queue_copy(Slot &slot) {
     bytes_queued_ += slot.bytes;
     if (direction_ == Direction::Load && slot.way == Way::Gather) {
         if (!job.stopping()) {
-            slot.rows->launch(*kernels_, direction_, slot.staging, kernel_blocks(), slot.stream);
+            slot.staging->rows().launch(*kernels_, direction_, slot.staging->memory(),
+                                        kernel_blocks(), slot.stream);
         }
         driver_.check(driver_.cuEventRecord(slot.finished, slot.stream), "cuEventRecord");
     }
@@ -470,7 +490,7 @@ void CudaLane::queue_copy(Slot &slot) {
 // Between the cache and the host.
 void CudaLane::copy_direct(Slot &slot) {
     Job &job = *slot.leg->job;
-    unsigned char *packed = slot.bounce;
+    unsigned char *packed = slot.bounce ? slot.bounce->memory() : nullptr;
     for (const Piece &piece : slot.pieces) {
         if (piece.runs) {
             const Run run = piece.run(0);
@@ -491,9 +511,10 @@ void CudaLane::copy_direct(Slot &slot) {
 // Between staging, where the rows of the pieces follow one another, and the host.
 void CudaLane::copy_gathered(Slot &slot) {
     Job &job = *slot.leg->job;
-    if (!job.pinned) return copy_run(slot, slot.staging, slot.bounce, slot.bytes);
+    if (!job.pinned)
+        return copy_run(slot, slot.staging->memory(), slot.bounce->memory(), slot.bytes);
     // What is one run both in staging and in the buffer is one copy, across pieces too.
-    uint64_t at = slot.staging, offset = 0, bytes = 0;
+    uint64_t at = slot.staging->memory(), offset = 0, bytes = 0;
     const auto flush = [&] {
         if (bytes) copy_run(slot, at, job.buffer + offset, bytes);
         at += bytes;
@@ -579,6 +600,8 @@ void CudaLane::end_piece(Slot &slot) {
     Job &job = *leg.job;
     engine_.trace(job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.bytes,
                   device_);
+    memory_.put_back(std::move(slot.staging));
+    memory_.put_back(std::move(slot.bounce));
     slot.stage = Stage::Idle;
     slot.leg = nullptr;
     --pieces_;
@@ -631,40 +654,6 @@ void CudaLane::break_down(const Error &error) {
         schedule_.sweep(ended);
     }
     for (Leg *leg : ended) leg->job->leg_ended(*leg);
-}
-
-// ---- memory of the slots -----------------------------------------------------------------------
-
-// Takes device memory for a slot; less of it where there is little. False if there is none at all.
-bool CudaLane::ensure_staging(Slot &slot) {
-    if (slot.staging) return true;
-    for (; slot_staging_ >= kLeastStagingSlot; slot_staging_ /= 2) {
-        if (driver_.cuMemAlloc(&slot.staging, slot_staging_) != CUDA_SUCCESS) {
-            slot.staging = 0;
-            continue;
-        }
-        slot.staging_bytes = slot_staging_ - CudaRowTable::kBytes;
-        try {
-            slot.rows = std::make_unique<CudaRowTable>(context_, slot.staging + slot.staging_bytes);
-            return true;
-        } catch (const Error &) {
-            driver_.cuMemFree(slot.staging);
-            slot.staging = 0;
-            break; // pinned memory is what is short
-        }
-    }
-    // Rows will be copied one by one, unless another slot has staging.
-    no_staging_ = std::none_of(slots_.begin(), slots_.end(),
-                               [](const Slot &other) { return other.staging != 0; });
-    return false;
-}
-
-void CudaLane::ensure_bounce(Slot &slot) {
-    if (slot.bounce) return;
-    void *memory;
-    driver_.check(driver_.cuMemHostAlloc(&memory, kBounce, CU_MEMHOSTALLOC_PORTABLE),
-                  "cuMemHostAlloc");
-    slot.bounce = static_cast<unsigned char *>(memory);
 }
 
 } // namespace kvf

@@ -20,7 +20,7 @@
 #include <thread>
 
 #include "crew.h"
-#include "cuda_kernels.h"
+#include "cuda_lane_memory.h"
 #include "pacer.h"
 #include "schedule.h"
 
@@ -71,11 +71,9 @@ private:
         Stage stage = Stage::Idle;
         CUstream stream = nullptr;
         CUevent copied = nullptr, finished = nullptr;
-        CUdeviceptr staging = 0;
-        uint64_t staging_bytes = 0;
-        std::unique_ptr<CudaRowTable> rows;
-        unsigned char *bounce = nullptr;
 
+        std::unique_ptr<CudaStaging> staging; // borrowed for the pieces, where their way needs it
+        std::unique_ptr<CudaBounce> bounce;   // ... where the job's buffer is pageable
         Leg *leg = nullptr;
         std::vector<Piece> pieces; // of one way; small ones together, since each copy has its price
         uint64_t bytes = 0;        // of them
@@ -89,10 +87,12 @@ private:
     bool retire();
     bool queue_copies();
     bool refill();
+    bool lend(Slot &slot, const Leg &leg);
+    bool ensure_memory(Way way, const std::shared_ptr<Job> &job);
     void idle();
 
     Way way_of(const Leg &leg) const;
-    Slot *idle_slot(Way way);
+    Slot *idle_slot();
     void prepare(Slot &slot);
     void queue_copy(Slot &slot);
     void leave_queue(const Slot &slot);
@@ -113,8 +113,6 @@ private:
     void take_pieces(Slot &slot, Leg &leg, bool urgent);
     void crew_copies(Slot &slot, Stage stage);
     uint32_t kernel_blocks() const;
-    bool ensure_staging(Slot &slot);
-    void ensure_bounce(Slot &slot);
     void release(Slot &slot);
 
     Engine &engine_;
@@ -137,11 +135,10 @@ private:
     std::thread thread_; // started with the first leg
     std::atomic<bool> broken_{false};
 
+    CudaLaneMemory memory_;
+
     // The pump's own.
     std::array<Slot, kSlots> slots_;
-    uint64_t slot_staging_ = 0; // bytes of staging a slot gets
-    size_t staging_slots_ = 0;  // how many of them get it
-    bool no_staging_ = false;   // there was no device memory for it
     uint32_t copies_queued_ = 0;
     uint64_t bytes_queued_ = 0; // of these
     uint32_t pieces_ = 0;       // slots that are not idle

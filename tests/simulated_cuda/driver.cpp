@@ -1,10 +1,12 @@
 // The entry points.
 #include <algorithm>
 #include <cctype>
+#include <chrono>
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
 #include "state.h"
 
@@ -32,6 +34,16 @@ constexpr uint64_t kStagedCopy = 64
 constexpr int kMaxPitch = INT_MAX;
 
 thread_local std::vector<CUcontext> context_stack;
+
+// What taking memory costs, without the lock.
+void take_time() {
+    uint64_t us;
+    {
+        Lock lock(driver().mutex);
+        us = driver().settings.allocation_us;
+    }
+    if (us) std::this_thread::sleep_for(std::chrono::microseconds(us));
+}
 
 bool is_device(int device) {
     return device >= 0 && static_cast<uint64_t>(device) < driver().settings.devices;
@@ -719,6 +731,7 @@ CUresult cuEventElapsedTime_v2(float *milliseconds, CUevent start, CUevent end) 
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     ENTER_UNSAFE(cuMemAlloc_v2);
     if (!address || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+    take_time();
     Lock lock(driver().mutex);
     ContextPtr context;
     if (CUresult error = current(&context)) return error;
@@ -756,6 +769,7 @@ CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {
 CUresult cuMemHostAlloc(void **address, size_t bytes, unsigned int flags) {
     ENTER_UNSAFE(cuMemHostAlloc);
     if (!address || bytes == 0 || flags > 7) return CUDA_ERROR_INVALID_VALUE;
+    take_time();
     Lock lock(driver().mutex);
     ContextPtr context;
     if (CUresult error = current(&context)) return error;
@@ -784,6 +798,7 @@ CUresult cuMemFreeHost(void *address) {
 CUresult cuMemHostRegister_v2(void *address, size_t bytes, unsigned int flags) {
     ENTER_UNSAFE(cuMemHostRegister_v2);
     if (!address || bytes == 0 || flags > 15) return CUDA_ERROR_INVALID_VALUE;
+    take_time();
     const Range range = {reinterpret_cast<uint64_t>(address), bytes};
     Lock lock(driver().mutex);
     ContextPtr context;

@@ -46,7 +46,8 @@ extern "C" {
     X(pinned_limit, UINT64_MAX, "bytes of host memory that may be pinned at once")                 \
     X(bytes_per_second, 0,                                                                         \
       "of each device in each direction between host and device; 0: as fast as it goes")           \
-    X(latency_us, 0, "that every copy and kernel takes at least")
+    X(latency_us, 0, "that every copy and kernel takes at least")                                  \
+    X(allocation_us, 0, "that taking device or pinned memory takes, on the calling thread")
 
 /* Returns 0, or -1 for an unknown name. */
 KVFSIM_API int kvfsim_set(const char *setting, uint64_t value);
