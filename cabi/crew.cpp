@@ -2,6 +2,8 @@
 
 #include <system_error>
 
+#include "thread_name.h"
+
 namespace kvf {
 
 Crew::~Crew() {
@@ -31,6 +33,7 @@ void Crew::add(std::function<void()> task) {
 }
 
 void Crew::run() {
+    name_thread("kvf-copy");
     std::unique_lock lock(mutex_);
     for (;;) {
         work_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });

@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <new>
 
 #include "copy.h"
 #include "engine.h"
+#include "thread_name.h"
 
 namespace kvf {
 namespace {
@@ -31,6 +33,8 @@ constexpr uint64_t kNarrow = 1024;
 constexpr uint32_t kUrgentBlocks = 64, kBackgroundBlocks = 32; // of a kernel's grid
 // For so long a pump stays awake for a leg that has been announced.
 constexpr uint64_t kExpectNs = 500'000;
+// Between two looks at streams that legs follow.
+constexpr uint64_t kLeastGateSleepNs = 20'000, kMostGateSleepNs = 1'000'000;
 // Shorter sleeps are not worth the risk of waking too late.
 constexpr uint64_t kLeastSleepNs = 15'000;
 // A copy that has not ended by then never will; the device is given up.
@@ -101,7 +105,7 @@ void CudaLane::release(Slot &slot) {
 }
 
 void CudaLane::submit(Leg &leg) {
-    std::vector<Leg *> ended;
+    Schedule::Legs ended;
     {
         std::lock_guard lock(mutex_);
         if (broken()) {
@@ -141,7 +145,7 @@ void CudaLane::expect() {
 }
 
 void CudaLane::poke() {
-    std::vector<Leg *> ended;
+    Schedule::Legs ended;
     {
         std::lock_guard lock(mutex_);
         schedule_.sweep(ended);
@@ -163,6 +167,7 @@ void CudaLane::stop() {
 // ---- the loop ----------------------------------------------------------------------------------
 
 void CudaLane::pump() {
+    name_thread(direction_ == Direction::Save ? "kvf-save" : "kvf-load", context_.ordinal());
     prctl(PR_SET_TIMERSLACK, 1000UL); // its short sleeps are to be short: nanoseconds
     try {
         context_.adopt_thread();
@@ -173,6 +178,7 @@ void CudaLane::pump() {
         bool progress = retire();
         progress |= queue_copies();
         progress |= refill();
+        if (progress || pieces_ > 0) gated_since_ns_ = 0;
         if (progress) continue;
         if (pieces_ > 0) {
             idle();
@@ -180,8 +186,7 @@ void CudaLane::pump() {
         }
         std::unique_lock lock(mutex_);
         if (!schedule_.empty()) {
-            // What there is follows streams that are still at work, or is still being recorded.
-            work_.wait_for(lock, std::chrono::microseconds(20));
+            wait_for_gates(lock);
         } else if (stopping_) {
             return;
         } else if (now_ns() < expected_until_ns_) {
@@ -193,6 +198,18 @@ void CudaLane::pump() {
             });
         }
     }
+}
+
+// What there is follows streams that are still at work, or is still being recorded. Recording announces what comes; a
+// stream announces nothing, and is looked at ever more seldom: it has kept us waiting for eight times as long already
+// as it can be overlooked.
+void CudaLane::wait_for_gates(std::unique_lock<std::mutex> &lock) {
+    const uint64_t now = now_ns();
+    if (!gated_since_ns_) gated_since_ns_ = now;
+    const uint64_t sleep =
+        std::clamp((now - gated_since_ns_) / 8, kLeastGateSleepNs, kMostGateSleepNs);
+    const auto arrived = [this] { return stopping_ || arrivals_ != seen_arrivals_; };
+    if (work_.wait_for(lock, std::chrono::nanoseconds(sleep), arrived)) gated_since_ns_ = 0;
 }
 
 // Nothing can be done at this moment, but pieces are under way.
@@ -257,7 +274,7 @@ bool CudaLane::retire() {
             progress = true;
             slot.stage = Stage::Finishing;
             if (result != CUDA_SUCCESS) {
-                fail_piece(slot, driver_.error(result, "cuEventQuery"));
+                attempt(slot, [&] { driver_.check(result, "cuEventQuery"); });
             } else if (!copying || direction_ == Direction::Save || slot.way != Way::Gather) {
                 after_device(slot);
             }
@@ -449,8 +466,8 @@ uint32_t CudaLane::kernel_blocks() const { return urgent_ ? kUrgentBlocks : kBac
 
 // Has the crew copy between the bounce buffer and the job's.
 void CudaLane::crew_copies(Slot &slot, Stage stage) {
-    slot.stage = stage;
     slot.crew_done.store(false, std::memory_order_relaxed);
+    slot.stage = stage;
     crew_.add([this, &slot, buffer = slot.leg->job->buffer] {
         unsigned char *packed = slot.bounce->memory();
         for (const Piece &piece : slot.pieces) {
@@ -592,7 +609,7 @@ void CudaLane::leave_queue(const Slot &slot) {
 void CudaLane::after_device(Slot &slot) {
     Job &job = *slot.leg->job;
     if (direction_ == Direction::Load || job.pinned || job.stopping()) return end_piece(slot);
-    crew_copies(slot, Stage::Draining);
+    attempt(slot, [&] { crew_copies(slot, Stage::Draining); });
 }
 
 void CudaLane::end_piece(Slot &slot) {
@@ -616,8 +633,8 @@ void CudaLane::end_piece(Slot &slot) {
 // Runs a step of a piece; if it fails, the piece's job does.
 template <class Function>
 void CudaLane::attempt(Slot &slot, Function &&function) {
-    if (broken()) return fail_piece(slot, Error(KVF_ERR_DEVICE_LOST, why_broken_));
     try {
+        if (broken()) throw Error(KVF_ERR_DEVICE_LOST, why_broken_);
         function();
     } catch (const Error &error) {
         fail_piece(slot, error);
@@ -642,10 +659,14 @@ void CudaLane::fail_piece(Slot &slot, const Error &error) {
 
 // The device is lost. Every leg ends with that, those in slots as they are looked at next.
 void CudaLane::break_down(const Error &error) {
-    std::vector<Leg *> ended;
+    Schedule::Legs ended;
     {
         std::lock_guard lock(mutex_);
-        if (!broken()) why_broken_ = error.detail;
+        try {
+            if (!broken()) why_broken_ = error.detail;
+        } catch (const std::bad_alloc &) {
+            // That it is broken must do.
+        }
         broken_.store(true, std::memory_order_release);
         schedule_.for_each([&](Leg &leg) { leg.job->fail(KVF_ERR_DEVICE_LOST, error.detail); });
         for (Slot &slot : slots_) {

@@ -89,6 +89,7 @@ private:
     bool refill();
     bool lend(Slot &slot, const Leg &leg);
     bool ensure_memory(Way way, const std::shared_ptr<Job> &job);
+    void wait_for_gates(std::unique_lock<std::mutex> &lock);
     void idle();
 
     Way way_of(const Leg &leg) const;
@@ -147,6 +148,8 @@ private:
     Way last_queued_ = Way::Run;
     uint64_t last_end_ns_ = 0; // of a background copy with more behind it; 0: none
     uint64_t seen_arrivals_ = 0;
+    uint64_t gated_since_ns_ =
+        0; // for so long there have been legs, and none could begin; 0: there are none such
     std::array<std::atomic<uint64_t>, kWays> pace_bytes_{}; // for describe_pace()
     std::array<std::atomic<uint32_t>, kWays> pace_window_{};
 };

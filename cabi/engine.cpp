@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "device_host.h"
 #include "json.h"
+#include "thread_name.h"
 
 namespace kvf {
 namespace {
@@ -262,6 +264,7 @@ void Engine::dispatch(kvf_completion_callback callback, const kvf_completion &co
 
 void Engine::run_dispatch() {
     dispatching = this;
+    name_thread("kvf-dispatch");
     std::unique_lock lock(dispatch_mutex_);
     for (;;) {
         dispatch_work_.wait(lock, [this] { return dispatch_stopping_ || !callbacks_.empty(); });
@@ -279,8 +282,12 @@ void Engine::trace(const Job &job, uint64_t begin_ns, uint64_t end_ns, uint64_t 
     if (!tracing_) return;
     std::lock_guard lock(trace_mutex_);
     if (trace_.size() == kTraceEvents) trace_.pop_front();
-    trace_.push_back({job.handle, job.user_data, begin_ns, end_ns, bytes, device,
-                      static_cast<uint32_t>(job.direction)});
+    try {
+        trace_.push_back({job.handle, job.user_data, begin_ns, end_ns, bytes, device,
+                          static_cast<uint32_t>(job.direction)});
+    } catch (const std::bad_alloc &) {
+        // A transfer does not fail for want of its trace.
+    }
 }
 
 uint32_t Engine::take_trace(void *events, uint64_t stride, uint32_t capacity) {
