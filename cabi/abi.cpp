@@ -244,7 +244,7 @@ int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer) {
 
 int32_t kvf_buffer_trim(kvf_engine engine) {
     return guarded([&]() -> int32_t {
-        find<Engine>(engine)->pool().trim(UINT64_MAX);
+        find<Engine>(engine)->trim();
         return KVF_OK;
     });
 }

@@ -193,9 +193,15 @@ void CudaLane::pump() {
             lock.unlock();
             relax();
         } else {
-            work_.wait(lock, [this] {
+            const auto wanted = [this] {
                 return stopping_ || !schedule_.empty() || now_ns() < expected_until_ns_;
-            });
+            };
+            if (memory_.empty()) {
+                work_.wait(lock, wanted);
+            } else if (!work_.wait_for(lock, std::chrono::nanoseconds(idle_ns()), wanted)) {
+                lock.unlock();
+                memory_.trim();
+            }
         }
     }
 }

@@ -47,11 +47,15 @@ public:
     void finish(Leg &leg);
     void expect();
     void poke();
+    // Gives back to the system what memory no piece uses at the moment. (A lane that has been idle does so itself.)
+    void trim() { memory_.trim(); }
     void stop();
     // Nothing can be moved any more: the device is lost.
     bool broken() const { return broken_.load(std::memory_order_acquire); }
     // The pace of background copies, a JSON object. Any thread.
     std::string describe_pace() const;
+    // Host memory of the lane's own that is pinned now. Any thread.
+    uint64_t pinned_bytes() const { return memory_.pinned_bytes(); }
 
 private:
     static constexpr size_t kSlots = 8;

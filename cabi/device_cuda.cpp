@@ -70,19 +70,38 @@ CudaDevice::~CudaDevice() {
 std::string CudaDevice::describe() const {
     return "{\"kind\": \"cuda\", \"name\": " + json_quote(context_->name()) +
            ", \"pci_bus_id\": " + json_quote(context_->pci_bus_id()) +
-           format(", \"ordinal\": %d, \"compute_capability\": \"%d.%d\", \"memory\": %llu, "
-                  "\"copy_engines\": %d, \"staging\": %llu, \"broken\": %s, ",
-                  context_->ordinal(),
-                  context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
-                  context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
-                  static_cast<unsigned long long>(context_->total_memory()),
-                  context_->attribute(CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT),
-                  static_cast<unsigned long long>(staging_bytes_),
-                  save_->broken() || load_->broken() ? "true" : "false") +
+           format(
+               ", \"ordinal\": %d, \"compute_capability\": \"%d.%d\", \"memory\": %llu, "
+               "\"copy_engines\": %d, \"staging\": %llu, \"pinned_bytes\": %llu, \"broken\": %s, ",
+               context_->ordinal(),
+               context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+               context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+               static_cast<unsigned long long>(context_->total_memory()),
+               context_->attribute(CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT),
+               static_cast<unsigned long long>(staging_bytes_),
+               static_cast<unsigned long long>(save_->pinned_bytes() + load_->pinned_bytes() +
+                                               snapshot_pinned_),
+               save_->broken() || load_->broken() ? "true" : "false") +
            "\"kernels\": " + (kernels_ ? "true" : "false") +
            ", \"no_kernels\": " + json_quote(no_kernels_) +
            ", \"background_pace\": {\"save\": " + save_->describe_pace() +
            ", \"load\": " + load_->describe_pace() + "}}";
+}
+
+void CudaDevice::trim() {
+    save_->trim();
+    load_->trim();
+    const std::unique_lock lock(snapshot_mutex_, std::try_to_lock);
+    if (!lock) return; // a snapshot uses it
+    try {
+        const CudaCurrent current(*context_);
+        snapshot_rows_.reset();
+        if (snapshot_table_) context_->driver().cuMemFree(snapshot_table_);
+        snapshot_table_ = 0;
+        snapshot_pinned_ = 0;
+    } catch (const Error &) {
+        // The context is gone, and the memory with it.
+    }
 }
 
 void CudaDevice::stop() {
@@ -135,6 +154,7 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
                              "cuMemAlloc");
             }
             snapshot_rows_ = std::make_unique<CudaRowTable>(*context_, snapshot_table_);
+            snapshot_pinned_ = CudaRowTable::kBytes;
         }
         Cursor cursor(layout);
         cursor.skip_blocks();

@@ -21,6 +21,7 @@ public:
     void expect(Direction direction) override { lane(direction).expect(); }
     void poke(Direction direction) override { lane(direction).poke(); }
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
+    void trim() override;
     void stop() override;
 
 private:
@@ -39,6 +40,7 @@ private:
     CUstream snapshot_stream_ = nullptr;
     CUdeviceptr snapshot_table_ = 0;
     std::unique_ptr<CudaRowTable> snapshot_rows_;
+    std::atomic<uint64_t> snapshot_pinned_{0}; // bytes of it
 };
 
 // What a device pointer belongs to, and whether a pointer is one.

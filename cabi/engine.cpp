@@ -213,6 +213,11 @@ void Engine::make_stream_wait(uint64_t stream, Job &job) {
     stream_waits_->make_wait(stream, job);
 }
 
+void Engine::trim() {
+    pool_->trim(UINT64_MAX);
+    for (auto &device : devices_) device->trim();
+}
+
 void Engine::hold() {
     std::lock_guard lock(mutex_);
     if (closing_) throw Error(KVF_ERR_CLOSED);

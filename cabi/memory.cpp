@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <new>
@@ -14,12 +15,13 @@
 #include <vector>
 
 #include "fork.h"
+#include "thread_name.h"
 
 namespace kvf {
 namespace {
 
 constexpr uint64_t kHugePage = 2 << 20;
-constexpr uint64_t kIdleNs = 30'000'000'000; // a free buffer that nobody wanted for so long goes
+constexpr uint64_t kIdleNs = 30'000'000'000;
 
 uint64_t page_size() {
     static const uint64_t size = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
@@ -137,6 +139,15 @@ void populate(char *begin, uint64_t bytes) {
 
 } // namespace
 
+uint64_t idle_ns() {
+    static const uint64_t value = [] {
+        const char *seconds = std::getenv("KVFERRY_IDLE_SECONDS");
+        const uint64_t given = seconds ? std::strtoull(seconds, nullptr, 10) : 0;
+        return given ? given * 1'000'000'000 : kIdleNs;
+    }();
+    return value;
+}
+
 std::shared_ptr<MemoryUse> use_memory(const void *buffer, uint64_t bytes) {
     std::lock_guard lock(registry().mutex);
     auto known = registry().holding(reinterpret_cast<uint64_t>(buffer), bytes);
@@ -188,7 +199,13 @@ void free_buffer(void *buffer) {
 }
 
 Pool::~Pool() {
-    for (auto &[bytes, free] : free_) unmap(free.memory, bytes);
+    {
+        std::lock_guard lock(mutex_);
+        stopping_ = true;
+        freed_.notify_one();
+    }
+    if (idle_watch_.joinable()) idle_watch_.join();
+    unmap(std::move(free_));
 }
 
 void *Pool::alloc(uint64_t bytes) {
@@ -201,7 +218,6 @@ void *Pool::alloc(uint64_t bytes) {
 
     auto known = std::make_shared<KnownMemory>();
     void *memory = nullptr;
-    const uint64_t now = now_ns();
     {
         std::lock_guard lock(mutex_);
         auto it = free_.lower_bound(size);
@@ -212,7 +228,6 @@ void *Pool::alloc(uint64_t bytes) {
             free_.erase(it);
         }
     }
-    if (now > kIdleNs) trim(now - kIdleNs);
     if (!memory) {
         memory = map(size);
         known->bytes = size;
@@ -229,27 +244,69 @@ void Pool::take_back(KnownMemory &memory) {
     std::lock_guard lock(mutex_);
     free_.emplace(memory.bytes, Free{reinterpret_cast<void *>(memory.begin), now_ns()});
     free_bytes_ += memory.bytes;
+    try {
+        if (!idle_watch_.joinable()) idle_watch_ = std::thread([this] { watch_idle(); });
+    } catch (const std::system_error &) {
+        // Without a thread it stays until somebody wants it or trims.
+    }
+    freed_.notify_one();
 }
 
+void Pool::watch_idle() {
+    name_thread("kvf-pool");
+    std::unique_lock lock(mutex_);
+    for (;;) {
+        freed_.wait(lock, [this] { return stopping_ || !free_.empty(); });
+        if (stopping_) return;
+        uint64_t oldest = UINT64_MAX;
+        for (const auto &[bytes, free] : free_) oldest = std::min(oldest, free.freed_ns);
+        const uint64_t now = now_ns();
+        if (now < oldest + idle_ns()) {
+            // Whatever is freed meanwhile is not older.
+            freed_.wait_for(lock, std::chrono::nanoseconds(oldest + idle_ns() - now),
+                            [this] { return stopping_; });
+            continue;
+        }
+        lock.unlock();
+        trim(now - idle_ns() + 1);
+        lock.lock();
+    }
+}
+
+// Where the system has no more, what lies idle is given back to it first.
 void *Pool::map(uint64_t bytes) {
+    try {
+        return map_pinned(bytes);
+    } catch (const Error &error) {
+        if (error.status != KVF_ERR_OUT_OF_MEMORY || !trim(UINT64_MAX)) throw;
+    }
+    return map_pinned(bytes);
+}
+
+void *Pool::map_pinned(uint64_t bytes) {
+    FreeBuffers room; // goes without the lock
+    uint64_t taken;
+    bool fits;
     {
         std::lock_guard lock(mutex_);
         // Free buffers of other sizes make room first.
         while (limit_ && mapped_ + bytes > limit_ && !free_.empty()) {
-            auto it = std::prev(free_.end());
-            mapped_ -= it->first;
-            free_bytes_ -= it->first;
-            unmap(it->second.memory, it->first);
-            free_.erase(it);
+            auto node = free_.extract(std::prev(free_.end()));
+            mapped_ -= node.key();
+            free_bytes_ -= node.key();
+            room.insert(std::move(node));
         }
-        if (limit_ && mapped_ + bytes > limit_) {
-            throw Error(KVF_ERR_PINNED_LIMIT,
-                        format("%llu bytes are taken of %llu, and %llu more are wanted",
-                               static_cast<unsigned long long>(mapped_),
-                               static_cast<unsigned long long>(limit_),
-                               static_cast<unsigned long long>(bytes)));
-        }
-        mapped_ += bytes;
+        taken = mapped_;
+        fits = !limit_ || mapped_ + bytes <= limit_;
+        if (fits) mapped_ += bytes;
+    }
+    unmap(std::move(room));
+    if (!fits) {
+        throw Error(KVF_ERR_PINNED_LIMIT,
+                    format("%llu bytes are taken of %llu, and %llu more are wanted",
+                           static_cast<unsigned long long>(taken),
+                           static_cast<unsigned long long>(limit_),
+                           static_cast<unsigned long long>(bytes)));
     }
     const auto give_up = [&](int32_t status, std::string why) {
         std::lock_guard lock(mutex_);
@@ -287,23 +344,30 @@ void *Pool::map(uint64_t bytes) {
     return begin;
 }
 
-void Pool::unmap(void *memory, uint64_t bytes) {
-    if (pinner_) pinner_->unpin(memory);
-    munmap(memory, bytes);
+// Takes its time (the driver's, to unpin): not under the lock.
+void Pool::unmap(FreeBuffers &&buffers) noexcept {
+    for (auto &[bytes, free] : buffers) {
+        if (pinner_) pinner_->unpin(free.memory);
+        munmap(free.memory, bytes);
+    }
+    buffers.clear();
 }
 
-void Pool::trim(uint64_t freed_before_ns) {
-    std::lock_guard lock(mutex_);
-    for (auto it = free_.begin(); it != free_.end();) {
-        if (it->second.freed_ns < freed_before_ns) {
-            mapped_ -= it->first;
-            free_bytes_ -= it->first;
-            unmap(it->second.memory, it->first);
-            it = free_.erase(it);
-        } else {
-            ++it;
+bool Pool::trim(uint64_t freed_before_ns) {
+    FreeBuffers old;
+    {
+        std::lock_guard lock(mutex_);
+        for (auto it = free_.begin(); it != free_.end();) {
+            const auto at = it++;
+            if (at->second.freed_ns >= freed_before_ns) continue;
+            mapped_ -= at->first;
+            free_bytes_ -= at->first;
+            old.insert(free_.extract(at));
         }
     }
+    const bool any = !old.empty();
+    unmap(std::move(old));
+    return any;
 }
 
 Pool::Usage Pool::usage() const {

@@ -3,10 +3,12 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "status.h"
 
@@ -22,6 +24,10 @@ public:
     // Somebody, not necessarily this library, has pinned the range.
     virtual bool is_pinned(const void *memory, uint64_t bytes) const = 0;
 };
+
+// Memory of the library's own that nobody has wanted for so long goes back to the system: half a minute, or
+// KVFERRY_IDLE_SECONDS of the environment.
+uint64_t idle_ns();
 
 class Pool;
 
@@ -61,7 +67,7 @@ void unregister_memory(void *buffer);
 void free_buffer(void *buffer);
 
 // The buffers of one engine: mapped memory, pinned where there is something to pin it for, kept for
-// reuse when it is freed, and returned to the system when it has lain idle.
+// reuse when it is freed, and returned to the system when it has lain idle, by a thread of the pool's.
 class Pool : public std::enable_shared_from_this<Pool> {
 public:
     Pool(uint64_t limit, std::shared_ptr<Pinner> pinner)
@@ -70,8 +76,8 @@ public:
 
     void *alloc(uint64_t bytes);
     void take_back(KnownMemory &memory);
-    // Returns free buffers that were freed before `freed_before_ns` to the system.
-    void trim(uint64_t freed_before_ns);
+    // Returns free buffers that were freed before `freed_before_ns` to the system. False if there were none.
+    bool trim(uint64_t freed_before_ns);
 
     struct Usage {
         uint64_t limit, mapped, free;
@@ -83,15 +89,21 @@ private:
         void *memory;
         uint64_t freed_ns;
     };
+    using FreeBuffers = std::multimap<uint64_t, Free>; // by size
     void *map(uint64_t bytes);
-    void unmap(void *memory, uint64_t bytes);
+    void *map_pinned(uint64_t bytes);
+    void unmap(FreeBuffers &&buffers) noexcept;
+    void watch_idle();
 
     const uint64_t limit_; // 0: none
     const std::shared_ptr<Pinner> pinner_;
     mutable std::mutex mutex_;
-    std::multimap<uint64_t, Free> free_; // by size
+    FreeBuffers free_;
     uint64_t mapped_ = 0;
     uint64_t free_bytes_ = 0;
+    std::condition_variable freed_;
+    bool stopping_ = false;
+    std::thread idle_watch_; // started with the first buffer that is freed
 };
 
 // Whether memory is mapped: asks the system, and remembers the neighbourhood of the last answer.

@@ -201,8 +201,10 @@ KVF_API int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t by
 /* Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT if it is not registered. */
 KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
 
-/* Returns the pool's free buffers to the system, all of them and now. (Those that have lain idle for
- * half a minute go when the pool is used next.) */
+/* Returns the pool's free buffers to the system, all of them and now, and what the engine has pinned and
+ * allocated for its own use and does not use at the moment (for each CUDA device up to 63 MiB of pinned memory,
+ * and `staging_bytes` of device memory for each direction). What has lain idle for half a minute goes by
+ * itself. */
 KVF_API int32_t kvf_buffer_trim(kvf_engine engine);
 
 /* ------------------------------------------------------------------------------------------------

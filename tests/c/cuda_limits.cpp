@@ -38,6 +38,8 @@ int main() {
         CHECK(d.count("peak_device_bytes") - before <=
               2 * kRoom + 2 * (staging ? staging : 32 * MiB));
         CHECK(d.count("peak_pinned_bytes") - pinned <= 64 * MiB);
+        const uint64_t now = d.count("pinned_bytes") - pinned;
+        CHECK(engine.describes(("\"pinned_bytes\": " + std::to_string(now) + ",").c_str()));
         CHECK((d.count("kernels") > 0) == (staging != kTooLittle));
     }
 
