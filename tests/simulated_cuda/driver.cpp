@@ -426,6 +426,9 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
     case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: *value = 3; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
     case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID: *value = 0x10 + device; break;
+    case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED:
+        *value = driver().settings.memory_pools != 0;
+        break;
     case CU_DEVICE_ATTRIBUTE_GPU_OVERLAP:
     case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY:
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
@@ -751,6 +754,44 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
     const ContextPtr context = allocation->context;
     release_allocation(lock, address, false);
     return context->error;
+}
+
+// Taken at once, whatever the stream still holds: stricter about room than the driver.
+CUresult cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
+    ENTER(cuMemAllocAsync);
+    if (!address || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+    take_time();
+    Driver &d = driver();
+    Lock lock(d.mutex);
+    if (!d.settings.memory_pools) return CUDA_ERROR_NOT_SUPPORTED;
+    StreamPtr found;
+    if (CUresult error = find_current_stream(stream, &found)) return error;
+    uint64_t at = 0;
+    const CUresult result = allocate_device(found->context, bytes, &at);
+    if (!result) *address = at;
+    return result;
+}
+
+// In the order of the stream; waits for nothing else.
+CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
+    ENTER(cuMemFreeAsync);
+    if (address == 0) return CUDA_ERROR_INVALID_VALUE;
+    Lock lock(driver().mutex);
+    StreamPtr found;
+    if (CUresult error = find_current_stream(stream, &found)) return error;
+    const Allocation *allocation = allocation_of(address);
+    if (!allocation || !allocation->on_device || allocation->range.address != address)
+        return CUDA_ERROR_INVALID_VALUE;
+    Operation operation;
+    operation.run = [address] {
+        Lock inner(driver().mutex);
+        const Allocation *freed = allocation_of(address);
+        if (!freed || freed->range.address != address) return CUDA_ERROR_INVALID_VALUE;
+        free_in_order(address);
+        return CUDA_SUCCESS;
+    };
+    submit(found, std::move(operation));
+    return CUDA_SUCCESS;
 }
 
 CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {

@@ -46,6 +46,7 @@ extern "C" {
     X(pinned_limit, UINT64_MAX, "bytes of host memory that may be pinned at once")                 \
     X(bytes_per_second, 0,                                                                         \
       "of each device in each direction between host and device; 0: as fast as it goes")           \
+    X(memory_pools, 1, "whether devices can allocate in the order of streams")                     \
     X(latency_us, 0, "that every copy and kernel takes at least")                                  \
     X(allocation_us, 0, "that taking device or pinned memory takes, on the calling thread")
 
