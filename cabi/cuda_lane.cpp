@@ -269,6 +269,9 @@ bool CudaLane::retire() {
                          : driver_.cuEventQuery(copying ? slot.copied : slot.finished);
             if (result != CUDA_SUCCESS && now_ns() - slot.queued_ns > stuck_ns()) {
                 context_.give_up();
+                for (Slot &other : slots_) {
+                    if (other.leg && other.leg->job->memory) other.leg->job->memory->haunt();
+                }
                 break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
                 break;
             }
@@ -665,6 +668,7 @@ void CudaLane::fail_piece(Slot &slot, const Error &error) {
 
 // The device is lost. Every leg ends with that, those in slots as they are looked at next.
 void CudaLane::break_down(const Error &error) {
+    context_.note_lost();
     Schedule::Legs ended;
     {
         std::lock_guard lock(mutex_);

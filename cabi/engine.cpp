@@ -57,7 +57,7 @@ void Engine::open_cuda(const kvf_engine_options &options) {
         }
     }
     if (cuda_.empty()) return;
-    pinner_ = std::make_shared<CudaPinner>(cuda_[0]);
+    pinner_ = std::make_shared<CudaPinner>(cuda_);
     stream_waits_ = std::make_unique<CudaStreamWaits>(cuda_);
 }
 
@@ -76,10 +76,12 @@ std::string Engine::describe() const {
     }
     return format("{\"version\": \"%s\", \"abi\": %u, \"jobs_in_flight\": %zu, ", kvf_version(),
                   kvf_abi_version(), in_flight) +
-           format("\"pool\": {\"limit\": %llu, \"mapped\": %llu, \"free\": %llu, \"pinned\": %s}, ",
+           format("\"pool\": {\"limit\": %llu, \"mapped\": %llu, \"free\": %llu, \"lost\": %llu, "
+                  "\"pinned\": %s}, ",
                   static_cast<unsigned long long>(usage.limit),
                   static_cast<unsigned long long>(usage.mapped),
-                  static_cast<unsigned long long>(usage.free), pinner_ ? "true" : "false") +
+                  static_cast<unsigned long long>(usage.free),
+                  static_cast<unsigned long long>(usage.lost), pinner_ ? "true" : "false") +
            "\"no_cuda\": " + json_quote(no_cuda_) + ", \"devices\": [" + devices + "]}";
 }
 
@@ -89,7 +91,7 @@ bool Locator::on_cuda(uint64_t address, uint32_t &device) {
         return true;
     }
     CudaPlace place{};
-    if (!cuda_place(*engine_.cuda_[0], address, place)) return false;
+    if (!cuda_place(usable(engine_.cuda_), address, place)) return false;
     for (size_t i = 0; i < engine_.cuda_.size(); ++i) {
         if (engine_.cuda_[i]->ordinal() != place.ordinal) continue;
         known_begin_ = place.begin;

@@ -32,15 +32,16 @@ uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / u
 
 // Every known range of the process by its first address; ranges do not overlap.
 struct Registry {
+    using Ranges = std::map<uint64_t, std::shared_ptr<KnownMemory>>;
     std::mutex mutex;
-    std::map<uint64_t, std::shared_ptr<KnownMemory>> ranges;
+    Ranges ranges;
 
     Registry() {
         // The child forgets the parent's: their pools' locks may be held by threads that it does not
         // have, and where pinned memory was, the child has nothing, or soon something else.
         on_fork([this] { mutex.lock(); }, [this] { mutex.unlock(); },
                 [this] {
-                    new (&ranges) std::map<uint64_t, std::shared_ptr<KnownMemory>>;
+                    new (&ranges) Ranges;
                     mutex.unlock();
                 });
     }
@@ -61,7 +62,7 @@ struct Registry {
     }
 
     // Takes the range that starts at `begin` out, if no job uses it.
-    std::shared_ptr<KnownMemory> remove(uint64_t begin, bool of_pool) {
+    Ranges::node_type remove(uint64_t begin, bool of_pool) {
         std::lock_guard lock(mutex);
         auto it = ranges.find(begin);
         if (it == ranges.end() || (it->second->pool != nullptr) != of_pool) {
@@ -72,9 +73,7 @@ struct Registry {
         if (it->second->users.load(std::memory_order_acquire)) {
             throw Error(KVF_ERR_BUSY, "a job in flight uses the buffer");
         }
-        auto known = std::move(it->second);
-        ranges.erase(it);
-        return known;
+        return ranges.extract(it);
     }
 };
 
@@ -188,14 +187,19 @@ void register_memory(void *buffer, uint64_t bytes, std::shared_ptr<Pinner> pinne
 }
 
 void unregister_memory(void *buffer) {
-    auto known = registry().remove(reinterpret_cast<uint64_t>(buffer), false);
-    if (known->pinner) known->pinner->unpin(buffer);
+    auto node = registry().remove(reinterpret_cast<uint64_t>(buffer), false);
+    KnownMemory &known = *node.mapped();
+    if (!known.pinner || known.pinner->unpin(buffer, known.bytes)) return;
+    std::lock_guard lock(registry().mutex);
+    known.pinned = false; // its owner may unmap it all the same: copies go round it from now on
+    registry().ranges.insert(std::move(node));
+    throw Error(KVF_ERR_DEVICE_LOST, "a copy did not end, and the driver still has the range");
 }
 
 void free_buffer(void *buffer) {
     if (!buffer) return;
-    auto known = registry().remove(reinterpret_cast<uint64_t>(buffer), true);
-    known->pool->take_back(*known);
+    const auto node = registry().remove(reinterpret_cast<uint64_t>(buffer), true);
+    node.mapped()->pool->take_back(*node.mapped());
 }
 
 Pool::~Pool() {
@@ -242,6 +246,10 @@ void *Pool::alloc(uint64_t bytes) {
 
 void Pool::take_back(KnownMemory &memory) {
     std::lock_guard lock(mutex_);
+    if (memory.haunted.load(std::memory_order_relaxed)) {
+        lost_ += memory.bytes; // nobody else shall have it
+        return;
+    }
     free_.emplace(memory.bytes, Free{reinterpret_cast<void *>(memory.begin), now_ns()});
     free_bytes_ += memory.bytes;
     try {
@@ -347,8 +355,13 @@ void *Pool::map_pinned(uint64_t bytes) {
 // Takes its time (the driver's, to unpin): not under the lock.
 void Pool::unmap(FreeBuffers &&buffers) noexcept {
     for (auto &[bytes, free] : buffers) {
-        if (pinner_) pinner_->unpin(free.memory);
-        munmap(free.memory, bytes);
+        if (!pinner_ || pinner_->unpin(free.memory, bytes)) {
+            munmap(free.memory, bytes);
+            continue;
+        }
+        std::lock_guard lock(mutex_);
+        mapped_ += bytes;
+        lost_ += bytes;
     }
     buffers.clear();
 }
@@ -372,7 +385,7 @@ bool Pool::trim(uint64_t freed_before_ns) {
 
 Pool::Usage Pool::usage() const {
     std::lock_guard lock(mutex_);
-    return {limit_, mapped_, free_bytes_};
+    return {limit_, mapped_, free_bytes_, lost_};
 }
 
 bool MappedCheck::operator()(uint64_t address, uint64_t bytes) {

@@ -20,7 +20,9 @@ public:
     virtual ~Pinner() = default;
     // Throws KVF_ERR_DEVICE or KVF_ERR_OUT_OF_MEMORY.
     virtual void pin(void *memory, uint64_t bytes) = 0;
-    virtual void unpin(void *memory) noexcept = 0;
+    // False where the driver could not be asked to: it still has the range, and so may a device. Then the memory must
+    // stay mapped.
+    virtual bool unpin(void *memory, uint64_t bytes) noexcept = 0;
     // Somebody, not necessarily this library, has pinned the range.
     virtual bool is_pinned(const void *memory, uint64_t bytes) const = 0;
 };
@@ -35,9 +37,10 @@ struct KnownMemory {
     uint64_t begin = 0;
     uint64_t bytes = 0;
     bool pinned = false;
-    std::shared_ptr<Pool> pool;     // of a pool buffer
-    std::shared_ptr<Pinner> pinner; // of a registered range that is pinned
-    std::atomic<uint32_t> users{0}; // jobs in flight
+    std::atomic<bool> haunted{false}; // a copy that did not end may still touch it
+    std::shared_ptr<Pool> pool;       // of a pool buffer
+    std::shared_ptr<Pinner> pinner;   // of a registered range that is pinned
+    std::atomic<uint32_t> users{0};   // jobs in flight
 };
 
 // A job's claim on the known memory that its buffer lies in: while it lives, the memory can be neither
@@ -53,6 +56,8 @@ public:
     MemoryUse &operator=(const MemoryUse &) = delete;
 
     bool pinned() const { return pinned_; }
+    // A copy that names it did not end, and may at any time.
+    void haunt() { memory_->haunted.store(true, std::memory_order_relaxed); }
 
 private:
     std::shared_ptr<KnownMemory> memory_;
@@ -80,7 +85,7 @@ public:
     bool trim(uint64_t freed_before_ns);
 
     struct Usage {
-        uint64_t limit, mapped, free;
+        uint64_t limit, mapped, free, lost;
     };
     Usage usage() const;
 
@@ -101,6 +106,8 @@ private:
     FreeBuffers free_;
     uint64_t mapped_ = 0;
     uint64_t free_bytes_ = 0;
+    uint64_t lost_ =
+        0; // of what is mapped, for ever: a device that was given up may still touch it
     std::condition_variable freed_;
     bool stopping_ = false;
     std::thread idle_watch_; // started with the first buffer that is freed

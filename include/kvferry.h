@@ -198,7 +198,9 @@ KVF_API int32_t kvf_buffer_free(void *buffer);
  * device nothing is pinned. Errors: KVF_ERR_BUSY where it overlaps a registered range,
  * KVF_ERR_DEVICE, KVF_ERR_INVALID_ARGUMENT. */
 KVF_API int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t bytes);
-/* Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT if it is not registered. */
+/* Also after the engine has been destroyed.
+ * Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT if it is not registered;
+ * KVF_ERR_DEVICE_LOST where a copy did not end that may name it: it remains registered, and should remain mapped. */
 KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
 
 /* Returns the pool's free buffers to the system, all of them and now, and what the engine has pinned and
