@@ -19,15 +19,25 @@ constexpr int kOldestVersion = 11000;
 // A buffer that was pinned in more pieces than this is taken for pageable.
 constexpr int kMostRanges = 64;
 
-// The driver does not survive a fork: a child of a process that has initialised it cannot use it.
-std::atomic<bool> initialised{false};
+// The driver does not survive a fork: a child of a process that has begun to open it cannot use it.
+std::atomic<bool> touched{false};
 std::atomic<bool> inherited{false};
+std::atomic<bool> watching_forks{false};
+
+struct Opened {
+    std::shared_ptr<const CudaDriver> driver;
+    std::string why;
+};
+constinit std::mutex opening;
+constinit const Opened *opened = nullptr; // never destroyed: threads may outlive static destructors
 
 std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
     const char *name = std::getenv("KVFERRY_CUDA_DRIVER");
     if (!name || !*name) name = "libcuda.so.1";
+    touched = true; // the loader's locks too do not survive a fork in the middle
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
+        touched = false;
         why = std::string("no CUDA driver: ") + dlerror();
         return nullptr;
     }
@@ -42,10 +52,10 @@ std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
     CUDA_DRIVER_REQUIRED(KVF_CUDA_REQUIRE)
 #undef KVF_CUDA_REQUIRE
     if (missing) {
+        touched = false;
         why = std::string("the CUDA driver ") + name + " is too old: it has no " + missing;
         return nullptr;
     }
-    initialised = true;
     try {
         driver->check(driver->cuInit(0), "cuInit");
         driver->check(driver->cuDriverGetVersion(&driver->version), "cuDriverGetVersion");
@@ -64,19 +74,25 @@ std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
 } // namespace
 
 std::shared_ptr<const CudaDriver> CudaDriver::get(std::string &why) {
-    struct Opened {
-        std::shared_ptr<const CudaDriver> driver;
-        std::string why;
-        Opened() {
-            on_fork([] {}, [] {}, [] { inherited = initialised.load(); });
-            driver = open_driver(why);
-        }
-    };
-    static const Opened *opened =
-        new Opened; // never destroyed: threads may outlive static destructors
+    // Before anything that a fork could interrupt; twice does no harm. (A function's static object would not do: a child
+    // would wait for ever for the thread that was making it.)
+    if (!watching_forks) {
+        on_fork([] {}, [] {},
+                [] {
+                    new (&opening) std::mutex; // a thread that the child does not have may hold it
+                    inherited = touched.load();
+                });
+        watching_forks = true;
+    }
     if (inherited) {
         why = "the CUDA driver cannot be used in a forked child of a process that used it";
         return nullptr;
+    }
+    std::lock_guard lock(opening);
+    if (!opened) {
+        auto made = std::make_unique<Opened>();
+        made->driver = open_driver(made->why);
+        opened = made.release();
     }
     why = opened->why;
     return opened->driver;

@@ -196,6 +196,12 @@ void unregister_memory(void *buffer) {
     throw Error(KVF_ERR_DEVICE_LOST, "a copy did not end, and the driver still has the range");
 }
 
+bool is_registered(const void *buffer) {
+    std::lock_guard lock(registry().mutex);
+    const auto it = registry().ranges.find(reinterpret_cast<uint64_t>(buffer));
+    return it != registry().ranges.end() && !it->second->pool;
+}
+
 void free_buffer(void *buffer) {
     if (!buffer) return;
     const auto node = registry().remove(reinterpret_cast<uint64_t>(buffer), true);

@@ -69,6 +69,8 @@ std::shared_ptr<MemoryUse> use_memory(const void *buffer, uint64_t bytes);
 
 void register_memory(void *buffer, uint64_t bytes, std::shared_ptr<Pinner> pinner);
 void unregister_memory(void *buffer);
+// A registered range begins there.
+bool is_registered(const void *buffer);
 void free_buffer(void *buffer);
 
 // The buffers of one engine: mapped memory, pinned where there is something to pin it for, kept for

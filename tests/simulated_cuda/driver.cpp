@@ -349,6 +349,11 @@ CUresult cuInit(unsigned int flags) {
     Driver &d = driver();
     if (d.forked) return CUDA_ERROR_NOT_INITIALIZED;
     Lock lock(d.mutex);
+    if (const uint64_t ms = d.settings.init_ms) {
+        lock.unlock();
+        std::this_thread::sleep_for(std::chrono::milliseconds(ms));
+        lock.lock();
+    }
     if (flags) return CUDA_ERROR_INVALID_VALUE;
     if (d.settings.init_error) return static_cast<CUresult>(d.settings.init_error);
     if (d.settings.devices == 0) return CUDA_ERROR_NO_DEVICE;

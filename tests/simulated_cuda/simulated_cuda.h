@@ -39,6 +39,7 @@ extern "C" {
 #define KVFSIM_SETTINGS(X)                                                                         \
     X(devices, 1, "how many there are, at most 8; with 0, cuInit() returns CUDA_ERROR_NO_DEVICE")  \
     X(driver_version, 12090, "of cuDriverGetVersion()")                                            \
+    X(init_ms, 0, "that cuInit() takes")                                                           \
     X(init_error, 0, "what cuInit() returns, as a number")                                         \
     X(device_bytes, 16ull << 30,                                                                   \
       "memory of each device; virtual until written; read at its first use")                       \
