@@ -154,6 +154,11 @@ std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_o
     if (!job->pinned && pinner_ && submission.buffer_bytes) {
         job->pinned = pinner_->is_pinned(submission.buffer, submission.buffer_bytes);
     }
+    // A thread of ours would crash in it.
+    if (job->direction == Direction::Save && !job->memory && !job->pinned &&
+        !WritableCheck()(reinterpret_cast<uint64_t>(submission.buffer), submission.buffer_bytes)) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");
+    }
     if (options.flags & KVF_SUBMIT_FOLLOW_STREAM) {
         check(options);
         job->gate = follow_stream(cuda_, options.stream);

@@ -115,6 +115,16 @@ private:
     std::thread idle_watch_; // started with the first buffer that is freed
 };
 
+// Whether memory may be written: looks at the pages that ranges begin and end in, and remembers the last ones.
+class WritableCheck {
+public:
+    bool operator()(uint64_t address, uint64_t bytes);
+
+private:
+    bool is_writable(uint64_t address);
+    uint64_t last_begin_ = 0, last_end_ = 0; // pages that may be written
+};
+
 // Whether memory is mapped: asks the system, and remembers the neighbourhood of the last answer.
 class MappedCheck {
 public:

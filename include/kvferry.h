@@ -335,7 +335,8 @@ KVF_API int32_t kvf_regions_size(const kvf_region *regions, uint64_t count, uint
  * call; the memory they name and the buffer must stay valid, and what is written must not be touched,
  * until the completion. Regions of one load must not overlap. A load or save of 0 regions completes
  * at once. `options` and `job` may be NULL. Never blocks on a transfer.
- * Errors: KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_UNREACHABLE, KVF_ERR_INVALID_ARGUMENT, KVF_ERR_CLOSED. */
+ * Errors: KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_UNREACHABLE, KVF_ERR_INVALID_ARGUMENT (also for memory that would be
+ * written, and is read-only), KVF_ERR_CLOSED. */
 KVF_API int32_t kvf_regions_save(kvf_engine engine, const kvf_region *regions, uint64_t count,
                                  void *buffer, uint64_t bytes, const kvf_submit_options *options,
                                  kvf_job *job);
