@@ -152,11 +152,11 @@ test-tsan: build/tsan/build.ninja $(LLAMA)
 	$(FIXED_LAYOUT) $(CTEST) --test-dir build/tsan $(ARGS)
 
 .PHONY: test-python
+test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
 test-python: $(PACKAGE) $(BINDINGS) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	@# A process opens the CUDA driver once: the tests on the simulated one have a process of their own.
-	KVFERRY_SIMULATED_CUDA=$(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so \
-	    python -m pytest tests/python/test_cuda.py
+	python -m pytest tests/python/test_cuda.py
 	python -m pytest tests/python --ignore tests/python/test_cuda.py $(ARGS)
 
 .PHONY: test-gpu

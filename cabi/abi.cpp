@@ -120,11 +120,18 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
             throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
         }
         Locator locate(*target);
+        WritableCheck writable;
         std::vector<LayoutBuilder> builders(target->device_count());
         for (uint64_t i = 0; i < count; ++i) {
             const kvf_region &r = regions[i];
             const uint64_t extent = (r.rows - 1) * (r.rows > 1 ? r.pitch : 0) + r.width;
-            builders[locate(r.address, extent)].add(r);
+            const uint32_t device = locate(r.address, extent);
+            if (device == Engine::kHost && direction == Direction::Load &&
+                !writable(r.address, extent)) {
+                throw Error(KVF_ERR_INVALID_ARGUMENT, format("region %llu cannot be written",
+                                                             static_cast<unsigned long long>(i)));
+            }
+            builders[device].add(r);
         }
         Recorded recorded;
         for (uint32_t device = 0; device < builders.size(); ++device) {
@@ -236,7 +243,12 @@ int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t bytes) {
 
 int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer) {
     return guarded([&]() -> int32_t {
-        find<Engine>(engine);
+        try {
+            find<Engine>(engine);
+        } catch (const Error &error) {
+            // The range outlives its engine. (A parent's does not: the child has none of it.)
+            if (error.status == KVF_ERR_FORKED || !is_registered(buffer)) throw;
+        }
         unregister_memory(buffer);
         return KVF_OK;
     });
@@ -244,7 +256,7 @@ int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer) {
 
 int32_t kvf_buffer_trim(kvf_engine engine) {
     return guarded([&]() -> int32_t {
-        find<Engine>(engine)->pool().trim(UINT64_MAX);
+        find<Engine>(engine)->trim();
         return KVF_OK;
     });
 }

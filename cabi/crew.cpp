@@ -2,22 +2,26 @@
 
 #include <system_error>
 
+#include "thread_name.h"
+
 namespace kvf {
 
-Crew::~Crew() {
+void Crew::stop() {
+    std::vector<std::thread> crew;
     {
         std::lock_guard lock(mutex_);
         stopping_ = true;
         work_.notify_all();
+        crew.swap(crew_);
     }
-    for (auto &thread : crew_) thread.join();
+    for (auto &thread : crew) thread.join();
 }
 
 void Crew::add(std::function<void()> task) {
     {
         std::lock_guard lock(mutex_);
         try {
-            while (crew_.size() < threads_) crew_.emplace_back([this] { run(); });
+            while (!stopping_ && crew_.size() < threads_) crew_.emplace_back([this] { run(); });
         } catch (const std::system_error &) {
             // The system refuses threads: those that there are do it, or else the caller.
         }
@@ -31,6 +35,7 @@ void Crew::add(std::function<void()> task) {
 }
 
 void Crew::run() {
+    name_thread("kvf-copy");
     std::unique_lock lock(mutex_);
     for (;;) {
         work_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });

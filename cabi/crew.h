@@ -13,12 +13,14 @@ namespace kvf {
 class Crew {
 public:
     explicit Crew(uint32_t threads) : threads_(threads) {}
-    ~Crew();
+    ~Crew() { stop(); }
     Crew(const Crew &) = delete;
     Crew &operator=(const Crew &) = delete;
 
     // The threads are started with the first task. Tasks must not throw.
     void add(std::function<void()> task);
+    // Ends the threads when everything has been done; tasks that come later are done by who adds them.
+    void stop();
 
 private:
     void run();

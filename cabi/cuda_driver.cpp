@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -15,16 +16,28 @@ namespace {
 // The oldest driver that the entry points and the kernels' PTX (ISA 6.0, CUDA 9.0) are sure to work on;
 // primary contexts, pointer attributes and registered memory of today's semantics are all in it.
 constexpr int kOldestVersion = 11000;
+// A buffer that was pinned in more pieces than this is taken for pageable.
+constexpr int kMostRanges = 64;
 
-// The driver does not survive a fork: a child of a process that has initialised it cannot use it.
-std::atomic<bool> initialised{false};
+// The driver does not survive a fork: a child of a process that has begun to open it cannot use it.
+std::atomic<bool> touched{false};
 std::atomic<bool> inherited{false};
+std::atomic<bool> watching_forks{false};
+
+struct Opened {
+    std::shared_ptr<const CudaDriver> driver;
+    std::string why;
+};
+constinit std::mutex opening;
+constinit const Opened *opened = nullptr; // never destroyed: threads may outlive static destructors
 
 std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
     const char *name = std::getenv("KVFERRY_CUDA_DRIVER");
     if (!name || !*name) name = "libcuda.so.1";
+    touched = true; // the loader's locks too do not survive a fork in the middle
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
+        touched = false;
         why = std::string("no CUDA driver: ") + dlerror();
         return nullptr;
     }
@@ -39,10 +52,10 @@ std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
     CUDA_DRIVER_REQUIRED(KVF_CUDA_REQUIRE)
 #undef KVF_CUDA_REQUIRE
     if (missing) {
+        touched = false;
         why = std::string("the CUDA driver ") + name + " is too old: it has no " + missing;
         return nullptr;
     }
-    initialised = true;
     try {
         driver->check(driver->cuInit(0), "cuInit");
         driver->check(driver->cuDriverGetVersion(&driver->version), "cuDriverGetVersion");
@@ -61,19 +74,25 @@ std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
 } // namespace
 
 std::shared_ptr<const CudaDriver> CudaDriver::get(std::string &why) {
-    struct Opened {
-        std::shared_ptr<const CudaDriver> driver;
-        std::string why;
-        Opened() {
-            on_fork([] {}, [] {}, [] { inherited = initialised.load(); });
-            driver = open_driver(why);
-        }
-    };
-    static const Opened *opened =
-        new Opened; // never destroyed: threads may outlive static destructors
+    // Before anything that a fork could interrupt; twice does no harm. (A function's static object would not do: a child
+    // would wait for ever for the thread that was making it.)
+    if (!watching_forks) {
+        on_fork([] {}, [] {},
+                [] {
+                    new (&opening) std::mutex; // a thread that the child does not have may hold it
+                    inherited = touched.load();
+                });
+        watching_forks = true;
+    }
     if (inherited) {
         why = "the CUDA driver cannot be used in a forked child of a process that used it";
         return nullptr;
+    }
+    std::lock_guard lock(opening);
+    if (!opened) {
+        auto made = std::make_unique<Opened>();
+        made->driver = open_driver(made->why);
+        opened = made.release();
     }
     why = opened->why;
     return opened->driver;
@@ -111,6 +130,39 @@ Error CudaDriver::error(CUresult result, const char *call) const {
 void CudaDriver::check(CUresult result, const char *call) const {
     if (result != CUDA_SUCCESS) throw error(result, call);
 }
+
+namespace {
+
+// Host memory that is still registered with the driver because a device was given up. Its owner may have unmapped it:
+// what is mapped there later is not what the driver has pinned.
+class LeftBehind {
+public:
+    void add(const void *memory, uint64_t bytes) {
+        std::lock_guard lock(mutex_);
+        const auto begin = reinterpret_cast<uint64_t>(memory);
+        ranges_.emplace_back(begin, begin + bytes);
+    }
+    bool meets(const void *memory, uint64_t bytes) {
+        std::lock_guard lock(mutex_);
+        const auto begin = reinterpret_cast<uint64_t>(memory);
+        return std::any_of(ranges_.begin(), ranges_.end(), [&](const auto &range) {
+            return begin < range.second && range.first < begin + bytes;
+        });
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::pair<uint64_t, uint64_t>> ranges_; // begin, end
+};
+
+// Of the process: engines that are made later meet it, too.
+LeftBehind &left_behind() {
+    static auto *instance =
+        new LeftBehind; // never destroyed, as threads may outlive static destructors
+    return *instance;
+}
+
+} // namespace
 
 CudaContext::CudaContext(std::shared_ptr<const CudaDriver> driver, int ordinal)
     : driver_(std::move(driver)), ordinal_(ordinal) {
@@ -175,33 +227,74 @@ CudaCurrent::~CudaCurrent() {
     driver_.cuCtxPopCurrent(&popped);
 }
 
+const CudaContext &usable(const CudaContexts &contexts) {
+    const CudaContext *best = nullptr;
+    for (const auto &context : contexts) {
+        if (context->given_up()) continue;
+        if (!context->lost()) return *context;
+        if (!best) best = context.get();
+    }
+    if (!best) throw Error(KVF_ERR_DEVICE_LOST, "a copy did not end");
+    return *best;
+}
+
 void CudaPinner::pin(void *memory, uint64_t bytes) {
-    const CudaCurrent current(*context_);
-    const CudaDriver &driver = context_->driver();
+    const CudaContext &context = usable(contexts_);
+    const CudaCurrent current(context);
+    const CudaDriver &driver = context.driver();
     driver.check(driver.cuMemHostRegister(memory, bytes, CU_MEMHOSTREGISTER_PORTABLE),
                  "cuMemHostRegister");
 }
 
-void CudaPinner::unpin(void *memory) noexcept {
+bool CudaPinner::unpin(void *memory, uint64_t bytes) noexcept {
+    const bool given_up = std::any_of(contexts_.begin(), contexts_.end(),
+                                      [](const auto &context) { return context->given_up(); });
     try {
-        const CudaCurrent current(*context_);
-        context_->driver().cuMemHostUnregister(memory);
-    } catch (const Error &) {
+        if (given_up) {
+            left_behind().add(memory, bytes);
+            return false;
+        }
+        const CudaContext &context = usable(contexts_);
+        const CudaCurrent current(context);
+        context.driver().cuMemHostUnregister(memory);
+    } catch (const std::exception &) {
         // The context is gone, and the registration with it.
     }
+    return !given_up;
 }
 
 bool CudaPinner::is_pinned(const void *memory, uint64_t bytes) const {
-    const CudaDriver &driver = context_->driver();
-    const auto is_host = [&](const void *address) {
-        unsigned int type = 0;
-        return driver.cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
-                                            reinterpret_cast<CUdeviceptr>(address)) ==
-                   CUDA_SUCCESS &&
-               type == CU_MEMORYTYPE_HOST;
+    if (left_behind().meets(memory, bytes)) return false;
+    const CudaContext &context = usable(contexts_);
+    const CudaDriver &driver = context.driver();
+    struct Range {
+        bool pinned;
+        uint64_t end; // 0: the driver does not tell
     };
-    const CudaCurrent current(*context_);
-    return is_host(memory) && is_host(static_cast<const char *>(memory) + bytes - 1);
+    const auto range_of = [&](uint64_t address) -> Range {
+        unsigned int type = 0;
+        CUdeviceptr begin = 0;
+        size_t size = 0;
+        CUpointer_attribute attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+                                            CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+                                            CU_POINTER_ATTRIBUTE_RANGE_SIZE};
+        void *values[] = {&type, &begin, &size};
+        const CUresult result = driver.cuPointerGetAttributes(3, attributes, values, address);
+        if (result != CUDA_SUCCESS || type != CU_MEMORYTYPE_HOST) return {false, 0};
+        const bool inside = begin <= address && address - begin < size;
+        return {true, inside ? begin + size : 0};
+    };
+    const CudaCurrent current(context);
+    const uint64_t end = reinterpret_cast<uint64_t>(memory) + bytes;
+    uint64_t at = reinterpret_cast<uint64_t>(memory);
+    for (int ranges = 0; ranges < kMostRanges; ++ranges) {
+        const Range range = range_of(at);
+        if (!range.pinned) return false;
+        if (range.end == 0) return range_of(end - 1).pinned; // as well as one can tell
+        if (range.end >= end) return true;
+        at = range.end; // pinned in several pieces, perhaps
+    }
+    return false;
 }
 
 } // namespace kvf

@@ -56,13 +56,23 @@ public:
     void give_up() const { given_up_.store(true, std::memory_order_relaxed); }
     bool given_up() const { return given_up_.load(std::memory_order_relaxed); }
 
+    // It had an error that no later call recovers from.
+    void note_lost() const { lost_.store(true, std::memory_order_relaxed); }
+    bool lost() const { return lost_.load(std::memory_order_relaxed); }
+
 private:
     const std::shared_ptr<const CudaDriver> driver_;
     const int ordinal_;
     CUdevice device_ = 0;
     CUcontext context_ = nullptr;
-    mutable std::atomic<bool> given_up_{false};
+    mutable std::atomic<bool> given_up_{false}, lost_{false};
 };
+
+using CudaContexts = std::vector<std::shared_ptr<const CudaContext>>;
+
+// One of them to ask what is the same for all: the first that works, or else the first that was not given up.
+// Throws KVF_ERR_DEVICE_LOST where there is none.
+const CudaContext &usable(const CudaContexts &contexts);
 
 // Lets the calling thread work while another thread captures a CUDA graph, until the end of this object.
 class CudaRelaxed {
@@ -95,14 +105,15 @@ private:
 // Pins host memory for all devices at once.
 class CudaPinner final : public Pinner {
 public:
-    explicit CudaPinner(std::shared_ptr<const CudaContext> context)
-        : context_(std::move(context)) {}
+    explicit CudaPinner(CudaContexts contexts) : contexts_(std::move(contexts)) {}
     void pin(void *memory, uint64_t bytes) override;
-    void unpin(void *memory) noexcept override;
+    // False once a context has been given up: a copy of its that did not end may name the range, and the driver might
+    // wait for that for ever.
+    bool unpin(void *memory, uint64_t bytes) noexcept override;
     bool is_pinned(const void *memory, uint64_t bytes) const override;
 
 private:
-    const std::shared_ptr<const CudaContext> context_;
+    const CudaContexts contexts_;
 };
 
 } // namespace kvf

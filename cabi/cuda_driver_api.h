@@ -116,6 +116,7 @@ typedef enum CUdevice_attribute_enum {
     CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM = 91,
     CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED = 99,
     CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES = 100,
+    CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED = 115,
     CU_DEVICE_ATTRIBUTE_CAN_USE_STREAM_WAIT_VALUE_NOR = 123
 } CUdevice_attribute;
 
@@ -279,6 +280,9 @@ typedef struct CUDA_MEMCPY2D_st {
 #define CUDA_DRIVER_OPTIONAL(X)                                                                    \
     X(cuEventElapsedTime_v2, cuEventElapsedTime_v2,                                                \
       (float *milliseconds, CUevent start, CUevent end)) /* CUDA 12.8 */                           \
+    X(cuMemAllocAsync, cuMemAllocAsync,                                                            \
+      (CUdeviceptr * address, size_t bytes, CUstream stream))                 /* CUDA 11.2 */      \
+    X(cuMemFreeAsync, cuMemFreeAsync, (CUdeviceptr address, CUstream stream)) /* CUDA 11.2 */      \
     X(cuStreamWriteValue32, cuStreamWriteValue32_v2,                                               \
       (CUstream stream, CUdeviceptr address, uint32_t value, unsigned int flags)) /* CUDA 11.7 */  \
     X(cuStreamWaitValue32, cuStreamWaitValue32_v2,                                                 \

@@ -4,10 +4,11 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <utility>
+#include <new>
 
 #include "copy.h"
 #include "engine.h"
+#include "thread_name.h"
 
 namespace kvf {
 namespace {
@@ -19,12 +20,6 @@ constexpr uint64_t kUrgentBytes = 16 << 20;
 // gathered. (What was best on an H200: docs/performance.md.)
 constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstGather = 4 << 20;
 constexpr double kRunShare = 0.97, kRowsShare = 0.93;
-constexpr uint64_t kStagingSlot = 16 << 20; // with its table of rows
-constexpr uint64_t kStagingSlots = 3; // fewer and larger ones: each piece costs some microseconds
-constexpr uint64_t kStagingGrain = 64 << 10; // halves of a slot are still as aligned as its table must be
-constexpr uint64_t kLeastForResident = 8 << 20; // with less staging, all of it is for the slots
-constexpr uint64_t kLeastStagingSlot = 768 << 10;
-constexpr uint64_t kBounce = 4 << 20;
 constexpr size_t kMostPieces = 64;
 
 // Copies in the queue: for urgent jobs so many that it never runs empty.
@@ -35,12 +30,13 @@ constexpr uint32_t kBackgroundSlots = 4;
 
 // A shorter stretch of the irregular rest is not worth a launch of its own.
 constexpr uint64_t kLeastResident = 64;
-
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
 constexpr uint64_t kNarrow = 1024;
 constexpr uint32_t kUrgentBlocks = 64, kBackgroundBlocks = 32; // of a kernel's grid
 // For so long a pump stays awake for a leg that has been announced.
 constexpr uint64_t kExpectNs = 500'000;
+// Between two looks at streams that legs follow.
+constexpr uint64_t kLeastGateSleepNs = 20'000, kMostGateSleepNs = 1'000'000;
 // Shorter sleeps are not worth the risk of waking too late.
 constexpr uint64_t kLeastSleepNs = 15'000;
 // A copy that has not ended by then never will; the device is given up.
@@ -69,15 +65,9 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
                    Crew &crew, uint32_t device, Direction direction, Limits limits)
     : engine_(engine), context_(context), driver_(context.driver()), kernels_(kernels), crew_(crew),
       device_(device), direction_(direction), limits_(limits),
+      memory_(context, kernels ? limits.staging_bytes : 0),
       pacers_{Pacer(kRunShare, kFirstRun), Pacer(kRowsShare, kFirstBlock),
               Pacer(kRowsShare, kFirstGather)} {
-    if (limits_.staging_bytes >= kLeastForResident) resident_bytes_ = CudaResidentTable::kBytes;
-    const uint64_t for_slots = limits_.staging_bytes - resident_bytes_;
-    const auto aligned = [](uint64_t bytes) { return bytes / kStagingGrain * kStagingGrain; };
-    slot_staging_ = aligned(std::min<uint64_t>(for_slots / kStagingSlots, kStagingSlot));
-    if (slot_staging_ < kLeastStagingSlot) slot_staging_ = aligned(for_slots / 2);
-    staging_slots_ = slot_staging_ ? std::min<uint64_t>(kSlots, for_slots / slot_staging_) : 0;
-    no_staging_ = !kernels_ || slot_staging_ < kLeastStagingSlot;
     for (size_t way = 0; way < kWays; ++way) {
         pace_bytes_[way] = pacers_[way].pace().bytes;
         pace_window_[way] = pacers_[way].pace().window;
@@ -85,6 +75,7 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
     const CudaCurrent current(context_);
     try {
         for (Slot &slot : slots_) {
+            slot.pieces.reserve(kMostPieces); // taking pieces must not fail
             driver_.check(
                 driver_.cuStreamCreateWithPriority(&slot.stream, CU_STREAM_NON_BLOCKING, 0),
                 "cuStreamCreateWithPriority");
@@ -104,24 +95,19 @@ CudaLane::~CudaLane() {
     try {
         const CudaCurrent current(context_);
         for (Slot &slot : slots_) release(slot);
-        resident_.reset();
-        if (resident_place_) driver_.cuMemFree(resident_place_);
     } catch (const Error &) {
         // The context is gone, and everything in it.
     }
 }
 
 void CudaLane::release(Slot &slot) {
-    if (slot.staging) driver_.cuMemFree(slot.staging);
-    if (slot.bounce) driver_.cuMemFreeHost(slot.bounce);
-    slot.rows.reset();
     if (slot.copied) driver_.cuEventDestroy(slot.copied);
     if (slot.finished) driver_.cuEventDestroy(slot.finished);
     if (slot.stream) driver_.cuStreamDestroy(slot.stream);
 }
 
 void CudaLane::submit(Leg &leg) {
-    std::vector<Leg *> ended;
+    Schedule::Legs ended;
     {
         std::lock_guard lock(mutex_);
         if (broken()) {
@@ -161,7 +147,7 @@ void CudaLane::expect() {
 }
 
 void CudaLane::poke() {
-    std::vector<Leg *> ended;
+    Schedule::Legs ended;
     {
         std::lock_guard lock(mutex_);
         schedule_.sweep(ended);
@@ -183,7 +169,7 @@ void CudaLane::stop() {
 // ---- the loop ----------------------------------------------------------------------------------
 
 void CudaLane::pump() {
-    pthread_setname_np(pthread_self(), direction_ == Direction::Save ? "kvf-save" : "kvf-load");
+    name_thread(direction_ == Direction::Save ? "kvf-save" : "kvf-load", context_.ordinal());
     prctl(PR_SET_TIMERSLACK, 1000UL); // its short sleeps are to be short: nanoseconds
     try {
         context_.adopt_thread();
@@ -194,6 +180,7 @@ void CudaLane::pump() {
         bool progress = retire();
         progress |= queue_copies();
         progress |= refill();
+        if (progress || pieces_ > 0) gated_since_ns_ = 0;
         if (progress) continue;
         if (pieces_ > 0) {
             idle();
@@ -201,19 +188,36 @@ void CudaLane::pump() {
         }
         std::unique_lock lock(mutex_);
         if (!schedule_.empty()) {
-            // What there is follows streams that are still at work, or is still being recorded.
-            work_.wait_for(lock, std::chrono::microseconds(20));
+            wait_for_gates(lock);
         } else if (stopping_) {
             return;
         } else if (now_ns() < expected_until_ns_) {
             lock.unlock();
             relax();
         } else {
-            work_.wait(lock, [this] {
+            const auto wanted = [this] {
                 return stopping_ || !schedule_.empty() || now_ns() < expected_until_ns_;
-            });
+            };
+            if (memory_.empty()) {
+                work_.wait(lock, wanted);
+            } else if (!work_.wait_for(lock, std::chrono::nanoseconds(idle_ns()), wanted)) {
+                lock.unlock();
+                memory_.trim();
+            }
         }
     }
+}
+
+// What there is follows streams that are still at work, or is still being recorded. Recording announces what comes; a
+// stream announces nothing, and is looked at ever more seldom: it has kept us waiting for eight times as long already
+// as it can be overlooked.
+void CudaLane::wait_for_gates(std::unique_lock<std::mutex> &lock) {
+    const uint64_t now = now_ns();
+    if (!gated_since_ns_) gated_since_ns_ = now;
+    const uint64_t sleep =
+        std::clamp((now - gated_since_ns_) / 8, kLeastGateSleepNs, kMostGateSleepNs);
+    const auto arrived = [this] { return stopping_ || arrivals_ != seen_arrivals_; };
+    if (work_.wait_for(lock, std::chrono::nanoseconds(sleep), arrived)) gated_since_ns_ = 0;
 }
 
 // Nothing can be done at this moment, but pieces are under way.
@@ -267,6 +271,9 @@ bool CudaLane::retire() {
                          : driver_.cuEventQuery(copying ? slot.copied : slot.finished);
             if (result != CUDA_SUCCESS && now_ns() - slot.queued_ns > stuck_ns()) {
                 context_.give_up();
+                for (Slot &other : slots_) {
+                    if (other.leg && other.leg->job->memory) other.leg->job->memory->haunt();
+                }
                 break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
                 break;
             }
@@ -278,7 +285,7 @@ bool CudaLane::retire() {
             progress = true;
             slot.stage = Stage::Finishing;
             if (result != CUDA_SUCCESS) {
-                fail_piece(slot, driver_.error(result, "cuEventQuery"));
+                attempt(slot, [&] { driver_.check(result, "cuEventQuery"); });
             } else if (!copying || direction_ == Direction::Save || slot.way != Way::Gather) {
                 after_device(slot);
             }
@@ -349,12 +356,17 @@ bool CudaLane::refill() {
         urgent_ = urgent;
         // In the background the next piece is made ready while one is being copied, and no more.
         if (!urgent && pieces_ >= kBackgroundSlots) return progress;
-        const Way way = way_of(*leg);
-        Slot *slot = idle_slot(way);
+        Slot *slot = idle_slot();
         if (!slot) return progress;
+        slot->way = way_of(*leg);
+        if (!lend(*slot, *leg)) {
+            const std::shared_ptr<Job> job = leg->job;
+            lock.unlock();
+            if (!ensure_memory(slot->way, job)) return progress;
+            continue; // another leg may be in front by now
+        }
 
         slot->leg = leg;
-        slot->way = way;
         schedule_.take(*leg, [&] { take_pieces(*slot, *leg, urgent); });
         lock.unlock();
 
@@ -367,14 +379,42 @@ bool CudaLane::refill() {
     }
 }
 
+// Lends a slot the memory that pieces of its way need. False if some of it is not there at the moment.
+bool CudaLane::lend(Slot &slot, const Leg &leg) {
+    if (slot.way == Way::Gather && !(slot.staging = memory_.take_staging())) return false;
+    if (!leg.job->pinned && !(slot.bounce = memory_.take_bounce())) {
+        memory_.put_back(std::move(slot.staging));
+        return false;
+    }
+    return true;
+}
+
+// Gets what lend() lacked, without the lock: the driver takes its time for that, and nobody who submits or cancels
+// shall wait for it. False if it has to be waited for until slots give theirs back. Where there is no bounce buffer at
+// all, the job ends.
+bool CudaLane::ensure_memory(Way way, const std::shared_ptr<Job> &job) {
+    if (way == Way::Gather && !memory_.ensure_staging()) {
+        return !memory_.has_staging(); // then rows are copied one by one
+    }
+    if (job->pinned) return true;
+    try {
+        return memory_.ensure_bounce();
+    } catch (const Error &error) {
+        job->fail(error.status, error.detail);
+        if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
+        engine_.poke(); // its leg here, and those on other devices, end
+        return true;
+    }
+}
+
 // Fills a slot with pieces of one way.
 void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
     Parts &parts = leg.parts;
     const Pacer::Pace &pace = pacer(slot.way).pace();
     slot.epoch = pace.epoch;
     uint64_t most = urgent ? kUrgentBytes : pace.bytes;
-    if (slot.way == Way::Gather) most = std::min(most, slot.staging_bytes);
-    if (!leg.job->pinned) most = std::min(most, kBounce);
+    if (slot.way == Way::Gather) most = std::min(most, slot.staging->bytes());
+    if (slot.bounce) most = std::min(most, slot.bounce->bytes());
     slot.resident = slot.way == Way::Gather && may_reside(leg);
     uint64_t rows_left = slot.resident             ? CudaResidentTable::kRows
                          : slot.way == Way::Gather ? CudaRowTable::kRows
@@ -403,34 +443,31 @@ void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
              slot.pieces.size() < kMostPieces && way_of(leg) == slot.way);
 }
 
-// The next of the irregular rest may refer to the table on the device.
-bool CudaLane::may_reside(const Leg &leg) const {
-    return resident_ && !leg.parts.block() && leg.parts.runs_left() >= kLeastResident &&
-           resident_->may_hold(leg.parts.span().table);
+// Whether the next of the irregular rest can refer to the resident table. If so, that is acquired.
+bool CudaLane::may_reside(const Leg &leg) {
+    if (leg.parts.block() || leg.parts.runs_left() < kLeastResident) return false;
+    if (!resident_) resident_ = memory_.take_resident();
+    if (!resident_) return false;
+    if (resident_->table().acquire(leg.parts.span().table)) return true;
+    if (!resident_->table().in_use()) memory_.put_back(std::move(resident_));
+    return false;
 }
 
 // How the next piece of a leg gets to the host and back.
 CudaLane::Way CudaLane::way_of(const Leg &leg) const {
     const kvf_region *block = leg.parts.block();
-    if (!block) return no_staging_ ? Way::Run : Way::Gather;
+    if (!block) return memory_.has_staging() ? Way::Gather : Way::Run;
     if (block->rows == 1 || block->width >= kUrgentBytes) return Way::Run;
     const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);
     if (block->width >= kNarrow && pitch <= limits_.max_pitch) return Way::Block;
-    if (!no_staging_ && block->width <= kLeastStagingSlot / 2) return Way::Gather;
+    if (memory_.has_staging() && block->width <= CudaLaneMemory::kLeastStaging / 2)
+        return Way::Gather;
     return pitch <= limits_.max_pitch ? Way::Block : Way::Run;
 }
 
-CudaLane::Slot *CudaLane::idle_slot(Way way) {
-    if (way == Way::Gather) {
-        for (size_t i = 0; i < staging_slots_; ++i) {
-            Slot &slot = slots_[i];
-            if (slot.stage == Stage::Idle && ensure_staging(slot)) return &slot;
-        }
-        return nullptr;
-    }
-    // From the other end, so that gathered pieces find theirs.
-    for (size_t i = kSlots; i-- > 0;) {
-        if (slots_[i].stage == Stage::Idle) return &slots_[i];
+CudaLane::Slot *CudaLane::idle_slot() {
+    for (Slot &slot : slots_) {
+        if (slot.stage == Stage::Idle) return &slot;
     }
     return nullptr;
 }
@@ -441,16 +478,15 @@ CudaLane::Slot *CudaLane::idle_slot(Way way) {
 void CudaLane::prepare(Slot &slot) {
     Job &job = *slot.leg->job;
     slot.stage = Stage::Ready;
-    if (!job.pinned) ensure_bounce(slot);
     if (slot.way == Way::Gather) {
         // Before the data of a load, too: behind it, the table would wait for other slots' copies.
         if (slot.resident) {
-            resident_->acquire(*slot.pieces[0].table, slot.stream);
-            slot.has_table = true;
+            resident_->table().send(slot.stream);
         } else {
-            slot.rows->clear();
-            for (const Piece &piece : slot.pieces) slot.rows->add(piece);
-            slot.rows->send(slot.stream);
+            CudaRowTable &rows = slot.staging->rows();
+            rows.clear();
+            for (const Piece &piece : slot.pieces) rows.add(piece);
+            rows.send(slot.stream);
         }
         if (direction_ == Direction::Save) launch(slot);
     }
@@ -459,26 +495,27 @@ void CudaLane::prepare(Slot &slot) {
 
 uint32_t CudaLane::kernel_blocks() const { return urgent_ ? kUrgentBlocks : kBackgroundBlocks; }
 
-// Queues the kernel that moves a slot's rows.
+// Queues the kernels that move a slot's rows.
 void CudaLane::launch(Slot &slot) {
+    const CUdeviceptr staging = slot.staging->memory();
     if (!slot.resident) {
-        return kernels_->launch(direction_, slot.staging, slot.rows->rows(), kernel_blocks(),
-                                slot.stream);
+        const CudaRows rows = slot.staging->rows().rows();
+        return kernels_->launch(direction_, staging, rows, kernel_blocks(), slot.stream);
     }
     uint64_t at = 0;
     for (const Piece &piece : slot.pieces) {
-        kernels_->launch(direction_, slot.staging, resident_->rows(piece, at), kernel_blocks(),
-                         slot.stream);
+        const CudaRows rows = resident_->table().rows(piece, at);
+        kernels_->launch(direction_, staging, rows, kernel_blocks(), slot.stream);
         at += piece.bytes;
     }
 }
 
 // Has the crew copy between the bounce buffer and the job's.
 void CudaLane::crew_copies(Slot &slot, Stage stage) {
-    slot.stage = stage;
     slot.crew_done.store(false, std::memory_order_relaxed);
+    slot.stage = stage;
     crew_.add([this, &slot, buffer = slot.leg->job->buffer] {
-        unsigned char *packed = slot.bounce;
+        unsigned char *packed = slot.bounce->memory();
         for (const Piece &piece : slot.pieces) {
             copy_packed(piece, packed, buffer, direction_);
             packed += piece.bytes;
@@ -513,7 +550,7 @@ void CudaLane::queue_copy(Slot &slot) {
 // Between the cache and the host.
 void CudaLane::copy_direct(Slot &slot) {
     Job &job = *slot.leg->job;
-    unsigned char *packed = slot.bounce;
+    unsigned char *packed = slot.bounce ? slot.bounce->memory() : nullptr;
     for (const Piece &piece : slot.pieces) {
         if (piece.runs) {
             const Run run = piece.run(0);
@@ -534,9 +571,10 @@ void CudaLane::copy_direct(Slot &slot) {
 // Between staging, where the rows of the pieces follow one another, and the host.
 void CudaLane::copy_gathered(Slot &slot) {
     Job &job = *slot.leg->job;
-    if (!job.pinned) return copy_run(slot, slot.staging, slot.bounce, slot.bytes);
+    if (!job.pinned)
+        return copy_run(slot, slot.staging->memory(), slot.bounce->memory(), slot.bytes);
     // What is one run both in staging and in the buffer is one copy, across pieces too.
-    uint64_t at = slot.staging, offset = 0, bytes = 0;
+    uint64_t at = slot.staging->memory(), offset = 0, bytes = 0;
     const auto flush = [&] {
         if (bytes) copy_run(slot, at, job.buffer + offset, bytes);
         at += bytes;
@@ -616,7 +654,7 @@ void CudaLane::leave_queue(const Slot &slot) {
 void CudaLane::after_device(Slot &slot) {
     Job &job = *slot.leg->job;
     if (direction_ == Direction::Load || job.pinned || job.stopping()) return end_piece(slot);
-    crew_copies(slot, Stage::Draining);
+    attempt(slot, [&] { crew_copies(slot, Stage::Draining); });
 }
 
 void CudaLane::end_piece(Slot &slot) {
@@ -624,8 +662,13 @@ void CudaLane::end_piece(Slot &slot) {
     Job &job = *leg.job;
     engine_.trace(job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.bytes,
                   device_);
-    if (slot.has_table) resident_->release();
-    slot.has_table = false;
+    memory_.put_back(std::move(slot.staging));
+    memory_.put_back(std::move(slot.bounce));
+    if (slot.resident) {
+        resident_->table().release();
+        if (!resident_->table().in_use()) memory_.put_back(std::move(resident_));
+    }
+    slot.resident = false;
     slot.stage = Stage::Idle;
     slot.leg = nullptr;
     --pieces_;
@@ -640,8 +683,8 @@ void CudaLane::end_piece(Slot &slot) {
 // Runs a step of a piece; if it fails, the piece's job does.
 template <class Function>
 void CudaLane::attempt(Slot &slot, Function &&function) {
-    if (broken()) return fail_piece(slot, Error(KVF_ERR_DEVICE_LOST, why_broken_));
     try {
+        if (broken()) throw Error(KVF_ERR_DEVICE_LOST, why_broken_);
         function();
     } catch (const Error &error) {
         fail_piece(slot, error);
@@ -666,10 +709,15 @@ void CudaLane::fail_piece(Slot &slot, const Error &error) {
 
 // The device is lost. Every leg ends with that, those in slots as they are looked at next.
 void CudaLane::break_down(const Error &error) {
-    std::vector<Leg *> ended;
+    context_.note_lost();
+    Schedule::Legs ended;
     {
         std::lock_guard lock(mutex_);
-        if (!broken()) why_broken_ = error.detail;
+        try {
+            if (!broken()) why_broken_ = error.detail;
+        } catch (const std::bad_alloc &) {
+            // That it is broken must do.
+        }
         broken_.store(true, std::memory_order_release);
         schedule_.for_each([&](Leg &leg) { leg.job->fail(KVF_ERR_DEVICE_LOST, error.detail); });
         for (Slot &slot : slots_) {
@@ -678,56 +726,6 @@ void CudaLane::break_down(const Error &error) {
         schedule_.sweep(ended);
     }
     for (Leg *leg : ended) leg->job->leg_ended(*leg);
-}
-
-// ---- memory of the slots -----------------------------------------------------------------------
-
-// Takes device memory for a slot; less of it where there is little. False if there is none at all.
-bool CudaLane::ensure_staging(Slot &slot) {
-    if (slot.staging) return true;
-    for (; slot_staging_ >= kLeastStagingSlot; slot_staging_ /= 2) {
-        if (driver_.cuMemAlloc(&slot.staging, slot_staging_) != CUDA_SUCCESS) {
-            slot.staging = 0;
-            continue;
-        }
-        slot.staging_bytes = slot_staging_ - CudaRowTable::kBytes;
-        try {
-            slot.rows = std::make_unique<CudaRowTable>(context_, slot.staging + slot.staging_bytes);
-            ensure_resident();
-            return true;
-        } catch (const Error &) {
-            driver_.cuMemFree(slot.staging);
-            slot.staging = 0;
-            break; // pinned memory is what is short
-        }
-    }
-    // Rows will be copied one by one, unless another slot has staging.
-    no_staging_ = std::none_of(slots_.begin(), slots_.end(),
-                               [](const Slot &other) { return other.staging != 0; });
-    return false;
-}
-
-// Tries once: without it, rows travel with each piece.
-void CudaLane::ensure_resident() {
-    const uint64_t bytes = std::exchange(resident_bytes_, 0);
-    if (!bytes) return;
-    if (driver_.cuMemAlloc(&resident_place_, bytes) != CUDA_SUCCESS) {
-        resident_place_ = 0;
-        return;
-    }
-    try {
-        resident_ = std::make_unique<CudaResidentTable>(context_, resident_place_);
-    } catch (const Error &) {
-        // Pinned memory is short.
-    }
-}
-
-void CudaLane::ensure_bounce(Slot &slot) {
-    if (slot.bounce) return;
-    void *memory;
-    driver_.check(driver_.cuMemHostAlloc(&memory, kBounce, CU_MEMHOSTALLOC_PORTABLE),
-                  "cuMemHostAlloc");
-    slot.bounce = static_cast<unsigned char *>(memory);
 }
 
 } // namespace kvf

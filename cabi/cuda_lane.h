@@ -20,7 +20,7 @@
 #include <thread>
 
 #include "crew.h"
-#include "cuda_tables.h"
+#include "cuda_lane_memory.h"
 #include "pacer.h"
 #include "schedule.h"
 
@@ -47,11 +47,15 @@ public:
     void finish(Leg &leg);
     void expect();
     void poke();
+    // Gives back to the system what memory no piece uses at the moment. (A lane that has been idle does so itself.)
+    void trim() { memory_.trim(); }
     void stop();
     // Nothing can be moved any more: the device is lost.
     bool broken() const { return broken_.load(std::memory_order_acquire); }
     // The pace of background copies, a JSON object. Any thread.
     std::string describe_pace() const;
+    // Host memory of the lane's own that is pinned now. Any thread.
+    uint64_t pinned_bytes() const { return memory_.pinned_bytes(); }
 
 private:
     static constexpr size_t kSlots = 8;
@@ -71,18 +75,15 @@ private:
         Stage stage = Stage::Idle;
         CUstream stream = nullptr;
         CUevent copied = nullptr, finished = nullptr;
-        CUdeviceptr staging = 0;
-        uint64_t staging_bytes = 0;
-        std::unique_ptr<CudaRowTable> rows;
-        unsigned char *bounce = nullptr;
 
+        std::unique_ptr<CudaStaging> staging; // borrowed for the pieces, where their way needs it
+        std::unique_ptr<CudaBounce> bounce;   // ... where the job's buffer is pageable
         Leg *leg = nullptr;
         std::vector<Piece> pieces; // of one way; small ones together, since each copy has its price
         uint64_t bytes = 0;        // of them
         Way way = Way::Run;
         uint32_t epoch = 0;    // of the pacer's
-        bool resident = false; // its pieces are of the resident table; and it has acquired that:
-        bool has_table = false;
+        bool resident = false; // its pieces are rows of the resident table
         std::atomic<bool> crew_done{false};
         uint64_t begin_ns = 0, queued_ns = 0;
     };
@@ -91,10 +92,13 @@ private:
     bool retire();
     bool queue_copies();
     bool refill();
+    bool lend(Slot &slot, const Leg &leg);
+    bool ensure_memory(Way way, const std::shared_ptr<Job> &job);
+    void wait_for_gates(std::unique_lock<std::mutex> &lock);
     void idle();
 
     Way way_of(const Leg &leg) const;
-    Slot *idle_slot(Way way);
+    Slot *idle_slot();
     void prepare(Slot &slot);
     void queue_copy(Slot &slot);
     void leave_queue(const Slot &slot);
@@ -113,13 +117,10 @@ private:
     void copy_direct(Slot &slot);
     void copy_gathered(Slot &slot);
     void take_pieces(Slot &slot, Leg &leg, bool urgent);
-    bool may_reside(const Leg &leg) const;
+    bool may_reside(const Leg &leg);
     void launch(Slot &slot);
     void crew_copies(Slot &slot, Stage stage);
     uint32_t kernel_blocks() const;
-    bool ensure_staging(Slot &slot);
-    void ensure_bounce(Slot &slot);
-    void ensure_resident();
     void release(Slot &slot);
 
     Engine &engine_;
@@ -142,15 +143,11 @@ private:
     std::thread thread_; // started with the first leg
     std::atomic<bool> broken_{false};
 
+    CudaLaneMemory memory_;
+
     // The pump's own.
     std::array<Slot, kSlots> slots_;
-    uint64_t slot_staging_ = 0;   // bytes of staging a slot gets
-    size_t staging_slots_ = 0;    // how many of them get it
-    bool no_staging_ = false;     // there was no device memory for it
-    uint64_t resident_bytes_ = 0; // of the resident table, until it was tried to get them
-    CUdeviceptr resident_place_ = 0;
-    std::unique_ptr<CudaResidentTable>
-        resident_; // NULL before the first staging, and where memory is short
+    std::unique_ptr<CudaResident> resident_; // while a slot uses it
     uint32_t copies_queued_ = 0;
     uint64_t bytes_queued_ = 0; // of these
     uint32_t pieces_ = 0;       // slots that are not idle
@@ -159,6 +156,8 @@ private:
     Way last_queued_ = Way::Run;
     uint64_t last_end_ns_ = 0; // of a background copy with more behind it; 0: none
     uint64_t seen_arrivals_ = 0;
+    uint64_t gated_since_ns_ =
+        0; // for so long there have been legs, and none could begin; 0: there are none such
     std::array<std::atomic<uint64_t>, kWays> pace_bytes_{}; // for describe_pace()
     std::array<std::atomic<uint32_t>, kWays> pace_window_{};
 };

@@ -63,7 +63,7 @@ std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t strea
 }
 
 void CudaStreamWaits::map_words() {
-    const CudaContext &context = *contexts_[0];
+    const CudaContext &context = usable(contexts_);
     const CudaDriver &driver = context.driver();
     const CudaCurrent current(context);
     void *memory;
@@ -82,6 +82,10 @@ void CudaStreamWaits::map_words() {
 // Takes back the words of waits that are over.
 void CudaStreamWaits::collect() {
     for (auto it = waits_.begin(); it != waits_.end();) {
+        if (it->context->given_up()) { // its stream may never pass
+            ++it;
+            continue;
+        }
         const CudaDriver &driver = it->context->driver();
         const CudaCurrent current(*it->context);
         if (driver.cuEventQuery(it->passed) == CUDA_ERROR_NOT_READY) {
@@ -135,14 +139,21 @@ void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
 CudaStreamWaits::~CudaStreamWaits() {
     if (!words_) return;
     try {
+        bool watched = false; // by a stream that may never pass
         for (const Wait &wait : waits_) {
+            if (wait.context->given_up()) {
+                watched = true;
+                continue;
+            }
             const CudaCurrent current(*wait.context);
             const CudaDriver &driver = wait.context->driver();
             driver.cuEventSynchronize(wait.passed);
             driver.cuEventDestroy(wait.passed);
         }
-        const CudaCurrent current(*contexts_[0]);
-        contexts_[0]->driver().cuMemFreeHost(words_);
+        if (watched) return;
+        const CudaContext &context = usable(contexts_);
+        const CudaCurrent current(context);
+        context.driver().cuMemFreeHost(words_);
     } catch (const Error &) {
         // The context is gone, and everything in it.
     }

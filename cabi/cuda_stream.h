@@ -9,8 +9,6 @@
 
 namespace kvf {
 
-using CudaContexts = std::vector<std::shared_ptr<const CudaContext>>;
-
 // A gate behind what a stream holds now. Throws KVF_ERR_INVALID_ARGUMENT for a stream that none of the
 // contexts knows.
 std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream);

@@ -73,19 +73,26 @@ CudaResidentTable::~CudaResidentTable() {
     }
 }
 
-void CudaResidentTable::acquire(const std::shared_ptr<const RunTable> &table, CUstream stream) {
-    const CudaDriver &driver = context_.driver();
+bool CudaResidentTable::acquire(const std::shared_ptr<const RunTable> &table) {
     if (table != table_) {
-        table_ = nullptr;
-        rows_.clear();
-        rows_.add(*table);
-        rows_.send(stream);
-        driver.check(driver.cuEventRecord(sent_, stream), "cuEventRecord");
+        if (users_ > 0 || !table->packed || table->runs.size() > kRows) return false;
         table_ = table;
-    } else {
-        driver.check(driver.cuStreamWaitEvent(stream, sent_, 0), "cuStreamWaitEvent");
+        is_sent_ = false;
     }
     ++users_;
+    return true;
+}
+
+void CudaResidentTable::send(CUstream stream) {
+    const CudaDriver &driver = context_.driver();
+    if (is_sent_) {
+        return driver.check(driver.cuStreamWaitEvent(stream, sent_, 0), "cuStreamWaitEvent");
+    }
+    rows_.clear();
+    rows_.add(*table_);
+    rows_.send(stream);
+    driver.check(driver.cuEventRecord(sent_, stream), "cuEventRecord");
+    is_sent_ = true;
 }
 
 CudaRows CudaResidentTable::rows(const Piece &piece, uint64_t at) const {

@@ -41,7 +41,7 @@ private:
 };
 
 // A table of runs that stays on the device while pieces refer to it: the tensors of a cache share one, so that it
-// travels once and not once a piece. One user at a time may bring another.
+// travels once and not once a piece. While nobody uses it, it may be changed for another.
 class CudaResidentTable {
 public:
     static constexpr uint32_t kRows = 65536;
@@ -53,16 +53,15 @@ public:
     CudaResidentTable(const CudaResidentTable &) = delete;
     CudaResidentTable &operator=(const CudaResidentTable &) = delete;
 
-    // It has the table, or could have it now.
-    bool may_hold(const std::shared_ptr<const RunTable> &table) const {
-        return table == table_ || (users_ == 0 && table->packed && table->runs.size() <= kRows);
-    }
-    // What the stream is given from now on finds the table. Every acquire() that returns is followed by a release(),
+    // False if it has another table, which is in use, or if this one does not fit. A true is followed by one release(),
     // when what was launched with the table has ended.
-    void acquire(const std::shared_ptr<const RunTable> &table, CUstream stream);
+    bool acquire(const std::shared_ptr<const RunTable> &table);
     void release() { --users_; }
+    bool in_use() const { return users_ > 0; }
 
-    // The rows of a piece of the table, for a staging whose `at`-th byte is to be the piece's first.
+    // What the stream is given from now on finds the table that was acquired.
+    void send(CUstream stream);
+    // The rows of a piece of it, for a staging whose `at`-th byte is to be the piece's first.
     CudaRows rows(const Piece &piece, uint64_t at) const;
 
 private:
@@ -70,6 +69,7 @@ private:
     CudaRowTable rows_;
     CUevent sent_ = nullptr;
     std::shared_ptr<const RunTable> table_;
+    bool is_sent_ = false;
     uint32_t users_ = 0;
 };
 

@@ -38,6 +38,9 @@ public:
     };
     virtual Snapshot snapshot(const Layout &layout, unsigned char *buffer) = 0;
 
+    // Gives back to the system what memory of its own it does not use at the moment.
+    virtual void trim() {}
+
     // Ends the threads. No leg is in flight, and none comes any more.
     virtual void stop() = 0;
 };

@@ -10,29 +10,20 @@ constexpr uint32_t kSnapshotBlocks = 128;    // the device does nothing else mea
 
 } // namespace
 
-// Device memory that holds a layout's bytes, one after another.
+// Device memory that holds a layout's bytes, one after another. Lives no longer than the device.
 class CudaDevice::SnapshotMemory {
 public:
-    SnapshotMemory(std::shared_ptr<const CudaContext> context, uint64_t bytes)
-        : context_(std::move(context)) {
-        const CudaDriver &driver = context_->driver();
-        driver.check(driver.cuMemAlloc(&address, bytes), "cuMemAlloc");
-    }
-    ~SnapshotMemory() {
-        try {
-            const CudaCurrent current(*context_);
-            context_->driver().cuMemFree(address);
-        } catch (const Error &) {
-            // The context is gone, and the memory with it.
-        }
-    }
+    SnapshotMemory(CudaDevice &device, uint64_t bytes)
+        : device_(device), address(device.allocate_snapshot(bytes)) {}
+    ~SnapshotMemory() { device_.leave_snapshot(address); }
     SnapshotMemory(const SnapshotMemory &) = delete;
     SnapshotMemory &operator=(const SnapshotMemory &) = delete;
 
-    CUdeviceptr address = 0;
-
 private:
-    const std::shared_ptr<const CudaContext> context_;
+    CudaDevice &device_;
+
+public:
+    const CUdeviceptr address;
 };
 
 CudaDevice::CudaDevice(Engine &engine, std::shared_ptr<const CudaContext> context, uint32_t index,
@@ -54,10 +45,13 @@ CudaDevice::CudaDevice(Engine &engine, std::shared_ptr<const CudaContext> contex
     const CudaDriver &driver = context_->driver();
     driver.check(driver.cuStreamCreateWithPriority(&snapshot_stream_, CU_STREAM_NON_BLOCKING, 0),
                  "cuStreamCreateWithPriority");
+    stream_ordered_ = driver.cuMemAllocAsync && driver.cuMemFreeAsync &&
+                      context_->attribute(CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED);
 }
 
 CudaDevice::~CudaDevice() {
     stop();
+    crew_.stop(); // it has freed what snapshots left
     try {
         const CudaCurrent current(*context_);
         if (snapshot_table_) context_->driver().cuMemFree(snapshot_table_);
@@ -70,24 +64,107 @@ CudaDevice::~CudaDevice() {
 std::string CudaDevice::describe() const {
     return "{\"kind\": \"cuda\", \"name\": " + json_quote(context_->name()) +
            ", \"pci_bus_id\": " + json_quote(context_->pci_bus_id()) +
-           format(", \"ordinal\": %d, \"compute_capability\": \"%d.%d\", \"memory\": %llu, "
-                  "\"copy_engines\": %d, \"staging\": %llu, \"broken\": %s, ",
-                  context_->ordinal(),
-                  context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
-                  context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
-                  static_cast<unsigned long long>(context_->total_memory()),
-                  context_->attribute(CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT),
-                  static_cast<unsigned long long>(staging_bytes_),
-                  save_->broken() || load_->broken() ? "true" : "false") +
+           format(
+               ", \"ordinal\": %d, \"compute_capability\": \"%d.%d\", \"memory\": %llu, "
+               "\"copy_engines\": %d, \"staging\": %llu, \"pinned_bytes\": %llu, \"broken\": %s, ",
+               context_->ordinal(),
+               context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+               context_->attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+               static_cast<unsigned long long>(context_->total_memory()),
+               context_->attribute(CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT),
+               static_cast<unsigned long long>(staging_bytes_),
+               static_cast<unsigned long long>(save_->pinned_bytes() + load_->pinned_bytes() +
+                                               snapshot_pinned_),
+               save_->broken() || load_->broken() ? "true" : "false") +
            "\"kernels\": " + (kernels_ ? "true" : "false") +
            ", \"no_kernels\": " + json_quote(no_kernels_) +
            ", \"background_pace\": {\"save\": " + save_->describe_pace() +
            ", \"load\": " + load_->describe_pace() + "}}";
 }
 
+void CudaDevice::trim() {
+    save_->trim();
+    load_->trim();
+    free_snapshots();
+    const std::unique_lock lock(snapshot_mutex_, std::try_to_lock);
+    if (!lock) return; // a snapshot uses it
+    try {
+        const CudaCurrent current(*context_);
+        snapshot_rows_.reset();
+        if (snapshot_table_) context_->driver().cuMemFree(snapshot_table_);
+        snapshot_table_ = 0;
+        snapshot_pinned_ = 0;
+    } catch (const Error &) {
+        // The context is gone, and the memory with it.
+    }
+}
+
 void CudaDevice::stop() {
     save_->stop();
     load_->stop();
+}
+
+CUdeviceptr CudaDevice::allocate_snapshot(uint64_t bytes) {
+    const CudaDriver &driver = context_->driver();
+    {
+        std::lock_guard lock(left_mutex_);
+        left_.reserve(snapshots_ + 1); // leaving it must not fail
+    }
+    CUdeviceptr address = 0;
+    const auto allocate = [&] {
+        return stream_ordered_ ? driver.cuMemAllocAsync(&address, bytes, snapshot_stream_)
+                               : driver.cuMemAlloc(&address, bytes);
+    };
+    CUresult result = allocate();
+    if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+        free_snapshots(); // what others have left may not have been freed yet
+        result = allocate();
+    }
+    driver.check(result, stream_ordered_ ? "cuMemAllocAsync" : "cuMemAlloc");
+    ++snapshots_;
+    return address;
+}
+
+// Freeing takes its time, and cuMemFree waits for all that the device is doing: neither the completion nor the pump,
+// whose thread this is, shall wait for it. The crew does it.
+void CudaDevice::leave_snapshot(CUdeviceptr address) noexcept {
+    {
+        std::lock_guard lock(left_mutex_);
+        left_.push_back(address);
+    }
+    try {
+        crew_.add([this] { free_snapshots(); });
+    } catch (const std::exception &) {
+        free_snapshots(); // there is no memory for a task
+    }
+}
+
+void CudaDevice::free_snapshots() noexcept {
+    std::lock_guard freeing(freeing_mutex_);
+    try {
+        const CudaCurrent current(*context_);
+        const CudaDriver &driver = context_->driver();
+        for (;;) {
+            CUdeviceptr address;
+            {
+                std::lock_guard lock(left_mutex_);
+                if (left_.empty()) break;
+                address = left_.back();
+                left_.pop_back();
+                --snapshots_;
+            }
+            if (stream_ordered_) {
+                driver.cuMemFreeAsync(address, snapshot_stream_);
+            } else {
+                driver.cuMemFree(address);
+            }
+        }
+        // The driver keeps what was freed in order until somebody synchronizes, and gives it back then: better here
+        // than in the next decode step.
+        if (stream_ordered_) driver.cuStreamSynchronize(snapshot_stream_);
+    } catch (const Error &) {
+        // The context is gone, and the memory with it.
+    }
 }
 
 // Everything is packed into one allocation by copies on the device, which run at the speed of its
@@ -96,7 +173,7 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
     std::lock_guard lock(snapshot_mutex_);
     const CudaCurrent current(*context_);
     const CudaDriver &driver = context_->driver();
-    auto memory = std::make_shared<SnapshotMemory>(context_, layout.bytes);
+    auto memory = std::make_shared<SnapshotMemory>(*this, layout.bytes);
 
     LayoutBuilder packed;
     uint64_t at = memory->address;
@@ -135,6 +212,7 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
                              "cuMemAlloc");
             }
             snapshot_rows_ = std::make_unique<CudaRowTable>(*context_, snapshot_table_);
+            snapshot_pinned_ = CudaRowTable::kBytes;
         }
         Cursor cursor(layout);
         cursor.skip_blocks();

@@ -21,11 +21,15 @@ public:
     void expect(Direction direction) override { lane(direction).expect(); }
     void poke(Direction direction) override { lane(direction).poke(); }
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
+    void trim() override;
     void stop() override;
 
 private:
     class SnapshotMemory;
 
+    CUdeviceptr allocate_snapshot(uint64_t bytes);
+    void leave_snapshot(CUdeviceptr address) noexcept;
+    void free_snapshots() noexcept;
     CudaLane &lane(Direction direction) { return direction == Direction::Save ? *save_ : *load_; }
 
     const std::shared_ptr<const CudaContext> context_;
@@ -37,8 +41,14 @@ private:
 
     std::mutex snapshot_mutex_; // one snapshot is taken at a time
     CUstream snapshot_stream_ = nullptr;
+    bool stream_ordered_ = false; // their memory is taken and freed in the order of the stream
+    std::mutex left_mutex_;
+    std::vector<CUdeviceptr> left_;      // what has been moved: to be freed
+    std::atomic<uint32_t> snapshots_{0}; // that have been allocated and not freed
+    std::mutex freeing_mutex_;           // held while some is freed
     CUdeviceptr snapshot_table_ = 0;
     std::unique_ptr<CudaRowTable> snapshot_rows_;
+    std::atomic<uint64_t> snapshot_pinned_{0}; // bytes of it
 };
 
 // What a device pointer belongs to, and whether a pointer is one.

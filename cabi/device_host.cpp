@@ -9,6 +9,7 @@
 
 #include "copy.h"
 #include "engine.h"
+#include "thread_name.h"
 
 namespace kvf {
 namespace {
@@ -56,7 +57,7 @@ void HostDevice::submit(Leg &leg) {
         job.leg_ended(leg);
         return;
     }
-    std::vector<Leg *> ended;
+    Schedule::Legs ended;
     {
         std::lock_guard lock(mutex_);
         if (workers_.size() <= threads_) start_threads();
@@ -96,7 +97,7 @@ void HostDevice::wake(uint32_t priority, uint64_t bytes) {
 }
 
 void HostDevice::poke(Direction) {
-    std::vector<Leg *> ended;
+    Schedule::Legs ended;
     {
         std::lock_guard lock(mutex_);
         schedule_.sweep(ended);
@@ -106,6 +107,7 @@ void HostDevice::poke(Direction) {
 }
 
 void HostDevice::work(bool background) {
+    name_thread("kvf-host");
     if (background) {
         setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kBackgroundNice);
     }

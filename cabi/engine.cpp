@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "device_host.h"
 #include "json.h"
+#include "thread_name.h"
 
 namespace kvf {
 namespace {
@@ -55,7 +57,7 @@ void Engine::open_cuda(const kvf_engine_options &options) {
         }
     }
     if (cuda_.empty()) return;
-    pinner_ = std::make_shared<CudaPinner>(cuda_[0]);
+    pinner_ = std::make_shared<CudaPinner>(cuda_);
     stream_waits_ = std::make_unique<CudaStreamWaits>(cuda_);
 }
 
@@ -74,10 +76,12 @@ std::string Engine::describe() const {
     }
     return format("{\"version\": \"%s\", \"abi\": %u, \"jobs_in_flight\": %zu, ", kvf_version(),
                   kvf_abi_version(), in_flight) +
-           format("\"pool\": {\"limit\": %llu, \"mapped\": %llu, \"free\": %llu, \"pinned\": %s}, ",
+           format("\"pool\": {\"limit\": %llu, \"mapped\": %llu, \"free\": %llu, \"lost\": %llu, "
+                  "\"pinned\": %s}, ",
                   static_cast<unsigned long long>(usage.limit),
                   static_cast<unsigned long long>(usage.mapped),
-                  static_cast<unsigned long long>(usage.free), pinner_ ? "true" : "false") +
+                  static_cast<unsigned long long>(usage.free),
+                  static_cast<unsigned long long>(usage.lost), pinner_ ? "true" : "false") +
            "\"no_cuda\": " + json_quote(no_cuda_) + ", \"devices\": [" + devices + "]}";
 }
 
@@ -87,7 +91,7 @@ bool Locator::on_cuda(uint64_t address, uint32_t &device) {
         return true;
     }
     CudaPlace place{};
-    if (!cuda_place(*engine_.cuda_[0], address, place)) return false;
+    if (!cuda_place(usable(engine_.cuda_), address, place)) return false;
     for (size_t i = 0; i < engine_.cuda_.size(); ++i) {
         if (engine_.cuda_[i]->ordinal() != place.ordinal) continue;
         known_begin_ = place.begin;
@@ -150,6 +154,11 @@ std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_o
     if (!job->pinned && pinner_ && submission.buffer_bytes) {
         job->pinned = pinner_->is_pinned(submission.buffer, submission.buffer_bytes);
     }
+    // A thread of ours would crash in it.
+    if (job->direction == Direction::Save && !job->memory && !job->pinned &&
+        !WritableCheck()(reinterpret_cast<uint64_t>(submission.buffer), submission.buffer_bytes)) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");
+    }
     if (options.flags & KVF_SUBMIT_FOLLOW_STREAM) {
         check(options);
         job->gate = follow_stream(cuda_, options.stream);
@@ -211,6 +220,11 @@ void Engine::make_stream_wait(uint64_t stream, Job &job) {
     stream_waits_->make_wait(stream, job);
 }
 
+void Engine::trim() {
+    pool_->trim(UINT64_MAX);
+    for (auto &device : devices_) device->trim();
+}
+
 void Engine::hold() {
     std::lock_guard lock(mutex_);
     if (closing_) throw Error(KVF_ERR_CLOSED);
@@ -262,6 +276,7 @@ void Engine::dispatch(kvf_completion_callback callback, const kvf_completion &co
 
 void Engine::run_dispatch() {
     dispatching = this;
+    name_thread("kvf-dispatch");
     std::unique_lock lock(dispatch_mutex_);
     for (;;) {
         dispatch_work_.wait(lock, [this] { return dispatch_stopping_ || !callbacks_.empty(); });
@@ -279,8 +294,12 @@ void Engine::trace(const Job &job, uint64_t begin_ns, uint64_t end_ns, uint64_t 
     if (!tracing_) return;
     std::lock_guard lock(trace_mutex_);
     if (trace_.size() == kTraceEvents) trace_.pop_front();
-    trace_.push_back({job.handle, job.user_data, begin_ns, end_ns, bytes, device,
-                      static_cast<uint32_t>(job.direction)});
+    try {
+        trace_.push_back({job.handle, job.user_data, begin_ns, end_ns, bytes, device,
+                          static_cast<uint32_t>(job.direction)});
+    } catch (const std::bad_alloc &) {
+        // A transfer does not fail for want of its trace.
+    }
 }
 
 uint32_t Engine::take_trace(void *events, uint64_t stride, uint32_t capacity) {

@@ -58,6 +58,8 @@ public:
     void make_stream_wait(uint64_t stream, Job &job);
 
     Pool &pool() { return *pool_; }
+    // Gives back to the system all memory that is idle: the pool's and the devices'.
+    void trim();
     std::shared_ptr<Pinner> pinner() const { return pinner_; }
 
     // An attachment holds the engine: it cannot be destroyed meanwhile.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <new>
 
 #include "engine.h"
 
@@ -14,8 +15,12 @@ void Job::fail(int32_t status, const std::string &detail) {
     std::lock_guard lock(mutex_);
     if (has_ended_ || status_ != KVF_OK) return; // the first reason stands
     status_ = status;
-    detail_ = detail;
     stopping_.store(true, std::memory_order_release);
+    try {
+        detail_ = detail;
+    } catch (const std::bad_alloc &) {
+        // The status alone must do.
+    }
 }
 
 void Job::note_started(uint64_t ns) {

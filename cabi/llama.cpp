@@ -286,6 +286,10 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
     }
+    if (direction == Direction::Save &&
+        !WritableCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");
+    }
     for (const uint32_t device : devices_) engine_->device(device).expect(direction);
     submission.direction = direction;
     submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));

@@ -1,11 +1,13 @@
 #include "memory.h"
 
+#include <linux/futex.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <new>
@@ -14,12 +16,13 @@
 #include <vector>
 
 #include "fork.h"
+#include "thread_name.h"
 
 namespace kvf {
 namespace {
 
 constexpr uint64_t kHugePage = 2 << 20;
-constexpr uint64_t kIdleNs = 30'000'000'000; // a free buffer that nobody wanted for so long goes
+constexpr uint64_t kIdleNs = 30'000'000'000;
 
 uint64_t page_size() {
     static const uint64_t size = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
@@ -30,15 +33,16 @@ uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / u
 
 // Every known range of the process by its first address; ranges do not overlap.
 struct Registry {
+    using Ranges = std::map<uint64_t, std::shared_ptr<KnownMemory>>;
     std::mutex mutex;
-    std::map<uint64_t, std::shared_ptr<KnownMemory>> ranges;
+    Ranges ranges;
 
     Registry() {
         // The child forgets the parent's: their pools' locks may be held by threads that it does not
         // have, and where pinned memory was, the child has nothing, or soon something else.
         on_fork([this] { mutex.lock(); }, [this] { mutex.unlock(); },
                 [this] {
-                    new (&ranges) std::map<uint64_t, std::shared_ptr<KnownMemory>>;
+                    new (&ranges) Ranges;
                     mutex.unlock();
                 });
     }
@@ -59,7 +63,7 @@ struct Registry {
     }
 
     // Takes the range that starts at `begin` out, if no job uses it.
-    std::shared_ptr<KnownMemory> remove(uint64_t begin, bool of_pool) {
+    Ranges::node_type remove(uint64_t begin, bool of_pool) {
         std::lock_guard lock(mutex);
         auto it = ranges.find(begin);
         if (it == ranges.end() || (it->second->pool != nullptr) != of_pool) {
@@ -70,9 +74,7 @@ struct Registry {
         if (it->second->users.load(std::memory_order_acquire)) {
             throw Error(KVF_ERR_BUSY, "a job in flight uses the buffer");
         }
-        auto known = std::move(it->second);
-        ranges.erase(it);
-        return known;
+        return ranges.extract(it);
     }
 };
 
@@ -94,6 +96,20 @@ bool is_readable(uint64_t address) {
     const bool readable = errno != EFAULT;
     errno = saved;
     return readable;
+}
+
+// Without writing anything: FUTEX_WAKE_OP changes a word atomically, here to what it is, so that whoever writes there at
+// the same time loses nothing, and fails with EFAULT where it may not. Nobody waits at these words. (Under a
+// microsecond.)
+bool is_page_writable(uint64_t address) {
+    static uint32_t nobody_waits = 0;
+    constexpr uint32_t kOrNothing = FUTEX_OP(FUTEX_OP_OR, 0, FUTEX_OP_CMP_EQ, 0);
+    const int saved = errno;
+    const long result = syscall(SYS_futex, &nobody_waits, FUTEX_WAKE_OP | FUTEX_PRIVATE_FLAG, 0,
+                                nullptr, address & ~uint64_t{sizeof(uint32_t) - 1}, kOrNothing);
+    const bool writable = result >= 0 || errno != EFAULT;
+    errno = saved;
+    return writable;
 }
 
 // As the system estimates it; 0 where it does not tell.
@@ -137,6 +153,15 @@ void populate(char *begin, uint64_t bytes) {
 
 } // namespace
 
+uint64_t idle_ns() {
+    static const uint64_t value = [] {
+        const char *seconds = std::getenv("KVFERRY_IDLE_SECONDS");
+        const uint64_t given = seconds ? std::strtoull(seconds, nullptr, 10) : 0;
+        return given ? given * 1'000'000'000 : kIdleNs;
+    }();
+    return value;
+}
+
 std::shared_ptr<MemoryUse> use_memory(const void *buffer, uint64_t bytes) {
     std::lock_guard lock(registry().mutex);
     auto known = registry().holding(reinterpret_cast<uint64_t>(buffer), bytes);
@@ -177,18 +202,35 @@ void register_memory(void *buffer, uint64_t bytes, std::shared_ptr<Pinner> pinne
 }
 
 void unregister_memory(void *buffer) {
-    auto known = registry().remove(reinterpret_cast<uint64_t>(buffer), false);
-    if (known->pinner) known->pinner->unpin(buffer);
+    auto node = registry().remove(reinterpret_cast<uint64_t>(buffer), false);
+    KnownMemory &known = *node.mapped();
+    if (!known.pinner || known.pinner->unpin(buffer, known.bytes)) return;
+    std::lock_guard lock(registry().mutex);
+    known.pinned = false; // its owner may unmap it all the same: copies go round it from now on
+    registry().ranges.insert(std::move(node));
+    throw Error(KVF_ERR_DEVICE_LOST, "a copy did not end, and the driver still has the range");
+}
+
+bool is_registered(const void *buffer) {
+    std::lock_guard lock(registry().mutex);
+    const auto it = registry().ranges.find(reinterpret_cast<uint64_t>(buffer));
+    return it != registry().ranges.end() && !it->second->pool;
 }
 
 void free_buffer(void *buffer) {
     if (!buffer) return;
-    auto known = registry().remove(reinterpret_cast<uint64_t>(buffer), true);
-    known->pool->take_back(*known);
+    const auto node = registry().remove(reinterpret_cast<uint64_t>(buffer), true);
+    node.mapped()->pool->take_back(*node.mapped());
 }
 
 Pool::~Pool() {
-    for (auto &[bytes, free] : free_) unmap(free.memory, bytes);
+    {
+        std::lock_guard lock(mutex_);
+        stopping_ = true;
+        freed_.notify_one();
+    }
+    if (idle_watch_.joinable()) idle_watch_.join();
+    unmap(std::move(free_));
 }
 
 void *Pool::alloc(uint64_t bytes) {
@@ -201,7 +243,6 @@ void *Pool::alloc(uint64_t bytes) {
 
     auto known = std::make_shared<KnownMemory>();
     void *memory = nullptr;
-    const uint64_t now = now_ns();
     {
         std::lock_guard lock(mutex_);
         auto it = free_.lower_bound(size);
@@ -212,7 +253,6 @@ void *Pool::alloc(uint64_t bytes) {
             free_.erase(it);
         }
     }
-    if (now > kIdleNs) trim(now - kIdleNs);
     if (!memory) {
         memory = map(size);
         known->bytes = size;
@@ -227,29 +267,75 @@ void *Pool::alloc(uint64_t bytes) {
 
 void Pool::take_back(KnownMemory &memory) {
     std::lock_guard lock(mutex_);
+    if (memory.haunted.load(std::memory_order_relaxed)) {
+        lost_ += memory.bytes; // nobody else shall have it
+        return;
+    }
     free_.emplace(memory.bytes, Free{reinterpret_cast<void *>(memory.begin), now_ns()});
     free_bytes_ += memory.bytes;
+    try {
+        if (!idle_watch_.joinable()) idle_watch_ = std::thread([this] { watch_idle(); });
+    } catch (const std::system_error &) {
+        // Without a thread it stays until somebody wants it or trims.
+    }
+    freed_.notify_one();
 }
 
+void Pool::watch_idle() {
+    name_thread("kvf-pool");
+    std::unique_lock lock(mutex_);
+    for (;;) {
+        freed_.wait(lock, [this] { return stopping_ || !free_.empty(); });
+        if (stopping_) return;
+        uint64_t oldest = UINT64_MAX;
+        for (const auto &[bytes, free] : free_) oldest = std::min(oldest, free.freed_ns);
+        const uint64_t now = now_ns();
+        if (now < oldest + idle_ns()) {
+            // Whatever is freed meanwhile is not older.
+            freed_.wait_for(lock, std::chrono::nanoseconds(oldest + idle_ns() - now),
+                            [this] { return stopping_; });
+            continue;
+        }
+        lock.unlock();
+        trim(now - idle_ns() + 1);
+        lock.lock();
+    }
+}
+
+// Where the system has no more, what lies idle is given back to it first.
 void *Pool::map(uint64_t bytes) {
+    try {
+        return map_pinned(bytes);
+    } catch (const Error &error) {
+        if (error.status != KVF_ERR_OUT_OF_MEMORY || !trim(UINT64_MAX)) throw;
+    }
+    return map_pinned(bytes);
+}
+
+void *Pool::map_pinned(uint64_t bytes) {
+    FreeBuffers room; // goes without the lock
+    uint64_t taken;
+    bool fits;
     {
         std::lock_guard lock(mutex_);
         // Free buffers of other sizes make room first.
         while (limit_ && mapped_ + bytes > limit_ && !free_.empty()) {
-            auto it = std::prev(free_.end());
-            mapped_ -= it->first;
-            free_bytes_ -= it->first;
-            unmap(it->second.memory, it->first);
-            free_.erase(it);
+            auto node = free_.extract(std::prev(free_.end()));
+            mapped_ -= node.key();
+            free_bytes_ -= node.key();
+            room.insert(std::move(node));
         }
-        if (limit_ && mapped_ + bytes > limit_) {
-            throw Error(KVF_ERR_PINNED_LIMIT,
-                        format("%llu bytes are taken of %llu, and %llu more are wanted",
-                               static_cast<unsigned long long>(mapped_),
-                               static_cast<unsigned long long>(limit_),
-                               static_cast<unsigned long long>(bytes)));
-        }
-        mapped_ += bytes;
+        taken = mapped_;
+        fits = !limit_ || mapped_ + bytes <= limit_;
+        if (fits) mapped_ += bytes;
+    }
+    unmap(std::move(room));
+    if (!fits) {
+        throw Error(KVF_ERR_PINNED_LIMIT,
+                    format("%llu bytes are taken of %llu, and %llu more are wanted",
+                           static_cast<unsigned long long>(taken),
+                           static_cast<unsigned long long>(limit_),
+                           static_cast<unsigned long long>(bytes)));
     }
     const auto give_up = [&](int32_t status, std::string why) {
         std::lock_guard lock(mutex_);
@@ -287,28 +373,53 @@ void *Pool::map(uint64_t bytes) {
     return begin;
 }
 
-void Pool::unmap(void *memory, uint64_t bytes) {
-    if (pinner_) pinner_->unpin(memory);
-    munmap(memory, bytes);
+// Takes its time (the driver's, to unpin): not under the lock.
+void Pool::unmap(FreeBuffers &&buffers) noexcept {
+    for (auto &[bytes, free] : buffers) {
+        if (!pinner_ || pinner_->unpin(free.memory, bytes)) {
+            munmap(free.memory, bytes);
+            continue;
+        }
+        std::lock_guard lock(mutex_);
+        mapped_ += bytes;
+        lost_ += bytes;
+    }
+    buffers.clear();
 }
 
-void Pool::trim(uint64_t freed_before_ns) {
-    std::lock_guard lock(mutex_);
-    for (auto it = free_.begin(); it != free_.end();) {
-        if (it->second.freed_ns < freed_before_ns) {
-            mapped_ -= it->first;
-            free_bytes_ -= it->first;
-            unmap(it->second.memory, it->first);
-            it = free_.erase(it);
-        } else {
-            ++it;
+bool Pool::trim(uint64_t freed_before_ns) {
+    FreeBuffers old;
+    {
+        std::lock_guard lock(mutex_);
+        for (auto it = free_.begin(); it != free_.end();) {
+            const auto at = it++;
+            if (at->second.freed_ns >= freed_before_ns) continue;
+            mapped_ -= at->first;
+            free_bytes_ -= at->first;
+            old.insert(free_.extract(at));
         }
     }
+    const bool any = !old.empty();
+    unmap(std::move(old));
+    return any;
 }
 
 Pool::Usage Pool::usage() const {
     std::lock_guard lock(mutex_);
-    return {limit_, mapped_, free_bytes_};
+    return {limit_, mapped_, free_bytes_, lost_};
+}
+
+bool WritableCheck::operator()(uint64_t address, uint64_t bytes) {
+    if (bytes == 0) return true;
+    return is_writable(address) && is_writable(address + bytes - 1);
+}
+
+bool WritableCheck::is_writable(uint64_t address) {
+    if (address >= last_begin_ && address < last_end_) return true;
+    if (!is_page_writable(address)) return false;
+    last_begin_ = address / page_size() * page_size();
+    last_end_ = last_begin_ + page_size();
+    return true;
 }
 
 bool MappedCheck::operator()(uint64_t address, uint64_t bytes) {

@@ -3,10 +3,12 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "status.h"
 
@@ -18,10 +20,16 @@ public:
     virtual ~Pinner() = default;
     // Throws KVF_ERR_DEVICE or KVF_ERR_OUT_OF_MEMORY.
     virtual void pin(void *memory, uint64_t bytes) = 0;
-    virtual void unpin(void *memory) noexcept = 0;
+    // False where the driver could not be asked to: it still has the range, and so may a device. Then the memory must
+    // stay mapped.
+    virtual bool unpin(void *memory, uint64_t bytes) noexcept = 0;
     // Somebody, not necessarily this library, has pinned the range.
     virtual bool is_pinned(const void *memory, uint64_t bytes) const = 0;
 };
+
+// Memory of the library's own that nobody has wanted for so long goes back to the system: half a minute, or
+// KVFERRY_IDLE_SECONDS of the environment.
+uint64_t idle_ns();
 
 class Pool;
 
@@ -29,9 +37,10 @@ struct KnownMemory {
     uint64_t begin = 0;
     uint64_t bytes = 0;
     bool pinned = false;
-    std::shared_ptr<Pool> pool;     // of a pool buffer
-    std::shared_ptr<Pinner> pinner; // of a registered range that is pinned
-    std::atomic<uint32_t> users{0}; // jobs in flight
+    std::atomic<bool> haunted{false}; // a copy that did not end may still touch it
+    std::shared_ptr<Pool> pool;       // of a pool buffer
+    std::shared_ptr<Pinner> pinner;   // of a registered range that is pinned
+    std::atomic<uint32_t> users{0};   // jobs in flight
 };
 
 // A job's claim on the known memory that its buffer lies in: while it lives, the memory can be neither
@@ -47,6 +56,8 @@ public:
     MemoryUse &operator=(const MemoryUse &) = delete;
 
     bool pinned() const { return pinned_; }
+    // A copy that names it did not end, and may at any time.
+    void haunt() { memory_->haunted.store(true, std::memory_order_relaxed); }
 
 private:
     std::shared_ptr<KnownMemory> memory_;
@@ -58,10 +69,12 @@ std::shared_ptr<MemoryUse> use_memory(const void *buffer, uint64_t bytes);
 
 void register_memory(void *buffer, uint64_t bytes, std::shared_ptr<Pinner> pinner);
 void unregister_memory(void *buffer);
+// A registered range begins there.
+bool is_registered(const void *buffer);
 void free_buffer(void *buffer);
 
 // The buffers of one engine: mapped memory, pinned where there is something to pin it for, kept for
-// reuse when it is freed, and returned to the system when it has lain idle.
+// reuse when it is freed, and returned to the system when it has lain idle, by a thread of the pool's.
 class Pool : public std::enable_shared_from_this<Pool> {
 public:
     Pool(uint64_t limit, std::shared_ptr<Pinner> pinner)
@@ -70,11 +83,11 @@ public:
 
     void *alloc(uint64_t bytes);
     void take_back(KnownMemory &memory);
-    // Returns free buffers that were freed before `freed_before_ns` to the system.
-    void trim(uint64_t freed_before_ns);
+    // Returns free buffers that were freed before `freed_before_ns` to the system. False if there were none.
+    bool trim(uint64_t freed_before_ns);
 
     struct Usage {
-        uint64_t limit, mapped, free;
+        uint64_t limit, mapped, free, lost;
     };
     Usage usage() const;
 
@@ -83,15 +96,33 @@ private:
         void *memory;
         uint64_t freed_ns;
     };
+    using FreeBuffers = std::multimap<uint64_t, Free>; // by size
     void *map(uint64_t bytes);
-    void unmap(void *memory, uint64_t bytes);
+    void *map_pinned(uint64_t bytes);
+    void unmap(FreeBuffers &&buffers) noexcept;
+    void watch_idle();
 
     const uint64_t limit_; // 0: none
     const std::shared_ptr<Pinner> pinner_;
     mutable std::mutex mutex_;
-    std::multimap<uint64_t, Free> free_; // by size
+    FreeBuffers free_;
     uint64_t mapped_ = 0;
     uint64_t free_bytes_ = 0;
+    uint64_t lost_ =
+        0; // of what is mapped, for ever: a device that was given up may still touch it
+    std::condition_variable freed_;
+    bool stopping_ = false;
+    std::thread idle_watch_; // started with the first buffer that is freed
+};
+
+// Whether memory may be written: looks at the pages that ranges begin and end in, and remembers the last ones.
+class WritableCheck {
+public:
+    bool operator()(uint64_t address, uint64_t bytes);
+
+private:
+    bool is_writable(uint64_t address);
+    uint64_t last_begin_ = 0, last_end_ = 0; // pages that may be written
 };
 
 // Whether memory is mapped: asks the system, and remembers the neighbourhood of the last answer.

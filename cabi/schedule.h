@@ -1,9 +1,10 @@
 // Which piece moves next: urgent jobs before background ones, jobs of equal priority in turn. Not
-// locked: the device that owns it does that.
+// locked: the device that owns it does that. But for add(), nothing here takes memory: what has been
+// taken in can be moved and ended whatever happens.
 #pragma once
 
 #include <algorithm>
-#include <deque>
+#include <list>
 
 #include "job.h"
 
@@ -11,6 +12,8 @@ namespace kvf {
 
 class Schedule {
 public:
+    using Legs = std::list<Leg *>;
+
     // The leg stays the job's; the schedule forgets it when it has ended.
     void add(Leg &leg) { waiting(leg).push_back(&leg); }
 
@@ -27,8 +30,7 @@ public:
             Leg *leg = legs.front();
             const auto &gate = leg->job->gate;
             if (!leg->parts.empty() && (!gate || gate->is_open())) return leg;
-            legs.pop_front();
-            legs.push_back(leg);
+            rotate(legs);
         }
         return nullptr;
     }
@@ -40,8 +42,11 @@ public:
         take_pieces();
         ++leg.in_flight;
         auto &legs = waiting(leg);
-        legs.pop_front();
-        if (!leg.parts.at_end()) legs.push_back(&leg);
+        if (leg.parts.at_end()) {
+            legs.pop_front();
+        } else {
+            rotate(legs);
+        }
     }
 
     // The leg is complete. True if it has ended with this, as of give_back(); a leg that was cut short has
@@ -71,27 +76,30 @@ public:
 
     // Ends handing out pieces of every leg whose job is stopping. Those with no piece in flight have
     // ended with it and are appended to `ended`; the others end with their last give_back().
-    void sweep(std::vector<Leg *> &ended) {
+    void sweep(Legs &ended) {
         for (auto *legs : {&urgent_, &background_}) {
             for (auto it = legs->begin(); it != legs->end();) {
-                Leg &leg = **it;
-                if (!leg.job->stopping()) {
-                    ++it;
-                    continue;
-                }
-                it = legs->erase(it);
+                const auto at = it++;
+                Leg &leg = **at;
+                if (!leg.job->stopping()) continue;
                 leg.parts.cut_short();
-                if (leg.in_flight == 0) ended.push_back(&leg);
+                if (leg.in_flight == 0) {
+                    ended.splice(ended.end(), *legs, at);
+                } else {
+                    legs->erase(at);
+                }
             }
         }
     }
 
 private:
-    std::deque<Leg *> &waiting(const Leg &leg) {
+    static void rotate(Legs &legs) { legs.splice(legs.end(), legs, legs.begin()); }
+
+    Legs &waiting(const Leg &leg) {
         return leg.job->priority == KVF_PRIORITY_URGENT ? urgent_ : background_;
     }
 
-    std::deque<Leg *> urgent_, background_;
+    Legs urgent_, background_;
 };
 
 } // namespace kvf

@@ -198,11 +198,15 @@ KVF_API int32_t kvf_buffer_free(void *buffer);
  * device nothing is pinned. Errors: KVF_ERR_BUSY where it overlaps a registered range,
  * KVF_ERR_DEVICE, KVF_ERR_INVALID_ARGUMENT. */
 KVF_API int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t bytes);
-/* Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT if it is not registered. */
+/* Also after the engine has been destroyed.
+ * Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT if it is not registered;
+ * KVF_ERR_DEVICE_LOST where a copy did not end that may name it: it remains registered, and should remain mapped. */
 KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
 
-/* Returns the pool's free buffers to the system, all of them and now. (Those that have lain idle for
- * half a minute go when the pool is used next.) */
+/* Returns the pool's free buffers to the system, all of them and now, and what the engine has pinned and
+ * allocated for its own use and does not use at the moment (for each CUDA device up to 63 MiB of pinned memory,
+ * and `staging_bytes` of device memory for each direction). What has lain idle for half a minute goes by
+ * itself. */
 KVF_API int32_t kvf_buffer_trim(kvf_engine engine);
 
 /* ------------------------------------------------------------------------------------------------
@@ -331,7 +335,8 @@ KVF_API int32_t kvf_regions_size(const kvf_region *regions, uint64_t count, uint
  * call; the memory they name and the buffer must stay valid, and what is written must not be touched,
  * until the completion. Regions of one load must not overlap. A load or save of 0 regions completes
  * at once. `options` and `job` may be NULL. Never blocks on a transfer.
- * Errors: KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_UNREACHABLE, KVF_ERR_INVALID_ARGUMENT, KVF_ERR_CLOSED. */
+ * Errors: KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_UNREACHABLE, KVF_ERR_INVALID_ARGUMENT (also for memory that would be
+ * written, and is read-only), KVF_ERR_CLOSED. */
 KVF_API int32_t kvf_regions_save(kvf_engine engine, const kvf_region *regions, uint64_t count,
                                  void *buffer, uint64_t bytes, const kvf_submit_options *options,
                                  kvf_job *job);

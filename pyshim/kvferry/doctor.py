@@ -25,6 +25,7 @@ from .synthetic import write_model
 from .transfer import Priority
 
 _COPIED = 128 << 20
+_HOST_ALONE = "not asked for"  # why an engine of the host has no CUDA device
 _REPEATS = 5
 
 
@@ -44,7 +45,8 @@ async def doctor(llama_lib: str | None, device: Devices, as_json: bool) -> int:
         findings = [
             Finding("kvferry", __version__, "the library and the Python package agree"),
             _devices(engine),
-            _cuda_driver(),
+            _cuda_driver(engine),
+            *_gpus(engine),
             *await _llama(engine, llama_lib),
             _pinned_memory(engine),
             _cores(),
@@ -84,7 +86,8 @@ def _devices(engine: Engine) -> Finding:
     return Finding("devices", found, meaning, details=description)
 
 
-def _cuda_driver() -> Finding:
+def _cuda_driver(engine: Engine) -> Finding:
+    unused: str = engine.describe()["no_cuda"]
     try:
         driver = ctypes.CDLL(cuda_driver())
     except OSError as failure:
@@ -98,7 +101,40 @@ def _cuda_driver() -> Finding:
     driver.cuDriverGetVersion(ctypes.byref(version))
     driver.cuDeviceGetCount(ctypes.byref(count))
     text = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}, {count.value} device(s)"
-    return Finding("CUDA driver", text, "opened at run time; kvferry needs no CUDA toolkit")
+    if unused == _HOST_ALONE:
+        return Finding("CUDA driver", text, "not used: the engine was made for the host alone")
+    if not unused:
+        return Finding("CUDA driver", text, "opened at run time; kvferry needs no CUDA toolkit")
+    meaning = (
+        "caches in that memory cannot be moved beside decoding: llama.cpp's own blocking calls "
+        "remain, at their speed"
+    )
+    return Finding(
+        "CUDA driver", f"{text}; not all of it can be used: {unused}", meaning, good=False
+    )
+
+
+def _gpus(engine: Engine) -> list[Finding]:
+    """What is wrong with a GPU that could be opened."""
+    findings = []
+    for device in engine.describe()["devices"]:
+        if device["kind"] != "cuda":
+            continue
+        subject = f"GPU {device['ordinal']}"
+        if device["broken"]:
+            meaning = (
+                "nothing of its memory moves any more: make a new engine, or start the program "
+                "again where that does not help"
+            )
+            findings.append(Finding(subject, "lost after an error", meaning, good=False))
+        if device["no_kernels"]:
+            meaning = (
+                "fragmented caches are copied row by row, which takes many times as long; "
+                "contiguous ones are as fast as ever. A newer driver is what helps"
+            )
+            found = f"kvferry's kernels cannot be used: {device['no_kernels']}"
+            findings.append(Finding(subject, found, meaning, good=False))
+    return findings
 
 
 # ---- llama.cpp -----------------------------------------------------------------------------------

@@ -91,7 +91,10 @@ private:
         char json[8192];
         CHECK_OK(kvf_engine_describe(engine, json, sizeof json, nullptr));
         gave_up = fault_.error != CUDA_ERROR_UNKNOWN && strstr(json, "\"broken\": true");
-        if (registered == KVF_OK) CHECK_OK(kvf_buffer_unregister(engine, own.data()));
+        if (registered == KVF_OK) {
+            const int32_t status = kvf_buffer_unregister(engine, own.data());
+            CHECK(status == KVF_OK || (gave_up && status == KVF_ERR_DEVICE_LOST));
+        }
         if (pooled) CHECK_OK(kvf_buffer_free(pooled));
         CHECK_OK(kvf_engine_destroy(engine));
     }

@@ -101,6 +101,35 @@ def test_doctor_finds_libllama_and_can_tap_it() -> None:
     assert all(finding["meaning"] for finding in findings.values())
 
 
+needs_simulated_cuda = pytest.mark.skipif(
+    "KVFERRY_SIMULATED_CUDA" not in os.environ, reason="KVFERRY_SIMULATED_CUDA is not set"
+)
+
+
+@needs_simulated_cuda
+@pytest.mark.parametrize(
+    ("variable", "value", "subject", "found", "good"),
+    [
+        ("KVFSIM_DEVICES", "1", "CUDA driver", "CUDA 12.9, 1 device(s)", True),
+        ("KVFERRY_CUDA_DRIVER", "/nowhere/libcuda.so.1", "CUDA driver", "none", False),
+        ("KVFSIM_DRIVER_VERSION", "10020", "CUDA driver", "11.0 is needed", False),
+        ("KVFSIM_DEVICES", "0", "CUDA driver", "CUDA_ERROR_NO_DEVICE", False),
+        ("KVFSIM_INIT_ERROR", "803", "CUDA driver", "SYSTEM_DRIVER_MISMATCH", False),
+        ("KVFSIM_FAIL", "cuDeviceGetCount:1:999+", "CUDA driver", "cuDeviceGetCount", False),
+        ("KVFSIM_FAIL", "cuDevicePrimaryCtxRetain:1:2+", "CUDA driver", "device 0: out of", False),
+        ("KVFSIM_FAIL", "cuModuleLoadData:1:222", "GPU 0", "UNSUPPORTED_PTX_VERSION", False),
+    ],
+)
+def test_doctor_says_what_is_wrong_with_cuda(
+    variable: str, value: str, subject: str, found: str, good: bool
+) -> None:
+    environment = {"KVFERRY_CUDA_DRIVER": os.environ["KVFERRY_SIMULATED_CUDA"], variable: value}
+    done = run("doctor", "--json", environment=environment)
+    [finding] = [one for one in json.loads(done.stdout) if one["subject"] == subject]
+    assert found in finding["found"]
+    assert finding["good"] == good
+
+
 def test_doctor_works_without_the_optional_packages() -> None:
     done = run(
         "doctor",

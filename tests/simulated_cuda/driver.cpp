@@ -1,10 +1,12 @@
 // The entry points.
 #include <algorithm>
 #include <cctype>
+#include <chrono>
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
 #include "state.h"
 
@@ -32,6 +34,16 @@ constexpr uint64_t kStagedCopy = 64
 constexpr int kMaxPitch = INT_MAX;
 
 thread_local std::vector<CUcontext> context_stack;
+
+// What taking memory costs, without the lock.
+void take_time() {
+    uint64_t us;
+    {
+        Lock lock(driver().mutex);
+        us = driver().settings.allocation_us;
+    }
+    if (us) std::this_thread::sleep_for(std::chrono::microseconds(us));
+}
 
 bool is_device(int device) {
     return device >= 0 && static_cast<uint64_t>(device) < driver().settings.devices;
@@ -340,6 +352,11 @@ CUresult cuInit(unsigned int flags) {
     Driver &d = driver();
     if (d.forked) return CUDA_ERROR_NOT_INITIALIZED;
     Lock lock(d.mutex);
+    if (const uint64_t ms = d.settings.init_ms) {
+        lock.unlock();
+        std::this_thread::sleep_for(std::chrono::milliseconds(ms));
+        lock.lock();
+    }
     if (flags) return CUDA_ERROR_INVALID_VALUE;
     if (d.settings.init_error) return static_cast<CUresult>(d.settings.init_error);
     if (d.settings.devices == 0) return CUDA_ERROR_NO_DEVICE;
@@ -417,6 +434,9 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
     case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: *value = 3; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
     case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID: *value = 0x10 + device; break;
+    case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED:
+        *value = driver().settings.memory_pools != 0;
+        break;
     case CU_DEVICE_ATTRIBUTE_GPU_OVERLAP:
     case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY:
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
@@ -722,6 +742,7 @@ CUresult cuEventElapsedTime_v2(float *milliseconds, CUevent start, CUevent end) 
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     ENTER_UNSAFE(cuMemAlloc_v2);
     if (!address || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+    take_time();
     Lock lock(driver().mutex);
     ContextPtr context;
     if (CUresult error = current(&context)) return error;
@@ -743,6 +764,44 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
     return context->error;
 }
 
+// Taken at once, whatever the stream still holds: stricter about room than the driver.
+CUresult cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
+    ENTER(cuMemAllocAsync);
+    if (!address || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+    take_time();
+    Driver &d = driver();
+    Lock lock(d.mutex);
+    if (!d.settings.memory_pools) return CUDA_ERROR_NOT_SUPPORTED;
+    StreamPtr found;
+    if (CUresult error = find_current_stream(stream, &found)) return error;
+    uint64_t at = 0;
+    const CUresult result = allocate_device(found->context, bytes, &at);
+    if (!result) *address = at;
+    return result;
+}
+
+// In the order of the stream; waits for nothing else.
+CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
+    ENTER(cuMemFreeAsync);
+    if (address == 0) return CUDA_ERROR_INVALID_VALUE;
+    Lock lock(driver().mutex);
+    StreamPtr found;
+    if (CUresult error = find_current_stream(stream, &found)) return error;
+    const Allocation *allocation = allocation_of(address);
+    if (!allocation || !allocation->on_device || allocation->range.address != address)
+        return CUDA_ERROR_INVALID_VALUE;
+    Operation operation;
+    operation.run = [address] {
+        Lock inner(driver().mutex);
+        const Allocation *freed = allocation_of(address);
+        if (!freed || freed->range.address != address) return CUDA_ERROR_INVALID_VALUE;
+        free_in_order(address);
+        return CUDA_SUCCESS;
+    };
+    submit(found, std::move(operation));
+    return CUDA_SUCCESS;
+}
+
 CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {
     ENTER(cuMemGetInfo_v2);
     if (!free_bytes || !total_bytes) return CUDA_ERROR_INVALID_VALUE;
@@ -759,6 +818,7 @@ CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {
 CUresult cuMemHostAlloc(void **address, size_t bytes, unsigned int flags) {
     ENTER_UNSAFE(cuMemHostAlloc);
     if (!address || bytes == 0 || flags > 7) return CUDA_ERROR_INVALID_VALUE;
+    take_time();
     Lock lock(driver().mutex);
     ContextPtr context;
     if (CUresult error = current(&context)) return error;
@@ -787,6 +847,7 @@ CUresult cuMemFreeHost(void *address) {
 CUresult cuMemHostRegister_v2(void *address, size_t bytes, unsigned int flags) {
     ENTER_UNSAFE(cuMemHostRegister_v2);
     if (!address || bytes == 0 || flags > 15) return CUDA_ERROR_INVALID_VALUE;
+    take_time();
     const Range range = {reinterpret_cast<uint64_t>(address), bytes};
     Lock lock(driver().mutex);
     ContextPtr context;

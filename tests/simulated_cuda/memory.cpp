@@ -28,6 +28,13 @@ void discard(const Allocation &allocation) {
               static_cast<off_t>(pages(allocation.range.bytes)));
 }
 
+void give_back_device(const Allocation &allocation) {
+    arena_of(allocation.range.address)->allocated -= allocation.range.bytes;
+    driver().counters.device_bytes -= allocation.range.bytes;
+    --driver().counters.live_device_allocations;
+    discard(allocation);
+}
+
 } // namespace
 
 Arena *arena_of(uint64_t address) {
@@ -118,6 +125,14 @@ CUresult pin(const ContextPtr &context, Range range, bool registered) {
     return CUDA_SUCCESS;
 }
 
+void free_in_order(uint64_t address) {
+    Driver &d = driver();
+    const Allocation allocation = d.allocations.at(address);
+    if (is_used(allocation.range)) ++d.counters.hazards;
+    d.allocations.erase(address);
+    give_back_device(allocation);
+}
+
 void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
     Driver &d = driver();
     const Allocation allocation = d.allocations.at(address);
@@ -130,10 +145,7 @@ void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
     if (d.allocations.erase(address) == 0) return; // by somebody else meanwhile
 
     if (allocation.on_device) {
-        arena_of(address)->allocated -= allocation.range.bytes;
-        d.counters.device_bytes -= allocation.range.bytes;
-        --d.counters.live_device_allocations;
-        discard(allocation);
+        give_back_device(allocation);
     } else {
         d.counters.pinned_bytes -= allocation.range.bytes;
         --(allocation.registered ? d.counters.live_registrations

@@ -39,6 +39,7 @@ extern "C" {
 #define KVFSIM_SETTINGS(X)                                                                         \
     X(devices, 1, "how many there are, at most 8; with 0, cuInit() returns CUDA_ERROR_NO_DEVICE")  \
     X(driver_version, 12090, "of cuDriverGetVersion()")                                            \
+    X(init_ms, 0, "that cuInit() takes")                                                           \
     X(init_error, 0, "what cuInit() returns, as a number")                                         \
     X(device_bytes, 16ull << 30,                                                                   \
       "memory of each device; virtual until written; read at its first use")                       \
@@ -46,7 +47,9 @@ extern "C" {
     X(pinned_limit, UINT64_MAX, "bytes of host memory that may be pinned at once")                 \
     X(bytes_per_second, 0,                                                                         \
       "of each device in each direction between host and device; 0: as fast as it goes")           \
-    X(latency_us, 0, "that every copy and kernel takes at least")
+    X(memory_pools, 1, "whether devices can allocate in the order of streams")                     \
+    X(latency_us, 0, "that every copy and kernel takes at least")                                  \
+    X(allocation_us, 0, "that taking device or pinned memory takes, on the calling thread")
 
 /* Returns 0, or -1 for an unknown name. */
 KVFSIM_API int kvfsim_set(const char *setting, uint64_t value);

@@ -216,6 +216,9 @@ CUresult pin(const ContextPtr &context, Range range, bool registered);
 // Frees or unregisters what begins at this address, after the operations that name it.
 void release_allocation(Lock &lock, uint64_t address, bool abandoned);
 
+// Frees device memory as a stream's turn comes to it: what still names it elsewhere is a hazard.
+void free_in_order(uint64_t address);
+
 // Without need of the lock: the memory behind an address of an arena.
 std::byte *alias_of(uint64_t address);
 bool is_mapped(Range range);
