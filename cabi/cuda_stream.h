@@ -11,6 +11,10 @@ namespace kvf {
 
 using CudaContexts = std::vector<std::shared_ptr<const CudaContext>>;
 
+// A default stream (0, CU_STREAM_LEGACY, CU_STREAM_PER_THREAD) has no name of its own: each context has one. It
+// is the one of the context that is current on the calling thread; where that is none of `contexts`, the default
+// streams of all of them.
+
 // A gate behind what a stream holds now. Throws KVF_ERR_INVALID_ARGUMENT for a stream that none of the
 // contexts knows.
 std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream);
@@ -19,7 +23,7 @@ std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t strea
 // ending job sets. A word is used again when an event behind the wait has passed.
 class CudaStreamWaits {
 public:
-    explicit CudaStreamWaits(CudaContexts contexts) : contexts_(std::move(contexts)) {}
+    explicit CudaStreamWaits(CudaContexts contexts);
     // Blocks until the streams have passed: every job has ended by then.
     ~CudaStreamWaits();
     CudaStreamWaits(const CudaStreamWaits &) = delete;
@@ -31,11 +35,7 @@ public:
     void make_wait(uint64_t stream, Job &job);
 
 private:
-    struct Wait {
-        size_t word;
-        CUevent passed;
-        const CudaContext *context;
-    };
+    struct Wait;
     void map_words();
     void collect();
 

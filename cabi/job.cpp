@@ -76,12 +76,12 @@ void Job::end() {
     owner->job_ended(*this);
 }
 
-void Job::raise_at_end(std::atomic<uint32_t> &word) {
+void Job::raise_at_end(const std::vector<std::atomic<uint32_t> *> &words) {
     std::lock_guard lock(mutex_);
     if (has_ended_visible_) {
-        word.store(1, std::memory_order_release);
+        for (auto *word : words) word->store(1, std::memory_order_release);
     } else {
-        words_.push_back(&word);
+        words_.insert(words_.end(), words.begin(), words.end());
     }
 }
 

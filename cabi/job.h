@@ -84,8 +84,8 @@ public:
     void retract() { retracted_ = true; }
     bool is_retracted() const { return retracted_; }
 
-    // Sets the word to 1 when the job has ended; now, if it has. The word must stay until then.
-    void raise_at_end(std::atomic<uint32_t> &word);
+    // Sets the words to 1 when the job has ended; now, if it has. They must stay until then.
+    void raise_at_end(const std::vector<std::atomic<uint32_t> *> &words);
 
     bool ended(kvf_completion *completion);
     bool wait(int64_t timeout_ns, kvf_completion *completion);
