@@ -72,23 +72,36 @@ private:
 
 using StreamEvents = std::vector<std::unique_ptr<StreamEvent>>;
 
+// The contexts whose default streams are meant.
+CudaContexts contexts_meant(const CudaContexts &contexts, DeviceSet moved) {
+    CUcontext callers = nullptr;
+    contexts[0]->driver().cuCtxGetCurrent(&callers);
+    CudaContexts meant;
+    bool any_is_callers = false;
+    for (size_t i = 0; i < contexts.size(); ++i) {
+        const bool is_callers = contexts[i]->handle() == callers;
+        any_is_callers |= is_callers;
+        if (is_callers || moved & device_set(static_cast<uint32_t>(i + 1))) {
+            meant.push_back(contexts[i]);
+        }
+    }
+    return any_is_callers ? meant : contexts;
+}
+
 // Behind what a stream holds now: one event, or one for each context whose default stream is meant.
-StreamEvents record_events(const CudaContexts &contexts, CUstream stream) {
+StreamEvents record_events(const CudaContexts &contexts, CUstream stream, DeviceSet moved) {
     StreamEvents events;
     if (is_default(stream)) {
-        CUcontext callers = nullptr;
-        contexts[0]->driver().cuCtxGetCurrent(&callers);
-        for (const auto &context : contexts) {
-            if (context->handle() != callers) continue;
-            events.push_back(std::make_unique<StreamEvent>(context, stream));
-            return events;
+        for (auto &context : contexts_meant(contexts, moved)) {
+            events.push_back(std::make_unique<StreamEvent>(std::move(context), stream));
         }
+        return events;
     }
     std::optional<Error> lost;
     for (const auto &context : contexts) {
         try {
             events.push_back(std::make_unique<StreamEvent>(context, stream));
-            if (!is_default(stream)) return events;
+            return events;
         } catch (const Error &error) {
             if (error.status == KVF_ERR_DEVICE_LOST) {
                 lost = error; // the stream may be another's
@@ -97,7 +110,6 @@ StreamEvents record_events(const CudaContexts &contexts, CUstream stream) {
             }
         }
     }
-    if (!events.empty()) return events;
     if (lost) throw *lost;
     throw Error(KVF_ERR_INVALID_ARGUMENT, "no device of the engine knows this stream");
 }
@@ -121,9 +133,10 @@ private:
 
 } // namespace
 
-std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream) {
+std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream,
+                                    DeviceSet moved) {
     return std::make_shared<StreamGate>(
-        record_events(contexts, reinterpret_cast<CUstream>(stream)));
+        record_events(contexts, reinterpret_cast<CUstream>(stream), moved));
 }
 
 struct CudaStreamWaits::Wait {
@@ -170,7 +183,7 @@ void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
     collect();
     // They tell whose the stream is, before it is made to wait: a driver takes a wait for a stream of another
     // context than the current one.
-    StreamEvents events = record_events(contexts_, handle);
+    StreamEvents events = record_events(contexts_, handle, job.devices);
     if (free_.size() < events.size()) throw Error(KVF_ERR_BUSY, "too many streams wait for jobs");
     std::list<Wait> placed;
     std::vector<std::atomic<uint32_t> *> words;

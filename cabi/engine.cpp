@@ -115,11 +115,14 @@ uint32_t Locator::operator()(uint64_t address, uint64_t bytes) {
 
 void Engine::check(const kvf_submit_options &options) const {
     if (options.queue) find<Queue>(options.queue);
-    if ((options.flags & KVF_SUBMIT_FOLLOW_STREAM) && cuda_.empty()) {
-        throw Error(KVF_ERR_UNSUPPORTED, "the engine has no CUDA device");
-    }
     std::lock_guard lock(mutex_);
     if (closing_) throw Error(KVF_ERR_CLOSED);
+}
+
+std::shared_ptr<Gate> Engine::make_gate(const kvf_submit_options &options, DeviceSet moved) const {
+    if (!(options.flags & KVF_SUBMIT_FOLLOW_STREAM)) return nullptr;
+    if (cuda_.empty()) throw Error(KVF_ERR_UNSUPPORTED, "the engine has no CUDA device");
+    return follow_stream(cuda_, options.stream, moved);
 }
 
 std::shared_ptr<Job> Engine::submit(Submission &&submission, Recorded &&recorded,
@@ -140,6 +143,7 @@ std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_o
     job->callback = options.callback;
     job->owned_by = submission.owned_by;
     job->on_end = std::move(submission.on_end);
+    job->gate = std::move(submission.gate);
     job->keep = std::move(submission.keep);
     job->engine = this;
     job->owner = weak_from_this();
@@ -149,10 +153,6 @@ std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_o
     job->pinned = job->memory && job->memory->pinned();
     if (!job->pinned && pinner_ && submission.buffer_bytes) {
         job->pinned = pinner_->is_pinned(submission.buffer, submission.buffer_bytes);
-    }
-    if (options.flags & KVF_SUBMIT_FOLLOW_STREAM) {
-        check(options);
-        job->gate = follow_stream(cuda_, options.stream);
     }
     return job;
 }

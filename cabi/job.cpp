@@ -3,10 +3,20 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "engine.h"
 
 namespace kvf {
+namespace {
+
+constexpr std::chrono::microseconds kGatePoll{20};
+
+} // namespace
+
+void Gate::wait() {
+    while (!is_open()) std::this_thread::sleep_for(kGatePoll);
+}
 
 void Job::cancel() { fail(KVF_ERR_CANCELLED, ""); }
 
@@ -16,6 +26,10 @@ void Job::fail(int32_t status, const std::string &detail) {
     status_ = status;
     detail_ = detail;
     stopping_.store(true, std::memory_order_release);
+}
+
+void Job::wait_for_turn() const {
+    while (gate && !gate->is_open() && !stopping()) std::this_thread::sleep_for(kGatePoll);
 }
 
 void Job::note_started(uint64_t ns) {

@@ -124,7 +124,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     submission.mode = resolve_mode(options.mode);
     if (blocking_) return save_blocking(sequence, std::move(submission), options, job);
 
-    Recorder recorder = make_recorder(Direction::Save, buffer, bytes);
+    Recorder recorder = make_recorder(Direction::Save, buffer, bytes, submission.gate);
     std::optional<OpenJob> open;
     if (submission.mode == KVF_SAVE_IN_PLACE) {
         move_while_recording(recorder, open, submission, options, job != nullptr);
@@ -170,6 +170,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
 
 // Copies aside what the submission would read. False where there is no room for it.
 bool Llama::take_snapshot(Submission &submission, Recorded &recorded) {
+    if (submission.gate) submission.gate->wait();
     try {
         for (auto &[device, layout] : recorded.layouts) {
             auto snapshot = engine_->device(device).snapshot(layout, submission.buffer);
@@ -206,7 +207,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
                              job);
     }
 
-    Recorder recorder = make_recorder(Direction::Load, buffer, bytes);
+    Recorder recorder = make_recorder(Direction::Load, buffer, bytes, submission.gate);
     try {
         std::optional<OpenJob> open;
         move_while_recording(recorder, open, submission, options, job != nullptr);
@@ -286,6 +287,9 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
     }
+    DeviceSet moved = 0;
+    for (const uint32_t device : devices_) moved |= device_set(device);
+    submission.gate = engine_->make_gate(options, moved);
     for (const uint32_t device : devices_) engine_->device(device).expect(direction);
     submission.direction = direction;
     submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));
@@ -363,8 +367,9 @@ uint32_t Llama::resolve_mode(uint32_t mode) const {
 
 // ---- recording ---------------------------------------------------------------------------------
 
-Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes) {
-    const auto locate = [this, direction, locator = Locator(*engine_),
+Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes,
+                              std::shared_ptr<Gate> gate) {
+    const auto locate = [this, direction, gate = std::move(gate), locator = Locator(*engine_),
                          last = int64_t{-1}](uint64_t address, uint64_t count) mutable -> int64_t {
         try {
             const uint32_t device = locator(address, count);
@@ -372,6 +377,7 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
             devices_.insert(device);
             return last = device;
         } catch (const Error &) {
+            if (gate) gate->wait(); // what moves here and now follows, too
             return -1;
         }
     };
@@ -421,7 +427,7 @@ void Llama::learn_structure(int32_t sequence) {
     const uint64_t bytes = api_.state_seq_get_size(context_, sequence, 0);
     if (bytes == 0) return;
     ScratchState scratch(bytes);
-    Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes);
+    Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes, nullptr);
     uint64_t written = 0;
     try {
         Recording recording(recorder);
@@ -544,6 +550,7 @@ void Llama::run_blocking(Submission &&submission, uint64_t bytes, const kvf_subm
     job->expect_leg(); // of a kind: the thread's
     try {
         blocking_->add([job, work = std::move(work)] {
+            job->wait_for_turn();
             if (!job->stopping()) {
                 job->note_started(now_ns());
                 work(*job);

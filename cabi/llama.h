@@ -37,7 +37,8 @@ private:
     uint32_t resolve_mode(uint32_t mode) const;
     bool take_snapshot(Submission &submission, Recorded &recorded);
     void empty_sequence(int32_t sequence);
-    Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes);
+    Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes,
+                           std::shared_ptr<Gate> gate);
     void move_while_recording(Recorder &recorder, std::optional<OpenJob> &open,
                               Submission &submission, const kvf_submit_options &options,
                               bool with_handle);

@@ -266,10 +266,11 @@ enum {
 };
 
 enum {
-    /* The transfer begins when the work that `stream` holds at the time of the call has been done. (Of the
-     * default streams, 0, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD, every context has one: that of the
-     * calling thread's current context is meant, or, where that is none of the engine's devices' primary
-     * contexts, those of all of them.) */
+    /* The transfer begins when the work that `stream` holds at the time of the call has been done. A save by
+     * snapshot copies aside during the call, which therefore waits for that work. (Of the default streams, 0,
+     * CU_STREAM_LEGACY and CU_STREAM_PER_THREAD, every context has one. Followed are that of the calling
+     * thread's current context and those of the devices whose memory is moved; where no device of the engine
+     * has its primary context current, those of all its devices.) */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
 };
 
@@ -302,7 +303,7 @@ KVF_API int32_t kvf_job_cancel(kvf_job job);
 
 /* Makes a CUDA stream (a CUstream or cudaStream_t) wait: what it is given from now on begins when the job
  * has ended, in whatever way. Returns at once. Destroying the engine waits for streams that still wait.
- * Which default stream is meant says KVF_SUBMIT_FOLLOW_STREAM; all of them where it says so.
+ * A default stream means several, as KVF_SUBMIT_FOLLOW_STREAM says; all of them wait.
  * Errors: KVF_ERR_UNSUPPORTED (no CUDA device, or a driver older than 11.7), KVF_ERR_INVALID_ARGUMENT
  * (a stream that no device of the engine knows), KVF_ERR_BUSY (1,024 waits are outstanding). */
 KVF_API int32_t kvf_job_stream_wait(kvf_job job, uint64_t stream);

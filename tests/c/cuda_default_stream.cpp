@@ -1,5 +1,5 @@
-// Every context has a default stream, and all have the same names. It is the one of the caller's current
-// context; and where there is none, or it is not one of the engine's, those of all devices.
+// Every context has a default stream, and all have the same names. Meant are the one of the caller's current
+// context and those of the devices whose memory moves; where no context is current, those of all devices.
 #include "cuda.hpp"
 
 namespace {
@@ -16,10 +16,17 @@ kvf_submit_options following(CUstream stream) {
 
 bool is_idle(CUstream stream) { return driver().cuStreamQuery(stream) == CUDA_SUCCESS; }
 
-// As a caller that no context is current for.
+// Whose device's context is current where a call is made.
+enum class Caller { OfTheMemory, OfTheOther, Bare };
+constexpr Caller kCallers[] = {Caller::OfTheMemory, Caller::OfTheOther, Caller::Bare};
+
 template <class Function>
-void on_a_bare_thread(Function &&function) {
-    std::thread(function).join();
+void act_as(Caller caller, const Context &other, Function &&function) {
+    if (caller == Caller::OfTheMemory) return function();
+    std::thread([&] {
+        if (caller == Caller::OfTheOther) other.adopt();
+        function();
+    }).join();
 }
 
 } // namespace
@@ -32,7 +39,9 @@ int main() {
     if (count < 2) SKIP("one device only");
 
     Random random(7);
-    Context first(0), second(1); // the second one is current
+    Context first(0);
+    const DeviceMemory of_first(kBytes);
+    Context second(1); // is current
     const Holdings holdings;
     Engine engine;
     {
@@ -40,8 +49,10 @@ int main() {
         const DeviceMemory memory(before), source(after);
         const Buffer buffer(engine, Kind::Pool, kBytes);
         const Regions regions = {{memory.address(), kBytes, 1, 0, 0, 0}};
+        const Regions others = {{of_first.address(), kBytes, 1, 0, 0, 0}};
+        const Buffer others_buffer(engine, Kind::Pool, kBytes);
         for (const CUstream name : kNames) {
-            for (const bool bare : {false, true}) {
+            for (const Caller caller : kCallers) {
                 memory.write(before);
                 Barrier barrier;
                 barrier.close(name);
@@ -51,40 +62,31 @@ int main() {
                 const auto save = [&] {
                     job = start(engine, Way::Save, regions, buffer, following(name));
                 };
-                if (bare) {
-                    on_a_bare_thread(save);
-                } else {
-                    save();
-                }
+                act_as(caller, first, save);
                 sleep_ms(5);
                 CHECK(!has_ended(job));
-                // What the caller's context has done is enough.
-                first.adopt();
-                succeed(start(engine, Way::Save, regions, buffer, following(name)));
-                CHECK(buffer.holds(before));
-                second.adopt();
+                // Neither the caller's context nor the memory's waits.
+                act_as(Caller::OfTheOther, first, [&] {
+                    succeed(start(engine, Way::Save, others, others_buffer, following(name)));
+                });
                 barrier.open();
                 succeed(job);
                 CHECK(buffer.holds(after));
             }
 
             const Stream own;
-            for (const bool bare : {false, true}) {
+            for (const Caller caller : kCallers) {
                 Barrier barrier;
                 barrier.close(own);
                 const kvf_job job = start(engine, Way::Load, regions, buffer, following(own.get()));
                 const auto wait = [&] {
                     CHECK_OK(kvf_job_stream_wait(job, reinterpret_cast<uint64_t>(name)));
                 };
-                if (bare) {
-                    on_a_bare_thread(wait);
-                } else {
-                    wait();
-                }
+                act_as(caller, first, wait);
                 sleep_ms(2);
                 CHECK(!is_idle(name));
                 first.adopt();
-                CHECK(is_idle(name) == !bare);
+                CHECK(is_idle(name) == (caller == Caller::OfTheMemory));
                 second.adopt();
                 barrier.open();
                 CHECK_CUDA(driver().cuStreamSynchronize(name));
@@ -107,7 +109,7 @@ int main() {
                         start(engine, Way::Load, regions, buffer, following(own.get()));
                     driver().fail(call, nth, CUDA_ERROR_OUT_OF_MEMORY, 0);
                     int32_t status = KVF_OK;
-                    on_a_bare_thread([&] { status = kvf_job_stream_wait(job, 0); });
+                    act_as(Caller::Bare, first, [&] { status = kvf_job_stream_wait(job, 0); });
                     CHECK(status == KVF_OK || status == KVF_ERR_OUT_OF_MEMORY);
                     driver().reset();
                     driver().set("devices", 2);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures as cf
 import contextlib
 import ctypes
 import gc
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
+import c_interface
 import kvferry
 import numpy as np
 import pytest
@@ -93,6 +95,18 @@ def simulated(cuda: SimulatedCuda) -> SimulatedCuda:
     if ON_GPU:
         pytest.skip("needs the simulated driver")
     return cuda
+
+
+@pytest.fixture
+def two_devices(simulated: SimulatedCuda) -> Iterator[SimulatedCuda]:
+    simulated.set(devices=2)
+    yield simulated
+    let_go_of_second_device(simulated)
+
+
+def let_go_of_second_device(driver: SimulatedCuda) -> None:
+    if driver._retained.pop(1, None):
+        driver.call("cuDevicePrimaryCtxRelease_v2", 1)
 
 
 class View:
@@ -351,6 +365,103 @@ async def test_a_stream_waits_for_a_transfer(cuda: SimulatedCuda, cancelled: boo
                 waiting.synchronize()
 
 
+@pytest.mark.parametrize("default", [1, 2], ids=["legacy", "per thread"])
+async def test_a_default_stream_is_followed_on_whichever_device_it_holds_work(
+    two_devices: SimulatedCuda, default: int
+) -> None:
+    simulated = two_devices
+    before, after = numbers(), -numbers()
+    with simulated.array(before, device=1) as array, simulated.array(after, device=1) as computed:
+        async with kvferry.Engine("cuda") as engine:
+            with simulated.stream(default, device=1) as stream:
+                stream.hold()
+                stream.copy(array, computed)
+                transfer = await engine.start_copy_out(on_stream(array, stream.handle))
+                assert await pass_by(engine, array) == before.tobytes()
+                stream.release()
+                assert (await transfer.wait()).to_bytes() == after.tobytes()
+
+
+# ---- Sequences: a cache on the host, beside a device --------------------------------------------
+
+
+@pytest.fixture
+def sequences(
+    simulated: SimulatedCuda, make_context: Callable[..., Any]
+) -> Iterator[tuple[c_interface.Attachment, Any]]:
+    """An attachment and its context; its sequence 0 has cells."""
+    context = make_context("llama")
+    context.decode(0, context.model.prompt(100))
+    library = c_interface.Library(c_interface.LIBRARY)
+    with library.engine() as engine, engine.attach(context.address) as attachment:
+        yield attachment, context
+
+
+def room_for(attachment: c_interface.Attachment, sequence: int) -> Any:
+    return ctypes.create_string_buffer(attachment.size(sequence))
+
+
+async def test_a_snapshot_is_taken_after_the_streams_work(
+    simulated: SimulatedCuda, sequences: tuple[c_interface.Attachment, Any]
+) -> None:
+    attachment, context = sequences
+    buffer = room_for(attachment, 0)
+    state = context.state_get(0)
+    with simulated.stream() as stream, cf.ThreadPoolExecutor(1) as pool:
+        stream.hold()
+        save = pool.submit(
+            attachment.save,
+            0,
+            buffer,
+            stream=stream.handle,
+            mode=c_interface.Mode.SNAPSHOT,
+        )
+        await anyio.sleep(0.05)
+        assert not save.done()
+        assert buffer.raw[-1000:] == bytes(1000)
+        stream.release()
+        assert save.result(20).wait() == "KVF_OK"
+    assert buffer.raw == state
+
+
+async def test_a_stream_that_nobody_knows_costs_a_sequence_nothing(
+    sequences: tuple[c_interface.Attachment, Any],
+) -> None:
+    attachment, context = sequences
+    state = context.state_get(0)
+    for submit in (attachment.load, attachment.save):
+        with pytest.raises(c_interface.Failure, match=r"KVF_ERR_INVALID_ARGUMENT.*this stream"):
+            submit(0, ctypes.create_string_buffer(state, len(state)), stream=0xDEAD0)
+        assert context.state_get(0) == state
+
+
+async def test_blocking_calls_follow_a_stream(
+    simulated: SimulatedCuda, make_context: Callable[..., Any]
+) -> None:
+    context = make_context("llama")
+    context.decode(0, context.model.prompt(100))
+    state = context.state_get(0)
+    library = c_interface.Library(c_interface.LIBRARY)
+    with (
+        library.engine() as engine,
+        simulated.stream() as stream,
+        engine.attach(context.address, c_interface.FORCE_BLOCKING) as attachment,
+    ):
+        for cancelled in (False, True):
+            buffer = room_for(attachment, 0)
+            stream.hold()
+            job = attachment.save(0, buffer, stream=stream.handle)
+            await anyio.sleep(0.02)
+            assert not job.done
+            if cancelled:
+                job.cancel()
+                assert job.wait() == "KVF_ERR_CANCELLED"
+            stream.release()
+            if not cancelled:
+                assert job.wait() == "KVF_OK"
+                assert buffer.raw == state
+
+
 # ---- DLPack --------------------------------------------------------------------------------------
 
 
@@ -506,8 +617,7 @@ async def test_a_lost_device_is_an_exception_of_its_own(simulated: SimulatedCuda
         # The test's own context of the device is as lost as the engine's.
         with pytest.raises(Exception, match="214"):
             array.close()
-    simulated._retained.pop(1)
-    simulated.call("cuDevicePrimaryCtxRelease_v2", 1)
+    let_go_of_second_device(simulated)
 
 
 # ---- With PyTorch and transformers ---------------------------------------------------------------
