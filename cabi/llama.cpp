@@ -61,6 +61,7 @@ Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
     }
     engine_->hold();
     try {
+        for (uint32_t i = 0; i < engine_->device_count(); ++i) engine_->device(i).check_usable();
         if (!(options.flags & KVF_LLAMA_FORCE_BLOCKING)) {
             try {
                 tap_ = std::make_unique<Tap>(api_, [this](uint64_t begin, uint64_t bytes) {
@@ -287,6 +288,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
     }
+    check_devices();
     DeviceSet moved = 0;
     for (const uint32_t device : devices_) moved |= device_set(device);
     submission.gate = engine_->make_gate(options, moved);
@@ -319,6 +321,23 @@ void Llama::check_usable() {
     if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
     if (!freed_ && api_.get_model(context_) != model_) freed_ = true;
     if (freed_) throw Error(KVF_ERR_CONTEXT_FREED);
+}
+
+// Of a lost device libllama's own calls would end the process, and a load would have cost the sequence its cells.
+void Llama::check_devices() {
+    for (const uint32_t device : devices_) engine_->device(device).check_usable();
+    uint64_t tensor;
+    {
+        std::lock_guard lock(mutex_);
+        if (tensors_.empty()) return;
+        tensor = *tensors_.begin();
+    }
+    try {
+        Locator locate(*engine_);
+        locate(tensor, 1);
+    } catch (const Error &error) {
+        if (error.status != KVF_ERR_UNREACHABLE) throw;
+    }
 }
 
 void Llama::check_sequence(int32_t sequence, bool must_hold_cells) {
@@ -376,7 +395,8 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
             if (device != last) engine_->device(device).expect(direction);
             devices_.insert(device);
             return last = device;
-        } catch (const Error &) {
+        } catch (const Error &error) {
+            if (error.status != KVF_ERR_UNREACHABLE) throw;
             if (gate) gate->wait(); // what moves here and now follows, too
             return -1;
         }
@@ -436,6 +456,7 @@ void Llama::learn_structure(int32_t sequence) {
         return;
     }
     if (written == 0) return;
+    recorder.finish(); // throws what went wrong
     note_tensors(recorder);
     if (const auto structure = parse_state(scratch.data, written)) learn(*structure);
 }
@@ -536,9 +557,12 @@ void Llama::load_blocking(int32_t sequence, Submission &&submission, uint64_t by
     const auto load = [this, sequence, bytes, structure = std::move(structure)](Job &started) {
         const size_t n = api_.state_seq_set_data(context_, started.buffer, bytes, sequence, 0);
         if (n == bytes) return;
-        // The context rests, so what belongs to its thread may be looked at here.
-        const Error failure = load_failure(sequence, "", structure);
-        started.fail(failure.status, failure.detail);
+        try {
+            // The context rests, so what belongs to its thread may be looked at here.
+            throw load_failure(sequence, "", structure);
+        } catch (const Error &failure) {
+            started.fail(failure.status, failure.detail);
+        }
     };
     run_blocking(std::move(submission), bytes, options, job, load);
 }

@@ -31,6 +31,7 @@ public:
 private:
     enum class Busy { WithLoads, WithAny };
     void check_usable();
+    void check_devices();
     void check_sequence(int32_t sequence, bool must_hold_cells);
     void check_idle(int32_t sequence, Busy busy);
     std::optional<Structure> check_state(const unsigned char *state, uint64_t bytes);

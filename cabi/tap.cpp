@@ -377,6 +377,7 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
     const uint64_t place = reinterpret_cast<uint64_t>(data) - buffer_;
     if (direction != direction_ || place >= buffer_bytes_ || bytes > buffer_bytes_ - place)
         return false;
+    if (failure_) return true; // libllama's own copy might fail likewise, and end the process
     // This runs inside destructors of libllama's, out of which nothing may be thrown.
     try {
         if (tensor != tensor_) begin_tensor(tensor, offset, bytes, ggml);

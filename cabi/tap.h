@@ -27,7 +27,8 @@ namespace kvf {
 // Collects what one thread's call of libllama would have moved.
 class Recorder {
 public:
-    // Says which device of the engine holds [address, address + bytes). Negative: none of them.
+    // Says which device of the engine holds [address, address + bytes). Negative: none of them. What it throws
+    // is thrown by finish() again.
     using Locate = std::function<int64_t(uint64_t address, uint64_t bytes)>;
 
     // Takes what has been recorded so far, of a device: it may be moved while the rest is recorded.

@@ -335,7 +335,8 @@ KVF_API int32_t kvf_regions_size(const kvf_region *regions, uint64_t count, uint
 /* Saves regions into, or loads them from, `buffer`, asynchronously. The regions are copied by the
  * call; the memory they name and the buffer must stay valid, and what is written must not be touched,
  * until the completion. Regions of one load must not overlap. A load or save of 0 regions completes
- * at once. `options` and `job` may be NULL. Never blocks on a transfer.
+ * at once. `options` and `job` may be NULL. Never blocks on a transfer. Where a device is lost, the call
+ * is refused, or accepted and ended, with KVF_ERR_DEVICE_LOST.
  * Errors: KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_UNREACHABLE, KVF_ERR_INVALID_ARGUMENT, KVF_ERR_CLOSED. */
 KVF_API int32_t kvf_regions_save(kvf_engine engine, const kvf_region *regions, uint64_t count,
                                  void *buffer, uint64_t bytes, const kvf_submit_options *options,
@@ -379,7 +380,8 @@ typedef struct kvf_llama_options {
 /* Attaches to a context; `options` may be NULL. The context stays the caller's and must outlive the
  * attachment: detach first. (A context that is freed all the same is noticed as libllama frees its
  * cache: jobs in flight are cancelled and waited for, later calls return KVF_ERR_CONTEXT_FREED.)
- * Errors: KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_TAP, KVF_ERR_UNSUPPORTED. */
+ * Errors: KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_TAP, KVF_ERR_UNSUPPORTED,
+ * KVF_ERR_DEVICE_LOST (of any device of the engine). */
 KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
                                  const kvf_llama_options *options, kvf_llama *llama);
 
@@ -410,7 +412,8 @@ enum {
 /* Saves a sequence into `buffer`, which needs kvf_llama_size() bytes and must not be touched until the
  * completion. The call itself takes the time to record the layout. `options` and `job` may be NULL.
  * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
- * (a load into this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA. */
+ * (a load into this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST,
+ * KVF_ERR_LLAMA. */
 KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t bytes,
                                const kvf_submit_options *options, kvf_job *job);
 
@@ -424,7 +427,8 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
  * The state is checked before libllama sees it, so that a truncated or damaged one is refused.
  * Errors: KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH, KVF_ERR_CACHE_FULL (all leave the sequence
  * empty); KVF_ERR_SEQUENCE_RANGE, KVF_ERR_BUSY (a transfer of this sequence is in flight),
- * KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_INVALID_ARGUMENT (all leave it as it was). */
+ * KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_INVALID_ARGUMENT, KVF_ERR_DEVICE_LOST (all leave it as
+ * it was; but a device that is lost during the call leaves it empty). */
 KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,
                                uint64_t bytes, const kvf_submit_options *options, kvf_job *job);
 

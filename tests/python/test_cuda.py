@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -401,6 +402,12 @@ def room_for(attachment: c_interface.Attachment, sequence: int) -> Any:
     return ctypes.create_string_buffer(attachment.size(sequence))
 
 
+def passed_calls(attachment: c_interface.Attachment) -> int:
+    """How many calls libllama has made past the recording."""
+    passed: int = json.loads(attachment.describe())["passed_calls"]
+    return passed
+
+
 async def test_a_snapshot_is_taken_after_the_streams_work(
     simulated: SimulatedCuda, sequences: tuple[c_interface.Attachment, Any]
 ) -> None:
@@ -433,6 +440,42 @@ async def test_a_stream_that_nobody_knows_costs_a_sequence_nothing(
         with pytest.raises(c_interface.Failure, match=r"KVF_ERR_INVALID_ARGUMENT.*this stream"):
             submit(0, ctypes.create_string_buffer(state, len(state)), stream=0xDEAD0)
         assert context.state_get(0) == state
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+async def test_on_a_lost_device_libllama_copies_nothing_itself(
+    simulated: SimulatedCuda, sequences: tuple[c_interface.Attachment, Any], nth: int
+) -> None:
+    attachment, context = sequences
+    state = context.state_get(0)
+    passed = passed_calls(attachment)
+    buffer = room_for(attachment, 0)
+
+    # Whoever asks the driver whose a tensor is, learns that the device is lost.
+    simulated.fail("cuPointerGetAttributes", nth, Error.ECC_UNCORRECTABLE, forever=True)
+    with pytest.raises(c_interface.Failure, match="KVF_ERR_DEVICE_LOST"):
+        attachment.save(0, buffer)
+    simulated.reset()
+    simulated.fail("cuPointerGetAttributes", nth, Error.ECC_UNCORRECTABLE, forever=True)
+    with pytest.raises(c_interface.Failure, match="KVF_ERR_DEVICE_LOST"):
+        attachment.load(0, ctypes.create_string_buffer(state, len(state)))
+    simulated.reset()
+    assert passed_calls(attachment) == passed
+    known_before_the_call = nth == 1
+    assert context.pos_max(0) == (99 if known_before_the_call else -1)
+
+
+async def test_nothing_is_attached_to_an_engine_with_a_lost_device(
+    simulated: SimulatedCuda, make_context: Callable[..., Any]
+) -> None:
+    context = make_context("llama")
+    context.decode(0, context.model.prompt(10))
+    library = c_interface.Library(c_interface.LIBRARY)
+    for call in ("cuStreamQuery", "cuPointerGetAttributes"):
+        with library.engine() as engine:
+            simulated.fail(call, error=Error.ECC_UNCORRECTABLE)
+            with pytest.raises(c_interface.Failure, match="KVF_ERR_DEVICE_LOST"):
+                engine.attach(context.address)
 
 
 async def test_blocking_calls_follow_a_stream(
