@@ -54,13 +54,14 @@ private:
 Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
              const kvf_llama_options &options)
     : engine_(std::move(engine)), context_(context), api_(find_llama(options.library)),
-      model_(api_.get_model(context)), sequences_(api_.n_seq_max(context)),
-      fingerprint_(fingerprint(api_, model_)) {
+      model_(api_.get_model(context)), sequence_count_(api_.n_seq_max(context)),
+      sequences_(LlamaSequences::of(context, model_)), fingerprint_(fingerprint(api_, model_)) {
     if (!api_.get_memory(context_)) {
         throw Error(KVF_ERR_UNSUPPORTED, "the context has no memory: its model keeps no state");
     }
     engine_->hold();
     try {
+        sequences_->check_at_rest();
         for (uint32_t i = 0; i < engine_->device_count(); ++i) engine_->device(i).check_usable();
         if (!(options.flags & KVF_LLAMA_FORCE_BLOCKING)) {
             try {
@@ -94,7 +95,7 @@ void Llama::let_go() {
 std::string Llama::describe() const {
     char model[256] = "";
     std::lock_guard lock(mutex_);
-    if (!freed_) api_.model_desc(model_, model, sizeof model);
+    if (!sequences_->is_freed()) api_.model_desc(model_, model, sizeof model);
     const auto counters = tap_ ? tap_->counters() : Tap::Counters{};
     return "{\"library\": " + json_quote(api_.path) +
            ", \"ggml_version\": " + json_quote(api_.ggml.version ? api_.ggml.version() : "") +
@@ -105,7 +106,7 @@ std::string Llama::describe() const {
            ", \"tap\": " + (tap_ ? "true" : "false") +
            format(", \"recorded_calls\": %llu, \"passed_calls\": %llu, \"sequences\": %u}",
                   static_cast<unsigned long long>(counters.recorded),
-                  static_cast<unsigned long long>(counters.passed_through), sequences_);
+                  static_cast<unsigned long long>(counters.passed_through), sequence_count_);
 }
 
 uint64_t Llama::size(int32_t sequence) {
@@ -121,7 +122,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
                  kvf_job *job) {
     Submission submission = begin(Direction::Save, sequence, buffer, bytes, options);
     check_sequence(sequence, true);
-    check_idle(sequence, Busy::WithLoads);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     submission.mode = resolve_mode(options.mode);
     if (blocking_) return save_blocking(sequence, std::move(submission), options, job);
 
@@ -147,7 +148,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
                                                      static_cast<unsigned long long>(bytes)));
     }
     Recorded recorded = recorder.finish();
-    note_tensors(recorder);
+    sequences_->note_tensors(recorder.tensors());
     if (!knows_cells()) {
         if (const auto structure = parse_state(static_cast<unsigned char *>(buffer), written)) {
             check_recorded_whole(*structure, recorded);
@@ -189,7 +190,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
                  const kvf_submit_options &options, kvf_job *job) {
     Submission submission = begin(Direction::Load, sequence, buffer, bytes, options);
     check_sequence(sequence, false);
-    check_idle(sequence, Busy::WithAny);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     const auto *state = static_cast<const unsigned char *>(buffer);
 
     // From here on whatever fails leaves the sequence empty.
@@ -222,7 +223,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
             throw load_failure(sequence, recorder.abort_text(), structure);
         }
         Recorded recorded = recorder.finish();
-        note_tensors(recorder);
+        sequences_->note_tensors(recorder.tensors());
         if (structure) {
             check_recorded_whole(*structure, recorded);
             learn(*structure);
@@ -247,17 +248,13 @@ void Llama::remove(int32_t sequence) {
     settle();
     check_usable();
     check_sequence(sequence, false);
-    check_idle(sequence, Busy::WithAny);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     empty_sequence(sequence);
 }
 
 uint32_t Llama::settle() {
-    std::set<int32_t> sequences;
-    {
-        std::lock_guard lock(mutex_);
-        if (freed_) return 0;
-        sequences.swap(to_be_emptied_);
-    }
+    if (replaced_) return 0;
+    const auto sequences = sequences_->take_to_be_emptied();
     for (const int32_t sequence : sequences) empty_sequence(sequence);
     return static_cast<uint32_t>(sequences.size());
 }
@@ -271,7 +268,8 @@ void Llama::detach() {
         detached_ = true;
     }
     engine_->wait([this](const Job &job) { return job.owned_by == this; });
-    settle();
+    // Where another attachment's blocking transfer is in flight, it is for that attachment to do.
+    if (sequences_->is_at_rest()) settle();
     let_go();
 }
 
@@ -297,19 +295,10 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));
     submission.buffer_bytes = bytes;
     submission.owned_by = this;
-    const auto count = [direction](Transfers &transfers) -> uint32_t & {
-        return direction == Direction::Save ? transfers.saves : transfers.loads;
-    };
-    submission.on_entry = [this, sequence, count] {
-        std::lock_guard lock(mutex_);
-        ++count(transfers_[sequence]);
-    };
-    submission.on_end = [this, sequence, count, direction](int32_t status) {
-        std::lock_guard lock(mutex_);
-        auto it = transfers_.find(sequence);
-        --count(it->second);
-        if (it->second.saves == 0 && it->second.loads == 0) transfers_.erase(it);
-        if (direction == Direction::Load && status != KVF_OK) to_be_emptied_.insert(sequence);
+    const LlamaSequences::Transfer transfer{sequence, direction, blocking_ != nullptr};
+    submission.on_entry = [sequences = sequences_, transfer] { sequences->begin(transfer); };
+    submission.on_end = [sequences = sequences_, transfer](int32_t status) {
+        sequences->end(transfer, status);
     };
     return submission;
 }
@@ -317,48 +306,35 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
 // A context that was freed and noticed, or whose memory is plainly something else by now. (The latter
 // reads freed memory: it is a chance to stop in time, not a guarantee.)
 void Llama::check_usable() {
-    std::lock_guard lock(mutex_);
-    if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
-    if (!freed_ && api_.get_model(context_) != model_) freed_ = true;
-    if (freed_) throw Error(KVF_ERR_CONTEXT_FREED);
+    {
+        std::lock_guard lock(mutex_);
+        if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
+    }
+    if (!sequences_->is_freed() && api_.get_model(context_) != model_) replaced_ = true;
+    if (replaced_ || sequences_->is_freed()) throw Error(KVF_ERR_CONTEXT_FREED);
+    sequences_->check_at_rest();
 }
 
 // Of a lost device libllama's own calls would end the process, and a load would have cost the sequence its cells.
 void Llama::check_devices() {
     for (const uint32_t device : devices_) engine_->device(device).check_usable();
-    uint64_t tensor;
-    {
-        std::lock_guard lock(mutex_);
-        if (tensors_.empty()) return;
-        tensor = *tensors_.begin();
-    }
+    const auto tensor = sequences_->any_tensor();
+    if (!tensor) return;
     try {
         Locator locate(*engine_);
-        locate(tensor, 1);
+        locate(*tensor, 1);
     } catch (const Error &error) {
         if (error.status != KVF_ERR_UNREACHABLE) throw;
     }
 }
 
 void Llama::check_sequence(int32_t sequence, bool must_hold_cells) {
-    if (sequence < 0 || static_cast<uint32_t>(sequence) >= sequences_) {
+    if (sequence < 0 || static_cast<uint32_t>(sequence) >= sequence_count_) {
         throw Error(KVF_ERR_SEQUENCE_RANGE,
-                    format("sequence %d; the context has 0 to %u", sequence, sequences_ - 1));
+                    format("sequence %d; the context has 0 to %u", sequence, sequence_count_ - 1));
     }
     if (must_hold_cells && api_.memory_seq_pos_max(api_.get_memory(context_), sequence) < 0) {
         throw Error(KVF_ERR_SEQUENCE_EMPTY, format("sequence %d", sequence));
-    }
-}
-
-void Llama::check_idle(int32_t sequence, Busy busy) {
-    std::lock_guard lock(mutex_);
-    const auto it = transfers_.find(sequence);
-    if (it == transfers_.end()) return;
-    if (it->second.loads) {
-        throw Error(KVF_ERR_BUSY, format("a load into sequence %d is in flight", sequence));
-    }
-    if (busy == Busy::WithAny) {
-        throw Error(KVF_ERR_BUSY, format("a save of sequence %d is in flight", sequence));
     }
 }
 
@@ -425,15 +401,10 @@ void Llama::check_recorded_whole(const Structure &structure, const Recorded &rec
     }
 }
 
-void Llama::note_tensors(const Recorder &recorder) {
-    std::lock_guard lock(mutex_);
-    tensors_.insert(recorder.tensors().begin(), recorder.tensors().end());
-}
-
 // With the tap a sequence that holds cells, for it tells most and costs nothing. Without it an empty
 // one where there is one, since a state is then copied whole to look at it.
 int32_t Llama::most_telling_sequence() const {
-    for (uint32_t i = 0; i < sequences_; ++i) {
+    for (uint32_t i = 0; i < sequence_count_; ++i) {
         const auto sequence = static_cast<int32_t>(i);
         const bool empty = api_.memory_seq_pos_max(api_.get_memory(context_), sequence) < 0;
         if (empty == !tap_) return sequence;
@@ -457,7 +428,7 @@ void Llama::learn_structure(int32_t sequence) {
     }
     if (written == 0) return;
     recorder.finish(); // throws what went wrong
-    note_tensors(recorder);
+    sequences_->note_tensors(recorder.tensors());
     if (const auto structure = parse_state(scratch.data, written)) learn(*structure);
 }
 
@@ -484,10 +455,7 @@ bool Llama::knows_cells() const { return structure_ && structure_->has_cells_eve
 // ---- failure -----------------------------------------------------------------------------------
 
 void Llama::empty_sequence(int32_t sequence) {
-    {
-        std::lock_guard lock(mutex_);
-        to_be_emptied_.erase(sequence);
-    }
+    sequences_->forget(sequence);
     api_.memory_seq_rm(api_.get_memory(context_), sequence, -1, -1);
 }
 
@@ -499,7 +467,7 @@ Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
     if (!abort_text.empty()) return Error(KVF_ERR_STATE_DAMAGED, "libllama: " + abort_text);
     if (!state) return Error(KVF_ERR_STATE_DAMAGED, "libllama refused it");
     bool others = false;
-    for (uint32_t i = 0; i < sequences_; ++i) {
+    for (uint32_t i = 0; i < sequence_count_; ++i) {
         const auto other = static_cast<int32_t>(i);
         if (api_.memory_seq_pos_max(api_.get_memory(context_), other) < 0) continue;
         others = true;
@@ -520,12 +488,7 @@ Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
 
 // Called by libllama's thread that frees the context, before the memory goes.
 void Llama::on_buffer_freed(uint64_t begin, uint64_t bytes) {
-    {
-        std::lock_guard lock(mutex_);
-        const auto it = tensors_.lower_bound(begin);
-        if (it == tensors_.end() || *it >= begin + bytes) return;
-        freed_ = true;
-    }
+    if (!sequences_->note_buffer_freed(begin, bytes)) return;
     const auto ours = [this](const Job &job) { return job.owned_by == this; };
     engine_->cancel(ours);
     engine_->wait(ours);

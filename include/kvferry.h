@@ -355,13 +355,17 @@ KVF_API int32_t kvf_regions_load(kvf_engine engine, const kvf_region *regions, u
  *
  * Every function here but kvf_llama_describe() must be called by the thread that owns the
  * llama_context, between its calls of llama_decode(), as for llama.cpp's own functions.
+ *
+ * A context may have several attachments, of several engines too. They know of each other's transfers:
+ * what is said of a sequence's transfers in flight holds for all of them.
  * --------------------------------------------------------------------------------------------- */
 
 struct llama_context;
 
 enum {
     /* Where libllama's calls cannot be recorded (a statically linked llama.cpp), use its blocking
-     * calls on a thread of the engine's. The context must then rest until the completion. */
+     * calls on a thread of the engine's. The context must then rest until the completion: functions that
+     * touch it return KVF_ERR_BUSY meanwhile. */
     KVF_LLAMA_ALLOW_BLOCKING = 1,
     /* Use them even where recording would work: to compare, or to get round a fault. */
     KVF_LLAMA_FORCE_BLOCKING = 2,
@@ -422,7 +426,7 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
  * sequence must not be used until the completion.
  * A load that fails or is cancelled leaves the sequence empty. If that is known to the call, the
  * sequence is empty when it returns; if it turns out later, the sequence is emptied by the next
- * kvf_llama_* call on this attachment: call kvf_llama_settle() after a completion that is not KVF_OK and
+ * kvf_llama_* call on an attachment to this context: call kvf_llama_settle() after a completion that is not KVF_OK and
  * before decoding.
  * The state is checked before libllama sees it, so that a truncated or damaged one is refused.
  * Errors: KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH, KVF_ERR_CACHE_FULL (all leave the sequence
@@ -437,7 +441,8 @@ KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *bu
  * KVF_ERR_CONTEXT_FREED. */
 KVF_API int32_t kvf_llama_remove(kvf_llama llama, int32_t sequence);
 
-/* Empties the sequences whose loads failed or were cancelled after submission. Returns how many. */
+/* Empties the context's sequences whose loads failed or were cancelled after submission. Returns how many.
+ * Errors: KVF_ERR_BUSY (there are some, and a transfer by blocking calls is in flight). */
 KVF_API int32_t kvf_llama_settle(kvf_llama llama);
 
 /* Waits for the attachment's jobs, settles, and detaches; with the last one libllama is as it was.

@@ -478,6 +478,86 @@ async def test_nothing_is_attached_to_an_engine_with_a_lost_device(
                 engine.attach(context.address)
 
 
+@pytest.mark.parametrize("engines", [1, 2])
+async def test_attachments_to_one_context_know_of_each_others_transfers(
+    simulated: SimulatedCuda, make_context: Callable[..., Any], engines: int
+) -> None:
+    context = make_context("llama")
+    context.decode(0, context.model.prompt(100))
+    state = ctypes.create_string_buffer(data := context.state_get(0), len(data))
+    library = c_interface.Library(c_interface.LIBRARY)
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(simulated.stream())
+        opened = [stack.enter_context(library.engine()) for _ in range(engines)]
+        one = stack.enter_context(opened[0].attach(context.address))
+        other = stack.enter_context(opened[-1].attach(context.address))
+
+        stream.hold()
+        load = one.load(1, state, stream=stream.handle)
+        for attempt in (
+            lambda: other.save(1, room_for(other, 0)),
+            lambda: other.load(1, state),
+            lambda: other.remove(1),
+        ):
+            with pytest.raises(c_interface.Failure, match="KVF_ERR_BUSY"):
+                attempt()
+        load.cancel()
+        assert load.wait() == "KVF_ERR_CANCELLED"
+        # Its cells are without their bytes: nobody is to save them.
+        with pytest.raises(c_interface.Failure, match="KVF_ERR_SEQUENCE_EMPTY"):
+            other.save(1, room_for(other, 0))
+        assert one.settle() == 0
+
+        save = other.save(0, room_for(other, 0), stream=stream.handle)
+        with pytest.raises(c_interface.Failure, match="KVF_ERR_BUSY"):
+            one.remove(0)
+        stream.release()
+        assert save.wait() == "KVF_OK"
+        one.remove(0)
+
+
+async def test_a_context_rests_while_blocking_calls_use_it(
+    simulated: SimulatedCuda, make_context: Callable[..., Any]
+) -> None:
+    context = make_context("llama")
+    context.decode(0, context.model.prompt(100))
+    data = context.state_get(0)
+    state = ctypes.create_string_buffer(data, len(data))
+    library = c_interface.Library(c_interface.LIBRARY)
+    with (
+        library.engine() as engine,
+        simulated.stream() as stream,
+        engine.attach(context.address, c_interface.FORCE_BLOCKING) as blocking,
+        engine.attach(context.address) as other,
+    ):
+        buffer = room_for(blocking, 0)
+        stream.hold()
+        cancelled = other.load(1, state, stream=stream.handle)
+        job = blocking.save(0, buffer, stream=stream.handle)
+        for attachment in (blocking, other):
+            for attempt in (
+                lambda on: on.size(0),
+                lambda on: on.save(0, buffer),
+                lambda on: on.load(2, state),
+                lambda on: on.remove(2),
+            ):
+                with pytest.raises(c_interface.Failure, match="KVF_ERR_BUSY"):
+                    attempt(attachment)
+            assert attachment.settle() == 0
+        cancelled.cancel()
+        assert cancelled.wait() == "KVF_ERR_CANCELLED"
+        with pytest.raises(c_interface.Failure, match="KVF_ERR_BUSY"):
+            other.settle()
+        with pytest.raises(c_interface.Failure, match="KVF_ERR_BUSY"):
+            engine.attach(context.address)
+        stream.release()
+        assert job.wait() == "KVF_OK"
+        assert buffer.raw == data
+        assert blocking.settle() == 1
+        assert context.pos_max(1) == -1
+        assert other.size(0) == len(data)
+
+
 async def test_blocking_calls_follow_a_stream(
     simulated: SimulatedCuda, make_context: Callable[..., Any]
 ) -> None:
