@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import anyio
+import c_interface
 import kvferry
 import pytest
 from like_contexts import MakeContext
@@ -142,6 +145,45 @@ async def test_threads_that_do_not_record_are_untouched(make_context: MakeContex
             thread.join()
     assert rounds > 10
     assert set(states) == {states[0]}
+
+
+def a_copy_of_the_library(folder: Path) -> c_interface.Library:
+    copy = folder / "another_kvferry.so"
+    shutil.copy(c_interface.LIBRARY, copy)
+    return c_interface.Library(copy)
+
+
+@pytest.mark.parametrize("first_to_go", ["the first", "the second"])
+async def test_two_copies_of_the_library_both_listen(
+    make_context: MakeContext, tmp_path: Path, first_to_go: str
+) -> None:
+    """The later one puts its functions in place of the earlier one's, and calls these."""
+    context = make_prompted(make_context, "llama")
+    data = context.state_get(0)
+    state = ctypes.create_string_buffer(data, len(data))
+    host = c_interface.Devices.HOST
+    libraries = [c_interface.Library(c_interface.LIBRARY), a_copy_of_the_library(tmp_path)]
+
+    def check(attachment: c_interface.Attachment) -> None:
+        buffer = ctypes.create_string_buffer(len(data))
+        assert attachment.save(0, buffer).wait() == "KVF_OK"
+        assert buffer.raw == data
+        assert attachment.load(2, state).wait() == "KVF_OK"
+
+    with libraries[0].engine(host) as one, libraries[1].engine(host) as two:
+        words = words_of_libllama()
+        attachments = [engine.attach(context.address) for engine in (one, two)]
+        for _ in range(3):
+            for attachment in attachments:
+                check(attachment)
+            assert context.state_get(0) == data
+            gone = 0 if first_to_go == "the first" else 1
+            attachments[gone].detach()
+            check(attachments[1 - gone])
+            attachments[gone] = (one, two)[gone].attach(context.address)
+        for attachment in reversed(attachments):
+            attachment.detach()
+        assert words_of_libllama() == words
 
 
 # ---- Several -------------------------------------------------------------------------------------
