@@ -30,6 +30,12 @@ std::string fingerprint(const LlamaApi &api, const llama_model *model) {
     return format("%016llx", static_cast<unsigned long long>(hash));
 }
 
+std::string describe_model(const LlamaApi &api, const llama_model *model) {
+    char text[256] = "";
+    api.model_desc(model, text, sizeof text);
+    return text;
+}
+
 // Address space for a state of which only the few bytes between the tensors will be written.
 class ScratchState {
 public:
@@ -55,7 +61,8 @@ Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
              const kvf_llama_options &options)
     : engine_(std::move(engine)), context_(context), api_(find_llama(options.library)),
       model_(api_.get_model(context)), sequence_count_(api_.n_seq_max(context)),
-      sequences_(LlamaSequences::of(context, model_)), fingerprint_(fingerprint(api_, model_)) {
+      sequences_(LlamaSequences::of(context, model_)), model_text_(describe_model(api_, model_)),
+      fingerprint_(fingerprint(api_, model_)) {
     if (!api_.get_memory(context_)) {
         throw Error(KVF_ERR_UNSUPPORTED, "the context has no memory: its model keeps no state");
     }
@@ -87,20 +94,25 @@ Llama::~Llama() {
 }
 
 void Llama::let_go() {
-    tap_.reset();
+    std::unique_ptr<Tap> tap;
+    {
+        std::lock_guard lock(mutex_); // describe() may be looking at it
+        tap.swap(tap_);
+    }
+    tap.reset();
     blocking_.reset();
     engine_->let_go();
 }
 
 std::string Llama::describe() const {
-    char model[256] = "";
     std::lock_guard lock(mutex_);
-    if (!sequences_->is_freed()) api_.model_desc(model_, model, sizeof model);
+    if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
     const auto counters = tap_ ? tap_->counters() : Tap::Counters{};
     return "{\"library\": " + json_quote(api_.path) +
            ", \"ggml_version\": " + json_quote(api_.ggml.version ? api_.ggml.version() : "") +
            ", \"ggml_commit\": " + json_quote(api_.ggml.commit ? api_.ggml.commit() : "") +
-           ", \"model\": " + json_quote(model) + ", \"fingerprint\": " + json_quote(fingerprint_) +
+           ", \"model\": " + json_quote(model_text_) +
+           ", \"fingerprint\": " + json_quote(fingerprint_) +
            ", \"cache\": " + json_quote(cache_kind_) + ", \"default_mode\": " +
            (resolve_mode(KVF_SAVE_AUTO) == KVF_SAVE_SNAPSHOT ? "\"snapshot\"" : "\"in_place\"") +
            ", \"tap\": " + (tap_ ? "true" : "false") +

@@ -66,6 +66,7 @@ private:
     const llama_model *const model_;
     const uint32_t sequence_count_; // 0 to one less
     const std::shared_ptr<LlamaSequences> sequences_;
+    const std::string model_text_; // kept, for describe() may be called when the model is gone
     const std::string fingerprint_;
     std::unique_ptr<Tap> tap_;       // either this
     std::unique_ptr<Crew> blocking_; // or this
@@ -75,7 +76,8 @@ private:
     std::set<uint32_t> devices_;         // that hold its tensors, as far as has been seen
     std::optional<Structure> structure_; // of this cache's states, as far as it has been seen
 
-    mutable std::mutex mutex_; // for describe()
+    // Looked at by describe(), on any thread; so is whether there is a tap.
+    mutable std::mutex mutex_;
     std::string cache_kind_ = "unknown";
     bool appends_only_ = false; // decoding never overwrites what a save in flight reads
     bool replaced_ = false;     // the context's address holds something else by now

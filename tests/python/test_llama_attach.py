@@ -234,6 +234,42 @@ async def test_freeing_one_context_does_not_concern_the_others(
                 assert (await transfer.wait()).to_bytes() == state
 
 
+async def test_describing_an_attachment_that_ends(model_path: Callable[..., Path]) -> None:
+    """By another thread: it describes, or finds no attachment any more."""
+    attachments: list[c_interface.Attachment] = []
+    failures: set[str] = set()
+    stop = threading.Event()
+    described = 0
+
+    def describe() -> None:
+        nonlocal described
+        while not stop.is_set():
+            if attachments:
+                try:
+                    assert '"tap": true' in attachments[-1].describe()
+                    described += 1
+                except c_interface.Failure as failure:
+                    failures.add(failure.name)
+
+    threads = [threading.Thread(target=describe) for _ in range(4)]
+    path = model_path("llama")
+    with c_interface.Library(c_interface.LIBRARY).engine(c_interface.Devices.HOST) as engine:
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(60):
+                with Model(path) as model, model.context() as context:
+                    for _ in range(10):
+                        attachments[:] = [engine.attach(context.address)]
+                        attachments[0].detach()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert described > 0
+    assert failures <= {"KVF_ERR_INVALID_HANDLE"}
+
+
 async def test_a_model_is_told_from_another_by_its_fingerprint(
     make_context: MakeContext, model: Callable[..., Model]
 ) -> None:
