@@ -75,12 +75,6 @@ class Completion(ctypes.Structure):
     )
 
 
-class Region(ctypes.Structure):
-    _fields_ = tuple(
-        (name, u64) for name in ("address", "width", "rows", "pitch", "offset", "buffer_pitch")
-    )
-
-
 class Devices(enum.IntEnum):
     HOST = 1
     CUDA = 2
@@ -143,21 +137,6 @@ class Engine:
 
     def attach(self, context: int, flags: int = 0) -> Attachment:
         return Attachment(self, context, flags)
-
-    def save_region(self, address: int, into: Any) -> Job:
-        """Saves `len(into)` bytes of any memory."""
-        region, job = Region(address, len(into), 1, 0, 0, 0), u64()
-        self.library.call(
-            "kvf_regions_save",
-            self.handle,
-            ctypes.byref(region),
-            u64(1),
-            into,
-            u64(len(into)),
-            None,
-            ctypes.byref(job),
-        )
-        return Job(self.library, job)
 
     def __enter__(self) -> Engine:
         return self
@@ -226,7 +205,7 @@ class Attachment:
             ctypes.byref(job),
             error=error,
         )
-        return Job(self.library, job)
+        return Job(self.library, job, buffer)
 
     def remove(self, sequence: int) -> None:
         self.library.call("kvf_llama_remove", self.handle, sequence)
@@ -255,9 +234,12 @@ class Attachment:
 
 
 class Job:
-    def __init__(self, library: Library, handle: ctypes.c_uint64) -> None:
+    """A transfer; it keeps its buffer."""
+
+    def __init__(self, library: Library, handle: ctypes.c_uint64, buffer: Any) -> None:
         self.library = library
         self.handle = handle
+        self._buffer = buffer
 
     @property
     def done(self) -> bool:
