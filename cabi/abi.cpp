@@ -134,16 +134,19 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
             builders[device].add(r);
         }
         Recorded recorded;
+        DeviceSet moved = 0;
         for (uint32_t device = 0; device < builders.size(); ++device) {
             recorded.fragments += builders[device].fragments();
             Layout layout = builders[device].finish();
             recorded.segments += layout.segments();
             recorded.bytes += layout.bytes;
+            if (!layout.empty()) moved |= device_set(device);
             recorded.layouts.emplace_back(device, std::move(layout));
         }
         submission.direction = direction;
         submission.buffer = static_cast<unsigned char *>(buffer);
         submission.buffer_bytes = needed;
+        submission.gate = target->make_gate(options, moved);
         target->submit(std::move(submission), std::move(recorded), options, job);
         return KVF_OK;
     });

@@ -1,24 +1,33 @@
 #include "cuda_stream.h"
 
+#include <algorithm>
+#include <optional>
+
 namespace kvf {
 namespace {
 
 constexpr size_t kWords = 1024; // waits outstanding at once
 
-class StreamGate final : public Gate {
+bool is_default(CUstream stream) {
+    return !stream || stream == CU_STREAM_LEGACY || stream == CU_STREAM_PER_THREAD;
+}
+
+// An event behind what a stream holds.
+class StreamEvent {
 public:
-    StreamGate(std::shared_ptr<const CudaContext> context, uint64_t stream)
+    // Throws KVF_ERR_DEVICE where the context does not know the stream.
+    StreamEvent(std::shared_ptr<const CudaContext> context, CUstream stream)
         : context_(std::move(context)) {
         const CudaDriver &driver = context_->driver();
         const CudaCurrent current(*context_);
         driver.check(driver.cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
-        const CUresult result = driver.cuEventRecord(event_, reinterpret_cast<CUstream>(stream));
+        const CUresult result = driver.cuEventRecord(event_, stream);
         if (result != CUDA_SUCCESS) {
             driver.cuEventDestroy(event_);
             driver.check(result, "cuEventRecord");
         }
     }
-    ~StreamGate() override {
+    ~StreamEvent() {
         try {
             const CudaCurrent current(*context_);
             context_->driver().cuEventDestroy(event_);
@@ -26,41 +35,116 @@ public:
             // The context is gone, and the event with it.
         }
     }
+    StreamEvent(const StreamEvent &) = delete;
+    StreamEvent &operator=(const StreamEvent &) = delete;
+
+    const CudaContext &context() const { return *context_; }
+
+    // Puts it behind what the stream holds by now. The context is current.
+    void record_again(CUstream stream) {
+        const CudaDriver &driver = context_->driver();
+        driver.check(driver.cuEventRecord(event_, stream), "cuEventRecord");
+    }
+
+    // True also where nobody can tell any more: whatever uses the context will meet the error and say so.
+    bool has_passed() const {
+        try {
+            const CudaCurrent current(*context_);
+            return context_->driver().cuEventQuery(event_) != CUDA_ERROR_NOT_READY;
+        } catch (const Error &) {
+            return true;
+        }
+    }
+
+    void wait() const {
+        try {
+            const CudaCurrent current(*context_);
+            context_->driver().cuEventSynchronize(event_);
+        } catch (const Error &) {
+            // As above.
+        }
+    }
+
+private:
+    const std::shared_ptr<const CudaContext> context_;
+    CUevent event_ = nullptr;
+};
+
+using StreamEvents = std::vector<std::unique_ptr<StreamEvent>>;
+
+// The contexts whose default streams are meant.
+CudaContexts contexts_meant(const CudaContexts &contexts, DeviceSet moved) {
+    CUcontext callers = nullptr;
+    contexts[0]->driver().cuCtxGetCurrent(&callers);
+    CudaContexts meant;
+    bool any_is_callers = false;
+    for (size_t i = 0; i < contexts.size(); ++i) {
+        const bool is_callers = contexts[i]->handle() == callers;
+        any_is_callers |= is_callers;
+        if (is_callers || moved & device_set(static_cast<uint32_t>(i + 1))) {
+            meant.push_back(contexts[i]);
+        }
+    }
+    return any_is_callers ? meant : contexts;
+}
+
+// Behind what a stream holds now: one event, or one for each context whose default stream is meant.
+StreamEvents record_events(const CudaContexts &contexts, CUstream stream, DeviceSet moved) {
+    StreamEvents events;
+    if (is_default(stream)) {
+        for (auto &context : contexts_meant(contexts, moved)) {
+            events.push_back(std::make_unique<StreamEvent>(std::move(context), stream));
+        }
+        return events;
+    }
+    std::optional<Error> lost;
+    for (const auto &context : contexts) {
+        try {
+            events.push_back(std::make_unique<StreamEvent>(context, stream));
+            return events;
+        } catch (const Error &error) {
+            if (error.status == KVF_ERR_DEVICE_LOST) {
+                lost = error; // the stream may be another's
+            } else if (error.status != KVF_ERR_DEVICE) {
+                throw; // a stream of another device is refused as such
+            }
+        }
+    }
+    if (lost) throw *lost;
+    throw Error(KVF_ERR_INVALID_ARGUMENT, "no device of the engine knows this stream");
+}
+
+class StreamGate final : public Gate {
+public:
+    explicit StreamGate(StreamEvents events) : events_(std::move(events)) {}
 
     bool is_open() override {
-        // An error opens it too: the transfer will meet it and say so.
-        if (!open_ && query() != CUDA_ERROR_NOT_READY) open_ = true;
+        if (!open_ && std::all_of(events_.begin(), events_.end(),
+                                  [](const auto &event) { return event->has_passed(); })) {
+            open_ = true;
+        }
         return open_;
     }
 
 private:
-    CUresult query() const {
-        try {
-            const CudaCurrent current(*context_);
-            return context_->driver().cuEventQuery(event_);
-        } catch (const Error &) {
-            return CUDA_ERROR_CONTEXT_IS_DESTROYED;
-        }
-    }
-
-    const std::shared_ptr<const CudaContext> context_;
-    CUevent event_ = nullptr;
+    const StreamEvents events_;
     std::atomic<bool> open_{false};
 };
 
 } // namespace
 
-std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream) {
-    for (const auto &context : contexts) {
-        try {
-            return std::make_shared<StreamGate>(context, stream);
-        } catch (const Error &error) {
-            if (error.status != KVF_ERR_DEVICE)
-                throw; // a stream of another device is refused as such
-        }
-    }
-    throw Error(KVF_ERR_INVALID_ARGUMENT, "no device of the engine knows this stream");
+std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream,
+                                    DeviceSet moved) {
+    return std::make_shared<StreamGate>(
+        record_events(contexts, reinterpret_cast<CUstream>(stream), moved));
 }
+
+struct CudaStreamWaits::Wait {
+    size_t word;
+    std::unique_ptr<StreamEvent> passed;
+};
+
+CudaStreamWaits::CudaStreamWaits(CudaContexts contexts) : contexts_(std::move(contexts)) {}
 
 void CudaStreamWaits::map_words() {
     const CudaContext &context = usable(contexts_);
@@ -81,75 +165,75 @@ void CudaStreamWaits::map_words() {
 
 // Takes back the words of waits that are over.
 void CudaStreamWaits::collect() {
-    for (auto it = waits_.begin(); it != waits_.end();) {
-        if (it->context->given_up()) { // its stream may never pass
-            ++it;
-            continue;
-        }
-        const CudaDriver &driver = it->context->driver();
-        const CudaCurrent current(*it->context);
-        if (driver.cuEventQuery(it->passed) == CUDA_ERROR_NOT_READY) {
-            ++it;
-            continue;
-        }
-        driver.cuEventDestroy(it->passed);
-        free_.push_back(it->word);
-        it = waits_.erase(it);
-    }
+    waits_.remove_if([this](const Wait &wait) {
+        // The stream of a device that was given up may never pass.
+        if (wait.passed->context().given_up() || !wait.passed->has_passed()) return false;
+        free_.push_back(wait.word);
+        return true;
+    });
 }
 
 void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
-    if (!contexts_[0]->driver().cuStreamWaitValue32) {
+    const CudaDriver &driver = contexts_[0]->driver();
+    if (!driver.cuStreamWaitValue32) {
         throw Error(KVF_ERR_UNSUPPORTED, "the CUDA driver is older than 11.7");
     }
+    const auto handle = reinterpret_cast<CUstream>(stream);
     std::lock_guard lock(mutex_);
     if (!words_) map_words();
     collect();
-    if (free_.empty()) throw Error(KVF_ERR_BUSY, "too many streams wait for jobs");
-    const size_t word = free_.back();
-    const CUdeviceptr address = device_words_ + word * sizeof(uint32_t);
-    for (const auto &context : contexts_) {
-        const CudaDriver &driver = context->driver();
-        const CudaCurrent current(*context);
-        const auto handle = reinterpret_cast<CUstream>(stream);
-        Wait wait{word, nullptr, context.get()};
-        driver.check(driver.cuEventCreate(&wait.passed, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
-        words_[word].store(0);
-        CUresult result = driver.cuStreamWaitValue32(handle, address, 1, CU_STREAM_WAIT_VALUE_EQ);
-        if (result == CUDA_SUCCESS) {
-            free_.pop_back();
-            job.raise_at_end(words_[word]);
-            result = driver.cuEventRecord(wait.passed, handle);
-            if (result == CUDA_SUCCESS) {
-                waits_.push_back(wait);
-                return;
+    // They tell whose the stream is, before it is made to wait: a driver takes a wait for a stream of another
+    // context than the current one.
+    StreamEvents events = record_events(contexts_, handle, job.devices);
+    if (free_.size() < events.size()) throw Error(KVF_ERR_BUSY, "too many streams wait for jobs");
+    std::list<Wait> placed;
+    std::vector<std::atomic<uint32_t> *> words;
+    words.reserve(events.size());
+    try {
+        for (auto &event : events) {
+            const size_t word = free_.back();
+            const CUdeviceptr address = device_words_ + word * sizeof(uint32_t);
+            const CudaCurrent current(event->context());
+            placed.push_back({word, std::move(event)});
+            words.push_back(&words_[word]);
+            words_[word].store(0);
+            const CUresult result =
+                driver.cuStreamWaitValue32(handle, address, 1, CU_STREAM_WAIT_VALUE_EQ);
+            if (result != CUDA_SUCCESS) {
+                placed.pop_back();
+                driver.check(result, "cuStreamWaitValue32");
             }
-            // Nobody will know when the stream has passed: the word is not used again.
-            driver.cuEventDestroy(wait.passed);
-            driver.check(result, "cuEventRecord");
+            free_.pop_back();
+            try {
+                placed.back().passed->record_again(handle);
+            } catch (...) {
+                placed
+                    .pop_back(); // nobody will know when the stream has passed: the word is not used again
+                throw;
+            }
         }
-        driver.cuEventDestroy(wait.passed);
-        const Error error = driver.error(result, "cuStreamWaitValue32");
-        if (error.status != KVF_ERR_DEVICE)
-            throw error; // a stream of another device is refused as such
+        job.raise_at_end(words);
+    } catch (...) {
+        // What waits already goes on.
+        for (auto *word : words) word->store(1, std::memory_order_release);
+        waits_.splice(waits_.end(), placed);
+        throw;
     }
-    throw Error(KVF_ERR_INVALID_ARGUMENT, "no device of the engine knows this stream");
+    waits_.splice(waits_.end(), placed);
 }
 
 CudaStreamWaits::~CudaStreamWaits() {
     if (!words_) return;
-    try {
-        bool watched = false; // by a stream that may never pass
-        for (const Wait &wait : waits_) {
-            if (wait.context->given_up()) {
-                watched = true;
-                continue;
-            }
-            const CudaCurrent current(*wait.context);
-            const CudaDriver &driver = wait.context->driver();
-            driver.cuEventSynchronize(wait.passed);
-            driver.cuEventDestroy(wait.passed);
+    bool watched = false; // by a stream that may never pass
+    for (const Wait &wait : waits_) {
+        if (wait.passed->context().given_up()) {
+            watched = true;
+        } else {
+            wait.passed->wait();
         }
+    }
+    waits_.clear();
+    try {
         if (watched) return;
         const CudaContext &context = usable(contexts_);
         const CudaCurrent current(context);

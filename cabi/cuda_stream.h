@@ -9,15 +9,20 @@
 
 namespace kvf {
 
+// A default stream (0, CU_STREAM_LEGACY, CU_STREAM_PER_THREAD) has no name of its own: each context has one.
+// Meant are that of the context which is current on the calling thread and those of the devices whose memory is
+// moved (arrays name a stream of their device's, whatever is current); where no context of the engine's is
+// current, those of all devices.
+
 // A gate behind what a stream holds now. Throws KVF_ERR_INVALID_ARGUMENT for a stream that none of the
-// contexts knows.
-std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream);
+// contexts knows. `moved`: the devices whose memory is.
+std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream, DeviceSet moved);
 
 // Makes streams wait for jobs: a word of pinned memory for each wait, which the stream watches and the
 // ending job sets. A word is used again when an event behind the wait has passed.
 class CudaStreamWaits {
 public:
-    explicit CudaStreamWaits(CudaContexts contexts) : contexts_(std::move(contexts)) {}
+    explicit CudaStreamWaits(CudaContexts contexts);
     // Blocks until the streams have passed: every job has ended by then.
     ~CudaStreamWaits();
     CudaStreamWaits(const CudaStreamWaits &) = delete;
@@ -29,11 +34,7 @@ public:
     void make_wait(uint64_t stream, Job &job);
 
 private:
-    struct Wait {
-        size_t word;
-        CUevent passed;
-        const CudaContext *context;
-    };
+    struct Wait;
     void map_words();
     void collect();
 

@@ -12,6 +12,9 @@ class Device {
 public:
     virtual ~Device() = default;
 
+    // Throws KVF_ERR_DEVICE_LOST where nothing can be moved any more.
+    virtual void check_usable() {}
+
     // A JSON object for kvf_engine_describe().
     virtual std::string describe() const = 0;
 

@@ -61,6 +61,17 @@ CudaDevice::~CudaDevice() {
     }
 }
 
+void CudaDevice::check_usable() {
+    if (save_->broken() || load_->broken()) {
+        throw Error(KVF_ERR_DEVICE_LOST, "an earlier transfer found it lost");
+    }
+    const CudaCurrent current(*context_);
+    const CudaDriver &driver = context_->driver();
+    const CUresult result =
+        driver.cuStreamQuery(snapshot_stream_); // tells what has gone wrong anywhere
+    if (result != CUDA_ERROR_NOT_READY) driver.check(result, "cuStreamQuery");
+}
+
 std::string CudaDevice::describe() const {
     return "{\"kind\": \"cuda\", \"name\": " + json_quote(context_->name()) +
            ", \"pci_bus_id\": " + json_quote(context_->pci_bus_id()) +

@@ -12,6 +12,7 @@ public:
                uint64_t staging_bytes, uint32_t copy_threads);
     ~CudaDevice() override;
 
+    void check_usable() override;
     std::string describe() const override;
     void submit(Leg &leg) override { lane(leg.direction).submit(leg); }
     void extend(Leg &leg, Layout &&part) override {

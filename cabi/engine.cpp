@@ -119,11 +119,14 @@ uint32_t Locator::operator()(uint64_t address, uint64_t bytes) {
 
 void Engine::check(const kvf_submit_options &options) const {
     if (options.queue) find<Queue>(options.queue);
-    if ((options.flags & KVF_SUBMIT_FOLLOW_STREAM) && cuda_.empty()) {
-        throw Error(KVF_ERR_UNSUPPORTED, "the engine has no CUDA device");
-    }
     std::lock_guard lock(mutex_);
     if (closing_) throw Error(KVF_ERR_CLOSED);
+}
+
+std::shared_ptr<Gate> Engine::make_gate(const kvf_submit_options &options, DeviceSet moved) const {
+    if (!(options.flags & KVF_SUBMIT_FOLLOW_STREAM)) return nullptr;
+    if (cuda_.empty()) throw Error(KVF_ERR_UNSUPPORTED, "the engine has no CUDA device");
+    return follow_stream(cuda_, options.stream, moved);
 }
 
 std::shared_ptr<Job> Engine::submit(Submission &&submission, Recorded &&recorded,
@@ -144,6 +147,7 @@ std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_o
     job->callback = options.callback;
     job->owned_by = submission.owned_by;
     job->on_end = std::move(submission.on_end);
+    job->gate = std::move(submission.gate);
     job->keep = std::move(submission.keep);
     job->engine = this;
     job->owner = weak_from_this();
@@ -158,10 +162,6 @@ std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_o
     if (job->direction == Direction::Save && !job->memory && !job->pinned &&
         !WritableCheck()(reinterpret_cast<uint64_t>(submission.buffer), submission.buffer_bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");
-    }
-    if (options.flags & KVF_SUBMIT_FOLLOW_STREAM) {
-        check(options);
-        job->gate = follow_stream(cuda_, options.stream);
     }
     return job;
 }

@@ -4,10 +4,20 @@
 #include <chrono>
 #include <cstring>
 #include <new>
+#include <thread>
 
 #include "engine.h"
 
 namespace kvf {
+namespace {
+
+constexpr std::chrono::microseconds kGatePoll{20};
+
+} // namespace
+
+void Gate::wait() {
+    while (!is_open()) std::this_thread::sleep_for(kGatePoll);
+}
 
 void Job::cancel() { fail(KVF_ERR_CANCELLED, ""); }
 
@@ -21,6 +31,10 @@ void Job::fail(int32_t status, const std::string &detail) {
     } catch (const std::bad_alloc &) {
         // The status alone must do.
     }
+}
+
+void Job::wait_for_turn() const {
+    while (gate && !gate->is_open() && !stopping()) std::this_thread::sleep_for(kGatePoll);
 }
 
 void Job::note_started(uint64_t ns) {
@@ -81,12 +95,12 @@ void Job::end() {
     owner->job_ended(*this);
 }
 
-void Job::raise_at_end(std::atomic<uint32_t> &word) {
+void Job::raise_at_end(const std::vector<std::atomic<uint32_t> *> &words) {
     std::lock_guard lock(mutex_);
     if (has_ended_visible_) {
-        word.store(1, std::memory_order_release);
+        for (auto *word : words) word->store(1, std::memory_order_release);
     } else {
-        words_.push_back(&word);
+        words_.insert(words_.end(), words.begin(), words.end());
     }
 }
 

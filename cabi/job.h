@@ -25,7 +25,13 @@ public:
     virtual ~Gate() = default;
     // True from the moment on when that work is done. Cheap.
     virtual bool is_open() = 0;
+    // Blocks until then.
+    void wait();
 };
+
+// A set of devices, by their indices in the engine.
+using DeviceSet = uint64_t;
+inline DeviceSet device_set(uint32_t device) { return DeviceSet{1} << device % 64; }
 
 struct Leg {
     Leg(uint32_t device, Direction direction) : device(device), direction(direction) {}
@@ -70,11 +76,14 @@ public:
     std::shared_ptr<Gate> gate;
     std::vector<std::shared_ptr<void>> keep; // until it has ended
     std::vector<std::unique_ptr<Leg>> legs;
+    std::atomic<DeviceSet> devices{0}; // of the legs
 
     // Nothing more of it needs to move: it was cancelled, or a leg failed.
     bool stopping() const { return stopping_.load(std::memory_order_acquire); }
     void cancel();
     void fail(int32_t status, const std::string &detail);
+    // Blocks until what it follows is done, or it is to stop.
+    void wait_for_turn() const;
     void note_started(uint64_t ns);
     // The job ends when the last of its legs has ended and its submitter has let go of it.
     void expect_leg() { holds_.fetch_add(1, std::memory_order_relaxed); }
@@ -84,8 +93,8 @@ public:
     void retract() { retracted_ = true; }
     bool is_retracted() const { return retracted_; }
 
-    // Sets the word to 1 when the job has ended; now, if it has. The word must stay until then.
-    void raise_at_end(std::atomic<uint32_t> &word);
+    // Sets the words to 1 when the job has ended; now, if it has. They must stay until then.
+    void raise_at_end(const std::vector<std::atomic<uint32_t> *> &words);
 
     bool ended(kvf_completion *completion);
     bool wait(int64_t timeout_ns, kvf_completion *completion);

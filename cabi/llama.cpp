@@ -30,6 +30,12 @@ std::string fingerprint(const LlamaApi &api, const llama_model *model) {
     return format("%016llx", static_cast<unsigned long long>(hash));
 }
 
+std::string describe_model(const LlamaApi &api, const llama_model *model) {
+    char text[256] = "";
+    api.model_desc(model, text, sizeof text);
+    return text;
+}
+
 // Address space for a state of which only the few bytes between the tensors will be written.
 class ScratchState {
 public:
@@ -54,13 +60,16 @@ private:
 Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
              const kvf_llama_options &options)
     : engine_(std::move(engine)), context_(context), api_(find_llama(options.library)),
-      model_(api_.get_model(context)), sequences_(api_.n_seq_max(context)),
+      model_(api_.get_model(context)), sequence_count_(api_.n_seq_max(context)),
+      sequences_(LlamaSequences::of(context, model_)), model_text_(describe_model(api_, model_)),
       fingerprint_(fingerprint(api_, model_)) {
     if (!api_.get_memory(context_)) {
         throw Error(KVF_ERR_UNSUPPORTED, "the context has no memory: its model keeps no state");
     }
     engine_->hold();
     try {
+        sequences_->check_at_rest();
+        for (uint32_t i = 0; i < engine_->device_count(); ++i) engine_->device(i).check_usable();
         if (!(options.flags & KVF_LLAMA_FORCE_BLOCKING)) {
             try {
                 tap_ = std::make_unique<Tap>(api_, [this](uint64_t begin, uint64_t bytes) {
@@ -85,26 +94,31 @@ Llama::~Llama() {
 }
 
 void Llama::let_go() {
-    tap_.reset();
+    std::unique_ptr<Tap> tap;
+    {
+        std::lock_guard lock(mutex_); // describe() may be looking at it
+        tap.swap(tap_);
+    }
+    tap.reset();
     blocking_.reset();
     engine_->let_go();
 }
 
 std::string Llama::describe() const {
-    char model[256] = "";
     std::lock_guard lock(mutex_);
-    if (!freed_) api_.model_desc(model_, model, sizeof model);
+    if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
     const auto counters = tap_ ? tap_->counters() : Tap::Counters{};
     return "{\"library\": " + json_quote(api_.path) +
            ", \"ggml_version\": " + json_quote(api_.ggml.version ? api_.ggml.version() : "") +
            ", \"ggml_commit\": " + json_quote(api_.ggml.commit ? api_.ggml.commit() : "") +
-           ", \"model\": " + json_quote(model) + ", \"fingerprint\": " + json_quote(fingerprint_) +
+           ", \"model\": " + json_quote(model_text_) +
+           ", \"fingerprint\": " + json_quote(fingerprint_) +
            ", \"cache\": " + json_quote(cache_kind_) + ", \"default_mode\": " +
            (resolve_mode(KVF_SAVE_AUTO) == KVF_SAVE_SNAPSHOT ? "\"snapshot\"" : "\"in_place\"") +
            ", \"tap\": " + (tap_ ? "true" : "false") +
            format(", \"recorded_calls\": %llu, \"passed_calls\": %llu, \"sequences\": %u}",
                   static_cast<unsigned long long>(counters.recorded),
-                  static_cast<unsigned long long>(counters.passed_through), sequences_);
+                  static_cast<unsigned long long>(counters.passed_through), sequence_count_);
 }
 
 uint64_t Llama::size(int32_t sequence) {
@@ -120,11 +134,11 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
                  kvf_job *job) {
     Submission submission = begin(Direction::Save, sequence, buffer, bytes, options);
     check_sequence(sequence, true);
-    check_idle(sequence, Busy::WithLoads);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     submission.mode = resolve_mode(options.mode);
     if (blocking_) return save_blocking(sequence, std::move(submission), options, job);
 
-    Recorder recorder = make_recorder(Direction::Save, buffer, bytes);
+    Recorder recorder = make_recorder(Direction::Save, buffer, bytes, submission.gate);
     std::optional<OpenJob> open;
     if (submission.mode == KVF_SAVE_IN_PLACE) {
         move_while_recording(recorder, open, submission, options, job != nullptr);
@@ -146,7 +160,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
                                                      static_cast<unsigned long long>(bytes)));
     }
     Recorded recorded = recorder.finish();
-    note_tensors(recorder);
+    sequences_->note_tensors(recorder.tensors());
     if (!knows_cells()) {
         if (const auto structure = parse_state(static_cast<unsigned char *>(buffer), written)) {
             check_recorded_whole(*structure, recorded);
@@ -170,6 +184,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
 
 // Copies aside what the submission would read. False where there is no room for it.
 bool Llama::take_snapshot(Submission &submission, Recorded &recorded) {
+    if (submission.gate) submission.gate->wait();
     try {
         for (auto &[device, layout] : recorded.layouts) {
             auto snapshot = engine_->device(device).snapshot(layout, submission.buffer);
@@ -187,7 +202,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
                  const kvf_submit_options &options, kvf_job *job) {
     Submission submission = begin(Direction::Load, sequence, buffer, bytes, options);
     check_sequence(sequence, false);
-    check_idle(sequence, Busy::WithAny);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     const auto *state = static_cast<const unsigned char *>(buffer);
 
     // From here on whatever fails leaves the sequence empty.
@@ -206,7 +221,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
                              job);
     }
 
-    Recorder recorder = make_recorder(Direction::Load, buffer, bytes);
+    Recorder recorder = make_recorder(Direction::Load, buffer, bytes, submission.gate);
     try {
         std::optional<OpenJob> open;
         move_while_recording(recorder, open, submission, options, job != nullptr);
@@ -220,7 +235,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
             throw load_failure(sequence, recorder.abort_text(), structure);
         }
         Recorded recorded = recorder.finish();
-        note_tensors(recorder);
+        sequences_->note_tensors(recorder.tensors());
         if (structure) {
             check_recorded_whole(*structure, recorded);
             learn(*structure);
@@ -245,17 +260,13 @@ void Llama::remove(int32_t sequence) {
     settle();
     check_usable();
     check_sequence(sequence, false);
-    check_idle(sequence, Busy::WithAny);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     empty_sequence(sequence);
 }
 
 uint32_t Llama::settle() {
-    std::set<int32_t> sequences;
-    {
-        std::lock_guard lock(mutex_);
-        if (freed_) return 0;
-        sequences.swap(to_be_emptied_);
-    }
+    if (replaced_) return 0;
+    const auto sequences = sequences_->take_to_be_emptied();
     for (const int32_t sequence : sequences) empty_sequence(sequence);
     return static_cast<uint32_t>(sequences.size());
 }
@@ -269,7 +280,8 @@ void Llama::detach() {
         detached_ = true;
     }
     engine_->wait([this](const Job &job) { return job.owned_by == this; });
-    settle();
+    // Where another attachment's blocking transfer is in flight, it is for that attachment to do.
+    if (sequences_->is_at_rest()) settle();
     let_go();
 }
 
@@ -290,24 +302,19 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
         !WritableCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");
     }
+    check_devices();
+    DeviceSet moved = 0;
+    for (const uint32_t device : devices_) moved |= device_set(device);
+    submission.gate = engine_->make_gate(options, moved);
     for (const uint32_t device : devices_) engine_->device(device).expect(direction);
     submission.direction = direction;
     submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));
     submission.buffer_bytes = bytes;
     submission.owned_by = this;
-    const auto count = [direction](Transfers &transfers) -> uint32_t & {
-        return direction == Direction::Save ? transfers.saves : transfers.loads;
-    };
-    submission.on_entry = [this, sequence, count] {
-        std::lock_guard lock(mutex_);
-        ++count(transfers_[sequence]);
-    };
-    submission.on_end = [this, sequence, count, direction](int32_t status) {
-        std::lock_guard lock(mutex_);
-        auto it = transfers_.find(sequence);
-        --count(it->second);
-        if (it->second.saves == 0 && it->second.loads == 0) transfers_.erase(it);
-        if (direction == Direction::Load && status != KVF_OK) to_be_emptied_.insert(sequence);
+    const LlamaSequences::Transfer transfer{sequence, direction, blocking_ != nullptr};
+    submission.on_entry = [sequences = sequences_, transfer] { sequences->begin(transfer); };
+    submission.on_end = [sequences = sequences_, transfer](int32_t status) {
+        sequences->end(transfer, status);
     };
     return submission;
 }
@@ -315,31 +322,35 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
 // A context that was freed and noticed, or whose memory is plainly something else by now. (The latter
 // reads freed memory: it is a chance to stop in time, not a guarantee.)
 void Llama::check_usable() {
-    std::lock_guard lock(mutex_);
-    if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
-    if (!freed_ && api_.get_model(context_) != model_) freed_ = true;
-    if (freed_) throw Error(KVF_ERR_CONTEXT_FREED);
+    {
+        std::lock_guard lock(mutex_);
+        if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
+    }
+    if (!sequences_->is_freed() && api_.get_model(context_) != model_) replaced_ = true;
+    if (replaced_ || sequences_->is_freed()) throw Error(KVF_ERR_CONTEXT_FREED);
+    sequences_->check_at_rest();
+}
+
+// Of a lost device libllama's own calls would end the process, and a load would have cost the sequence its cells.
+void Llama::check_devices() {
+    for (const uint32_t device : devices_) engine_->device(device).check_usable();
+    const auto tensor = sequences_->any_tensor();
+    if (!tensor) return;
+    try {
+        Locator locate(*engine_);
+        locate(*tensor, 1);
+    } catch (const Error &error) {
+        if (error.status != KVF_ERR_UNREACHABLE) throw;
+    }
 }
 
 void Llama::check_sequence(int32_t sequence, bool must_hold_cells) {
-    if (sequence < 0 || static_cast<uint32_t>(sequence) >= sequences_) {
+    if (sequence < 0 || static_cast<uint32_t>(sequence) >= sequence_count_) {
         throw Error(KVF_ERR_SEQUENCE_RANGE,
-                    format("sequence %d; the context has 0 to %u", sequence, sequences_ - 1));
+                    format("sequence %d; the context has 0 to %u", sequence, sequence_count_ - 1));
     }
     if (must_hold_cells && api_.memory_seq_pos_max(api_.get_memory(context_), sequence) < 0) {
         throw Error(KVF_ERR_SEQUENCE_EMPTY, format("sequence %d", sequence));
-    }
-}
-
-void Llama::check_idle(int32_t sequence, Busy busy) {
-    std::lock_guard lock(mutex_);
-    const auto it = transfers_.find(sequence);
-    if (it == transfers_.end()) return;
-    if (it->second.loads) {
-        throw Error(KVF_ERR_BUSY, format("a load into sequence %d is in flight", sequence));
-    }
-    if (busy == Busy::WithAny) {
-        throw Error(KVF_ERR_BUSY, format("a save of sequence %d is in flight", sequence));
     }
 }
 
@@ -367,15 +378,18 @@ uint32_t Llama::resolve_mode(uint32_t mode) const {
 
 // ---- recording ---------------------------------------------------------------------------------
 
-Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes) {
-    const auto locate = [this, direction, locator = Locator(*engine_),
+Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes,
+                              std::shared_ptr<Gate> gate) {
+    const auto locate = [this, direction, gate = std::move(gate), locator = Locator(*engine_),
                          last = int64_t{-1}](uint64_t address, uint64_t count) mutable -> int64_t {
         try {
             const uint32_t device = locator(address, count);
             if (device != last) engine_->device(device).expect(direction);
             devices_.insert(device);
             return last = device;
-        } catch (const Error &) {
+        } catch (const Error &error) {
+            if (error.status != KVF_ERR_UNREACHABLE) throw;
+            if (gate) gate->wait(); // what moves here and now follows, too
             return -1;
         }
     };
@@ -403,15 +417,10 @@ void Llama::check_recorded_whole(const Structure &structure, const Recorded &rec
     }
 }
 
-void Llama::note_tensors(const Recorder &recorder) {
-    std::lock_guard lock(mutex_);
-    tensors_.insert(recorder.tensors().begin(), recorder.tensors().end());
-}
-
 // With the tap a sequence that holds cells, for it tells most and costs nothing. Without it an empty
 // one where there is one, since a state is then copied whole to look at it.
 int32_t Llama::most_telling_sequence() const {
-    for (uint32_t i = 0; i < sequences_; ++i) {
+    for (uint32_t i = 0; i < sequence_count_; ++i) {
         const auto sequence = static_cast<int32_t>(i);
         const bool empty = api_.memory_seq_pos_max(api_.get_memory(context_), sequence) < 0;
         if (empty == !tap_) return sequence;
@@ -425,7 +434,7 @@ void Llama::learn_structure(int32_t sequence) {
     const uint64_t bytes = api_.state_seq_get_size(context_, sequence, 0);
     if (bytes == 0) return;
     ScratchState scratch(bytes);
-    Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes);
+    Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes, nullptr);
     uint64_t written = 0;
     try {
         Recording recording(recorder);
@@ -434,7 +443,8 @@ void Llama::learn_structure(int32_t sequence) {
         return;
     }
     if (written == 0) return;
-    note_tensors(recorder);
+    recorder.finish(); // throws what went wrong
+    sequences_->note_tensors(recorder.tensors());
     if (const auto structure = parse_state(scratch.data, written)) learn(*structure);
 }
 
@@ -461,10 +471,7 @@ bool Llama::knows_cells() const { return structure_ && structure_->has_cells_eve
 // ---- failure -----------------------------------------------------------------------------------
 
 void Llama::empty_sequence(int32_t sequence) {
-    {
-        std::lock_guard lock(mutex_);
-        to_be_emptied_.erase(sequence);
-    }
+    sequences_->forget(sequence);
     api_.memory_seq_rm(api_.get_memory(context_), sequence, -1, -1);
 }
 
@@ -476,7 +483,7 @@ Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
     if (!abort_text.empty()) return Error(KVF_ERR_STATE_DAMAGED, "libllama: " + abort_text);
     if (!state) return Error(KVF_ERR_STATE_DAMAGED, "libllama refused it");
     bool others = false;
-    for (uint32_t i = 0; i < sequences_; ++i) {
+    for (uint32_t i = 0; i < sequence_count_; ++i) {
         const auto other = static_cast<int32_t>(i);
         if (api_.memory_seq_pos_max(api_.get_memory(context_), other) < 0) continue;
         others = true;
@@ -497,12 +504,7 @@ Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
 
 // Called by libllama's thread that frees the context, before the memory goes.
 void Llama::on_buffer_freed(uint64_t begin, uint64_t bytes) {
-    {
-        std::lock_guard lock(mutex_);
-        const auto it = tensors_.lower_bound(begin);
-        if (it == tensors_.end() || *it >= begin + bytes) return;
-        freed_ = true;
-    }
+    if (!sequences_->note_buffer_freed(begin, bytes)) return;
     const auto ours = [this](const Job &job) { return job.owned_by == this; };
     engine_->cancel(ours);
     engine_->wait(ours);
@@ -534,9 +536,12 @@ void Llama::load_blocking(int32_t sequence, Submission &&submission, uint64_t by
     const auto load = [this, sequence, bytes, structure = std::move(structure)](Job &started) {
         const size_t n = api_.state_seq_set_data(context_, started.buffer, bytes, sequence, 0);
         if (n == bytes) return;
-        // The context rests, so what belongs to its thread may be looked at here.
-        const Error failure = load_failure(sequence, "", structure);
-        started.fail(failure.status, failure.detail);
+        try {
+            // The context rests, so what belongs to its thread may be looked at here.
+            throw load_failure(sequence, "", structure);
+        } catch (const Error &failure) {
+            started.fail(failure.status, failure.detail);
+        }
     };
     run_blocking(std::move(submission), bytes, options, job, load);
 }
@@ -548,6 +553,7 @@ void Llama::run_blocking(Submission &&submission, uint64_t bytes, const kvf_subm
     job->expect_leg(); // of a kind: the thread's
     try {
         blocking_->add([job, work = std::move(work)] {
+            job->wait_for_turn();
             if (!job->stopping()) {
                 job->note_started(now_ns());
                 work(*job);

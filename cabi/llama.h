@@ -1,11 +1,11 @@
 // An attachment to a llama_context: sizes, saves and loads of its sequences.
 #pragma once
 
-#include <map>
 #include <set>
 
 #include "crew.h"
 #include "engine.h"
+#include "llama_sequences.h"
 #include "structure.h"
 #include "tap.h"
 
@@ -29,20 +29,19 @@ public:
     void detach();
 
 private:
-    enum class Busy { WithLoads, WithAny };
     void check_usable();
+    void check_devices();
     void check_sequence(int32_t sequence, bool must_hold_cells);
-    void check_idle(int32_t sequence, Busy busy);
     std::optional<Structure> check_state(const unsigned char *state, uint64_t bytes);
     uint32_t resolve_mode(uint32_t mode) const;
     bool take_snapshot(Submission &submission, Recorded &recorded);
     void empty_sequence(int32_t sequence);
-    Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes);
+    Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes,
+                           std::shared_ptr<Gate> gate);
     void move_while_recording(Recorder &recorder, std::optional<OpenJob> &open,
                               Submission &submission, const kvf_submit_options &options,
                               bool with_handle);
     static void check_recorded_whole(const Structure &structure, const Recorded &recorded);
-    void note_tensors(const Recorder &recorder);
     int32_t most_telling_sequence() const;
     void learn_structure(int32_t sequence);
     void learn(const Structure &structure);
@@ -65,7 +64,9 @@ private:
     llama_context *const context_;
     const LlamaApi api_;
     const llama_model *const model_;
-    const uint32_t sequences_; // 0 to one less
+    const uint32_t sequence_count_; // 0 to one less
+    const std::shared_ptr<LlamaSequences> sequences_;
+    const std::string model_text_; // kept, for describe() may be called when the model is gone
     const std::string fingerprint_;
     std::unique_ptr<Tap> tap_;       // either this
     std::unique_ptr<Crew> blocking_; // or this
@@ -75,18 +76,11 @@ private:
     std::set<uint32_t> devices_;         // that hold its tensors, as far as has been seen
     std::optional<Structure> structure_; // of this cache's states, as far as it has been seen
 
-    // Touched by jobs that end, and by libllama freeing the context.
-    struct Transfers {
-        uint32_t saves = 0;
-        uint32_t loads = 0;
-    };
+    // Looked at by describe(), on any thread; so is whether there is a tap.
     mutable std::mutex mutex_;
     std::string cache_kind_ = "unknown";
     bool appends_only_ = false; // decoding never overwrites what a save in flight reads
-    std::map<int32_t, Transfers> transfers_; // in flight, by sequence
-    std::set<int32_t> to_be_emptied_;
-    std::set<uint64_t> tensors_; // addresses seen
-    bool freed_ = false;
+    bool replaced_ = false;     // the context's address holds something else by now
     bool detached_ = false;
 };
 

@@ -69,6 +69,7 @@ Leg *OpenJob::leg_on(uint32_t device) const {
 Leg &OpenJob::make_leg(uint32_t device, Layout &&layout) {
     auto leg = std::make_unique<Leg>(device, job_->direction);
     leg->parts.add(std::move(layout));
+    job_->devices |= device_set(device);
     return *job_->legs.emplace_back(std::move(leg));
 }
 

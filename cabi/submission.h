@@ -16,6 +16,7 @@ struct Submission {
     uint32_t mode = 0;
     uint64_t submitted_ns = 0;
     const void *owned_by = nullptr;
+    std::shared_ptr<Gate> gate;              // what it follows: Engine::make_gate()
     std::vector<std::shared_ptr<void>> keep; // until the job has ended
     std::function<void(int32_t)> on_end;
     // Happens with the job's entry among those in flight; may throw, and then there is no job.

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
@@ -41,6 +42,8 @@ struct Slot {
     void *previous;
     void *ours;
     int protection; // of its page, once the loader is done with it
+
+    void *content() const { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }
 };
 
 // The tables of one loaded object that say where its slots are.
@@ -52,8 +55,14 @@ struct ObjectTables {
         size_t count;
     } relocations[2]{};
     uint64_t base = 0;
+    uint64_t begin = UINT64_MAX, end = 0; // of its loaded segments
     uint64_t relro_begin = 0, relro_end = 0;
 };
+
+uint64_t page_of(uint64_t address) {
+    const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+    return address / page * page;
+}
 
 bool read_tables(uint64_t base, ObjectTables &tables) {
     tables.base = base;
@@ -65,9 +74,14 @@ bool read_tables(uint64_t base, ObjectTables &tables) {
             const auto &segment = info->dlpi_phdr[i];
             if (segment.p_type == PT_DYNAMIC) {
                 dynamic = reinterpret_cast<const ElfW(Dyn) *>(t.base + segment.p_vaddr);
+            } else if (segment.p_type == PT_LOAD) {
+                const uint64_t begin = t.base + segment.p_vaddr;
+                t.begin = std::min(t.begin, begin);
+                t.end = std::max(t.end, begin + segment.p_memsz);
             } else if (segment.p_type == PT_GNU_RELRO) {
-                t.relro_begin = t.base + segment.p_vaddr;
-                t.relro_end = t.relro_begin + segment.p_memsz;
+                // In whole pages, as the loader protects them: what shares the last one with data is not.
+                t.relro_begin = page_of(t.base + segment.p_vaddr);
+                t.relro_end = page_of(t.base + segment.p_vaddr + segment.p_memsz);
             }
         }
         if (!dynamic) return 1;
@@ -97,7 +111,7 @@ bool read_tables(uint64_t base, ObjectTables &tables) {
 
 void write_slot(const Slot &slot, void *value) {
     const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-    auto *begin = reinterpret_cast<void *>(reinterpret_cast<uint64_t>(slot.place) / page * page);
+    auto *begin = reinterpret_cast<void *>(page_of(reinterpret_cast<uint64_t>(slot.place)));
     if (mprotect(begin, page, PROT_READ | PROT_WRITE) != 0) {
         throw Error(KVF_ERR_TAP, format("mprotect: %s", std::strerror(errno)));
     }
@@ -107,19 +121,30 @@ void write_slot(const Slot &slot, void *value) {
 
 } // namespace
 
+enum Hook { kTensorGet, kTensorSet, kBufferFree, kAbort, kOperatorNew, kOperatorDelete, kHooks };
+
 // One libllama. Made at its first use and kept for ever: a thread may be inside a hook at any time.
 // (find_llama() sees to it that the library itself stays loaded.)
 struct Tap::Library {
     LlamaApi llama;
+    // Where functions of ours are; also after the last user, while somebody else's are on top of them.
     std::vector<Slot> slots;
+    // What was there before: ggml's functions, or somebody else's on the way to these.
+    std::array<std::atomic<void *>, kHooks> previous{};
+    template <class Function>
+    Function before(Hook hook) const {
+        return reinterpret_cast<Function>(previous[hook].load(std::memory_order_relaxed));
+    }
+
     uint32_t users = 0;
     std::atomic<uint64_t> recorded{0}, passed_through{0};
 
     std::mutex observers_mutex; // held while an observer is told
     std::map<uint64_t, BufferFreed> observers;
 
+    explicit Library(const LlamaApi &api) : llama(api) {}
     void install(size_t index);
-    void uninstall();
+    void uninstall() noexcept;
 };
 
 namespace {
@@ -148,6 +173,9 @@ uint64_t next_observer = 1;
 
 // What libllama calls instead. A function for each library, since a call does not say whose it is.
 struct TapHooks {
+    using OperatorNew = void *(*)(size_t);
+    using OperatorDelete = void (*)(void *, size_t);
+
     static inline std::array<std::atomic<Tap::Library *>, kMostLibraries> libraries{};
 
     template <size_t index>
@@ -160,7 +188,7 @@ struct TapHooks {
             return;
         }
         library.passed_through.fetch_add(1, std::memory_order_relaxed);
-        ggml.tensor_get(tensor, data, offset, bytes);
+        library.before<decltype(ggml.tensor_get)>(kTensorGet)(tensor, data, offset, bytes);
     }
 
     template <size_t index>
@@ -173,7 +201,7 @@ struct TapHooks {
             return;
         }
         library.passed_through.fetch_add(1, std::memory_order_relaxed);
-        ggml.tensor_set(tensor, data, offset, bytes);
+        library.before<decltype(ggml.tensor_set)>(kTensorSet)(tensor, data, offset, bytes);
     }
 
     template <size_t index>
@@ -186,7 +214,7 @@ struct TapHooks {
             std::lock_guard lock(library.observers_mutex);
             for (auto &[id, tell] : library.observers) tell(begin, bytes);
         }
-        ggml.buffer_free(buffer);
+        library.before<decltype(ggml.buffer_free)>(kBufferFree)(buffer);
     }
 
     template <size_t index>
@@ -201,7 +229,8 @@ struct TapHooks {
             recorder->note_abort(kvf::format("%s:%d: %s", name ? name + 1 : file, line, text));
             throw LlamaAborted(text);
         }
-        libraries[index].load(std::memory_order_acquire)->llama.ggml.abort(file, line, "%s", text);
+        const Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
+        library.before<decltype(GgmlApi::abort)>(kAbort)(file, line, "%s", text);
         __builtin_unreachable();
     }
 
@@ -211,7 +240,8 @@ struct TapHooks {
         if (recorder && bytes >= BlockCache::kLeastBlock) {
             if (void *block = recorder->blocks().take(bytes)) return block;
         }
-        return ::operator new(bytes);
+        const Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
+        return library.before<OperatorNew>(kOperatorNew)(bytes);
     }
 
     template <size_t index>
@@ -220,7 +250,8 @@ struct TapHooks {
         if (recorder && memory && bytes >= BlockCache::kLeastBlock) {
             if (recorder->blocks().keep(memory, bytes)) return;
         }
-        ::operator delete(memory, bytes);
+        const Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
+        library.before<OperatorDelete>(kOperatorDelete)(memory, bytes);
     }
 
     struct Functions {
@@ -259,6 +290,13 @@ void forget_observers() {
 } // namespace
 
 void Tap::Library::install(size_t index) {
+    if (!slots.empty()) {
+        // Somebody was on top of us when the last user went, and we are called still; or not any more.
+        for (const Slot &slot : slots) {
+            if (slot.content() == slot.previous) write_slot(slot, slot.ours);
+        }
+        return;
+    }
     ObjectTables tables;
     if (!read_tables(llama.base, tables)) {
         throw Error(KVF_ERR_TAP, "the libllama at " + llama.path + " has no dynamic section");
@@ -268,13 +306,23 @@ void Tap::Library::install(size_t index) {
         const char *name;
         void *ours;
         bool required;
+        void *previous; // ggml's own, unless somebody else's is found
         bool found = false;
-    } wanted[] = {{"ggml_backend_tensor_get", functions.tensor_get, true},
-                  {"ggml_backend_tensor_set", functions.tensor_set, true},
-                  {"ggml_backend_buffer_free", functions.buffer_free, true},
-                  {"ggml_abort", functions.abort, true},
-                  {"_Znwm", functions.operator_new, false},
-                  {"_ZdlPvm", functions.operator_delete, false}};
+    };
+    const GgmlApi &ggml = llama.ggml;
+    const auto address = [](auto function) { return reinterpret_cast<void *>(function); };
+    std::array<Wanted, kHooks> wanted;
+    wanted[kTensorGet] = {"ggml_backend_tensor_get", functions.tensor_get, true,
+                          address(ggml.tensor_get)};
+    wanted[kTensorSet] = {"ggml_backend_tensor_set", functions.tensor_set, true,
+                          address(ggml.tensor_set)};
+    wanted[kBufferFree] = {"ggml_backend_buffer_free", functions.buffer_free, true,
+                           address(ggml.buffer_free)};
+    wanted[kAbort] = {"ggml_abort", functions.abort, true, address(ggml.abort)};
+    wanted[kOperatorNew] = {"_Znwm", functions.operator_new, false,
+                            address(static_cast<TapHooks::OperatorNew>(::operator new))};
+    wanted[kOperatorDelete] = {"_ZdlPvm", functions.operator_delete, false,
+                               address(static_cast<TapHooks::OperatorDelete>(::operator delete))};
 
     std::vector<Slot> found;
     for (const auto &table : tables.relocations) {
@@ -288,9 +336,14 @@ void Tap::Library::install(size_t index) {
                 auto **place = reinterpret_cast<void **>(tables.base + entry.r_offset);
                 const auto at = reinterpret_cast<uint64_t>(place);
                 const bool relro = at >= tables.relro_begin && at < tables.relro_end;
-                found.push_back({place, __atomic_load_n(place, __ATOMIC_ACQUIRE), w.ours,
-                                 relro ? PROT_READ : PROT_READ | PROT_WRITE});
+                const Slot slot{place, __atomic_load_n(place, __ATOMIC_ACQUIRE), w.ours,
+                                relro ? PROT_READ : PROT_READ | PROT_WRITE};
+                found.push_back(slot);
                 w.found = true;
+                // A slot that has not been bound leads into libllama itself, and from there to the loader,
+                // which would put the function into the slot in our place.
+                const auto there = reinterpret_cast<uint64_t>(slot.previous);
+                if (there < tables.begin || there >= tables.end) w.previous = slot.previous;
             }
         }
     }
@@ -300,28 +353,29 @@ void Tap::Library::install(size_t index) {
                     std::string("libllama (") + llama.path + ") does not call " + w.name +
                         " through a relocation slot; is ggml linked into it statically?");
     }
-    for (size_t i = 0; i < found.size(); ++i) {
-        try {
-            write_slot(found[i], found[i].ours);
-        } catch (...) {
-            while (i > 0) {
-                --i;
-                write_slot(found[i], found[i].previous);
-            }
-            throw;
+    for (size_t hook = 0; hook < kHooks; ++hook) previous[hook] = wanted[hook].previous;
+    slots.reserve(found.size());
+    try {
+        for (const Slot &slot : found) {
+            write_slot(slot, slot.ours);
+            slots.push_back(slot);
         }
+    } catch (...) {
+        uninstall();
+        throw;
     }
-    slots = std::move(found);
 }
 
-void Tap::Library::uninstall() {
-    for (const Slot &slot : slots) {
-        // Whoever put something else there after us still calls us; then we stay, and pass calls on.
-        if (__atomic_load_n(slot.place, __ATOMIC_ACQUIRE) == slot.ours) {
-            write_slot(slot, slot.previous);
-        }
+// Whoever put something else there after us still calls us: then we stay, and pass calls on.
+void Tap::Library::uninstall() noexcept {
+    const auto is_ours = [](const Slot &slot) { return slot.content() == slot.ours; };
+    if (!std::all_of(slots.begin(), slots.end(), is_ours)) return;
+    try {
+        for (const Slot &slot : slots) write_slot(slot, slot.previous);
+        slots.clear();
+    } catch (...) {
+        // A page cannot be written: as above.
     }
-    slots.clear();
 }
 
 Tap::Tap(const LlamaApi &llama, BufferFreed buffer_freed) {
@@ -335,8 +389,7 @@ Tap::Tap(const LlamaApi &llama, BufferFreed buffer_freed) {
     }
     if (index == kMostLibraries) throw Error(KVF_ERR_TAP, "more than 8 libllama have been loaded");
     if (!library) {
-        library = new Library;
-        library->llama = llama;
+        library = new Library(llama);
         TapHooks::libraries[index].store(library, std::memory_order_release);
     }
     if (library->users == 0) {
@@ -377,6 +430,7 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
     const uint64_t place = reinterpret_cast<uint64_t>(data) - buffer_;
     if (direction != direction_ || place >= buffer_bytes_ || bytes > buffer_bytes_ - place)
         return false;
+    if (failure_) return true; // libllama's own copy might fail likewise, and end the process
     // This runs inside destructors of libllama's, out of which nothing may be thrown.
     try {
         if (tensor != tensor_) begin_tensor(tensor, offset, bytes, ggml);

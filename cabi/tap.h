@@ -3,7 +3,7 @@
 // libllama moves tensor bytes only through ggml_backend_tensor_get and _set, which it calls through
 // relocation slots of its own. The tap puts functions of ours into these slots. On a thread that is
 // recording they note (address, bytes, place in the state) instead of copying; on any other thread they
-// do what was there before. No struct of ggml or llama is read: the address comes from ggml_get_data().
+// do what was there before: ggml's function, or somebody else's on the way to it. No struct of ggml or llama is read: the address comes from ggml_get_data().
 //
 // Other calls are watched too: operator new and delete, where large blocks are concerned while a thread
 // records (block_cache.h); ggml_abort, so that a failed assertion of libllama's while a thread records
@@ -27,7 +27,8 @@ namespace kvf {
 // Collects what one thread's call of libllama would have moved.
 class Recorder {
 public:
-    // Says which device of the engine holds [address, address + bytes). Negative: none of them.
+    // Says which device of the engine holds [address, address + bytes). Negative: none of them. What it throws
+    // is thrown by finish() again.
     using Locate = std::function<int64_t(uint64_t address, uint64_t bytes)>;
 
     // Takes what has been recorded so far, of a device: it may be moved while the rest is recorded.

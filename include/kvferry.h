@@ -270,7 +270,11 @@ enum {
 };
 
 enum {
-    /* The transfer begins when the work that `stream` holds at the time of the call has been done. */
+    /* The transfer begins when the work that `stream` holds at the time of the call has been done. A save by
+     * snapshot copies aside during the call, which therefore waits for that work. (Of the default streams, 0,
+     * CU_STREAM_LEGACY and CU_STREAM_PER_THREAD, every context has one. Followed are that of the calling
+     * thread's current context and those of the devices whose memory is moved; where no device of the engine
+     * has its primary context current, those of all its devices.) */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
 };
 
@@ -303,6 +307,7 @@ KVF_API int32_t kvf_job_cancel(kvf_job job);
 
 /* Makes a CUDA stream (a CUstream or cudaStream_t) wait: what it is given from now on begins when the job
  * has ended, in whatever way. Returns at once. Destroying the engine waits for streams that still wait.
+ * A default stream means several, as KVF_SUBMIT_FOLLOW_STREAM says; all of them wait.
  * Errors: KVF_ERR_UNSUPPORTED (no CUDA device, or a driver older than 11.7), KVF_ERR_INVALID_ARGUMENT
  * (a stream that no device of the engine knows), KVF_ERR_BUSY (1,024 waits are outstanding). */
 KVF_API int32_t kvf_job_stream_wait(kvf_job job, uint64_t stream);
@@ -334,7 +339,8 @@ KVF_API int32_t kvf_regions_size(const kvf_region *regions, uint64_t count, uint
 /* Saves regions into, or loads them from, `buffer`, asynchronously. The regions are copied by the
  * call; the memory they name and the buffer must stay valid, and what is written must not be touched,
  * until the completion. Regions of one load must not overlap. A load or save of 0 regions completes
- * at once. `options` and `job` may be NULL. Never blocks on a transfer.
+ * at once. `options` and `job` may be NULL. Never blocks on a transfer. Where a device is lost, the call
+ * is refused, or accepted and ended, with KVF_ERR_DEVICE_LOST.
  * Errors: KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_UNREACHABLE, KVF_ERR_INVALID_ARGUMENT (also for memory that would be
  * written, and is read-only), KVF_ERR_CLOSED. */
 KVF_API int32_t kvf_regions_save(kvf_engine engine, const kvf_region *regions, uint64_t count,
@@ -354,13 +360,17 @@ KVF_API int32_t kvf_regions_load(kvf_engine engine, const kvf_region *regions, u
  *
  * Every function here but kvf_llama_describe() must be called by the thread that owns the
  * llama_context, between its calls of llama_decode(), as for llama.cpp's own functions.
+ *
+ * A context may have several attachments, of several engines too. They know of each other's transfers:
+ * what is said of a sequence's transfers in flight holds for all of them.
  * --------------------------------------------------------------------------------------------- */
 
 struct llama_context;
 
 enum {
     /* Where libllama's calls cannot be recorded (a statically linked llama.cpp), use its blocking
-     * calls on a thread of the engine's. The context must then rest until the completion. */
+     * calls on a thread of the engine's. The context must then rest until the completion: functions that
+     * touch it return KVF_ERR_BUSY meanwhile. */
     KVF_LLAMA_ALLOW_BLOCKING = 1,
     /* Use them even where recording would work: to compare, or to get round a fault. */
     KVF_LLAMA_FORCE_BLOCKING = 2,
@@ -379,7 +389,8 @@ typedef struct kvf_llama_options {
 /* Attaches to a context; `options` may be NULL. The context stays the caller's and must outlive the
  * attachment: detach first. (A context that is freed all the same is noticed as libllama frees its
  * cache: jobs in flight are cancelled and waited for, later calls return KVF_ERR_CONTEXT_FREED.)
- * Errors: KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_TAP, KVF_ERR_UNSUPPORTED. */
+ * Errors: KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_TAP, KVF_ERR_UNSUPPORTED,
+ * KVF_ERR_DEVICE_LOST (of any device of the engine). */
 KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
                                  const kvf_llama_options *options, kvf_llama *llama);
 
@@ -410,7 +421,8 @@ enum {
 /* Saves a sequence into `buffer`, which needs kvf_llama_size() bytes and must not be touched until the
  * completion. The call itself takes the time to record the layout. `options` and `job` may be NULL.
  * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
- * (a load into this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA. */
+ * (a load into this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST,
+ * KVF_ERR_LLAMA. */
 KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t bytes,
                                const kvf_submit_options *options, kvf_job *job);
 
@@ -419,12 +431,13 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
  * sequence must not be used until the completion.
  * A load that fails or is cancelled leaves the sequence empty. If that is known to the call, the
  * sequence is empty when it returns; if it turns out later, the sequence is emptied by the next
- * kvf_llama_* call on this attachment: call kvf_llama_settle() after a completion that is not KVF_OK and
+ * kvf_llama_* call on an attachment to this context: call kvf_llama_settle() after a completion that is not KVF_OK and
  * before decoding.
  * The state is checked before libllama sees it, so that a truncated or damaged one is refused.
  * Errors: KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH, KVF_ERR_CACHE_FULL (all leave the sequence
  * empty); KVF_ERR_SEQUENCE_RANGE, KVF_ERR_BUSY (a transfer of this sequence is in flight),
- * KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_INVALID_ARGUMENT (all leave it as it was). */
+ * KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_INVALID_ARGUMENT, KVF_ERR_DEVICE_LOST (all leave it as
+ * it was; but a device that is lost during the call leaves it empty). */
 KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,
                                uint64_t bytes, const kvf_submit_options *options, kvf_job *job);
 
@@ -433,7 +446,8 @@ KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *bu
  * KVF_ERR_CONTEXT_FREED. */
 KVF_API int32_t kvf_llama_remove(kvf_llama llama, int32_t sequence);
 
-/* Empties the sequences whose loads failed or were cancelled after submission. Returns how many. */
+/* Empties the context's sequences whose loads failed or were cancelled after submission. Returns how many.
+ * Errors: KVF_ERR_BUSY (there are some, and a transfer by blocking calls is in flight). */
 KVF_API int32_t kvf_llama_settle(kvf_llama llama);
 
 /* Waits for the attachment's jobs, settles, and detaches; with the last one libllama is as it was.

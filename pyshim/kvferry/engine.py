@@ -127,7 +127,7 @@ class Engine:
         other thread uses the context. ``library`` is the path, or part of it, of the libllama to
         use when several are loaded. ``allow_blocking``: where libllama's calls can't be recorded,
         use its blocking calls on a thread of the engine's; the context must then rest until the
-        transfer has ended.
+        transfer has ended, and what would touch it meanwhile raises Busy.
 
         Raises LibraryNotFound, TapUnavailable, ContextFreed.
         """
@@ -154,8 +154,8 @@ class Engine:
         What writes the source must have been done. The transfer sees to it by following a CUDA
         stream: it begins when the work has been done that the stream holds when the transfer is
         submitted. ``after_stream`` is that stream's handle, such as PyTorch's
-        ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams. Without
-        one,
+        ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams, of
+        the arrays' devices at least (kvferry.h says which). Without one,
         - the stream that arrays name in ``__cuda_array_interface__`` is followed. CuPy's and
           Numba's name theirs; PyTorch's and JAX's none, so pass one or synchronize before. If
           arrays name several this raises InvalidArgument: make one wait for the others and pass

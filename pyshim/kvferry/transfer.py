@@ -70,9 +70,10 @@ class Transfer(PendingTransfer, Generic[T]):
         """Makes a CUDA stream wait: what it is given from now on begins when this has ended.
 
         Ended in whatever way: ``wait`` tells. ``stream`` is a handle, such as PyTorch's
-        ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams. Returns at
-        once. Raises InvalidArgument (no device of the engine knows the stream), Busy (1,024 waits
-        are outstanding), KvferryError (no CUDA device, or a driver older than 11.7).
+        ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams, of
+        the arrays' devices at least. Returns at once. Raises InvalidArgument (no device of the
+        engine knows the stream), Busy (1,024 waits are outstanding), KvferryError (no CUDA device,
+        or a driver older than 11.7).
         """
         if not self.ended:
             assert self.job is not None

@@ -177,10 +177,10 @@ public:
     Barrier(const Barrier &) = delete;
     Barrier &operator=(const Barrier &) = delete;
 
-    void close(const Stream &stream) const {
-        CHECK_CUDA(
-            driver().cuStreamWaitValue32(stream.get(), device_word_, 1, CU_STREAM_WAIT_VALUE_EQ));
+    void close(CUstream stream) const {
+        CHECK_CUDA(driver().cuStreamWaitValue32(stream, device_word_, 1, CU_STREAM_WAIT_VALUE_EQ));
     }
+    void close(const Stream &stream) const { close(stream.get()); }
     void open() { __atomic_store_n(word_, 1, __ATOMIC_RELEASE); }
 
 private:

@@ -53,6 +53,7 @@ struct Test {
         kvf::Submission submission;
         submission.buffer = buffer.data();
         submission.buffer_bytes = buffer.size();
+        submission.gate = engine->make_gate(options, 0);
         submission.on_end = [this](int32_t status) {
             ++ends;
             end_status = status;

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import anyio
+import c_interface
 import kvferry
 import pytest
 from like_contexts import MakeContext
@@ -144,6 +147,45 @@ async def test_threads_that_do_not_record_are_untouched(make_context: MakeContex
     assert set(states) == {states[0]}
 
 
+def a_copy_of_the_library(folder: Path) -> c_interface.Library:
+    copy = folder / "another_kvferry.so"
+    shutil.copy(c_interface.LIBRARY, copy)
+    return c_interface.Library(copy)
+
+
+@pytest.mark.parametrize("first_to_go", ["the first", "the second"])
+async def test_two_copies_of_the_library_both_listen(
+    make_context: MakeContext, tmp_path: Path, first_to_go: str
+) -> None:
+    """The later one puts its functions in place of the earlier one's, and calls these."""
+    context = make_prompted(make_context, "llama")
+    data = context.state_get(0)
+    state = ctypes.create_string_buffer(data, len(data))
+    host = c_interface.Devices.HOST
+    libraries = [c_interface.Library(c_interface.LIBRARY), a_copy_of_the_library(tmp_path)]
+
+    def check(attachment: c_interface.Attachment) -> None:
+        buffer = ctypes.create_string_buffer(len(data))
+        assert attachment.save(0, buffer).wait() == "KVF_OK"
+        assert buffer.raw == data
+        assert attachment.load(2, state).wait() == "KVF_OK"
+
+    with libraries[0].engine(host) as one, libraries[1].engine(host) as two:
+        words = words_of_libllama()
+        attachments = [engine.attach(context.address) for engine in (one, two)]
+        for _ in range(3):
+            for attachment in attachments:
+                check(attachment)
+            assert context.state_get(0) == data
+            gone = 0 if first_to_go == "the first" else 1
+            attachments[gone].detach()
+            check(attachments[1 - gone])
+            attachments[gone] = (one, two)[gone].attach(context.address)
+        for attachment in reversed(attachments):
+            attachment.detach()
+        assert words_of_libllama() == words
+
+
 # ---- Several -------------------------------------------------------------------------------------
 
 
@@ -190,6 +232,42 @@ async def test_freeing_one_context_does_not_concern_the_others(
                 await freed.save(0)
             for transfer in transfers:
                 assert (await transfer.wait()).to_bytes() == state
+
+
+async def test_describing_an_attachment_that_ends(model_path: Callable[..., Path]) -> None:
+    """By another thread: it describes, or finds no attachment any more."""
+    attachments: list[c_interface.Attachment] = []
+    failures: set[str] = set()
+    stop = threading.Event()
+    described = 0
+
+    def describe() -> None:
+        nonlocal described
+        while not stop.is_set():
+            if attachments:
+                try:
+                    assert '"tap": true' in attachments[-1].describe()
+                    described += 1
+                except c_interface.Failure as failure:
+                    failures.add(failure.name)
+
+    threads = [threading.Thread(target=describe) for _ in range(4)]
+    path = model_path("llama")
+    with c_interface.Library(c_interface.LIBRARY).engine(c_interface.Devices.HOST) as engine:
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(60):
+                with Model(path) as model, model.context() as context:
+                    for _ in range(10):
+                        attachments[:] = [engine.attach(context.address)]
+                        attachments[0].detach()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert described > 0
+    assert failures <= {"KVF_ERR_INVALID_HANDLE"}
 
 
 async def test_a_model_is_told_from_another_by_its_fingerprint(

@@ -1,0 +1,127 @@
+#include "llama_sequences.h"
+
+#include <utility>
+
+#include "fork.h"
+#include "status.h"
+
+namespace kvf {
+namespace {
+
+struct Contexts {
+    std::mutex mutex;
+    std::map<const llama_context *, std::weak_ptr<LlamaSequences>> sequences;
+};
+
+Contexts &contexts() {
+    static Contexts *contexts = [] {
+        auto *made = new Contexts;
+        // In a forked child the attachments are the parent's, and their transfers will never end.
+        on_fork([made] { made->mutex.lock(); }, [made] { made->mutex.unlock(); },
+                [made] {
+                    made->sequences.clear();
+                    made->mutex.unlock();
+                });
+        return made;
+    }();
+    return *contexts;
+}
+
+} // namespace
+
+std::shared_ptr<LlamaSequences> LlamaSequences::of(const llama_context *context,
+                                                   const llama_model *model) {
+    Contexts &all = contexts();
+    std::lock_guard lock(all.mutex);
+    std::erase_if(all.sequences, [](const auto &entry) { return entry.second.expired(); });
+    auto &entry = all.sequences[context];
+    auto found = entry.lock();
+    if (!found || found->model_ != model || found->is_freed()) {
+        found = std::make_shared<LlamaSequences>(model);
+        entry = found;
+    }
+    return found;
+}
+
+void LlamaSequences::begin(const Transfer &transfer) {
+    std::lock_guard lock(mutex_);
+    InFlight &of_sequence = in_flight_[transfer.sequence];
+    ++(transfer.direction == Direction::Save ? of_sequence.saves : of_sequence.loads);
+    if (transfer.blocking) ++blocking_;
+}
+
+void LlamaSequences::end(const Transfer &transfer, int32_t status) noexcept {
+    std::lock_guard lock(mutex_);
+    const auto it = in_flight_.find(transfer.sequence);
+    --(transfer.direction == Direction::Save ? it->second.saves : it->second.loads);
+    if (it->second.saves == 0 && it->second.loads == 0) in_flight_.erase(it);
+    if (transfer.blocking) --blocking_;
+    if (transfer.direction == Direction::Load && status != KVF_OK) {
+        to_be_emptied_.insert(transfer.sequence);
+    }
+}
+
+void LlamaSequences::check_idle(int32_t sequence, Busy busy) const {
+    std::lock_guard lock(mutex_);
+    const auto it = in_flight_.find(sequence);
+    if (it == in_flight_.end()) return;
+    if (it->second.loads) {
+        throw Error(KVF_ERR_BUSY, format("a load into sequence %d is in flight", sequence));
+    }
+    if (busy == Busy::WithAny) {
+        throw Error(KVF_ERR_BUSY, format("a save of sequence %d is in flight", sequence));
+    }
+}
+
+void LlamaSequences::check_at_rest() const {
+    std::lock_guard lock(mutex_);
+    check_at_rest_locked();
+}
+
+void LlamaSequences::check_at_rest_locked() const {
+    if (blocking_ == 0) return;
+    throw Error(KVF_ERR_BUSY, "a transfer by libllama's blocking calls is in flight");
+}
+
+bool LlamaSequences::is_at_rest() const {
+    std::lock_guard lock(mutex_);
+    return blocking_ == 0;
+}
+
+std::set<int32_t> LlamaSequences::take_to_be_emptied() {
+    std::lock_guard lock(mutex_);
+    if (freed_ || to_be_emptied_.empty()) return {};
+    check_at_rest_locked();
+    return std::exchange(to_be_emptied_, {});
+}
+
+void LlamaSequences::forget(int32_t sequence) {
+    std::lock_guard lock(mutex_);
+    to_be_emptied_.erase(sequence);
+}
+
+void LlamaSequences::note_tensors(const std::vector<uint64_t> &addresses) {
+    std::lock_guard lock(mutex_);
+    tensors_.insert(addresses.begin(), addresses.end());
+}
+
+std::optional<uint64_t> LlamaSequences::any_tensor() const {
+    std::lock_guard lock(mutex_);
+    if (tensors_.empty()) return std::nullopt;
+    return *tensors_.begin();
+}
+
+bool LlamaSequences::note_buffer_freed(uint64_t begin, uint64_t bytes) {
+    std::lock_guard lock(mutex_);
+    const auto it = tensors_.lower_bound(begin);
+    if (it == tensors_.end() || *it >= begin + bytes) return false;
+    freed_ = true;
+    return true;
+}
+
+bool LlamaSequences::is_freed() const {
+    std::lock_guard lock(mutex_);
+    return freed_;
+}
+
+} // namespace kvf
