@@ -41,7 +41,7 @@ PACKAGE := .venv/.kvferry
 .PHONY: help
 help:
 	@echo "make demo      save, load and decode beside each other on a real libllama; prints a table, draws a timeline"
-	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python"
+	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python, test-install, test-examples"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
@@ -140,7 +140,7 @@ bench: $(PACKAGE) $(BINDINGS)
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: test-c test-asan test-tsan test-go test-python
+test: test-c test-asan test-tsan test-go test-python test-install test-examples
 
 .PHONY: sanitize
 sanitize: test-asan test-tsan
@@ -163,8 +163,17 @@ export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 # Two at a time: the tests run threads of their own, and some race them on purpose.
 CTEST := ctest --output-on-failure --no-tests=error --parallel 2
 
+# What the tests of an installed tree build examples/c with.
+EXAMPLE_MODEL := build/models/small.gguf
+test-c test-install: export KVFERRY_LLAMA_DEV ?= $(CURDIR)/$(BINDINGS_LIB)
+test-c test-install: export KVFERRY_LLAMA_MODEL ?= $(CURDIR)/$(EXAMPLE_MODEL)
+
+$(EXAMPLE_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
+	mkdir -p $(@D)
+	PYTHONPATH=pyshim/kvferry python -c 'from synthetic import write_model; write_model("llama", "$@")'
+
 .PHONY: test-c
-test-c: build/native/build.ninja $(LLAMA)
+test-c: build/native/build.ninja $(LLAMA) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
 	cmake --build build/native --parallel $(JOBS)
 	$(CTEST) --test-dir build/native $(ARGS)
 
@@ -177,6 +186,15 @@ test-asan: build/asan/build.ninja $(LLAMA)
 test-tsan: build/tsan/build.ninja $(LLAMA)
 	cmake --build build/tsan --parallel $(JOBS)
 	$(FIXED_LAYOUT) $(CTEST) --test-dir build/tsan $(ARGS)
+
+# The package by pip, as a newcomer installs it, and the programs of examples/ from there. (By CMake: test-c.)
+.PHONY: test-install
+test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
+	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC)
+
+.PHONY: test-examples
+test-examples: $(TOOLS) $(BINDINGS_HEADERS)
+	$(MAKE) -C examples/c run
 
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
@@ -242,7 +260,7 @@ endif
 
 C_SOURCES := $(shell find include cabi tests bench examples \
     -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' 2>/dev/null)
-GO_SOURCES := $(shell find examples/go -name '*.go' 2>/dev/null)
+GO_SOURCES := $(shell find examples/go tests/install -name '*.go' 2>/dev/null)
 
 .PHONY: lint
 lint: lint-python lint-c lint-go

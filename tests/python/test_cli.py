@@ -168,6 +168,37 @@ async def test_a_measurement_that_fails_loses_no_other(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2
 
 
+# ---- config --------------------------------------------------------------------------------------
+
+
+def test_config_is_what_a_c_program_needs(tmp_path: Path) -> None:
+    """tests/install/by_pip.sh does more with it, in an empty environment."""
+    source = Path(__file__).parents[1] / "install" / "program.c"
+    for more in ([], ["--static"]):
+        flags = run("config", "--cflags", "--libs", *more).stdout.split()
+        program = tmp_path / "program"
+        subprocess.run(["cc", str(source), "-o", str(program), *flags], check=True)
+        assert subprocess.run([program], capture_output=True, check=True).stdout
+
+
+def test_config_speaks_to_the_shell(tmp_path: Path) -> None:
+    printed = run("config", "--cgo").stdout
+    script = f'{printed}\nprintf "%s\\n" "$PKG_CONFIG_PATH" "$CGO_CFLAGS" "$CGO_LDFLAGS"'
+    mine = {"PKG_CONFIG_PATH": "/mine", "CGO_CFLAGS": "-O1"}
+
+    done = subprocess.run(
+        ["sh", "-euc", script], env=mine, capture_output=True, text=True, check=True
+    )
+
+    prefix = Path(run("config", "--prefix").stdout.strip())
+    assert (prefix / "include" / "kvferry.h").is_file()
+    assert done.stdout.splitlines() == [
+        f"{prefix}/lib/pkgconfig:/mine",
+        f"-O1 -I{prefix}/include",
+        f"-O2 -g -L{prefix}/lib -Wl,-rpath,{prefix}/lib -lkvferry",
+    ]
+
+
 # ---- Options -------------------------------------------------------------------------------------
 
 
@@ -184,6 +215,7 @@ async def test_a_measurement_that_fails_loses_no_other(tmp_path: Path) -> None:
         (["demo", "--model", "/nowhere/model.gguf"], "no model file /nowhere/model.gguf"),
         (["demo", "--model", __file__], "can't load"),
         (["bench", "--out", "/proc/nothing"], "/proc/nothing"),
+        (["config"], "say what to print"),
     ],
 )
 def test_bad_options_are_named(arguments: list[str], complaint: str) -> None:
