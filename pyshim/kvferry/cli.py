@@ -30,11 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever reads our output has seen enough. Python would complain at the exit otherwise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
-    except (KvferryError, LlamaError, OSError) as failure:
-        print(f"kvferry {options.name}: error: {failure}", file=sys.stderr)
-        return _FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except Exception as failure:
+        cause = _cause(failure)
+        if not isinstance(cause, (KvferryError, LlamaError, OSError)):
+            raise
+        print(f"kvferry {options.name}: error: {cause}", file=sys.stderr)
+        return _FAILED
+
+
+def _cause(failure: BaseException) -> BaseException:
+    """What failed in a task, out of the groups that task groups wrap it in."""
+    inner: Sequence[BaseException] = getattr(failure, "exceptions", ())
+    return _cause(inner[0]) if len(inner) == 1 else failure
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -72,6 +72,15 @@ func (w whenWritten) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+func TestFileThatCannotBeWrittenIsRefusedAtOnce(t *testing.T) {
+	f := quickFlags(t)
+	f.json = "/nowhere/figures.json"
+	nothing := whenWritten{"", func() { t.Error("it has begun") }}
+	if err := run(context.Background(), f, io.Discard, nothing); err == nil || !strings.Contains(err.Error(), "/nowhere") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestWrongArgumentsAreRefused(t *testing.T) {
 	for _, arguments := range []string{"-sequences 0", "-budget -1", "-turns x", "more", "-nonsense"} {
 		var said bytes.Buffer
