@@ -16,24 +16,32 @@ ARGS ?=
 # Tools come from .venv, so that every machine formats, checks and builds with the pinned versions.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-# The prebuilt libllama to test with, and the digest that its registry publishes for it.
-LLAMA_PACKAGE := @node-llama-cpp/linux-x64@3.20.0
-LLAMA_ARCHIVE := node-llama-cpp-linux-x64-3.20.0.tgz
-LLAMA_SHA512 := cc24937799b8303acb5b3814bcebee186cc79bd0e210e359b7eb2b8076215783e9bbf4f94cbde410d8fb94763572641c70a3607a90018b26fd29c8a08d96ef49
-LLAMA_BUILD := b10361
+# The prebuilt libllama to test with, and the digest that its registry publishes for it. yzma, which Go decodes with, fits it.
 LLAMA_LIB := build/llama
+LLAMA_BUILD := b10361
+LLAMA_VERSION := 3.20.0
+LLAMA_SHA512 := cc24937799b8303acb5b3814bcebee186cc79bd0e210e359b7eb2b8076215783e9bbf4f94cbde410d8fb94763572641c70a3607a90018b26fd29c8a08d96ef49
+
+# An earlier one, for what was made for one build of llama.cpp and no other: llama-cpp-python, whose structs are those of
+# this build, and C programs that are compiled with the llama.h of its source distribution.
+BINDINGS_LIB := build/llama-bindings
+BINDINGS_BUILD := b10068
+BINDINGS_VERSION := 3.19.1
+BINDINGS_SHA512 := 9ed9d5f062debae1b0a79792e5a0b1985d28a383a38c3a3a2d358918986e89e2c5e92c0c95f6eac42621df2a3595c7a978d7f6b821e75ccc9dc82567a8b58971
 
 # Stamp files: each says that its step is done for the pins above.
 VENV := .venv/.created
 TOOLS := .venv/.tools
 LLAMA := $(LLAMA_LIB)/.$(LLAMA_BUILD)
-BINDINGS := .venv/.llama-$(LLAMA_BUILD)
+BINDINGS_LLAMA := $(BINDINGS_LIB)/.$(BINDINGS_BUILD)
+BINDINGS_HEADERS := $(BINDINGS_LIB)/include/llama.h
+BINDINGS := .venv/.llama-$(BINDINGS_BUILD)
 PACKAGE := .venv/.kvferry
 
 .PHONY: help
 help:
 	@echo "make demo      save, load and decode beside each other on a real libllama; prints a table, draws a timeline"
-	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python"
+	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python, test-install, test-examples"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
@@ -63,20 +71,38 @@ $(TOOLS): requirements-dev.txt $(VENV)
 	python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
+# $(call fetch_llama,FOLDER,BUILD,VERSION,SHA512)
+define fetch_llama
+rm -rf $(1) && mkdir -p $(1)
+npm pack @node-llama-cpp/linux-x64@$(3) --silent --pack-destination $(1)
+echo "$(4)  $(1)/node-llama-cpp-linux-x64-$(3).tgz" | sha512sum --check --quiet
+tar -xzf $(1)/node-llama-cpp-linux-x64-$(3).tgz -C $(1) --strip-components=3 --wildcards 'package/bins/linux-x64/*.so'
+rm $(1)/node-llama-cpp-linux-x64-$(3).tgz
+ln -s libllama.$(2).so $(1)/libllama.so
+ln -s libggml.$(2).so $(1)/libggml.so
+touch $@
+endef
+
 $(LLAMA):
-	rm -rf $(LLAMA_LIB) && mkdir -p $(LLAMA_LIB)
-	npm pack $(LLAMA_PACKAGE) --silent --pack-destination $(LLAMA_LIB)
-	echo "$(LLAMA_SHA512)  $(LLAMA_LIB)/$(LLAMA_ARCHIVE)" | sha512sum --check --quiet
-	tar -xzf $(LLAMA_LIB)/$(LLAMA_ARCHIVE) -C $(LLAMA_LIB) --strip-components=3 --wildcards 'package/bins/linux-x64/*.so'
-	rm $(LLAMA_LIB)/$(LLAMA_ARCHIVE)
-	ln -s libllama.$(LLAMA_BUILD).so $(LLAMA_LIB)/libllama.so
-	ln -s libggml.$(LLAMA_BUILD).so $(LLAMA_LIB)/libggml.so
+	$(call fetch_llama,$(LLAMA_LIB),$(LLAMA_BUILD),$(LLAMA_VERSION),$(LLAMA_SHA512))
+
+$(BINDINGS_LLAMA):
+	$(call fetch_llama,$(BINDINGS_LIB),$(BINDINGS_BUILD),$(BINDINGS_VERSION),$(BINDINGS_SHA512))
+
+# Only the headers; the whole distribution is large.
+$(BINDINGS_HEADERS): $(TOOLS) $(BINDINGS_LLAMA)
+	rm -rf $(@D) $(BINDINGS_LIB)/sdist && mkdir -p $(@D)
+	python -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest $(BINDINGS_LIB)/sdist \
+	    "$$(sed -n 's/^\(llama-cpp-python==[^ ]*\).*/\1/p' requirements-dev.txt)"
+	tar -xzf $(BINDINGS_LIB)/sdist/*.tar.gz -C $(@D) --transform 's|.*/||' \
+	    --wildcards '*/vendor/llama.cpp/ggml/include/*.h' '*/vendor/llama.cpp/include/llama.h'
+	rm -r $(BINDINGS_LIB)/sdist
 	touch $@
 
 # Links, not copies: whichever folder a program loads libllama from, the process then holds it once.
-$(BINDINGS): $(TOOLS) $(LLAMA)
+$(BINDINGS): $(TOOLS) $(BINDINGS_LLAMA)
 	lib=$$(python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("llama_cpp").origin))')/lib; \
-	mkdir -p "$$lib" && ln -sf $(CURDIR)/$(LLAMA_LIB)/*.so "$$lib"
+	mkdir -p "$$lib" && rm -f "$$lib"/*.so && ln -s $(CURDIR)/$(BINDINGS_LIB)/*.so "$$lib"
 	python -c 'import llama_cpp'
 	touch $@
 
@@ -100,6 +126,9 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
+# Whoever names no libllama gets the newer of the two.
+demo bench test-c test-asan test-tsan test-go test-python: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(LLAMA_LIB)
+
 .PHONY: demo
 demo: $(PACKAGE) $(BINDINGS)
 	kvferry demo $(ARGS)
@@ -111,7 +140,7 @@ bench: $(PACKAGE) $(BINDINGS)
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: test-c test-asan test-tsan test-go test-python
+test: test-c test-asan test-tsan test-go test-python test-install test-examples
 
 .PHONY: sanitize
 sanitize: test-asan test-tsan
@@ -134,10 +163,17 @@ export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 # Two at a time: the tests run threads of their own, and some race them on purpose.
 CTEST := ctest --output-on-failure --no-tests=error --parallel 2
 
-test-c test-asan test-tsan test-go: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(LLAMA_LIB)
+# What the tests of an installed tree build examples/c with.
+EXAMPLE_MODEL := build/models/small.gguf
+test-c test-install: export KVFERRY_LLAMA_DEV ?= $(CURDIR)/$(BINDINGS_LIB)
+test-c test-install: export KVFERRY_LLAMA_MODEL ?= $(CURDIR)/$(EXAMPLE_MODEL)
+
+$(EXAMPLE_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
+	mkdir -p $(@D)
+	PYTHONPATH=pyshim/kvferry python -c 'from synthetic import write_model; write_model("llama", "$@")'
 
 .PHONY: test-c
-test-c: build/native/build.ninja $(LLAMA)
+test-c: build/native/build.ninja $(LLAMA) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
 	cmake --build build/native --parallel $(JOBS)
 	$(CTEST) --test-dir build/native $(ARGS)
 
@@ -151,13 +187,26 @@ test-tsan: build/tsan/build.ninja $(LLAMA)
 	cmake --build build/tsan --parallel $(JOBS)
 	$(FIXED_LAYOUT) $(CTEST) --test-dir build/tsan $(ARGS)
 
+# The package by pip, as a newcomer installs it, and the programs of examples/ from there. (By CMake: test-c.)
+.PHONY: test-install
+test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
+	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC)
+
+.PHONY: test-examples
+test-examples: $(TOOLS) $(BINDINGS_HEADERS)
+	$(MAKE) -C examples/c run
+
+# Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
+# llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
+# alone, on the newer one.
 .PHONY: test-python
 test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
-test-python: $(PACKAGE) $(BINDINGS) build/native/build.ninja
+test-python: $(PACKAGE) $(BINDINGS) $(LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
-	@# A process opens the CUDA driver once: the tests on the simulated one have a process of their own.
-	python -m pytest tests/python/test_cuda.py
-	python -m pytest tests/python --ignore tests/python/test_cuda.py $(ARGS)
+	export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest tests/python/test_cuda.py
+	python -m pytest tests/python/test_llama_cpp_python.py
+	export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
+	    python -m pytest tests/python --ignore tests/python/test_cuda.py --ignore tests/python/test_llama_cpp_python.py $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(PACKAGE) $(BINDINGS) build/native/build.ninja
@@ -210,7 +259,7 @@ endif
 
 C_SOURCES := $(shell find include cabi tests bench examples \
     -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' 2>/dev/null)
-GO_SOURCES := $(shell find examples/go -name '*.go' 2>/dev/null)
+GO_SOURCES := $(shell find examples/go tests/install -name '*.go' 2>/dev/null)
 
 .PHONY: lint
 lint: lint-python lint-c lint-go

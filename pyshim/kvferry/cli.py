@@ -1,9 +1,10 @@
-"""The command line: ``kvferry doctor``, ``kvferry demo``, ``kvferry bench``."""
+"""The command line: ``kvferry doctor``, ``kvferry demo``, ``kvferry bench``, ``kvferry config``."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -29,11 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever reads our output has seen enough. Python would complain at the exit otherwise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
-    except (KvferryError, LlamaError, OSError) as failure:
-        print(f"kvferry {options.name}: error: {failure}", file=sys.stderr)
-        return _FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except Exception as failure:
+        cause = _cause(failure)
+        if not isinstance(cause, (KvferryError, LlamaError, OSError)):
+            raise
+        print(f"kvferry {options.name}: error: {cause}", file=sys.stderr)
+        return _FAILED
+
+
+def _cause(failure: BaseException) -> BaseException:
+    """What failed in a task, out of the groups that task groups wrap it in."""
+    inner: Sequence[BaseException] = getattr(failure, "exceptions", ())
+    return _cause(inner[0]) if len(inner) == 1 else failure
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +85,23 @@ def _parser() -> argparse.ArgumentParser:
         "--only", metavar="TEXT", help="only the measurements whose name contains TEXT"
     )
     bench.set_defaults(command=_bench)
+
+    config = commands.add_parser(
+        "config",
+        help="what builds in C and Go need to use the library of this package",
+        description="Prints what builds need to use the library that this package carries, for "
+        "instance: cc program.c $(kvferry config --cflags --libs); "
+        "cmake -Dkvferry_ROOT=$(kvferry config --prefix); "
+        'eval "$(kvferry config --cgo)" && go build.',
+    )
+    config.add_argument("--prefix", action="store_true", help="the folder of include/ and lib/")
+    config.add_argument("--cflags", action="store_true", help="for the C compiler")
+    config.add_argument("--libs", action="store_true", help="for the linker")
+    config.add_argument("--static", action="store_true", help="--libs of the static library")
+    config.add_argument(
+        "--cgo", action="store_true", help="Go's environment, for the shell to eval"
+    )
+    config.set_defaults(command=_config)
     return parser
 
 
@@ -132,6 +159,28 @@ def _bench(options: argparse.Namespace) -> int:
         only=options.only,
     )
     return 0 if anyio.run(bench.bench, chosen, Progress()) else _DIFFERS
+
+
+def _config(options: argparse.Namespace) -> int:
+    from . import config
+
+    flags = []
+    if options.cflags:
+        flags += config.cflags()
+    if options.libs:
+        flags += config.libs(static=options.static)
+    lines = []
+    if options.prefix:
+        lines.append(str(config.PREFIX))
+    if flags:
+        lines.append(shlex.join(flags))
+    if options.cgo:
+        lines += config.cgo()
+    if not lines:
+        print("kvferry config: say what to print: --help names it", file=sys.stderr)
+        return _FAILED
+    print("\n".join(lines))
+    return 0
 
 
 if __name__ == "__main__":

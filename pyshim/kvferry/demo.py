@@ -8,6 +8,8 @@ lies in the same cells of both, and everything has to agree bit for bit.
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import os
 import platform
@@ -91,6 +93,10 @@ OTHER_CACHES = [
 ]
 
 
+Event = int | Literal["save", "load"]
+"""Something that happened to a context: the number of a decode step, or a transfer."""
+
+
 @dataclass
 class Ours:
     """What came of a layout with kvferry."""
@@ -101,8 +107,8 @@ class Ours:
     resaved: NDArray[numpy.uint8]
     """The loaded sequence, saved again."""
     logits: bytes
-    script: list[int | None]
-    """What happened after the prompt, in order: the number of a decode step, or None for a load."""
+    script: list[Event]
+    """What happened after the prompt, in order."""
     figures: dict[str, Any]
     timeline: Timeline
 
@@ -120,8 +126,11 @@ class Theirs:
 async def demo(options: Options, progress: Progress) -> bool:
     """Runs all layouts, writes what was asked for. True if every one was bit-identical.
 
-    Raises LlamaError and KvferryError.
+    Raises LlamaError, KvferryError and OSError.
     """
+    for file in (options.json, options.picture):
+        if file and not Path(file).parent.is_dir():  # now rather than after all the work
+            raise NotADirectoryError(errno.ENOTDIR, "no folder to write to", str(Path(file).parent))
     library = Libllama(find(options.llama_lib))
     progress.say(f"libllama: {library.path} ({library.source}; {library.build})")
     cores = len(os.sched_getaffinity(0))
@@ -247,9 +256,8 @@ async def _with_kvferry(
 
     say(f"saving {mib(nbytes)} MiB, alone and beside decoding")
     run = _Run(engine, llama, context, await engine.allocate(nbytes))
-    snapshot = await run.save("urgent")  # the first touches the memory
-    for _ in range(_REPEATS):
-        snapshot = await run.save("urgent")
+    for _ in range(_REPEATS + 1):  # the first touches the memory
+        await run.save("urgent")
     alone = run.saves[1:]
     run.saves.clear()
     idle: list[Step] = []
@@ -262,12 +270,15 @@ async def _with_kvferry(
     beside_saves, beside_loads = list(run.saves), list(run.loads)
     during = run.steps_during_transfers()
     run.loads.clear()
+    # Decoding other sequences may have taken cells that have left a sliding window: what is
+    # compared is one moment's.
+    snapshot = await run.save("urgent")
+    reference = numpy.empty(llama.size(SAVED), numpy.uint8)
+    await llama.run(context.state_get, SAVED, reference.ctypes.data, reference.nbytes)
     for _ in range(_REPEATS):
         await run.load(snapshot, "urgent")
     completion = alone[-1].completion
 
-    reference = numpy.empty(nbytes, numpy.uint8)
-    await llama.run(context.state_get, SAVED, reference.ctypes.data, nbytes)
     resaved = await llama.save(LOADED)
     await llama.run(context.decode, _next_token(context))
     return Ours(
@@ -326,14 +337,16 @@ class _Run:
         self.decoding = Decoding(llama, context, _SPARE - 1)
         self.saves: list[_Timed] = []
         self.loads: list[_Timed] = []
-        self._all_loads: list[Completion] = []
+        self._transfers: list[tuple[int, Event]] = []
         self._intervals: list[tuple[int, int]] = []
 
     async def save(self, priority: Priority) -> Snapshot:
         start = self._llama.start_save(SAVED, into=self._buffer, priority=priority)
         transfer, recorded_ns = await submit(self._llama, start)
         snapshot = await transfer.wait()
-        self.saves.append(_timed(recorded_ns, transfer.completion))
+        timed = _timed(recorded_ns, transfer.completion)
+        self.saves.append(timed)
+        self._transfers.append((timed.completion.submitted_ns, "save"))
         return snapshot
 
     async def load(self, snapshot: Snapshot, priority: Priority) -> None:
@@ -342,7 +355,7 @@ class _Run:
         await transfer.wait()
         timed = _timed(recorded_ns, transfer.completion)
         self.loads.append(timed)
-        self._all_loads.append(timed.completion)
+        self._transfers.append((timed.completion.submitted_ns, "load"))
 
     async def beside_decoding(self, name: str) -> Timeline:
         """A save and a load in the background, with decode steps before, during and after."""
@@ -371,13 +384,12 @@ class _Run:
         found = [self.decoding.during(begin, end) for begin, end in self._intervals]
         return list({step.begin_ns: step for steps in found for step in steps}.values())
 
-    def script(self) -> list[int | None]:
-        """Steps and loads, in the order in which the context saw them."""
-        events: list[tuple[int, int | None]] = [
+    def script(self) -> list[Event]:
+        """Steps and transfers, in the order in which the context saw them."""
+        events: list[tuple[int, Event]] = [
             (step.begin_ns, index) for index, step in enumerate(self.decoding.steps)
         ]
-        events += [(load.submitted_ns, None) for load in self._all_loads]
-        return [event for _, event in sorted(events, key=lambda pair: pair[0])]
+        return [event for _, event in sorted(events + self._transfers, key=lambda pair: pair[0])]
 
 
 def _timed(recorded_ns: int, completion: Completion | None) -> _Timed:
@@ -392,19 +404,22 @@ def _with_llama(context: Context, items: Items, ours: Ours, say: Callable[[str],
     say("the same with llama.cpp's own calls")
     context.decode(items)
     nbytes = context.state_size(SAVED)
-    state = numpy.zeros(nbytes, numpy.uint8)  # as touched as kvferry's buffer is
+    buffer = numpy.zeros(nbytes, numpy.uint8)  # as touched as kvferry's is
+    address = buffer.ctypes.data
     save_ms = [
-        _call_ms(lambda: context.state_get(SAVED, state.ctypes.data, nbytes), "save")
+        _call_ms(lambda: context.state_get(SAVED, address, nbytes), "save")
         for _ in range(_REPEATS + 1)
     ][1:]
     size_query_us = _median_us(lambda: context.state_size(SAVED))
     load_ms: list[float] = []
     decoding = Decoding(None, context, _SPARE)  # type: ignore[arg-type]  # only for its tokens
+    state = buffer
     for event in ours.script:
-        if event is None:
-            load_ms.append(
-                _call_ms(lambda: context.state_set(LOADED, state.ctypes.data, nbytes), "load")
-            )
+        if event == "save":
+            state = buffer[: context.state_get(SAVED, address, nbytes)]
+        elif event == "load":
+            call = functools.partial(context.state_set, LOADED, address, state.nbytes)
+            load_ms.append(_call_ms(call, "load"))
         else:
             context.decode(decoding.items(event))
     resaved = numpy.empty(context.state_size(LOADED), numpy.uint8)

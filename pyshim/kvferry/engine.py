@@ -54,7 +54,7 @@ class Engine:
         ``"auto"``: every CUDA device, and the host. ``"host"``: the CUDA driver is not touched.
         ``"cuda"``: NoDevice is raised where there is none.
     copy_threads
-        Threads that copy host memory; 0: as many as cores, at most 4.
+        Threads that copy host memory; 0: by the number of cores, 6 at most.
     pinned_limit
         Most bytes of the buffer pool; 0: no limit.
     staging_bytes

@@ -58,16 +58,21 @@ LIBRARY_FOLDER = _load_backends()
 """Where the libllama of this process and its backends are."""
 
 
-def _context_params_type() -> Any:
-    """`llama_context_params` as the loaded libllama lays it out.
+def bindings_fit() -> bool:
+    """Whether the bindings' `llama_context_params` are laid out as those of the loaded libllama.
 
-    No release of llama-cpp-python has the layout of b10361: 0.3.34 lacks `n_outputs_max_per_seq`,
-    so that libllama would take the number of threads for that, and `flash_attn_type` for
-    `attention_type`.  Two defaults tell the layouts apart.
+    Two defaults tell.  No release of llama-cpp-python fits b10361, for instance: 0.3.34 lacks
+    `n_outputs_max_per_seq`, so that libllama would take the number of threads for that, and
+    `flash_attn_type` for `attention_type`.
     """
-    fields = list(llama.llama_context_params._fields_)
     defaults = llama.llama_context_default_params()
-    if (defaults.ctx_type, defaults.rope_scaling_type) != (0, -1):
+    return (defaults.ctx_type, defaults.rope_scaling_type) == (0, -1)
+
+
+def _context_params_type() -> Any:
+    """`llama_context_params` as the loaded libllama lays it out."""
+    fields = list(llama.llama_context_params._fields_)
+    if not bindings_fit():
         after = [name for name, _ in fields].index("n_outputs_max") + 1
         fields.insert(after, ("n_outputs_max_per_seq", ctypes.c_uint32))
 

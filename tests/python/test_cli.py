@@ -2,9 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,41 @@ def test_demo_is_bit_identical_in_every_layout(tmp_path: Path) -> None:
     assert int.from_bytes(header[16:20], "big") == 1200  # pixels wide
 
 
+def test_demo_takes_a_model_of_the_users(tmp_path: Path, model_path: Callable[..., Path]) -> None:
+    figures = tmp_path / "demo.json"
+
+    done = run(
+        *("demo", "--tokens", "32", "--model", str(model_path("gemma3"))),
+        *("--json", str(figures), "--picture", str(tmp_path / "demo.png")),
+    )
+
+    assert done.returncode == 0, done.stderr
+    report = json.loads(figures.read_text())
+    assert report["model"] == str(model_path("gemma3"))
+    assert [layout["bit_identical"] for layout in report["layouts"]] == [True] * 3
+    assert {layout["model"] for layout in report["layouts"]} == {report["layouts"][0]["model"]}
+
+
+def test_demo_stops_when_interrupted(tmp_path: Path) -> None:
+    program = "import sys; from kvferry.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "demo", "--json", "demo.json", "--picture", "demo.png"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as demo:
+        assert demo.stderr is not None
+        for line in demo.stderr:
+            if "saving" in line:
+                break
+        demo.send_signal(signal.SIGINT)
+        rest = demo.stderr.read()
+        assert demo.wait(timeout=60) == 130
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_demo_says_so_where_the_logits_differ(tmp_path: Path) -> None:
     figures = tmp_path / "demo.json"
 
@@ -85,6 +121,22 @@ def test_demo_says_so_where_the_logits_differ(tmp_path: Path) -> None:
     layouts = json.loads(figures.read_text())["layouts"]
     assert not any(layout["bit_identical"] for layout in layouts)
     assert "false" in done.stdout
+
+
+def test_demo_names_what_fails_in_a_task(tmp_path: Path) -> None:
+    done = run(
+        *("demo", "--tokens", "16", "--picture", str(tmp_path / "demo.png")),
+        first="""
+from kvferry import errors, llama
+async def fails(*_, **__): raise errors.error(llama.lib.KVF_ERR_DEVICE, "on purpose")
+llama.Llama.start_load = fails
+""",
+    )
+
+    assert (done.returncode, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1]
+    assert last == "kvferry demo: error: the device reported an error: on purpose"
+    assert "Traceback" not in done.stderr
 
 
 # ---- doctor --------------------------------------------------------------------------------------
@@ -197,6 +249,37 @@ async def test_a_measurement_that_fails_loses_no_other(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2
 
 
+# ---- config --------------------------------------------------------------------------------------
+
+
+def test_config_is_what_a_c_program_needs(tmp_path: Path) -> None:
+    """tests/install/by_pip.sh does more with it, in an empty environment."""
+    source = Path(__file__).parents[1] / "install" / "program.c"
+    for more in ([], ["--static"]):
+        flags = run("config", "--cflags", "--libs", *more).stdout.split()
+        program = tmp_path / "program"
+        subprocess.run(["cc", str(source), "-o", str(program), *flags], check=True)
+        assert subprocess.run([program], capture_output=True, check=True).stdout
+
+
+def test_config_speaks_to_the_shell(tmp_path: Path) -> None:
+    printed = run("config", "--cgo").stdout
+    script = f'{printed}\nprintf "%s\\n" "$PKG_CONFIG_PATH" "$CGO_CFLAGS" "$CGO_LDFLAGS"'
+    mine = {"PKG_CONFIG_PATH": "/mine", "CGO_CFLAGS": "-O1"}
+
+    done = subprocess.run(
+        ["sh", "-euc", script], env=mine, capture_output=True, text=True, check=True
+    )
+
+    prefix = Path(run("config", "--prefix").stdout.strip())
+    assert (prefix / "include" / "kvferry.h").is_file()
+    assert done.stdout.splitlines() == [
+        f"{prefix}/lib/pkgconfig:/mine",
+        f"-O1 -I{prefix}/include",
+        f"-O2 -g -L{prefix}/lib -Wl,-rpath,{prefix}/lib -lkvferry",
+    ]
+
+
 # ---- Options -------------------------------------------------------------------------------------
 
 
@@ -212,7 +295,10 @@ async def test_a_measurement_that_fails_loses_no_other(tmp_path: Path) -> None:
         (["demo", "--llama-lib", "/proc/self/task"], "no libllama.so in /proc/self/task"),
         (["demo", "--model", "/nowhere/model.gguf"], "no model file /nowhere/model.gguf"),
         (["demo", "--model", __file__], "can't load"),
+        (["demo", "--json", "/nowhere/demo.json"], "no folder to write to: '/nowhere'"),
+        (["demo", "--picture", "/nowhere/demo.png"], "no folder to write to: '/nowhere'"),
         (["bench", "--out", "/proc/nothing"], "/proc/nothing"),
+        (["config"], "say what to print"),
     ],
 )
 def test_bad_options_are_named(arguments: list[str], complaint: str) -> None:

@@ -288,32 +288,6 @@ async def test_a_context_that_has_been_freed_is_noticed(llama_model: reference.M
             await llama.load(snapshot, 0)
 
 
-async def test_an_object_of_llama_cpp_python_will_do(
-    llama_model: reference.Model, model_path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its structs must fit the library for that: see `_context_params_type`."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    bindings = llama_cpp.llama_cpp
-    params = reference._context_params_type()
-    monkeypatch.setattr(bindings.llama_context_default_params, "restype", params)
-    monkeypatch.setattr(
-        bindings.llama_init_from_model, "argtypes", [bindings.llama_model_p_ctypes, params]
-    )
-    llm = llama_cpp.Llama(str(model_path("llama")), n_ctx=256, n_threads=1, verbose=False)
-    async with kvferry.Engine("host") as engine:
-        llama = engine.attach(llm)
-        await llama.run(llm.eval, llama_model.prompt(20))
-        size = llama.size()
-        snapshot = await llama.save()
-        assert snapshot.nbytes == size > EMPTY_BYTES
-        llm.reset()
-        await llama.load(snapshot, 0)
-        assert (await llama.save()).to_bytes() == snapshot.to_bytes()
-        llm.close()
-        with pytest.raises(kvferry.ContextFreed):
-            await llama.save()
-
-
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_the_interpreter_exits_cleanly_with_a_context_attached(
     model_path: Callable[..., Path], backend: str

@@ -23,7 +23,7 @@ const (
 // EngineOptions of the value zero are the usual ones.
 type EngineOptions struct {
 	Devices      Devices
-	CopyThreads  int   // threads that copy host memory; 0: as many as cores, at most 4
+	CopyThreads  int   // threads that copy host memory; 0: by the number of cores, 6 at most
 	PinnedLimit  int64 // most bytes of the buffer pool, free ones included; 0: no limit
 	StagingBytes int64 // most device memory used per device and direction; 0: 32 MiB
 }

@@ -57,6 +57,15 @@ type Buffer struct {
 	once  sync.Once
 }
 
+// mapping is held around calls that map, pin or unmap memory. They take so long that Go would start a thread for every
+// goroutine that is in one, and it keeps its threads; more than a few at a time gain nothing.
+var mapping = make(limit, 8)
+
+type limit chan struct{}
+
+func (l limit) enter() { l <- struct{}{} }
+func (l limit) leave() { <-l }
+
 // NewBuffer takes a buffer of size bytes from the pool. Its content is undefined. One that is used again costs
 // microseconds, a new one the time to map and pin it. It may outlive the engine.
 //
@@ -70,7 +79,10 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 		return nil, &Error{Status: ErrInvalidArgument, Detail: "size is negative"}
 	}
 	var start unsafe.Pointer
-	if err := check(C.kvf_buffer_alloc(e.handle, C.uint64_t(size), &start)); err != nil {
+	mapping.enter()
+	status := C.kvf_buffer_alloc(e.handle, C.uint64_t(size), &start)
+	mapping.leave()
+	if err := check(status); err != nil {
 		return nil, err
 	}
 	b := &Buffer{bytes: unsafe.Slice((*byte)(start), size), users: new(gate)}
@@ -99,6 +111,8 @@ func (b *Buffer) Close() error {
 		return &Error{Status: ErrBusy, Detail: "a transfer in flight uses the buffer"}
 	}
 	b.once.Do(func() { runtime.SetFinalizer(b, nil) })
+	mapping.enter()
+	defer mapping.leave()
 	return check(C.kvf_buffer_free(unsafe.Pointer(unsafe.SliceData(b.bytes))))
 }
 
@@ -121,6 +135,8 @@ func (e *Engine) Register(memory []byte) (*Registration, error) {
 	r := &Registration{engine: e, memory: memory}
 	start := unsafe.Pointer(unsafe.SliceData(memory))
 	r.pinner.Pin(start)
+	mapping.enter()
+	defer mapping.leave()
 	if err := check(C.kvf_buffer_register(e.handle, start, C.uint64_t(len(memory)))); err != nil {
 		r.pinner.Unpin()
 		return nil, err
@@ -137,6 +153,8 @@ func (r *Registration) Close() error {
 		return nil
 	}
 	start := unsafe.Pointer(unsafe.SliceData(r.memory))
+	mapping.enter()
+	defer mapping.leave()
 	if err := check(C.kvf_buffer_unregister(r.engine.handle, start)); err != nil {
 		return err
 	}

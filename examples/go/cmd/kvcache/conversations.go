@@ -93,10 +93,10 @@ type runner[State any] struct {
 
 // figures are what a run measures.
 type figures struct {
-	firsts, loads, saves []time.Duration
-	prefilled            int
-	savedBytes           int64
-	loadedBytes          int64
+	firsts, found, loads, saves []time.Duration // first tokens of all turns, and of those whose state was found
+	prefilled                   int
+	savedBytes                  int64
+	loadedBytes                 int64
 }
 
 func (r *runner[State]) run(ctx context.Context, turns []turn) error {
@@ -178,6 +178,9 @@ func (r *runner[State]) turn(ctx context.Context, sequence llama.SeqId, t turn) 
 	c.tokens = append(tokens, w.generated...)
 	r.mutex.Lock()
 	r.figures.firsts = append(r.figures.firsts, w.first.Sub(start))
+	if known > 0 {
+		r.figures.found = append(r.figures.found, w.first.Sub(start))
+	}
 	r.figures.prefilled += len(tokens) - known
 	r.mutex.Unlock()
 	// The answer is there. What follows happens behind the user's back, while other sequences decode.

@@ -15,6 +15,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"syscall"
 	"time"
@@ -82,6 +83,11 @@ func parse(arguments []string, out io.Writer) (f flags, err error) {
 }
 
 func run(ctx context.Context, f flags, out, progress io.Writer) error {
+	if folder := filepath.Dir(f.json); f.json != "" { // now rather than after all the work
+		if info, err := os.Stat(folder); err != nil || !info.IsDir() {
+			return fmt.Errorf("-json: no folder %s", folder)
+		}
+	}
 	if err := loadLibrary(f.library); err != nil {
 		return err
 	}

@@ -36,6 +36,9 @@ func TestProgramComparesThreeWays(t *testing.T) {
 		t.Errorf("%s", text)
 	}
 	for _, row := range figures.Rows[1:] {
+		if row.FoundP50 <= 0 {
+			t.Errorf("no first token after a hit: %+v", row)
+		}
 		if row.Hits+row.Misses != f.Turns || row.Hits == 0 || row.SavedBytes < row.LoadedBytes || row.LoadedBytes == 0 {
 			t.Errorf("%+v", row)
 		}
@@ -67,6 +70,15 @@ func (w whenWritten) Write(p []byte) (int, error) {
 		time.AfterFunc(50*time.Millisecond, w.do)
 	}
 	return len(p), nil
+}
+
+func TestFileThatCannotBeWrittenIsRefusedAtOnce(t *testing.T) {
+	f := quickFlags(t)
+	f.json = "/nowhere/figures.json"
+	nothing := whenWritten{"", func() { t.Error("it has begun") }}
+	if err := run(context.Background(), f, io.Discard, nothing); err == nil || !strings.Contains(err.Error(), "/nowhere") {
+		t.Errorf("got %v", err)
+	}
 }
 
 func TestWrongArgumentsAreRefused(t *testing.T) {

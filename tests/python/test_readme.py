@@ -1,0 +1,71 @@
+"""The README's examples, as they stand there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from text_model import write_text_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def examples(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("example", examples("python"))
+def test_python_example_runs(example: str, tmp_path: Path) -> None:
+    package = importlib.util.find_spec("llama_cpp")
+    assert package is not None
+    assert package.origin is not None
+    # libggml looks for its backends in the current folder too. (Those of a llama-cpp-python that
+    # was built from its sources are part of libggml.)
+    for backend in (Path(package.origin).parent / "lib").glob("libggml-*.so"):
+        (tmp_path / backend.name).symlink_to(backend.resolve())
+    write_text_model(tmp_path / "model.gguf")
+    (tmp_path / "example.py").write_text(example)
+    # With the libllama that llama_cpp.Llama fits: its own.
+    environment = {key: os.environ[key] for key in os.environ if key != "LLAMA_CPP_LIB_PATH"}
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "example.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d{4,} bytes\n", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("example", examples("c"))
+def test_c_example_compiles(example: str, tmp_path: Path) -> None:
+    include, body = example.split("\n", 1)
+    source = tmp_path / "example.c"
+    source.write_text(f"{include}\nvoid example(struct llama_context *ctx) {{\n{body}}}\n")
+    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+
+    done = subprocess.run(
+        ["cc", "-std=c11", *warnings, "-fsyntax-only", f"-I{ROOT / 'include'}", str(source)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_examples() -> None:
+    """Else the tests above would hold nothing."""
+    assert len(examples("python")) == 1
+    assert len(examples("c")) == 1
