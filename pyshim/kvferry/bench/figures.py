@@ -24,7 +24,7 @@ from .prepared import SMALL, Beside, Prepared, ended
 
 Measure = Callable[[Prepared], Awaitable[Reading]]
 
-_ROUNDS, _STEPS = 6, 20  # of decoding, alone and beside transfers each
+_ROUNDS, _STEPS = 6, 40  # of decoding, alone and beside transfers each
 
 
 # ---- Speed alone on the machine ------------------------------------------------------------------
@@ -209,7 +209,14 @@ def decode_percentile(direction: Direction, percent: int, goal: Goal | None) -> 
         idle = percentile([step.ms for step in beside.idle], percent)
         during = percentile([step.ms for step in beside.during], percent)
         text = f"{ms(during)} ms of {len(beside.during)} steps, idle {ms(idle)} ms"
-        details = {"idle_ms": idle, "during_ms": during, "steps": len(beside.during)}
+        first = percentile([step.ms for step in beside.first], percent)
+        text += f"; first steps after recording +{100 * (first / idle - 1):.1f} %"
+        details = {
+            "idle_ms": idle,
+            "during_ms": during,
+            "first_ms": first,
+            "steps": len(beside.during),
+        }
         if beside.paced:
             paced = percentile([step.ms for step in beside.paced], percent)
             details["raw_paced_ms"] = paced

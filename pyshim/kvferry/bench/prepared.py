@@ -7,6 +7,7 @@ changes its speed changes it for all.
 
 from __future__ import annotations
 
+import bisect
 import statistics
 import threading
 import time
@@ -130,6 +131,10 @@ class Beside:
 
     idle: list[Step]
     during: list[Step]
+    """Steps that shared time with a transfer, but for those below."""
+    first: list[Step]
+    """The first steps after submitting calls: what recording has put out of the processor's caches,
+    and the device's standing still, is paid for there."""
     idle_seconds: float
     """Wall time of the idle steps, gaps included."""
     busy_steps: int
@@ -276,11 +281,20 @@ class Prepared:
                 for span in spans
                 for step in self.decoding.during(span.submitted_ns, span.finished_ns)
             ]
-            during = list({step.begin_ns: step for step in found}.values())
+            after = {step.begin_ns: step for step in self._first_steps(spans)}
+            during = {step.begin_ns: step for step in found if step.begin_ns not in after}
             if direction == "save":
                 self._keep_timeline(begin_ns, end_ns, spans, moved)
             return Beside(
-                idle, during, idle_seconds, busy_steps, busy_seconds, transfers, pump_seconds, paced
+                idle,
+                list(during.values()),
+                list(after.values()),
+                idle_seconds,
+                busy_steps,
+                busy_seconds,
+                transfers,
+                pump_seconds,
+                paced,
             )
 
         return await self.once(f"beside {direction}", measure)
@@ -304,6 +318,11 @@ class Prepared:
                     done = ended(load.completion)
                 spans.append(Span(direction, done.submitted_ns, recorded_ns, done.finished_ns))
                 transfers.append(done)
+
+    def _first_steps(self, spans: list[Span]) -> list[Step]:
+        begins = [step.begin_ns for step in self.decoding.steps]
+        at = (bisect.bisect_left(begins, span.recorded_ns) for span in spans)
+        return [self.decoding.steps[index] for index in at if index < len(begins)]
 
     async def _beside_raw(self, direction: Direction, steps: int) -> list[Step]:
         """Decode steps beside copies of the driver's own at the pace that kvferry has found."""
