@@ -12,6 +12,7 @@ constexpr uint64_t kLeastBounce = 1 << 20;
 constexpr uint64_t kStagings = 3;
 constexpr uint64_t kMostStaging = 16 << 20;  // with its table of rows
 constexpr uint64_t kStagingGrain = 64 << 10; // its half is still as aligned as a table must be
+constexpr uint64_t kDeviceGrain = 2 << 20;
 constexpr uint64_t kSmallestStaging = CudaRowTable::kBytes + kStagingGrain; // where memory is short
 // With less staging, all of it is for the pieces.
 constexpr uint64_t kLeastForResident = 8 << 20;
@@ -20,7 +21,11 @@ constexpr uint64_t kLeastForResident = 8 << 20;
 constexpr size_t kMostBounces = 7;
 constexpr size_t kMostStagings = 4;
 
-uint64_t aligned(uint64_t bytes) { return bytes / kStagingGrain * kStagingGrain; }
+// Drivers hand device memory out in units of 2 MiB.
+uint64_t aligned(uint64_t bytes) {
+    const uint64_t grain = bytes >= 2 * kDeviceGrain ? kDeviceGrain : kStagingGrain;
+    return bytes / grain * grain;
+}
 
 uint64_t staging_size(uint64_t bytes) {
     const uint64_t share = aligned(std::min(kMostStaging, bytes / kStagings));

@@ -142,20 +142,32 @@ class RawCuda:
         return self._timed(lambda: self._load(device, host, nbytes))
 
     def rows_seconds(
-        self, direction: Direction, device: int, host: int, width: int, pitch: int, rows: int
+        self,
+        direction: Direction,
+        device: int,
+        host: int,
+        width: int,
+        pitch: int,
+        rows: int,
+        copies: int,
     ) -> float:
-        """Rows that lie ``pitch`` bytes apart on the device, packed on the host: one copy."""
-        copy = _Memcpy2D(WidthInBytes=width, Height=rows)
+        """Copies of ``rows`` rows each, which lie ``pitch`` bytes apart on the device and packed on
+        the host; all queued at once, on two streams in turn."""
         on_device, on_host = ("src", "dst") if direction == "save" else ("dst", "src")
-        setattr(copy, f"{on_device}MemoryType", _ON_DEVICE)
-        setattr(copy, f"{on_device}Device", device)
-        setattr(copy, f"{on_device}Pitch", pitch)
-        setattr(copy, f"{on_host}MemoryType", _ON_HOST)
-        setattr(copy, f"{on_host}Host", host)
-        setattr(copy, f"{on_host}Pitch", width)
-        return self._timed(
-            lambda: self._call("cuMemcpy2DAsync_v2", ctypes.byref(copy), self._streams[0])
-        )
+
+        def enqueue() -> None:
+            for index in range(copies):
+                copy = _Memcpy2D(WidthInBytes=width, Height=rows)
+                setattr(copy, f"{on_device}MemoryType", _ON_DEVICE)
+                setattr(copy, f"{on_device}Device", device + index * rows * pitch)
+                setattr(copy, f"{on_device}Pitch", pitch)
+                setattr(copy, f"{on_host}MemoryType", _ON_HOST)
+                setattr(copy, f"{on_host}Host", host + index * rows * width)
+                setattr(copy, f"{on_host}Pitch", width)
+                stream = self._streams[index % 2]
+                self._call("cuMemcpy2DAsync_v2", ctypes.byref(copy), stream)
+
+        return self._timed(enqueue)
 
     def both_seconds(self, into: int, device: int, other: int, source: int, nbytes: int) -> float:
         """A save and a load of as many bytes each, at the same time."""

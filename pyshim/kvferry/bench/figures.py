@@ -34,7 +34,7 @@ def of_raw(direction: Direction, goal: Goal, interleaved: int = 1) -> Measuremen
     """While bytes move; what recording the layout adds is in ``beyond_raw``.
 
     ``interleaved``: so many sequences lie row by row between one another, which is a copy of rows:
-    what the driver makes of one such copy is then shown beside it.
+    what the driver makes of as many such copies is then shown beside it.
     """
 
     async def measure(prepared: Prepared) -> Reading:
@@ -43,9 +43,10 @@ def of_raw(direction: Direction, goal: Goal, interleaved: int = 1) -> Measuremen
         text = f"{ms(samples.moving_ms)} ms, raw {ms(samples.raw_ms)} ms; {gb_per_s:.1f} GB/s"
         if interleaved > 1:
             width = prepared.nbytes // samples.completion.fragments
-            rows = prepared.raw.rows_seconds(direction, width, interleaved * width)
+            copies = samples.completion.segments
+            rows = prepared.raw.rows_seconds(direction, width, interleaved * width, copies)
             if rows is not None:
-                text += f"; one raw copy of rows {ms(rows * 1e3)} ms"
+                text += f"; {copies} raw copies of rows {ms(rows * 1e3)} ms"
         return Reading(
             samples.raw_ms / samples.moving_ms,
             text,
@@ -150,15 +151,18 @@ def first_byte(goal: Goal) -> Measurement:
         per_token = prepared.llama.size(SAVED) / prepared.prefill_tokens
         tokens = max(1, round((4 << 20) / per_token))
         await prepared.llama.run(prepared.context.decode, [(SMALL, 1)] * tokens)
-        times = []
+        times, listing = [], []
         for _ in range(4 * prepared.repeats):
             save = await prepared.llama.start_save(SMALL, into=prepared.pinned, priority="urgent")
             await save.wait()
             done = ended(save.completion)
             times.append((done.started_ns - done.submitted_ns) / 1e3)
+            listing.append((done.recorded_ns - done.submitted_ns) / 1e3)
         await prepared.llama.run(prepared.context.remove, SMALL)
         await prepared.llama.save(SAVED, into=prepared.pinned)  # what it held before
-        return Reading(statistics.median(times), f"of {done.bytes / 2**20:.1f} MiB")
+        recording = statistics.median(listing)
+        text = f"of {done.bytes / 2**20:.1f} MiB; libllama lists and names for {recording:.0f} µs"
+        return Reading(statistics.median(times), text, {"recording_us": recording})
 
     return Measurement("first byte of a 4 MiB save after submit", "µs", goal, measure)
 
@@ -170,14 +174,19 @@ def size_query(goal: Goal) -> Measurement:
     async def measure(prepared: Prepared) -> Reading:
         llama, context = prepared.llama, prepared.context
         before = _tap_calls(llama.describe())
-        ours, theirs = [], []
-        for _ in range(300):
+        ours: list[int] = []
+        theirs: list[int] = []
+
+        def timed(function: Callable[[int], int], times: list[int]) -> None:
             begin = time.perf_counter_ns()
-            llama.size(SAVED)
-            middle = time.perf_counter_ns()
-            context.state_size(SAVED)
-            ours.append(middle - begin)
-            theirs.append(time.perf_counter_ns() - middle)
+            function(SAVED)
+            times.append(time.perf_counter_ns() - begin)
+
+        for _ in range(150):  # each goes first as often as the other
+            timed(llama.size, ours)
+            timed(context.state_size, theirs)
+            timed(context.state_size, theirs)
+            timed(llama.size, ours)
         calls = _tap_calls(llama.describe()) - before
         if calls:
             raise AssertionError(f"{calls} tensor copies were asked for by 300 size queries")

@@ -66,9 +66,11 @@ class Raw(Protocol):
     def both_seconds(self, other: int) -> float:
         """A save and a load at once; the load from another pinned buffer."""
 
-    def rows_seconds(self, direction: Direction, width: int, pitch: int) -> float | None:
-        """As many bytes, in rows of ``width`` bytes ``pitch`` bytes apart on the device; None where
-        there is no such copy."""
+    def rows_seconds(
+        self, direction: Direction, width: int, pitch: int, copies: int
+    ) -> float | None:
+        """As many bytes in so many copies of rows, ``width`` bytes wide, ``pitch`` bytes apart on
+        the device; None where there is no such copy."""
 
     @property
     def paced(self) -> Callable[[Direction, Pace, threading.Event], None] | None:

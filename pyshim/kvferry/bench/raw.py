@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 
 from ..limits import Direction, Pace, RawCuda, memcpy_seconds
@@ -35,7 +36,9 @@ class _HostCopies:
     def both_seconds(self, other: int) -> float:
         raise NotImplementedError("one memory has no two directions")
 
-    def rows_seconds(self, direction: Direction, width: int, pitch: int) -> float | None:
+    def rows_seconds(
+        self, direction: Direction, width: int, pitch: int, copies: int
+    ) -> float | None:
         return None
 
     paced = None
@@ -78,14 +81,16 @@ class _DeviceCopies:
             self._pinned, self._source, self._target, other, self._nbytes
         )
 
-    def rows_seconds(self, direction: Direction, width: int, pitch: int) -> float | None:
-        rows = self._nbytes // width
-        device = self._cuda.allocate(rows * pitch)
-        host = self._cuda.allocate_host(rows * width)
+    def rows_seconds(
+        self, direction: Direction, width: int, pitch: int, copies: int
+    ) -> float | None:
+        rows = self._nbytes // width // copies
+        device = self._cuda.allocate(copies * rows * pitch)
+        host = self._cuda.allocate_host(copies * rows * width)
         try:
-            return min(
-                self._cuda.rows_seconds(direction, device, host, width, pitch, rows)
-                for _ in range(5)
+            return statistics.median(
+                self._cuda.rows_seconds(direction, device, host, width, pitch, rows, copies)
+                for _ in range(10)
             )
         finally:
             self._cuda.free_host(host)
