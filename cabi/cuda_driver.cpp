@@ -257,7 +257,7 @@ bool CudaPinner::unpin(void *memory, uint64_t bytes) noexcept {
         const CudaContext &context = usable(contexts_);
         const CudaCurrent current(context);
         context.driver().cuMemHostUnregister(memory);
-    } catch (const std::exception &) {
+    } catch (...) {
         // The context is gone, and the registration with it.
     }
     return !given_up;
