@@ -251,7 +251,7 @@ async def test_describing_an_attachment_that_ends(model_path: Callable[..., Path
                 except c_interface.Failure as failure:
                     failures.add(failure.name)
 
-    threads = [threading.Thread(target=describe) for _ in range(4)]
+    threads = [threading.Thread(target=describe) for _ in range(2)]
     path = model_path("llama")
     with c_interface.Library(c_interface.LIBRARY).engine(c_interface.Devices.HOST) as engine:
         for thread in threads:
