@@ -74,7 +74,7 @@ $(TOOLS): requirements-dev.txt $(VENV)
 # $(call fetch_llama,FOLDER,BUILD,VERSION,SHA512)
 define fetch_llama
 rm -rf $(1) && mkdir -p $(1)
-npm pack @node-llama-cpp/linux-x64@$(3) --silent --pack-destination $(1)
+npm pack @node-llama-cpp/linux-x64@$(3) --silent --pack-destination $(1) >/dev/null
 echo "$(4)  $(1)/node-llama-cpp-linux-x64-$(3).tgz" | sha512sum --check --quiet
 tar -xzf $(1)/node-llama-cpp-linux-x64-$(3).tgz -C $(1) --strip-components=3 --wildcards 'package/bins/linux-x64/*.so'
 rm $(1)/node-llama-cpp-linux-x64-$(3).tgz
