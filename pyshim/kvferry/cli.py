@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import shlex
 import sys
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever reads our output has seen enough. Python would complain at the exit otherwise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        # Python 3.10: anyio takes SIGINT for its loop, and can't tell what it has cancelled there.
         return _INTERRUPTED
     except Exception as failure:
         cause = _cause(failure)

@@ -263,7 +263,7 @@ func TestNothingLeaksUnderRandomCancellation(t *testing.T) {
 				ctx, cancel := context.WithCancel(context.Background())
 				defer cancel()
 				if random.IntN(2) == 0 {
-					time.AfterFunc(time.Duration(random.IntN(50_000))*time.Microsecond, cancel)
+					time.AfterFunc(time.Duration(random.IntN(2_000))*time.Microsecond, cancel)
 				}
 				completion, err := engine.SaveRegions(ctx, regionsOf(want), memory, priority)
 				if err == nil {
@@ -306,7 +306,7 @@ func TestNothingLeaksUnderRandomCancellation(t *testing.T) {
 	if grown > 16*transfers {
 		t.Errorf("C's heap has grown by %d bytes every time", grown)
 	}
-	if cancelledCount.Load() < 100 || moved.Load() < 100 || mostInFlight.Load() < 10 {
+	if cancelledCount.Load() < 10 || moved.Load() < 100 || mostInFlight.Load() < 10 {
 		t.Errorf("%d cancelled, %d moved, at most %d in flight: the test has lost its point", cancelledCount.Load(),
 			moved.Load(), mostInFlight.Load())
 	}
