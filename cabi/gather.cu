@@ -157,10 +157,9 @@ static __device__ __forceinline__ void copy(unsigned char *to, const unsigned ch
 }
 
 template <bool GATHER>
-static __device__ __forceinline__ void move(unsigned long long staging, const Row *table,
-                                            unsigned int row_count,
-                                            unsigned long long address_distance,
-                                            unsigned int offset_distance) {
+static __device__ __forceinline__ void
+move(unsigned long long staging, const Row *table, unsigned int row_count,
+     unsigned long long address_distance, unsigned int offset_distance) {
     __shared__ Row rows[CHUNK];
     const unsigned int thread = threadIdx.x;
     const unsigned int warp = thread / WARP;
@@ -235,6 +234,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     kvferry_scatter(unsigned long long staging, const Row *rows, unsigned int row_count,
-                   unsigned long long address_distance, unsigned int offset_distance) {
+                    unsigned long long address_distance, unsigned int offset_distance) {
     move<false>(staging, rows, row_count, address_distance, offset_distance);
 }

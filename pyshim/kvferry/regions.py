@@ -62,6 +62,7 @@ def region_list(memory: object, *, writable: bool, after_stream: int | None = No
     stream = _named_stream(interfaces) if after_stream is None else after_stream
     regions: list[Region] = []
     owners: list[object] = []
+    arrays = 0
     offset = 0
     for source, interface in zip(sources, interfaces, strict=True):
         if isinstance(source, Region):
@@ -69,6 +70,12 @@ def region_list(memory: object, *, writable: bool, after_stream: int | None = No
             continue
         if interface is not None:
             array = _cuda_array(source, interface)
+            silent = "stream" not in interface and hasattr(source, "__dlpack__")
+            if silent and dlpack.is_on_stream(source):
+                # Version 2 of the interface (PyTorch's) names no stream. Asked by DLPack,
+                # the library makes ours wait for its work.
+                stream = stream or _LEGACY_STREAM
+                owners.append(dlpack.lent(source, stream, writable=False))
         elif (host := _host_array(source)) is not None:
             array = _numpy_array(host)
         elif not dlpack.is_on_stream(source):
@@ -82,7 +89,8 @@ def region_list(memory: object, *, writable: bool, after_stream: int | None = No
         regions.extend(array.regions(offset))
         offset += array.nbytes
         owners.append(array.owner)
-    if owners and len(owners) != len(sources):
+        arrays += 1
+    if arrays and arrays != len(sources):
         raise TypeError("either Regions, which have offsets, or arrays, which get theirs here")
     native = ffi.new("kvf_region[]", [astuple(region) for region in regions])
     nbytes = ffi.new("uint64_t *")

@@ -616,6 +616,30 @@ async def test_a_dlpack_array_is_saved_after_its_librarys_work(
                 assert shown.given_back == 1
 
 
+async def test_an_interface_that_names_no_stream_is_asked_for_one_by_dlpack(
+    cuda: SimulatedCuda,
+) -> None:
+    """As PyTorch's tensors: both protocols, and version 2 of the interface."""
+    before, after = numbers(), -numbers()
+    with cuda.array(before) as array, cuda.array(after) as computed:
+        async with kvferry.Engine("cuda") as engine:
+            with cuda.stream() as librarys:
+                shown = LibraryArray(
+                    before, array.address, device=(dlpack.CUDA, 0), make_wait=librarys.make_wait
+                )
+                interface = dict(array.__cuda_array_interface__)
+                interface.pop("stream", None)
+                shown.__cuda_array_interface__ = interface
+                librarys.hold()
+                librarys.copy(array, computed)
+                transfer = await engine.start_copy_out(shown)
+                librarys.release()
+                assert (await transfer.wait()).to_bytes() == after.tobytes()
+                assert [request["stream"] for request in shown.requests] == [1]
+                await engine.copy_in(shown, before.tobytes())
+                assert np.array_equal(array.download(), before)
+
+
 async def test_dlpack_arrays_join_the_stream_that_is_followed(cuda: SimulatedCuda) -> None:
     host = numbers()
     with cuda.array(host) as array:
