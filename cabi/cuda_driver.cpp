@@ -16,8 +16,6 @@ namespace {
 // The oldest driver that the entry points and the kernels' PTX (ISA 6.0, CUDA 9.0) are sure to work on;
 // primary contexts, pointer attributes and registered memory of today's semantics are all in it.
 constexpr int kOldestVersion = 11000;
-// A buffer that was pinned in more pieces than this is taken for pageable.
-constexpr int kMostRanges = 64;
 
 // The driver does not survive a fork: a child of a process that has begun to open it cannot use it.
 std::atomic<bool> touched{false};
@@ -285,16 +283,12 @@ bool CudaPinner::is_pinned(const void *memory, uint64_t bytes) const {
         return {true, inside ? begin + size : 0};
     };
     const CudaCurrent current(context);
-    const uint64_t end = reinterpret_cast<uint64_t>(memory) + bytes;
-    uint64_t at = reinterpret_cast<uint64_t>(memory);
-    for (int ranges = 0; ranges < kMostRanges; ++ranges) {
-        const Range range = range_of(at);
-        if (!range.pinned) return false;
-        if (range.end == 0) return range_of(end - 1).pinned; // as well as one can tell
-        if (range.end >= end) return true;
-        at = range.end; // pinned in several pieces, perhaps
-    }
-    return false;
+    const uint64_t begin = reinterpret_cast<uint64_t>(memory), end = begin + bytes;
+    const Range range = range_of(begin);
+    if (!range.pinned) return false;
+    if (range.end == 0) return range_of(end - 1).pinned; // as well as one can tell
+    // Neighbouring ranges do not count: a copy across two registrations is refused (seen on driver 580).
+    return range.end >= end;
 }
 
 } // namespace kvf

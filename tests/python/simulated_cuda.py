@@ -184,7 +184,7 @@ class Stream:
         with self._driver.context(self._device):
             if self._default is None:
                 self._driver.call("cuStreamDestroy_v2", ctypes.c_void_p(self.handle))
-            self._driver.call("cuMemFreeHost", self._word)
+        self._driver.free_word(self._word, self._device)
 
     def __enter__(self) -> Stream:
         return self
@@ -317,6 +317,11 @@ class SimulatedCuda:
             raise CudaError(entry_point, error)
 
     @contextlib.contextmanager
+    def free_word(self, word: ctypes.c_void_p, device: int) -> None:
+        """What a stream watched."""
+        with self.context(device):
+            self.call("cuMemFreeHost", word)
+
     def context(self, device: int = 0) -> Iterator[int]:
         """A device's primary context, current on this thread; its address.
 

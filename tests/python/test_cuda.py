@@ -41,6 +41,9 @@ class RealCuda(SimulatedCuda):
         self.path = "libcuda.so.1"
         self._library = ctypes.CDLL(self.path)
 
+    def free_word(self, word: ctypes.c_void_p, device: int) -> None:
+        """A real driver frees pinned memory only when no stream waits any more: it is left."""
+
     def write(self, address: int, values: NDArray[Any]) -> None:
         with self.context():
             self.call(

@@ -187,6 +187,12 @@ CUresult copy(CUstream handle, const Side &to, const Side &from, Shape shape, Lo
     if (CUresult error = find_current_stream(handle, &stream)) return error;
     if (shape.width == 0 || shape.height == 0) return CUDA_SUCCESS;
     if (to.address == 0 || from.address == 0) return CUDA_ERROR_INVALID_VALUE;
+    // Pinned memory that was registered in several pieces (seen on driver 580).
+    for (const Side &side : {to, from}) {
+        if (side.place != Place::Pinned) continue;
+        const uint64_t last = side.address + shape.extent(side.pitch) - 1;
+        if (allocation_of(last) != allocation_of(side.address)) return CUDA_ERROR_INVALID_VALUE;
+    }
 
     Operation operation;
     operation.kind = Kind::Copy;
