@@ -33,15 +33,15 @@ func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer
 		next := said[tokens]
 
 		m.clear(sequence)
-		if err := f.load(ctx, sequence, state); err != nil {
+		if _, err := f.load(ctx, sequence, state); err != nil {
 			return err
 		}
-		again, err := f.save(ctx, sequence, state.Len())
+		again, _, err := f.save(ctx, sequence, state.Len())
 		if err != nil {
 			return err
 		}
 		defer again.Close()
-		byLlama, err := own.save(ctx, sequence, state.Len())
+		byLlama, _, err := own.save(ctx, sequence, state.Len())
 		if err != nil {
 			return err
 		}
@@ -51,10 +51,10 @@ func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer
 		}
 
 		m.clear(sequence)
-		if err := own.load(ctx, sequence, state.Bytes()); err != nil {
+		if _, err := own.load(ctx, sequence, state.Bytes()); err != nil {
 			return err
 		}
-		reference, err := own.save(ctx, sequence, state.Len())
+		reference, _, err := own.save(ctx, sequence, state.Len())
 		if err != nil {
 			return err
 		}

@@ -93,10 +93,12 @@ type runner[State any] struct {
 
 // figures are what a run measures.
 type figures struct {
-	firsts, found, loads, saves []time.Duration // first tokens of all turns, and of those whose state was found
-	prefilled                   int
-	savedBytes                  int64
-	loadedBytes                 int64
+	firsts, found []time.Duration // first tokens of all turns, and of those whose state was found
+	loads, saves  []time.Duration
+	held          []time.Duration // how long nothing could be decoded, for each of both
+	prefilled     int
+	savedBytes    int64
+	loadedBytes   int64
 }
 
 func (r *runner[State]) run(ctx context.Context, turns []turn) error {
@@ -196,9 +198,7 @@ func (r *runner[State]) restore(ctx context.Context, sequence llama.SeqId, conve
 	if !found {
 		return 0, nil
 	}
-	start := time.Now()
-	err := r.way.load(ctx, sequence, state)
-	took := time.Since(start)
+	load, err := r.way.load(ctx, sequence, state)
 	r.way.release(state) // it will be longer when it is saved again
 	r.cache.giveUp(size)
 	if err != nil {
@@ -206,7 +206,8 @@ func (r *runner[State]) restore(ctx context.Context, sequence llama.SeqId, conve
 	}
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
-	r.figures.loads = append(r.figures.loads, took)
+	r.figures.loads = append(r.figures.loads, load.took)
+	r.figures.held = append(r.figures.held, load.held)
 	r.figures.loadedBytes += size
 	return tokens, nil
 }
@@ -220,17 +221,16 @@ func (r *runner[State]) keep(ctx context.Context, sequence llama.SeqId, conversa
 	if err != nil || !r.cache.reserve(int64(size)) {
 		return err
 	}
-	start := time.Now()
-	state, err := r.way.save(ctx, sequence, size)
+	state, save, err := r.way.save(ctx, sequence, size)
 	if err != nil {
 		r.cache.giveUp(int64(size))
 		return err
 	}
-	took := time.Since(start)
 	r.cache.put(conversation, state, tokens, int64(size))
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
-	r.figures.saves = append(r.figures.saves, took)
+	r.figures.saves = append(r.figures.saves, save.took)
+	r.figures.held = append(r.figures.held, save.held)
 	r.figures.savedBytes += int64(size)
 	return nil
 }

@@ -36,8 +36,8 @@ func TestProgramComparesThreeWays(t *testing.T) {
 		t.Errorf("%s", text)
 	}
 	for _, row := range figures.Rows[1:] {
-		if row.FoundP50 <= 0 {
-			t.Errorf("no first token after a hit: %+v", row)
+		if row.FoundP50 <= 0 || row.HeldP50 <= 0 || row.HeldP50 > max(row.LoadP50, row.SaveP50) {
+			t.Errorf("a time is missing: %+v", row)
 		}
 		if row.Hits+row.Misses != f.Turns || row.Hits == 0 || row.SavedBytes < row.LoadedBytes || row.LoadedBytes == 0 {
 			t.Errorf("%+v", row)

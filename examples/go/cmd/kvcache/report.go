@@ -31,6 +31,7 @@ type row struct {
 	Evictions      int     `json:"evictions"`
 	LoadP50        float64 `json:"load_p50_ms"`
 	SaveP50        float64 `json:"save_p50_ms"`
+	HeldP50        float64 `json:"context_held_p50_ms"`
 	StepP50        float64 `json:"decode_step_p50_ms"`
 	StepP99        float64 `json:"decode_step_p99_ms"`
 	SavedBytes     int64   `json:"saved_bytes"`
@@ -42,7 +43,7 @@ type row struct {
 func makeRow(way string, s settings, took time.Duration, f figures, c counts, steps []time.Duration) row {
 	r := row{Way: way, Seconds: took.Seconds(), FirstP50: quantile(f.firsts, 0.5), FirstP95: quantile(f.firsts, 0.95),
 		FoundP50: quantile(f.found, 0.5), Prefilled: f.prefilled, Hits: c.Hits, Misses: c.Misses, Evictions: c.Evictions,
-		LoadP50: quantile(f.loads, 0.5), SaveP50: quantile(f.saves, 0.5),
+		LoadP50: quantile(f.loads, 0.5), SaveP50: quantile(f.saves, 0.5), HeldP50: quantile(f.held, 0.5),
 		StepP50: quantile(steps, 0.5), StepP99: quantile(steps, 0.99), SavedBytes: f.savedBytes, LoadedBytes: f.loadedBytes,
 		GeneratedPerS: float64(s.Turns*s.Generate) / took.Seconds(), cacheIsUseless: c.Hits+c.Misses == 0}
 	if !r.cacheIsUseless {
@@ -65,21 +66,22 @@ func (r report) print(out io.Writer) {
 	fmt.Fprintf(out, "%d turns of %d conversations on %d sequences, %d tokens generated each; budget %s\n\n",
 		s.Turns, s.Conversations, s.Sequences, s.Generate, mebibytes(s.Budget))
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(table, "\tfirst token\tp95\tafter a hit\tprefilled\thit rate\tevicted\tload\tsave\tdecode step\tp99\tsaved\tloaded\tall\t")
+	fmt.Fprintln(table, "\tfirst token\tp95\tafter a hit\tprefilled\thit rate\tevicted\tload\tsave\tof it held\tdecode step\tp99\tsaved\tloaded\tall\t")
 	for _, w := range r.Rows {
-		hitRate, found, load, save, evicted := "-", "-", "-", "-", "-"
+		hitRate, found, load, save, held, evicted := "-", "-", "-", "-", "-", "-"
 		if !w.cacheIsUseless {
 			hitRate, evicted = fmt.Sprintf("%.0f %%", 100*w.HitRate), fmt.Sprint(w.Evictions)
 			found = fmt.Sprintf("%.1f ms", w.FoundP50)
-			load, save = fmt.Sprintf("%.2f ms", w.LoadP50), fmt.Sprintf("%.2f ms", w.SaveP50)
+			load, save, held = fmt.Sprintf("%.2f ms", w.LoadP50), fmt.Sprintf("%.2f ms", w.SaveP50), fmt.Sprintf("%.2f ms", w.HeldP50)
 		}
-		fmt.Fprintf(table, "%s\t%.1f ms\t%.1f ms\t%s\t%d\t%s\t%s\t%s\t%s\t%.2f ms\t%.2f ms\t%s\t%s\t%.2f s\t\n",
-			w.Way, w.FirstP50, w.FirstP95, found, w.Prefilled, hitRate, evicted, load, save, w.StepP50, w.StepP99,
+		fmt.Fprintf(table, "%s\t%.1f ms\t%.1f ms\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%.2f ms\t%.2f ms\t%s\t%s\t%.2f s\t\n",
+			w.Way, w.FirstP50, w.FirstP95, found, w.Prefilled, hitRate, evicted, load, save, held, w.StepP50, w.StepP99,
 			mebibytes(w.SavedBytes), mebibytes(w.LoadedBytes), w.Seconds)
 	}
 	table.Flush()
-	fmt.Fprintln(out, "\nFirst token, load, save, decode step: p50. What is evicted depends on what ends first, so hit rates differ from run to\n"+
-		"run, and first tokens with them: they wait for the prompts of others too. Load and save compare as they stand.")
+	fmt.Fprintln(out, "\nTimes are medians. Load and save: from when the context was free; held: how long nothing could be decoded for it.\n"+
+		"What is evicted depends on what ends first, so hit rates differ from run to run, and first tokens with them: they wait\n"+
+		"for the prompts of others too.")
 	fmt.Fprintf(out, "\n%d of %d states: loaded by kvferry as by llama.cpp's own call, the same bytes and the same next logits\n",
 		r.Check.Identical, r.Check.States)
 	fmt.Fprintf(out, "%d of %d states: the same next token as after prefilling again (logits differ by at most %.2g of the largest)\n",

@@ -84,7 +84,7 @@ func save(tb testing.TB, f ferry, sequence llama.SeqId) *kvferry.Buffer {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	state, err := f.save(context.Background(), sequence, size)
+	state, _, err := f.save(context.Background(), sequence, size)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -99,7 +99,7 @@ func TestSavedStateIsLlamaCppsOwn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want, err := own.save(context.Background(), 0, size)
+	want, _, err := own.save(context.Background(), 0, size)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,7 +109,7 @@ func TestSavedStateIsLlamaCppsOwn(t *testing.T) {
 	}
 	// And loaded into the other sequence by either it continues in the same way.
 	next := tokens(1, 9)
-	if err := f.load(context.Background(), 1, state); err != nil {
+	if _, err := f.load(context.Background(), 1, state); err != nil {
 		t.Fatal(err)
 	}
 	ferried, err := m.feed(context.Background(), 1, 300, next)
@@ -117,7 +117,7 @@ func TestSavedStateIsLlamaCppsOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.clear(1)
-	if err := own.load(context.Background(), 1, want); err != nil {
+	if _, err := own.load(context.Background(), 1, want); err != nil {
 		t.Fatal(err)
 	}
 	loaded, err := m.feed(context.Background(), 1, 300, next)
@@ -318,7 +318,7 @@ func BenchmarkSequence(b *testing.B) {
 		{"Save/kvferry", func() error { _, err := f.llama.Sequence(0).Save(ctx, state, urgent); return err }},
 		{"Save/kvferry-background", func() error { _, err := f.llama.Sequence(0).Save(ctx, state); return err }},
 		{"Save/kvferry-bytes", func() error { _, err := f.llama.Sequence(0).Save(ctx, kvferry.Bytes(memory), urgent); return err }},
-		{"Load/yzma", func() error { return own.load(ctx, 1, memory) }},
+		{"Load/yzma", func() error { _, err := own.load(ctx, 1, memory); return err }},
 		{"Load/kvferry", func() error { _, err := f.llama.Sequence(1).Load(ctx, state, urgent); return err }},
 	} {
 		b.Run(bench.name, func(b *testing.B) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"example.org/kvferry"
 	"github.com/hybridgroup/yzma/pkg/llama"
@@ -13,9 +14,15 @@ import (
 type way[State any] interface {
 	// size is how many bytes the state of a sequence takes, known before any is moved.
 	size(sequence llama.SeqId) (int, error)
-	save(ctx context.Context, sequence llama.SeqId, size int) (State, error)
-	load(ctx context.Context, sequence llama.SeqId, state State) error
+	save(ctx context.Context, sequence llama.SeqId, size int) (State, transfer, error)
+	load(ctx context.Context, sequence llama.SeqId, state State) (transfer, error)
 	release(state State)
+}
+
+// transfer is how a save or a load went, from when the context was free for it: how long it took, and for how much of
+// that nothing could be decoded.
+type transfer struct {
+	took, held time.Duration
 }
 
 // ferry saves and loads through kvferry, while other sequences decode.
@@ -28,22 +35,28 @@ func (f ferry) size(sequence llama.SeqId) (int, error) {
 	return f.llama.Sequence(int32(sequence)).Size()
 }
 
-func (f ferry) save(ctx context.Context, sequence llama.SeqId, size int) (*kvferry.Buffer, error) {
+func (f ferry) save(ctx context.Context, sequence llama.SeqId, size int) (*kvferry.Buffer, transfer, error) {
 	buffer, err := f.engine.NewBuffer(size)
 	if err != nil {
-		return nil, err
+		return nil, transfer{}, err
 	}
-	if _, err := f.llama.Sequence(int32(sequence)).Save(ctx, buffer); err != nil {
+	done, err := f.llama.Sequence(int32(sequence)).Save(ctx, buffer)
+	if err != nil {
 		buffer.Close()
-		return nil, err
+		return nil, transfer{}, err
 	}
-	return buffer, nil
+	return buffer, ferried(done), nil
 }
 
 // A turn waits for its load, but nobody for a save: so the one is urgent and the other is not.
-func (f ferry) load(ctx context.Context, sequence llama.SeqId, state *kvferry.Buffer) error {
-	_, err := f.llama.Sequence(int32(sequence)).Load(ctx, state, kvferry.WithPriority(kvferry.Urgent))
-	return err
+func (f ferry) load(ctx context.Context, sequence llama.SeqId, state *kvferry.Buffer) (transfer, error) {
+	done, err := f.llama.Sequence(int32(sequence)).Load(ctx, state, kvferry.WithPriority(kvferry.Urgent))
+	return ferried(done), err
+}
+
+// ferried: the context is held until the last fragment has been named.
+func ferried(done kvferry.Completion) transfer {
+	return transfer{took: done.Took(), held: done.Recorded - done.Submitted}
 }
 
 func (f ferry) release(state *kvferry.Buffer) { state.Close() }
@@ -61,23 +74,30 @@ func (p *plain) size(sequence llama.SeqId) (int, error) {
 	return int(llama.StateSeqGetSize(p.model.context, sequence)), nil
 }
 
-func (p *plain) save(_ context.Context, sequence llama.SeqId, size int) ([]byte, error) {
+func (p *plain) save(_ context.Context, sequence llama.SeqId, size int) ([]byte, transfer, error) {
 	state := p.memory(size)
 	p.model.mutex.Lock()
 	defer p.model.mutex.Unlock()
+	start := time.Now()
 	if n := llama.StateSeqGetData(p.model.context, state, sequence); n != uint64(size) {
-		return nil, fmt.Errorf("llama_state_seq_get_data wrote %d bytes of %d", n, size)
+		return nil, transfer{}, fmt.Errorf("llama_state_seq_get_data wrote %d bytes of %d", n, size)
 	}
-	return state, nil
+	return state, blocked(start), nil
 }
 
-func (p *plain) load(_ context.Context, sequence llama.SeqId, state []byte) error {
+func (p *plain) load(_ context.Context, sequence llama.SeqId, state []byte) (transfer, error) {
 	p.model.mutex.Lock()
 	defer p.model.mutex.Unlock()
+	start := time.Now()
 	if n := llama.StateSeqSetData(p.model.context, state, sequence); n != uint64(len(state)) {
-		return fmt.Errorf("llama_state_seq_set_data read %d bytes of %d", n, len(state))
+		return transfer{}, fmt.Errorf("llama_state_seq_set_data read %d bytes of %d", n, len(state))
 	}
-	return nil
+	return blocked(start), nil
+}
+
+func blocked(start time.Time) transfer {
+	took := time.Since(start)
+	return transfer{took: took, held: took}
 }
 
 func (p *plain) memory(size int) []byte {
