@@ -87,6 +87,8 @@ AT(kvf_completion, started_ns, 56);
 AT(kvf_completion, finished_ns, 64);
 AT(kvf_completion, detail, 72);
 IS(sizeof((kvf_completion *)0)->detail, 128);
+AT(kvf_completion, listed_ns, 200);
+AT(kvf_completion, recorded_ns, 208);
 
 AT(kvf_trace_event, job, 0);
 AT(kvf_trace_event, user_data, 8);
