@@ -146,11 +146,11 @@ enum {
 };
 
 typedef struct kvf_engine_options {
-    uint32_t size;         /* sizeof(kvf_engine_options) */
-    uint32_t devices;      /* KVF_DEVICES_* */
-    uint32_t flags;        /* KVF_ENGINE_* */
-    uint32_t copy_threads; /* threads that copy host memory; 0: by the number of cores, 6 at most */
-    uint64_t pinned_limit; /* most bytes of the buffer pool, free ones included; 0: no limit */
+    uint32_t size;          /* sizeof(kvf_engine_options) */
+    uint32_t devices;       /* KVF_DEVICES_* */
+    uint32_t flags;         /* KVF_ENGINE_* */
+    uint32_t copy_threads;  /* threads that copy host memory; 0: by the number of cores */
+    uint64_t pinned_limit;  /* most bytes of the buffer pool, free ones included; 0: no limit */
     uint64_t staging_bytes; /* most device memory used per device and direction; 0: 32 MiB */
     char *error;            /* where to write one line of text when this call fails, or NULL */
     uint64_t error_size;    /* its capacity, terminating 0 included */
@@ -419,7 +419,8 @@ enum {
 };
 
 /* Saves a sequence into `buffer`, which needs kvf_llama_size() bytes and must not be touched until the
- * completion. The call itself takes the time to record the layout. `options` and `job` may be NULL.
+ * completion. The call takes the time to record the layout; in place, what libllama has named moves meanwhile.
+ * `options` and `job` may be NULL.
  * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
  * (a load into this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST,
  * KVF_ERR_LLAMA. */

@@ -316,12 +316,12 @@ class SimulatedCuda:
         if error:
             raise CudaError(entry_point, error)
 
-    @contextlib.contextmanager
     def free_word(self, word: ctypes.c_void_p, device: int) -> None:
         """What a stream watched."""
         with self.context(device):
             self.call("cuMemFreeHost", word)
 
+    @contextlib.contextmanager
     def context(self, device: int = 0) -> Iterator[int]:
         """A device's primary context, current on this thread; its address.
 
