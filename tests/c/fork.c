@@ -82,8 +82,12 @@ int main(void) {
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     options.queue = queue;
     job = start_long_job(engine, &options);
+#ifndef __SANITIZE_ADDRESS__ /* ASan's own allocator does not survive a fork beside threads that allocate */
     pthread_t disturber;
     CHECK(pthread_create(&disturber, NULL, disturb, NULL) == 0);
+#else
+    (void)disturb;
+#endif
 
     for (int i = 0; i < 20; ++i) {
         fflush(NULL);
@@ -95,8 +99,10 @@ int main(void) {
         CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
         CHECK(kvf_job_poll(job, NULL, 0) == 0);
     }
+#ifndef __SANITIZE_ADDRESS__
     atomic_store(&stop, true);
     CHECK(pthread_join(disturber, NULL) == 0);
+#endif
     CHECK(!is_readable(kvf_queue_fd(queue)));
     CHECK_OK(kvf_job_cancel(job));
     kvf_completion completion;
