@@ -87,6 +87,7 @@ int main(void) {
     CHECK(pthread_create(&disturber, NULL, disturb, NULL) == 0);
 #else
     (void)disturb;
+    usleep(100000); /* and threads that start do */
 #endif
 
     for (int i = 0; i < 20; ++i) {
