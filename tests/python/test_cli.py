@@ -83,7 +83,11 @@ def test_demo_takes_a_model_of_the_users(tmp_path: Path, model_path: Callable[..
 
 
 def test_demo_stops_when_interrupted(tmp_path: Path) -> None:
-    program = "import sys; from kvferry.cli import main; sys.exit(main(sys.argv[1:]))"
+    # Where these tests run in the background of a script, SIGINT is ignored, and that is inherited.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from kvferry.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", program, "demo", "--json", "demo.json", "--picture", "demo.png"],
         cwd=tmp_path,
