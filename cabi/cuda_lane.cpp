@@ -3,7 +3,6 @@
 #include <sys/prctl.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <new>
 
 #include "copy.h"
@@ -43,11 +42,7 @@ constexpr uint64_t kLeastSleepNs = 15'000;
 constexpr uint64_t kStuckNs = 60'000'000'000;
 
 uint64_t stuck_ns() {
-    static const uint64_t value = [] {
-        const char *seconds = std::getenv("KVFERRY_STUCK_SECONDS");
-        const uint64_t given = seconds ? std::strtoull(seconds, nullptr, 10) : 0;
-        return given ? given * 1'000'000'000 : kStuckNs;
-    }();
+    static const uint64_t value = seconds_from_environment("KVFERRY_STUCK_SECONDS", kStuckNs);
     return value;
 }
 

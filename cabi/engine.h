@@ -91,9 +91,8 @@ private:
     void run_dispatch();
 
     const bool tracing_;
-    std::string no_cuda_;       // why there is none
-    CudaContexts cuda_;         // of the devices after the host
-    std::vector<int> ordinals_; // CUDA's number of each
+    std::string no_cuda_; // why there is none
+    CudaContexts cuda_;   // of the devices after the host
     std::shared_ptr<Pinner> pinner_;
     std::shared_ptr<Pool> pool_;
     std::unique_ptr<CudaStreamWaits> stream_waits_;

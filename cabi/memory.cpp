@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <new>
@@ -154,11 +153,7 @@ void populate(char *begin, uint64_t bytes) {
 } // namespace
 
 uint64_t idle_ns() {
-    static const uint64_t value = [] {
-        const char *seconds = std::getenv("KVFERRY_IDLE_SECONDS");
-        const uint64_t given = seconds ? std::strtoull(seconds, nullptr, 10) : 0;
-        return given ? given * 1'000'000'000 : kIdleNs;
-    }();
+    static const uint64_t value = seconds_from_environment("KVFERRY_IDLE_SECONDS", kIdleNs);
     return value;
 }
 

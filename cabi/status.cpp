@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 
@@ -33,6 +34,12 @@ uint64_t now_ns() {
     timespec t{};
     clock_gettime(CLOCK_MONOTONIC, &t);
     return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000u + static_cast<uint64_t>(t.tv_nsec);
+}
+
+uint64_t seconds_from_environment(const char *name, uint64_t fallback_ns) {
+    const char *seconds = std::getenv(name);
+    const uint64_t given = seconds ? std::strtoull(seconds, nullptr, 10) : 0;
+    return given ? given * 1'000'000'000 : fallback_ns;
 }
 
 } // namespace kvf

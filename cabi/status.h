@@ -40,6 +40,8 @@ std::string format(const char *format, ...) __attribute__((format(printf, 1, 2))
 
 // Nanoseconds of CLOCK_MONOTONIC.
 uint64_t now_ns();
+// Nanoseconds: the whole seconds that an environment variable gives, or `fallback_ns` where it gives none.
+uint64_t seconds_from_environment(const char *name, uint64_t fallback_ns);
 
 // Callers may ask for timeouts that end after the clock does: those are cut to this, ten years.
 constexpr int64_t kLongestTimeoutNs = INT64_C(10) * 365 * 24 * 3600 * 1'000'000'000;
