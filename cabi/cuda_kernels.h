@@ -7,12 +7,14 @@
 namespace kvf {
 
 // Rows for a kernel to move: a table in memory that the device reads, and what is added to each row's address and
-// to its place in staging.
+// to its place in staging; or, without a table, rows of one width at one pitch.
 struct CudaRows {
-    CUdeviceptr table;
-    uint32_t count;
+    CUdeviceptr table = 0;
+    uint32_t count = 0;
     uint64_t address_distance = 0;
     uint32_t offset_distance = 0;
+    uint64_t pitch = 0;
+    uint32_t width = 0;
 };
 
 class CudaKernels {

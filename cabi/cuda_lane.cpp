@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <new>
+#include <utility>
 
 #include "copy.h"
 #include "engine.h"
@@ -16,9 +17,9 @@ namespace {
 // cancelled job stops within a millisecond.
 constexpr uint64_t kUrgentBytes = 16 << 20;
 // For a background job the pacer says. Where it begins, and what share of the link it aims at: runs, blocks, the
-// gathered. (What was best on an H200: docs/performance.md.)
+// gathered. (What was best on an H200: docs/performance.md. Loads cost decoding more than saves, and reach more with less.)
 constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstGather = 4 << 20;
-constexpr double kRunShare = 0.97, kRowsShare = 0.93;
+constexpr double kSavedRunShare = 0.975, kLoadedRunShare = 0.97, kRowsShare = 0.93;
 constexpr size_t kMostPieces = 64;
 
 // Copies in the queue: for urgent jobs so many that it never runs empty.
@@ -27,10 +28,24 @@ constexpr uint64_t kUrgentQueuedBytes = 32 << 20;
 // Slots in use for background jobs: those in the queue, and two being made ready.
 constexpr uint32_t kBackgroundSlots = 4;
 
-// A shorter stretch of the irregular rest is not worth a launch of its own.
+// A shorter stretch of the irregular rest, or a smaller block, is not worth a launch of its own.
 constexpr uint64_t kLeastResident = 64;
+constexpr uint64_t kLeastRegular = 512 << 10;
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
 constexpr uint64_t kNarrow = 1024;
+// From the host the engine reads whole lines of this size, and rows that begin between two of them cost it one more
+// each: wider rows than this hardly. (An H200: rows of 2 KiB at offsets that are not multiples of 256 were loaded at 0.966
+// of the raw speed, others at 0.990. What it writes may begin anywhere.)
+constexpr uint64_t kHostLine = 256;
+constexpr uint64_t kWide = 8 << 10;
+// Between pieces that are loaded through staging so many bytes are copied along, rather than that a copy ends there:
+// libllama's metadata between two tensors are 12.
+constexpr uint64_t kBridge = 256;
+// For one piece in staging: what lies before it on its first line in the host, and what aligns it.
+constexpr uint64_t kPieceRoom = 2 * kHostLine;
+static_assert(kBridge <= kPieceRoom && kHostLine <= CudaArena::kAlignment);
+constexpr uint64_t kLeastSegment = 128 << 10;
+static_assert(kLeastSegment >= kLongRun + kPieceRoom && 2 * kLeastSegment <= CudaArena::kLeast);
 constexpr uint32_t kUrgentBlocks = 64, kBackgroundBlocks = 32; // of a kernel's grid
 // For so long a pump stays awake for a leg that has been announced.
 constexpr uint64_t kExpectNs = 500'000;
@@ -61,8 +76,8 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
     : engine_(engine), context_(context), driver_(context.driver()), kernels_(kernels), crew_(crew),
       device_(device), direction_(direction), limits_(limits),
       memory_(context, kernels ? limits.staging_bytes : 0),
-      pacers_{Pacer(kRunShare, kFirstRun), Pacer(kRowsShare, kFirstBlock),
-              Pacer(kRowsShare, kFirstGather)} {
+      pacers_{Pacer(direction == Direction::Save ? kSavedRunShare : kLoadedRunShare, kFirstRun),
+              Pacer(kRowsShare, kFirstBlock), Pacer(kRowsShare, kFirstGather)} {
     for (size_t way = 0; way < kWays; ++way) {
         pace_bytes_[way] = pacers_[way].pace().bytes;
         pace_window_[way] = pacers_[way].pace().window;
@@ -71,6 +86,7 @@ CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels
     try {
         for (Slot &slot : slots_) {
             slot.pieces.reserve(kMostPieces); // taking pieces must not fail
+            slot.places.reserve(kMostPieces);
             driver_.check(
                 driver_.cuStreamCreateWithPriority(&slot.stream, CU_STREAM_NON_BLOCKING, 0),
                 "cuStreamCreateWithPriority");
@@ -353,11 +369,12 @@ bool CudaLane::refill() {
         if (!urgent && pieces_ >= kBackgroundSlots) return progress;
         Slot *slot = idle_slot();
         if (!slot) return progress;
-        slot->way = way_of(*leg);
-        if (!lend(*slot, *leg)) {
+        slot->way = way_of(*leg, urgent);
+        if (is_worth_waiting(*slot, *leg, urgent)) return progress;
+        if (const Lack lack = lend(*slot, *leg, urgent); lack != Lack::Nothing) {
             const std::shared_ptr<Job> job = leg->job;
             lock.unlock();
-            if (!ensure_memory(slot->way, job)) return progress;
+            if (!obtain(lack, job)) return progress;
             continue; // another leg may be in front by now
         }
 
@@ -374,24 +391,62 @@ bool CudaLane::refill() {
     }
 }
 
-// Lends a slot the memory that pieces of its way need. False if some of it is not there at the moment.
-bool CudaLane::lend(Slot &slot, const Leg &leg) {
-    if (slot.way == Way::Gather && !(slot.staging = memory_.take_staging())) return false;
-    if (!leg.job->pinned && !(slot.bounce = memory_.take_bounce())) {
-        memory_.put_back(std::move(slot.staging));
-        return false;
+// What is staged is taken in large pieces: rather than a small one, what is still being recorded, if the device has
+// something to do meanwhile.
+bool CudaLane::is_worth_waiting(const Slot &slot, const Leg &leg, bool urgent) const {
+    return urgent && slot.way == Way::Gather && !leg.parts.is_closed() && pieces_ > 0 &&
+           leg.parts.left() < memory_.staging_bytes() / 2;
+}
+
+// Lends a slot the memory that pieces of its way need.
+CudaLane::Lack CudaLane::lend(Slot &slot, const Leg &leg, bool urgent) {
+    if (!leg.job->pinned && !(slot.bounce = memory_.take_bounce())) return Lack::Bounce;
+    if (slot.way != Way::Gather) return Lack::Nothing;
+    // Urgent pieces share staging by two: one is copied while the kernel has the other. In the background a piece is
+    // made ready behind those in the queue.
+    const uint64_t all = memory_.staging_bytes();
+    const uint64_t wanted =
+        (urgent ? std::min(kUrgentBytes, leg.parts.left()) : pacer(slot.way).pace().bytes) +
+        kMostPieces * kPieceRoom;
+    const uint64_t most =
+        std::clamp(wanted, kLeastSegment, std::max(all / (urgent ? 2 : 4), kLeastSegment));
+    const uint64_t least =
+        urgent ? std::clamp(most, kLeastSegment, std::max(all / 4, kLeastSegment)) : most;
+    Lack lack = Lack::Nothing;
+    if (all == 0) {
+        lack = Lack::Staging;
+    } else if (!(slot.staging = memory_.take_staging(least, most))) {
+        lack = Lack::Segment;
+    } else if (is_regular(leg.parts)) {
+        slot.rows = Rows::Regular;
+    } else if (may_reside(leg)) {
+        slot.rows = Rows::Resident;
+    } else {
+        slot.rows = Rows::Table;
+        if (!(slot.table = memory_.take_rows())) lack = Lack::Table;
     }
-    return true;
+    if (lack != Lack::Nothing) give_back(slot);
+    return lack;
+}
+
+// What was lent. (The resident table is given back with the last piece of it.)
+void CudaLane::give_back(Slot &slot) {
+    memory_.put_back(std::exchange(slot.staging, {}));
+    memory_.put_back(std::move(slot.table));
+    memory_.put_back(std::move(slot.bounce));
 }
 
 // Gets what lend() lacked, without the lock: the driver takes its time for that, and nobody who submits or cancels
 // shall wait for it. False if it has to be waited for until slots give theirs back. Where there is no bounce buffer at
 // all, the job ends.
-bool CudaLane::ensure_memory(Way way, const std::shared_ptr<Job> &job) {
-    if (way == Way::Gather && !memory_.ensure_staging()) {
-        return !memory_.has_staging(); // then rows are copied one by one
+bool CudaLane::obtain(Lack lack, const std::shared_ptr<Job> &job) {
+    switch (lack) {
+    case Lack::Nothing: return true;
+    case Lack::Segment: return false;
+    case Lack::Staging: memory_.allocate_staging(); return true; // or rows are copied one by one
+    case Lack::Table: return memory_.ensure_rows();
+    case Lack::Bounce: break;
     }
-    if (job->pinned) return true;
     try {
         return memory_.ensure_bounce();
     } catch (const Error &error) {
@@ -408,34 +463,58 @@ void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
     const Pacer::Pace &pace = pacer(slot.way).pace();
     slot.epoch = pace.epoch;
     uint64_t most = urgent ? kUrgentBytes : pace.bytes;
-    if (slot.way == Way::Gather) most = std::min(most, slot.staging->bytes());
     if (slot.bounce) most = std::min(most, slot.bounce->bytes());
-    slot.resident = slot.way == Way::Gather && may_reside(leg);
-    uint64_t rows_left = slot.resident             ? CudaResidentTable::kRows
-                         : slot.way == Way::Gather ? CudaRowTable::kRows
-                                                   : 1;
+    uint64_t rows_left = slot.way != Way::Gather       ? 1
+                         : slot.rows == Rows::Resident ? CudaResidentTable::kRows
+                                                       : CudaRowTable::kRows;
     slot.pieces.clear();
+    slot.places.clear();
     slot.bytes = 0;
+    uint64_t end = 0; // in staging
     do {
         uint64_t bytes = most - slot.bytes;
+        if (slot.way == Way::Gather) {
+            const uint64_t room = slot.staging.bytes - end;
+            bytes = std::min(bytes, room - std::min(room, kPieceRoom));
+        }
         if (const kvf_region *block = parts.block()) {
             if (slot.way == Way::Run) bytes = std::min(bytes, block->width);
             if (slot.way == Way::Gather) {
                 if (!slot.pieces.empty() && block->width > bytes) break;
-                bytes = std::min(bytes, block->width * rows_left);
+                if (slot.rows == Rows::Table) bytes = std::min(bytes, block->width * rows_left);
             }
         } else if (!slot.pieces.empty() && bytes < kLongRun) {
             break; // the next run might not fit
         }
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
-        if (slot.resident) {
-            if (parts.empty() || parts.block() || parts.span().table != *piece.table) break;
-        } else if (slot.way == Way::Gather) {
+        if (slot.way != Way::Gather) continue;
+        slot.places.push_back(place(slot, *leg.job, piece));
+        end = slot.places.back() + piece.bytes;
+        if (parts.empty()) break;
+        if (slot.rows == Rows::Regular) {
+            if (!is_regular(parts)) break;
+        } else if (slot.rows == Rows::Resident) {
+            if (parts.block() || parts.span().table != *piece.table) break;
+        } else {
             rows_left -= piece.runs ? piece.count : piece.block.rows;
         }
     } while (!parts.empty() && slot.bytes < most && rows_left > 0 &&
-             slot.pieces.size() < kMostPieces && way_of(leg) == slot.way);
+             slot.pieces.size() < kMostPieces && way_of(leg, urgent) == slot.way);
+}
+
+// Where the next piece belongs in staging: behind the one before it. What comes from the host at such a distance from it
+// as it has there, if that is short; else so that a copy may begin with what lies before it on its line in the host.
+uint64_t CudaLane::place(const Slot &slot, const Job &job, const Piece &piece) const {
+    const bool is_first = slot.places.empty();
+    const Piece *last = is_first ? nullptr : &slot.pieces[slot.places.size() - 1];
+    const uint64_t end = is_first ? 0 : slot.places.back() + last->bytes;
+    if (direction_ == Direction::Save || !job.pinned) return end;
+    if (last && last->is_packed()) {
+        const uint64_t gap = piece.offset() - (last->offset() + last->bytes);
+        if (gap <= kBridge) return end + gap;
+    }
+    return (end + kHostLine - 1) / kHostLine * kHostLine + kHostLine;
 }
 
 // Whether the next of the irregular rest can refer to the resident table. If so, that is acquired.
@@ -449,15 +528,30 @@ bool CudaLane::may_reside(const Leg &leg) {
 }
 
 // How the next piece of a leg gets to the host and back.
-CudaLane::Way CudaLane::way_of(const Leg &leg) const {
+CudaLane::Way CudaLane::way_of(const Leg &leg, bool urgent) const {
     const kvf_region *block = leg.parts.block();
     if (!block) return memory_.has_staging() ? Way::Gather : Way::Run;
     if (block->rows == 1 || block->width >= kUrgentBytes) return Way::Run;
     const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);
-    if (block->width >= kNarrow && pitch <= limits_.max_pitch) return Way::Block;
-    if (memory_.has_staging() && block->width <= CudaLaneMemory::kLeastStaging / 2)
-        return Way::Gather;
+    const bool is_direct = block->width >= kNarrow && pitch <= limits_.max_pitch;
+    if (is_direct && !(urgent && is_read_badly(*leg.job, *block))) return Way::Block;
+    if (memory_.has_staging() && block->width <= kLongRun) return Way::Gather;
     return pitch <= limits_.max_pitch ? Way::Block : Way::Run;
+}
+
+// Rows that are loaded faster through staging.
+bool CudaLane::is_read_badly(const Job &job, const kvf_region &block) const {
+    if (direction_ == Direction::Save || !job.pinned || block.width >= kWide ||
+        block.buffer_pitch != block.width || block.width * block.rows < kLeastRegular)
+        return false;
+    const uint64_t begin = reinterpret_cast<uint64_t>(job.buffer) + block.offset;
+    return (begin | block.width) % kHostLine != 0;
+}
+
+// What comes next is a block that is worth a launch of its own.
+bool CudaLane::is_regular(const Parts &parts) {
+    const kvf_region *block = parts.block();
+    return block && block->width * block->rows >= kLeastRegular;
 }
 
 CudaLane::Slot *CudaLane::idle_slot() {
@@ -475,13 +569,15 @@ void CudaLane::prepare(Slot &slot) {
     slot.stage = Stage::Ready;
     if (slot.way == Way::Gather) {
         // Before the data of a load, too: behind it, the table would wait for other slots' copies.
-        if (slot.resident) {
+        if (slot.rows == Rows::Resident) {
             resident_->table().send(slot.stream);
-        } else {
-            CudaRowTable &rows = slot.staging->rows();
-            rows.clear();
-            for (const Piece &piece : slot.pieces) rows.add(piece);
-            rows.send(slot.stream);
+        } else if (slot.rows == Rows::Table) {
+            CudaRowTable &table = slot.table->table();
+            table.clear();
+            for (size_t i = 0; i < slot.pieces.size(); ++i) {
+                table.add(slot.pieces[i], slot.places[i]);
+            }
+            table.send(slot.stream);
         }
         if (direction_ == Direction::Save) launch(slot);
     }
@@ -492,16 +588,23 @@ uint32_t CudaLane::kernel_blocks() const { return urgent_ ? kUrgentBlocks : kBac
 
 // Queues the kernels that move a slot's rows.
 void CudaLane::launch(Slot &slot) {
-    const CUdeviceptr staging = slot.staging->memory();
-    if (!slot.resident) {
-        const CudaRows rows = slot.staging->rows().rows();
-        return kernels_->launch(direction_, staging, rows, kernel_blocks(), slot.stream);
-    }
-    uint64_t at = 0;
-    for (const Piece &piece : slot.pieces) {
-        const CudaRows rows = resident_->table().rows(piece, at);
-        kernels_->launch(direction_, staging, rows, kernel_blocks(), slot.stream);
-        at += piece.bytes;
+    const auto launch = [&](const CudaRows &rows) {
+        kernels_->launch(direction_, slot.staging.memory, rows, kernel_blocks(), slot.stream);
+    };
+    if (slot.rows == Rows::Table) return launch(slot.table->table().rows());
+    for (size_t i = 0; i < slot.pieces.size(); ++i) {
+        const Piece &piece = slot.pieces[i];
+        if (slot.rows == Rows::Resident) {
+            launch(resident_->table().rows(piece, slot.places[i]));
+            continue;
+        }
+        CudaRows rows;
+        rows.count = static_cast<uint32_t>(piece.block.rows);
+        rows.address_distance = piece.block.address;
+        rows.offset_distance = static_cast<uint32_t>(slot.places[i]);
+        rows.pitch = piece.block.pitch;
+        rows.width = static_cast<uint32_t>(piece.block.width);
+        launch(rows);
     }
 }
 
@@ -563,44 +666,53 @@ void CudaLane::copy_direct(Slot &slot) {
     }
 }
 
-// Between staging, where the rows of the pieces follow one another, and the host.
+// Between staging and the host.
 void CudaLane::copy_gathered(Slot &slot) {
     Job &job = *slot.leg->job;
-    if (!job.pinned)
-        return copy_run(slot, slot.staging->memory(), slot.bounce->memory(), slot.bytes);
-    // What is one run both in staging and in the buffer is one copy, across pieces too.
-    uint64_t at = slot.staging->memory(), offset = 0, bytes = 0;
+    const CUdeviceptr staging = slot.staging.memory;
+    if (!job.pinned) return copy_run(slot, staging, slot.bounce->memory(), slot.bytes);
+    // What has one distance between staging and the buffer is one copy, across pieces too.
+    uint64_t place = 0, offset = 0, bytes = 0;
+    bool has_room = false; // before it, for the rest of its line in the host
     const auto flush = [&] {
-        if (bytes) copy_run(slot, at, job.buffer + offset, bytes);
-        at += bytes;
+        if (!bytes) return;
+        const auto begin = reinterpret_cast<uint64_t>(job.buffer) + offset;
+        const uint64_t before = has_room ? std::min(begin % kHostLine, offset) : 0;
+        copy_run(slot, staging + place - before, job.buffer + offset - before, bytes + before);
         bytes = 0;
     };
-    const auto extend = [&](uint64_t next_offset, uint64_t next_bytes) {
-        if (offset + bytes != next_offset) {
+    const auto extend = [&](uint64_t next_place, uint64_t next_offset, uint64_t next_bytes,
+                            bool is_first) {
+        const bool follows = bytes && next_place - place == next_offset - offset;
+        if (!follows) {
             flush();
+            place = next_place;
             offset = next_offset;
+            has_room = is_first && direction_ == Direction::Load;
         }
-        bytes += next_bytes;
+        bytes = next_place + next_bytes - place;
     };
-    for (const Piece &piece : slot.pieces) {
+    for (size_t i = 0; i < slot.pieces.size(); ++i) {
+        const Piece &piece = slot.pieces[i];
         const kvf_region &block = piece.block;
-        if (slot.resident) {
-            extend(piece.runs->offset + piece.offset_distance, piece.bytes);
+        uint64_t at = slot.places[i];
+        if (piece.is_packed()) {
+            extend(at, piece.offset(), piece.bytes, true);
         } else if (piece.runs) {
-            for (uint64_t i = 0; i < piece.count; ++i) {
-                extend(piece.runs[i].offset + piece.offset_distance, piece.runs[i].bytes);
+            for (uint64_t k = 0; k < piece.count; ++k) {
+                const Run run = piece.run(k);
+                extend(at, run.offset, run.bytes, k == 0);
+                at += run.bytes;
             }
-        } else if (block.rows == 1 || block.buffer_pitch == block.width) {
-            extend(block.offset, piece.bytes);
         } else if (block.buffer_pitch > limits_.max_pitch) {
-            for (uint64_t i = 0; i < block.rows; ++i) {
-                extend(block.offset + i * block.buffer_pitch, block.width);
+            for (uint64_t k = 0; k < block.rows; ++k) {
+                extend(at, block.offset + k * block.buffer_pitch, block.width, k == 0);
+                at += block.width;
             }
         } else {
             flush();
-            copy_rows(slot, at, block.width, job.buffer + block.offset, block.buffer_pitch,
-                      block.width, block.rows);
-            at += piece.bytes;
+            copy_rows(slot, staging + at, block.width, job.buffer + block.offset,
+                      block.buffer_pitch, block.width, block.rows);
         }
     }
     flush();
@@ -657,13 +769,11 @@ void CudaLane::end_piece(Slot &slot) {
     Job &job = *leg.job;
     engine_.trace(job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.bytes,
                   device_);
-    memory_.put_back(std::move(slot.staging));
-    memory_.put_back(std::move(slot.bounce));
-    if (slot.resident) {
+    if (slot.staging && slot.rows == Rows::Resident) {
         resident_->table().release();
         if (!resident_->table().in_use()) memory_.put_back(std::move(resident_));
     }
-    slot.resident = false;
+    give_back(slot);
     slot.stage = Stage::Idle;
     slot.leg = nullptr;
     --pieces_;

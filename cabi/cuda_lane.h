@@ -10,7 +10,8 @@
 //     save    gather kernel*  ->  copy to the host    ->  crew copies out**
 //     load    crew copies in**  ->  copy to the device  ->  scatter kernel*
 //
-// *  for the irregular rest and for narrow rows, through staging on the device
+// *  for the irregular rest, for narrow rows, and for rows that the copy engine would read from the host at
+//    unfavourable addresses: through staging on the device
 // ** for a pageable buffer, through a pinned bounce buffer
 #pragma once
 
@@ -70,20 +71,30 @@ private:
     };
     enum class Way { Run, Block, Gather };
     static constexpr size_t kWays = 3;
+    // Where the kernels find the rows of a slot.
+    enum class Rows {
+        Regular,  // each piece is a block, and needs no table
+        Resident, // each piece is of the resident table
+        Table,    // all are in a table of the slot's own
+    };
+    // What there is none of at the moment.
+    enum class Lack { Nothing, Staging, Segment, Table, Bounce };
 
     struct Slot {
         Stage stage = Stage::Idle;
         CUstream stream = nullptr;
         CUevent copied = nullptr, finished = nullptr;
 
-        std::unique_ptr<CudaStaging> staging; // borrowed for the pieces, where their way needs it
-        std::unique_ptr<CudaBounce> bounce;   // ... where the job's buffer is pageable
+        CudaStaging staging;                   // borrowed for the pieces, where their way needs it
+        std::unique_ptr<CudaRowsPlaced> table; // ... where they are Rows::Table
+        std::unique_ptr<CudaBounce> bounce;    // ... where the job's buffer is pageable
         Leg *leg = nullptr;
         std::vector<Piece> pieces; // of one way; small ones together, since each copy has its price
-        uint64_t bytes = 0;        // of them
+        std::vector<uint64_t> places; // of the pieces in staging
+        uint64_t bytes = 0;           // of the pieces
         Way way = Way::Run;
-        uint32_t epoch = 0;    // of the pacer's
-        bool resident = false; // its pieces are rows of the resident table
+        Rows rows = Rows::Table; // where the way is Gather
+        uint32_t epoch = 0;      // of the pacer's
         std::atomic<bool> crew_done{false};
         uint64_t begin_ns = 0, queued_ns = 0;
     };
@@ -92,12 +103,16 @@ private:
     bool retire();
     bool queue_copies();
     bool refill();
-    bool lend(Slot &slot, const Leg &leg);
-    bool ensure_memory(Way way, const std::shared_ptr<Job> &job);
+    bool is_worth_waiting(const Slot &slot, const Leg &leg, bool urgent) const;
+    Lack lend(Slot &slot, const Leg &leg, bool urgent);
+    void give_back(Slot &slot);
+    bool obtain(Lack lack, const std::shared_ptr<Job> &job);
     void wait_for_gates(std::unique_lock<std::mutex> &lock);
     void idle();
 
-    Way way_of(const Leg &leg) const;
+    Way way_of(const Leg &leg, bool urgent) const;
+    bool is_read_badly(const Job &job, const kvf_region &block) const;
+    static bool is_regular(const Parts &parts);
     Slot *idle_slot();
     void prepare(Slot &slot);
     void queue_copy(Slot &slot);
@@ -117,6 +132,7 @@ private:
     void copy_direct(Slot &slot);
     void copy_gathered(Slot &slot);
     void take_pieces(Slot &slot, Leg &leg, bool urgent);
+    uint64_t place(const Slot &slot, const Job &job, const Piece &piece) const;
     bool may_reside(const Leg &leg);
     void launch(Slot &slot);
     void crew_copies(Slot &slot, Stage stage);

@@ -1,49 +1,30 @@
 #include "cuda_lane_memory.h"
 
 #include <algorithm>
-#include <new>
 
 namespace kvf {
 namespace {
 
 constexpr uint64_t kBounce = 4 << 20;
 constexpr uint64_t kLeastBounce = 1 << 20;
-// Three stagings share what a lane may take: fewer and larger ones, since every piece costs some microseconds.
-constexpr uint64_t kStagings = 3;
-constexpr uint64_t kMostStaging = 16 << 20;  // with its table of rows
-constexpr uint64_t kStagingGrain = 64 << 10; // its half is still as aligned as a table must be
-constexpr uint64_t kDeviceGrain = 2 << 20;
-constexpr uint64_t kSmallestStaging = CudaRowTable::kBytes + kStagingGrain; // where memory is short
-// With less staging, all of it is for the pieces.
+constexpr uint64_t kDeviceGrain = 2 << 20; // drivers hand device memory out in units of that
+// With less device memory than this, all of it is for staging and tables of rows.
 constexpr uint64_t kLeastForResident = 8 << 20;
 // Of each at most, so that both lanes of a device pin 62 MiB at most: seven bounce buffers, four tables of 512 KiB and
 // one of 1 MiB in each. (A lane has eight slots; those without one of them wait for their turn.)
 constexpr size_t kMostBounces = 7;
-constexpr size_t kMostStagings = 4;
+constexpr size_t kMostRows = 4;
 
-// Drivers hand device memory out in units of 2 MiB.
-uint64_t aligned(uint64_t bytes) {
-    const uint64_t grain = bytes >= 2 * kDeviceGrain ? kDeviceGrain : kStagingGrain;
+size_t most_rows(uint64_t device_bytes) {
+    return std::clamp<uint64_t>(device_bytes / (4 << 20), 1, kMostRows);
+}
+
+uint64_t arena_bytes(uint64_t device_bytes) {
+    if (device_bytes < CudaLaneMemory::kLeastDevice) return 0;
+    uint64_t bytes = device_bytes - most_rows(device_bytes) * CudaRowTable::kBytes;
+    if (device_bytes >= kLeastForResident) bytes -= CudaResidentTable::kBytes;
+    const uint64_t grain = bytes >= 2 * kDeviceGrain ? kDeviceGrain : CudaArena::kAlignment;
     return bytes / grain * grain;
-}
-
-uint64_t staging_size(uint64_t bytes) {
-    const uint64_t share = aligned(std::min(kMostStaging, bytes / kStagings));
-    return share >= CudaLaneMemory::kLeastStaging ? share : aligned(bytes / 2);
-}
-
-// Tries `make` with ever smaller sizes.
-template <class Item>
-std::unique_ptr<Item> make_smaller(const CudaContext &context, uint64_t bytes, uint64_t least) {
-    for (;; bytes /= 2) {
-        try {
-            return std::make_unique<Item>(context, bytes);
-        } catch (const Error &error) {
-            if (error.status != KVF_ERR_OUT_OF_MEMORY || bytes / 2 < least) throw;
-        } catch (const std::bad_alloc &) {
-            throw Error(KVF_ERR_OUT_OF_MEMORY);
-        }
-    }
 }
 
 } // namespace
@@ -66,98 +47,62 @@ CudaBounce::~CudaBounce() {
     }
 }
 
-CudaStaging::CudaStaging(const CudaContext &context, uint64_t bytes)
-    : context_(context), bytes_(bytes - CudaRowTable::kBytes) {
-    const CudaCurrent current(context_);
-    const CudaDriver &driver = context_.driver();
-    driver.check(driver.cuMemAlloc(&memory_, bytes), "cuMemAlloc");
-    try {
-        rows_ = std::make_unique<CudaRowTable>(context_, memory_ + bytes_);
-    } catch (...) {
-        driver.cuMemFree(memory_);
-        throw;
-    }
-}
+CudaLaneMemory::CudaLaneMemory(const CudaContext &context, uint64_t device_bytes)
+    : context_(context), may_stage_(device_bytes >= kLeastDevice),
+      may_reside_(device_bytes >= kLeastForResident), arena_(context, arena_bytes(device_bytes)),
+      bounces_(kMostBounces), rows_(most_rows(device_bytes)), residents_(1),
+      has_staging_(may_stage_) {}
 
-CudaStaging::~CudaStaging() {
-    try {
-        const CudaCurrent current(context_);
-        context_.driver().cuMemFree(memory_);
-    } catch (const Error &) {
-        // The context is gone, and the memory with it.
-    }
-}
-
-CudaResident::CudaResident(const CudaContext &context) : context_(context) {
-    const CudaCurrent current(context_);
-    const CudaDriver &driver = context_.driver();
-    driver.check(driver.cuMemAlloc(&memory_, CudaResidentTable::kBytes), "cuMemAlloc");
-    try {
-        table_ = std::make_unique<CudaResidentTable>(context_, memory_);
-    } catch (...) {
-        driver.cuMemFree(memory_);
-        throw;
-    }
-}
-
-CudaResident::~CudaResident() {
-    table_.reset();
-    try {
-        const CudaCurrent current(context_);
-        context_.driver().cuMemFree(memory_);
-    } catch (const Error &) {
-        // The context is gone, and the memory with it.
-    }
-}
-
-CudaLaneMemory::CudaLaneMemory(const CudaContext &context, uint64_t staging_bytes)
-    : context_(context),
-      for_stagings_(staging_bytes -
-                    (staging_bytes >= kLeastForResident ? CudaResidentTable::kBytes : 0)),
-      staging_(staging_size(for_stagings_)),
-      stagings_most_(staging_ >= kLeastStaging
-                         ? std::min<uint64_t>(kMostStagings, for_stagings_ / staging_)
-                         : 0),
-      has_resident_(for_stagings_ < staging_bytes), bounces_(kMostBounces),
-      stagings_(stagings_most_), residents_(1), has_staging_(stagings_most_ > 0),
-      may_reside_(has_resident_) {}
-
+// Tries ever smaller ones.
 bool CudaLaneMemory::ensure_bounce() {
-    return bounces_.ensure(
-        [this] { return make_smaller<CudaBounce>(context_, kBounce, kLeastBounce); });
+    return bounces_.ensure([this] {
+        for (uint64_t bytes = kBounce;; bytes /= 2) {
+            try {
+                return std::make_unique<CudaBounce>(context_, bytes);
+            } catch (const Error &error) {
+                if (error.status != KVF_ERR_OUT_OF_MEMORY || bytes / 2 < kLeastBounce) throw;
+            }
+        }
+    });
 }
 
-bool CudaLaneMemory::ensure_staging() {
-    bool there = false;
+bool CudaLaneMemory::ensure_rows() {
     try {
-        there = stagings_.ensure(
-            [this] { return make_smaller<CudaStaging>(context_, staging_, kSmallestStaging); });
-    } catch (const Error &) {
+        return rows_.ensure([this] { return std::make_unique<CudaRowsPlaced>(context_); });
+    } catch (...) {
+        has_staging_.store(false, std::memory_order_relaxed);
+        return true;
+    }
+}
+
+void CudaLaneMemory::allocate_staging() {
+    try {
+        if (!ensure_rows() || !has_staging()) return;
+        arena_.allocate();
+    } catch (...) {
         // If the device is lost, whatever is done without it will say so.
         has_staging_.store(false, std::memory_order_relaxed);
-        return false;
+        return;
     }
-    if (may_reside_.load(std::memory_order_relaxed)) {
-        try {
-            residents_.ensure([this] { return std::make_unique<CudaResident>(context_); });
-        } catch (...) {
-            may_reside_.store(false, std::memory_order_relaxed); // rows travel with each piece
-        }
+    if (!may_reside_) return;
+    try {
+        residents_.ensure([this] { return std::make_unique<CudaResident>(context_); });
+    } catch (...) {
+        // Rows travel with each piece.
     }
-    return there;
 }
 
 void CudaLaneMemory::trim() noexcept {
     bounces_.trim();
-    stagings_.trim();
+    rows_.trim();
     residents_.trim();
-    has_staging_.store(stagings_most_ > 0, std::memory_order_relaxed);
-    may_reside_.store(has_resident_, std::memory_order_relaxed);
+    arena_.trim();
+    has_staging_.store(may_stage_, std::memory_order_relaxed);
 }
 
 bool CudaLaneMemory::empty() const {
-    return bounces_.empty() && stagings_.empty() && residents_.empty() &&
-           has_staging() == (stagings_most_ > 0);
+    return bounces_.empty() && rows_.empty() && residents_.empty() && !arena_.is_allocated() &&
+           has_staging() == may_stage_;
 }
 
 } // namespace kvf

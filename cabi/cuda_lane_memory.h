@@ -1,5 +1,5 @@
 // Memory that a lane borrows for its pieces: pinned bounce buffers for what goes to or comes from pageable memory,
-// staging on the device with the table of rows that its kernels read, and a table that stays for many pieces.
+// staging on the device, the tables of rows that its kernels read, and a table that stays for many pieces.
 //
 // It is taken when it is first wanted, and kept for the pieces that follow. Where there is little, there is less of it,
 // or smaller; what could not be had is not asked for again before the lane has been idle.
@@ -8,8 +8,10 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <vector>
 
+#include "cuda_arena.h"
 #include "cuda_tables.h"
 
 namespace kvf {
@@ -32,42 +34,44 @@ private:
     const uint64_t bytes_;
 };
 
-class CudaStaging {
-public:
-    // `bytes` with the table. Throws where it cannot be had.
-    CudaStaging(const CudaContext &context, uint64_t bytes);
-    ~CudaStaging();
-    CudaStaging(const CudaStaging &) = delete;
-    CudaStaging &operator=(const CudaStaging &) = delete;
-
-    CUdeviceptr memory() const { return memory_; }
-    uint64_t bytes() const { return bytes_; }
-    CudaRowTable &rows() { return *rows_; }
-    uint64_t pinned_bytes() const { return CudaRowTable::kBytes; }
-
-private:
-    const CudaContext &context_;
-    CUdeviceptr memory_ = 0;
-    const uint64_t bytes_; // without the table
-    std::unique_ptr<CudaRowTable> rows_;
-};
-
-class CudaResident {
+// A table with the device memory that it needs.
+template <class Table>
+class CudaPlaced {
 public:
     // Throws where it cannot be had.
-    explicit CudaResident(const CudaContext &context);
-    ~CudaResident();
-    CudaResident(const CudaResident &) = delete;
-    CudaResident &operator=(const CudaResident &) = delete;
+    explicit CudaPlaced(const CudaContext &context) : context_(context) {
+        const CudaCurrent current(context_);
+        const CudaDriver &driver = context_.driver();
+        driver.check(driver.cuMemAlloc(&memory_, Table::kBytes), "cuMemAlloc");
+        try {
+            table_ = std::make_unique<Table>(context_, memory_);
+        } catch (...) {
+            driver.cuMemFree(memory_);
+            throw;
+        }
+    }
+    ~CudaPlaced() {
+        table_.reset();
+        try {
+            const CudaCurrent current(context_);
+            context_.driver().cuMemFree(memory_);
+        } catch (const Error &) {
+            // The context is gone, and the memory with it.
+        }
+    }
+    CudaPlaced(const CudaPlaced &) = delete;
+    CudaPlaced &operator=(const CudaPlaced &) = delete;
 
-    CudaResidentTable &table() { return *table_; }
-    uint64_t pinned_bytes() const { return CudaResidentTable::kBytes; }
+    Table &table() { return *table_; }
+    uint64_t pinned_bytes() const { return Table::kBytes; }
 
 private:
     const CudaContext &context_;
     CUdeviceptr memory_ = 0;
-    std::unique_ptr<CudaResidentTable> table_;
+    std::unique_ptr<Table> table_;
 };
+using CudaRowsPlaced = CudaPlaced<CudaRowTable>;
+using CudaResident = CudaPlaced<CudaResidentTable>;
 
 // A few things of one kind. One thread borrows them; any thread may trim.
 template <class Item>
@@ -105,11 +109,11 @@ public:
             free_.push_back(std::move(made));
             return true;
         } catch (const Error &error) {
-            std::lock_guard lock(mutex_);
-            if (taken_ == 0 || error.status == KVF_ERR_DEVICE_LOST) throw;
-            scarce_ = true;
-            return false;
+            if (error.status == KVF_ERR_DEVICE_LOST || !is_scarce()) throw;
+        } catch (const std::bad_alloc &) {
+            if (!is_scarce()) throw Error(KVF_ERR_OUT_OF_MEMORY);
         }
+        return false;
     }
     // Gives back to the system what is free.
     void trim() noexcept {
@@ -133,6 +137,12 @@ public:
     }
 
 private:
+    // More could not be had. False if there is none at all.
+    bool is_scarce() {
+        std::lock_guard lock(mutex_);
+        return scarce_ = taken_ > 0;
+    }
+
     const size_t most_;
     mutable std::mutex mutex_;
     std::vector<std::unique_ptr<Item>> free_;
@@ -143,30 +153,38 @@ private:
 
 class CudaLaneMemory {
 public:
-    static constexpr uint64_t kLeastStaging = 1 << 20; // with its table, where memory is not short
+    static constexpr uint64_t kLeastDevice = 2 << 20;
 
-    // `staging_bytes` of device memory at most; with less than two times kLeastStaging there is
-    // none.
-    CudaLaneMemory(const CudaContext &context, uint64_t staging_bytes);
+    // `device_bytes` of device memory at most; with less than kLeastDevice there is none, and no staging.
+    CudaLaneMemory(const CudaContext &context, uint64_t device_bytes);
 
+    // NULL, or none, where none is free: then the function below gets it, or says that it will be put back.
     std::unique_ptr<CudaBounce> take_bounce() { return bounces_.take(); }
-    std::unique_ptr<CudaStaging> take_staging() { return stagings_.take(); }
+    std::unique_ptr<CudaRowsPlaced> take_rows() { return rows_.take(); }
     std::unique_ptr<CudaResident> take_resident() { return residents_.take(); }
+    CudaStaging take_staging(uint64_t least, uint64_t most) { return arena_.take(least, most); }
+    uint64_t staging_bytes() const { return arena_.bytes(); } // over all; 0: none yet
     void put_back(std::unique_ptr<CudaBounce> bounce) noexcept {
         if (bounce) bounces_.put_back(std::move(bounce));
     }
-    void put_back(std::unique_ptr<CudaStaging> staging) noexcept {
-        if (staging) stagings_.put_back(std::move(staging));
+    void put_back(std::unique_ptr<CudaRowsPlaced> rows) noexcept {
+        if (rows) rows_.put_back(std::move(rows));
     }
     void put_back(std::unique_ptr<CudaResident> resident) noexcept {
         if (resident) residents_.put_back(std::move(resident));
     }
+    void put_back(CudaStaging staging) noexcept {
+        if (staging) arena_.put_back(staging);
+    }
 
     // Sees to it that a bounce buffer is free. False: one will be put back. Throws where there is none at all.
     bool ensure_bounce();
-    // As above for staging, and with it for the resident table if that can be had. Where there is no staging at all,
-    // has_staging() is false from then on.
-    bool ensure_staging();
+    // Has staging, a table of rows, and the resident table if that can be had. Where there is too little memory for
+    // that, has_staging() is false from then on.
+    void allocate_staging();
+    // Sees to it that a table of rows is free. False: one will be put back. Where there is none at all, has_staging() is
+    // false from then on.
+    bool ensure_rows();
     bool has_staging() const { return has_staging_.load(std::memory_order_relaxed); }
 
     // Gives back to the system what nobody has borrowed; what was scarce is tried again. Any thread.
@@ -174,19 +192,17 @@ public:
     // There is nothing to trim, and nothing was scarce.
     bool empty() const;
     uint64_t pinned_bytes() const {
-        return bounces_.pinned_bytes() + stagings_.pinned_bytes() + residents_.pinned_bytes();
+        return bounces_.pinned_bytes() + rows_.pinned_bytes() + residents_.pinned_bytes();
     }
 
 private:
     const CudaContext &context_;
-    const uint64_t for_stagings_; // bytes of device memory: all but what the resident table takes
-    const uint64_t staging_;      // bytes of one, with its table
-    const size_t stagings_most_;
-    const bool has_resident_;
+    const bool may_stage_, may_reside_;
+    CudaArena arena_;
     CudaShelf<CudaBounce> bounces_;
-    CudaShelf<CudaStaging> stagings_;
+    CudaShelf<CudaRowsPlaced> rows_;
     CudaShelf<CudaResident> residents_; // one
-    std::atomic<bool> has_staging_, may_reside_;
+    std::atomic<bool> has_staging_;
 };
 
 } // namespace kvf

@@ -22,15 +22,10 @@ CudaRowTable::~CudaRowTable() {
     }
 }
 
-void CudaRowTable::clear() {
-    count_ = 0;
-    end_ = 0;
-}
-
-void CudaRowTable::add(const Piece &piece) {
-    const auto add_row = [this](uint64_t address, uint64_t bytes) {
-        rows_[count_++] = {address, static_cast<uint32_t>(end_), static_cast<uint32_t>(bytes)};
-        end_ += bytes;
+void CudaRowTable::add(const Piece &piece, uint64_t place) {
+    const auto add_row = [&](uint64_t address, uint64_t bytes) {
+        rows_[count_++] = {address, static_cast<uint32_t>(place), static_cast<uint32_t>(bytes)};
+        place += bytes;
     };
     if (piece.runs) {
         for (uint64_t i = 0; i < piece.count; ++i) {
@@ -95,13 +90,13 @@ void CudaResidentTable::send(CUstream stream) {
     is_sent_ = true;
 }
 
-CudaRows CudaResidentTable::rows(const Piece &piece, uint64_t at) const {
+CudaRows CudaResidentTable::rows(const Piece &piece, uint64_t place) const {
     const Run *const table = table_->runs.data();
     CudaRows rows = rows_.rows();
     rows.table += static_cast<uint64_t>(piece.runs - table) * sizeof(kvferry_row);
     rows.count = static_cast<uint32_t>(piece.count);
     rows.address_distance = piece.address_distance;
-    rows.offset_distance = static_cast<uint32_t>(at - (piece.runs->offset - table->offset));
+    rows.offset_distance = static_cast<uint32_t>(place - (piece.runs->offset - table->offset));
     return rows;
 }
 

@@ -21,23 +21,27 @@ public:
     CudaRowTable(const CudaRowTable &) = delete;
     CudaRowTable &operator=(const CudaRowTable &) = delete;
 
-    // The rows of pieces that lie one after another in staging; or of a whole table of runs, each at its distance from
-    // the first in the buffer. What was launched with the table before must have ended.
-    void clear();
-    void add(const Piece &piece);
+    // The rows of a piece that begins at that place in staging, where they follow one another; or of a whole table of
+    // runs, each at its distance from the first in the buffer. What was launched with the table before must have ended.
+    void clear() { count_ = 0; }
+    void add(const Piece &piece, uint64_t place);
     void add(const RunTable &table);
 
     // Queues the copy of the table to the device.
     void send(CUstream stream) const;
     // What was sent; to be launched on the same stream.
-    CudaRows rows() const { return {place_, count_}; }
+    CudaRows rows() const {
+        CudaRows rows;
+        rows.table = place_;
+        rows.count = count_;
+        return rows;
+    }
 
 private:
     const CudaContext &context_;
     const CUdeviceptr place_;
     kvferry_row *rows_ = nullptr;
     uint32_t count_ = 0;
-    uint64_t end_ = 0; // in staging
 };
 
 // A table of runs that stays on the device while pieces refer to it: the tensors of a cache share one, so that it
@@ -61,8 +65,8 @@ public:
 
     // What the stream is given from now on finds the table that was acquired.
     void send(CUstream stream);
-    // The rows of a piece of it, for a staging whose `at`-th byte is to be the piece's first.
-    CudaRows rows(const Piece &piece, uint64_t at) const;
+    // The rows of a piece of it that begins at that place in staging.
+    CudaRows rows(const Piece &piece, uint64_t place) const;
 
 private:
     const CudaContext &context_;

@@ -232,7 +232,7 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
             const Piece piece = cursor.next(UINT32_MAX, CudaRowTable::kRows);
             if (kernels_) {
                 snapshot_rows_->clear();
-                snapshot_rows_->add(piece);
+                snapshot_rows_->add(piece, 0);
                 snapshot_rows_->send(snapshot_stream_);
                 kernels_->launch(Direction::Save, at, snapshot_rows_->rows(), kSnapshotBlocks,
                                  snapshot_stream_);

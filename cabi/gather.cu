@@ -159,7 +159,8 @@ static __device__ __forceinline__ void copy(unsigned char *to, const unsigned ch
 template <bool GATHER>
 static __device__ __forceinline__ void
 move(unsigned long long staging, const Row *table, unsigned int row_count,
-     unsigned long long address_distance, unsigned int offset_distance) {
+     unsigned long long address_distance, unsigned int offset_distance, unsigned long long pitch,
+     unsigned int width) {
     __shared__ Row rows[CHUNK];
     const unsigned int thread = threadIdx.x;
     const unsigned int warp = thread / WARP;
@@ -180,7 +181,11 @@ move(unsigned long long staging, const Row *table, unsigned int row_count,
         __syncthreads(); // the chunk before has been used
         Row own = {0, 0, 0};
         if (thread < count) {
-            own = table[base + thread];
+            const unsigned long long row = base + thread;
+            if (table)
+                own = table[row];
+            else
+                own = {row * pitch, static_cast<unsigned int>(row) * width, width};
             own.address += address_distance;
             own.offset += offset_distance;
             rows[thread] = own;
@@ -227,13 +232,15 @@ move(unsigned long long staging, const Row *table, unsigned int row_count,
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    kvferry_gather(unsigned long long staging, const Row *rows, unsigned int row_count,
-                   unsigned long long address_distance, unsigned int offset_distance) {
-    move<true>(staging, rows, row_count, address_distance, offset_distance);
+    kvferry_gather(unsigned long long staging, const Row *table, unsigned int row_count,
+                   unsigned long long address_distance, unsigned int offset_distance,
+                   unsigned long long pitch, unsigned int width) {
+    move<true>(staging, table, row_count, address_distance, offset_distance, pitch, width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    kvferry_scatter(unsigned long long staging, const Row *rows, unsigned int row_count,
-                    unsigned long long address_distance, unsigned int offset_distance) {
-    move<false>(staging, rows, row_count, address_distance, offset_distance);
+    kvferry_scatter(unsigned long long staging, const Row *table, unsigned int row_count,
+                    unsigned long long address_distance, unsigned int offset_distance,
+                    unsigned long long pitch, unsigned int width) {
+    move<false>(staging, table, row_count, address_distance, offset_distance, pitch, width);
 }

@@ -128,6 +128,12 @@ struct Piece {
     uint64_t address_distance = 0, offset_distance = 0; // as in Span
     uint64_t bytes = 0;
 
+    // Where it begins in the buffer.
+    uint64_t offset() const { return runs ? runs->offset + offset_distance : block.offset; }
+    // In the buffer, all of it is one run.
+    bool is_packed() const {
+        return runs ? (*table)->packed : block.rows == 1 || block.buffer_pitch == block.width;
+    }
     Run run(uint64_t i) const {
         return {runs[i].address + address_distance, runs[i].offset + offset_distance,
                 runs[i].bytes};
@@ -190,7 +196,8 @@ public:
     // There is nothing to hand out at the moment.
     bool empty() const { return !cursor_valid_; }
     bool at_end() const { return empty() && closed_; }
-    uint64_t bytes() const { return bytes_; } // of all that was added
+    uint64_t bytes() const { return bytes_; }              // of all that was added
+    uint64_t left() const { return bytes_ - handed_out_; } // of what has not been handed out
 
     // As of a cursor. Must not be called while empty().
     const kvf_region *block() const { return cursor_.block(); }
@@ -198,6 +205,7 @@ public:
     uint64_t runs_left() const { return cursor_.runs_left(); }
     Piece next(uint64_t most, uint64_t most_runs) {
         const Piece piece = cursor_.next(most, most_runs);
+        handed_out_ += piece.bytes;
         if (cursor_.at_end()) settle();
         return piece;
     }
@@ -213,7 +221,7 @@ private:
     size_t next_ = 0; // the first that has not been begun
     Cursor cursor_;
     bool cursor_valid_ = false; // it is not at its end
-    uint64_t bytes_ = 0;
+    uint64_t bytes_ = 0, handed_out_ = 0;
     bool closed_ = false;
 };
 

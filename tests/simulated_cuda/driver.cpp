@@ -244,7 +244,8 @@ CUresult copy_run(CUstream stream, uint64_t to, uint64_t from, uint64_t bytes, b
 // ---- Kernels ------------------------------------------------------------------------------------
 
 CUresult run_rows(bool gather, int device, uint64_t staging, uint64_t table, uint32_t row_count,
-                  uint64_t address_distance, uint32_t offset_distance) {
+                  uint64_t address_distance, uint32_t offset_distance, uint64_t pitch,
+                  uint32_t width) {
     Driver &d = driver();
     Lock lock(d.mutex);
     View view;
@@ -252,15 +253,15 @@ CUresult run_rows(bool gather, int device, uint64_t staging, uint64_t table, uin
     View staging_view = view;
     lock.unlock();
 
-    const uint64_t bytes = uint64_t{row_count} * sizeof(kvferry_row);
-    if (bytes == 0) return CUDA_SUCCESS;
+    if (row_count == 0) return CUDA_SUCCESS;
     if (table % sizeof(kvferry_row) != 0) return CUDA_ERROR_MISALIGNED_ADDRESS;
-    const std::byte *rows = view.kernel(table, bytes, device);
-    if (!rows) return CUDA_ERROR_ILLEGAL_ADDRESS;
+    const std::byte *rows =
+        table ? view.kernel(table, uint64_t{row_count} * sizeof(kvferry_row), device) : nullptr;
+    if (table && !rows) return CUDA_ERROR_ILLEGAL_ADDRESS;
     uint64_t moved = 0;
     for (uint32_t i = 0; i < row_count; ++i) {
-        kvferry_row row;
-        std::memcpy(&row, rows + i * sizeof row, sizeof row);
+        kvferry_row row{i * pitch, i * width, width};
+        if (table) std::memcpy(&row, rows + i * sizeof row, sizeof row);
         if (row.bytes == 0) continue;
         row.address += address_distance;
         row.offset += offset_distance;
@@ -1062,12 +1063,15 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
     const auto row_count = parameter<uint32_t>(parameters, 2);
     const auto address_distance = parameter<uint64_t>(parameters, 3);
     const auto offset_distance = parameter<uint32_t>(parameters, 4);
+    const auto pitch = parameter<uint64_t>(parameters, 5);
+    const auto width = parameter<uint32_t>(parameters, 6);
     Operation operation;
     operation.kind = Kind::Kernel;
-    operation.uses = {{staging, 1}, {rows, uint64_t{row_count} * sizeof(kvferry_row)}};
+    operation.uses = {{staging, 1}};
+    if (rows) operation.uses.push_back({rows, uint64_t{row_count} * sizeof(kvferry_row)});
     operation.run = [=, device = found->context->device] {
-        return run_rows(gather, device, staging, rows, row_count, address_distance,
-                        offset_distance);
+        return run_rows(gather, device, staging, rows, row_count, address_distance, offset_distance,
+                        pitch, width);
     };
     submit(found, std::move(operation));
     return CUDA_SUCCESS;

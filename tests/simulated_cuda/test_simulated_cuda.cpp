@@ -467,8 +467,10 @@ void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, 
     OK(cuda.cuModuleGetFunction(&scatter, module, "kvferry_scatter"));
     CUdeviceptr staging_argument = device_staging, table_argument = as_device(table);
     auto count = static_cast<uint32_t>(rows.size());
+    uint64_t pitch = engine(); // of no meaning beside a table
+    auto width = static_cast<uint32_t>(engine());
     void *arguments[] = {&staging_argument, &table_argument, &count, &address_distance,
-                         &offset_distance};
+                         &offset_distance,  &pitch,          &width};
     OK(cuda.cuLaunchKernel(gather, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
     CHECK(download(s, device_staging, staging.size()) == wanted_staging);
     upload(s, device_memory, other_memory);
@@ -478,6 +480,56 @@ void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, 
     OK(cuda.cuMemFreeHost(table));
     OK(cuda.cuMemFree(device_memory));
     OK(cuda.cuMemFree(device_staging));
+}
+
+// Rows of one width at one pitch, without a table, between two other things in staging.
+void gather_and_scatter_regular(const Session &s, uint32_t rows, uint32_t width, uint64_t pitch,
+                                uint32_t begin, unsigned int blocks) {
+    const uint64_t address = begin % 7;
+    const Bytes memory = random_bytes(address + rows * pitch),
+                staging = random_bytes(begin + rows * width + 64);
+    const CUdeviceptr device_memory = allocate(memory.size()),
+                      device_staging = allocate(staging.size());
+    upload(s, device_memory, memory);
+    upload(s, device_staging, staging);
+    const Bytes other_memory = random_bytes(memory.size());
+    Bytes wanted_staging = staging, wanted_memory = other_memory;
+    for (uint64_t i = 0; i < rows; ++i) {
+        const uint64_t at = address + i * pitch;
+        std::memcpy(&wanted_staging[begin + i * width], &memory[at], width);
+        std::memcpy(&wanted_memory[at], &memory[at], width);
+    }
+    CUmodule module = nullptr;
+    OK(cuda.cuModuleLoadDataEx(&module, ptx.c_str(), 0, nullptr, nullptr));
+    CUdeviceptr staging_argument = device_staging, table = 0;
+    uint64_t address_distance = device_memory + address;
+    void *arguments[] = {
+        &staging_argument, &table, &rows, &address_distance, &begin, &pitch, &width};
+    for (const bool is_gather : {true, false}) {
+        CUfunction function = nullptr;
+        OK(cuda.cuModuleGetFunction(&function, module,
+                                    is_gather ? "kvferry_gather" : "kvferry_scatter"));
+        OK(cuda.cuLaunchKernel(function, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
+        if (!is_gather) continue;
+        CHECK(download(s, device_staging, staging.size()) == wanted_staging);
+        upload(s, device_memory, other_memory);
+    }
+    CHECK(download(s, device_memory, memory.size()) == wanted_memory);
+    OK(cuda.cuModuleUnload(module));
+    OK(cuda.cuMemFree(device_memory));
+    OK(cuda.cuMemFree(device_staging));
+}
+
+void kernels_move_regular_rows() {
+    Session s;
+    for (const unsigned int blocks : {1u, 64u}) {
+        gather_and_scatter_regular(s, 1, 1, 1, 0, blocks);
+        gather_and_scatter_regular(s, 7, 100, 260, 13, blocks);
+        gather_and_scatter_regular(s, 300, 2048, 8192, 268, blocks);
+        gather_and_scatter_regular(s, 5000, 2048, 2560, 256, blocks);
+        gather_and_scatter_regular(s, 70000, 2, 6, 5, blocks);
+        gather_and_scatter_regular(s, 20, 70000, 70001, 4, blocks);
+    }
 }
 
 void kernels_move_rows_of_every_length_and_alignment() {
@@ -657,7 +709,10 @@ void kernels_check_their_bounds() {
         uint32_t count = wrong == 3 ? 5 : 1; // the table has four
         uint64_t address_distance = 0;
         uint32_t offset_distance = 0;
-        void *arguments[] = {&staging_argument, &rows, &count, &address_distance, &offset_distance};
+        uint64_t pitch = 0;
+        uint32_t width = 0;
+        void *arguments[] = {&staging_argument, &rows,  &count, &address_distance,
+                             &offset_distance,  &pitch, &width};
         OK(cuda.cuLaunchKernel(gather, 16, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
         RETURNS(CUDA_ERROR_ILLEGAL_ADDRESS, cuda.cuStreamSynchronize(s.stream));
         cuda.cuModuleUnload(module);
@@ -882,6 +937,7 @@ int main(int argc, char **argv) {
     RUN(two_dimensional_copies_respect_pitches);
     RUN(copies_of_pageable_memory_are_staged);
     RUN(wrong_arguments_are_refused);
+    RUN(kernels_move_regular_rows);
     RUN(kernels_move_rows_of_every_length_and_alignment);
     if (!simulated) return failures != 0;
 
