@@ -84,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--tokens", type=_tokens, metavar="N", help="length of a saved sequence")
     bench.add_argument(
-        "--only", metavar="TEXT", help="only the measurements whose name contains TEXT"
+        "--only",
+        metavar="TEXT",
+        action="append",
+        help="only the measurements whose name contains TEXT; more than once: any of the texts",
     )
     bench.set_defaults(command=_bench)
 

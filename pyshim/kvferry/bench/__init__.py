@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class Options:
     out: str = "kvferry-bench"
     tokens: int | None = None
     device: Devices = "auto"
-    only: str | None = None
+    only: Sequence[str] | None = None
 
 
 async def bench(options: Options, progress: Progress) -> bool:
@@ -126,7 +126,7 @@ class _Models:
 class _Run:
     """What has been measured so far, and the files that say so."""
 
-    def __init__(self, out: Path, progress: Progress, only: str | None) -> None:
+    def __init__(self, out: Path, progress: Progress, only: Sequence[str] | None) -> None:
         self._out, self._progress, self._only = out, progress, only
         self._begin = time.monotonic()
         self.facts: dict[str, Any] = {}
@@ -140,7 +140,8 @@ class _Run:
         wanted = [
             each
             for each in stage.measurements
-            if self._only is None or self._only in f"{stage.name}: {each.name}"
+            if self._only is None
+            or any(text in f"{stage.name}: {each.name}" for text in self._only)
         ]
         if not wanted:
             return
