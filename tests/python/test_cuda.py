@@ -17,13 +17,12 @@ import c_interface
 import kvferry
 import numpy as np
 import pytest
+from devices import ON_GPU
 from dlpack_arrays import LibraryArray
 from event_loops import anyio_backend  # noqa: F401
 from kvferry import dlpack
 from numpy.typing import NDArray
 from simulated_cuda import DeviceArray, Error, SimulatedCuda
-
-ON_GPU = bool(os.environ.get("KVFERRY_TEST_GPU"))
 
 pytestmark = [
     pytest.mark.anyio,
