@@ -127,7 +127,7 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # Whoever names no libllama gets the newer of the two.
-demo bench test-c test-asan test-tsan test-go test-python: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(LLAMA_LIB)
+demo bench test-c test-asan test-tsan test-go test-python test-gpu: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(LLAMA_LIB)
 
 .PHONY: demo
 demo: $(PACKAGE) $(BINDINGS)
@@ -199,20 +199,26 @@ test-examples: $(TOOLS) $(BINDINGS_HEADERS)
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
+define run_python_tests
+export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest tests/python/test_cuda.py
+python -m pytest tests/python/test_llama_cpp_python.py
+export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
+    python -m pytest tests/python --ignore tests/python/test_cuda.py --ignore tests/python/test_llama_cpp_python.py $(ARGS)
+endef
+
 .PHONY: test-python
 test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
 test-python: $(PACKAGE) $(BINDINGS) $(LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
-	export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest tests/python/test_cuda.py
-	python -m pytest tests/python/test_llama_cpp_python.py
-	export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
-	    python -m pytest tests/python --ignore tests/python/test_cuda.py --ignore tests/python/test_llama_cpp_python.py $(ARGS)
+	$(run_python_tests)
 
+# Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU.
 .PHONY: test-gpu
-test-gpu: $(PACKAGE) $(BINDINGS) build/native/build.ninja
+test-gpu: export KVFERRY_TEST_GPU := 1
+test-gpu: $(PACKAGE) $(BINDINGS) $(LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS)
-	KVFERRY_TEST_GPU=1 $(CTEST) --test-dir build/native --label-regex cuda --parallel 1
-	KVFERRY_TEST_GPU=1 python -m pytest tests/python $(ARGS)
+	$(CTEST) --test-dir build/native --label-regex cuda --parallel 1
+	$(run_python_tests)
 
 # The Go examples link a library of their own build, so that they are as fast as an installed one, and find it without
 # any setting: examples/go/kvferry/kvferry-go.pc says how. After this, `cd examples/go && go run ./cmd/kvcache` works.

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "engine.h"
 #include "llama.h"
@@ -122,14 +123,18 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
         Locator locate(*target);
         WritableCheck writable;
         std::vector<LayoutBuilder> builders(target->device_count());
+        std::vector<uint64_t> allocations(target->device_count());
         for (uint64_t i = 0; i < count; ++i) {
             const kvf_region &r = regions[i];
             const uint64_t extent = (r.rows - 1) * (r.rows > 1 ? r.pitch : 0) + r.width;
-            const uint32_t device = locate(r.address, extent);
+            const auto [device, allocation] = locate(r.address, extent);
             if (device == Engine::kHost && direction == Direction::Load &&
                 !writable(r.address, extent)) {
                 throw Error(KVF_ERR_INVALID_ARGUMENT, format("region %llu cannot be written",
                                                              static_cast<unsigned long long>(i)));
+            }
+            if (allocation != std::exchange(allocations[device], allocation)) {
+                builders[device].begin_allocation();
             }
             builders[device].add(r);
         }

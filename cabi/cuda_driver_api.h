@@ -128,16 +128,17 @@ typedef enum CUmemorytype_enum {
 } CUmemorytype;
 
 typedef enum CUpointer_attribute_enum {
-    CU_POINTER_ATTRIBUTE_CONTEXT = 1,           /* CUcontext */
-    CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2,       /* unsigned int: CUmemorytype */
-    CU_POINTER_ATTRIBUTE_DEVICE_POINTER = 3,    /* CUdeviceptr */
-    CU_POINTER_ATTRIBUTE_HOST_POINTER = 4,      /* void * */
-    CU_POINTER_ATTRIBUTE_BUFFER_ID = 7,         /* unsigned long long */
-    CU_POINTER_ATTRIBUTE_IS_MANAGED = 8,        /* unsigned int */
-    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,    /* int */
-    CU_POINTER_ATTRIBUTE_RANGE_START_ADDR = 11, /* CUdeviceptr */
-    CU_POINTER_ATTRIBUTE_RANGE_SIZE = 12,       /* size_t */
-    CU_POINTER_ATTRIBUTE_MAPPED = 13            /* unsigned int */
+    CU_POINTER_ATTRIBUTE_CONTEXT = 1,                     /* CUcontext */
+    CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2,                 /* unsigned int: CUmemorytype */
+    CU_POINTER_ATTRIBUTE_DEVICE_POINTER = 3,              /* CUdeviceptr */
+    CU_POINTER_ATTRIBUTE_HOST_POINTER = 4,                /* void * */
+    CU_POINTER_ATTRIBUTE_BUFFER_ID = 7,                   /* unsigned long long */
+    CU_POINTER_ATTRIBUTE_IS_MANAGED = 8,                  /* unsigned int */
+    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,              /* int */
+    CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE = 10, /* unsigned int */
+    CU_POINTER_ATTRIBUTE_RANGE_START_ADDR = 11,           /* CUdeviceptr */
+    CU_POINTER_ATTRIBUTE_RANGE_SIZE = 12,                 /* size_t */
+    CU_POINTER_ATTRIBUTE_MAPPED = 13                      /* unsigned int */
 } CUpointer_attribute;
 
 /* Options of cuModuleLoadDataEx. */

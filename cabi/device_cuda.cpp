@@ -259,26 +259,27 @@ Device::Snapshot CudaDevice::snapshot(const Layout &layout, unsigned char *) {
 
 bool cuda_place(const CudaContext &context, uint64_t address, CudaPlace &place) {
     const CudaDriver &driver = context.driver();
-    unsigned int type = 0;
+    unsigned int type = 0, in_one_piece = 0;
     int ordinal = -1;
     CUdeviceptr begin = 0;
     size_t bytes = 0;
     CUpointer_attribute attributes[] = {
         CU_POINTER_ATTRIBUTE_MEMORY_TYPE, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
-        CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, CU_POINTER_ATTRIBUTE_RANGE_SIZE};
-    void *values[] = {&type, &ordinal, &begin, &bytes};
+        CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, CU_POINTER_ATTRIBUTE_RANGE_SIZE,
+        CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE};
+    void *values[] = {&type, &ordinal, &begin, &bytes, &in_one_piece};
     const CudaCurrent current(context);
     // Unlike cuPointerGetAttribute, this one succeeds for any pointer, and gives zeros for a foreign one.
     // An error says that the device is lost, and not that the memory were the host's: whoever touched it
     // there would crash.
-    driver.check(driver.cuPointerGetAttributes(4, attributes, values, address),
+    driver.check(driver.cuPointerGetAttributes(5, attributes, values, address),
                  "cuPointerGetAttributes");
     if (type != CU_MEMORYTYPE_DEVICE || ordinal < 0) return false;
     if (begin == 0) {
         begin = address;
         bytes = 1;
     }
-    place = {ordinal, begin, begin + bytes};
+    place = {ordinal, begin, begin + bytes, in_one_piece != 0};
     return true;
 }
 

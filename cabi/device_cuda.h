@@ -56,6 +56,9 @@ private:
 struct CudaPlace {
     int ordinal;
     uint64_t begin, end; // of the allocation, as far as the driver tells
+    // All of it is memory, as cuMemAlloc gives it. (That such memory can be shared with another process in the old way
+    // tells.) Else it may be addresses that were set aside for cuMemMap, and some have nothing behind them.
+    bool in_one_piece;
 };
 // False for memory that is not a device's. Throws where the driver does not tell.
 bool cuda_place(const CudaContext &context, uint64_t address, CudaPlace &place);

@@ -86,7 +86,7 @@ std::string Engine::describe() const {
 }
 
 bool Locator::on_cuda(uint64_t address, uint32_t &device) {
-    if (address >= known_begin_ && address < known_end_) {
+    if (address >= known_.begin && address < known_.end) {
         device = known_device_;
         return true;
     }
@@ -94,8 +94,7 @@ bool Locator::on_cuda(uint64_t address, uint32_t &device) {
     if (!cuda_place(usable(engine_.cuda_), address, place)) return false;
     for (size_t i = 0; i < engine_.cuda_.size(); ++i) {
         if (engine_.cuda_[i]->ordinal() != place.ordinal) continue;
-        known_begin_ = place.begin;
-        known_end_ = place.end;
+        known_ = place;
         device = known_device_ = static_cast<uint32_t>(i + 1); // after the host
         return true;
     }
@@ -103,16 +102,29 @@ bool Locator::on_cuda(uint64_t address, uint32_t &device) {
                 format("CUDA device %d is not among the engine's", place.ordinal));
 }
 
-uint32_t Locator::operator()(uint64_t address, uint64_t bytes) {
+// A driver refuses a copy from one allocation into another, and what it makes of one across addresses that nothing is
+// mapped to is not documented. Called when on_cuda() has found the last byte.
+uint64_t Locator::allocation_of(uint64_t address, uint64_t bytes) {
+    if (address < known_.begin) return address; // in several, or the driver does not tell: alone
+    if (known_.in_one_piece) return known_.begin;
+    // Between neighbours there is no hole: they may be one run, but not rows with something between them.
+    if (address != neighbours_end_ || address == known_.begin) neighbours_begin_ = address;
+    neighbours_end_ = address + bytes;
+    return neighbours_begin_;
+}
+
+Place Locator::operator()(uint64_t address, uint64_t bytes) {
     uint32_t first = Engine::kHost, last = Engine::kHost;
     if (!engine_.cuda_.empty() && on_cuda(address, first)) {
         // A range that is mapped from several allocations begins and ends in different ones.
-        if (on_cuda(address + bytes - 1, last) && last == first) return first;
+        if (on_cuda(address + bytes - 1, last) && last == first) {
+            return {first, allocation_of(address, bytes)};
+        }
         throw Error(KVF_ERR_UNREACHABLE,
                     format("the range at 0x%llx reaches beyond the device's memory",
                            static_cast<unsigned long long>(address)));
     }
-    if (mapped_(address, bytes)) return Engine::kHost;
+    if (mapped_(address, bytes)) return {Engine::kHost, 0};
     throw Error(KVF_ERR_UNREACHABLE, format("address 0x%llx cannot be read by this process",
                                             static_cast<unsigned long long>(address)));
 }

@@ -13,21 +13,31 @@ namespace kvf {
 
 class Engine;
 
-// Finds the device that holds an address. Made for one submission: it remembers where it last looked,
-// so that half a million regions of a few tensors cost a few questions.
+// Where a range of memory lies.
+struct Place {
+    uint32_t device; // its index
+    // What one copy may span: ranges that follow one another in a list, and of which this differs, must not be
+    // joined. Of the host's memory it is always the same.
+    uint64_t allocation;
+};
+
+// Finds where an address lies. Made for one submission: it remembers where it last looked, so that half a
+// million regions of a few tensors cost a few questions.
 class Locator {
 public:
     explicit Locator(const Engine &engine) : engine_(engine) {}
-    // The index of the device. Throws KVF_ERR_UNREACHABLE.
-    uint32_t operator()(uint64_t address, uint64_t bytes);
+    // Throws KVF_ERR_UNREACHABLE.
+    Place operator()(uint64_t address, uint64_t bytes);
 
 private:
     bool on_cuda(uint64_t address, uint32_t &device);
+    uint64_t allocation_of(uint64_t address, uint64_t bytes);
 
     const Engine &engine_;
     MappedCheck mapped_;
-    uint64_t known_begin_ = 0, known_end_ = 0; // of the device below
+    CudaPlace known_{}; // of the device below
     uint32_t known_device_ = 0;
+    uint64_t neighbours_begin_ = 0, neighbours_end_ = 0; // ranges without a gap between them
 };
 
 class Engine final : public Object, public std::enable_shared_from_this<Engine> {

@@ -107,9 +107,7 @@ void LayoutBuilder::stop_matching() {
 }
 
 void LayoutBuilder::begin_tensor() {
-    keep_run();
-    run_ = {};
-    keep_block();
+    begin_allocation();
     if (matching_ && matched_ > 0) {
         layout_.spans.push_back({pattern_, matched_, address_distance_, offset_distance_});
     } else if (!own_.empty()) {

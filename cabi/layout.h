@@ -75,6 +75,13 @@ public:
 
     void add(const kvf_region &region);
 
+    // What comes next lies in another allocation: it joins nothing that came before.
+    void begin_allocation() {
+        keep_run();
+        run_ = {};
+        keep_block();
+    }
+
     // What comes next lies elsewhere, in another tensor, and may be fragmented as the last one was.
     void begin_tensor();
 

@@ -383,7 +383,7 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
     const auto locate = [this, direction, gate = std::move(gate), locator = Locator(*engine_),
                          last = int64_t{-1}](uint64_t address, uint64_t count) mutable -> int64_t {
         try {
-            const uint32_t device = locator(address, count);
+            const uint32_t device = locator(address, count).device;
             if (device != last) engine_->device(device).expect(direction);
             devices_.insert(device);
             return last = device;

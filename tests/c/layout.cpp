@@ -135,6 +135,30 @@ void regions() {
     }
 }
 
+// Neither runs nor rows; and a table holds the irregular rest of all of them.
+void nothing_joins_across_allocations() {
+    const auto of_allocations = [](uint64_t width, uint64_t pitch, uint64_t rows) {
+        LayoutBuilder builder;
+        Coverage expected;
+        for (uint64_t i = 0; i < 3 * rows; ++i) {
+            const uint64_t address = kBase + i * pitch;
+            if (i % rows == 0) builder.begin_allocation();
+            builder.add(address, i * width, width);
+            expected.add(address, i * width, width);
+        }
+        Layout layout = builder.finish();
+        CHECK(coverage(layout, 1 << 30, 1 << 30) == expected);
+        return layout;
+    };
+    CHECK(of_allocations(kLongRun, kLongRun, 5).blocks.size() == 3);
+    const Layout rows = of_allocations(2048, 8192, 100);
+    CHECK(rows.blocks.size() == 3 && rows.blocks[1].rows == 100);
+    const Layout few = of_allocations(2048, 8192, kFewRows - 1);
+    CHECK(few.blocks.empty() && few.spans.size() == 1 && runs_of(few) == 3 * (kFewRows - 1));
+    const Layout neighbours = of_allocations(100, 100, 10);
+    CHECK(neighbours.blocks.empty() && runs_of(neighbours) == 3);
+}
+
 // The fragments of one tensor of `cells` cells at random places, the same ones for the same seed.
 std::vector<Run> random_tensor(uint64_t address, uint64_t offset, uint64_t cells, uint64_t seed) {
     std::vector<Run> fragments;
@@ -269,6 +293,7 @@ int main() {
     rows_that_go_backwards();
     the_same_bytes_twice();
     regions();
+    nothing_joins_across_allocations();
     tensors_that_are_fragmented_alike_share_the_table();
     a_table_knows_whether_it_is_packed();
     tensors_that_differ_have_runs_of_their_own();

@@ -54,7 +54,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         default: break; // a neighbour
         }
         switch (input.below(8)) {
-        case 0: model.begin_tensor(input.below(2)); break;
+        case 0:
+            if (input.below(2)) {
+                model.begin_tensor(input.below(2));
+            } else {
+                model.builder.begin_allocation();
+            }
+            break;
         case 1: { // another tensor, fragmented as the last one, or nearly so
             const std::vector<Run> last = model.tensor;
             if (input.below(4)) model.begin_tensor(input.below(4) == 0);

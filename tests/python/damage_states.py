@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 import kvferry._native as native
+from devices import DEVICES
 from llama_reference import Context, ContextOptions, Model
 from state_fields import Field, state_fields
 
@@ -83,7 +84,7 @@ class Loader:
     def __init__(self, context: Context) -> None:
         engine = ffi.new("kvf_engine *")
         options = ffi.new("kvf_engine_options *", {"size": ffi.sizeof("kvf_engine_options")})
-        options.devices = lib.KVF_DEVICES_HOST
+        options.devices = getattr(lib, f"KVF_DEVICES_{DEVICES.upper()}")
         assert lib.kvf_engine_create(options, engine) == 0
         self._engine = engine[0]
         self._context = ffi.cast("struct llama_context *", context.address)

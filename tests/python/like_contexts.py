@@ -14,6 +14,7 @@ from typing import Any
 
 import kvferry
 import numpy as np
+from devices import DEVICES
 from llama_reference import CacheType, Context
 
 MakeContext = Callable[..., Context]
@@ -43,7 +44,7 @@ async def assert_moved_as_by_llama_cpp(
     """Saves `source` and loads it into `target`, in `ours` with kvferry, in `like` without."""
     state = like.state_get(source)
     assert ours.state_get(source) == state
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(ours.address)
         assert llama.size(source) == len(state)
         snapshot = await llama.save(source)

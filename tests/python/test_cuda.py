@@ -17,13 +17,12 @@ import c_interface
 import kvferry
 import numpy as np
 import pytest
+from devices import ON_GPU
 from dlpack_arrays import LibraryArray
 from event_loops import anyio_backend  # noqa: F401
 from kvferry import dlpack
 from numpy.typing import NDArray
 from simulated_cuda import DeviceArray, Error, SimulatedCuda
-
-ON_GPU = bool(os.environ.get("KVFERRY_TEST_GPU"))
 
 pytestmark = [
     pytest.mark.anyio,
@@ -204,6 +203,31 @@ async def test_arrays_of_the_device_and_of_the_host_travel_together(cuda: Simula
         assert between == b"between"
         assert np.array_equal(first.download(), host)
         assert np.array_equal(second.download(), host[0] * 3)
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(4096, 8192), slice(100, 300)])
+async def test_arrays_of_many_allocations_travel_together(
+    cuda: SimulatedCuda, columns: slice
+) -> None:
+    """Of neighbours equal parts look like rows of one array; yet no copy may span two of them."""
+    if not ON_GPU:
+        cuda.set(guard_pages=0)
+    hosts = np.random.default_rng(3).integers(0, 256, (16, 2 << 20), np.uint8)
+    with contextlib.ExitStack() as closing:
+        arrays = [closing.enter_context(cuda.array(host)) for host in hosts]
+        in_order = sorted(zip(arrays, hosts, strict=True), key=lambda one: one[0].address)
+        shown = [View(array, host, host[columns]) for array, host in in_order]
+        async with kvferry.Engine("cuda") as engine:
+            out = await engine.copy_out(shown)
+            assert out.to_bytes() == b"".join(host[columns].tobytes() for _, host in in_order)
+            for array in arrays:
+                array.upload(0)
+            await engine.copy_in(shown, out)
+            out.close()
+        for array, host in in_order:
+            expected = np.zeros_like(host)
+            expected[columns] = host[columns]
+            assert np.array_equal(array.download(), expected)
 
 
 async def test_many_transfers_at_once(cuda: SimulatedCuda) -> None:

@@ -12,10 +12,13 @@ import anyio
 import c_interface
 import kvferry
 import pytest
+from devices import DEVICES
 from like_contexts import MakeContext
 from llama_reference import LIBRARY_FOLDER, Context, Model
 
 pytestmark = pytest.mark.anyio
+
+C_DEVICES = c_interface.Devices[DEVICES.upper()]
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def merged(segments: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
 
 async def test_the_last_detach_leaves_libllama_as_it_was(make_context: MakeContext) -> None:
     context, other = make_prompted(make_context, "llama"), make_prompted(make_context, "llama")
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         async with engine.attach(context.address) as llama:
             await llama.load(await llama.save(0), 2)  # binds what is bound at the first call
         segments, words = merged(libllama_segments()), words_of_libllama()
@@ -92,7 +95,7 @@ async def test_llama_cpps_own_calls_pass_through_while_attached_and_unseen_after
 ) -> None:
     context, like = make_prompted(make_context, "llama"), make_prompted(make_context, "llama")
     state = context.state_get(0)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         before = llama.describe()
         assert context.state_get(0) == state
@@ -132,14 +135,16 @@ async def test_threads_that_do_not_record_are_untouched(make_context: MakeContex
             rounds += 1
 
     thread = threading.Thread(target=save_and_load)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         thread.start()
         try:
-            for _ in range(100):
+            saves = 0
+            while (saves < 100 or rounds <= 10) and thread.is_alive():
                 snapshot = await llama.save(0)
                 assert snapshot.to_bytes() == expected
                 await llama.load(snapshot, 2)
+                saves += 1
         finally:
             stop.set()
             thread.join()
@@ -161,7 +166,6 @@ async def test_two_copies_of_the_library_both_listen(
     context = make_prompted(make_context, "llama")
     data = context.state_get(0)
     state = ctypes.create_string_buffer(data, len(data))
-    host = c_interface.Devices.HOST
     libraries = [c_interface.Library(c_interface.LIBRARY), a_copy_of_the_library(tmp_path)]
 
     def check(attachment: c_interface.Attachment) -> None:
@@ -170,7 +174,7 @@ async def test_two_copies_of_the_library_both_listen(
         assert buffer.raw == data
         assert attachment.load(2, state).wait() == "KVF_OK"
 
-    with libraries[0].engine(host) as one, libraries[1].engine(host) as two:
+    with libraries[0].engine(C_DEVICES) as one, libraries[1].engine(C_DEVICES) as two:
         words = words_of_libllama()
         attachments = [engine.attach(context.address) for engine in (one, two)]
         for _ in range(3):
@@ -204,8 +208,8 @@ async def test_several_engines_serve_several_contexts_at_once(make_context: Make
             await llama.load(snapshot, 2)
 
     async with (
-        kvferry.Engine("host") as one,
-        kvferry.Engine("host") as two,
+        kvferry.Engine(DEVICES) as one,
+        kvferry.Engine(DEVICES) as two,
         anyio.create_task_group() as tasks,
     ):
         for index, context in enumerate(contexts):
@@ -220,7 +224,7 @@ async def test_freeing_one_context_does_not_concern_the_others(
 ) -> None:
     context = make_prompted(make_context, "llama")
     state = context.state_get(0)
-    async with kvferry.Engine("host") as one, kvferry.Engine("host") as two:
+    async with kvferry.Engine(DEVICES) as one, kvferry.Engine(DEVICES) as two:
         llamas = [engine.attach(context.address) for engine in (one, two)]
         for _ in range(5):
             with model("llama").context() as brief:
@@ -253,14 +257,15 @@ async def test_describing_an_attachment_that_ends(model_path: Callable[..., Path
 
     threads = [threading.Thread(target=describe) for _ in range(2)]
     path = model_path("llama")
-    with c_interface.Library(c_interface.LIBRARY).engine(c_interface.Devices.HOST) as engine:
+    with c_interface.Library(c_interface.LIBRARY).engine(C_DEVICES) as engine:
         for thread in threads:
             thread.start()
         try:
             for _ in range(60):
                 with Model(path) as model, model.context() as context:
-                    for _ in range(10):
+                    for number in range(10):
                         attachments[:] = [engine.attach(context.address)]
+                        await anyio.sleep(0.0001 * (number % 3))  # described, or not
                         attachments[0].detach()
         finally:
             stop.set()
@@ -274,7 +279,7 @@ async def test_a_model_is_told_from_another_by_its_fingerprint(
     make_context: MakeContext, model: Callable[..., Model]
 ) -> None:
     """It covers all that libllama tells of a model; of the weights it tells nothing."""
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
 
         def fingerprint(source: str | Model, **options: object) -> str:
             return engine.attach(make_context(source, **options).address).fingerprint

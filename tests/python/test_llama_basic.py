@@ -14,6 +14,7 @@ import kvferry
 import llama_reference as reference
 import numpy as np
 import pytest
+from devices import DEVICES
 from event_loops import anyio_backend  # noqa: F401
 
 pytestmark = pytest.mark.anyio
@@ -49,7 +50,7 @@ async def test_a_sequence_saved_beside_decoding_goes_on_as_after_llama_cpps_own_
         expected_state = like.state_get(2)
         expected_logits = like.decode(2, [7])
 
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         assert llama.size(0) == len(state)
         async with anyio.create_task_group() as tasks:
@@ -70,7 +71,7 @@ async def test_a_sequence_saved_beside_decoding_goes_on_as_after_llama_cpps_own_
 
 async def test_many_tasks_save_at_once(context: reference.Context) -> None:
     state = context.state_get(0)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         saved: list[bool] = []
 
@@ -84,7 +85,7 @@ async def test_many_tasks_save_at_once(context: reference.Context) -> None:
 
 
 async def test_a_save_that_has_been_started_is_awaited_later(context: reference.Context) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         state = context.state_get(0)
         transfer = await llama.start_save(0, mode="snapshot")
@@ -101,7 +102,7 @@ async def test_a_save_that_has_been_started_is_awaited_later(context: reference.
 async def test_a_state_is_saved_into_the_callers_memory(context: reference.Context) -> None:
     state = context.state_get(0)
     memory = np.zeros(len(state) + 100, np.uint8)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await llama.save(0, into=memory)
         assert snapshot.nbytes == len(state)
@@ -113,7 +114,7 @@ async def test_a_state_is_saved_into_the_callers_memory(context: reference.Conte
 
 
 async def test_a_file_brings_a_sequence_back(context: reference.Context, tmp_path: Path) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         await (await llama.save(0)).to_file(tmp_path / "state")
         state = context.state_get(0)
@@ -127,7 +128,7 @@ async def test_a_file_brings_a_sequence_back(context: reference.Context, tmp_pat
 async def test_size_may_be_asked_on_the_contexts_thread_and_beside_it(
     context: reference.Context,
 ) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         size = context.state_size(0)
         assert llama.size(0) == size
@@ -139,7 +140,7 @@ async def test_size_may_be_asked_on_the_contexts_thread_and_beside_it(
 async def test_what_the_program_runs_returns_and_raises_as_it_does(
     context: reference.Context,
 ) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         assert await llama.run(divmod, 7, 2) == (3, 1)
         with pytest.raises(ZeroDivisionError):
@@ -147,7 +148,7 @@ async def test_what_the_program_runs_returns_and_raises_as_it_does(
 
 
 async def test_remove_waits_for_transfers_of_the_sequence(context: reference.Context) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         state = context.state_get(0)
         transfer = await llama.start_save(0, mode="in_place")
@@ -162,7 +163,7 @@ async def test_a_state_that_cannot_be_loaded_leaves_the_sequence_empty_and_other
     context: reference.Context,
 ) -> None:
     state = context.state_get(0)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
 
@@ -187,7 +188,7 @@ async def test_a_state_that_cannot_be_loaded_leaves_the_sequence_empty_and_other
 
 
 async def test_sequences_that_cannot_be_used_are_refused(context: reference.Context) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
         for beyond in (-1, 4):
@@ -210,7 +211,7 @@ async def test_a_cancelled_load_is_whole_or_empty_and_a_cancelled_save_leaves_no
 ) -> None:
     state = context.state_get(0)
     pace = random.Random(0)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
         whole = bytearray(state)
@@ -230,7 +231,7 @@ async def test_a_cancelled_load_is_whole_or_empty_and_a_cancelled_save_leaves_no
 async def test_a_detached_context_is_let_go_and_can_be_attached_again(
     context: reference.Context,
 ) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         async with engine.attach(context.address) as llama:
             transfer = await llama.start_save(0)
         assert transfer.done
@@ -247,7 +248,7 @@ async def test_saves_that_are_being_started_while_the_engine_closes_end_too(
     context: reference.Context,
 ) -> None:
     outcomes: list[str] = []
-    engine = kvferry.Engine("host")
+    engine = kvferry.Engine(DEVICES)
     llama = engine.attach(context.address)
 
     async def save() -> None:
@@ -268,13 +269,13 @@ async def test_saves_that_are_being_started_while_the_engine_closes_end_too(
 
 async def test_several_engines_may_attach_to_one_context(context: reference.Context) -> None:
     state = context.state_get(0)
-    async with kvferry.Engine("host") as one, kvferry.Engine("host") as other:
+    async with kvferry.Engine(DEVICES) as one, kvferry.Engine(DEVICES) as other:
         snapshots = [await each.attach(context.address).save(0) for each in (one, other)]
         assert [snapshot.to_bytes() for snapshot in snapshots] == [state, state]
 
 
 async def test_a_context_that_has_been_freed_is_noticed(llama_model: reference.Model) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         context = llama_model.context()
         context.decode(0, llama_model.prompt(10))
         llama = engine.attach(context.address)
@@ -301,7 +302,7 @@ import llama_reference as reference
 model = reference.Model({str(model_path("llama"))!r})
 context = model.context(n_ctx=8192)
 context.decode(0, model.prompt(3000))
-engine = kvferry.Engine("host")
+engine = kvferry.Engine({DEVICES!r})
 llama = engine.attach(context.address)
 
 async def main():

@@ -1,7 +1,8 @@
 """llama-cpp-python's own Llama class, as it is: what most Python programs attach.
 
 Its structs fit one build of libllama each, and no release of it fits the build that the other tests
-use. So these have a process of their own, with the library that `llama_cpp/lib` leads to.
+use. So these have a process of their own, with the library that `llama_cpp/lib` leads to. That is
+built without CUDA: its caches lie in host memory wherever the tests run.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import kvferry
 import pytest
+from devices import DEVICES
 from like_contexts import CACHES, MakeContext
 from llama_reference import Context, Refused
 from state_fields import Field, state_fields
@@ -102,7 +103,7 @@ async def test_a_truncated_state_is_refused(
     make_context: MakeContext, kind: str, cache: str
 ) -> None:
     scene = make_scene(make_context, kind, cache)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(scene.context.address)
         for length in cuts(scene.fields):
             await llama.load(scene.state, TARGET)
@@ -120,7 +121,7 @@ async def test_a_state_with_something_behind_it_is_refused(
 ) -> None:
     """libllama ignores it. But a buffer that is longer than its state was not what was saved."""
     scene = make_scene(make_context, kind, cache)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(scene.context.address)
         for more in (b"\0", bytes(4), bytes(12), bytes(100), scene.state, scene.state[8:]):
             with pytest.raises(DAMAGED):
@@ -145,7 +146,7 @@ def is_harmless(field: Field, state: bytes) -> bool:
 async def test_a_damaged_field_is_refused(make_context: MakeContext, kind: str, cache: str) -> None:
     scene = make_scene(make_context, kind, cache)
     refusals = 0
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(scene.context.address)
         # Of the cells the first, one within, and the last.
         seen: dict[str, int] = {}
@@ -184,7 +185,7 @@ async def test_a_context_that_has_held_nothing_yet_refuses_them_too(
     context = make_scene(make_context, kind, cache).context
     context.clear()
     seen: set[str] = set()
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         for field in scene.fields:
             if field.is_data or field.name in seen:
                 continue
@@ -222,7 +223,7 @@ async def test_a_state_whose_cells_lie_in_two_streams_is_refused(
     begins = [field.begin for field in scene.fields if field.name == "attention.cells"]
     first, second = begins[:2]
     twice = scene.state[:second] + scene.state[first:second] + scene.state[second + 4 :]
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         with pytest.raises(DAMAGED):
             await llama.load(twice, TARGET)
@@ -247,7 +248,7 @@ async def test_a_state_that_lacks_the_cells_of_one_part_is_refused(
     counts = [field for field in scene.fields if field.name.endswith(".cells")]
     ends = [field.begin for field in scene.fields if field.name == "attention.streams"][1:]
     ends += [field.begin for field in scene.fields if field.name == "recurrent.cells"]
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         for count, end in zip(counts, [*ends, len(scene.state)], strict=True):
             without = scene.state[: count.begin] + bytes(4)
             if count.name == "recurrent.cells":  # which has its layers described all the same
@@ -280,7 +281,7 @@ async def test_a_recurrent_state_of_two_cells_is_refused(make_context: MakeConte
         elif field.is_data:
             piece *= 2
         two += piece
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(scene.context.address)
         with pytest.raises(kvferry.StateDamaged):
             await llama.load(two, TARGET)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import kvferry
 import pytest
+from devices import DEVICES
 from kvferry.synthetic import KINDS
 from like_contexts import CACHES, RECURRENT, MakeContext, assert_moved_as_by_llama_cpp
 from llama_reference import Context
@@ -146,7 +147,7 @@ async def test_a_load_into_a_copy_leaves_its_origin_alone(make_context: MakeCont
     for each in (context, like):
         each.decode_in_turn([0, 1], 40)
         each.seq_cp(0, 2)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         await llama.load(await llama.save(1), 2)
         with pytest.raises(kvferry.StateDamaged):

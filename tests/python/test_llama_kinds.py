@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import kvferry
 import pytest
+from devices import DEVICES
 from kvferry.synthetic import GEOMETRIES, KINDS
 from like_contexts import CACHES, LATENT, MakeContext, assert_moved_as_by_llama_cpp
 from llama_reference import Context
@@ -87,7 +88,7 @@ async def test_a_state_goes_from_one_context_to_another(
     """Saved in one context and loaded into a fresh one, which has never seen a cell before."""
     source, ours, like = (make_context(kind, **CACHES[cache]) for _ in range(3))
     source.decode_in_turn([0, 1], 20)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         snapshot = await engine.attach(source.address).save(0)
         llama = engine.attach(ours.address)
         assert llama.fingerprint == snapshot.fingerprint
@@ -101,7 +102,7 @@ async def test_a_sequence_that_fills_its_cache_is_moved_as_by_llama_cpp(
     make_context: MakeContext,
 ) -> None:
     ours, like = (make_context("llama", kv_unified=False, n_ctx=1024) for _ in range(2))
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(ours.address)
         for context in (ours, like):
             context.decode(0, context.model.prompt(256))

@@ -11,6 +11,7 @@ from typing import Any
 import kvferry
 import numpy as np
 import pytest
+from devices import DEVICES, LARGER
 from kvferry._native import lib
 from kvferry.synthetic import KINDS
 from like_contexts import CACHES, MakeContext
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.anyio
 
 OVERWRITTEN = {"gemma3", "mamba", "hybrid", "hybrid-iswa"}
 """Kinds where decoding a sequence overwrites a part of what a save of it reads."""
+
+LARGE_TOKENS = 48 * LARGER
 
 # As `KVF_SAVE_*` in a completion.
 IN_PLACE, SNAPSHOT = 1, 2
@@ -32,13 +35,13 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def large_model(model: Callable[..., Model]) -> Model:
-    """1 MiB a token: a state of 48 tokens takes some milliseconds to move, many decode steps."""
+    """1 MiB a token: LARGE_TOKENS take some milliseconds to move, many decode steps."""
     return model("llama", geometry="bench")
 
 
 def large_context(make_context: MakeContext, model: Model) -> Context:
-    context = make_context(model, n_ctx=192)
-    context.decode(0, model.prompt(48))
+    context = make_context(model, n_ctx=4 * LARGE_TOKENS)
+    context.decode(0, model.prompt(LARGE_TOKENS))
     context.decode(1, model.prompt(8, seed=1))
     return context
 
@@ -68,7 +71,7 @@ async def test_by_default_a_sequence_may_be_decoded_as_soon_as_its_save_has_been
 ) -> None:
     context = make_context(kind, **CACHES[cache])
     context.decode_in_turn([0, 1], 40)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         default = "snapshot" if kind in OVERWRITTEN else "in_place"
         assert llama.describe()["default_mode"] == default
@@ -94,7 +97,7 @@ async def test_a_snapshot_does_not_mind_what_is_done_to_its_sequence(
         context.decode(1, context.model.prompt(50, seed=1))
         context.clear()
 
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         state = context.state_get(0)
         transfer = await llama.start_save(0, mode="snapshot")
@@ -112,7 +115,7 @@ async def test_in_place_a_resting_sequence_is_saved_beside_the_decoding_of_other
     context = make_context(kind)
     context.decode_in_turn([0, 1], 40)
     state = context.state_get(0)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         for seed in range(5):
             transfer = await llama.start_save(0, mode="in_place")
@@ -130,14 +133,14 @@ async def test_in_place_a_sequence_that_is_decoded_on_is_saved_as_it_was(
     state = (ctypes.c_uint8 * context.state_size(0))()
     assert context.state_get_into(0, state) == len(state)
     beside = 0
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         for token in range(8):
             transfer = await llama.start_save(0, mode="in_place")
             beside += (await decode_beside(llama, context, 0, token, transfer))[1]
             snapshot = await transfer.wait()
             assert np.array_equal(snapshot.numpy(), np.ctypeslib.as_array(state))
-            assert context.seq_rm(0, 48, -1)
+            assert context.seq_rm(0, LARGE_TOKENS, -1)
     assert beside > 0
 
 
@@ -148,7 +151,7 @@ async def test_others_decode_beside_a_load_as_if_it_had_ended(
     make_context: MakeContext, large_model: Model
 ) -> None:
     ours, like = (large_context(make_context, large_model) for _ in range(2))
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(ours.address)
         snapshot = await llama.save(0)
         state = snapshot.to_bytes()
@@ -173,7 +176,7 @@ async def test_size_is_llama_cpps_own_and_reads_no_tensor_byte(
 ) -> None:
     context = make_context(kind, **CACHES[cache])
     context.decode_in_turn([0, 1], 40)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         before = llama.describe()
         assert [llama.size(seq) for seq in range(4)] == [context.state_size(s) for s in range(4)]
@@ -215,7 +218,7 @@ async def test_without_the_tap_the_same_bytes_are_moved(
     for context in (ours, like):
         context.decode_in_turn([0, 1], 40)
     state = like.state_get(0)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(ours.address, **blocking)
         assert llama.describe()["tap"] is False
         assert llama.size(0) == len(state)
@@ -238,7 +241,7 @@ async def test_without_the_tap_bad_states_are_refused_and_leave_the_sequence_emp
     context.decode_in_turn(range(4), 20)
     state = context.state_get(0)
     empty = make_context(kind).state_size(0)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address, **blocking)
         for bad in (state[:-1], state[:30], b"?" * len(state), state + bytes(16)):
             with pytest.raises((kvferry.StateDamaged, kvferry.StateMismatch)):
@@ -256,7 +259,7 @@ async def test_without_the_tap_a_load_into_a_full_cache_is_refused(
     context.decode(0, context.model.prompt(100))
     state = context.state_get(0)
     context.decode(1, context.model.prompt(100))
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address, **blocking)
         with pytest.raises(kvferry.CacheFull):
             await llama.load(state, 2)

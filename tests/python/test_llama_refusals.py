@@ -13,6 +13,7 @@ import anyio
 import kvferry
 import numpy as np
 import pytest
+from devices import DEVICES, LARGER
 from kvferry.synthetic import KINDS
 from like_contexts import CACHES, LATENT, MakeContext
 from llama_reference import Context, Model, Refused
@@ -20,6 +21,7 @@ from llama_reference import Context, Model, Refused
 pytestmark = pytest.mark.anyio
 
 LARGEST = 2**31 - 1
+LARGE_TOKENS = 32 * LARGER
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def make_prompted(make_context: MakeContext, source: str | Model, **options: Any
 
 @pytest.fixture
 def large_model(model: Callable[..., Model]) -> Model:
-    """1 MiB a token: a state of 32 tokens takes some milliseconds to move."""
+    """1 MiB a token: LARGE_TOKENS take some milliseconds to move."""
     return model("llama", geometry="bench")
 
 
@@ -50,7 +52,7 @@ async def test_sequences_out_of_range_are_refused(
     """libllama aborts at some of these ids, and takes or empties all sequences at others."""
     context = make_prompted(make_context, kind, **CACHES[cache])
     states = [context.state_get(seq) for seq in range(4)]
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
         for seq in (-LARGEST - 1, -2, -1, 4, 5, 255, 256, 257, LARGEST):
@@ -76,7 +78,7 @@ async def test_an_empty_sequence_is_not_saved_but_an_empty_state_empties_one(
     context = make_prompted(make_context, kind)
     empty = context.state_get(3)
     other = context.state_get(0)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         with pytest.raises(kvferry.SequenceEmpty, match="sequence 3"):
             await llama.save(3)
@@ -93,7 +95,7 @@ async def test_a_buffer_that_is_too_small_is_refused_and_not_touched(
     context = make_prompted(make_context, "hybrid")
     state = context.state_get(0)
     memory = np.full(len(state) + 16, 0xA5, np.uint8)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         for size in (1, 7, 8, 12, 100, len(state) // 2, len(state) - 1):
             with pytest.raises(kvferry.BufferTooSmall, match=f"{len(state)} bytes are needed"):
@@ -111,7 +113,7 @@ async def test_a_state_of_no_bytes_is_refused_and_leaves_the_sequence(
 ) -> None:
     context = make_prompted(make_context, "llama")
     state = context.state_get(0)
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         with pytest.raises(kvferry.InvalidArgument):
             await llama.load(b"", 0)
@@ -142,7 +144,7 @@ async def test_states_of_other_models_and_caches_are_refused(
     before = [context.state_get(seq) for seq in range(4)]
     # Not every option makes a difference to every kind: mamba's cache is always the same.
     assert len(states - {own}) > 5
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         for state in states - {own}:
             if known:
                 context.decode(2, [1, 2, 3])
@@ -173,7 +175,7 @@ async def test_a_state_of_another_cache_is_refused_with_the_reason(
     """Of the same model, so that the fingerprints agree."""
     context = make_prompted(make_context, "llama", **CACHES[cache])
     stranger = make_prompted(make_context, "llama", **CACHES[other])
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await engine.attach(stranger.address).save(0)
         assert snapshot.fingerprint == llama.fingerprint
@@ -189,7 +191,7 @@ async def test_a_snapshot_of_another_model_is_refused_even_where_its_bytes_would
     context = make_prompted(make_context, "llama")
     stranger = make_prompted(make_context, model("llama", context=8192))
     context.decode(2, [1, 2, 3])
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await engine.attach(stranger.address).save(0)
         with pytest.raises(kvferry.StateMismatch, match=llama.fingerprint):
@@ -212,7 +214,7 @@ async def test_a_load_into_a_full_cache_is_refused_and_loses_no_cell(
     context.decode(1, context.model.prompt(100, seed=1))
     context.decode(2, context.model.prompt(10, seed=2))
     states = [context.state_get(0), context.state_get(1)]
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
         for target in (2, 3):
@@ -238,7 +240,7 @@ async def test_a_state_larger_than_the_cache_is_refused(
         source = make_context(kind, **{**options, "n_ctx": 2 * options["n_ctx"]})
         source.decode(0, source.model.prompt(300))
         context = make_context(kind, **options)
-        async with kvferry.Engine("host") as engine:
+        async with kvferry.Engine(DEVICES) as engine:
             snapshot = await engine.attach(source.address).save(0)
             llama = engine.attach(context.address)
             for _ in range(2):
@@ -257,10 +259,10 @@ async def test_a_state_larger_than_the_cache_is_refused(
 async def test_a_sequence_in_use_is_refused_and_the_transfer_goes_on(
     make_context: MakeContext, large_model: Model
 ) -> None:
-    context = make_context(large_model, n_ctx=256)
-    context.decode(0, large_model.prompt(32))
-    context.decode(1, large_model.prompt(32, seed=1))
-    async with kvferry.Engine("host") as engine:
+    context = make_context(large_model, n_ctx=8 * LARGE_TOKENS)
+    context.decode(0, large_model.prompt(LARGE_TOKENS))
+    context.decode(1, large_model.prompt(LARGE_TOKENS, seed=1))
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         first, second = [await llama.save(seq) for seq in (0, 1)]
 
@@ -274,7 +276,7 @@ async def test_a_sequence_in_use_is_refused_and_the_transfer_goes_on(
 
         # A transfer that has ended is in nobody's way: again, until both kinds were met in flight.
         texts: set[str] = set()
-        while len(texts) < 2:
+        for _ in range(100):
             # Several saves at once are fine; a load beside a save is not.
             saves = [await llama.start_save(0) for _ in range(3)]
             texts.add(await refused(llama.load(second, 0)))
@@ -289,12 +291,14 @@ async def test_a_sequence_in_use_is_refused_and_the_transfer_goes_on(
             await load.wait()
             await other.wait()
             texts.discard("")
+            if len(texts) == 2:
+                break
         assert any("a save of sequence 0 is in flight" in text for text in texts)
         assert any("a load into sequence 2 is in flight" in text for text in texts)
         for source, target in ((first, 2), (second, 3)):
             loaded = await llama.save(target)
             assert np.array_equal(loaded.numpy()[-1000:], source.numpy()[-1000:])
-            assert context.pos_max(target) == 31
+            assert context.pos_max(target) == LARGE_TOKENS - 1
 
 
 # ---- Cancelled loads -----------------------------------------------------------------------------
@@ -303,11 +307,11 @@ async def test_a_sequence_in_use_is_refused_and_the_transfer_goes_on(
 async def test_a_cancelled_load_leaves_the_sequence_empty_and_the_others_alone(
     make_context: MakeContext, large_model: Model
 ) -> None:
-    context = make_context(large_model, n_ctx=256)
-    context.decode(0, large_model.prompt(32))
-    context.decode(1, large_model.prompt(32, seed=1))
+    context = make_context(large_model, n_ctx=8 * LARGE_TOKENS)
+    context.decode(0, large_model.prompt(LARGE_TOKENS))
+    context.decode(1, large_model.prompt(LARGE_TOKENS, seed=1))
     cancelled = 0
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshots = [await llama.save(seq) for seq in (0, 1)]
         for turn in range(20):
@@ -321,13 +325,13 @@ async def test_a_cancelled_load_leaves_the_sequence_empty_and_the_others_alone(
                 # Empty without being asked for: no call of the program's finds half a sequence.
                 assert context.pos_max(2) == -1
             else:
-                assert context.pos_max(2) == 31
+                assert context.pos_max(2) == LARGE_TOKENS - 1
         for snapshot, seq in zip(snapshots, (0, 1), strict=True):
             assert np.array_equal((await llama.save(seq)).numpy(), snapshot.numpy())
         await llama.load(snapshots[0], 2)
         await llama.remove(2)
     assert cancelled > 0
-    context.decode(3, large_model.prompt(192))
+    context.decode(3, large_model.prompt(6 * LARGE_TOKENS))
     with pytest.raises(Refused):
         context.decode(3, [1])
 
@@ -351,10 +355,10 @@ async def assert_every_call_raises(
 
 
 async def test_freeing_a_context_ends_its_transfers_first(large_model: Model) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         for _ in range(3):
-            context = large_model.context(n_ctx=128)
-            context.decode(0, large_model.prompt(32))
+            context = large_model.context(n_ctx=4 * LARGE_TOKENS)
+            context.decode(0, large_model.prompt(LARGE_TOKENS))
             llama = engine.attach(context.address)
             snapshot = await llama.save(0)
             transfers: list[Any] = [
@@ -373,7 +377,7 @@ async def test_freeing_a_context_ends_its_transfers_first(large_model: Model) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_freed_context_is_noticed(model: Callable[..., Model], kind: str) -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         context = model(kind).context()
         context.decode(0, context.model.prompt(10))
         llama = engine.attach(context.address)
@@ -388,7 +392,7 @@ async def test_a_detached_or_closed_attachment_refuses_every_call(
     make_context: MakeContext,
 ) -> None:
     context = make_prompted(make_context, "llama")
-    engine = kvferry.Engine("host")
+    engine = kvferry.Engine(DEVICES)
     llama, other = engine.attach(context.address), engine.attach(context.address)
     snapshot = await llama.save(0)
     await llama.detach()
@@ -401,7 +405,7 @@ async def test_a_detached_or_closed_attachment_refuses_every_call(
 
 
 async def test_no_context_is_refused() -> None:
-    async with kvferry.Engine("host") as engine:
+    async with kvferry.Engine(DEVICES) as engine:
         with pytest.raises(kvferry.ContextFreed):
             engine.attach(None)
         with pytest.raises(kvferry.ContextFreed):

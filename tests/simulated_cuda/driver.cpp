@@ -187,11 +187,13 @@ CUresult copy(CUstream handle, const Side &to, const Side &from, Shape shape, Lo
     if (CUresult error = find_current_stream(handle, &stream)) return error;
     if (shape.width == 0 || shape.height == 0) return CUDA_SUCCESS;
     if (to.address == 0 || from.address == 0) return CUDA_ERROR_INVALID_VALUE;
-    // Pinned memory that was registered in several pieces (seen on driver 580).
+    // From one allocation into another, neighbours or not, or into pinned memory that was registered for itself (seen
+    // on driver 580). What ends in no allocation of the device is found out as it is executed.
     for (const Side &side : {to, from}) {
-        if (side.place != Place::Pinned) continue;
-        const uint64_t last = side.address + shape.extent(side.pitch) - 1;
-        if (allocation_of(last) != allocation_of(side.address)) return CUDA_ERROR_INVALID_VALUE;
+        if (side.place == Place::Pageable) continue;
+        const Allocation *last = allocation_of(side.address + shape.extent(side.pitch) - 1);
+        if (last != allocation_of(side.address) && (last || side.place == Place::Pinned))
+            return CUDA_ERROR_INVALID_VALUE;
     }
 
     Operation operation;
@@ -307,6 +309,9 @@ CUresult attribute_of(void *value, CUpointer_attribute attribute, const Allocati
         break;
     case CU_POINTER_ATTRIBUTE_BUFFER_ID: write<unsigned long long>(value, a ? a->id : 0); break;
     case CU_POINTER_ATTRIBUTE_IS_MANAGED: write<unsigned int>(value, 0); break;
+    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE:
+        write<unsigned int>(value, a && a->on_device && !a->ordered ? 1 : 0);
+        break;
     case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
         write<int>(value, a ? a->context->device : CU_DEVICE_INVALID);
         break;
@@ -782,9 +787,10 @@ CUresult cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
     StreamPtr found;
     if (CUresult error = find_current_stream(stream, &found)) return error;
     uint64_t at = 0;
-    const CUresult result = allocate_device(found->context, bytes, &at);
-    if (!result) *address = at;
-    return result;
+    if (CUresult error = allocate_device(found->context, bytes, &at)) return error;
+    d.allocations.at(at).ordered = true;
+    *address = at;
+    return CUDA_SUCCESS;
 }
 
 // In the order of the stream; waits for nothing else.

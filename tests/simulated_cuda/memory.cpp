@@ -81,14 +81,15 @@ CUresult allocate_device(const ContextPtr &context, uint64_t bytes, uint64_t *ad
         arena.allocated > d.settings.device_limit - bytes)
         return CUDA_ERROR_OUT_OF_MEMORY;
 
-    // The first gap from `next` on, then from the start, with room for it and a page to guard it.
-    const uint64_t need = pages(bytes) + kPage;
+    // The first gap from `next` on, then from the start, with room for it and the pages that guard it.
+    const uint64_t guard = d.settings.guard_pages * kPage;
+    const uint64_t need = pages(bytes) + guard;
     const auto search = [&](uint64_t from) -> uint64_t {
         uint64_t at = from;
         for (auto it = d.allocations.lower_bound(arena.address); it != d.allocations.end(); ++it) {
             const Range &range = it->second.range;
             if (range.address >= arena.address + arena.bytes) break;
-            const uint64_t end = range.address + pages(range.bytes) + kPage;
+            const uint64_t end = range.address + pages(range.bytes) + guard;
             if (end <= at) continue;
             if (range.address >= at && range.address - at >= need) break;
             at = end;
@@ -101,7 +102,7 @@ CUresult allocate_device(const ContextPtr &context, uint64_t bytes, uint64_t *ad
 
     arena.next = found + need;
     arena.allocated += bytes;
-    d.allocations[found] = {{found, bytes}, context, d.next_buffer++, true, false};
+    d.allocations[found] = {{found, bytes}, context, d.next_buffer++, true, false, false};
     ++d.counters.live_device_allocations;
     d.counters.device_bytes += bytes;
     d.counters.peak_device_bytes = std::max(d.counters.peak_device_bytes, d.counters.device_bytes);
@@ -118,7 +119,7 @@ CUresult pin(const ContextPtr &context, Range range, bool registered) {
     if ((next != d.allocations.end() && next->second.range.meets(range)) ||
         (next != d.allocations.begin() && std::prev(next)->second.range.meets(range)))
         return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
-    d.allocations[range.address] = {range, context, d.next_buffer++, false, registered};
+    d.allocations[range.address] = {range, context, d.next_buffer++, false, registered, false};
     ++(registered ? d.counters.live_registrations : d.counters.live_host_allocations);
     d.counters.pinned_bytes += range.bytes;
     d.counters.peak_pinned_bytes = std::max(d.counters.peak_pinned_bytes, d.counters.pinned_bytes);

@@ -8,8 +8,8 @@
  * Streams       in order in themselves, concurrent with one another: a thread each. The legacy
  *               stream (0) waits for blocking streams and they for it.
  * Device memory its addresses are PROT_NONE: a program that touches them directly crashes at once.
- *               There is a gap between allocations; access outside of one is
- *               CUDA_ERROR_ILLEGAL_ADDRESS.
+ *               There is a gap between allocations (see guard_pages); access outside of one is
+ *               CUDA_ERROR_ILLEGAL_ADDRESS. A copy from one into another is refused.
  * Host memory   registered or allocated is pinned; all other is pageable: copies to it, and from it
  *               beyond 64 KiB, are synchronous. Unmapped memory is CUDA_ERROR_ILLEGAL_ADDRESS, not
  *               a crash.
@@ -44,6 +44,8 @@ extern "C" {
     X(device_bytes, 16ull << 30,                                                                   \
       "memory of each device; virtual until written; read at its first use")                       \
     X(device_limit, UINT64_MAX, "bytes of a device that may be allocated at once")                 \
+    X(guard_pages, 1,                                                                              \
+      "of 4 KiB, behind each allocation; 0: neighbours, as a driver may place them")               \
     X(pinned_limit, UINT64_MAX, "bytes of host memory that may be pinned at once")                 \
     X(bytes_per_second, 0,                                                                         \
       "of each device in each direction between host and device; 0: as fast as it goes")           \

@@ -121,6 +121,7 @@ struct Allocation {
     uint64_t id = 0;
     bool on_device = false;
     bool registered = false; // host memory: by cuMemHostRegister()
+    bool ordered = false;    // device memory: by cuMemAllocAsync()
 };
 
 // A device's memory: the same pages at two places. The public one can't be accessed.

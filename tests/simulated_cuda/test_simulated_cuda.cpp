@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -380,6 +381,50 @@ void two_dimensional_copies_respect_pitches() {
     OK(cuda.cuMemcpy2DAsync(&c, s.stream));
     OK(cuda.cuMemFreeHost(host));
     OK(cuda.cuMemFree(device));
+}
+
+void no_copy_spans_two_allocations() {
+    Session s;
+    kvfsim_set("guard_pages", 0);
+    const size_t size = 2 << 20;
+    std::vector<CUdeviceptr> memory;
+    for (int i = 0; i < 32; ++i) memory.push_back(allocate(size));
+    std::vector<CUdeviceptr> sorted = memory;
+    std::sort(sorted.begin(), sorted.end());
+    const auto first = std::adjacent_find(sorted.begin(), sorted.end(),
+                                          [&](auto one, auto next) { return one + size == next; });
+    if (first == sorted.end()) {
+        std::printf("  no two allocations are neighbours\n");
+    } else {
+        const CUdeviceptr border = *first + size;
+        unsigned char *host = allocate_host(size);
+        OK(cuda.cuMemcpyDtoHAsync(host, border - 100, 100, s.stream));
+        RETURNS(CUDA_ERROR_INVALID_VALUE,
+                cuda.cuMemcpyDtoHAsync(host, border - 100, 101, s.stream));
+        RETURNS(CUDA_ERROR_INVALID_VALUE,
+                cuda.cuMemcpyHtoDAsync(border - 100, host, 101, s.stream));
+        CUDA_MEMCPY2D c{};
+        c.srcMemoryType = CU_MEMORYTYPE_DEVICE;
+        c.srcPitch = 1000;
+        c.dstMemoryType = CU_MEMORYTYPE_HOST;
+        c.dstHost = host;
+        c.dstPitch = c.WidthInBytes = 100;
+        c.Height = 3;
+        for (const bool swapped : {false, true}) {
+            (swapped ? c.dstDevice : c.srcDevice) = border - 2100;
+            OK(cuda.cuMemcpy2DAsync(&c, s.stream));
+            // Whole rows on both sides, and none across the border.
+            (swapped ? c.dstDevice : c.srcDevice) = border - 1500;
+            RETURNS(CUDA_ERROR_INVALID_VALUE, cuda.cuMemcpy2DAsync(&c, s.stream));
+            std::swap(c.srcMemoryType, c.dstMemoryType);
+            std::swap(c.srcPitch, c.dstPitch);
+            c.srcHost = host;
+        }
+        OK(cuda.cuStreamSynchronize(s.stream));
+        OK(cuda.cuMemFreeHost(host));
+    }
+    for (const CUdeviceptr one : memory) OK(cuda.cuMemFree(one));
+    kvfsim_set("guard_pages", 1);
 }
 
 void copies_of_pageable_memory_are_staged() {
@@ -935,6 +980,7 @@ int main(int argc, char **argv) {
     RUN(events_tell_the_time_between_them);
     RUN(a_stream_waits_for_a_value_and_writes_one);
     RUN(two_dimensional_copies_respect_pitches);
+    RUN(no_copy_spans_two_allocations);
     RUN(copies_of_pageable_memory_are_staged);
     RUN(wrong_arguments_are_refused);
     RUN(kernels_move_regular_rows);
