@@ -156,7 +156,7 @@ std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_o
     job->buffer = submission.buffer;
     job->user_data = options.user_data;
     job->submitted_ns = submission.submitted_ns;
-    job->callback = options.callback;
+    if (options.callback) job->callback.push_back({options.callback, {}});
     job->owned_by = submission.owned_by;
     job->on_end = std::move(submission.on_end);
     job->gate = std::move(submission.gate);
@@ -181,7 +181,7 @@ std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_o
 // Makes the job one of those in flight; from then on it ends in the ordinary way. Throws, and then it is none.
 void Engine::enter(const std::shared_ptr<Job> &job, kvf_queue queue_handle,
                    const std::function<void()> &on_entry) {
-    if (job->callback) expect_callbacks();
+    if (!job->callback.empty()) expect_callbacks();
     std::shared_ptr<Queue> queue;
     if (queue_handle) queue = find<Queue>(queue_handle);
     std::lock_guard lock(mutex_);
@@ -280,9 +280,9 @@ void Engine::expect_callbacks() {
     if (!dispatch_thread_.joinable()) dispatch_thread_ = std::thread([this] { run_dispatch(); });
 }
 
-void Engine::dispatch(kvf_completion_callback callback, const kvf_completion &completion) {
+void Engine::dispatch(Callbacks &&callbacks) {
     std::lock_guard lock(dispatch_mutex_);
-    callbacks_.emplace_back(callback, completion);
+    callbacks_.splice(callbacks_.end(), callbacks);
     dispatch_work_.notify_one();
 }
 
@@ -293,10 +293,10 @@ void Engine::run_dispatch() {
     for (;;) {
         dispatch_work_.wait(lock, [this] { return dispatch_stopping_ || !callbacks_.empty(); });
         if (callbacks_.empty()) return;
-        auto [callback, completion] = callbacks_.front();
-        callbacks_.pop_front();
+        Callbacks next;
+        next.splice(next.end(), callbacks_, callbacks_.begin());
         lock.unlock();
-        callback(&completion);
+        next.front().function(&next.front().completion);
         lock.lock();
     }
 }

@@ -84,7 +84,7 @@ public:
 
     // For jobs and devices.
     void expect_callbacks();
-    void dispatch(kvf_completion_callback callback, const kvf_completion &completion);
+    void dispatch(Callbacks &&callbacks);
     void job_ended(Job &job);
     void trace(const Job &job, uint64_t begin_ns, uint64_t end_ns, uint64_t bytes, uint32_t device);
     uint32_t take_trace(void *events, uint64_t stride, uint32_t capacity);
@@ -117,7 +117,7 @@ private:
     // Callbacks. The thread is started when first needed.
     std::mutex dispatch_mutex_;
     std::condition_variable dispatch_work_;
-    std::deque<std::pair<kvf_completion_callback, kvf_completion>> callbacks_;
+    Callbacks callbacks_;
     bool dispatch_stopping_ = false;
     std::thread dispatch_thread_;
 

@@ -81,7 +81,9 @@ void Job::end() {
     Engine *const owner = engine;
     // The order matters: whoever sees the completion may free the buffer and destroy the queue; the
     // engine is told last, because it may be gone right afterwards.
-    const bool dispatched = callback != nullptr && !retracted_;
+    Callbacks dispatched;
+    if (!retracted_) dispatched.swap(callback);
+    if (!dispatched.empty()) dispatched.front().completion = completion;
     {
         // Under one lock: whoever has taken it from the queue finds that the job has ended.
         std::lock_guard lock(mutex_);
@@ -91,7 +93,7 @@ void Job::end() {
         ended_.notify_all();
     }
     queue.reset();
-    if (dispatched) owner->dispatch(callback, completion);
+    if (!dispatched.empty()) owner->dispatch(std::move(dispatched));
     owner->job_ended(*this);
 }
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <functional>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -47,6 +48,14 @@ struct Leg {
     uint32_t in_flight = 0; // pieces handed out and not given back
 };
 
+// Calls that the engine's dispatch thread is to make. In nodes of a list, so that a job has its own from the beginning,
+// and its end needs no memory.
+struct Callback {
+    kvf_completion_callback function;
+    kvf_completion completion;
+};
+using Callbacks = std::list<Callback>;
+
 class Job final : public Object, public std::enable_shared_from_this<Job> {
 public:
     static constexpr ObjectType kType = ObjectType::Job;
@@ -64,7 +73,7 @@ public:
     const void *owned_by = nullptr; // the attachment it belongs to, if any
     uint64_t submitted_ns = 0, listed_ns = 0, recorded_ns = 0;
     std::shared_ptr<Queue> queue; // a place is reserved in it
-    kvf_completion_callback callback = nullptr;
+    Callbacks callback;           // one or none
     // Called once, with the final status, before the completion can be seen by anybody.
     std::function<void(int32_t)> on_end;
 
