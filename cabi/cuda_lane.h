@@ -21,7 +21,7 @@
 #include <thread>
 
 #include "crew.h"
-#include "cuda_lane_memory.h"
+#include "cuda_copies.h"
 #include "pacer.h"
 #include "schedule.h"
 
@@ -61,92 +61,40 @@ public:
 private:
     static constexpr size_t kSlots = 8;
 
-    enum class Stage {
-        Idle,
-        Filling,   // the crew copies in
-        Ready,     // its copy may be queued
-        Copying,   // its copy is queued or under way
-        Finishing, // waits for what else its stream holds
-        Draining,  // the crew copies out
-    };
-    enum class Way { Run, Block, Gather };
-    static constexpr size_t kWays = 3;
-    // Where the kernels find the rows of a slot.
-    enum class Rows {
-        Regular,  // each piece is a block, and needs no table
-        Resident, // each piece is of the resident table
-        Table,    // all are in a table of the slot's own
-    };
-    // What there is none of at the moment.
-    enum class Lack { Nothing, Staging, Segment, Table, Bounce };
-
-    struct Slot {
-        Stage stage = Stage::Idle;
-        CUstream stream = nullptr;
-        CUevent copied = nullptr, finished = nullptr;
-
-        CudaStaging staging;                   // borrowed for the pieces, where their way needs it
-        std::unique_ptr<CudaRowsPlaced> table; // ... where they are Rows::Table
-        std::unique_ptr<CudaBounce> bounce;    // ... where the job's buffer is pageable
-        Leg *leg = nullptr;
-        std::vector<Piece> pieces; // of one way; small ones together, since each copy has its price
-        std::vector<uint64_t> places; // of the pieces in staging
-        uint64_t bytes = 0;           // of the pieces
-        Way way = Way::Run;
-        Rows rows = Rows::Table; // where the way is Gather
-        uint32_t epoch = 0;      // of the pacer's
-        std::atomic<bool> crew_done{false};
-        uint64_t begin_ns = 0, queued_ns = 0;
-    };
+    using Stage = CudaSlot::Stage;
+    using Lack = CudaPlanner::Lack;
 
     void pump();
     bool retire();
     bool queue_copies();
     bool refill();
-    bool is_worth_waiting(const Slot &slot, const Leg &leg, bool urgent) const;
-    Lack lend(Slot &slot, const Leg &leg, bool urgent);
-    void give_back(Slot &slot);
     bool obtain(Lack lack, const std::shared_ptr<Job> &job);
     void wait_for_gates(std::unique_lock<std::mutex> &lock);
     void idle();
 
-    Way way_of(const Leg &leg, bool urgent) const;
-    bool is_read_badly(const Job &job, const kvf_region &block) const;
-    static bool is_regular(const Parts &parts);
-    Slot *idle_slot();
-    void prepare(Slot &slot);
-    void queue_copy(Slot &slot);
-    void leave_queue(const Slot &slot);
-    Pacer &pacer(Way way) { return pacers_[static_cast<size_t>(way)]; }
-    bool may_queue(const Slot &slot);
-    void note_pace(const Slot &slot);
-    void after_device(Slot &slot);
-    void end_piece(Slot &slot);
-    void fail_piece(Slot &slot, const Error &error);
+    CudaSlot *idle_slot();
+    void prepare(CudaSlot &slot);
+    void queue_copy(CudaSlot &slot);
+    void leave_queue(const CudaSlot &slot);
+    Pacer &pacer(CudaWay way) { return pacers_[static_cast<size_t>(way)]; }
+    bool may_queue(const CudaSlot &slot);
+    void note_pace(const CudaSlot &slot);
+    void after_device(CudaSlot &slot);
+    void end_piece(CudaSlot &slot);
+    void fail_piece(CudaSlot &slot, const Error &error);
     void break_down(const Error &error);
     template <class Function>
-    void attempt(Slot &slot, Function &&function);
-    void copy_run(Slot &slot, CUdeviceptr address, unsigned char *host, uint64_t bytes);
-    void copy_rows(Slot &slot, CUdeviceptr address, uint64_t pitch, unsigned char *host,
-                   uint64_t host_pitch, uint64_t width, uint64_t rows);
-    void copy_direct(Slot &slot);
-    void copy_gathered(Slot &slot);
-    void take_pieces(Slot &slot, Leg &leg, bool urgent);
-    uint64_t place(const Slot &slot, const Job &job, const Piece &piece) const;
-    bool may_reside(const Leg &leg);
-    void launch(Slot &slot);
-    void crew_copies(Slot &slot, Stage stage);
+    void attempt(CudaSlot &slot, Function &&function);
+    void crew_copies(CudaSlot &slot, Stage stage);
     uint32_t kernel_blocks() const;
-    void release(Slot &slot);
+    void release(CudaSlot &slot);
 
     Engine &engine_;
     const CudaContext &context_;
     const CudaDriver &driver_;
-    const CudaKernels *const kernels_;
     Crew &crew_;
     const uint32_t device_;
     const Direction direction_;
-    const Limits limits_;
 
     std::mutex mutex_;
     std::condition_variable work_;
@@ -160,22 +108,23 @@ private:
     std::atomic<bool> broken_{false};
 
     CudaLaneMemory memory_;
+    CudaPlanner planner_;
+    const CudaCopies copies_;
 
     // The pump's own.
-    std::array<Slot, kSlots> slots_;
-    std::unique_ptr<CudaResident> resident_; // while a slot uses it
+    std::array<CudaSlot, kSlots> slots_;
     uint32_t copies_queued_ = 0;
     uint64_t bytes_queued_ = 0; // of these
     uint32_t pieces_ = 0;       // slots that are not idle
     bool urgent_ = false;       // what is in the slots is
-    std::array<Pacer, kWays> pacers_;
-    Way last_queued_ = Way::Run;
+    std::array<Pacer, kCudaWays> pacers_;
+    CudaWay last_queued_ = CudaWay::Run;
     uint64_t last_end_ns_ = 0; // of a background copy with more behind it; 0: none
     uint64_t seen_arrivals_ = 0;
     uint64_t gated_since_ns_ =
         0; // for so long there have been legs, and none could begin; 0: there are none such
-    std::array<std::atomic<uint64_t>, kWays> pace_bytes_{}; // for describe_pace()
-    std::array<std::atomic<uint32_t>, kWays> pace_window_{};
+    std::array<std::atomic<uint64_t>, kCudaWays> pace_bytes_{}; // for describe_pace()
+    std::array<std::atomic<uint32_t>, kCudaWays> pace_window_{};
 };
 
 } // namespace kvf
