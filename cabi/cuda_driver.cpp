@@ -291,4 +291,9 @@ bool CudaPinner::is_pinned(const void *memory, uint64_t bytes) const {
     return range.end >= end;
 }
 
+uint64_t stuck_ns() {
+    static const uint64_t value = seconds_from_environment("KVFERRY_STUCK_SECONDS", 60'000'000'000);
+    return value;
+}
+
 } // namespace kvf

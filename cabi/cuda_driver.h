@@ -68,6 +68,9 @@ private:
     mutable std::atomic<bool> given_up_{false}, lost_{false};
 };
 
+// What has not ended by then never will; the device is given up.
+uint64_t stuck_ns();
+
 using CudaContexts = std::vector<std::shared_ptr<const CudaContext>>;
 
 // One of them to ask what is the same for all: the first that works, or else the first that was not given up.

@@ -30,13 +30,6 @@ constexpr uint64_t kExpectNs = 500'000;
 constexpr uint64_t kLeastGateSleepNs = 20'000, kMostGateSleepNs = 1'000'000;
 // Shorter sleeps are not worth the risk of waking too late.
 constexpr uint64_t kLeastSleepNs = 15'000;
-// A copy that has not ended by then never will; the device is given up.
-constexpr uint64_t kStuckNs = 60'000'000'000;
-
-uint64_t stuck_ns() {
-    static const uint64_t value = seconds_from_environment("KVFERRY_STUCK_SECONDS", kStuckNs);
-    return value;
-}
 
 void relax() {
 #if defined(__x86_64__)
@@ -49,9 +42,11 @@ void relax() {
 } // namespace
 
 CudaLane::CudaLane(Engine &engine, const CudaContext &context, const CudaKernels *kernels,
-                   Crew &crew, uint32_t device, Direction direction, Limits limits)
-    : engine_(engine), context_(context), driver_(context.driver()), crew_(crew), device_(device),
-      direction_(direction), memory_(context, kernels ? limits.staging_bytes : 0),
+                   Crew &crew, CudaLandings *landings, uint32_t device, Direction direction,
+                   Limits limits)
+    : engine_(engine), context_(context), driver_(context.driver()), crew_(crew),
+      landings_(landings), device_(device), direction_(direction),
+      memory_(context, kernels ? limits.staging_bytes : 0),
       planner_(direction, memory_, limits.max_pitch),
       copies_(context, kernels, direction, limits.max_pitch, planner_),
       pacers_{Pacer(direction == Direction::Save ? kSavedRunShare : kLoadedRunShare, kFirstRun),
@@ -187,11 +182,12 @@ void CudaLane::pump() {
             const auto wanted = [this] {
                 return stopping_ || !schedule_.empty() || now_ns() < expected_until_ns_;
             };
-            if (memory_.empty()) {
+            if (memory_.empty() && (!landings_ || landings_->empty())) {
                 work_.wait(lock, wanted);
             } else if (!work_.wait_for(lock, std::chrono::nanoseconds(idle_ns()), wanted)) {
                 lock.unlock();
                 memory_.trim();
+                if (landings_) landings_->trim();
             }
         }
     }
@@ -466,6 +462,7 @@ void CudaLane::end_piece(CudaSlot &slot) {
     engine_.trace(job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.bytes,
                   device_);
     planner_.give_back(slot);
+    if (leg.landing) leg.landing->advance(moved_before(slot));
     slot.stage = Stage::Idle;
     slot.leg = nullptr;
     --pieces_;
@@ -473,6 +470,21 @@ void CudaLane::end_piece(CudaSlot &slot) {
     const bool ended = schedule_.give_back(leg);
     lock.unlock();
     if (ended) job.leg_ended(leg);
+}
+
+// Of a leg that goes to a landing: all before that place in the buffer has been moved, if this slot has.
+uint64_t CudaLane::moved_before(const CudaSlot &slot) {
+    const auto first = [](const CudaSlot &one) { return one.pieces.front().offset(); };
+    uint64_t offset = 0;
+    {
+        std::lock_guard lock(mutex_);
+        const Parts &parts = slot.leg->parts;
+        offset = parts.bytes() - parts.left();
+    }
+    for (const CudaSlot &other : slots_) {
+        if (&other != &slot && other.leg == slot.leg) offset = std::min(offset, first(other));
+    }
+    return offset;
 }
 
 // ---- trouble -----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@
 
 #include "crew.h"
 #include "cuda_copies.h"
+#include "cuda_landing.h"
 #include "pacer.h"
 #include "schedule.h"
 
@@ -35,9 +36,10 @@ public:
         uint64_t staging_bytes; // of device memory, over all slots
         uint64_t max_pitch;     // of a two-dimensional copy
     };
-    // `kernels` may be NULL: rows are then copied one by one.
+    // `kernels` may be NULL: rows are then copied one by one. What `landings` keep goes when the lane has been idle; NULL:
+    // there are none.
     CudaLane(Engine &engine, const CudaContext &context, const CudaKernels *kernels, Crew &crew,
-             uint32_t device, Direction direction, Limits limits);
+             CudaLandings *landings, uint32_t device, Direction direction, Limits limits);
     ~CudaLane();
     CudaLane(const CudaLane &) = delete;
     CudaLane &operator=(const CudaLane &) = delete;
@@ -81,6 +83,7 @@ private:
     void note_pace(const CudaSlot &slot);
     void after_device(CudaSlot &slot);
     void end_piece(CudaSlot &slot);
+    uint64_t moved_before(const CudaSlot &slot);
     void fail_piece(CudaSlot &slot, const Error &error);
     void break_down(const Error &error);
     template <class Function>
@@ -93,6 +96,7 @@ private:
     const CudaContext &context_;
     const CudaDriver &driver_;
     Crew &crew_;
+    CudaLandings *const landings_;
     const uint32_t device_;
     const Direction direction_;
 

@@ -41,6 +41,12 @@ public:
     };
     virtual Snapshot snapshot(const Layout &layout, unsigned char *buffer) = 0;
 
+    // For a state of `bytes` that is to be loaded ahead. NULL where there is no room for it, or where that is not done.
+    virtual std::shared_ptr<Landing> make_landing(uint64_t bytes) {
+        (void)bytes;
+        return nullptr;
+    }
+
     // Gives back to the system what memory of its own it does not use at the moment.
     virtual void trim() {}
 

@@ -35,12 +35,13 @@ CudaDevice::CudaDevice(Engine &engine, std::shared_ptr<const CudaContext> contex
     } catch (const Error &error) {
         no_kernels_ = kvf::describe(error); // slower, and right all the same
     }
+    if (kernels_) landings_ = std::make_unique<CudaLandings>(*context_, *kernels_, crew_);
     const int max_pitch = context_->attribute(CU_DEVICE_ATTRIBUTE_MAX_PITCH);
     const CudaLane::Limits limits{staging_bytes_, static_cast<uint64_t>(max_pitch)};
-    save_ = std::make_unique<CudaLane>(engine, *context_, kernels_.get(), crew_, index,
+    save_ = std::make_unique<CudaLane>(engine, *context_, kernels_.get(), crew_, nullptr, index,
                                        Direction::Save, limits);
-    load_ = std::make_unique<CudaLane>(engine, *context_, kernels_.get(), crew_, index,
-                                       Direction::Load, limits);
+    load_ = std::make_unique<CudaLane>(engine, *context_, kernels_.get(), crew_, landings_.get(),
+                                       index, Direction::Load, limits);
     const CudaCurrent current(*context_);
     const CudaDriver &driver = context_->driver();
     driver.check(driver.cuStreamCreateWithPriority(&snapshot_stream_, CU_STREAM_NON_BLOCKING, 0),
@@ -85,7 +86,8 @@ std::string CudaDevice::describe() const {
                context_->attribute(CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT),
                static_cast<unsigned long long>(staging_bytes_),
                static_cast<unsigned long long>(save_->pinned_bytes() + load_->pinned_bytes() +
-                                               snapshot_pinned_),
+                                               snapshot_pinned_ +
+                                               (landings_ ? landings_->pinned_bytes() : 0)),
                save_->broken() || load_->broken() ? "true" : "false") +
            "\"kernels\": " + (kernels_ ? "true" : "false") +
            ", \"no_kernels\": " + json_quote(no_kernels_) +
@@ -96,6 +98,7 @@ std::string CudaDevice::describe() const {
 void CudaDevice::trim() {
     save_->trim();
     load_->trim();
+    if (landings_) landings_->trim();
     free_snapshots();
     const std::unique_lock lock(snapshot_mutex_, std::try_to_lock);
     if (!lock) return; // a snapshot uses it

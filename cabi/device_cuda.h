@@ -22,6 +22,9 @@ public:
     void expect(Direction direction) override { lane(direction).expect(); }
     void poke(Direction direction) override { lane(direction).poke(); }
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
+    std::shared_ptr<Landing> make_landing(uint64_t bytes) override {
+        return landings_ ? landings_->make(bytes) : nullptr;
+    }
     void trim() override;
     void stop() override;
 
@@ -38,6 +41,7 @@ private:
     std::string no_kernels_; // why they are missing
     uint64_t staging_bytes_;
     Crew crew_;
+    std::unique_ptr<CudaLandings> landings_; // with kernels only
     std::unique_ptr<CudaLane> save_, load_;
 
     std::mutex snapshot_mutex_; // one snapshot is taken at a time

@@ -44,6 +44,7 @@ void Job::note_started(uint64_t ns) {
 
 void Job::leg_ended(Leg &leg) {
     const std::shared_ptr<Job> alive = std::move(leg.job);
+    if (const std::shared_ptr<Landing> landing = leg.landing) landing->arrive();
     let_go();
 }
 
@@ -76,6 +77,7 @@ void Job::end() {
     if (on_end) on_end(completion.status);
     on_end = nullptr;
     memory.reset();
+    for (const auto &leg : legs) leg->landing.reset();
     keep.clear();
     gate.reset();
     Engine *const owner = engine;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "handle.h"
+#include "landing.h"
 #include "layout.h"
 #include "memory.h"
 #include "queue.h"
@@ -45,6 +46,8 @@ struct Leg {
 
     // The rest belongs to the device's schedule, and is guarded by its lock.
     Parts parts;
+    std::shared_ptr<Landing>
+        landing; // where it goes, if not to the place of its parts; set before it is a device's
     uint32_t in_flight = 0; // pieces handed out and not given back
 };
 

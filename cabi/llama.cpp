@@ -224,7 +224,15 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     Recorder recorder = make_recorder(Direction::Load, buffer, bytes, submission.gate);
     try {
         std::optional<OpenJob> open;
-        move_while_recording(recorder, open, submission, options, job != nullptr);
+        uint32_t device = Engine::kHost;
+        const auto landing = make_landing(options.mode, bytes, device);
+        submission.mode = landing ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
+        if (landing) {
+            open.emplace(*engine_, std::move(submission), options, job != nullptr);
+            open->approach(device, landing);
+        } else {
+            move_while_recording(recorder, open, submission, options, job != nullptr);
+        }
         uint64_t read = 0;
         {
             Recording recording(recorder);
@@ -254,6 +262,18 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
         if (recorder.abort_text().empty()) throw;
         throw Error(KVF_ERR_STATE_DAMAGED, "libllama: " + recorder.abort_text());
     }
+}
+
+// Where a load ahead is brought, and to which device. NULL where it is done in place.
+std::shared_ptr<Landing> Llama::make_landing(uint32_t mode, uint64_t bytes, uint32_t &device) {
+    if (mode != KVF_LOAD_AHEAD) return nullptr;
+    std::set<uint32_t> devices(devices_);
+    devices.erase(Engine::kHost);
+    // Nothing is known of a context in which no sequence had cells yet.
+    if (devices_.empty() && engine_->device_count() == 2) devices.insert(1);
+    if (devices.size() != 1) return nullptr;
+    device = *devices.begin();
+    return engine_->device(device).make_landing(bytes);
 }
 
 void Llama::remove(int32_t sequence) {
@@ -543,6 +563,7 @@ void Llama::load_blocking(int32_t sequence, Submission &&submission, uint64_t by
             started.fail(failure.status, failure.detail);
         }
     };
+    submission.mode = KVF_LOAD_IN_PLACE;
     run_blocking(std::move(submission), bytes, options, job, load);
 }
 

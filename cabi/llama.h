@@ -35,6 +35,7 @@ private:
     std::optional<Structure> check_state(const unsigned char *state, uint64_t bytes);
     uint32_t resolve_mode(uint32_t mode) const;
     bool take_snapshot(Submission &submission, Recorded &recorded);
+    std::shared_ptr<Landing> make_landing(uint32_t mode, uint64_t bytes, uint32_t &device);
     void empty_sequence(int32_t sequence);
     Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes,
                            std::shared_ptr<Gate> gate);

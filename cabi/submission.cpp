@@ -33,6 +33,13 @@ void OpenJob::add(uint32_t device, Layout &&layout) {
     hand_over(make_leg(device, std::move(layout)));
 }
 
+void OpenJob::approach(uint32_t device, std::shared_ptr<Landing> landing) {
+    Leg &leg = make_leg(device, landing->approach());
+    leg.parts.close();
+    leg.landing = std::move(landing);
+    hand_over(leg);
+}
+
 void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     job_->bytes = recorded.bytes;
     job_->fragments = recorded.fragments;
@@ -43,9 +50,18 @@ void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     std::vector<Leg *> complete;
     complete.reserve(recorded.layouts.size());
     const size_t open = job_->legs.size();
+    std::shared_ptr<Landing> landing;
+    for (const auto &leg : job_->legs) {
+        if (leg->landing) landing = leg->landing;
+    }
+    Layout landed;
     for (auto &[device, layout] : recorded.layouts) {
         if (layout.empty()) continue;
         if (Leg *leg = leg_on(device)) {
+            if (leg->landing) {
+                landed = std::move(layout);
+                continue;
+            }
             engine_.device(device).extend(*leg, std::move(layout));
             continue;
         }
@@ -54,6 +70,10 @@ void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     }
     committed_ = true;
     if (handle) *handle = job_->handle;
+    if (landing) {
+        job_->expect_leg(); // of a kind: what is moved from there
+        landing->land(job_, std::move(landed));
+    }
     for (size_t i = 0; i < open; ++i) engine_.device(job_->legs[i]->device).finish(*job_->legs[i]);
     for (Leg *leg : complete) hand_over(*leg);
     job_->let_go();

@@ -47,6 +47,8 @@ public:
     const std::shared_ptr<Job> &job() const { return job_; }
 
     void add(uint32_t device, Layout &&layout);
+    // Brings the buffer to a landing on the device meanwhile: what is committed for that device is moved from there.
+    void approach(uint32_t device, std::shared_ptr<Landing> landing);
     // This is all: the job will complete. Where it throws, it will not.
     void commit(Recorded &&recorded, kvf_job *handle);
 

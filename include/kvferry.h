@@ -217,7 +217,8 @@ typedef struct kvf_completion {
     uint64_t job;       /* the job; its handle may have been released already */
     uint64_t user_data; /* as submitted */
     int32_t status;     /* KVF_OK, KVF_ERR_CANCELLED, or what went wrong */
-    uint32_t mode; /* for a llama save: KVF_SAVE_IN_PLACE or KVF_SAVE_SNAPSHOT, as done; else 0 */
+    uint32_t mode; /* as done: of a llama save KVF_SAVE_IN_PLACE or KVF_SAVE_SNAPSHOT, of a llama load
+                      KVF_LOAD_IN_PLACE or KVF_LOAD_AHEAD; else 0 */
     uint64_t
         bytes; /* size of the state or of the regions; how much of it moved if status is not OK is undefined */
     uint64_t fragments;    /* separate pieces of tensor memory it consists of */
@@ -285,7 +286,7 @@ typedef struct kvf_submit_options {
     kvf_queue queue;                  /* gets the completion; 0: none */
     kvf_completion_callback callback; /* gets it too, on the dispatch thread; NULL: none */
     uint64_t user_data;               /* yours; comes back in the completion */
-    uint32_t mode;                    /* KVF_SAVE_*; read by kvf_llama_save() only */
+    uint32_t mode;                    /* KVF_SAVE_* for kvf_llama_save(), KVF_LOAD_* for kvf_llama_load() */
     uint32_t flags;                   /* KVF_SUBMIT_* */
     char *error;         /* where to write one line of text when the call fails, or NULL */
     uint64_t error_size; /* its capacity, terminating 0 included */
@@ -426,6 +427,19 @@ enum {
  * KVF_ERR_LLAMA. */
 KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t bytes,
                                const kvf_submit_options *options, kvf_job *job);
+
+enum {
+    KVF_LOAD_AUTO = 0, /* IN_PLACE */
+    /* Straight to the cache, with no device memory beside it. Bytes move as soon as libllama has taken cells and
+     * listed all fragments. */
+    KVF_LOAD_IN_PLACE = 1,
+    /* Bytes move at once: to device memory of their own, while libllama still takes cells and lists; and from there to
+     * their places. The sooner done, the longer libllama takes: that is a quarter of the time for a gigabyte in one
+     * piece, and half where it is fragmented (docs/performance.md). The memory, as much as the state has bytes, is kept
+     * for the next such load for half a minute, or until kvf_buffer_trim(). In place where there is not as much; where
+     * the cache is not in the memory of one CUDA device; and without the tap: the completion's `mode` tells. */
+    KVF_LOAD_AHEAD = 2,
+};
 
 /* Loads a state into a sequence, replacing what it held. `bytes` must be the state's exact size; the
  * buffer must not change until the completion. The sequence's cells are taken during the call; the

@@ -32,7 +32,7 @@ from .errors import (
     TransferCancelled,
     Unreachable,
 )
-from .llama import Llama, SaveMode
+from .llama import Llama, LoadMode, SaveMode
 from .regions import Region
 from .snapshot import Snapshot
 from .transfer import Priority, Transfer
@@ -53,6 +53,7 @@ __all__ = [
     "KvferryError",
     "LibraryNotFound",
     "Llama",
+    "LoadMode",
     "NoDevice",
     "PinnedLimit",
     "Priority",

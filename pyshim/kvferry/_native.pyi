@@ -61,6 +61,9 @@ class _Lib:
     KVF_SAVE_AUTO: int
     KVF_SAVE_IN_PLACE: int
     KVF_SAVE_SNAPSHOT: int
+    KVF_LOAD_AUTO: int
+    KVF_LOAD_IN_PLACE: int
+    KVF_LOAD_AHEAD: int
 
     def kvf_version(self) -> CData: ...
     def kvf_abi_version(self) -> int: ...

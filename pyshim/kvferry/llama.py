@@ -38,6 +38,16 @@ _SAVE_MODES: dict[str, int] = {
     "snapshot": lib.KVF_SAVE_SNAPSHOT,
 }
 
+LoadMode = Literal["auto", "in_place", "ahead"]
+"""``ahead`` brings the bytes to device memory of their own while llama.cpp still takes cells.
+``auto`` is ``in_place``: straight to the cache."""
+
+_LOAD_MODES: dict[str, int] = {
+    "auto": lib.KVF_LOAD_AUTO,
+    "in_place": lib.KVF_LOAD_IN_PLACE,
+    "ahead": lib.KVF_LOAD_AHEAD,
+}
+
 
 class Llama:
     """An attachment to a llama context; made by ``Engine.attach``.
@@ -158,6 +168,7 @@ class Llama:
         seq: int,
         *,
         priority: Priority = "background",
+        mode: LoadMode = "auto",
         verify: bool = False,
     ) -> None:
         """Loads a state into a sequence, replacing what that held.
@@ -166,6 +177,12 @@ class Llama:
         sequence must not be used until this returns. If it fails, or is cancelled before the end,
         the sequence is empty when this raises; a load that was faster than its cancellation stands.
         ``verify`` compares a Snapshot's checksum first.
+
+        With ``mode="ahead"`` the bytes go to device memory of their own at once, while llama.cpp still
+        takes cells and lists fragments, and from there to their places: sooner done, for as much
+        device memory as the state has bytes, which is kept for the next such load for half a
+        minute. Where there is not as much, or no CUDA device has the cache, and with ``"in_place"``
+        and ``"auto"``, they go straight to the cache.
 
         Raises StateMismatch and StateDamaged, CacheFull, SequenceRange, Busy (a transfer of this
         sequence is in flight), EngineClosed, ContextFreed.
@@ -178,21 +195,28 @@ class Llama:
             except StateDamaged:
                 await self.remove(seq)  # as after every other failure
                 raise
-        transfer = await self.start_load(state, seq, priority=priority)
+        transfer = await self.start_load(state, seq, priority=priority, mode=mode)
         await transfer.wait()
 
     async def start_load(
-        self, state: object, seq: int, *, priority: Priority = "background"
+        self,
+        state: object,
+        seq: int,
+        *,
+        priority: Priority = "background",
+        mode: LoadMode = "auto",
     ) -> Transfer[None]:
         """As ``load``, but returns as soon as the cells of the sequence have been taken."""
         self._check_usable()
+        if mode not in _LOAD_MODES:
+            raise ValueError(f"mode is 'auto', 'in_place' or 'ahead', not {mode!r}")
         await anyio.lowlevel.checkpoint_if_cancelled()
         buffer = borrow(state)
         if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
             await self.remove(seq)  # as after every other failure
             raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
         transfer = LoadTransfer(self._core, self._attachment, seq, buffer, lambda _: None)
-        await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, 0)
+        await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, _LOAD_MODES[mode])
         return transfer
 
     async def _submit(

@@ -124,7 +124,6 @@ func (w *waiter) complete(completion *C.kvf_completion) bool {
 	w.status = completion.status
 	w.result = Completion{
 		Bytes:     int64(completion.bytes),
-		Mode:      SaveMode(completion.mode),
 		Fragments: int64(completion.fragments),
 		Segments:  int64(completion.segments),
 		Submitted: time.Duration(completion.submitted_ns),
@@ -132,6 +131,12 @@ func (w *waiter) complete(completion *C.kvf_completion) bool {
 		Finished:  time.Duration(completion.finished_ns),
 		Listed:    time.Duration(completion.listed_ns),
 		Recorded:  time.Duration(completion.recorded_ns),
+	}
+	switch w.submission.operation {
+	case C.KVGO_SAVE_SEQUENCE:
+		w.result.Mode = SaveMode(completion.mode)
+	case C.KVGO_LOAD_SEQUENCE:
+		w.result.Ahead = completion.mode == C.KVF_LOAD_AHEAD
 	}
 	if completion.status != C.KVF_OK {
 		w.detail = goString(completion.detail[:])

@@ -14,6 +14,7 @@ import (
 type Completion struct {
 	Bytes     int64    // size of the state, or of the regions
 	Mode      SaveMode // of a sequence's save: as it was done
+	Ahead     bool     // of a sequence's load: it was done as Ahead says
 	Fragments int64    // separate pieces of tensor memory that it consists of
 	Segments  int64    // what remained of them after joining runs and rows into blocks
 
@@ -61,6 +62,7 @@ type optionKind uint8
 const (
 	optionPriority optionKind = iota
 	optionMode
+	optionAhead
 	optionStream
 	optionStreamWait
 )
@@ -70,6 +72,12 @@ func WithPriority(p Priority) Option { return Option{kind: optionPriority, value
 
 // WithMode sets the mode of a sequence's save; other transfers ignore it.
 func WithMode(m SaveMode) Option { return Option{kind: optionMode, value: uint64(m)} }
+
+// Ahead makes a sequence's load bring the bytes to device memory of their own at once, while libllama still takes cells
+// and lists fragments, and from there to their places: sooner done, for as much device memory as the state has bytes,
+// which is kept for the next such load for half a minute. Where there is not as much, or no CUDA device has the cache,
+// they go straight to the cache. Other transfers ignore it.
+func Ahead() Option { return Option{kind: optionAhead} }
 
 // AfterStream makes the transfer begin when the work that a CUDA stream (a CUstream or cudaStream_t) holds at the
 // time of the call has been done.
@@ -89,9 +97,9 @@ func StreamWait(stream uintptr, then func()) Option {
 
 // settings is what options come to.
 type settings struct {
-	priority, mode, flags C.uint32_t
-	stream                C.uint64_t
-	waits                 []streamWait
+	priority, saveMode, loadMode, flags C.uint32_t
+	stream                              C.uint64_t
+	waits                               []streamWait
 }
 
 type streamWait struct {
@@ -105,7 +113,9 @@ func read(options []Option) (s settings) {
 		case optionPriority:
 			s.priority = C.uint32_t(option.value)
 		case optionMode:
-			s.mode = C.uint32_t(option.value)
+			s.saveMode = C.uint32_t(option.value)
+		case optionAhead:
+			s.loadMode = C.KVF_LOAD_AHEAD
 		case optionStream:
 			s.stream = C.uint64_t(option.value)
 			s.flags |= C.KVF_SUBMIT_FOLLOW_STREAM
@@ -149,7 +159,10 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	s := &w.submission
 	s.operation, s.owner, s.sequence = r.operation, r.owner, C.int32_t(r.sequence)
 	s.buffer, s.bytes, s.count = C.uint64_t(uintptr(start)), C.uint64_t(len(r.memory)), C.uint64_t(len(r.regions))
-	s.priority, s.mode, s.flags, s.stream = r.priority, r.mode, r.flags, r.stream
+	s.priority, s.mode, s.flags, s.stream = r.priority, r.saveMode, r.flags, r.stream
+	if r.operation == C.KVGO_LOAD_SEQUENCE {
+		s.mode = r.loadMode
+	}
 	s.error[0] = 0
 	done := ctx.Done()
 	// Only a job that may have to be cancelled, or waited for by a stream, needs a handle. For a stream it must stay
