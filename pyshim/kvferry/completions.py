@@ -41,7 +41,7 @@ class Completion(NamedTuple):
     status: int
     """``KVF_OK`` (0) or a negative ``kvf_status``."""
     mode: int
-    """How it was done: 1 in place; 2 a sequence's save from a snapshot, its load ahead. Of regions 0."""
+    """How a sequence's transfer was done: 1 in place, 2 from a snapshot or ahead. Else 0."""
     bytes: int
     """Size of the state or of the regions."""
     fragments: int

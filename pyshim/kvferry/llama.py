@@ -178,9 +178,9 @@ class Llama:
         the sequence is empty when this raises; a load that was faster than its cancellation stands.
         ``verify`` compares a Snapshot's checksum first.
 
-        With ``mode="ahead"`` the bytes go to device memory of their own at once, while llama.cpp still
-        takes cells and lists fragments, and from there to their places: sooner done, for as much
-        device memory as the state has bytes, which is kept for the next such load for half a
+        With ``mode="ahead"`` the bytes go to device memory of their own at once, while llama.cpp
+        still takes cells and lists fragments, and from there to their places: sooner done, for as
+        much device memory as the state has bytes, which is kept for the next such load for half a
         minute. Where there is not as much, or no CUDA device has the cache, and with ``"in_place"``
         and ``"auto"``, they go straight to the cache.
 

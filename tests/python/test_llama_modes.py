@@ -11,7 +11,7 @@ from typing import Any
 import kvferry
 import numpy as np
 import pytest
-from devices import DEVICES, LARGER
+from devices import DEVICES, LARGER, ON_GPU
 from kvferry._native import lib
 from kvferry.synthetic import KINDS
 from like_contexts import CACHES, MakeContext
@@ -25,7 +25,7 @@ OVERWRITTEN = {"gemma3", "mamba", "hybrid", "hybrid-iswa"}
 LARGE_TOKENS = 48 * LARGER
 
 # As `KVF_SAVE_*` in a completion.
-IN_PLACE, SNAPSHOT = 1, 2
+IN_PLACE, SNAPSHOT, AHEAD = 1, 2, 2
 
 
 @pytest.fixture
@@ -144,11 +144,52 @@ async def test_in_place_a_sequence_that_is_decoded_on_is_saved_as_it_was(
     assert beside > 0
 
 
+# ---- Modes of a load -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_load_ahead_leaves_what_llama_cpps_own_does(
+    make_context: MakeContext, kind: str, cache: str
+) -> None:
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    for context in (ours, like):
+        context.decode_at_random([0, 1], 40)
+    state = like.state_get(0)
+    like.state_set(2, state)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(ours.address)
+        snapshot = await llama.save(0)
+        # Pinned and pageable; into nothing, and over what the load before left.
+        for source in (snapshot, state):
+            for priority in ("urgent", "background"):
+                transfer = await llama.start_load(source, 2, priority=priority, mode="ahead")
+                await transfer.wait()
+                assert transfer.completion is not None
+                assert transfer.completion.mode == (AHEAD if ON_GPU else IN_PLACE)
+                assert ours.state_get(2) == like.state_get(2)
+        await llama.load(snapshot, 2, mode="in_place")
+        assert ours.state_get(2) == like.state_get(2)
+    assert np.array_equal(ours.decode(2, [7]), like.decode(2, [7]))
+
+
+async def test_a_load_knows_its_modes(make_context: MakeContext) -> None:
+    context = make_context("llama")
+    context.decode(0, context.model.prompt(10))
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+        with pytest.raises(ValueError, match="'ahead'"):
+            await llama.load(snapshot, 1, mode="snapshot")  # type: ignore[arg-type]
+        assert context.pos_max(1) == -1
+
+
 # ---- Loads beside decoding -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["in_place", "ahead"])
 async def test_others_decode_beside_a_load_as_if_it_had_ended(
-    make_context: MakeContext, large_model: Model
+    make_context: MakeContext, large_model: Model, mode: Any
 ) -> None:
     ours, like = (large_context(make_context, large_model) for _ in range(2))
     async with kvferry.Engine(DEVICES) as engine:
@@ -157,7 +198,7 @@ async def test_others_decode_beside_a_load_as_if_it_had_ended(
         state = snapshot.to_bytes()
         beside = 0
         for token in range(8):
-            transfer = await llama.start_load(snapshot, 2)
+            transfer = await llama.start_load(snapshot, 2, mode=mode)
             logits, overlapped = await decode_beside(llama, ours, 1, token, transfer)
             beside += overlapped
             like.state_set(2, state)

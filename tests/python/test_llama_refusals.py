@@ -204,10 +204,11 @@ async def test_a_snapshot_of_another_model_is_refused_even_where_its_bytes_would
 # ---- A full cache --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["in_place", "ahead"])
 @pytest.mark.parametrize("cache", ["flash", "transposed", "q8_0"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mamba"])
 async def test_a_load_into_a_full_cache_is_refused_and_loses_no_cell(
-    make_context: MakeContext, kind: str, cache: str
+    make_context: MakeContext, kind: str, cache: str, mode: Any
 ) -> None:
     context = make_context(kind, n_ctx=256, **CACHES[cache])
     context.decode(0, context.model.prompt(100))
@@ -219,11 +220,11 @@ async def test_a_load_into_a_full_cache_is_refused_and_loses_no_cell(
         snapshot = await llama.save(0)
         for target in (2, 3):
             with pytest.raises(kvferry.CacheFull, match="100 cells"):
-                await llama.load(snapshot, target)
+                await llama.load(snapshot, target, mode=mode)
             assert context.pos_max(target) == -1
         assert [context.state_get(0), context.state_get(1)] == states
         # Over itself there is room.
-        await llama.load(snapshot, 0)
+        await llama.load(snapshot, 0, mode=mode)
         assert context.pos_max(0) == 99
         await llama.remove(0)
         await llama.load(snapshot, 2)
@@ -304,8 +305,9 @@ async def test_a_sequence_in_use_is_refused_and_the_transfer_goes_on(
 # ---- Cancelled loads -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["in_place", "ahead"])
 async def test_a_cancelled_load_leaves_the_sequence_empty_and_the_others_alone(
-    make_context: MakeContext, large_model: Model
+    make_context: MakeContext, large_model: Model, mode: Any
 ) -> None:
     context = make_context(large_model, n_ctx=8 * LARGE_TOKENS)
     context.decode(0, large_model.prompt(LARGE_TOKENS))
@@ -315,7 +317,7 @@ async def test_a_cancelled_load_leaves_the_sequence_empty_and_the_others_alone(
         llama = engine.attach(context.address)
         snapshots = [await llama.save(seq) for seq in (0, 1)]
         for turn in range(20):
-            transfer = await llama.start_load(snapshots[0], 2)
+            transfer = await llama.start_load(snapshots[0], 2, mode=mode)
             await anyio.sleep(0.0005 * (turn % 4))
             transfer.cancel()
             try:

@@ -26,7 +26,7 @@ from ..timeline import Timeline, draw
 from . import matrix
 from .measurement import Measurement, Result, Stage, failure, result
 from .pictures import Bars, Latencies, draw_bars, draw_latencies
-from .prepared import Beside, Prepared, Samples
+from .prepared import Beside, Prepared
 from .raw import Memcpy, PinnedCopies
 from .trace import Trace
 
@@ -197,7 +197,7 @@ class _Run:
         """What the pictures show, of what has been measured."""
         for direction in ("save", "load"):
             ways = _ways(prepared, direction)
-            if len(ways) > 2:  # compared with llama.cpp
+            if any(way.startswith("llama.cpp") for way in ways):
                 size = f"{prepared.nbytes / 2**20:.0f} MiB"
                 self._bars.append(Bars(f"{direction}, {prepared.name}\n{size}", ways))
             beside: Beside | None = prepared.known(f"beside {direction}")
@@ -254,9 +254,10 @@ class _Run:
 
 def _ways(prepared: Prepared, direction: Direction) -> dict[str, float]:
     ways: dict[str, float] = {}
-    samples: Samples | None = prepared.known(f"{direction} pinned")
-    if samples is not None:
+    if samples := prepared.known_transfers(direction):
         ways = {"raw copy": samples.raw_ms, "kvferry, urgent": samples.our_ms}
+    if samples := prepared.known_transfers(direction, mode="ahead"):
+        ways["kvferry, ahead"] = samples.our_ms
     for memory in ("pinned", "pageable"):
         native = prepared.known(f"native {direction} {memory}")
         if native is not None:

@@ -17,6 +17,7 @@ import anyio
 import numpy
 
 from ..limits import Direction
+from ..llama import LoadMode
 from ..table import ms
 from ..workload import SAVED, percentile
 from .measurement import Goal, Measurement, Reading, at_least
@@ -62,24 +63,30 @@ def of_raw(direction: Direction, goal: Goal, interleaved: int = 1) -> Measuremen
     return Measurement(f"urgent {direction}", "of raw speed", goal, measure)
 
 
-def beyond_raw(direction: Direction, goal: Goal | None) -> Measurement:
+def beyond_raw(direction: Direction, goal: Goal | None, mode: LoadMode = "auto") -> Measurement:
     async def measure(prepared: Prepared) -> Reading:
-        samples = await prepared.transfers(direction)
+        samples = await prepared.transfers(direction, mode=mode)
         return Reading(
             samples.our_ms - samples.raw_ms,
             f"{ms(samples.our_ms)} ms, raw {ms(samples.raw_ms)} ms; libllama lists for "
-            f"{ms(samples.listing_ms)} ms, names for {ms(samples.naming_ms)} ms",
+            f"{ms(samples.listing_ms)} ms, names for {ms(samples.naming_ms)} ms"
+            + (f"; {prepared.nbytes >> 20} MiB of device memory" if mode == "ahead" else ""),
             {"listing_ms": samples.listing_ms, "naming_ms": samples.naming_ms},
         )
 
-    return Measurement(f"submit to completion of a {direction}, beyond raw", "ms", goal, measure)
+    name = f"submit to completion of a {_name(direction, mode)}, beyond raw"
+    return Measurement(name, "ms", goal, measure)
 
 
-def against_native(direction: Direction, goal: Goal | None) -> Measurement:
+def _name(direction: Direction, mode: LoadMode) -> str:
+    return f"{direction} ahead" if mode == "ahead" else direction
+
+
+def against_native(direction: Direction, goal: Goal | None, mode: LoadMode = "auto") -> Measurement:
     """Against llama.cpp's own call at its best, pinned or not."""
 
     async def measure(prepared: Prepared) -> Reading:
-        samples = await prepared.transfers(direction)
+        samples = await prepared.transfers(direction, mode=mode)
         pinned = await prepared.native(direction, "pinned")
         pageable = await prepared.native(direction, "pageable")
         return Reading(
@@ -88,7 +95,8 @@ def against_native(direction: Direction, goal: Goal | None) -> Measurement:
             {"our_ms": samples.our_ms, "native_ms": {"pinned": pinned, "pageable": pageable}},
         )
 
-    return Measurement(f"{direction} against llama.cpp's best", "times as fast", goal, measure)
+    name = f"{_name(direction, mode)} against llama.cpp's best"
+    return Measurement(name, "times as fast", goal, measure)
 
 
 def pageable_against_native(direction: Direction, goal: Goal) -> Measurement:
@@ -103,16 +111,17 @@ def pageable_against_native(direction: Direction, goal: Goal) -> Measurement:
     return Measurement(name, "times as fast", goal, measure)
 
 
-def against_prefill(goal: Goal | None) -> Measurement:
+def against_prefill(goal: Goal | None, mode: LoadMode = "auto") -> Measurement:
     async def measure(prepared: Prepared) -> Reading:
-        samples = await prepared.transfers("load")
+        samples = await prepared.transfers("load", mode=mode)
         return Reading(
             prepared.prefill_ms / samples.our_ms,
             f"load {ms(samples.our_ms)} ms, prefill of {prepared.prefill_tokens} tokens "
             f"{ms(prepared.prefill_ms)} ms",
         )
 
-    return Measurement("load against prefill", "times as fast", goal, measure)
+    name = f"{_name('load', mode)} against prefill"
+    return Measurement(name, "times as fast", goal, measure)
 
 
 def both_directions(goal: Goal) -> Measurement:

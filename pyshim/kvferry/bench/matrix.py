@@ -124,7 +124,7 @@ def cuda(bench: Bench) -> list[Stage]:
     """The table of the project's CUDA issue: goals for an H200 and a state of 1 GiB."""
     tokens = 8192
     steps = 100
-    prefill = figures.against_prefill(at_least(20) if bench.real_model else None)
+    prefill = at_least(20) if bench.real_model else None
     return [
         _stage(
             bench,
@@ -134,7 +134,8 @@ def cuda(bench: Bench) -> list[Stage]:
                 figures.pageable_against_native("save", at_least(2.5)),
                 figures.pageable_against_native("load", at_least(4)),
                 *_beside_decoding(p50=3, p99=8, speed=0.95),
-                prefill,
+                figures.against_prefill(prefill),
+                figures.against_prefill(prefill, "ahead"),
                 figures.both_directions(at_least(1.7)),
                 figures.device_memory(at_most(64)),
                 figures.host_memory(at_most(64)),
@@ -188,6 +189,9 @@ def _common(
         figures.beyond_raw("load", goal),
         figures.against_native("save", at_least(native)),
         figures.against_native("load", at_least(native)),
+        # With as much device memory beside the cache as the state has bytes.
+        figures.beyond_raw("load", goal, "ahead"),
+        figures.against_native("load", at_least(native), "ahead"),
     ]
 
 

@@ -13,6 +13,7 @@ from ..table import ms
 WAYS = {
     "raw copy": "#b8b8b8",
     "kvferry, urgent": "#4c72b0",
+    "kvferry, ahead": "#8aa6d6",
     "llama.cpp, pinned": "#dd8452",
     "llama.cpp, pageable": "#eeb38f",
 }

@@ -21,12 +21,13 @@ import anyio
 import numpy
 from numpy.typing import NDArray
 
+from .._native import lib
 from ..buffer import Buffer
 from ..completions import Completion
 from ..engine import Engine, TraceEvent
 from ..libllama import Context, ContextOptions, LlamaError, Model, Step
 from ..limits import Direction, Pace
-from ..llama import Llama
+from ..llama import Llama, LoadMode
 from ..timeline import Span, Timeline
 from ..workload import (
     DECODED,
@@ -186,16 +187,20 @@ class Prepared:
 
     # ---- Alone on the machine -------------------------------------------------------------------
 
-    async def transfers(self, direction: Direction, memory: Memory = "pinned") -> Samples:
-        """Urgent ones, in turn with raw copies."""
+    async def transfers(
+        self, direction: Direction, memory: Memory = "pinned", mode: LoadMode = "auto"
+    ) -> Samples:
+        """Urgent ones, in turn with raw copies. ``mode`` is of loads."""
 
         async def measure() -> Samples:
             ours, moving, raw = [], [], []
             completions: list[Completion] = []
             for index in range(self.repeats + 1):
-                completion = await self.transfer(direction, memory, "urgent")
+                completion = await self.transfer(direction, memory, "urgent", mode)
                 copy = self.raw.save_seconds if direction == "save" else self.raw.load_seconds
                 raw_seconds = await anyio.to_thread.run_sync(copy)
+                if mode == "ahead" and completion.mode != lib.KVF_LOAD_AHEAD:
+                    raise LlamaError("device memory is too short for a load ahead")
                 if index:  # the first warms up
                     ours.append(seconds(completion))
                     moving.append((completion.finished_ns - completion.started_ns) / 1e9)
@@ -203,17 +208,27 @@ class Prepared:
                     completions.append(completion)
             return Samples(ours, moving, raw, completions)
 
-        return await self.once(f"{direction} {memory}", measure)
+        return await self.once(_key(direction, memory, mode), measure)
+
+    def known_transfers(
+        self, direction: Direction, memory: Memory = "pinned", mode: LoadMode = "auto"
+    ) -> Samples | None:
+        """As ``known``."""
+        return cast("Samples | None", self._known.get(_key(direction, memory, mode)))
 
     async def transfer(
-        self, direction: Direction, memory: Memory, priority: Priority
+        self,
+        direction: Direction,
+        memory: Memory,
+        priority: Priority,
+        mode: LoadMode = "auto",
     ) -> Completion:
         buffer = self._buffer(memory)
         if direction == "save":
             save = await self.llama.start_save(SAVED, into=buffer, priority=priority)
             await save.wait()
             return ended(save.completion)
-        load = await self.llama.start_load(buffer, LOADED, priority=priority)
+        load = await self.llama.start_load(buffer, LOADED, priority=priority, mode=mode)
         await load.wait()
         return ended(load.completion)
 
@@ -362,6 +377,10 @@ class Prepared:
         events = self.engine.trace()
         self.pieces += events
         return events
+
+
+def _key(direction: Direction, memory: Memory, mode: LoadMode) -> str:
+    return f"{direction} {memory} {mode}"
 
 
 def own_seconds() -> float:
