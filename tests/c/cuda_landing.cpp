@@ -202,8 +202,8 @@ int main(int argc, char **argv) {
     kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
     options.devices = KVF_DEVICES_CUDA;
     auto engine = std::make_shared<kvf::Engine>(options);
-    for (int round = 0; round < 4; ++round) {
-        const State state(random, 12, simulated ? 1500 : 20000);
+    for (int round = 0; round < 3; ++round) {
+        const State state(random, 8, 800);
         Test test(engine, state);
         auto *pinned = static_cast<unsigned char *>(engine->pool().alloc(state.bytes));
         const Bytes pageable = random_bytes(random, state.bytes);
@@ -212,7 +212,7 @@ int main(int argc, char **argv) {
              {static_cast<const unsigned char *>(pinned), pageable.data()}) {
             for (const uint32_t priority : {KVF_PRIORITY_URGENT, KVF_PRIORITY_BACKGROUND}) {
                 test.priority = priority;
-                for (const int64_t wait_ms : {0, 1, 30}) load(test, random, buffer, wait_ms);
+                for (const int64_t wait_ms : {0, 10}) load(test, random, buffer, wait_ms);
                 load_nothing(test, buffer);
                 give_up(test, random, buffer);
             }
