@@ -405,9 +405,10 @@ CudaLane::Lack CudaLane::lend(Slot &slot, const Leg &leg, bool urgent) {
     // Urgent pieces share staging by two: one is copied while the kernel has the other. In the background a piece is
     // made ready behind those in the queue.
     const uint64_t all = memory_.staging_bytes();
-    const uint64_t wanted =
-        (urgent ? std::min(kUrgentBytes, leg.parts.left()) : pacer(slot.way).pace().bytes) +
-        kMostPieces * kPieceRoom;
+    uint64_t wanted =
+        urgent ? std::min(kUrgentBytes, leg.parts.left()) : pacer(slot.way).pace().bytes;
+    if (slot.bounce) wanted = std::min(wanted, slot.bounce->bytes()); // more slots instead
+    wanted += kMostPieces * kPieceRoom;
     const uint64_t most =
         std::clamp(wanted, kLeastSegment, std::max(all / (urgent ? 2 : 4), kLeastSegment));
     const uint64_t least =

@@ -1,5 +1,5 @@
 // Device memory stays within staging_bytes for a direction, pinned memory of the library's own within 64 MiB for both,
-// and background jobs within two copies in the device's queue.
+// and background jobs within two copies in the device's queue; urgent ones have more there.
 #include "cuda.hpp"
 
 namespace {
@@ -51,6 +51,17 @@ int main() {
         move_both_ways(engine, run, kind, KVF_PRIORITY_BACKGROUND);
     }
     CHECK(d.peak_queued(0, KVFSIM_SAVE) == 2 && d.peak_queued(0, KVFSIM_LOAD) == 2);
+
+    // What is staged for a pageable buffer takes no more staging than its bounce buffers have room for.
+    d.reset();
+    d.set("latency_us", 3000);
+    {
+        const Plan cells = make_plan(random, Style::CellsAtRandom, 3 * kRoom, 100'000);
+        const DeviceMemory device(3 * kRoom);
+        const Buffer buffer(engine, Kind::Pageable, cells.buffer_bytes);
+        succeed(start(engine, Way::Save, cells.at(device.address()), buffer));
+    }
+    CHECK(d.peak_queued(0, KVFSIM_SAVE) > 3);
     engine.destroy();
     holdings.check_same();
     return 0;
