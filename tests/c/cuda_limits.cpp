@@ -56,12 +56,17 @@ int main() {
     d.reset();
     d.set("latency_us", 3000);
     {
-        const Plan cells = make_plan(random, Style::CellsAtRandom, 3 * kRoom, 100'000);
+        constexpr uint64_t kCell = 2 * KiB;
+        Plan cells;
+        for (uint64_t at = 0, gap = 2; at + kCell <= 3 * kRoom; at += gap * kCell, gap = 5 - gap) {
+            cells.regions.push_back({at, kCell, 1, 0, cells.buffer_bytes, 0});
+            cells.buffer_bytes += kCell;
+        }
         const DeviceMemory device(3 * kRoom);
         const Buffer buffer(engine, Kind::Pageable, cells.buffer_bytes);
         succeed(start(engine, Way::Save, cells.at(device.address()), buffer));
     }
-    CHECK(d.peak_queued(0, KVFSIM_SAVE) > 3);
+    CHECK(d.peak_queued(0, KVFSIM_SAVE) >= 5);
     engine.destroy();
     holdings.check_same();
     return 0;
