@@ -395,7 +395,7 @@ bool CudaLane::refill() {
 // something to do meanwhile.
 bool CudaLane::is_worth_waiting(const Slot &slot, const Leg &leg, bool urgent) const {
     return urgent && slot.way == Way::Gather && !leg.parts.is_closed() && pieces_ > 0 &&
-           leg.parts.left() < memory_.staging_bytes() / 2;
+           leg.parts.left() < std::min(kUrgentBytes, memory_.staging_bytes() / 2);
 }
 
 // Lends a slot the memory that pieces of its way need.

@@ -7,7 +7,8 @@ namespace {
 
 constexpr uint64_t kBounce = 4 << 20;
 constexpr uint64_t kLeastBounce = 1 << 20;
-constexpr uint64_t kDeviceGrain = 2 << 20; // drivers hand device memory out in units of that
+constexpr uint64_t kDeviceGrain = 2 << 20;  // drivers hand device memory out in units of that
+constexpr uint64_t kMostStaging = 64 << 20; // the pieces of a lane have no use for more
 // With less device memory than this, all of it is for staging and tables of rows.
 constexpr uint64_t kLeastForResident = 8 << 20;
 // Of each at most, so that both lanes of a device pin 62 MiB at most: seven bounce buffers, four tables of 512 KiB and
@@ -23,6 +24,7 @@ uint64_t arena_bytes(uint64_t device_bytes) {
     if (device_bytes < CudaLaneMemory::kLeastDevice) return 0;
     uint64_t bytes = device_bytes - most_rows(device_bytes) * CudaRowTable::kBytes;
     if (device_bytes >= kLeastForResident) bytes -= CudaResidentTable::kBytes;
+    bytes = std::min(bytes, kMostStaging);
     const uint64_t grain = bytes >= 2 * kDeviceGrain ? kDeviceGrain : CudaArena::kAlignment;
     return bytes / grain * grain;
 }
