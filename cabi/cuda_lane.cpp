@@ -420,7 +420,10 @@ CudaLane::Lack CudaLane::lend(Slot &slot, const Leg &leg, bool urgent) {
         lack = Lack::Segment;
     } else if (is_regular(leg.parts)) {
         slot.rows = Rows::Regular;
-    } else if (may_reside(leg)) {
+    } else if (is_for_resident(leg) && !resident_ && !(resident_ = memory_.take_resident()) &&
+               memory_.has_resident()) {
+        lack = Lack::Resident;
+    } else if (acquire_resident(leg)) {
         slot.rows = Rows::Resident;
     } else {
         slot.rows = Rows::Table;
@@ -444,7 +447,8 @@ bool CudaLane::obtain(Lack lack, const std::shared_ptr<Job> &job) {
     switch (lack) {
     case Lack::Nothing: return true;
     case Lack::Segment: return false;
-    case Lack::Staging: memory_.allocate_staging(); return true; // or rows are copied one by one
+    case Lack::Staging: memory_.allocate_staging(); return true;   // or rows are copied one by one
+    case Lack::Resident: memory_.allocate_resident(); return true; // or rows travel with each piece
     case Lack::Table: return memory_.ensure_rows();
     case Lack::Bounce: break;
     }
@@ -518,11 +522,13 @@ uint64_t CudaLane::place(const Slot &slot, const Job &job, const Piece &piece) c
     return (end + kHostLine - 1) / kHostLine * kHostLine + kHostLine;
 }
 
+bool CudaLane::is_for_resident(const Leg &leg) {
+    return !leg.parts.block() && leg.parts.runs_left() >= kLeastResident;
+}
+
 // Whether the next of the irregular rest can refer to the resident table. If so, that is acquired.
-bool CudaLane::may_reside(const Leg &leg) {
-    if (leg.parts.block() || leg.parts.runs_left() < kLeastResident) return false;
-    if (!resident_) resident_ = memory_.take_resident();
-    if (!resident_) return false;
+bool CudaLane::acquire_resident(const Leg &leg) {
+    if (!is_for_resident(leg) || !resident_) return false;
     if (resident_->table().acquire(leg.parts.span().table)) return true;
     if (!resident_->table().in_use()) memory_.put_back(std::move(resident_));
     return false;

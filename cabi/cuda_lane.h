@@ -78,7 +78,7 @@ private:
         Table,    // all are in a table of the slot's own
     };
     // What there is none of at the moment.
-    enum class Lack { Nothing, Staging, Segment, Table, Bounce };
+    enum class Lack { Nothing, Staging, Segment, Resident, Table, Bounce };
 
     struct Slot {
         Stage stage = Stage::Idle;
@@ -133,7 +133,8 @@ private:
     void copy_gathered(Slot &slot);
     void take_pieces(Slot &slot, Leg &leg, bool urgent);
     uint64_t place(const Slot &slot, const Job &job, const Piece &piece) const;
-    bool may_reside(const Leg &leg);
+    static bool is_for_resident(const Leg &leg);
+    bool acquire_resident(const Leg &leg);
     void launch(Slot &slot);
     void crew_copies(Slot &slot, Stage stage);
     uint32_t kernel_blocks() const;
