@@ -488,7 +488,7 @@ void CudaLane::take_pieces(Slot &slot, Leg &leg, bool urgent) {
                 if (!slot.pieces.empty() && block->width > bytes) break;
                 if (slot.rows == Rows::Table) bytes = std::min(bytes, block->width * rows_left);
             }
-        } else if (!slot.pieces.empty() && bytes < kLongRun) {
+        } else if (!slot.pieces.empty() && bytes < std::min(kLongRun, parts.left())) {
             break; // the next run might not fit
         }
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));

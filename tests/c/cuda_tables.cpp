@@ -69,6 +69,32 @@ void finish(const std::shared_ptr<kvf::Job> &job) {
     CHECK_OK(completion.status);
 }
 
+// Small tensors share one slot: an event for the table, and one for the copies.
+void small_ones_together(kvf::Engine &engine, uint64_t address) {
+    constexpr uint64_t kSmall = 16, kRuns = 64, kBytes = 256;
+    kvf::LayoutBuilder builder;
+    uint64_t offset = 0;
+    for (uint64_t tensor = 0; tensor < kSmall; ++tensor, offset += 12) {
+        builder.begin_tensor();
+        for (uint64_t at = 0, gap = 2, i = 0; i < kRuns; at += gap, gap = 5 - gap, ++i) {
+            builder.add(address + tensor * MiB / 4 + at * kBytes, offset, kBytes);
+            offset += kBytes;
+        }
+    }
+    kvf::Recorded recorded;
+    recorded.layouts.emplace_back(1, builder.finish());
+    kvf::Submission submission;
+    submission.buffer = static_cast<unsigned char *>(engine.pool().alloc(offset));
+    submission.buffer_bytes = offset;
+    unsigned char *const buffer = submission.buffer;
+    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
+    options.priority = KVF_PRIORITY_URGENT;
+    const uint64_t before = driver().simulated() ? driver().calls("cuEventRecord") : 0;
+    finish(engine.submit(std::move(submission), std::move(recorded), options, nullptr));
+    CHECK(!driver().simulated() || driver().calls("cuEventRecord") - before <= 2);
+    kvf_buffer_free(buffer);
+}
+
 // What was given back while staging was in use is had again.
 void trimmed_meanwhile(kvf::Engine &engine, const Fragmented &what, const DeviceMemory &device) {
     if (!driver().simulated()) return;
@@ -168,6 +194,7 @@ int main() {
             }
         }
     }
+    small_ones_together(*engine, device.address());
     trimmed_meanwhile(*engine, one, device);
     engine->close();
     engine.reset();
