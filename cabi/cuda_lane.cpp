@@ -360,17 +360,21 @@ bool CudaLane::refill() {
     for (;;) {
         std::unique_lock lock(mutex_);
         seen_arrivals_ = arrivals_;
-        Leg *leg = schedule_.front(KVF_PRIORITY_URGENT);
-        const bool urgent = leg != nullptr;
+        bool one_waits = false;
+        Leg *leg = schedule_.front(KVF_PRIORITY_URGENT, [&](const Leg &other) {
+            const bool waits = is_worth_waiting(other);
+            one_waits |= waits;
+            return waits;
+        });
+        const bool urgent = leg || one_waits;
         if (!urgent) leg = schedule_.front(KVF_PRIORITY_BACKGROUND);
+        if (leg || urgent) urgent_ = urgent;
         if (!leg) return progress;
-        urgent_ = urgent;
         // In the background the next piece is made ready while one is being copied, and no more.
         if (!urgent && pieces_ >= kBackgroundSlots) return progress;
         Slot *slot = idle_slot();
         if (!slot) return progress;
         slot->way = way_of(*leg, urgent);
-        if (is_worth_waiting(*slot, *leg, urgent)) return progress;
         if (const Lack lack = lend(*slot, *leg, urgent); lack != Lack::Nothing) {
             const std::shared_ptr<Job> job = leg->job;
             lock.unlock();
@@ -391,11 +395,12 @@ bool CudaLane::refill() {
     }
 }
 
-// What is staged is taken in large pieces: rather than a small one, what is still being recorded, if the device has
-// something to do meanwhile.
-bool CudaLane::is_worth_waiting(const Slot &slot, const Leg &leg, bool urgent) const {
-    return urgent && slot.way == Way::Gather && !leg.parts.is_closed() && pieces_ > 0 &&
-           leg.parts.left() < std::min(kUrgentBytes, memory_.staging_bytes() / 2);
+// What is staged for urgent jobs is taken in large pieces: rather than a small one, what is still being recorded, if
+// the device has something to do meanwhile.
+bool CudaLane::is_worth_waiting(const Leg &leg) const {
+    return !leg.parts.is_closed() && pieces_ > 0 &&
+           leg.parts.left() < std::min(kUrgentBytes, memory_.staging_bytes() / 2) &&
+           way_of(leg, true) == Way::Gather;
 }
 
 // Lends a slot the memory that pieces of its way need.

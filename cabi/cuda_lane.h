@@ -103,7 +103,7 @@ private:
     bool retire();
     bool queue_copies();
     bool refill();
-    bool is_worth_waiting(const Slot &slot, const Leg &leg, bool urgent) const;
+    bool is_worth_waiting(const Leg &leg) const;
     Lack lend(Slot &slot, const Leg &leg, bool urgent);
     void give_back(Slot &slot);
     bool obtain(Lack lack, const std::shared_ptr<Job> &job);
