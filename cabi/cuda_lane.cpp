@@ -335,17 +335,21 @@ bool CudaLane::refill() {
     for (;;) {
         std::unique_lock lock(mutex_);
         seen_arrivals_ = arrivals_;
-        Leg *leg = schedule_.front(KVF_PRIORITY_URGENT);
-        const bool urgent = leg != nullptr;
+        bool one_waits = false;
+        Leg *leg = schedule_.front(KVF_PRIORITY_URGENT, [&](const Leg &other) {
+            const bool waits = pieces_ > 0 && planner_.is_worth_waiting(other);
+            one_waits |= waits;
+            return waits;
+        });
+        const bool urgent = leg || one_waits;
         if (!urgent) leg = schedule_.front(KVF_PRIORITY_BACKGROUND);
+        if (leg || urgent) urgent_ = urgent;
         if (!leg) return progress;
-        urgent_ = urgent;
         // In the background the next piece is made ready while one is being copied, and no more.
         if (!urgent && pieces_ >= kBackgroundSlots) return progress;
         CudaSlot *slot = idle_slot();
         if (!slot) return progress;
         slot->way = planner_.way_of(*leg, urgent);
-        if (urgent && pieces_ > 0 && planner_.is_worth_waiting(*slot, *leg)) return progress;
         const Pacer::Pace &pace = pacer(slot->way).pace();
         const uint64_t most = urgent ? CudaPlanner::kUrgentBytes : pace.bytes;
         if (const auto lack = planner_.lend(*slot, *leg, urgent, most); lack != Lack::Nothing) {
@@ -376,7 +380,8 @@ bool CudaLane::obtain(Lack lack, const std::shared_ptr<Job> &job) {
     switch (lack) {
     case Lack::Nothing: return true;
     case Lack::Segment: return false;
-    case Lack::Staging: memory_.allocate_staging(); return true; // or rows are copied one by one
+    case Lack::Staging: memory_.allocate_staging(); return true;   // or rows are copied one by one
+    case Lack::Resident: memory_.allocate_resident(); return true; // or rows travel with each piece
     case Lack::Table: return memory_.ensure_rows();
     case Lack::Bounce: break;
     }

@@ -7,7 +7,8 @@ namespace {
 
 constexpr uint64_t kBounce = 4 << 20;
 constexpr uint64_t kLeastBounce = 1 << 20;
-constexpr uint64_t kDeviceGrain = 2 << 20; // drivers hand device memory out in units of that
+constexpr uint64_t kDeviceGrain = 2 << 20;  // drivers hand device memory out in units of that
+constexpr uint64_t kMostStaging = 64 << 20; // the pieces of a lane have no use for more
 // With less device memory than this, all of it is for staging and tables of rows.
 constexpr uint64_t kLeastForResident = 8 << 20;
 // Of each at most, so that both lanes of a device pin 62 MiB at most: seven bounce buffers, four tables of 512 KiB and
@@ -23,6 +24,7 @@ uint64_t arena_bytes(uint64_t device_bytes) {
     if (device_bytes < CudaLaneMemory::kLeastDevice) return 0;
     uint64_t bytes = device_bytes - most_rows(device_bytes) * CudaRowTable::kBytes;
     if (device_bytes >= kLeastForResident) bytes -= CudaResidentTable::kBytes;
+    bytes = std::min(bytes, kMostStaging);
     const uint64_t grain = bytes >= 2 * kDeviceGrain ? kDeviceGrain : CudaArena::kAlignment;
     return bytes / grain * grain;
 }
@@ -51,7 +53,7 @@ CudaLaneMemory::CudaLaneMemory(const CudaContext &context, uint64_t device_bytes
     : context_(context), may_stage_(device_bytes >= kLeastDevice),
       may_reside_(device_bytes >= kLeastForResident), arena_(context, arena_bytes(device_bytes)),
       bounces_(kMostBounces), rows_(most_rows(device_bytes)), residents_(1),
-      has_staging_(may_stage_) {}
+      has_staging_(may_stage_), has_resident_(may_reside_) {}
 
 // Tries ever smaller ones.
 bool CudaLaneMemory::ensure_bounce() {
@@ -82,13 +84,14 @@ void CudaLaneMemory::allocate_staging() {
     } catch (...) {
         // If the device is lost, whatever is done without it will say so.
         has_staging_.store(false, std::memory_order_relaxed);
-        return;
     }
-    if (!may_reside_) return;
+}
+
+void CudaLaneMemory::allocate_resident() {
     try {
         residents_.ensure([this] { return std::make_unique<CudaResident>(context_); });
     } catch (...) {
-        // Rows travel with each piece.
+        has_resident_.store(false, std::memory_order_relaxed); // rows travel with each piece
     }
 }
 
@@ -98,11 +101,12 @@ void CudaLaneMemory::trim() noexcept {
     residents_.trim();
     arena_.trim();
     has_staging_.store(may_stage_, std::memory_order_relaxed);
+    has_resident_.store(may_reside_, std::memory_order_relaxed);
 }
 
 bool CudaLaneMemory::empty() const {
     return bounces_.empty() && rows_.empty() && residents_.empty() && !arena_.is_allocated() &&
-           has_staging() == may_stage_;
+           has_staging() == may_stage_ && has_resident() == may_reside_;
 }
 
 } // namespace kvf

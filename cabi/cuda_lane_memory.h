@@ -179,13 +179,15 @@ public:
 
     // Sees to it that a bounce buffer is free. False: one will be put back. Throws where there is none at all.
     bool ensure_bounce();
-    // Has staging, a table of rows, and the resident table if that can be had. Where there is too little memory for
-    // that, has_staging() is false from then on.
+    // Has staging and a table of rows. Where there is too little memory for that, has_staging() is false from then on.
     void allocate_staging();
     // Sees to it that a table of rows is free. False: one will be put back. Where there is none at all, has_staging() is
     // false from then on.
     bool ensure_rows();
     bool has_staging() const { return has_staging_.load(std::memory_order_relaxed); }
+    // Has the resident table. Where it cannot be had, has_resident() is false from then on.
+    void allocate_resident();
+    bool has_resident() const { return has_resident_.load(std::memory_order_relaxed); }
 
     // Gives back to the system what nobody has borrowed; what was scarce is tried again. Any thread.
     void trim() noexcept;
@@ -202,7 +204,7 @@ private:
     CudaShelf<CudaBounce> bounces_;
     CudaShelf<CudaRowsPlaced> rows_;
     CudaShelf<CudaResident> residents_; // one
-    std::atomic<bool> has_staging_;
+    std::atomic<bool> has_staging_, has_resident_;
 };
 
 } // namespace kvf

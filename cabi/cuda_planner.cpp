@@ -25,9 +25,10 @@ static_assert(kLeastSegment >= kLongRun + kPieceRoom && 2 * kLeastSegment <= Cud
 
 } // namespace
 
-bool CudaPlanner::is_worth_waiting(const CudaSlot &slot, const Leg &leg) const {
-    return slot.way == CudaWay::Gather && !leg.parts.is_closed() &&
-           leg.parts.left() < memory_.staging_bytes() / 2;
+bool CudaPlanner::is_worth_waiting(const Leg &leg) const {
+    return !leg.parts.is_closed() &&
+           leg.parts.left() < std::min(kUrgentBytes, memory_.staging_bytes() / 2) &&
+           way_of(leg, true) == CudaWay::Gather;
 }
 
 CudaPlanner::Lack CudaPlanner::lend(CudaSlot &slot, const Leg &leg, bool urgent,
@@ -37,8 +38,9 @@ CudaPlanner::Lack CudaPlanner::lend(CudaSlot &slot, const Leg &leg, bool urgent,
     // Urgent pieces share staging by two: one is copied while the kernel has the other. In the background a piece is
     // made ready behind those in the queue.
     const uint64_t all = memory_.staging_bytes();
-    const uint64_t wanted =
-        std::min(most_bytes, urgent ? leg.parts.left() : most_bytes) + kMostPieces * kPieceRoom;
+    uint64_t wanted = urgent ? std::min(most_bytes, leg.parts.left()) : most_bytes;
+    if (slot.bounce) wanted = std::min(wanted, slot.bounce->bytes()); // more slots instead
+    wanted += kMostPieces * kPieceRoom;
     const uint64_t most =
         std::clamp(wanted, kLeastSegment, std::max(all / (urgent ? 2 : 4), kLeastSegment));
     const uint64_t least =
@@ -51,7 +53,10 @@ CudaPlanner::Lack CudaPlanner::lend(CudaSlot &slot, const Leg &leg, bool urgent,
         lack = Lack::Segment;
     } else if (is_regular(leg.parts)) {
         slot.rows_in = CudaRowsIn::Pieces;
-    } else if (may_reside(leg)) {
+    } else if (is_for_resident(leg) && !resident_ && !(resident_ = memory_.take_resident()) &&
+               memory_.has_resident()) {
+        lack = Lack::Resident;
+    } else if (acquire_resident(leg)) {
         slot.rows_in = CudaRowsIn::Resident;
     } else if (!(slot.table = memory_.take_rows())) {
         lack = Lack::Table;
@@ -93,7 +98,7 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
                 if (slot.rows_in == CudaRowsIn::Table)
                     bytes = std::min(bytes, block->width * rows_left);
             }
-        } else if (!slot.pieces.empty() && bytes < kLongRun) {
+        } else if (!slot.pieces.empty() && bytes < std::min(kLongRun, parts.left())) {
             break; // the next run might not fit
         }
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
@@ -127,11 +132,13 @@ uint64_t CudaPlanner::place(const CudaSlot &slot, const Job &job, const Piece &p
     return (end + kHostLine - 1) / kHostLine * kHostLine + kHostLine;
 }
 
+bool CudaPlanner::is_for_resident(const Leg &leg) {
+    return !leg.parts.block() && leg.parts.runs_left() >= kLeastResident;
+}
+
 // Whether the next of the irregular rest can refer to the resident table. If so, that is acquired.
-bool CudaPlanner::may_reside(const Leg &leg) {
-    if (leg.parts.block() || leg.parts.runs_left() < kLeastResident) return false;
-    if (!resident_) resident_ = memory_.take_resident();
-    if (!resident_) return false;
+bool CudaPlanner::acquire_resident(const Leg &leg) {
+    if (!is_for_resident(leg) || !resident_) return false;
     if (resident_->table().acquire(leg.parts.span().table)) return true;
     if (!resident_->table().in_use()) memory_.put_back(std::move(resident_));
     return false;

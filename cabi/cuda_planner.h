@@ -23,12 +23,12 @@ public:
 
     // How the next piece of a leg gets to the host and back.
     CudaWay way_of(const Leg &leg, bool urgent) const;
-    // What is staged is taken in large pieces: rather than a small one, what is still being recorded, if the device has
-    // something to do meanwhile.
-    bool is_worth_waiting(const CudaSlot &slot, const Leg &leg) const;
+    // What is staged for urgent jobs is taken in large pieces: rather than a small one, what is still being recorded, if
+    // the device has something to do meanwhile.
+    bool is_worth_waiting(const Leg &leg) const;
 
     // What there is none of at the moment.
-    enum class Lack { Nothing, Staging, Segment, Table, Bounce };
+    enum class Lack { Nothing, Staging, Segment, Resident, Table, Bounce };
     // Lends a slot the memory that pieces of its way need, for so many bytes at most.
     Lack lend(CudaSlot &slot, const Leg &leg, bool urgent, uint64_t most_bytes);
     // Fills it with pieces. Must not fail: the slot's vectors have room.
@@ -42,7 +42,8 @@ public:
 private:
     bool is_read_badly(const Job &job, const kvf_region &block) const;
     static bool is_regular(const Parts &parts);
-    bool may_reside(const Leg &leg);
+    static bool is_for_resident(const Leg &leg);
+    bool acquire_resident(const Leg &leg);
     uint64_t place(const CudaSlot &slot, const Job &job, const Piece &piece) const;
 
     const Direction direction_;

@@ -23,13 +23,17 @@ public:
     }
 
     // The leg whose turn it is; NULL if there is none that may begin. Legs that still follow other work, or
-    // whose next part has not been recorded yet, let the others pass.
+    // whose next part has not been recorded yet, let the others pass; and so do those that `waits` says it of.
     Leg *front(uint32_t priority) {
+        return front(priority, [](const Leg &) { return false; });
+    }
+    template <class Function>
+    Leg *front(uint32_t priority, Function &&waits) {
         auto &legs = priority == KVF_PRIORITY_URGENT ? urgent_ : background_;
         for (size_t i = 0; i < legs.size(); ++i) {
             Leg *leg = legs.front();
             const auto &gate = leg->job->gate;
-            if (!leg->parts.empty() && (!gate || gate->is_open())) return leg;
+            if (!leg->parts.empty() && (!gate || gate->is_open()) && !waits(*leg)) return leg;
             rotate(legs);
         }
         return nullptr;

@@ -217,9 +217,7 @@ typedef struct kvf_completion {
     uint64_t job;       /* the job; its handle may have been released already */
     uint64_t user_data; /* as submitted */
     int32_t status;     /* KVF_OK, KVF_ERR_CANCELLED, or what went wrong */
-    uint32_t
-        mode; /* as done: of a llama save KVF_SAVE_IN_PLACE or KVF_SAVE_SNAPSHOT, of a llama load
-                      KVF_LOAD_IN_PLACE or KVF_LOAD_AHEAD; else 0 */
+    uint32_t mode;      /* of a llama transfer, as it was done: KVF_SAVE_* or KVF_LOAD_*; else 0 */
     uint64_t
         bytes; /* size of the state or of the regions; how much of it moved if status is not OK is undefined */
     uint64_t fragments;    /* separate pieces of tensor memory it consists of */
@@ -287,8 +285,8 @@ typedef struct kvf_submit_options {
     kvf_queue queue;                  /* gets the completion; 0: none */
     kvf_completion_callback callback; /* gets it too, on the dispatch thread; NULL: none */
     uint64_t user_data;               /* yours; comes back in the completion */
-    uint32_t mode;       /* KVF_SAVE_* for kvf_llama_save(), KVF_LOAD_* for kvf_llama_load() */
-    uint32_t flags;      /* KVF_SUBMIT_* */
+    uint32_t mode;                    /* KVF_SAVE_* of a llama save, KVF_LOAD_* of a load */
+    uint32_t flags;                   /* KVF_SUBMIT_* */
     char *error;         /* where to write one line of text when the call fails, or NULL */
     uint64_t error_size; /* its capacity, terminating 0 included */
     uint64_t stream;     /* a CUstream or cudaStream_t; read with KVF_SUBMIT_FOLLOW_STREAM only */

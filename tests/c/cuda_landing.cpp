@@ -202,8 +202,8 @@ int main(int argc, char **argv) {
     kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
     options.devices = KVF_DEVICES_CUDA;
     auto engine = std::make_shared<kvf::Engine>(options);
-    for (int round = 0; round < 3; ++round) {
-        const State state(random, 8, 800);
+    for (int round = 0; round < 2; ++round) {
+        const State state(random, 6, 600);
         Test test(engine, state);
         auto *pinned = static_cast<unsigned char *>(engine->pool().alloc(state.bytes));
         const Bytes pageable = random_bytes(random, state.bytes);

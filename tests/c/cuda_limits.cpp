@@ -1,5 +1,5 @@
 // Device memory stays within staging_bytes for a direction, pinned memory of the library's own within 64 MiB for both,
-// and background jobs within two copies in the device's queue.
+// and background jobs within two copies in the device's queue; urgent ones have more there.
 #include "cuda.hpp"
 
 namespace {
@@ -25,7 +25,7 @@ int main() {
     Random random(9);
     const Context context;
     const Holdings holdings;
-    for (const uint64_t staging : {uint64_t{0}, 10 * MiB + 5, 5 * MiB, 2 * MiB, kTooLittle}) {
+    for (const uint64_t staging : {uint64_t{0}, GiB, 10 * MiB + 5, 5 * MiB, 2 * MiB, kTooLittle}) {
         d.reset();
         const uint64_t before = d.count("device_bytes"), pinned = d.count("pinned_bytes");
         Engine engine(staging);
@@ -37,6 +37,7 @@ int main() {
         }
         CHECK(d.count("peak_device_bytes") - before <=
               2 * kRoom + 2 * (staging ? staging : 32 * MiB));
+        CHECK(d.count("peak_device_bytes") - before <= 2 * kRoom + 2 * 68 * MiB); // of any use
         CHECK(d.count("peak_pinned_bytes") - pinned <= 64 * MiB);
         const uint64_t now = d.count("pinned_bytes") - pinned;
         CHECK(engine.describes(("\"pinned_bytes\": " + std::to_string(now) + ",").c_str()));
@@ -51,6 +52,22 @@ int main() {
         move_both_ways(engine, run, kind, KVF_PRIORITY_BACKGROUND);
     }
     CHECK(d.peak_queued(0, KVFSIM_SAVE) == 2 && d.peak_queued(0, KVFSIM_LOAD) == 2);
+
+    // What is staged for a pageable buffer takes no more staging than its bounce buffers have room for.
+    d.reset();
+    d.set("latency_us", 3000);
+    {
+        constexpr uint64_t kCell = 2 * KiB;
+        Plan cells;
+        for (uint64_t at = 0, gap = 2; at + kCell <= 3 * kRoom; at += gap * kCell, gap = 5 - gap) {
+            cells.regions.push_back({at, kCell, 1, 0, cells.buffer_bytes, 0});
+            cells.buffer_bytes += kCell;
+        }
+        const DeviceMemory device(3 * kRoom);
+        const Buffer buffer(engine, Kind::Pageable, cells.buffer_bytes);
+        succeed(start(engine, Way::Save, cells.at(device.address()), buffer));
+    }
+    CHECK(d.peak_queued(0, KVFSIM_SAVE) >= 5);
     engine.destroy();
     holdings.check_same();
     return 0;

@@ -69,6 +69,61 @@ void finish(const std::shared_ptr<kvf::Job> &job) {
     CHECK_OK(completion.status);
 }
 
+// Small tensors share one slot: an event for the table, and one for the copies.
+void small_ones_together(kvf::Engine &engine, uint64_t address) {
+    constexpr uint64_t kSmall = 16, kRuns = 64, kBytes = 256;
+    kvf::LayoutBuilder builder;
+    uint64_t offset = 0;
+    for (uint64_t tensor = 0; tensor < kSmall; ++tensor, offset += 12) {
+        builder.begin_tensor();
+        for (uint64_t at = 0, gap = 2, i = 0; i < kRuns; at += gap, gap = 5 - gap, ++i) {
+            builder.add(address + tensor * MiB / 4 + at * kBytes, offset, kBytes);
+            offset += kBytes;
+        }
+    }
+    kvf::Recorded recorded;
+    recorded.layouts.emplace_back(1, builder.finish());
+    kvf::Submission submission;
+    submission.buffer = static_cast<unsigned char *>(engine.pool().alloc(offset));
+    submission.buffer_bytes = offset;
+    unsigned char *const buffer = submission.buffer;
+    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
+    options.priority = KVF_PRIORITY_URGENT;
+    const uint64_t before = driver().simulated() ? driver().calls("cuEventRecord") : 0;
+    finish(engine.submit(std::move(submission), std::move(recorded), options, nullptr));
+    CHECK(!driver().simulated() || driver().calls("cuEventRecord") - before <= 2);
+    kvf_buffer_free(buffer);
+}
+
+// What was given back while staging was in use is had again.
+void trimmed_meanwhile(kvf::Engine &engine, const Fragmented &what, const DeviceMemory &device) {
+    if (!driver().simulated()) return;
+    constexpr uint64_t kNarrow = 512, kRows = 4000; // gathered without a table
+    auto *a = static_cast<unsigned char *>(engine.pool().alloc(what.bytes()));
+    auto *b = static_cast<unsigned char *>(engine.pool().alloc(kRows * kNarrow));
+    kvf::Recorded recorded;
+    recorded.layouts.emplace_back(1, kvf::Layout{});
+    kvf::Layout &layout = recorded.layouts.back().second;
+    layout.blocks.push_back({device.address(), kNarrow, kRows, 2 * kNarrow, 0, kNarrow});
+    layout.bytes = kRows * kNarrow;
+    kvf::Submission submission;
+    submission.buffer = b;
+    submission.buffer_bytes = layout.bytes;
+    driver().set("latency_us", 100'000);
+    const uint64_t kernels = driver().calls("cuLaunchKernel");
+    const auto job =
+        engine.submit(std::move(submission), std::move(recorded), KVF_SUBMIT_OPTIONS_INIT, nullptr);
+    while (driver().calls("cuLaunchKernel") == kernels) sleep_ms(1);
+    engine.trim();
+    finish(job);
+    driver().set("latency_us", 0);
+    const uint64_t before = driver().count("bytes_load");
+    finish(begin(engine, Way::Save, what, device.address(), a, KVF_PRIORITY_URGENT));
+    CHECK(driver().count("bytes_load") - before <= kCells * sizeof(kvferry_row));
+    kvf_buffer_free(a);
+    kvf_buffer_free(b);
+}
+
 } // namespace
 
 int main() {
@@ -139,6 +194,8 @@ int main() {
             }
         }
     }
+    small_ones_together(*engine, device.address());
+    trimmed_meanwhile(*engine, one, device);
     engine->close();
     engine.reset();
     holdings.check_same();
