@@ -133,6 +133,25 @@ func TestSavedStateIsLlamaCppsOwn(t *testing.T) {
 	}
 }
 
+func TestALoadAheadLeavesTheSame(t *testing.T) {
+	_, f := newModel(t, 2, 300, 0)
+	state := save(t, f, 0)
+	completion, err := f.llama.Sequence(1).Load(context.Background(), state, kvferry.Ahead())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if completion.Ahead || completion.Mode != 0 { // this cache is in host memory
+		t.Errorf("%+v", completion)
+	}
+	loaded := save(t, f, 1)
+	if _, err := f.llama.Sequence(1).Load(context.Background(), state); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(loaded.Bytes(), save(t, f, 1).Bytes()) {
+		t.Error("the states differ")
+	}
+}
+
 func TestGoMemoryHoldsAStateToo(t *testing.T) {
 	_, f := newModel(t, 1, 100, 0)
 	size, err := f.size(0)
