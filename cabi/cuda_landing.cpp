@@ -4,6 +4,8 @@
 #include <new>
 #include <thread>
 
+#include "engine.h"
+
 namespace kvf {
 namespace {
 
@@ -159,6 +161,7 @@ void CudaLandings::One::work() noexcept {
             } catch (const std::bad_alloc &) {
                 job_->fail(KVF_ERR_OUT_OF_MEMORY, "");
             }
+            if (job_->stopping()) job_->engine->poke(); // the rest of it need not be brought
         }
         moved = here;
         if (!arrived) continue;
