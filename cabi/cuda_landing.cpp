@@ -155,6 +155,7 @@ void CudaLandings::One::work() noexcept {
                 const CudaCurrent current(context_);
                 move(here);
             } catch (const Error &error) {
+                if (error.status == KVF_ERR_DEVICE_LOST) context_.note_lost();
                 job_->fail(error.status, error.detail);
             } catch (const std::bad_alloc &) {
                 job_->fail(KVF_ERR_OUT_OF_MEMORY, "");
