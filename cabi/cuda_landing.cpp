@@ -64,10 +64,11 @@ private:
 
 class CudaLandings::One final : public Landing, public std::enable_shared_from_this<One> {
 public:
-    One(CudaLandings &landings, std::unique_ptr<Field> field, uint64_t bytes)
+    One(CudaLandings &landings, uint64_t bytes)
         : landings_(landings), context_(landings.context_), driver_(context_.driver()),
-          field_(std::move(field)), bytes_(bytes) {}
+          bytes_(bytes) {}
     ~One() override { give_back(); }
+    void set_field(std::unique_ptr<Field> field) { field_ = std::move(field); }
 
     Layout approach() const override {
         LayoutBuilder builder;
@@ -287,6 +288,7 @@ CudaLandings::~CudaLandings() { trim(); }
 
 std::shared_ptr<Landing> CudaLandings::make(uint64_t bytes) {
     const uint64_t wanted = (bytes + kGrain - 1) / kGrain * kGrain;
+    auto one = std::make_shared<One>(*this, bytes); // nothing may fail once there is a field
     std::unique_ptr<Field> field;
     {
         // The smallest that will do, if it is not far too large.
@@ -314,7 +316,8 @@ std::shared_ptr<Landing> CudaLandings::make(uint64_t bytes) {
         idle_.reserve(made_ + 1); // giving back must not fail
         ++made_;
     }
-    return std::make_shared<One>(*this, std::move(field), bytes);
+    one->set_field(std::move(field));
+    return one;
 }
 
 bool CudaLandings::empty() const {
