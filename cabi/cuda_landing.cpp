@@ -11,20 +11,23 @@ constexpr uint64_t kGrain = 2 << 20; // in which drivers hand out device memory
 constexpr uint64_t kPiece = 16 << 20;
 constexpr uint32_t kBlocks =
     128; // of a kernel's grid (an H200: 0.77 to 0.88 ms a GiB; more are slower)
+// A field's tables: of device memory, and as much is pinned.
+constexpr uint64_t kTableBytes = CudaResidentTable::kBytes + CudaRowTable::kBytes;
 constexpr std::chrono::microseconds kPoll{10};
 
 } // namespace
 
-// Memory for one state, a table of rows, and a stream.
+// Memory for one state, tables of rows, and a stream.
 class CudaLandings::Field {
 public:
     Field(const CudaContext &context, uint64_t bytes) : context_(context), bytes_(bytes) {
         const CudaCurrent current(context_);
         const CudaDriver &driver = context_.driver();
         try {
-            driver.check(driver.cuMemAlloc(&memory_, bytes + CudaResidentTable::kBytes),
-                         "cuMemAlloc");
+            driver.check(driver.cuMemAlloc(&memory_, bytes + kTableBytes), "cuMemAlloc");
             table_ = std::make_unique<CudaResidentTable>(context_, memory_ + bytes);
+            rows_ = std::make_unique<CudaRowTable>(context_,
+                                                   memory_ + bytes + CudaResidentTable::kBytes);
             driver.check(driver.cuStreamCreateWithPriority(&stream_, CU_STREAM_NON_BLOCKING, 0),
                          "cuStreamCreateWithPriority");
         } catch (...) {
@@ -47,10 +50,12 @@ public:
     CUdeviceptr memory() const { return memory_; }
     CUstream stream() const { return stream_; }
     CudaResidentTable &table() { return *table_; }
+    CudaRowTable &rows() { return *rows_; }
 
 private:
     void release() {
         table_.reset();
+        rows_.reset();
         if (stream_) context_.driver().cuStreamDestroy(stream_);
         if (memory_) context_.driver().cuMemFree(memory_);
     }
@@ -60,6 +65,7 @@ private:
     CUdeviceptr memory_ = 0;
     CUstream stream_ = nullptr;
     std::unique_ptr<CudaResidentTable> table_;
+    std::unique_ptr<CudaRowTable> rows_; // of a piece that the other cannot have
 };
 
 class CudaLandings::One final : public Landing, public std::enable_shared_from_this<One> {
@@ -179,7 +185,7 @@ void CudaLandings::One::work() noexcept {
 void CudaLandings::One::move(uint64_t here) {
     const auto take = [this] {
         if (next_.bytes == 0 && !cursor_.at_end())
-            next_ = cursor_.next(kPiece, CudaResidentTable::kRows);
+            next_ = cursor_.next(kPiece, CudaRowTable::kRows);
         return next_.bytes > 0;
     };
     try {
@@ -251,6 +257,13 @@ void CudaLandings::One::move_runs(const Piece &piece) {
         holds_table_ = true;
         table.send(field_->stream());
         return launch(table.rows(piece, 0), piece.offset());
+    }
+    CudaRowTable &rows = field_->rows();
+    synchronize(); // the piece before this may use it
+    rows.clear();
+    if (rows.add_as_in_buffer(piece)) {
+        rows.send(field_->stream());
+        return launch(rows.rows(), piece.offset());
     }
     for (uint64_t i = 0; i < piece.count; ++i) {
         const Run run = piece.run(i);
@@ -338,7 +351,7 @@ void CudaLandings::trim() noexcept {
 
 uint64_t CudaLandings::pinned_bytes() const {
     std::lock_guard lock(mutex_);
-    return made_ * CudaResidentTable::kBytes;
+    return made_ * kTableBytes;
 }
 
 } // namespace kvf
