@@ -13,20 +13,23 @@ constexpr uint64_t kGrain = 2 << 20; // in which drivers hand out device memory
 constexpr uint64_t kPiece = 16 << 20;
 constexpr uint32_t kBlocks =
     128; // of a kernel's grid (an H200: 0.77 to 0.88 ms a GiB; more are slower)
+// A field's tables: of device memory, and as much is pinned.
+constexpr uint64_t kTableBytes = CudaResidentTable::kBytes + CudaRowTable::kBytes;
 constexpr std::chrono::microseconds kPoll{10};
 
 } // namespace
 
-// Memory for one state, a table of rows, and a stream.
+// Memory for one state, tables of rows, and a stream.
 class CudaLandings::Field {
 public:
     Field(const CudaContext &context, uint64_t bytes) : context_(context), bytes_(bytes) {
         const CudaCurrent current(context_);
         const CudaDriver &driver = context_.driver();
         try {
-            driver.check(driver.cuMemAlloc(&memory_, bytes + CudaResidentTable::kBytes),
-                         "cuMemAlloc");
+            driver.check(driver.cuMemAlloc(&memory_, bytes + kTableBytes), "cuMemAlloc");
             table_ = std::make_unique<CudaResidentTable>(context_, memory_ + bytes);
+            rows_ = std::make_unique<CudaRowTable>(context_,
+                                                   memory_ + bytes + CudaResidentTable::kBytes);
             driver.check(driver.cuStreamCreateWithPriority(&stream_, CU_STREAM_NON_BLOCKING, 0),
                          "cuStreamCreateWithPriority");
         } catch (...) {
@@ -49,10 +52,12 @@ public:
     CUdeviceptr memory() const { return memory_; }
     CUstream stream() const { return stream_; }
     CudaResidentTable &table() { return *table_; }
+    CudaRowTable &rows() { return *rows_; }
 
 private:
     void release() {
         table_.reset();
+        rows_.reset();
         if (stream_) context_.driver().cuStreamDestroy(stream_);
         if (memory_) context_.driver().cuMemFree(memory_);
     }
@@ -62,14 +67,16 @@ private:
     CUdeviceptr memory_ = 0;
     CUstream stream_ = nullptr;
     std::unique_ptr<CudaResidentTable> table_;
+    std::unique_ptr<CudaRowTable> rows_; // of a piece that the other cannot have
 };
 
 class CudaLandings::One final : public Landing, public std::enable_shared_from_this<One> {
 public:
-    One(CudaLandings &landings, std::unique_ptr<Field> field, uint64_t bytes)
+    One(CudaLandings &landings, uint64_t bytes)
         : landings_(landings), context_(landings.context_), driver_(context_.driver()),
-          field_(std::move(field)), bytes_(bytes) {}
+          bytes_(bytes) {}
     ~One() override { give_back(); }
+    void set_field(std::unique_ptr<Field> field) { field_ = std::move(field); }
 
     Layout approach() const override {
         LayoutBuilder builder;
@@ -157,6 +164,7 @@ void CudaLandings::One::work() noexcept {
                 const CudaCurrent current(context_);
                 move(here);
             } catch (const Error &error) {
+                if (error.status == KVF_ERR_DEVICE_LOST) context_.note_lost();
                 job_->fail(error.status, error.detail);
             } catch (const std::bad_alloc &) {
                 job_->fail(KVF_ERR_OUT_OF_MEMORY, "");
@@ -180,7 +188,7 @@ void CudaLandings::One::work() noexcept {
 void CudaLandings::One::move(uint64_t here) {
     const auto take = [this] {
         if (next_.bytes == 0 && !cursor_.at_end())
-            next_ = cursor_.next(kPiece, CudaResidentTable::kRows);
+            next_ = cursor_.next(kPiece, CudaRowTable::kRows);
         return next_.bytes > 0;
     };
     try {
@@ -253,6 +261,13 @@ void CudaLandings::One::move_runs(const Piece &piece) {
         table.send(field_->stream());
         return launch(table.rows(piece, 0), piece.offset());
     }
+    CudaRowTable &rows = field_->rows();
+    synchronize(); // the piece before this may use it
+    rows.clear();
+    if (rows.add_as_in_buffer(piece)) {
+        rows.send(field_->stream());
+        return launch(rows.rows(), piece.offset());
+    }
     for (uint64_t i = 0; i < piece.count; ++i) {
         const Run run = piece.run(i);
         driver_.check(driver_.cuMemcpyDtoDAsync(run.address, field_->memory() + run.offset,
@@ -289,6 +304,7 @@ CudaLandings::~CudaLandings() { trim(); }
 
 std::shared_ptr<Landing> CudaLandings::make(uint64_t bytes) {
     const uint64_t wanted = (bytes + kGrain - 1) / kGrain * kGrain;
+    auto one = std::make_shared<One>(*this, bytes); // nothing may fail once there is a field
     std::unique_ptr<Field> field;
     {
         // The smallest that will do, if it is not far too large.
@@ -316,7 +332,8 @@ std::shared_ptr<Landing> CudaLandings::make(uint64_t bytes) {
         idle_.reserve(made_ + 1); // giving back must not fail
         ++made_;
     }
-    return std::make_shared<One>(*this, std::move(field), bytes);
+    one->set_field(std::move(field));
+    return one;
 }
 
 bool CudaLandings::empty() const {
@@ -337,7 +354,7 @@ void CudaLandings::trim() noexcept {
 
 uint64_t CudaLandings::pinned_bytes() const {
     std::lock_guard lock(mutex_);
-    return made_ * CudaResidentTable::kBytes;
+    return made_ * kTableBytes;
 }
 
 } // namespace kvf

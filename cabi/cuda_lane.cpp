@@ -96,6 +96,8 @@ void CudaLane::submit(Leg &leg) {
         std::lock_guard lock(mutex_);
         if (broken()) {
             leg.job->fail(KVF_ERR_DEVICE_LOST, why_broken_);
+        } else if (context_.lost()) {
+            leg.job->fail(KVF_ERR_DEVICE_LOST, "an earlier transfer found it lost");
         } else if (!thread_.joinable()) {
             thread_ = std::thread([this] { pump(); });
         }

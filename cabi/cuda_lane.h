@@ -53,8 +53,6 @@ public:
     // Gives back to the system what memory no piece uses at the moment. (A lane that has been idle does so itself.)
     void trim() { memory_.trim(); }
     void stop();
-    // Nothing can be moved any more: the device is lost.
-    bool broken() const { return broken_.load(std::memory_order_acquire); }
     // The pace of background copies, a JSON object. Any thread.
     std::string describe_pace() const;
     // Host memory of the lane's own that is pinned now. Any thread.
@@ -85,6 +83,8 @@ private:
     void end_piece(CudaSlot &slot);
     uint64_t moved_before(const CudaSlot &slot);
     void fail_piece(CudaSlot &slot, const Error &error);
+    // Nothing can be moved any more: the device is lost.
+    bool broken() const { return broken_.load(std::memory_order_acquire); }
     void break_down(const Error &error);
     template <class Function>
     void attempt(CudaSlot &slot, Function &&function);

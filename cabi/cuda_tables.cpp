@@ -46,6 +46,17 @@ void CudaRowTable::add(const RunTable &table) {
     }
 }
 
+bool CudaRowTable::add_as_in_buffer(const Piece &piece) {
+    for (uint64_t i = 0; i < piece.count; ++i) {
+        const Run &run = piece.runs[i];
+        const uint64_t distance = run.offset - piece.runs[0].offset;
+        if (distance > UINT32_MAX) return false;
+        rows_[count_++] = {run.address + piece.address_distance, static_cast<uint32_t>(distance),
+                           static_cast<uint32_t>(run.bytes)};
+    }
+    return true;
+}
+
 void CudaRowTable::send(CUstream stream) const {
     const CudaDriver &driver = context_.driver();
     driver.check(driver.cuMemcpyHtoDAsync(place_, rows_, count_ * sizeof(kvferry_row), stream),

@@ -27,6 +27,9 @@ public:
     void add(const Piece &piece, uint64_t place);
     void add(const RunTable &table);
 
+    // The runs of a piece, each at its distance from the first in the buffer. False if they are too far apart for that.
+    bool add_as_in_buffer(const Piece &piece);
+
     // Queues the copy of the table to the device.
     void send(CUstream stream) const;
     // What was sent; to be launched on the same stream.

@@ -63,7 +63,7 @@ CudaDevice::~CudaDevice() {
 }
 
 void CudaDevice::check_usable() {
-    if (save_->broken() || load_->broken()) {
+    if (context_->lost()) {
         throw Error(KVF_ERR_DEVICE_LOST, "an earlier transfer found it lost");
     }
     const CudaCurrent current(*context_);
@@ -88,7 +88,7 @@ std::string CudaDevice::describe() const {
                static_cast<unsigned long long>(save_->pinned_bytes() + load_->pinned_bytes() +
                                                snapshot_pinned_ +
                                                (landings_ ? landings_->pinned_bytes() : 0)),
-               save_->broken() || load_->broken() ? "true" : "false") +
+               context_->lost() ? "true" : "false") +
            "\"kernels\": " + (kernels_ ? "true" : "false") +
            ", \"no_kernels\": " + json_quote(no_kernels_) +
            ", \"background_pace\": {\"save\": " + save_->describe_pace() +

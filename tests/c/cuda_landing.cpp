@@ -30,6 +30,20 @@ struct State {
         }
         layout = builder.finish();
     }
+    // An irregular rest of so many short runs, the middle one followed by a long one that is a copy of its own.
+    State(uint64_t runs, uint64_t long_run) {
+        kvf::LayoutBuilder builder;
+        for (uint64_t i = 0, gap = 2; i < runs; ++i, gap = 5 - gap) {
+            builder.add(kBase + device_bytes, bytes, 16);
+            device_bytes += 16 * gap;
+            bytes += 16;
+            if (i != runs / 2 || !long_run) continue;
+            builder.add(kBase + device_bytes, bytes, long_run);
+            device_bytes += long_run + 16;
+            bytes += long_run;
+        }
+        layout = builder.finish();
+    }
     kvf::Layout at(uint64_t address) const { return moved(address - kBase); }
     void model(Bytes &memory, const Bytes &buffer) const {
         kvf::Cursor cursor(layout);
@@ -192,6 +206,18 @@ void fail(Test &test, Random &random, const unsigned char *buffer) {
     }
 }
 
+// A table that is too long, and one whose runs do not follow one another in the buffer, are for a kernel all the same.
+void unusual_tables(std::shared_ptr<kvf::Engine> engine, Random &random) {
+    for (const State &state :
+         {State(kvf::CudaResidentTable::kRows + 1000, 0), State(3000, kvf::kLongRun)}) {
+        Test test(engine, state);
+        const Bytes buffer = random_bytes(random, state.bytes);
+        const uint64_t calls = driver().simulated() ? driver().calls("cuMemcpyDtoDAsync") : 0;
+        load(test, random, buffer.data(), 0);
+        if (driver().simulated()) CHECK(driver().calls("cuMemcpyDtoDAsync") <= calls + 1);
+    }
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
@@ -202,6 +228,7 @@ int main(int argc, char **argv) {
     kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
     options.devices = KVF_DEVICES_CUDA;
     auto engine = std::make_shared<kvf::Engine>(options);
+    unusual_tables(engine, random);
     for (int round = 0; round < 2; ++round) {
         const State state(random, 6, 600);
         Test test(engine, state);
