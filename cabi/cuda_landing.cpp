@@ -208,7 +208,7 @@ void CudaLandings::One::move(uint64_t here) {
         }
     } catch (...) {
         try {
-            synchronize(); // what was queued must not outlive this
+            if (!context_.given_up()) synchronize(); // what was queued must not outlive this
         } catch (const Error &) {
             // Nothing is under way any more that could be waited for.
         }
@@ -321,19 +321,30 @@ std::shared_ptr<Landing> CudaLandings::make(uint64_t bytes) {
         }
     }
     if (!field) {
-        trim(); // none of these will do
-        try {
-            field = std::make_unique<Field>(context_, wanted);
-        } catch (const Error &error) {
-            if (error.status != KVF_ERR_OUT_OF_MEMORY) throw;
-            return nullptr;
+        field = allocate(wanted);
+        if (!field) {
+            trim(); // none of these will do
+            field = allocate(wanted);
         }
+        if (!field) return nullptr;
+        // Freeing waits for all that the device is doing: not the caller.
+        crew_.add([this] { trim(); });
         std::lock_guard lock(mutex_);
         idle_.reserve(made_ + 1); // giving back must not fail
         ++made_;
     }
     one->set_field(std::move(field));
     return one;
+}
+
+// NULL where there is no memory for it.
+std::unique_ptr<CudaLandings::Field> CudaLandings::allocate(uint64_t bytes) const {
+    try {
+        return std::make_unique<Field>(context_, bytes);
+    } catch (const Error &error) {
+        if (error.status != KVF_ERR_OUT_OF_MEMORY) throw;
+        return nullptr;
+    }
 }
 
 bool CudaLandings::empty() const {

@@ -19,7 +19,7 @@ public:
     CudaLandings(const CudaLandings &) = delete;
     CudaLandings &operator=(const CudaLandings &) = delete;
 
-    // For a state of `bytes`. NULL where there is no memory for it. It must not outlive this.
+    // For a state of `bytes`. NULL where there is no memory for it. What does not land must not outlive this.
     std::shared_ptr<Landing> make(uint64_t bytes);
 
     // There is none, in use or kept. Any thread.
@@ -31,6 +31,8 @@ public:
 private:
     class One;
     class Field;
+
+    std::unique_ptr<Field> allocate(uint64_t bytes) const;
 
     const CudaContext &context_;
     const CudaKernels &kernels_;

@@ -249,6 +249,8 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
             learn(*structure);
         }
         recorded.bytes = bytes;
+        // What was not known before: the device has nothing of the cache.
+        if (landing && !devices_.count(device)) open->job()->mode = KVF_LOAD_IN_PLACE;
         if (open) {
             open->commit(std::move(recorded), job);
         } else {
