@@ -433,11 +433,10 @@ enum {
      * listed all fragments. */
     KVF_LOAD_IN_PLACE = 1,
     /* Bytes move at once: to device memory of their own, while libllama still takes cells and lists; and from there to
-     * their places. The sooner done, the longer libllama takes: that is a quarter of the time for a gigabyte in one
-     * piece, and half where it is fragmented (docs/performance.md). The memory, as much as the state has bytes, is kept
-     * for the next such load for half a minute, or until kvf_buffer_trim(). In place where there is not as much; where
-     * the cache is not in the memory of one CUDA device, or its driver refuses the kernels; and without the tap: the
-     * completion's `mode` tells. */
+     * their places. How much sooner that is done is what libllama takes (docs/performance.md). The memory, as much as the
+     * state has bytes, is kept for the next such load for half a minute, or until kvf_buffer_trim(). In place where
+     * there is not as much; where the cache is not in the memory of one CUDA device, or its driver refuses the kernels;
+     * and without the tap: the completion's `mode` tells. */
     KVF_LOAD_AHEAD = 2,
 };
 

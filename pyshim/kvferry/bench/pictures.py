@@ -43,9 +43,12 @@ def draw_bars(bars: Sequence[Bars], path: Path, *, heading: str) -> None:
         figsize=(12, 1.4 + 0.95 * len(bars)), dpi=100, layout="constrained"
     )
     height = 0.8 / len(WAYS)
-    for place, (way, colour) in enumerate(WAYS.items()):
+    for way, colour in WAYS.items():
         shown = [(index, bar.ms[way]) for index, bar in enumerate(bars) if way in bar.ms]
-        positions = [index + (place - (len(WAYS) - 1) / 2) * height for index, _ in shown]
+        positions = []
+        for index, _ in shown:  # without a gap where a way is missing
+            ways = [each for each in WAYS if each in bars[index].ms]
+            positions.append(index + (ways.index(way) - (len(ways) - 1) / 2) * height)
         drawn = axis.barh(
             positions, [value for _, value in shown], height * 0.92, color=colour, label=way
         )
@@ -60,7 +63,9 @@ def draw_bars(bars: Sequence[Bars], path: Path, *, heading: str) -> None:
     largest = max(value for bar in bars for value in bar.ms.values())
     axis.set_xlim(smallest / 3, largest * 2.5)
     axis.set_xlabel("milliseconds, logarithmic: shorter is better", fontsize=10)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9, frameon=False)
+    axis.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(WAYS), fontsize=9, frameon=False
+    )
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
