@@ -306,6 +306,7 @@ std::shared_ptr<Landing> CudaLandings::make(uint64_t bytes) {
     const uint64_t wanted = (bytes + kGrain - 1) / kGrain * kGrain;
     auto one = std::make_shared<One>(*this, bytes); // nothing may fail once there is a field
     std::unique_ptr<Field> field;
+    bool none_will_do = false;
     {
         // The smallest that will do, if it is not far too large.
         std::lock_guard lock(mutex_);
@@ -318,17 +319,19 @@ std::shared_ptr<Landing> CudaLandings::make(uint64_t bytes) {
         if (best != idle_.end()) {
             field = std::move(*best);
             idle_.erase(best);
+        } else {
+            none_will_do = !idle_.empty();
         }
     }
     if (!field) {
         field = allocate(wanted);
         if (!field) {
-            trim(); // none of these will do
+            trim();
             field = allocate(wanted);
         }
         if (!field) return nullptr;
         // Freeing waits for all that the device is doing: not the caller.
-        crew_.add([this] { trim(); });
+        if (none_will_do) crew_.add([this] { trim(); });
         std::lock_guard lock(mutex_);
         idle_.reserve(made_ + 1); // giving back must not fail
         ++made_;
