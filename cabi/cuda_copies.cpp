@@ -20,17 +20,9 @@ void CudaCopies::launch(const CudaSlot &slot, uint32_t blocks) const {
     if (slot.rows_in == CudaRowsIn::Table) return launch(slot.table->table().rows());
     for (size_t i = 0; i < slot.pieces.size(); ++i) {
         const Piece &piece = slot.pieces[i];
-        if (slot.rows_in == CudaRowsIn::Resident) {
-            launch(planner_.resident().rows(piece, slot.places[i]));
-            continue;
-        }
-        CudaRows rows;
-        rows.count = static_cast<uint32_t>(piece.block.rows);
-        rows.address_distance = piece.block.address;
-        rows.offset_distance = static_cast<uint32_t>(slot.places[i]);
-        rows.pitch = piece.block.pitch;
-        rows.width = static_cast<uint32_t>(piece.block.width);
-        launch(rows);
+        launch(slot.rows_in == CudaRowsIn::Resident
+                   ? planner_.resident().rows(piece, slot.places[i])
+                   : CudaRows::of(piece.block, slot.places[i]));
     }
 }
 

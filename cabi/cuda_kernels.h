@@ -15,6 +15,17 @@ struct CudaRows {
     uint32_t offset_distance = 0;
     uint64_t pitch = 0;
     uint32_t width = 0;
+
+    // A block's, one after another in staging from that place on.
+    static CudaRows of(const kvf_region &block, uint64_t place) {
+        CudaRows rows;
+        rows.count = static_cast<uint32_t>(block.rows);
+        rows.address_distance = block.address;
+        rows.offset_distance = static_cast<uint32_t>(place);
+        rows.pitch = block.pitch;
+        rows.width = static_cast<uint32_t>(block.width);
+        return rows;
+    }
 };
 
 class CudaKernels {

@@ -11,8 +11,7 @@ namespace {
 
 constexpr uint64_t kGrain = 2 << 20; // in which drivers hand out device memory
 constexpr uint64_t kPiece = 16 << 20;
-constexpr uint32_t kBlocks =
-    128; // of a kernel's grid (an H200: 0.77 to 0.88 ms a GiB; more are slower)
+constexpr uint32_t kBlocks = 128; // of a kernel's grid; on an H200 more were slower
 // A field's tables: of device memory, and as much is pinned.
 constexpr uint64_t kTableBytes = CudaResidentTable::kBytes + CudaRowTable::kBytes;
 constexpr std::chrono::microseconds kPoll{10};
@@ -226,14 +225,7 @@ void CudaLandings::One::move(const Piece &piece) {
         return driver_.check(driver_.cuMemcpyDtoDAsync(block.address, from, block.width, stream),
                              "cuMemcpyDtoDAsync");
     }
-    if (piece.is_packed()) {
-        CudaRows rows;
-        rows.count = static_cast<uint32_t>(block.rows);
-        rows.address_distance = block.address;
-        rows.pitch = block.pitch;
-        rows.width = static_cast<uint32_t>(block.width);
-        return launch(rows, block.offset);
-    }
+    if (piece.is_packed()) return launch(CudaRows::of(block, 0), block.offset);
     for (uint64_t i = 0; i < block.rows; ++i) {
         driver_.check(driver_.cuMemcpyDtoDAsync(block.address + i * block.pitch,
                                                 from + i * block.buffer_pitch, block.width, stream),
