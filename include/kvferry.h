@@ -276,6 +276,10 @@ enum {
      * thread's current context and those of the devices whose memory is moved; where no device of the engine
      * has its primary context current, those of all its devices.) */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
+    /* kvf_llama_load() alone. Hands libllama a state that nothing vouches for: one without an envelope, for a cache
+     * whose format is not known (see kvf_llama_size()). libllama trusts what it loads: a damaged state may end the
+     * process, or leave cells that only llama_memory_clear() frees. */
+    KVF_SUBMIT_TRUST_STATE = 2,
 };
 
 /* How and whom to tell. Queue and callback may both be set, or neither (then poll or wait). */
@@ -401,7 +405,13 @@ KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacit
                                    uint64_t *needed);
 
 /* The size of a sequence's state in bytes, without moving any of it. An empty sequence has a state
- * too, of a few bytes. Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED. */
+ * too, of a few bytes.
+ *
+ * A state is what llama_state_seq_get_data() writes, bit for bit. Where kvferry does not know the format in which this
+ * libllama writes this cache (kvf_llama_describe() says "format": "opaque"), 64 bytes follow: the envelope, with length,
+ * checksum and the model's fingerprint. kvf_llama_load() verifies it there, since nothing else can tell a damaged state
+ * from a whole one. Such a cache is saved and loaded while the caller waits.
+ * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED. */
 KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *bytes);
 
 enum {
@@ -443,15 +453,18 @@ enum {
 /* Loads a state into a sequence, replacing what it held. `bytes` must be the state's exact size; the
  * buffer must not change until the completion. The sequence's cells are taken during the call; the
  * sequence must not be used until the completion.
- * A load that fails or is cancelled leaves the sequence empty. If that is known to the call, the
- * sequence is empty when it returns; if it turns out later, the sequence is emptied by the next
- * kvf_llama_* call on an attachment to this context: call kvf_llama_settle() after a completion that is not KVF_OK and
- * before decoding.
- * The state is checked before libllama sees it, so that a truncated or damaged one is refused.
- * Errors: KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH, KVF_ERR_CACHE_FULL (all leave the sequence
- * empty); KVF_ERR_SEQUENCE_RANGE, KVF_ERR_BUSY (a transfer of this sequence is in flight),
- * KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_INVALID_ARGUMENT, KVF_ERR_DEVICE_LOST (all leave it as
- * it was; but a device that is lost during the call leaves it empty). */
+ *
+ * The state is checked before libllama sees it. A state that is refused then costs nothing: the sequence is as it was.
+ * That are KVF_ERR_STATE_DAMAGED (truncated, damaged, or without an envelope where it needs one) and
+ * KVF_ERR_STATE_MISMATCH (of another model, kind of cache, or release of llama.cpp); likewise KVF_ERR_SEQUENCE_RANGE,
+ * KVF_ERR_BUSY (a transfer of this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED,
+ * KVF_ERR_INVALID_ARGUMENT, KVF_ERR_DEVICE_LOST.
+ *
+ * What fails or is cancelled later leaves the sequence empty: KVF_ERR_LLAMA (libllama did not take the state),
+ * KVF_ERR_CACHE_FULL (unless the state has more cells than a sequence may have at all: that is refused before),
+ * KVF_ERR_DEVICE_LOST during the call. If the call itself fails, the sequence is empty when it returns; if the job does,
+ * the sequence is emptied by the next kvf_llama_* call on an attachment to this context: call kvf_llama_settle() after a
+ * completion that is not KVF_OK and before decoding. */
 KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,
                                uint64_t bytes, const kvf_submit_options *options, kvf_job *job);
 

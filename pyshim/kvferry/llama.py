@@ -14,7 +14,7 @@ from ._native import ffi, lib
 from .buffer import Buffer, borrow
 from .completions import Completion, Pending, see_through
 from .core import Attachment, Core, describe
-from .errors import BufferTooSmall, ErrorText, StateDamaged, check, error
+from .errors import BufferTooSmall, ErrorText, check, error
 from .snapshot import Snapshot
 from .transfer import Priority, SubmitOptions, Transfer
 from .worker import Call, Worker
@@ -174,9 +174,10 @@ class Llama:
         """Loads a state into a sequence, replacing what that held.
 
         ``state`` is a Snapshot, or contiguous memory that holds a state and nothing else. The
-        sequence must not be used until this returns. If it fails, or is cancelled before the end,
-        the sequence is empty when this raises; a load that was faster than its cancellation stands.
-        ``verify`` compares a Snapshot's checksum first.
+        sequence must not be used until this returns. A state that is refused costs nothing: after
+        StateMismatch and StateDamaged the sequence is as it was. A load that fails later, or is
+        cancelled before the end, leaves the sequence empty; one that was faster than its
+        cancellation stands. ``verify`` compares a Snapshot's checksum first.
 
         With ``mode="ahead"`` the bytes go to device memory of their own at once, while llama.cpp
         still takes cells and lists fragments, and from there to their places: sooner done, for as
@@ -190,11 +191,7 @@ class Llama:
         if verify:
             if not isinstance(state, Snapshot):
                 raise TypeError("only a Snapshot can be verified")
-            try:
-                await state.verify()
-            except StateDamaged:
-                await self.remove(seq)  # as after every other failure
-                raise
+            await state.verify()
         transfer = await self.start_load(state, seq, priority=priority, mode=mode)
         await transfer.wait()
 
@@ -213,7 +210,6 @@ class Llama:
         await anyio.lowlevel.checkpoint_if_cancelled()
         buffer = borrow(state)
         if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
-            await self.remove(seq)  # as after every other failure
             raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
         transfer = LoadTransfer(self._core, self._attachment, seq, buffer, lambda _: None)
         await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, _LOAD_MODES[mode])
