@@ -130,11 +130,11 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 demo bench test-c test-asan test-tsan test-go test-python test-gpu: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(LLAMA_LIB)
 
 .PHONY: demo
-demo: $(PACKAGE) $(BINDINGS)
+demo: $(PACKAGE) $(LLAMA)
 	kvferry demo $(ARGS)
 
 .PHONY: bench
-bench: $(PACKAGE) $(BINDINGS)
+bench: $(PACKAGE) $(LLAMA)
 	python bench/run.py $(ARGS)
 
 # ---- Tests -----------------------------------------------------------------------------------------------------------
