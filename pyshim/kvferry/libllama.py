@@ -421,7 +421,7 @@ class Context:
         }
         cells: int = functions.llama_n_ctx(self.pointer)
         has["kv_unified"] = functions.llama_n_ctx_seq(self.pointer) == cells
-        batch = min(options.n_batch, cells)
+        batch = min(options.n_batch, options.n_ctx)
         asked = {
             "n_seq_max": options.n_seq_max,
             "n_batch": batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,13 @@ def test_a_context_has_what_was_asked_for(model: libllama.Model) -> None:
         assert llama.llama_n_threads(context.address) == 2
         # One cache for all sequences, rather than a stream of 256 cells for each.
         assert llama.llama_n_ctx_seq(context.address) == 1024
+
+
+def test_a_context_may_have_more_cells_than_were_asked_for(model: libllama.Model) -> None:
+    """libllama rounds them up; a batch is never larger than what was asked for."""
+    with libllama.Context(model, dataclasses.replace(OPTIONS, n_ctx=280)) as context:
+        assert llama.llama_n_ctx(context.address) == 512
+        assert llama.llama_n_batch(context.address) == 280
 
 
 def test_the_layout_is_that_of_the_build(library: libllama.Libllama) -> None:
