@@ -212,6 +212,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+# libllama logs until the process ends, and keeps no reference to what it calls.
+_callbacks: list[Any] = []
+
+
 class Libllama:
     """A loaded libllama with its backends."""
 
@@ -242,8 +246,9 @@ class Libllama:
         def keep(_level: int, text: bytes, _data: object) -> None:
             self.log.append(text.decode(errors="replace").rstrip())
 
-        self._keep_log = callback(keep)  # libllama keeps no reference to it
-        self.functions.llama_log_set(self._keep_log, None)
+        kept = callback(keep)
+        _callbacks.append(kept)
+        self.functions.llama_log_set(kept, None)
 
     def _load_backends(self) -> None:
         """Some builds keep their CPU and CUDA backends in libraries beside libllama."""

@@ -233,7 +233,12 @@ def _keep_log(_level: int, text: bytes, _data: object) -> None:
         print(text.decode(errors="replace"), end="", flush=True)
 
 
-llama.llama_log_set(_keep_log, None)
+def keep_log() -> None:
+    """Let `log_lines` have llama.cpp's log, from the start and after others have taken it."""
+    llama.llama_log_set(_keep_log, None)
+
+
+keep_log()
 # Most of these builds keep ggml's CPU backend in libraries of their own.
 llama.ggml_backend_load_all_from_path(os.fsencode(LIBRARY_FOLDER))
 
@@ -249,7 +254,7 @@ def bindings_fit() -> bool:
     except AttributeError:  # a function that this libllama does not have
         return False
     finally:
-        llama.llama_log_set(_keep_log, None)  # importing them sets a callback of theirs
+        keep_log()  # importing them sets a callback of theirs
     names = [name for name, _ in ContextParams._fields_ if name not in ("gap", "later")]
     known = [name for name, _ in bindings.llama_context_params._fields_]
     return ContextParams.gap.size == 0 and known[: len(names)] == names

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import ctypes.util
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from kvferry import libllama
-from llama_reference import LIBRARY_FOLDER, ContextParams, llama
+from llama_reference import LIBRARY_FOLDER, ContextParams, keep_log, llama
 
 OPTIONS = libllama.ContextOptions(n_ctx=1024, n_seq_max=4, threads=2, n_batch=300)
+
+
+@pytest.fixture(autouse=True)
+def others_get_their_log_back() -> Iterator[None]:
+    yield
+    keep_log()
 
 
 @pytest.fixture
@@ -67,6 +74,15 @@ def test_defaults_that_fit_no_layout_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(libllama._DEFAULT_FLAGS, "kv_unified", True)
     with pytest.raises(libllama.LlamaError, match="unknown layout of llama_context_params"):
         libllama.Libllama(libllama.find(LIBRARY_FOLDER))
+
+
+def test_libllama_may_log_after_its_library_object_is_gone(model_path: Callable[..., Path]) -> None:
+    log = libllama.Libllama(libllama.find(LIBRARY_FOLDER)).log
+    gc.collect()
+    params = llama.llama_model_default_params()
+    model = llama.llama_model_load_from_file(bytes(model_path("llama")), params)
+    llama.llama_model_free(model)
+    assert log
 
 
 # ---- Finding one ---------------------------------------------------------------------------------
