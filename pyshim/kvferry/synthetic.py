@@ -163,7 +163,7 @@ def write_model(
         import gguf
     except ImportError as error:
         raise ImportError(
-            "writing a synthetic model needs the gguf package: pip install 'kvferry[demo]'"
+            "writing a synthetic model needs the gguf package: pip install gguf"
         ) from error
 
     architecture, describe = KINDS[kind]
