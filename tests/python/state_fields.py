@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import struct
 
-
 LAST_POSITION = 2**24
 """The last position that kvferry takes for one that can be gone on from: 2**24, and more only for
 models trained on, or contexts of, more than 2**20 tokens."""
