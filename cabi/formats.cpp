@@ -383,8 +383,8 @@ std::string mismatch(const Structure &state, const Structure &cache) {
             return a.transposed ? "V is transposed (saved without flash attention)"
                                 : "V is not transposed (saved with flash attention)";
         }
-        if (a.rotation != b.rotation) return "its keys or values are rotated differently";
         if (a.tensors != b.tensors) return "the cache's types or row sizes differ";
+        if (a.rotation != b.rotation) return "its keys or values are rotated differently";
     }
     return "";
 }
