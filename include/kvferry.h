@@ -253,7 +253,8 @@ KVF_API int32_t kvf_queue_fd(kvf_queue queue);
 KVF_API int32_t kvf_queue_take(kvf_queue queue, kvf_completion *completions,
                                uint64_t completion_size, uint32_t capacity, int64_t timeout_ns);
 
-/* Makes one waiting, or else the next, kvf_queue_take() return without waiting. */
+/* Makes one kvf_queue_take() return 0 that waits, or else one that will find the queue empty. Wakes are
+ * counted: so many calls return 0 as there were wakes. One that takes completions uses up no wake. */
 KVF_API int32_t kvf_queue_wake(kvf_queue queue);
 
 /* Drops what it holds and closes its descriptor. Errors: KVF_ERR_BUSY while jobs in flight would
