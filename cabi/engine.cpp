@@ -6,7 +6,7 @@
 
 #include "device_host.h"
 #include "json.h"
-#include "thread_name.h"
+#include "thread.h"
 
 namespace kvf {
 namespace {
@@ -277,7 +277,7 @@ void Engine::job_ended(Job &job) {
 
 void Engine::expect_callbacks() {
     std::lock_guard lock(dispatch_mutex_);
-    if (!dispatch_thread_.joinable()) dispatch_thread_ = std::thread([this] { run_dispatch(); });
+    if (!dispatch_thread_.joinable()) dispatch_thread_ = start_thread([this] { run_dispatch(); });
 }
 
 void Engine::dispatch(Callbacks &&callbacks) {

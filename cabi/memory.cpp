@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "fork.h"
-#include "thread_name.h"
+#include "thread.h"
 
 namespace kvf {
 namespace {
@@ -142,13 +142,17 @@ void populate(char *begin, uint64_t bytes) {
     };
     if (bytes > available_memory()) return; // its owner may not mean to use it all
     std::vector<std::thread> helpers;
+    helpers.reserve(threads); // one that has been started must find its place
     char *at = begin;
     char *const end = begin + bytes;
     try {
         for (; static_cast<uint64_t>(end - at) > share; at += share) {
-            helpers.emplace_back(touch, at, at + share);
+            helpers.push_back(start_thread([touch, at, share] {
+                name_thread("kvf-map");
+                touch(at, at + share);
+            }));
         }
-    } catch (const std::system_error &) {
+    } catch (const std::exception &) {
         // No thread to be had: this one does the rest.
     }
     touch(at, end);
@@ -274,7 +278,7 @@ void Pool::take_back(KnownMemory &memory) {
     free_.emplace(memory.bytes, Free{reinterpret_cast<void *>(memory.begin), now_ns()});
     free_bytes_ += memory.bytes;
     try {
-        if (!idle_watch_.joinable()) idle_watch_ = std::thread([this] { watch_idle(); });
+        if (!idle_watch_.joinable()) idle_watch_ = start_thread([this] { watch_idle(); });
     } catch (const std::system_error &) {
         // Without a thread it stays until somebody wants it or trims.
     }
