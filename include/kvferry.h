@@ -275,7 +275,9 @@ enum {
      * snapshot copies aside during the call, which therefore waits for that work. (Of the default streams, 0,
      * CU_STREAM_LEGACY and CU_STREAM_PER_THREAD, every context has one. Followed are that of the calling
      * thread's current context and those of the devices whose memory is moved; where no device of the engine
-     * has its primary context current, those of all its devices.) */
+     * has its primary context current, those of all its devices.) A stream that is being captured into a CUDA
+     * graph is refused with KVF_ERR_INVALID_ARGUMENT, and the capture goes on unharmed; so is a default stream
+     * while a stream that it waits for is captured. */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
 };
 
@@ -310,7 +312,7 @@ KVF_API int32_t kvf_job_cancel(kvf_job job);
  * has ended, in whatever way. Returns at once. Destroying the engine waits for streams that still wait.
  * A default stream means several, as KVF_SUBMIT_FOLLOW_STREAM says; all of them wait.
  * Errors: KVF_ERR_UNSUPPORTED (no CUDA device, or a driver older than 11.7), KVF_ERR_INVALID_ARGUMENT
- * (a stream that no device of the engine knows), KVF_ERR_BUSY (1,024 waits are outstanding). */
+ * (a stream that no device of the engine knows, or that is being captured into a CUDA graph), KVF_ERR_BUSY (1,024 waits are outstanding). */
 KVF_API int32_t kvf_job_stream_wait(kvf_job job, uint64_t stream);
 
 /* Lets go of the handle. The job itself goes on, and its completion still arrives. Every handle that
