@@ -116,20 +116,10 @@ bool is_page_writable(uint64_t address) {
     return writable;
 }
 
-// As the system estimates it; 0 where it does not tell.
-uint64_t available_memory() {
-    std::ifstream file("/proc/meminfo");
-    std::string name;
-    for (uint64_t kib; file >> name >> kib; file.ignore(16, '\n')) {
-        if (name == "MemAvailable:") return kib << 10;
-    }
-    return 0;
-}
-
 // Takes the pages of new memory now, by several threads where it is much: the first transfer would pay for
 // them otherwise, and the driver pins memory that is there ten times as fast (32 ms against 374 ms for 1
 // GiB beside an H200).
-void populate(char *begin, uint64_t bytes) {
+void populate(char *begin, uint64_t bytes, const AvailableMemory &available) {
     const uint64_t threads = std::clamp<uint64_t>(bytes / (32 << 20), 1, 4);
     const uint64_t share = round_up(bytes / threads, kHugePage);
     const auto touch = [](char *from, char *to) {
@@ -140,7 +130,7 @@ void populate(char *begin, uint64_t bytes) {
         const uint64_t page = page_size(); // a kernel older than 5.14
         for (char *at = from; at < to; at += page) *static_cast<volatile char *>(at) = 0;
     };
-    if (bytes > available_memory()) return; // its owner may not mean to use it all
+    if (bytes > available.least()) return; // its owner may not mean to use it all
     std::vector<std::thread> helpers;
     helpers.reserve(threads); // one that has been started must find its place
     char *at = begin;
@@ -335,17 +325,23 @@ void *Pool::map_pinned(uint64_t bytes) {
     }
     unmap(std::move(room));
     if (!fits) {
-        throw Error(KVF_ERR_PINNED_LIMIT,
-                    format("%llu bytes are taken of %llu, and %llu more are wanted",
-                           static_cast<unsigned long long>(taken),
-                           static_cast<unsigned long long>(limit_),
-                           static_cast<unsigned long long>(bytes)));
+        throw Error(KVF_ERR_PINNED_LIMIT, text_of_bytes(taken) + " of " + text_of_bytes(limit_) +
+                                              " taken, " + text_of_bytes(bytes) + " wanted");
     }
     const auto give_up = [&](int32_t status, std::string why) {
         std::lock_guard lock(mutex_);
         mapped_ -= bytes;
         throw Error(status, std::move(why));
     };
+    const AvailableMemory available = limits_.available();
+    // What is pinned is taken, all of it. Beyond a control group's limit the system kills processes; beyond the machine's
+    // memory it swaps first.
+    if (pinner_ && bytes > available.group) {
+        give_up(KVF_ERR_OUT_OF_MEMORY, text_of_bytes(available.group_limit - available.group) +
+                                           " of the control group's " +
+                                           text_of_bytes(available.group_limit) + " taken, " +
+                                           text_of_bytes(bytes) + " wanted");
+    }
     // Large buffers start at a huge page: fewer faults, and fewer pages to pin.
     const uint64_t slack = bytes >= kHugePage ? kHugePage : 0;
     void *mapped =
@@ -365,7 +361,7 @@ void *Pool::map_pinned(uint64_t bytes) {
     // A forked child has no use for pinned pages, and copying them on write would take them away from
     // the parent's devices.
     if (pinner_) madvise(begin, bytes, MADV_DONTFORK);
-    populate(begin, bytes);
+    populate(begin, bytes, available);
     if (pinner_) {
         try {
             pinner_->pin(begin, bytes);

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <thread>
 
+#include "memory_limits.h"
 #include "status.h"
 
 namespace kvf {
@@ -77,8 +78,8 @@ void free_buffer(void *buffer);
 // reuse when it is freed, and returned to the system when it has lain idle, by a thread of the pool's.
 class Pool : public std::enable_shared_from_this<Pool> {
 public:
-    Pool(uint64_t limit, std::shared_ptr<Pinner> pinner)
-        : limit_(limit), pinner_(std::move(pinner)) {}
+    Pool(uint64_t limit, std::shared_ptr<Pinner> pinner, MemoryLimits limits = MemoryLimits())
+        : limit_(limit), pinner_(std::move(pinner)), limits_(std::move(limits)) {}
     ~Pool();
 
     void *alloc(uint64_t bytes);
@@ -104,6 +105,7 @@ private:
 
     const uint64_t limit_; // 0: none
     const std::shared_ptr<Pinner> pinner_;
+    const MemoryLimits limits_;
     mutable std::mutex mutex_;
     FreeBuffers free_;
     uint64_t mapped_ = 0;
