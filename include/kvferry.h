@@ -136,7 +136,8 @@ typedef uint64_t kvf_job;
 typedef uint64_t kvf_llama;
 
 enum {
-    KVF_DEVICES_AUTO = 0, /* every CUDA device that the driver shows, and the host */
+    KVF_DEVICES_AUTO =
+        0, /* every CUDA device that the driver shows, or those of cuda_devices; and the host */
     KVF_DEVICES_HOST = 1, /* the host alone; the CUDA driver is not touched */
     KVF_DEVICES_CUDA = 2, /* as AUTO, but KVF_ERR_NO_DEVICE where no CUDA device can be used */
 };
@@ -154,8 +155,12 @@ typedef struct kvf_engine_options {
     uint64_t staging_bytes; /* most device memory used per device and direction; 0: 32 MiB */
     char *error;            /* where to write one line of text when this call fails, or NULL */
     uint64_t error_size;    /* its capacity, terminating 0 included */
+    /* Which CUDA devices: bit i is that of ordinal i, as the driver counts them (CUDA_VISIBLE_DEVICES changes that).
+     * 0: every one that can be used. Others are not touched: no context is made there. KVF_ERR_NO_DEVICE where one
+     * that is named cannot be used; with KVF_DEVICES_HOST none may be named. */
+    uint64_t cuda_devices;
 } kvf_engine_options;
-#define KVF_ENGINE_OPTIONS_INIT {sizeof(kvf_engine_options), 0, 0, 0, 0, 0, 0, 0}
+#define KVF_ENGINE_OPTIONS_INIT {sizeof(kvf_engine_options), 0, 0, 0, 0, 0, 0, 0, 0}
 
 /* Creates an engine. `options` may be NULL. Starts its threads; takes no pinned memory yet.
  * Errors: KVF_ERR_NO_DEVICE, KVF_ERR_STRUCT_SIZE, KVF_ERR_OUT_OF_MEMORY, KVF_ERR_SYSTEM. */
