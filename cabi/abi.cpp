@@ -184,6 +184,10 @@ int32_t kvf_engine_create(const kvf_engine_options *given, kvf_engine *engine) {
         if (options.flags & ~uint32_t{KVF_ENGINE_TRACE}) {
             throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
         }
+        if (options.cuda_devices && options.devices == KVF_DEVICES_HOST) {
+            throw Error(KVF_ERR_INVALID_ARGUMENT,
+                        "CUDA devices are named, and the engine is for the host alone");
+        }
         if (options.copy_threads > 256)
             throw Error(KVF_ERR_INVALID_ARGUMENT, "copy_threads is above 256");
         auto made = std::make_shared<Engine>(options);

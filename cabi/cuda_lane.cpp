@@ -7,7 +7,7 @@
 
 #include "copy.h"
 #include "engine.h"
-#include "thread_name.h"
+#include "thread.h"
 
 namespace kvf {
 namespace {
@@ -99,7 +99,7 @@ void CudaLane::submit(Leg &leg) {
         } else if (context_.lost()) {
             leg.job->fail(KVF_ERR_DEVICE_LOST, "an earlier transfer found it lost");
         } else if (!thread_.joinable()) {
-            thread_ = std::thread([this] { pump(); });
+            thread_ = start_thread([this] { pump(); });
         }
         schedule_.add(leg);
         // A job that was asked to stop before its leg came was not found then.

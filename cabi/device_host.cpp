@@ -9,7 +9,7 @@
 
 #include "copy.h"
 #include "engine.h"
-#include "thread_name.h"
+#include "thread.h"
 
 namespace kvf {
 namespace {
@@ -39,9 +39,10 @@ std::string HostDevice::describe() const {
 
 void HostDevice::start_threads() {
     // Goes on where it stopped if the system refused a thread the last time.
+    workers_.reserve(threads_ + 1); // a thread that has been started must find its place
     while (workers_.size() <= threads_) {
         const bool background = workers_.empty();
-        workers_.emplace_back([this, background] { work(background); });
+        workers_.push_back(start_thread([this, background] { work(background); }));
     }
 }
 

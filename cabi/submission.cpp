@@ -3,6 +3,18 @@
 #include "engine.h"
 
 namespace kvf {
+namespace {
+
+// Of a job that does not come about. A thread that guessed the number may have released the handle.
+void withdraw_handle(const Job &job) noexcept {
+    try {
+        withdraw<Job>(job.handle);
+    } catch (const Error &) {
+        // Nobody finds it any more: that is all that is wanted.
+    }
+}
+
+} // namespace
 
 OpenJob::OpenJob(Engine &engine, Submission &&submission, const kvf_submit_options &options,
                  bool with_handle)
@@ -11,7 +23,7 @@ OpenJob::OpenJob(Engine &engine, Submission &&submission, const kvf_submit_optio
     try {
         engine_.enter(job_, options.queue, submission.on_entry);
     } catch (...) {
-        if (with_handle_) withdraw<Job>(job_->handle);
+        if (with_handle_) withdraw_handle(*job_);
         throw;
     }
 }
@@ -24,7 +36,7 @@ OpenJob::~OpenJob() {
     for (const auto &leg : job_->legs) engine_.device(leg->device).finish(*leg);
     job_->let_go();
     job_->wait(KVF_FOREVER, nullptr);
-    if (with_handle_) withdraw<Job>(job_->handle);
+    if (with_handle_) withdraw_handle(*job_);
 }
 
 void OpenJob::add(uint32_t device, Layout &&layout) {

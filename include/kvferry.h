@@ -136,7 +136,8 @@ typedef uint64_t kvf_job;
 typedef uint64_t kvf_llama;
 
 enum {
-    KVF_DEVICES_AUTO = 0, /* every CUDA device that the driver shows, and the host */
+    KVF_DEVICES_AUTO =
+        0, /* every CUDA device that the driver shows, or those of cuda_devices; and the host */
     KVF_DEVICES_HOST = 1, /* the host alone; the CUDA driver is not touched */
     KVF_DEVICES_CUDA = 2, /* as AUTO, but KVF_ERR_NO_DEVICE where no CUDA device can be used */
 };
@@ -154,8 +155,12 @@ typedef struct kvf_engine_options {
     uint64_t staging_bytes; /* most device memory used per device and direction; 0: 32 MiB */
     char *error;            /* where to write one line of text when this call fails, or NULL */
     uint64_t error_size;    /* its capacity, terminating 0 included */
+    /* Which CUDA devices: bit i is that of ordinal i, as the driver counts them (CUDA_VISIBLE_DEVICES changes that).
+     * 0: every one that can be used. Others are not touched: no context is made there. KVF_ERR_NO_DEVICE where one
+     * that is named cannot be used; with KVF_DEVICES_HOST none may be named. */
+    uint64_t cuda_devices;
 } kvf_engine_options;
-#define KVF_ENGINE_OPTIONS_INIT {sizeof(kvf_engine_options), 0, 0, 0, 0, 0, 0, 0}
+#define KVF_ENGINE_OPTIONS_INIT {sizeof(kvf_engine_options), 0, 0, 0, 0, 0, 0, 0, 0}
 
 /* Creates an engine. `options` may be NULL. Starts its threads; takes no pinned memory yet.
  * Errors: KVF_ERR_NO_DEVICE, KVF_ERR_STRUCT_SIZE, KVF_ERR_OUT_OF_MEMORY, KVF_ERR_SYSTEM. */
@@ -253,7 +258,8 @@ KVF_API int32_t kvf_queue_fd(kvf_queue queue);
 KVF_API int32_t kvf_queue_take(kvf_queue queue, kvf_completion *completions,
                                uint64_t completion_size, uint32_t capacity, int64_t timeout_ns);
 
-/* Makes one waiting, or else the next, kvf_queue_take() return without waiting. */
+/* Makes one kvf_queue_take() return 0 that waits, or else one that will find the queue empty. Wakes are
+ * counted: so many calls return 0 as there were wakes. One that takes completions uses up no wake. */
 KVF_API int32_t kvf_queue_wake(kvf_queue queue);
 
 /* Drops what it holds and closes its descriptor. Errors: KVF_ERR_BUSY while jobs in flight would
@@ -274,7 +280,9 @@ enum {
      * snapshot copies aside during the call, which therefore waits for that work. (Of the default streams, 0,
      * CU_STREAM_LEGACY and CU_STREAM_PER_THREAD, every context has one. Followed are that of the calling
      * thread's current context and those of the devices whose memory is moved; where no device of the engine
-     * has its primary context current, those of all its devices.) */
+     * has its primary context current, those of all its devices.) A stream that is being captured into a CUDA
+     * graph is refused with KVF_ERR_INVALID_ARGUMENT, and the capture goes on unharmed; so is a default stream
+     * while a stream that it waits for is captured. */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
     /* kvf_llama_load() alone. Hands libllama a state that nothing vouches for: one without an envelope, for a cache
      * whose format is not known (see kvf_llama_size()). libllama trusts what it loads: a damaged state may end the
@@ -313,7 +321,7 @@ KVF_API int32_t kvf_job_cancel(kvf_job job);
  * has ended, in whatever way. Returns at once. Destroying the engine waits for streams that still wait.
  * A default stream means several, as KVF_SUBMIT_FOLLOW_STREAM says; all of them wait.
  * Errors: KVF_ERR_UNSUPPORTED (no CUDA device, or a driver older than 11.7), KVF_ERR_INVALID_ARGUMENT
- * (a stream that no device of the engine knows), KVF_ERR_BUSY (1,024 waits are outstanding). */
+ * (a stream that no device of the engine knows, or that is being captured into a CUDA graph), KVF_ERR_BUSY (1,024 waits are outstanding). */
 KVF_API int32_t kvf_job_stream_wait(kvf_job job, uint64_t stream);
 
 /* Lets go of the handle. The job itself goes on, and its completion still arrives. Every handle that

@@ -61,6 +61,7 @@ AT(kvf_engine_options, pinned_limit, 16);
 AT(kvf_engine_options, staging_bytes, 24);
 AT(kvf_engine_options, error, 32);
 AT(kvf_engine_options, error_size, 40);
+AT(kvf_engine_options, cuda_devices, 48);
 
 AT(kvf_submit_options, size, 0);
 AT(kvf_submit_options, priority, 4);
