@@ -134,7 +134,8 @@ func (s Sequence) Size() (int, error) {
 // Save writes the sequence's state, bit for bit what llama_state_seq_get_data would write, into memory of at least
 // Size bytes, and returns when that has been done, has failed, or has been cancelled through ctx. A transfer that ctx
 // cancels is still waited for: when Save returns, nobody uses the memory any more. If the transfer was faster than the
-// cancellation, Save returns nil.
+// cancellation, Save returns nil. While Save waits for the context's lock it does not notice the end of ctx; then nothing
+// is saved.
 //
 // The context's lock is held only while the layout is recorded; other sequences decode meanwhile. What this sequence
 // may do until Save returns depends on the SaveMode.
@@ -152,7 +153,7 @@ func (s Sequence) Save(ctx context.Context, to Memory, options ...Option) (Compl
 // Load replaces what the sequence holds by a saved state, of exactly the memory's size, and returns when that has been
 // done, has failed, or has been cancelled through ctx, as Save does. The sequence must not be used until it returns;
 // others decode meanwhile. After an error the sequence is empty, or as it was where nothing had been begun (ErrBusy,
-// ErrSequenceRange, ErrClosed).
+// ErrSequenceRange, ErrClosed; ErrCancelled where ctx ended before the call had the context's lock).
 //
 // The state is checked before libllama sees it. Errors: ErrStateDamaged, ErrStateMismatch, ErrCacheFull,
 // ErrSequenceRange, ErrBusy (a transfer of this sequence is in flight), ErrCancelled, ErrClosed, ErrContextFreed.
@@ -162,7 +163,7 @@ func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (Com
 	}
 	defer s.llama.inFlight.leave()
 	completion, err := s.transfer(ctx, C.KVGO_LOAD_SEQUENCE, from, read(options))
-	if err != nil { // a load that failed after it had begun left half a state: remove it
+	if err != nil && completion.Submitted != 0 { // it had begun, and left half a state: remove that
 		s.llama.lock.Lock()
 		C.kvf_llama_settle(s.llama.handle)
 		s.llama.lock.Unlock()

@@ -287,6 +287,53 @@ func TestSequencesUnderRandomCancellation(t *testing.T) {
 	t.Logf("%d whole, %d cancelled", whole, cancelled)
 }
 
+// announcedLock says that somebody is about to wait for it.
+type announcedLock struct {
+	sync.Locker
+	asked chan struct{}
+}
+
+func (l announcedLock) Lock() {
+	l.asked <- struct{}{}
+	l.Locker.Lock()
+}
+
+func TestLoadThatIsTooLateWhenItHasTheLockLeavesTheSequence(t *testing.T) {
+	m, f := newModel(t, 2, 50, 0, 1)
+	state := save(t, f, 0)
+	before := save(t, f, 1)
+	lock := announcedLock{&m.mutex, make(chan struct{}, 8)}
+	attached, err := f.engine.Attach(uintptr(m.context), lock, kvferry.AttachOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-lock.asked
+
+	ctx, cancel := context.WithCancelCause(context.Background())
+	late := errors.New("too late")
+	m.mutex.Lock()
+	ended := make(chan error)
+	go func() {
+		_, err := attached.Sequence(1).Load(ctx, state)
+		ended <- err
+	}()
+	<-lock.asked
+	cancel(late)
+	m.mutex.Unlock()
+	if err := <-ended; !errors.Is(err, kvferry.ErrCancelled) || !errors.Is(err, late) {
+		t.Errorf("got %v", err)
+	}
+	if len(lock.asked) > 0 {
+		t.Error("nothing was begun, and the lock was waited for a second time")
+	}
+	if !bytes.Equal(save(t, f, 1).Bytes(), before.Bytes()) {
+		t.Error("the sequence has changed")
+	}
+	if err := attached.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLlamaClosesUnderLoad(t *testing.T) {
 	for range 5 {
 		_, f := newModel(t, 3, 60, 0, 1, 2)
