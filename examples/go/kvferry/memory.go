@@ -33,12 +33,22 @@ func claim(memory Memory) ([]byte, *Buffer, error) {
 		if m == nil {
 			break
 		}
-		if !m.users.enter() {
+		if !m.enter() {
 			return nil, nil, &Error{Status: ErrInvalidArgument, Detail: "the buffer has been closed"}
 		}
 		return m.bytes, m, nil
 	}
 	return nil, nil, &Error{Status: ErrInvalidArgument, Detail: "memory is nil"}
+}
+
+// enter lets a user in, unless the buffer is closed. A Close that is under way may yet be refused: that is waited for.
+func (b *Buffer) enter() bool {
+	if b.users.enter() {
+		return true
+	}
+	b.mutex.Lock()
+	defer b.mutex.Unlock()
+	return b.users.enter()
 }
 
 func (b *Buffer) release() {
@@ -53,8 +63,11 @@ func (b *Buffer) release() {
 // Bytes was called: a slice does not keep its Buffer reachable, so from then on only Close does.
 type Buffer struct {
 	bytes []byte
-	users *gate // behind a pointer: Go 1.22 thinks that what is counted atomically goes to the heap
-	once  sync.Once
+	// Behind pointers: Go thinks that what is counted atomically and what is locked goes to the heap, and with them the
+	// box around any Memory.
+	users     *gate
+	mutex     *sync.Mutex // held while Close finds out whether it is refused
+	handedOut bool        // Bytes was called
 }
 
 // mapping is held around calls that map, pin or unmap memory. They take so long that Go would start a thread for every
@@ -85,7 +98,7 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 	if err := check(status); err != nil {
 		return nil, err
 	}
-	b := &Buffer{bytes: unsafe.Slice((*byte)(start), size), users: new(gate)}
+	b := &Buffer{bytes: unsafe.Slice((*byte)(start), size), users: new(gate), mutex: new(sync.Mutex)}
 	runtime.SetFinalizer(b, (*Buffer).Close)
 	return b, nil
 }
@@ -93,27 +106,40 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 // Len is the buffer's size in bytes.
 func (b *Buffer) Len() int { return len(b.bytes) }
 
-// Bytes gives the buffer's memory. The slice must not be used after Close.
+// Bytes gives the buffer's memory, or nil if the buffer is closed. The slice must not be used after Close.
 func (b *Buffer) Bytes() []byte {
-	b.once.Do(func() { runtime.SetFinalizer(b, nil) })
+	b.mutex.Lock()
+	defer b.mutex.Unlock()
 	if b.users.closed() {
 		return nil
+	}
+	if !b.handedOut {
+		b.handedOut = true
+		runtime.SetFinalizer(b, nil)
 	}
 	return b.bytes
 }
 
-// Close gives the memory back to the pool. Closing twice is allowed. Errors: ErrBusy while a transfer uses it.
+// Close gives the memory back to the pool. Closing twice is allowed. Errors: ErrBusy while a transfer uses it; then
+// nothing has changed.
 func (b *Buffer) Close() error {
+	b.mutex.Lock()
+	defer b.mutex.Unlock()
 	if !b.users.tryClose() {
 		if b.users.closed() {
 			return nil
 		}
 		return &Error{Status: ErrBusy, Detail: "a transfer in flight uses the buffer"}
 	}
-	b.once.Do(func() { runtime.SetFinalizer(b, nil) })
 	mapping.enter()
-	defer mapping.leave()
-	return check(C.kvf_buffer_free(unsafe.Pointer(unsafe.SliceData(b.bytes))))
+	err := check(C.kvf_buffer_free(unsafe.Pointer(unsafe.SliceData(b.bytes))))
+	mapping.leave()
+	if err != nil { // a transfer that was given the memory as Bytes uses it
+		b.users.reopen()
+		return err
+	}
+	runtime.SetFinalizer(b, nil)
+	return nil
 }
 
 // Registration is memory of the caller's that stays pinned, for Go's collector and for every CUDA device, until

@@ -144,6 +144,51 @@ func TestBufferCannotBeClosedWhileATransferUsesIt(t *testing.T) {
 	}
 }
 
+// A buffer's memory that is handed to a transfer as Bytes is refused by the library, not by Go.
+func TestBufferWhoseCloseWasRefusedIsGivenBackByTheNextClose(t *testing.T) {
+	engine := newEngine(t)
+	const size = 32 << 20
+	source := baseline.Alloc(size)
+	defer baseline.Free(source)
+	for attempt := 0; ; attempt++ {
+		if attempt == 1000 {
+			t.Fatal("never saw the transfer in flight")
+		}
+		buffer := newBuffer(t, engine, size)
+		ended := make(chan error, 1)
+		go func() {
+			_, err := engine.SaveRegions(context.Background(), regionsOf(source), kvferry.Bytes(buffer.Bytes()))
+			ended <- err
+		}()
+		for inFlight(t, engine) == 0 && len(ended) == 0 {
+			runtime.Gosched()
+		}
+		refusal := buffer.Close()
+		if err := <-ended; err != nil && refusal != nil {
+			t.Fatal(err)
+		}
+		if refusal == nil {
+			continue
+		}
+		if !errors.Is(refusal, kvferry.ErrBusy) {
+			t.Fatalf("closing gave %v", refusal)
+		}
+		if buffer.Bytes() == nil {
+			t.Error("a buffer whose Close was refused has no memory")
+		}
+		if _, err := engine.SaveRegions(context.Background(), regionsOf(source), buffer); err != nil {
+			t.Errorf("saving into it gave %v", err)
+		}
+		if err := buffer.Close(); err != nil {
+			t.Errorf("closing it again gave %v", err)
+		}
+		if taken := bytesTaken(t, engine); taken != 0 {
+			t.Errorf("%d bytes are still taken", taken)
+		}
+		return
+	}
+}
+
 func isClosed(done chan struct{}) bool {
 	select {
 	case <-done:
