@@ -6,6 +6,7 @@ import "C"
 import (
 	"runtime"
 	"sync"
+	"time"
 	"unsafe"
 )
 
@@ -82,6 +83,8 @@ func (l limit) leave() { <-l }
 // NewBuffer takes a buffer of size bytes from the pool. Its content is undefined. One that is used again costs
 // microseconds, a new one the time to map and pin it. It may outlive the engine.
 //
+// Where there is no memory, the garbage collector runs first: Buffers that were dropped unclosed make room.
+//
 // Errors: ErrOutOfMemory, ErrPinnedLimit, ErrClosed.
 func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 	if !e.inFlight.enter() {
@@ -91,16 +94,56 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 	if size < 0 {
 		return nil, &Error{Status: ErrInvalidArgument, Detail: "size is negative"}
 	}
-	var start unsafe.Pointer
-	mapping.enter()
-	status := C.kvf_buffer_alloc(e.handle, C.uint64_t(size), &start)
-	mapping.leave()
+	start, status := e.allocate(size)
+	if status == C.KVF_ERR_OUT_OF_MEMORY || status == C.KVF_ERR_PINNED_LIMIT {
+		start, status = e.allocateAfterCollection(size)
+	}
 	if err := check(status); err != nil {
 		return nil, err
 	}
 	b := &Buffer{bytes: unsafe.Slice((*byte)(start), size), users: new(gate), mutex: new(sync.Mutex)}
 	runtime.SetFinalizer(b, (*Buffer).Close)
 	return b, nil
+}
+
+func (e *Engine) allocate(size int) (start unsafe.Pointer, status C.int32_t) {
+	mapping.enter()
+	defer mapping.leave()
+	status = C.kvf_buffer_alloc(e.handle, C.uint64_t(size), &start)
+	return start, status
+}
+
+// collecting is held by the one that has the garbage collector run for memory.
+var collecting sync.Mutex
+
+func (e *Engine) allocateAfterCollection(size int) (unsafe.Pointer, C.int32_t) {
+	collecting.Lock()
+	defer collecting.Unlock()
+	// Whoever held the lock before may have made room for this one too.
+	if start, status := e.allocate(size); status == C.KVF_OK {
+		return start, status
+	}
+	collect()
+	return e.allocate(size)
+}
+
+// collect runs the garbage collector, and the finalizers of what it finds. One goroutine of Go's runs finalizers, all of
+// one collection before those of the next, in no order that can be relied on: so two are needed to see the end of one.
+// A finalizer of the program's that hangs holds up the others, and must not hold up the caller.
+func collect() {
+	late := time.NewTimer(time.Second)
+	defer late.Stop()
+	for range 2 {
+		ran := make(chan struct{})
+		// Of a size that Go does not pack together with other objects, which might live on.
+		runtime.SetFinalizer(new([32]byte), func(*[32]byte) { close(ran) })
+		runtime.GC()
+		select {
+		case <-ran:
+		case <-late.C:
+			return
+		}
+	}
 }
 
 // Len is the buffer's size in bytes.

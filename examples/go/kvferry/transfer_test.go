@@ -215,6 +215,61 @@ func TestForgottenBufferIsGivenBack(t *testing.T) {
 	}
 }
 
+func TestForgottenBuffersMakeRoomWhereTheLimitIsReached(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly, PinnedLimit: 4 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer engine.Close()
+	for i := range 100 {
+		if _, err := engine.NewBuffer(1 << 20); err != nil {
+			t.Fatalf("buffer %d: %v", i, err)
+		}
+	}
+}
+
+func TestBuffersInUseMakeNoRoom(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly, PinnedLimit: 4 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer engine.Close()
+	for range 4 {
+		newBuffer(t, engine, 1<<20)
+	}
+	if _, err := engine.NewBuffer(1); !errors.Is(err, kvferry.ErrPinnedLimit) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A finalizer that does not return holds up all others, Go says.
+func TestProgramsFinalizerThatHangsHoldsNoBufferUp(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly, PinnedLimit: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer engine.Close()
+	newBuffer(t, engine, 1<<20)
+	hangs, goOn := make(chan struct{}), make(chan struct{})
+	runtime.SetFinalizer(new([64]byte), func(*[64]byte) { close(hangs); <-goOn })
+	runtime.GC()
+	<-hangs
+	defer close(goOn)
+	refused := make(chan error)
+	go func() {
+		_, err := engine.NewBuffer(1)
+		refused <- err
+	}()
+	select {
+	case err := <-refused:
+		if !errors.Is(err, kvferry.ErrPinnedLimit) {
+			t.Errorf("got %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it is still waiting")
+	}
+}
+
 func TestBufferWhoseMemoryWasHandedOutIsKept(t *testing.T) {
 	engine := newEngine(t)
 	buffer, err := engine.NewBuffer(1 << 20)
