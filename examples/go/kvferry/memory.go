@@ -4,7 +4,9 @@ package kvferry
 import "C"
 
 import (
+	"fmt"
 	"runtime"
+	"strings"
 	"sync"
 	"time"
 	"unsafe"
@@ -187,11 +189,15 @@ func (b *Buffer) Close() error {
 
 // Registration is memory of the caller's that stays pinned, for Go's collector and for every CUDA device, until
 // Close.
+//
+// It must be closed. Whoever drops it may still rely on its pin, so the collector cannot end it behind the program's back:
+// a Registration that becomes unreachable unclosed is a panic, which says where Register was called.
 type Registration struct {
 	engine *Engine
 	memory []byte
 	pinner runtime.Pinner
 	mutex  sync.Mutex
+	made   []uintptr // who called Register: program counters
 }
 
 // Register pins memory that many transfers will use, so that they run as from a Buffer. It costs about 30 ms per
@@ -210,11 +216,26 @@ func (e *Engine) Register(memory []byte) (*Registration, error) {
 		r.pinner.Unpin()
 		return nil, err
 	}
+	var callers [16]uintptr
+	r.made = append(r.made, callers[:runtime.Callers(2, callers[:])]...) // without runtime.Callers and this function
+	runtime.SetFinalizer(r, (*Registration).forgotten)
 	return r, nil
 }
 
-// Close unpins the memory. Closing twice is allowed; close it before the engine. Errors: ErrBusy while a transfer
-// uses it.
+// forgotten panics before runtime.Pinner does, which would not say whose pin it is.
+func (r *Registration) forgotten() {
+	var text strings.Builder
+	text.WriteString("kvferry: a Registration was dropped without Close; Register was called by")
+	for frames, more := runtime.CallersFrames(r.made), true; more; {
+		var frame runtime.Frame
+		frame, more = frames.Next()
+		fmt.Fprintf(&text, "\n%s\n\t%s:%d", frame.Function, frame.File, frame.Line)
+	}
+	panic(text.String())
+}
+
+// Close unpins the memory. Closing twice is allowed, and closing after the engine too. Errors: ErrBusy while a transfer
+// uses the memory; then nothing has changed.
 func (r *Registration) Close() error {
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
@@ -229,5 +250,6 @@ func (r *Registration) Close() error {
 	}
 	r.pinner.Unpin()
 	r.memory = nil
+	runtime.SetFinalizer(r, nil)
 	return nil
 }

@@ -7,7 +7,9 @@ import (
 	"math"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -538,6 +540,83 @@ func TestRegisteredMemoryIsRefusedTwiceAndReleased(t *testing.T) {
 	}
 	if !bytes.Equal(memory, pattern(1<<20, 3)) {
 		t.Error("damaged")
+	}
+}
+
+func TestForgottenRegistrationSaysWhereItWasMade(t *testing.T) {
+	const child = "KVFERRY_TEST_FORGETS"
+	if os.Getenv(child) != "" { // what follows ends the process
+		registerAndForget(t)
+		for range 100 {
+			runtime.GC()
+			time.Sleep(10 * time.Millisecond)
+		}
+		return
+	}
+	command := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+	command.Env = append(os.Environ(), child+"=1")
+	said, err := command.CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		t.Fatalf("the process ended with %v:\n%s", err, said)
+	}
+	for _, word := range []string{"panic: kvferry: ", "Registration", "Close", "registerAndForget", "transfer_test.go:", "(*Registration)"} {
+		if !strings.Contains(string(said), word) {
+			t.Errorf("it does not say %q:\n%s", word, said)
+		}
+	}
+}
+
+//go:noinline
+func registerAndForget(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := engine.Register(make([]byte, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestClosedRegistrationMayBeDropped(t *testing.T) {
+	engine := newEngine(t)
+	func() {
+		registration, err := engine.Register(make([]byte, 1<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := registration.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	for range 5 {
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func TestRegistrationMayBeClosedAfterItsEngine(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly})
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := make([]byte, 1<<20)
+	registration, err := engine.Register(memory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := engine.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := registration.Close(); err != nil {
+		t.Error(err)
+	}
+	again, err := newEngine(t).Register(memory)
+	if err != nil {
+		t.Fatalf("registering the memory again gave %v", err)
+	}
+	if err := again.Close(); err != nil {
+		t.Error(err)
 	}
 }
 
