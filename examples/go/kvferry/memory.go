@@ -12,8 +12,8 @@ import (
 	"unsafe"
 )
 
-// Memory is host memory that a transfer writes to or reads from: a *Buffer, which a GPU copies to and from at full
-// speed, or any memory of the caller's as Bytes.
+// Memory is host memory that a transfer writes to or reads from: a *Buffer or a Slice of one, which a GPU copies to and
+// from at full speed, or any memory of the caller's as Bytes.
 //
 // While a transfer is in flight its memory can be neither freed nor moved: a Buffer's Close is refused with ErrBusy,
 // and Go memory is pinned and kept reachable. (Bytes that lie outside of Go's heap, such as those of an mmap, are the
@@ -23,8 +23,15 @@ type Memory interface{ isMemory() }
 // Bytes is a []byte that serves as Memory.
 type Bytes []byte
 
+// Slice is a part of a Buffer, which Buffer.Slice makes.
+type Slice struct {
+	buffer    *Buffer
+	low, high int
+}
+
 func (Bytes) isMemory()   {}
 func (*Buffer) isMemory() {}
+func (Slice) isMemory()   {}
 
 // claim gives the bytes of memory, and the Buffer that they belong to, if any: it cannot be closed until it has been
 // released.
@@ -37,11 +44,23 @@ func claim(memory Memory) ([]byte, *Buffer, error) {
 			break
 		}
 		if !m.enter() {
-			return nil, nil, &Error{Status: ErrInvalidArgument, Detail: "the buffer has been closed"}
+			return nil, nil, errBufferClosed()
 		}
 		return m.bytes, m, nil
+	case Slice:
+		if m.buffer == nil {
+			break
+		}
+		if !m.buffer.enter() {
+			return nil, nil, errBufferClosed()
+		}
+		return m.buffer.bytes[m.low:m.high], m.buffer, nil
 	}
 	return nil, nil, &Error{Status: ErrInvalidArgument, Detail: "memory is nil"}
+}
+
+func errBufferClosed() error {
+	return &Error{Status: ErrInvalidArgument, Detail: "the buffer has been closed"}
 }
 
 // enter lets a user in, unless the buffer is closed. A Close that is under way may yet be refused: that is waited for.
@@ -65,7 +84,7 @@ func (b *Buffer) release() {
 // Close gives it back. A Buffer that becomes unreachable unclosed is given back by the garbage collector, unless
 // Bytes was called: a slice does not keep its Buffer reachable, so from then on only Close does.
 type Buffer struct {
-	bytes []byte
+	bytes []byte // its capacity is what the pool has given
 	// Behind pointers: Go thinks that what is counted atomically and what is locked goes to the heap, and with them the
 	// box around any Memory.
 	users     *gate
@@ -103,7 +122,12 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 	if err := check(status); err != nil {
 		return nil, err
 	}
-	b := &Buffer{bytes: unsafe.Slice((*byte)(start), size), users: new(gate), mutex: new(sync.Mutex)}
+	var capacity C.uint64_t
+	if err := check(C.kvf_buffer_capacity(start, &capacity)); err != nil {
+		C.kvf_buffer_free(start)
+		return nil, err
+	}
+	b := &Buffer{bytes: unsafe.Slice((*byte)(start), int(capacity))[:size], users: new(gate), mutex: new(sync.Mutex)}
 	runtime.SetFinalizer(b, (*Buffer).Close)
 	return b, nil
 }
@@ -148,10 +172,25 @@ func collect() {
 	}
 }
 
-// Len is the buffer's size in bytes.
+// Len is the buffer's size in bytes, as it was asked for.
 func (b *Buffer) Len() int { return len(b.bytes) }
 
-// Bytes gives the buffer's memory, or nil if the buffer is closed. The slice must not be used after Close.
+// Cap is what the buffer takes of the pool, and of EngineOptions.PinnedLimit: a little more than Len, for sizes are rounded up.
+// Who keeps to a budget counts this.
+func (b *Buffer) Cap() int { return cap(b.bytes) }
+
+// Slice is the buffer's part from byte low up to byte high, as buffer.Bytes()[low:high] is, but the transfer that it is
+// given to holds the Buffer: for a state that is smaller than its buffer, or several in one. As in Go, high may go up to
+// Cap. Panics where it may not be sliced so.
+func (b *Buffer) Slice(low, high int) Slice {
+	_ = b.bytes[low:high]
+	return Slice{b, low, high}
+}
+
+// Len is how many bytes it has.
+func (s Slice) Len() int { return s.high - s.low }
+
+// Bytes gives the buffer's memory, or nil if the buffer is closed. The []byte must not be used after Close.
 func (b *Buffer) Bytes() []byte {
 	b.mutex.Lock()
 	defer b.mutex.Unlock()

@@ -191,6 +191,98 @@ func TestBufferWhoseCloseWasRefusedIsGivenBackByTheNextClose(t *testing.T) {
 	}
 }
 
+func TestCapIsWhatABufferTakesOfThePool(t *testing.T) {
+	engine := newEngine(t)
+	var taken int64
+	for _, size := range []int{1, 5000, 1_000_001, 12_345_678} {
+		buffer := newBuffer(t, engine, size)
+		taken += int64(buffer.Cap())
+		if buffer.Len() != size || len(buffer.Bytes()) != size || cap(buffer.Bytes()) != buffer.Cap() {
+			t.Errorf("%d bytes: Len %d, Cap %d, Bytes of %d and %d", size, buffer.Len(), buffer.Cap(), len(buffer.Bytes()), cap(buffer.Bytes()))
+		}
+		if buffer.Cap() < size || buffer.Cap() > size+size/16+os.Getpagesize() {
+			t.Errorf("%d bytes: Cap %d", size, buffer.Cap())
+		}
+		if got := bytesTaken(t, engine); got != taken {
+			t.Errorf("%d bytes are taken, and %d counted", got, taken)
+		}
+	}
+}
+
+func TestSliceOfABufferIsMemory(t *testing.T) {
+	engine := newEngine(t)
+	buffer := newBuffer(t, engine, 10_000)
+	clear(buffer.Bytes()[:buffer.Cap()])
+	source := pattern(1000, 1)
+	for _, low := range []int{0, 777, buffer.Cap() - 1000} {
+		part := buffer.Slice(low, low+1000)
+		if part.Len() != 1000 {
+			t.Errorf("Len %d", part.Len())
+		}
+		if _, err := engine.SaveRegions(context.Background(), regionsOf(source), part); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(buffer.Bytes()[low:low+1000], source) {
+			t.Errorf("damaged at %d", low)
+		}
+		target := make([]byte, 1000)
+		if _, err := engine.LoadRegions(context.Background(), regionsOf(target), part); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(target, source) {
+			t.Errorf("loaded from %d it is damaged", low)
+		}
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(source), buffer.Slice(0, 999)); !errors.Is(err, kvferry.ErrBufferTooSmall) {
+		t.Errorf("a slice that is too small gave %v", err)
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(source), kvferry.Slice{}); !errors.Is(err, kvferry.ErrInvalidArgument) {
+		t.Errorf("the zero slice gave %v", err)
+	}
+	part := buffer.Slice(0, 1000)
+	if err := buffer.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(source), part); !errors.Is(err, kvferry.ErrInvalidArgument) {
+		t.Errorf("a slice of a closed buffer gave %v", err)
+	}
+}
+
+func TestSliceKeepsItsBuffer(t *testing.T) {
+	engine := newEngine(t)
+	part := func() kvferry.Slice {
+		buffer, err := engine.NewBuffer(1 << 20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return buffer.Slice(0, 1000)
+	}()
+	for range 5 {
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+	}
+	if bytesTaken(t, engine) == 0 {
+		t.Error("the buffer is gone")
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(pattern(1000, 1)), part); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSliceOutOfBoundsPanics(t *testing.T) {
+	buffer := newBuffer(t, newEngine(t), 1000)
+	for _, bounds := range [][2]int{{-1, 1}, {2, 1}, {0, buffer.Cap() + 1}} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%v did not panic", bounds)
+				}
+			}()
+			buffer.Slice(bounds[0], bounds[1])
+		}()
+	}
+}
+
 func isClosed(done chan struct{}) bool {
 	select {
 	case <-done:
@@ -494,6 +586,7 @@ func TestATransferAllocatesNothing(t *testing.T) {
 	source, own := make([]byte, 4096), make([]byte, 4096)
 	regions := regionsOf(source)
 	buffer := newBuffer(t, engine, 4096)
+	part := kvferry.Memory(buffer.Slice(0, 4096))
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	for name, save := range map[string]func() error{
@@ -503,6 +596,10 @@ func TestATransferAllocatesNothing(t *testing.T) {
 		},
 		"bytes": func() error {
 			_, err := engine.SaveRegions(context.Background(), regions, kvferry.Bytes(own), kvferry.WithPriority(kvferry.Urgent))
+			return err
+		},
+		"slice": func() error {
+			_, err := engine.SaveRegions(context.Background(), regions, part)
 			return err
 		},
 		"cancellable": func() error {

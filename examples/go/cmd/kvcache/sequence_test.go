@@ -171,6 +171,30 @@ func TestGoMemoryHoldsAStateToo(t *testing.T) {
 	}
 }
 
+func TestBufferHoldsASmallerState(t *testing.T) {
+	_, f := newModel(t, 2, 100, 0)
+	want := save(t, f, 0)
+	buffer, err := f.engine.NewBuffer(2 * want.Len())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer buffer.Close()
+	completion, err := f.llama.Sequence(0).Save(context.Background(), buffer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.llama.Sequence(1).Load(context.Background(), buffer.Slice(0, int(completion.Bytes))); err != nil {
+		t.Fatal(err)
+	}
+	loaded := save(t, f, 1)
+	if _, err := f.llama.Sequence(1).Load(context.Background(), want); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(loaded.Bytes(), save(t, f, 1).Bytes()) {
+		t.Error("the states differ")
+	}
+}
+
 func TestRemovedSequenceIsEmpty(t *testing.T) {
 	_, f := newModel(t, 1, 20, 0)
 	if err := f.llama.Sequence(0).Remove(); err != nil {
