@@ -46,7 +46,9 @@ const (
 	// No memory beside the buffer. A plain attention cache may be appended to meanwhile; the sequence must not be
 	// removed, shifted or copied onto, and a recurrent or sliding-window sequence must not be decoded.
 	InPlace SaveMode = C.KVF_SAVE_IN_PLACE
-	// The sequence is copied aside first; anything may be done to it meanwhile.
+	// The sequence is copied aside first, with the context's lock held, for the next decode may overwrite it; then
+	// anything may be done to it. On a GPU that takes about a millisecond a gigabyte. In host memory the copy goes to
+	// the buffer and is the whole save; so it is on a GPU whose memory is too short for a copy.
 	Snapshot SaveMode = C.KVF_SAVE_SNAPSHOT
 )
 

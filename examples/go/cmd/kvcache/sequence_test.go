@@ -12,6 +12,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"example.org/kvferry"
 	"github.com/hybridgroup/yzma/pkg/llama"
@@ -356,6 +357,72 @@ func TestLoadThatIsTooLateWhenItHasTheLockLeavesTheSequence(t *testing.T) {
 	if err := attached.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+func TestWhoeverNeedsNotTheContextDoesNotWaitForIt(t *testing.T) {
+	m, f := newModel(t, 2, 50, 0)
+	other, _ := newModel(t, 2, 50)
+	state := save(t, f, 0)
+	lock := announcedLock{&m.mutex, make(chan struct{}, 8)}
+	m.mutex.Lock()
+	var waiting sync.WaitGroup
+	waiting.Go(func() {
+		attached, err := f.engine.Attach(uintptr(m.context), lock, kvferry.AttachOptions{})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if err := attached.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	<-lock.asked
+	for name, call := range map[string]func() error{
+		"Engine.Describe": func() error { _, err := f.engine.Describe(); return err },
+		"Engine.Trim":     func() error { return f.engine.Trim() },
+		"Llama.Describe":  func() error { _, err := f.llama.Describe(); return err },
+		"a buffer": func() error {
+			buffer, err := f.engine.NewBuffer(1 << 20)
+			if err != nil {
+				return err
+			}
+			return buffer.Close()
+		},
+		"a transfer": func() error {
+			region := kvferry.Region{Address: unsafe.Pointer(&make([]byte, 1<<20)[0]), Width: 1 << 20, Rows: 1}
+			_, err := f.engine.SaveRegions(context.Background(), []kvferry.Region{region}, kvferry.Bytes(make([]byte, 1<<20)))
+			return err
+		},
+		"another context": func() error {
+			attached, err := f.engine.Attach(uintptr(other.context), &other.mutex, kvferry.AttachOptions{})
+			if err != nil {
+				return err
+			}
+			if _, err := attached.Sequence(0).Load(context.Background(), state); err != nil {
+				return err
+			}
+			return attached.Close()
+		},
+		"Engine.Close": func() error {
+			if err := f.engine.Close(); !errors.Is(err, kvferry.ErrBusy) {
+				return fmt.Errorf("got %w", err)
+			}
+			return nil
+		},
+	} {
+		ended := make(chan error, 1)
+		go func() { ended <- call() }()
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s waits for the context's lock", name)
+		}
+	}
+	m.mutex.Unlock()
+	waiting.Wait()
 }
 
 func TestLlamaClosesUnderLoad(t *testing.T) {
