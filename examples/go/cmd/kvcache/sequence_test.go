@@ -62,12 +62,12 @@ func newModel(tb testing.TB, sequences, length int, filled ...llama.SeqId) (*mod
 			tb.Error(err)
 		}
 	})
-	attached, err := engine.Attach(uintptr(m.context), &m.mutex, kvferry.AttachOptions{})
+	f, err := newFerry(engine, m)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() {
-		if err := attached.Close(); err != nil {
+		if err := f.llama.Close(); err != nil {
 			tb.Error(err)
 		}
 	})
@@ -76,7 +76,7 @@ func newModel(tb testing.TB, sequences, length int, filled ...llama.SeqId) (*mod
 			tb.Fatal(err)
 		}
 	}
-	return m, ferry{engine, attached}
+	return m, f
 }
 
 func save(tb testing.TB, f ferry, sequence llama.SeqId) *kvferry.Buffer {
@@ -85,23 +85,26 @@ func save(tb testing.TB, f ferry, sequence llama.SeqId) *kvferry.Buffer {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	state, _, err := f.save(context.Background(), sequence, size)
+	state, err := f.engine.NewBuffer(size)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { state.Close() })
+	if _, err := f.save(context.Background(), sequence, state); err != nil {
+		tb.Fatal(err)
+	}
 	return state
 }
 
 func TestSavedStateIsLlamaCppsOwn(t *testing.T) {
 	m, f := newModel(t, 2, 300, 0)
-	own := &plain{model: m}
+	own := plain{m}
 	size, err := own.size(0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want, _, err := own.save(context.Background(), 0, size)
-	if err != nil {
+	want := make([]byte, size)
+	if _, err := own.saveBytes(0, want); err != nil {
 		t.Fatal(err)
 	}
 	state := save(t, f, 0)
@@ -118,7 +121,7 @@ func TestSavedStateIsLlamaCppsOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.clear(1)
-	if _, err := own.load(context.Background(), 1, want); err != nil {
+	if _, err := own.loadBytes(1, want); err != nil {
 		t.Fatal(err)
 	}
 	loaded, err := m.feed(context.Background(), 1, 300, next)
@@ -455,7 +458,7 @@ func TestLlamaClosesUnderLoad(t *testing.T) {
 // Save and load against llama.cpp's own calls, on the same context.
 func BenchmarkSequence(b *testing.B) {
 	m, f := newModel(b, 2, 1000, 0)
-	own := &plain{model: m}
+	own := plain{m}
 	state := save(b, f, 0)
 	memory := make([]byte, state.Len())
 	ctx := context.Background()
@@ -475,7 +478,7 @@ func BenchmarkSequence(b *testing.B) {
 		{"Save/kvferry", func() error { _, err := f.llama.Sequence(0).Save(ctx, state, urgent); return err }},
 		{"Save/kvferry-background", func() error { _, err := f.llama.Sequence(0).Save(ctx, state); return err }},
 		{"Save/kvferry-bytes", func() error { _, err := f.llama.Sequence(0).Save(ctx, kvferry.Bytes(memory), urgent); return err }},
-		{"Load/yzma", func() error { _, err := own.load(ctx, 1, memory); return err }},
+		{"Load/yzma", func() error { _, err := own.loadBytes(1, memory); return err }},
 		{"Load/kvferry", func() error { _, err := f.llama.Sequence(1).Load(ctx, state, urgent); return err }},
 	} {
 		b.Run(bench.name, func(b *testing.B) {
