@@ -244,6 +244,14 @@ int32_t kvf_buffer_free(void *buffer) {
     });
 }
 
+int32_t kvf_buffer_capacity(const void *buffer, uint64_t *bytes) {
+    return guarded([&]() -> int32_t {
+        require(bytes, "bytes");
+        *bytes = buffer_capacity(buffer);
+        return KVF_OK;
+    });
+}
+
 int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t bytes) {
     return guarded([&]() -> int32_t {
         register_memory(buffer, bytes, find<Engine>(engine)->pinner());

@@ -189,9 +189,16 @@ KVF_API int32_t kvf_engine_destroy(kvf_engine engine);
 
 /* Takes a buffer of at least `bytes` from the engine's pool: page-aligned; pinned for every CUDA
  * device of the engine. Its content is undefined. A pool buffer that is used again costs
- * microseconds; a new one costs the time to map and pin it. The caller owns it until
- * kvf_buffer_free(). Errors: KVF_ERR_OUT_OF_MEMORY, KVF_ERR_PINNED_LIMIT. */
+ * microseconds; a new one costs the time to map and pin it. So sizes are rounded up, by a sixteenth
+ * and a page at most; and where the engine has no `pinned_limit`, a free buffer that is larger than
+ * that by a quarter at most is used again. The caller owns the buffer until kvf_buffer_free().
+ * Errors: KVF_ERR_OUT_OF_MEMORY, KVF_ERR_PINNED_LIMIT. */
 KVF_API int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer);
+
+/* How many bytes a buffer has in truth, from its start: what it takes of the engine's `pinned_limit`. All of
+ * them may be used. Also after the engine is gone.
+ * Errors: KVF_ERR_INVALID_ARGUMENT for an address that is not an allocated buffer. */
+KVF_API int32_t kvf_buffer_capacity(const void *buffer, uint64_t *bytes);
 
 /* Gives a buffer back to its pool, also after the engine is gone. NULL is allowed.
  * Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT for an address that is not an
