@@ -137,6 +137,11 @@ demo: $(PACKAGE) $(BINDINGS)
 bench: $(PACKAGE) $(BINDINGS)
 	python bench/run.py $(ARGS)
 
+.PHONY: bench-scheduling
+bench-scheduling: build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target kvferry cuda_simulated
+	python bench/scheduling.py $(ARGS)
+
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
 .PHONY: test
