@@ -351,8 +351,8 @@ int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *completion
 int32_t kvf_job_cancel(kvf_job job) {
     return guarded([&]() -> int32_t {
         const auto found = find<Job>(job);
-        found->cancel();
-        if (const auto engine = found->owner.lock()) engine->poke();
+        // A job whose engine is gone has ended.
+        if (const auto engine = found->owner.lock()) engine->cancel(*found);
         return KVF_OK;
     });
 }

@@ -277,6 +277,9 @@ KVF_API int32_t kvf_queue_destroy(kvf_queue queue);
  * Jobs
  * --------------------------------------------------------------------------------------------- */
 
+/* On each device, urgent jobs go before background jobs. Within a priority, the job that was submitted first goes
+ * first: a small one behind a large one waits for it. A job that still follows a stream, or that is still being
+ * recorded, lets later ones pass until it can move. */
 enum {
     KVF_PRIORITY_BACKGROUND = 0, /* paced, so that decoding beside it hardly notices */
     KVF_PRIORITY_URGENT = 1,     /* as fast as the link; goes before background jobs */
