@@ -12,6 +12,7 @@ import anyio.to_thread
 
 from ._native import ffi, lib
 from .buffer import Buffer, borrow
+from .claims import claim_for_snapshot
 from .completions import Completion
 from .errors import error
 
@@ -42,6 +43,7 @@ class Snapshot(Buffer):
         completion: Completion | None = None,
     ) -> None:
         super().__init__(memory, nbytes)
+        self._claim: object = claim_for_snapshot(memory, nbytes)
         self.fingerprint = fingerprint
         """Identity of model and cache. None: unknown, and not checked when it is loaded."""
         self.sealed = checksum
@@ -54,6 +56,10 @@ class Snapshot(Buffer):
         """Wraps a state that comes from elsewhere. Borrows the memory, without a copy."""
         borrowed = borrow(state)
         return cls(borrowed.memory, borrowed.nbytes, fingerprint=fingerprint)
+
+    def close(self) -> None:
+        super().close()
+        self._claim = None
 
     def checksum(self) -> int:
         """The CRC-32 of the bytes as they are now. Takes about a second for each 1 to 3 GiB."""
