@@ -15,6 +15,7 @@ from .buffer import Buffer, borrow
 from .claims import claim_for_snapshot
 from .completions import Completion
 from .errors import error
+from .files import replacement
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -81,7 +82,12 @@ class Snapshot(Buffer):
             raise error(lib.KVF_ERR_STATE_DAMAGED, "the checksum is wrong")
 
     async def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Writes state, fingerprint and checksum (seals it if need be), on a thread."""
+        """Writes state, fingerprint and checksum (seals it if need be), on a thread.
+
+        A file that is there already is replaced once the new one is whole on the disk, so that a
+        process or machine that ends meanwhile leaves the one or the other (and maybe, beside it, a
+        ``.partial`` file). Raises OSError; then the old file is as it was.
+        """
         if self.sealed is None:
             await self.seal()
         await anyio.to_thread.run_sync(self._write, Path(path))
@@ -98,7 +104,7 @@ class Snapshot(Buffer):
     def _write(self, path: Path) -> None:
         header = {"fingerprint": self.fingerprint, "crc32": self.sealed, "bytes": self.nbytes}
         text = json.dumps(header).encode() + b"\n"
-        with path.open("wb") as file:
+        with replacement(path) as file:
             file.write(_MAGIC + b"%d\n" % len(text) + text)
             file.write(self.view)
 
