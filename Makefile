@@ -67,7 +67,9 @@ PACKAGE := .venv/.kvferry
 .PHONY: help
 help:
 	@echo "make demo      save, load and decode beside each other on a real libllama; prints a table, draws a timeline"
-	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python, test-install, test-examples"
+	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python, test-builds-quick, test-install,"
+	@echo "               test-examples"
+	@echo "make test-builds  all tests that use libllama, on each of $(words $(TESTED_BUILDS)) builds; make builds-table: what is seen there"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
@@ -185,7 +187,7 @@ bench-scheduling: build/native/build.ninja
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: test-c test-asan test-tsan test-go test-python test-install test-examples
+test: test-c test-asan test-tsan test-go test-python test-builds-quick test-install test-examples
 
 .PHONY: sanitize
 sanitize: test-asan test-tsan
@@ -256,6 +258,42 @@ test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simul
 test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(run_python_tests)
+
+# ---- Every libllama
+
+TESTED_BUILDS := $(NPM_BUILDS) $(WHEEL_BUILD)
+TESTED_STAMPS := $(foreach build,$(TESTED_BUILDS),$(call stamp_of,$(build)))
+# What uses a libllama and fits any of them.
+LLAMA_TESTS := $(filter-out %/test_llama_cpp_python.py,$(wildcard tests/python/test_llama_*.py)) \
+    $(addprefix tests/python/,test_libllama.py test_synthetic_models.py test_snapshot.py test_cli.py)
+QUICK_LLAMA_TESTS := $(addprefix tests/python/,test_libllama.py test_llama_basic.py test_llama_kinds.py)
+
+# $(call on_builds,BUILD...,TEST...)
+define on_builds
+for build in $(1); do \
+    echo "-- llama.cpp $$build"; \
+    export KVFERRY_LLAMA_LIB=$(CURDIR)/$(BUILDS)/$$build LLAMA_CPP_LIB_PATH=$(CURDIR)/$(BUILDS)/$$build; \
+    python -m pytest --quiet $(2) $(ARGS); \
+done
+endef
+BUILDS_TABLE = python tests/python/builds_table.py $(TESTED_BUILDS:%=$(BUILDS)/%)
+
+.PHONY: test-builds
+test-builds: $(PACKAGE) $(TESTED_STAMPS)
+	$(call on_builds,$(TESTED_BUILDS),$(LLAMA_TESTS))
+	$(BUILDS_TABLE) --check
+
+# The whole on one build, and once more on another with test-python; a part of it on the others.
+.PHONY: test-builds-quick
+test-builds-quick: $(PACKAGE) $(TESTED_STAMPS)
+	$(call on_builds,$(filter-out $(PYTHON_BUILD) $(OTHER_BUILD),$(TESTED_BUILDS)),$(QUICK_LLAMA_TESTS))
+	$(call on_builds,$(OTHER_BUILD),$(LLAMA_TESTS))
+	$(BUILDS_TABLE) --check
+
+# Into docs/builds.md.
+.PHONY: builds-table
+builds-table: $(PACKAGE) $(TESTED_STAMPS)
+	$(BUILDS_TABLE) --write
 
 # Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU.
 .PHONY: test-gpu

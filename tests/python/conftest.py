@@ -13,29 +13,19 @@ if TYPE_CHECKING:
     from llama_reference import Context, Model
 
 
-def _for_the_build(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the loaded libllama needs of a model, where it differs; skips where it has no such."""
-    from llama_reference import BUILD
-
-    if kind == "deepseek32" and BUILD in {"b8179", "b8390"}:
-        pytest.skip(f"{BUILD} does not know the architecture of {kind}")
-    if kind == "gemma3" and BUILD == "b8179":
-        # Whatever the model says, every sixth layer is global there; without any such layer
-        # llama_decode aborts.
-        return {"layers": 6, **arguments}
-    return arguments
-
-
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`model_path(kind, **arguments of write_model)`: a synthetic model, written once a session."""
     from kvferry.synthetic import write_model
+    from llama_reference import BUILD, model_sizes
 
     folder = tmp_path_factory.mktemp("models")
     written: dict[object, Path] = {}
 
     def path(kind: str, **arguments: Any) -> Path:
-        arguments = _for_the_build(kind, arguments)
+        if kind == "deepseek32" and BUILD in {"b8179", "b8390"}:
+            pytest.skip(f"{BUILD} does not know the architecture of {kind}")
+        arguments = {**model_sizes(kind), **arguments}
         key = (kind, *sorted(arguments.items()))
         if key not in written:
             written[key] = write_model(kind, folder / f"{kind}-{len(written)}.gguf", **arguments)
