@@ -21,7 +21,7 @@ from llama_reference import Context, llama
 from simulated_cuda import SimulatedCuda, Stream
 
 OWN, SPARE, OTHER = 0, 1, 2
-"""The sequence that is moved, one that operations may do away with, and one that they go on with."""
+"""The sequence that is moved, one that operations may remove, and one that they go on with."""
 
 SEQUENCES = range(4)
 
@@ -70,8 +70,8 @@ def live_alike(*contexts: Context) -> None:
     recurrent cells OWN has the second, between those of SPARE and of OTHER.
     """
     for context in contexts:
-        context.decode(SPARE, context.model.prompt(8, seed=3))
-        context.decode(OWN, context.model.prompt(40, seed=2))
+        context.decode(SPARE, context.model.prompt(8, seed=13))
+        context.decode(OWN, context.model.prompt(40, seed=12))
         context.decode_in_turn([OTHER, 3], 40)
 
 
@@ -158,8 +158,9 @@ def beside_a_transfer(
     """Does `operation` on both contexts while OWN is moved in `ours`.
 
     A load brings OWN as it was after `live_alike`; since then its cells have been filled anew, so
-    that what does not arrive is seen. `before` is done to both before the transfer. With `release_at_node` all
-    bytes of the transfer move while llama.cpp's graph is halted behind that node.
+    that what does not arrive is seen. `before` is done to both before the transfer. With
+    `release_at_node` all bytes of the transfer move while llama.cpp's graph is halted behind that
+    node.
     """
     live_alike(ours, like)
     loaded = like.state_get(OWN)
@@ -210,6 +211,30 @@ def beside_a_transfer(
             found.append("what was saved")
         found += differences(ours, like)
     return Outcome(beside, status, found)
+
+
+# ---- What llama.cpp postpones to its next decode --------------------------------------------------
+
+
+def pending_shift(seq: int) -> Operation:
+    def postpone(side: Side) -> None:
+        assert side.context.seq_rm(seq, 0, 4)
+        side.context.seq_add(seq, 4, -1, -4)
+
+    return postpone
+
+
+def pending_copy(source: int, target: int) -> Operation:
+    """Between streams; in a unified cache it is done at once."""
+
+    def postpone(side: Side) -> None:
+        side.context.seq_cp(source, target)
+
+    return postpone
+
+
+def decode_fourth(side: Side) -> bytes:
+    return side.context.decode(3, [9]).tobytes()
 
 
 # ---- Operations ----------------------------------------------------------------------------------
@@ -356,9 +381,28 @@ def state_get_all(side: Side) -> bytes:
 OPERATIONS: dict[str, Operation] = {
     function.__name__: function
     for function in (
-        decode, decode_several, decode_own, shift, divide, copy, copy_own, remove, remove_a_part,
-        keep_own, state_get, state_set, save, load,
-        remove_own, shift_own, divide_own, copy_onto_own, keep_other, clear, state_get_own,
-        state_set_own, state_get_all,
+        decode,
+        decode_several,
+        decode_own,
+        shift,
+        divide,
+        copy,
+        copy_own,
+        remove,
+        remove_a_part,
+        keep_own,
+        state_get,
+        state_set,
+        save,
+        load,
+        remove_own,
+        shift_own,
+        divide_own,
+        copy_onto_own,
+        keep_other,
+        clear,
+        state_get_own,
+        state_set_own,
+        state_get_all,
     )
 }

@@ -8,10 +8,8 @@ sequences, and no more than that.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import c_interface
 import pytest
 from cuda_driver import NEEDS_CUDA
 from devices import ON_GPU
@@ -21,18 +19,12 @@ from in_flight import (
     OWN,
     SPARE,
     Kind,
-    Operation,
-    Side,
     beside_a_transfer,
-    decode,
-    decode_several,
-    divide,
-    load,
-    shift,
-    state_set,
+    decode_fourth,
+    pending_copy,
+    pending_shift,
 )
 from like_contexts import CACHES, MakeContext
-from llama_reference import llama
 from simulated_cuda import SimulatedCuda
 
 pytestmark = NEEDS_CUDA
@@ -218,3 +210,122 @@ def test_what_is_forbidden_beside_a_transfer_spoils_sequences_and_no_more(
     logits = [context.decode(OWN, context.model.prompt(40)) for context in (ours, like)]
     assert logits[0].tobytes() == logits[1].tobytes()
     assert ours.state_get(OWN) == like.state_get(OWN)
+
+
+# ---- The faults one by one -----------------------------------------------------------------------
+
+UNIFIED = [cache for cache, options in CACHES.items() if options.get("kv_unified", True)]
+SEPARATE = [cache for cache in CACHES if cache not in UNIFIED]
+
+SHIFTED = [
+    *[(kind, cache) for kind in ("llama", "gemma3") for cache in CACHES],
+    *[("deepseek2", cache) for cache in ("flash", "transposed", "streams")],
+]
+"""What llama.cpp can shift at all."""
+
+
+@CPU_ONLY
+@pytest.mark.xfail(reason=REQUANTISED)
+@pytest.mark.parametrize("shifted", [OTHER, OWN], ids=["of another sequence", "of its own"])
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize(("kind", "cache"), SHIFTED)
+def test_no_byte_moves_while_a_shift_rewrites_the_keys(
+    cuda: SimulatedCuda,
+    make_context: MakeContext,
+    kind: str,
+    cache: str,
+    transfer: Kind,
+    shifted: int,
+) -> None:
+    """llama.cpp applies a pending shift at its next decode, to all keys of the cache: those that
+    need not be shifted are turned by zero. Here it is halted behind its first operation. Quantised
+    keys lie outside of the cache at that moment: what is loaded now is lost.
+    """
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    outcome = beside_a_transfer(
+        cuda,
+        ours,
+        like,
+        transfer,
+        decode_fourth,
+        before=pending_shift(shifted),
+        release_at_node=1,
+    )
+    assert outcome.differences == []
+    assert not outcome.beside
+
+
+@pytest.mark.xfail(reason=MASKED)
+@pytest.mark.parametrize("operation", ["decode", "state_set", "load"])
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize("kind", WINDOW)
+@pytest.mark.parametrize("cache", UNIFIED)
+def test_no_cell_of_a_window_that_is_being_moved_goes_to_another_sequence(
+    cuda: SimulatedCuda,
+    make_context: MakeContext,
+    kind: str,
+    cache: str,
+    transfer: Kind,
+    operation: str,
+) -> None:
+    """A state has the cells that the window shows to the last token. llama.cpp takes for others
+    what the window hides from the next one.
+    """
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    outcome = beside_a_transfer(cuda, ours, like, transfer, OPERATIONS[operation])
+    assert outcome.differences == []
+
+
+@pytest.mark.xfail(reason=MOVED)
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize("cache", ["flash", "streams"])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_a_recurrent_cell_that_llama_cpp_moves_keeps_its_bytes(
+    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str, transfer: Kind
+) -> None:
+    """Sequences that are decoded in one batch get neighbouring cells. Whoever is in the way goes to
+    another cell, and the graph copies its state there: a load still goes to the old one, where
+    another sequence is by then.
+    """
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    outcome = beside_a_transfer(cuda, ours, like, transfer, OPERATIONS["decode_several"])
+    assert outcome.differences == []
+
+
+@pytest.mark.xfail(reason="the keys are turned under the save")
+@pytest.mark.parametrize(("kind", "cache"), SHIFTED)
+def test_a_sequence_is_saved_as_it_was_before_its_pending_shift(
+    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str
+) -> None:
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    outcome = beside_a_transfer(cuda, ours, like, "save", decode_fourth, before=pending_shift(OWN))
+    assert outcome.differences == []
+
+
+@pytest.mark.xfail(reason=POSTPONED)
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize("cache", SEPARATE)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "hybrid", "deepseek2"])
+def test_a_sequence_onto_which_another_is_to_be_copied_is_moved_before(
+    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str, transfer: Kind
+) -> None:
+    """llama.cpp copies between streams at its next decode, over whatever has been loaded since."""
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    outcome = beside_a_transfer(
+        cuda, ours, like, transfer, decode_fourth, before=pending_copy(OTHER, OWN)
+    )
+    assert outcome.differences == []
+
+
+@pytest.mark.xfail(reason=POSTPONED)
+@pytest.mark.parametrize("cache", SEPARATE)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "hybrid", "deepseek2"])
+def test_a_sequence_that_is_to_be_copied_is_loaded_before(
+    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str
+) -> None:
+    """llama.cpp's copy is then one of what has been loaded; so is ours."""
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    outcome = beside_a_transfer(
+        cuda, ours, like, "load", decode_fourth, before=pending_copy(OWN, SPARE)
+    )
+    assert outcome.differences == []
