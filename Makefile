@@ -69,6 +69,7 @@ help:
 	@echo "make demo      save, load and decode beside each other on a real libllama; prints a table, draws a timeline"
 	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python, test-install, test-examples"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
+	@echo "make soak      random operations beside transfers, compared with llama.cpp's own; as long as ARGS says"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
@@ -166,7 +167,7 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # For whoever names no libllama.
-demo bench test-python test-gpu: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
+demo bench test-python test-gpu soak: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
 test-go: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(OTHER_LIB)
 
 .PHONY: demo
@@ -239,7 +240,7 @@ test-examples: $(TOOLS) $(BINDINGS_HEADERS)
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
-PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py test_llama_in_flight.py)
+PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py test_llama_in_flight.py test_llama_random.py)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
@@ -254,6 +255,13 @@ test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simul
 test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(run_python_tests)
+
+# What test-python does with fixed seeds for some seconds, for as long as wanted: ARGS="--hours 2", ARGS="--steps 10000".
+.PHONY: soak
+soak: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+soak: $(PACKAGE) $(BINDINGS) $(LLAMA) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
+	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
 
 # Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU.
 .PHONY: test-gpu

@@ -213,7 +213,7 @@ def beside_a_transfer(
     return Outcome(beside, status, found)
 
 
-# ---- What llama.cpp postpones to its next decode --------------------------------------------------
+# ---- What llama.cpp postpones to its next decode -------------------------------------------------
 
 
 def pending_shift(seq: int) -> Operation:
