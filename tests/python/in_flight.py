@@ -187,7 +187,8 @@ def beside_a_transfer(
         else:
             saved = like.state_get(OWN)
             state = ctypes.create_string_buffer(len(saved))
-            job = attachment.save(OWN, state, stream=stream.handle, mode=mode)
+            with released_at_last(stream):
+                job = attachment.save(OWN, state, stream=stream.handle, mode=mode)
         beside_at_node = None
 
         def move_now() -> None:

@@ -7,9 +7,11 @@ sequences, and no more than that.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from typing import Any
 
+import c_interface
 import pytest
 from cuda_driver import NEEDS_CUDA
 from devices import ON_GPU
@@ -21,6 +23,7 @@ from in_flight import (
     Kind,
     beside_a_transfer,
     decode_fourth,
+    live_alike,
     pending_copy,
     pending_shift,
 )
@@ -212,6 +215,53 @@ def test_what_is_forbidden_beside_a_transfer_spoils_sequences_and_no_more(
     assert ours.state_get(OWN) == like.state_get(OWN)
 
 
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize(("kind", "cache"), [one for one in KINDS if one[1] == "flash"])
+def test_a_context_that_is_freed_ends_its_transfers_first(
+    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str, transfer: Kind
+) -> None:
+    context = make_context(kind, **CACHES[cache])
+    live_alike(context)
+    state = context.state_get(OWN)
+    library = c_interface.Library(c_interface.LIBRARY)
+    with (
+        library.engine() as engine,
+        cuda.stream() as stream,
+        engine.attach(context.address) as attachment,
+    ):
+        stream.hold()
+        buffer = ctypes.create_string_buffer(state, len(state))
+        submit = attachment.load if transfer == "load" else attachment.save
+        job = submit(OWN, buffer, stream=stream.handle, mode=c_interface.Mode.IN_PLACE)
+        context.close()
+        assert job.done
+        assert job.wait() == "KVF_ERR_CANCELLED"
+
+
+SNAPSHOT_ALLOWS = [name for name, rule in TABLE["save"].items() if isinstance(rule, Forbidden)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation"),
+    [
+        (kind, operation)
+        for kind in ("llama", "gemma3", "hybrid")
+        for operation in SNAPSHOT_ALLOWS
+        if can(operation, kind)
+    ],
+)
+def test_a_snapshot_forbids_nothing(
+    cuda: SimulatedCuda, make_context: MakeContext, kind: str, operation: str
+) -> None:
+    """It has been taken when the call returns, which waits for the stream."""
+    ours, like = (make_context(kind) for _ in range(2))
+    outcome = beside_a_transfer(
+        cuda, ours, like, "save", OPERATIONS[operation], mode=c_interface.Mode.SNAPSHOT
+    )
+    assert outcome.differences == []
+    assert outcome.status == "KVF_OK"
+
+
 # ---- The faults one by one -----------------------------------------------------------------------
 
 UNIFIED = [cache for cache, options in CACHES.items() if options.get("kv_unified", True)]
@@ -248,6 +298,7 @@ def test_no_byte_moves_while_a_shift_rewrites_the_keys(
         like,
         transfer,
         decode_fourth,
+        live_alike,
         before=pending_shift(shifted),
         release_at_node=1,
     )
