@@ -259,7 +259,7 @@ test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 # What test-python does with fixed seeds for some seconds, for as long as wanted: ARGS="--hours 2", ARGS="--steps 10000".
 .PHONY: soak
 soak: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
-soak: $(PACKAGE) $(BINDINGS) $(LLAMA) build/native/build.ninja
+soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
 
