@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import c_interface
-from llama_reference import Context, llama
+from llama_reference import AbortCallback, Context, llama
 from simulated_cuda import SimulatedCuda, Stream
 
 OWN, SPARE, OTHER = 0, 1, 2
@@ -114,7 +114,7 @@ def at_node(context: Context, node: int, reached: Callable[[], None]) -> Iterato
     """
     count = 0
 
-    @llama.ggml_abort_callback  # type: ignore[untyped-decorator]
+    @AbortCallback
     def ask(_: object) -> bool:
         nonlocal count
         count += 1
@@ -126,7 +126,7 @@ def at_node(context: Context, node: int, reached: Callable[[], None]) -> Iterato
     try:
         yield
     finally:
-        llama.llama_set_abort_callback(context.pointer, llama.ggml_abort_callback(), None)
+        llama.llama_set_abort_callback(context.pointer, AbortCallback(), None)
 
 
 def differences(ours: Context, like: Context, ignored: frozenset[int] = frozenset()) -> list[str]:
