@@ -193,6 +193,11 @@ KVF_API int32_t kvf_engine_destroy(kvf_engine engine);
  * kvf_buffer_free(). Errors: KVF_ERR_OUT_OF_MEMORY, KVF_ERR_PINNED_LIMIT. */
 KVF_API int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer);
 
+/* As kvf_buffer_alloc(). When it fails, it writes one line of text into `error` (NULL: nowhere), which has room for
+ * `error_size` bytes, terminating 0 included: how much is taken of how much, for instance. */
+KVF_API int32_t kvf_buffer_alloc_with_error(kvf_engine engine, uint64_t bytes, void **buffer,
+                                            char *error, uint64_t error_size);
+
 /* Gives a buffer back to its pool, also after the engine is gone. NULL is allowed.
  * Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT for an address that is not an
  * allocated buffer, such as one that has been freed before. */

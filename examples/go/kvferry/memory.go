@@ -79,11 +79,12 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 		return nil, &Error{Status: ErrInvalidArgument, Detail: "size is negative"}
 	}
 	var start unsafe.Pointer
+	var text [256]C.char
 	mapping.enter()
-	status := C.kvf_buffer_alloc(e.handle, C.uint64_t(size), &start)
+	status := C.kvf_buffer_alloc_with_error(e.handle, C.uint64_t(size), &start, &text[0], C.uint64_t(len(text)))
 	mapping.leave()
-	if err := check(status); err != nil {
-		return nil, err
+	if status != C.KVF_OK {
+		return nil, failure(status, text[:])
 	}
 	b := &Buffer{bytes: unsafe.Slice((*byte)(start), size), users: new(gate)}
 	runtime.SetFinalizer(b, (*Buffer).Close)
