@@ -160,6 +160,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
                                                      static_cast<unsigned long long>(bytes)));
     }
     Recorded recorded = recorder.finish();
+    check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     if (!knows_cells()) {
         if (const auto structure = parse_state(static_cast<unsigned char *>(buffer), written)) {
@@ -243,6 +244,9 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
             throw load_failure(sequence, recorder.abort_text(), structure);
         }
         Recorded recorded = recorder.finish();
+        if (api_.memory_seq_pos_max(api_.get_memory(context_), sequence) >= 0) {
+            check_heard_anything(recorder);
+        }
         sequences_->note_tensors(recorder.tensors());
         if (structure) {
             check_recorded_whole(*structure, recorded);
@@ -316,6 +320,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     settle();
     check_usable();
     engine_->check(options); // what is wrong with them must not cost a sequence its cells
+    if (tap_) tap_->take_back_slots();
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
@@ -430,6 +435,14 @@ void Llama::move_while_recording(Recorder &recorder, std::optional<OpenJob> &ope
         open->add(device, std::move(part));
     };
     recorder.set_sink(sink, kLeastPart);
+}
+
+// A sequence with cells has tensor bytes. That none were heard of means that calls go past the tap: libllama has moved
+// everything itself, while the caller waited.
+void Llama::check_heard_anything(const Recorder &recorder) {
+    if (!recorder.tensors().empty()) return;
+    throw Error(KVF_ERR_TAP,
+                "the tap recorded nothing: somebody else has put functions into libllama's slots");
 }
 
 // What libllama did not move through the tap has been moved already, or not at all.

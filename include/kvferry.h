@@ -436,7 +436,7 @@ enum {
  * `options` and `job` may be NULL.
  * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
  * (a load into this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST,
- * KVF_ERR_LLAMA. */
+ * KVF_ERR_LLAMA, KVF_ERR_TAP (libllama's calls go past the tap, since somebody has overwritten its slots). */
 KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t bytes,
                                const kvf_submit_options *options, kvf_job *job);
 
@@ -461,8 +461,8 @@ enum {
  * kvf_llama_* call on an attachment to this context: call kvf_llama_settle() after a completion that is not KVF_OK and
  * before decoding.
  * The state is checked before libllama sees it, so that a truncated or damaged one is refused.
- * Errors: KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH, KVF_ERR_CACHE_FULL (all leave the sequence
- * empty); KVF_ERR_SEQUENCE_RANGE, KVF_ERR_BUSY (a transfer of this sequence is in flight),
+ * Errors: KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH, KVF_ERR_CACHE_FULL, KVF_ERR_TAP (all leave the
+ * sequence empty); KVF_ERR_SEQUENCE_RANGE, KVF_ERR_BUSY (a transfer of this sequence is in flight),
  * KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_INVALID_ARGUMENT, KVF_ERR_DEVICE_LOST (all leave it as
  * it was; but a device that is lost during the call leaves it empty). */
 KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,
