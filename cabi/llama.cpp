@@ -195,6 +195,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     if (in_place) move_while_recording(recorder, open, submission, options, job != nullptr);
     const uint64_t written = write_state(sequence, state, bytes, recorder);
     Recorded recorded = recorder.finish();
+    check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     recorded.bytes = written;
     if (in_place) {
@@ -225,6 +226,7 @@ void Llama::save_opaque(int32_t sequence, Submission &&submission,
     Recorder recorder = make_recorder(Direction::Save, state, needed, submission.gate);
     const uint64_t written = write_state(sequence, state, needed, recorder);
     Recorded recorded = recorder.finish();
+    check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     move_now(Direction::Save, state, written, std::exchange(recorded.layouts, {}),
              submission.gate.get());
@@ -301,6 +303,7 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
         throw load_failure(sequence, recorder.abort_text(), state.structure);
     }
     Recorded recorded = recorder.finish();
+    if (holds_cells(sequence)) check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     check_recorded_whole(*state.structure, recorded);
     learn(*state.structure);
@@ -325,6 +328,7 @@ void Llama::load_opaque(int32_t sequence, const Incoming &state, Submission &&su
         throw load_failure(sequence, recorder.abort_text(), std::nullopt);
     }
     Recorded recorded = recorder.finish();
+    if (holds_cells(sequence)) check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     move_now(Direction::Load, submission.buffer, view.bytes, std::exchange(recorded.layouts, {}),
              submission.gate.get());
@@ -420,6 +424,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     settle();
     check_usable();
     engine_->check(options); // what is wrong with them must not cost a sequence its cells
+    if (tap_) tap_->take_back_slots();
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
@@ -650,6 +655,14 @@ void Llama::move_while_recording(Recorder &recorder, std::optional<OpenJob> &ope
         open->add(device, std::move(part));
     };
     recorder.set_sink(sink, kLeastPart);
+}
+
+// A sequence with cells has tensor bytes. That none were heard of means that calls go past the tap: libllama has moved
+// everything itself, while the caller waited.
+void Llama::check_heard_anything(const Recorder &recorder) {
+    if (!recorder.tensors().empty()) return;
+    throw Error(KVF_ERR_TAP,
+                "the tap recorded nothing: somebody else has put functions into libllama's slots");
 }
 
 // What libllama did not move through the tap has been moved already, or not at all.

@@ -199,6 +199,10 @@ KVF_API int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffe
  * them may be used. Also after the engine is gone.
  * Errors: KVF_ERR_INVALID_ARGUMENT for an address that is not an allocated buffer. */
 KVF_API int32_t kvf_buffer_capacity(const void *buffer, uint64_t *bytes);
+/* As kvf_buffer_alloc(). When it fails, it writes one line of text into `error` (NULL: nowhere), which has room for
+ * `error_size` bytes, terminating 0 included: how much is taken of how much, for instance. */
+KVF_API int32_t kvf_buffer_alloc_with_error(kvf_engine engine, uint64_t bytes, void **buffer,
+                                            char *error, uint64_t error_size);
 
 /* Gives a buffer back to its pool, also after the engine is gone. NULL is allowed.
  * Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT for an address that is not an
@@ -489,7 +493,7 @@ enum {
  * `options` and `job` may be NULL.
  * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
  * (a load into this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST,
- * KVF_ERR_LLAMA. */
+ * KVF_ERR_LLAMA, KVF_ERR_TAP (libllama's calls go past the tap, since somebody has overwritten its slots). */
 KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t bytes,
                                const kvf_submit_options *options, kvf_job *job);
 

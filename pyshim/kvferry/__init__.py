@@ -10,7 +10,8 @@ from ._native import ffi as _ffi
 from ._native import lib as _lib
 from .buffer import Buffer
 from .completions import Completion
-from .engine import Devices, Engine, TraceEvent
+from .devices import Devices
+from .engine import Engine, TraceEvent
 from .errors import (
     BufferTooSmall,
     Busy,

@@ -9,7 +9,7 @@ import numpy
 from numpy.typing import DTypeLike, NDArray
 
 from ._native import ffi, lib
-from .errors import check, error
+from .errors import ErrorText, check, error
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -108,7 +108,9 @@ def pinned(engine: int, nbytes: int) -> Buffer:
     takes, a third of a second for 1 GiB.
     """
     address = ffi.new("void **")
-    check(lib.kvf_buffer_alloc(engine, max(1, nbytes), address))
+    text = ErrorText()
+    size = ffi.sizeof(text.buffer)
+    check(lib.kvf_buffer_alloc_with_error(engine, max(1, nbytes), address, text.buffer, size), text)
     memory = ffi.gc(ffi.cast("uint8_t *", address[0]), lib.kvf_buffer_free, nbytes)
     return Buffer(memory, nbytes)
 

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .completions import Completion
-from .engine import Devices, Engine, TraceEvent
+from .devices import Devices
+from .engine import Engine, TraceEvent
 from .libllama import Context, ContextOptions, Libllama, LlamaError, Model, Step, find
 from .llama import Llama
 from .snapshot import Snapshot

@@ -14,6 +14,7 @@ from ._native import ffi, lib
 from .buffer import Buffer, borrow, pinned
 from .completions import Completions, see_through
 from .core import Core, describe
+from .devices import Devices, engine_devices
 from .errors import ErrorText, check, error
 from .llama import Llama, attach
 from .regions import RegionList, region_list
@@ -22,14 +23,6 @@ from .worker import Call
 
 if TYPE_CHECKING:
     from ._native import CData
-
-Devices = Literal["auto", "host", "cuda"]
-
-_DEVICES: dict[str, int] = {
-    "auto": lib.KVF_DEVICES_AUTO,
-    "host": lib.KVF_DEVICES_HOST,
-    "cuda": lib.KVF_DEVICES_CUDA,
-}
 
 
 class TraceEvent(NamedTuple):
@@ -52,7 +45,10 @@ class Engine:
 
     devices
         ``"auto"``: every CUDA device, and the host. ``"host"``: the CUDA driver is not touched.
-        ``"cuda"``: NoDevice is raised where there is none.
+        ``"cuda"``: NoDevice is raised where there is none. ``"cuda:0"``, or ordinals such as
+        ``[0, 2]``: the host and these CUDA devices, as the driver counts them; others are not
+        touched, and NoDevice is raised where one of these can't be used. (Each CUDA device costs a
+        context, some hundred MiB of its memory.)
     copy_threads
         Threads that copy host memory; 0: by the number of cores, 6 at most.
     pinned_limit
@@ -75,14 +71,14 @@ class Engine:
         staging_bytes: int = 0,
         trace: bool = False,
     ) -> None:
-        if devices not in _DEVICES:
-            raise ValueError(f"devices is 'auto', 'host' or 'cuda', not {devices!r}")
+        kind, cuda_devices = engine_devices(devices)
         text = ErrorText()
         options = ffi.new(
             "kvf_engine_options *",
             {
                 "size": ffi.sizeof("kvf_engine_options"),
-                "devices": _DEVICES[devices],
+                "devices": kind,
+                "cuda_devices": cuda_devices,
                 "flags": lib.KVF_ENGINE_TRACE if trace else 0,
                 "copy_threads": copy_threads,
                 "pinned_limit": pinned_limit,

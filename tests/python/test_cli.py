@@ -186,6 +186,42 @@ def test_doctor_says_what_is_wrong_with_cuda(
     assert finding["good"] == good
 
 
+@needs_simulated_cuda
+@pytest.mark.parametrize(
+    ("arguments", "failures", "ordinals"),
+    [
+        ([], "", [0]),
+        (["--device", "cuda"], "", [0]),
+        (["--device", "cuda:2"], "", [2]),
+        (["--device", "host"], "", []),
+        ([], "cuDevicePrimaryCtxRetain:1:2", [1]),
+    ],
+)
+def test_doctor_opens_one_gpu_of_several(
+    arguments: list[str], failures: str, ordinals: list[int]
+) -> None:
+    environment = {
+        "KVFERRY_CUDA_DRIVER": os.environ["KVFERRY_SIMULATED_CUDA"],
+        "KVFSIM_DEVICES": "4",
+        "KVFSIM_FAIL": failures,
+    }
+    done = run("doctor", "--json", *arguments, environment=environment)
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
+    devices = findings["devices"]["details"]["devices"]
+    assert [each["ordinal"] for each in devices if each["kind"] == "cuda"] == ordinals
+    driver = findings["CUDA driver"]
+    assert "4 device(s)" in driver["found"]
+    assert ("--device cuda:N" in driver["meaning"]) == bool(ordinals)
+    # What could not be used is said, though another GPU could be.
+    assert ("GPU 0" in findings) == bool(failures)
+
+
+def test_doctor_refuses_a_device_that_cannot_be_meant() -> None:
+    done = run("doctor", "--device", "cuda:x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'cuda:x' is none of auto, host, cuda, cuda:N" in done.stderr
+
+
 def test_doctor_works_without_the_optional_packages() -> None:
     done = run(
         "doctor",

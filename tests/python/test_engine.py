@@ -1,6 +1,7 @@
 """The engine's options, its account of itself, its memory, and the texts of its errors."""
 
 import gc
+from typing import Any
 
 import anyio
 import kvferry
@@ -25,9 +26,18 @@ async def test_an_engine_describes_itself() -> None:
     assert description["devices"][0]["copy_threads"] == 3
 
 
+@pytest.mark.parametrize(
+    "devices",
+    ["gpu", "", "cuda:", "cuda:-1", "cuda:0x", "cuda:64", [], [-1], [64], ["0"], [0.0], 0, None],
+)
+async def test_devices_that_cannot_be_meant_are_refused(devices: Any) -> None:
+    with pytest.raises(
+        ValueError, match="'auto', 'host', 'cuda', one CUDA device such as 'cuda:0'"
+    ):
+        kvferry.Engine(devices)
+
+
 async def test_unknown_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="'auto', 'host' or 'cuda'"):
-        kvferry.Engine("gpu")  # type: ignore[arg-type]
     async with kvferry.Engine("host") as engine:
         with pytest.raises(ValueError, match="'background' or 'urgent'"):
             await engine.copy_out(b"anything", priority="high")  # type: ignore[arg-type]
@@ -79,8 +89,10 @@ async def test_without_tracing_there_is_no_trace() -> None:
 async def test_the_limit_of_pinned_memory_holds_and_closing_a_buffer_makes_room() -> None:
     async with kvferry.Engine("host", pinned_limit=1 << 20) as engine:
         buffer = await engine.allocate(1 << 20)
-        with pytest.raises(kvferry.PinnedLimit):
-            await engine.allocate(1 << 20)
+        with pytest.raises(
+            kvferry.PinnedLimit, match="reached: 1 MiB of 1 MiB taken, 512 KiB wanted"
+        ):
+            await engine.allocate(512 << 10)
         buffer.close()
         again = await engine.allocate(1 << 20)
         assert again.nbytes == 1 << 20

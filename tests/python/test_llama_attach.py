@@ -90,6 +90,83 @@ async def test_the_last_detach_leaves_libllama_as_it_was(make_context: MakeConte
         assert merged(libllama_segments()) == segments
 
 
+def write_words(words: dict[int, bytes]) -> None:
+    """Into slots, whatever the protection of their pages."""
+    with open("/proc/self/mem", "r+b", buffering=0) as memory:
+        for at, word in words.items():
+            memory.seek(at)
+            memory.write(word)
+
+
+async def test_slots_that_the_loader_binds_while_the_tap_is_installed_are_taken_back(
+    make_context: MakeContext,
+) -> None:
+    """Lazy binding: it looks a function up, and writes it into the slot after we wrote ours."""
+    context = make_prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        async with engine.attach(context.address) as llama:
+            await llama.load(await llama.save(0), 2)  # binds what is bound at the first call
+        bound = words_of_libllama()
+        async with engine.attach(context.address) as llama:
+            attached = words_of_libllama()
+            functions = {at: word for at, word in bound.items() if attached[at] != word}
+            expected = context.state_get(0)
+            for _ in range(2):
+                write_words(functions)
+                before = llama.describe()["recorded_calls"]
+                assert (await llama.save(0)).to_bytes() == expected
+                assert llama.describe()["recorded_calls"] > before
+                assert words_of_libllama() == attached
+            write_words(functions)
+            before = llama.describe()["recorded_calls"]
+            await llama.load(expected, 2)
+            assert llama.describe()["recorded_calls"] > before
+            write_words(functions)
+            async with engine.attach(context.address):
+                assert words_of_libllama() == attached
+            write_words(dict(list(functions.items())[:1]))  # and goes, with one of them bound
+        assert words_of_libllama() == bound
+
+
+@pytest.mark.parametrize("kind", ["llama", "hybrid"])
+async def test_a_tap_that_somebody_went_past_is_an_error(
+    make_context: MakeContext, kind: str
+) -> None:
+    """Somebody's functions in the slots that call ggml's, and not ours, which were there before."""
+    context, like = make_prompted(make_context, kind), make_prompted(make_context, kind)
+    state = like.state_get(0)
+    like.state_set(2, state)  # binds what is bound at the first call
+    before = words_of_libllama()
+    ggml = ctypes.CDLL(str(LIBRARY_FOLDER / "libggml-base.so"))
+    number, address = ctypes.c_size_t, ctypes.c_void_p
+    function = ctypes.CFUNCTYPE(None, address, address, number, number)
+    passers = {}
+    for name in ("ggml_backend_tensor_get", "ggml_backend_tensor_set"):
+        own = function((name, ggml))
+        passers[ctypes.cast(own, address).value] = function(own)
+    async with kvferry.Engine(DEVICES) as engine, engine.attach(context.address) as llama:
+        attached = words_of_libllama()
+        passed, ours = {}, {}
+        for at, word in before.items():
+            passer = passers.get(int.from_bytes(word, "little"))
+            if passer is not None and attached[at] != word:
+                passed[at] = (ctypes.cast(passer, address).value or 0).to_bytes(8, "little")
+                ours[at] = attached[at]
+        assert len(passed) >= 2
+        write_words(passed)
+        try:
+            with pytest.raises(kvferry.TapUnavailable, match="recorded nothing"):
+                await llama.save(0)
+            with pytest.raises(kvferry.TapUnavailable, match="recorded nothing"):
+                await llama.load(state, 2)
+            assert context.pos_max(2) < 0
+        finally:
+            write_words(ours)
+        assert (await llama.save(0)).to_bytes() == state
+        await llama.load(state, 2)
+        assert context.state_get(2) == like.state_get(2)
+
+
 async def test_llama_cpps_own_calls_pass_through_while_attached_and_unseen_afterwards(
     make_context: MakeContext,
 ) -> None:

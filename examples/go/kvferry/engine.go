@@ -7,6 +7,7 @@ import "C"
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"sync"
 	"unsafe"
 )
@@ -26,6 +27,9 @@ type EngineOptions struct {
 	CopyThreads  int   // threads that copy host memory; 0: by the number of cores, 6 at most
 	PinnedLimit  int64 // most bytes of the buffer pool, each buffer's Cap and free ones included; 0: no limit
 	StagingBytes int64 // most device memory used per device and direction; 0: 32 MiB
+	// Ordinals of the CUDA devices to use, below 64, as the driver counts them; none: every one. Others are not touched.
+	// ErrNoDevice where one of them cannot be used.
+	CUDADevices []int
 }
 
 // Engine moves memory between devices and the host beside whatever else they do. All its methods may be called from
@@ -51,6 +55,12 @@ func NewEngine(options EngineOptions) (*Engine, error) {
 	given.copy_threads = C.uint32_t(options.CopyThreads)
 	given.pinned_limit = C.uint64_t(options.PinnedLimit)
 	given.staging_bytes = C.uint64_t(options.StagingBytes)
+	for _, ordinal := range options.CUDADevices {
+		if ordinal < 0 || ordinal >= 64 {
+			return nil, &Error{Status: ErrInvalidArgument, Detail: fmt.Sprintf("there is no CUDA device %d", ordinal)}
+		}
+		given.cuda_devices |= 1 << ordinal
+	}
 	given.error = (*C.char)(unsafe.Add(unsafe.Pointer(given), C.sizeof_kvf_engine_options))
 	given.error_size = C.uint64_t(len(text))
 

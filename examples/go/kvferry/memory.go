@@ -4,6 +4,7 @@ package kvferry
 import "C"
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"strings"
@@ -115,11 +116,11 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 	if size < 0 {
 		return nil, &Error{Status: ErrInvalidArgument, Detail: "size is negative"}
 	}
-	start, status := e.allocate(size)
-	if status == C.KVF_ERR_OUT_OF_MEMORY || status == C.KVF_ERR_PINNED_LIMIT {
-		start, status = e.allocateAfterCollection(size)
+	start, err := e.allocate(size)
+	if errors.Is(err, ErrOutOfMemory) || errors.Is(err, ErrPinnedLimit) {
+		start, err = e.allocateAfterCollection(size)
 	}
-	if err := check(status); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	var capacity C.uint64_t
@@ -132,22 +133,27 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 	return b, nil
 }
 
-func (e *Engine) allocate(size int) (start unsafe.Pointer, status C.int32_t) {
+func (e *Engine) allocate(size int) (unsafe.Pointer, error) {
 	mapping.enter()
 	defer mapping.leave()
-	status = C.kvf_buffer_alloc(e.handle, C.uint64_t(size), &start)
-	return start, status
+	var start unsafe.Pointer
+	var text [256]C.char
+	status := C.kvf_buffer_alloc_with_error(e.handle, C.uint64_t(size), &start, &text[0], C.uint64_t(len(text)))
+	if status != C.KVF_OK {
+		return nil, failure(status, text[:])
+	}
+	return start, nil
 }
 
 // collecting is held by the one that has the garbage collector run for memory.
 var collecting sync.Mutex
 
-func (e *Engine) allocateAfterCollection(size int) (unsafe.Pointer, C.int32_t) {
+func (e *Engine) allocateAfterCollection(size int) (unsafe.Pointer, error) {
 	collecting.Lock()
 	defer collecting.Unlock()
 	// Whoever held the lock before may have made room for this one too.
-	if start, status := e.allocate(size); status == C.KVF_OK {
-		return start, status
+	if start, err := e.allocate(size); err == nil {
+		return start, nil
 	}
 	collect()
 	return e.allocate(size)

@@ -76,7 +76,8 @@ func TestARefusalSaysMoreThanItsStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer limited.Close()
-	if _, err := limited.NewBuffer(2 << 20); !errors.Is(err, kvferry.ErrPinnedLimit) {
+	if _, err := limited.NewBuffer(2 << 20); !errors.Is(err, kvferry.ErrPinnedLimit) ||
+		err.Error() != "the engine's limit of pinned memory is reached: 0 bytes of 1 MiB taken, 2 MiB wanted" {
 		t.Errorf("%v", err)
 	}
 	if _, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: 77}); !errors.Is(err, kvferry.ErrInvalidArgument) ||

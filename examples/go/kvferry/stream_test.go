@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -33,6 +34,36 @@ func newCUDAEngine(t *testing.T) *kvferry.Engine {
 		}
 	})
 	return engine
+}
+
+func TestEngineOpensTheCUDADevicesThatAreNamed(t *testing.T) {
+	driver := os.Getenv("KVFERRY_SIMULATED_CUDA")
+	if driver == "" {
+		t.Skip("KVFERRY_SIMULATED_CUDA is not set")
+	}
+	t.Setenv("KVFERRY_CUDA_DRIVER", driver)
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{CUDADevices: []int{0}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := engine.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, refused := range []struct {
+		options kvferry.EngineOptions
+		status  kvferry.Status
+		text    string
+	}{
+		{kvferry.EngineOptions{CUDADevices: []int{0, 63}}, kvferry.ErrNoDevice, "device 63: the CUDA driver shows 1"},
+		{kvferry.EngineOptions{CUDADevices: []int{64}}, kvferry.ErrInvalidArgument, "there is no CUDA device 64"},
+		{kvferry.EngineOptions{CUDADevices: []int{-1}}, kvferry.ErrInvalidArgument, "there is no CUDA device -1"},
+		{kvferry.EngineOptions{CUDADevices: []int{0}, Devices: kvferry.HostOnly}, kvferry.ErrInvalidArgument, "host alone"},
+	} {
+		_, err := kvferry.NewEngine(refused.options)
+		if !errors.Is(err, refused.status) || !strings.Contains(err.Error(), refused.text) {
+			t.Errorf("%v: %v", refused.options, err)
+		}
+	}
 }
 
 // expectIdle checks that a call has left no transfer behind. The engine forgets a job a moment after its completion.

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..engine import Devices, Engine
+from ..devices import Devices
+from ..engine import Engine
 from ..libllama import Libllama, LlamaError, Model, find
 from ..limits import Direction, RawCuda
 from ..synthetic import write_model
