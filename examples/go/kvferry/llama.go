@@ -172,17 +172,22 @@ func (s Sequence) Save(ctx context.Context, to Memory, options ...Option) (Compl
 //
 // The state is checked before libllama sees it. Errors: ErrStateDamaged, ErrStateMismatch, ErrCacheFull,
 // ErrSequenceRange, ErrBusy (a transfer of this sequence is in flight), ErrCancelled, ErrClosed, ErrContextFreed.
-func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (Completion, error) {
+func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (completion Completion, err error) {
 	if !s.llama.inFlight.enter() {
 		return Completion{}, &Error{Status: ErrClosed}
 	}
 	defer s.llama.inFlight.leave()
-	completion, err := s.transfer(ctx, C.KVGO_LOAD_SEQUENCE, from, read(options))
-	if err != nil && completion.Submitted != 0 { // it had begun, and left half a state: remove that
-		s.llama.lock.Lock()
-		C.kvf_llama_settle(s.llama.handle)
-		s.llama.lock.Unlock()
-	}
+	returned := false // else the function of a StreamWait has panicked
+	defer func() {
+		// A load that had begun and failed left half a state: remove that.
+		if !returned || err != nil && completion.Submitted != 0 {
+			s.llama.lock.Lock()
+			defer s.llama.lock.Unlock()
+			C.kvf_llama_settle(s.llama.handle)
+		}
+	}()
+	completion, err = s.transfer(ctx, C.KVGO_LOAD_SEQUENCE, from, read(options))
+	returned = true
 	return completion, err
 }
 
