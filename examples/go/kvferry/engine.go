@@ -7,6 +7,7 @@ import "C"
 import (
 	"context"
 	"encoding/json"
+	"math"
 	"sync"
 	"unsafe"
 )
@@ -41,14 +42,19 @@ type Engine struct {
 }
 
 // NewEngine starts an engine. Where there is CUDA it takes a few hundred milliseconds: make one before serving.
+//
+// Errors: ErrInvalidArgument, ErrNoDevice, ErrOutOfMemory, ErrSystem.
 func NewEngine(options EngineOptions) (*Engine, error) {
+	if options.CopyThreads < 0 || options.PinnedLimit < 0 || options.StagingBytes < 0 {
+		return nil, &Error{Status: ErrInvalidArgument, Detail: "a number in the options is negative"}
+	}
 	var text [256]C.char
 	// In C's memory, because it holds a pointer.
 	given := (*C.kvf_engine_options)(C.calloc(1, C.sizeof_kvf_engine_options+C.size_t(len(text))))
 	defer C.free(unsafe.Pointer(given))
 	given.size = C.sizeof_kvf_engine_options
 	given.devices = C.uint32_t(options.Devices)
-	given.copy_threads = C.uint32_t(options.CopyThreads)
+	given.copy_threads = C.uint32_t(min(options.CopyThreads, math.MaxInt32)) // C says what is too many
 	given.pinned_limit = C.uint64_t(options.PinnedLimit)
 	given.staging_bytes = C.uint64_t(options.StagingBytes)
 	given.error = (*C.char)(unsafe.Add(unsafe.Pointer(given), C.sizeof_kvf_engine_options))
@@ -140,6 +146,9 @@ type Region struct {
 	Offset      uint64 // of the first row in the buffer
 	BufferPitch uint64 // bytes from row to row in the buffer
 }
+
+// Regions are passed to C as they are.
+var _ = [1]struct{}{}[unsafe.Sizeof(Region{})-unsafe.Sizeof(C.kvf_region{})]
 
 // At is the Region.Address of memory that is not Go's.
 func At(address uintptr) unsafe.Pointer { return *(*unsafe.Pointer)(unsafe.Pointer(&address)) }
