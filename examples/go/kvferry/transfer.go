@@ -82,7 +82,7 @@ func WithMode(m SaveMode) Option { return Option{kind: optionMode, value: uint64
 func Ahead() Option { return Option{kind: optionAhead} }
 
 // AfterStream makes the transfer begin when the work that a CUDA stream (a CUstream or cudaStream_t) holds at the
-// time of the call has been done.
+// time of the call has been done. A Snapshot waits for that work with the context's lock held, since it copies under it.
 func AfterStream(stream uintptr) Option { return Option{kind: optionStream, value: uint64(stream)} }
 
 // StreamWait makes a CUDA stream (a CUstream or cudaStream_t) wait for the transfer, and then calls `then` if it is not
@@ -134,6 +134,7 @@ type request struct {
 	operation C.uint32_t
 	owner     C.uint64_t  // the engine, or the attachment
 	lock      sync.Locker // held while it is submitted; nil: none
+	blocking  bool        // the lock is held until it has ended
 	sequence  int32
 	regions   []Region
 	memory    []byte
@@ -177,7 +178,13 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	}
 	w.armed.Store(true)
 
-	if err := w.submit(ctx, r.lock, r.regions); err != nil {
+	lock := r.lock
+	if r.blocking {
+		lock.Lock()
+		defer lock.Unlock()
+		lock = held{}
+	}
+	if err := w.submit(ctx, lock, r.regions); err != nil {
 		w.armed.Store(false)
 		return Completion{}, err
 	}
@@ -228,6 +235,12 @@ func (w *waiter) makeStreamsWait(waits []streamWait) error {
 	waiting = true
 	return nil
 }
+
+// held stands for a lock that is held already.
+type held struct{}
+
+func (held) Lock()   {}
+func (held) Unlock() {}
 
 func (w *waiter) submit(ctx context.Context, lock sync.Locker, regions []Region) error {
 	if lock != nil {

@@ -482,6 +482,45 @@ func TestLoadLeavesNoHalfOfAStateWhenTheProgramsFunctionPanics(t *testing.T) {
 	}
 }
 
+// libllama's own calls then run on a thread of the engine's: whoever has the lock must find the context at rest.
+func TestBlockingTransfersHoldTheLockUntilTheyHaveEnded(t *testing.T) {
+	m, f := newModel(t, 2, 500, 0)
+	blocking, err := f.engine.Attach(uintptr(m.context), &m.mutex, kvferry.AttachOptions{ForceBlocking: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer blocking.Close()
+	state := save(t, f, 0)
+	copied := make([]byte, state.Len())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for range 50 {
+			if _, err := blocking.Sequence(0).Save(context.Background(), kvferry.Bytes(copied)); err != nil {
+				t.Error(err)
+				return
+			}
+			if _, err := blocking.Sequence(1).Load(context.Background(), state); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	for running := true; running; {
+		select {
+		case <-ended:
+			running = false
+		default:
+		}
+		if _, err := f.llama.Sequence(0).Size(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !bytes.Equal(copied, state.Bytes()) {
+		t.Error("the states differ")
+	}
+}
+
 func TestLlamaClosesUnderLoad(t *testing.T) {
 	for range 5 {
 		_, f := newModel(t, 3, 60, 0, 1, 2)
