@@ -175,8 +175,8 @@ func collect() {
 // Len is the buffer's size in bytes, as it was asked for.
 func (b *Buffer) Len() int { return len(b.bytes) }
 
-// Cap is what the buffer takes of the pool, and of EngineOptions.PinnedLimit: a little more than Len, for sizes are rounded up.
-// Who keeps to a budget counts this.
+// Cap is what the buffer takes of the pool, and of EngineOptions.PinnedLimit: a little more than Len, for sizes are
+// rounded up. Who keeps to a budget counts this.
 func (b *Buffer) Cap() int { return cap(b.bytes) }
 
 // Slice is the buffer's part from byte low up to byte high, as buffer.Bytes()[low:high] is, but the transfer that it is
