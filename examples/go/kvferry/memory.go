@@ -237,6 +237,13 @@ type Registration struct {
 	pinner runtime.Pinner
 	mutex  sync.Mutex
 	made   []uintptr // who called Register: program counters
+	lost   bool      // it is among the lost ones
+}
+
+// lost keeps the memory pinned that a device which was given up may still write to.
+var lost struct {
+	sync.Mutex
+	registrations []*Registration
 }
 
 // Register pins memory that many transfers will use, so that they run as from a Buffer. It costs about 30 ms per
@@ -274,7 +281,8 @@ func (r *Registration) forgotten() {
 }
 
 // Close unpins the memory. Closing twice is allowed, and closing after the engine too. Errors: ErrBusy while a transfer
-// uses the memory; then nothing has changed.
+// uses the memory; then nothing has changed. ErrDeviceLost where a copy did not end that may still write to the memory: it
+// stays pinned for the rest of the program, and the Registration may be dropped.
 func (r *Registration) Close() error {
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
@@ -284,7 +292,15 @@ func (r *Registration) Close() error {
 	start := unsafe.Pointer(unsafe.SliceData(r.memory))
 	mapping.enter()
 	defer mapping.leave()
-	if err := check(C.kvf_buffer_unregister(r.engine.handle, start)); err != nil {
+	status := C.kvf_buffer_unregister(r.engine.handle, start)
+	if status == C.KVF_ERR_DEVICE_LOST && !r.lost {
+		r.lost = true
+		runtime.SetFinalizer(r, nil)
+		lost.Lock()
+		lost.registrations = append(lost.registrations, r)
+		lost.Unlock()
+	}
+	if err := check(status); err != nil {
 		return err
 	}
 	r.pinner.Unpin()

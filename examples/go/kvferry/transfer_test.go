@@ -664,6 +664,56 @@ func TestForgottenRegistrationSaysWhereItWasMade(t *testing.T) {
 	}
 }
 
+// A copy that does not end may still write to the memory, so that it stays pinned for ever. Who has closed the Registration
+// has done what can be done.
+func TestRegistrationOfALostDeviceMayBeDropped(t *testing.T) {
+	const child = "KVFERRY_TEST_LOSES"
+	driver := os.Getenv("KVFERRY_SIMULATED_CUDA")
+	if driver == "" {
+		t.Skip("no simulated CUDA driver: KVFERRY_SIMULATED_CUDA names it")
+	}
+	if os.Getenv(child) == "" {
+		command := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+		command.Env = append(os.Environ(), child+"=1", "KVFERRY_STUCK_SECONDS=1", "KVFSIM_HOLD=copy:1+")
+		if said, err := command.CombinedOutput(); err != nil {
+			t.Fatalf("%v:\n%s", err, said)
+		}
+		return
+	}
+	const size = 4 << 20
+	engine := newCUDAEngine(t)
+	device := baseline.DeviceAlloc(driver, size)
+	if device == 0 {
+		t.Fatal("no device memory")
+	}
+	var address uintptr
+	func() {
+		memory := make([]byte, size)
+		address = uintptr(unsafe.Pointer(&memory[0]))
+		registration, err := engine.Register(memory)
+		if err != nil {
+			t.Fatal(err)
+		}
+		region := kvferry.Region{Address: kvferry.At(device), Width: size, Rows: 1}
+		_, err = engine.SaveRegions(context.Background(), []kvferry.Region{region}, kvferry.Bytes(memory))
+		if !errors.Is(err, kvferry.ErrDeviceLost) {
+			t.Fatalf("the save gave %v", err)
+		}
+		for range 2 {
+			if err := registration.Close(); !errors.Is(err, kvferry.ErrDeviceLost) {
+				t.Errorf("closing gave %v", err)
+			}
+		}
+	}()
+	for range 50 {
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+		if again := make([]byte, size); uintptr(unsafe.Pointer(&again[0])) == address {
+			t.Fatal("the memory was given to somebody else")
+		}
+	}
+}
+
 //go:noinline
 func registerAndForget(t *testing.T) {
 	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly})
