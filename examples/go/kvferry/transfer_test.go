@@ -191,6 +191,49 @@ func TestBufferWhoseCloseWasRefusedIsGivenBackByTheNextClose(t *testing.T) {
 	}
 }
 
+// While the library is asked whether the buffer can be freed, the Buffer is closed for a moment.
+func TestACloseThatIsRefusedRefusesNoTransfer(t *testing.T) {
+	engine := newEngine(t)
+	const size = 8 << 20
+	source := baseline.Alloc(size)
+	defer baseline.Free(source)
+	buffer := newBuffer(t, engine, size)
+	memory := buffer.Bytes()
+	stop := make(chan struct{})
+	var group sync.WaitGroup
+	for range 3 { // so that one is in flight nearly always
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			for !isClosed(stop) {
+				if _, err := engine.SaveRegions(context.Background(), regionsOf(source), kvferry.Bytes(memory)); err != nil {
+					t.Error(err)
+				}
+			}
+		}()
+	}
+	var closing error
+	closer := make(chan struct{})
+	go func() {
+		defer close(closer)
+		for !isClosed(stop) {
+			if closing = buffer.Close(); closing == nil {
+				return
+			}
+		}
+	}()
+	var refusal error
+	for deadline := time.Now().Add(time.Second); refusal == nil && time.Now().Before(deadline); {
+		_, refusal = engine.SaveRegions(context.Background(), nil, buffer.Slice(0, 1))
+	}
+	close(stop)
+	<-closer
+	group.Wait()
+	if refusal != nil && closing != nil {
+		t.Errorf("a transfer got %v, and the buffer was not closed: %v", refusal, closing)
+	}
+}
+
 func TestCapIsWhatABufferTakesOfThePool(t *testing.T) {
 	engine := newEngine(t)
 	var taken int64
