@@ -29,7 +29,8 @@ type Completion struct {
 // Took is the time from the submission to the end.
 func (c Completion) Took() time.Duration { return c.Finished - c.Submitted }
 
-// Priority says how a transfer shares the link with whatever else the device does.
+// Priority says how a transfer shares the link with whatever else the device does. Within a priority the oldest transfer
+// goes first.
 type Priority uint32
 
 const (
