@@ -7,6 +7,7 @@ import "C"
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"math"
 	"sync"
 	"unsafe"
@@ -16,7 +17,7 @@ import (
 type Devices uint32
 
 const (
-	AutoDevices Devices = C.KVF_DEVICES_AUTO // every CUDA device that the driver shows, and the host
+	AutoDevices Devices = C.KVF_DEVICES_AUTO // every CUDA device that the driver shows, or CUDADevices; and the host
 	HostOnly    Devices = C.KVF_DEVICES_HOST // the CUDA driver is not touched
 	RequireCUDA Devices = C.KVF_DEVICES_CUDA // as AutoDevices, but ErrNoDevice where no CUDA device can be used
 )
@@ -27,6 +28,9 @@ type EngineOptions struct {
 	CopyThreads  int   // threads that copy host memory; 0: by the number of cores, 6 at most
 	PinnedLimit  int64 // most bytes of the buffer pool, each buffer's Cap and free ones included; 0: no limit
 	StagingBytes int64 // most device memory used per device and direction; 0: 32 MiB
+	// The ordinals of the CUDA devices to use, as the driver counts them (CUDA_VISIBLE_DEVICES changes that); none: every
+	// one. Others are not touched. ErrNoDevice where one of them cannot be used.
+	CUDADevices []int
 }
 
 // Engine moves memory between devices and the host beside whatever else they do. All its methods may be called from
@@ -48,6 +52,13 @@ func NewEngine(options EngineOptions) (*Engine, error) {
 	if options.CopyThreads < 0 || options.PinnedLimit < 0 || options.StagingBytes < 0 {
 		return nil, &Error{Status: ErrInvalidArgument, Detail: "a number in the options is negative"}
 	}
+	var ordinals uint64
+	for _, ordinal := range options.CUDADevices {
+		if ordinal < 0 || ordinal > 63 {
+			return nil, &Error{Status: ErrInvalidArgument, Detail: fmt.Sprintf("CUDA device %d; they go from 0 to 63", ordinal)}
+		}
+		ordinals |= 1 << ordinal
+	}
 	var text [256]C.char
 	// In C's memory, because it holds a pointer.
 	given := (*C.kvf_engine_options)(C.calloc(1, C.sizeof_kvf_engine_options+C.size_t(len(text))))
@@ -57,6 +68,7 @@ func NewEngine(options EngineOptions) (*Engine, error) {
 	given.copy_threads = C.uint32_t(min(options.CopyThreads, math.MaxInt32)) // C says what is too many
 	given.pinned_limit = C.uint64_t(options.PinnedLimit)
 	given.staging_bytes = C.uint64_t(options.StagingBytes)
+	given.cuda_devices = C.uint64_t(ordinals)
 	given.error = (*C.char)(unsafe.Add(unsafe.Pointer(given), C.sizeof_kvf_engine_options))
 	given.error_size = C.uint64_t(len(text))
 

@@ -40,8 +40,9 @@ type Llama struct {
 // A llama_context bears one caller at a time, and recording the layout of a sequence is such a call. So the program
 // shares a lock: it holds it around llama_decode and everything else that it does with the context, and this package
 // holds it while it sizes, submits and settles, which takes microseconds to a few milliseconds. It does not hold it while
-// bytes move, with two exceptions: a Snapshot is copied aside under it (SaveMode says how long that takes), and so do
-// libllama's blocking calls run (AllowBlocking). Calls that need no context, such as Describe and those of the Engine,
+// bytes move, with two exceptions: a Snapshot is copied aside under it (SaveMode says how long that takes); and all is done
+// under it where libllama's own calls move the bytes, which is so for a cache whose format is not known (Describe says
+// "opaque") and with AllowBlocking. Calls that need no context, such as Describe and those of the Engine,
 // never wait for the lock.
 //
 // A sync.Mutex is the right kind: which thread calls does not matter to llama.cpp, only that nobody else does,
@@ -186,11 +187,13 @@ func (s Sequence) Save(ctx context.Context, to Memory, options ...Option) (Compl
 
 // Load replaces what the sequence holds by a saved state, of exactly the memory's size, and returns when that has been
 // done, has failed, or has been cancelled through ctx, as Save does. The sequence must not be used until it returns;
-// others decode meanwhile. After an error the sequence is empty, or as it was where nothing had been begun (ErrBusy,
-// ErrSequenceRange, ErrClosed; ErrCancelled where ctx ended before the call had the context's lock).
+// others decode meanwhile.
 //
-// The state is checked before libllama sees it. Errors: ErrStateDamaged, ErrStateMismatch, ErrCacheFull,
-// ErrSequenceRange, ErrBusy (a transfer of this sequence is in flight), ErrCancelled, ErrClosed, ErrContextFreed.
+// The state is checked before libllama sees it. Where it is refused the sequence is as it was: ErrStateDamaged (truncated,
+// damaged, or without what vouches for it), ErrStateMismatch (of another model or kind of cache), ErrSequenceRange, ErrBusy
+// (a transfer of this sequence is in flight), ErrClosed, ErrContextFreed, and ErrCancelled where ctx ended before the call
+// had the context's lock. After other errors it is empty: ErrCancelled later on, ErrCacheFull (unless the state has more
+// cells than a sequence may have at all), ErrLlama, ErrDeviceLost.
 func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (completion Completion, err error) {
 	if !s.llama.inFlight.enter() {
 		return Completion{}, &Error{Status: ErrClosed}

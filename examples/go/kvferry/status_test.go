@@ -88,6 +88,7 @@ func TestARefusalSaysMoreThanItsStatus(t *testing.T) {
 func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 	for _, options := range []kvferry.EngineOptions{
 		{CopyThreads: -1}, {CopyThreads: 1<<32 + 1}, {PinnedLimit: -1}, {StagingBytes: -1},
+		{CUDADevices: []int{-1}}, {CUDADevices: []int{64}}, {CUDADevices: []int{0}}, // the host alone is asked for
 	} {
 		options.Devices = kvferry.HostOnly
 		engine, err := kvferry.NewEngine(options)

@@ -35,6 +35,22 @@ func newCUDAEngine(t *testing.T) *kvferry.Engine {
 	return engine
 }
 
+func TestEngineUsesTheCUDADevicesThatAreNamed(t *testing.T) {
+	newCUDAEngine(t) // so there is one
+	for _, c := range []struct {
+		devices []int
+		want    error
+	}{{[]int{0}, nil}, {[]int{0, 63}, kvferry.ErrNoDevice}} {
+		engine, err := kvferry.NewEngine(kvferry.EngineOptions{CUDADevices: c.devices})
+		if !errors.Is(err, c.want) {
+			t.Errorf("devices %v gave %v", c.devices, err)
+		}
+		if err == nil {
+			engine.Close()
+		}
+	}
+}
+
 // expectIdle checks that a call has left no transfer behind. The engine forgets a job a moment after its completion.
 func expectIdle(t *testing.T, engine *kvferry.Engine) {
 	t.Helper()

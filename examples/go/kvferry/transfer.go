@@ -68,6 +68,7 @@ const (
 	optionAhead
 	optionStream
 	optionStreamWait
+	optionTrustState
 )
 
 // WithPriority sets the transfer's priority.
@@ -81,6 +82,11 @@ func WithMode(m SaveMode) Option { return Option{kind: optionMode, value: uint64
 // which is kept for the next such load for half a minute. Where there is not as much, or no CUDA device has the cache,
 // they go straight to the cache. Other transfers ignore it.
 func Ahead() Option { return Option{kind: optionAhead} }
+
+// TrustState makes a sequence's load hand libllama a state that nothing vouches for: one that kvferry has not saved, for a
+// cache whose format is not known (Llama.Describe says "opaque"). libllama trusts what it loads: a damaged state may end the
+// process, or leave cells that only clearing the whole memory frees. Other transfers ignore it.
+func TrustState() Option { return Option{kind: optionTrustState} }
 
 // AfterStream makes the transfer begin when the work that a CUDA stream (a CUstream or cudaStream_t) holds at the
 // time of the call has been done. A Snapshot waits for that work with the context's lock held, since it copies under it.
@@ -100,9 +106,9 @@ func StreamWait(stream uintptr, then func()) Option {
 
 // settings is what options come to.
 type settings struct {
-	priority, saveMode, loadMode, flags C.uint32_t
-	stream                              C.uint64_t
-	waits                               []streamWait
+	priority, saveMode, loadMode, flags, loadFlags C.uint32_t
+	stream                                         C.uint64_t
+	waits                                          []streamWait
 }
 
 type streamWait struct {
@@ -122,6 +128,8 @@ func read(options []Option) (s settings) {
 		case optionStream:
 			s.stream = C.uint64_t(option.value)
 			s.flags |= C.KVF_SUBMIT_FOLLOW_STREAM
+		case optionTrustState:
+			s.loadFlags = C.KVF_SUBMIT_TRUST_STATE
 		case optionStreamWait:
 			s.waits = append(s.waits, streamWait{C.uint64_t(option.value), option.then})
 		}
@@ -167,6 +175,7 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	s.priority, s.mode, s.flags, s.stream = r.priority, r.saveMode, r.flags, r.stream
 	if r.operation == C.KVGO_LOAD_SEQUENCE {
 		s.mode = r.loadMode
+		s.flags |= r.loadFlags
 	}
 	s.error[0] = 0
 	done := ctx.Done()

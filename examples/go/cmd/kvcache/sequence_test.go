@@ -210,6 +210,36 @@ func TestRemovedSequenceIsEmpty(t *testing.T) {
 	}
 }
 
+func TestStateThatIsRefusedCostsTheSequenceNothing(t *testing.T) {
+	_, f := newModel(t, 1, 50, 0)
+	state := save(t, f, 0)
+	damaged := bytes.Clone(state.Bytes())
+	damaged[0]++
+	if _, err := f.llama.Sequence(0).Load(context.Background(), kvferry.Bytes(damaged)); !errors.Is(err, kvferry.ErrStateDamaged) {
+		t.Errorf("got %v", err)
+	}
+	if !bytes.Equal(save(t, f, 0).Bytes(), state.Bytes()) {
+		t.Error("the sequence has changed")
+	}
+}
+
+// Of a context that has held nothing yet the format is not known, so what is trusted reaches libllama.
+func TestTrustedStateIsLeftToLibllama(t *testing.T) {
+	_, f := newModel(t, 1, 50, 0)
+	damaged := bytes.Clone(save(t, f, 0).Bytes())
+	damaged[0]++
+	_, empty := newModel(t, 1, 50)
+	for _, c := range []struct {
+		options []kvferry.Option
+		want    error
+	}{{nil, kvferry.ErrStateDamaged}, {[]kvferry.Option{kvferry.TrustState()}, kvferry.ErrLlama}} {
+		_, err := empty.llama.Sequence(0).Load(context.Background(), kvferry.Bytes(damaged), c.options...)
+		if !errors.Is(err, c.want) {
+			t.Errorf("%v, not %v", err, c.want)
+		}
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	_, f := newModel(t, 2, 50, 0)
 	ctx := context.Background()
