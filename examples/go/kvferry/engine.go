@@ -43,6 +43,7 @@ type Engine struct {
 	mutex    sync.Mutex
 	attached int
 	closed   bool
+	ended    chan struct{} // closed when Close has done all
 }
 
 // NewEngine starts an engine. Where there is CUDA it takes a few hundred milliseconds: make one before serving.
@@ -76,7 +77,7 @@ func NewEngine(options EngineOptions) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &Engine{completions: completions, inFlight: newGate()}
+	e := &Engine{completions: completions, inFlight: newGate(), ended: make(chan struct{})}
 	if status := C.kvf_engine_create(given, &e.handle); status != C.KVF_OK {
 		completions.close()
 		copy(text[:], unsafe.Slice(given.error, len(text)))
@@ -89,22 +90,33 @@ func NewEngine(options EngineOptions) (*Engine, error) {
 // threads; call Cancel first where waiting takes too long. Closing twice is allowed. Buffers stay valid until they
 // are closed themselves. Errors: ErrBusy while a Llama is attached; then nothing has changed.
 func (e *Engine) Close() error {
-	e.mutex.Lock()
-	defer e.mutex.Unlock()
-	if e.closed {
+	first, err := e.beginClosing()
+	if err != nil {
+		return err
+	}
+	if !first {
+		<-e.ended
 		return nil
 	}
-	if e.attached > 0 {
-		return &Error{Status: ErrBusy, Detail: "a llama context is attached"}
-	}
+	defer close(e.ended)
 	// Waited for in Go: the call into C then finds nothing to wait for, and holds up no thread.
 	e.inFlight.close()
-	e.closed = true
-	err := check(C.kvf_engine_destroy(e.handle))
+	err = check(C.kvf_engine_destroy(e.handle))
 	if other := e.completions.close(); err == nil {
 		err = other
 	}
 	return err
+}
+
+func (e *Engine) beginClosing() (first bool, err error) {
+	e.mutex.Lock()
+	defer e.mutex.Unlock()
+	if e.attached > 0 {
+		return false, &Error{Status: ErrBusy, Detail: "a llama context is attached"}
+	}
+	first = !e.closed
+	e.closed = true
+	return first, nil
 }
 
 // Cancel asks every transfer in flight to end early. Each ends with ErrCancelled or, if it was faster, with its true

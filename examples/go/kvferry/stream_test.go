@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -128,6 +129,57 @@ func TestStreamIsGivenItsWorkWhileItWaits(t *testing.T) {
 			t.Errorf("a stream that does not exist gave %v", err)
 		}
 	}
+}
+
+func TestAttachingToAnEngineThatIsClosingIsRefusedAtOnce(t *testing.T) {
+	engine := newCUDAEngine(t)
+	inThen, goOn := make(chan struct{}), make(chan struct{})
+	var transfer, closing sync.WaitGroup
+	transfer.Add(1)
+	go func() {
+		defer transfer.Done()
+		_, err := engine.SaveRegions(context.Background(), regionsOf(make([]byte, 1)), kvferry.Bytes(make([]byte, 1)),
+			kvferry.StreamWait(legacyStream, func() { close(inThen); <-goOn }))
+		if err != nil {
+			t.Error(err)
+		}
+	}()
+	<-inThen
+	for range 2 {
+		closing.Add(1)
+		go func() {
+			defer closing.Done()
+			if err := engine.Close(); err != nil {
+				t.Error(err)
+			}
+			if !isClosed(goOn) {
+				t.Error("closed with a transfer in flight")
+			}
+		}()
+	}
+	for { // until it is closing
+		buffer, err := engine.NewBuffer(1)
+		if err != nil {
+			break
+		}
+		buffer.Close()
+	}
+	refused := make(chan error, 1)
+	go func() {
+		_, err := engine.Attach(1, &sync.Mutex{}, kvferry.AttachOptions{})
+		refused <- err
+	}()
+	select {
+	case err := <-refused:
+		if !errors.Is(err, kvferry.ErrClosed) {
+			t.Errorf("got %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it waits for the transfer")
+	}
+	close(goOn)
+	transfer.Wait()
+	closing.Wait()
 }
 
 func TestTransferIsOverWhenTheProgramsFunctionPanics(t *testing.T) {
