@@ -212,6 +212,10 @@ void Engine::stop(Job &job) {
     for (size_t i = 0; Leg *leg = job.leg(i); ++i) device(leg->device).cut_short(*leg);
 }
 
+void Engine::stop_all() {
+    for (auto &device : devices_) device->sweep();
+}
+
 void Engine::cancel(const Concern &concerns) {
     {
         std::lock_guard lock(mutex_);
@@ -219,7 +223,7 @@ void Engine::cancel(const Concern &concerns) {
             if (concerns(*job)) job->cancel();
         }
     }
-    for (auto &device : devices_) device->sweep();
+    stop_all();
 }
 
 void Engine::wait(const Concern &concerns) {
