@@ -10,13 +10,12 @@ constexpr uint64_t kBytes = MiB;
 bool refuse(int64_t nth, void (*lose)()) {
     const Driver &d = driver();
     const Context context;
-    const DeviceMemory device(kBytes);
-    const Regions regions = {{device.address(), kBytes, 1, 0, 0, 0}};
+    const DeviceMemory saved(kBytes), loaded(kBytes);
     Engine engine;
     const Buffer buffer(engine, Kind::Pageable, kBytes), other(engine, Kind::Pageable, kBytes);
     d.hold("copy", 1, 1);
-    const kvf_job save = start(engine, Way::Save, regions, buffer);
-    const kvf_job load = start(engine, Way::Load, regions, other);
+    const kvf_job save = start(engine, Way::Save, {{saved.address(), kBytes, 1, 0, 0, 0}}, buffer);
+    const kvf_job load = start(engine, Way::Load, {{loaded.address(), kBytes, 1, 0, 0, 0}}, other);
     CHECK(d.wait_held(2, 20'000));
     asked = 0;
     refused = nth;
