@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 Priority = Literal["background", "urgent"]
 """``background`` is paced, so that decoding beside it hardly notices; ``urgent`` is as fast as the
-link, and goes before background transfers."""
+link, and goes before background transfers. Within a priority the oldest transfer goes first."""
 
 _PRIORITIES: dict[str, int] = {
     "background": lib.KVF_PRIORITY_BACKGROUND,
