@@ -459,12 +459,12 @@ def attach(
             check(lib.kvf_llama_attach(core.handle, context, options, handle), text)
         attachment = Attachment(handle[0], worker, owner)
         llama = Llama(engine, core, attachment)
-        core.attachments.append(attachment)
     except BaseException:
         if handle[0]:
             worker.when_idle(functools.partial(lib.kvf_llama_detach, handle[0]), math.inf)
         worker.stop()
         raise
+    core.attachments.append(attachment)  # from now on, closing the engine detaches
     return llama
 
 
