@@ -170,6 +170,7 @@ class Llama:
         priority: Priority = "background",
         mode: LoadMode = "auto",
         verify: bool = False,
+        trust: bool = False,
     ) -> None:
         """Loads a state into a sequence, replacing what that held.
 
@@ -185,6 +186,11 @@ class Llama:
         minute. Where there is not as much, or no CUDA device has the cache, and with ``"in_place"``
         and ``"auto"``, they go straight to the cache.
 
+        ``trust`` hands llama.cpp a state that nothing vouches for: one that kvferry has not saved,
+        for a cache whose format it does not know (``describe`` says ``"opaque"``). Without it such
+        a state is StateDamaged. llama.cpp trusts what it loads: a damaged state may end the
+        process, or leave cells that only clearing the memory frees.
+
         Raises StateMismatch and StateDamaged, CacheFull, SequenceRange, Busy (a transfer of this
         sequence is in flight), EngineClosed, ContextFreed.
         """
@@ -192,7 +198,7 @@ class Llama:
             if not isinstance(state, Snapshot):
                 raise TypeError("only a Snapshot can be verified")
             await state.verify()
-        transfer = await self.start_load(state, seq, priority=priority, mode=mode)
+        transfer = await self.start_load(state, seq, priority=priority, mode=mode, trust=trust)
         await transfer.wait()
 
     async def start_load(
@@ -202,6 +208,7 @@ class Llama:
         *,
         priority: Priority = "background",
         mode: LoadMode = "auto",
+        trust: bool = False,
     ) -> Transfer[None]:
         """As ``load``, but returns as soon as the cells of the sequence have been taken."""
         self._check_usable()
@@ -212,7 +219,10 @@ class Llama:
         if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
             raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
         transfer = LoadTransfer(self._core, self._attachment, seq, buffer, lambda _: None)
-        await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, _LOAD_MODES[mode])
+        flags = lib.KVF_SUBMIT_TRUST_STATE if trust else 0
+        await self._submit(
+            transfer, lib.kvf_llama_load, seq, buffer, priority, _LOAD_MODES[mode], flags
+        )
         return transfer
 
     async def _submit(
@@ -223,12 +233,13 @@ class Llama:
         buffer: Buffer,
         priority: Priority,
         mode: int,
+        flags: int = 0,
     ) -> None:
         handle, completions = self._attachment.handle, self._core.completions
         memory, nbytes = buffer.memory, buffer.nbytes
 
         def submit() -> int:
-            options = SubmitOptions(completions, transfer.token, priority, mode=mode)
+            options = SubmitOptions(completions, transfer.token, priority, mode=mode, flags=flags)
             check(function(handle, seq, memory, nbytes, options.options, options.job), options.text)
             job: int = options.job[0]
             return job

@@ -87,6 +87,7 @@ class Mode(enum.IntEnum):
 
 
 FOLLOW_STREAM = 1
+TRUST_STATE = 2
 FORCE_BLOCKING = 2
 
 
@@ -138,6 +139,9 @@ class Engine:
     def attach(self, context: int, flags: int = 0) -> Attachment:
         return Attachment(self, context, flags)
 
+    def cancel(self) -> None:
+        self.library.call("kvf_engine_cancel", self.handle)
+
     def __enter__(self) -> Engine:
         return self
 
@@ -183,13 +187,19 @@ class Attachment:
         return self._submit("kvf_llama_load", sequence, state, **options)
 
     def _submit(
-        self, function: str, sequence: int, buffer: Any, stream: int | None = None, mode: int = 0
+        self,
+        function: str,
+        sequence: int,
+        buffer: Any,
+        stream: int | None = None,
+        mode: int = 0,
+        trust: bool = False,
     ) -> Job:
         error = ctypes.create_string_buffer(256)
         options = SubmitOptions(
             size=ctypes.sizeof(SubmitOptions),
             mode=mode,
-            flags=0 if stream is None else FOLLOW_STREAM,
+            flags=(0 if stream is None else FOLLOW_STREAM) | (TRUST_STATE if trust else 0),
             stream=stream or 0,
             error=ctypes.addressof(error),
             error_size=len(error),
