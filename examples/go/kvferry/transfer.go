@@ -63,6 +63,7 @@ const (
 	optionPriority optionKind = iota
 	optionMode
 	optionAhead
+	optionTrust
 	optionStream
 	optionStreamWait
 )
@@ -78,6 +79,11 @@ func WithMode(m SaveMode) Option { return Option{kind: optionMode, value: uint64
 // which is kept for the next such load for half a minute. Where there is not as much, or no CUDA device has the cache,
 // they go straight to the cache. Other transfers ignore it.
 func Ahead() Option { return Option{kind: optionAhead} }
+
+// TrustState lets a sequence's load hand libllama a state that nothing vouches for: one that kvferry has not saved, for
+// a cache whose format it does not know (Llama.Describe says "opaque"). libllama trusts what it loads: a damaged state
+// may end the process, or leave cells that only clearing the memory frees. Other transfers ignore it.
+func TrustState() Option { return Option{kind: optionTrust} }
 
 // AfterStream makes the transfer begin when the work that a CUDA stream (a CUstream or cudaStream_t) holds at the
 // time of the call has been done.
@@ -97,9 +103,9 @@ func StreamWait(stream uintptr, then func()) Option {
 
 // settings is what options come to.
 type settings struct {
-	priority, saveMode, loadMode, flags C.uint32_t
-	stream                              C.uint64_t
-	waits                               []streamWait
+	priority, saveMode, loadMode, flags, loadFlags C.uint32_t
+	stream                                         C.uint64_t
+	waits                                          []streamWait
 }
 
 type streamWait struct {
@@ -116,6 +122,8 @@ func read(options []Option) (s settings) {
 			s.saveMode = C.uint32_t(option.value)
 		case optionAhead:
 			s.loadMode = C.KVF_LOAD_AHEAD
+		case optionTrust:
+			s.loadFlags = C.KVF_SUBMIT_TRUST_STATE
 		case optionStream:
 			s.stream = C.uint64_t(option.value)
 			s.flags |= C.KVF_SUBMIT_FOLLOW_STREAM
@@ -162,6 +170,7 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	s.priority, s.mode, s.flags, s.stream = r.priority, r.saveMode, r.flags, r.stream
 	if r.operation == C.KVGO_LOAD_SEQUENCE {
 		s.mode = r.loadMode
+		s.flags |= r.loadFlags
 	}
 	s.error[0] = 0
 	done := ctx.Done()
