@@ -16,31 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_reference import BUILD, LIBRARY_FOLDER
 from opaque_states import CASES
-from unknown_format import NUMBERS, NoMagic, write_libllama
+from unknown_format import NUMBERS
 
 CANCEL_CASE = "a_load_that_is_cancelled_ends_once"
 STREAM_CASE = "a_load_waits_for_the_stream_before_it_verifies"
-
-
-@pytest.fixture(scope="session")
-def libllama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`libllama(which of NUMBERS)`: the folder of such a copy, made once a session."""
-    written: dict[str, Path] = {}
-
-    def folder(which: str) -> Path:
-        if which not in written:
-            # Under the name of the build, by which tests know what it can do.
-            path = tmp_path_factory.mktemp(which) / BUILD
-            try:
-                write_libllama(path, LIBRARY_FOLDER, NUMBERS[which])
-            except NoMagic:
-                pytest.skip(f"{BUILD} begins its states with no number")
-            written[which] = path
-        return written[which]
-
-    return folder
 
 
 def run_case(case: str, model: Path, foreign: Path, folder: Path, **options: Any) -> None:
@@ -61,11 +41,14 @@ def run_case(case: str, model: Path, foreign: Path, folder: Path, **options: Any
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("which", NUMBERS)
 def test_a_format_that_nobody_has_seen(
-    libllama: Callable[[str], Path], model_path: Callable[..., Path], which: str, case: str
+    unknown_libllama: Callable[[str], Path],
+    model_path: Callable[..., Path],
+    which: str,
+    case: str,
 ) -> None:
     # States of 20 MiB take some milliseconds to move; others are damaged again and again.
     geometry = "bench" if case == CANCEL_CASE else "small"
     model = model_path("llama", geometry=geometry)
     # It has other weights and says so, and its states fit.
     foreign = model_path("llama", geometry=geometry, seed=1, context=8192)
-    run_case(case, model, foreign, libllama(which))
+    run_case(case, model, foreign, unknown_libllama(which))

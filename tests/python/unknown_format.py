@@ -24,9 +24,11 @@ class NoMagic(Exception):
     """This libllama has no number to replace."""
 
 
-def write_libllama(folder: Path, real: Path, number: int) -> None:
+def write_libllama(folder: Path, real: Path, number: int, *, everywhere: bool = True) -> None:
     """Fills `folder` with a copy of the libllama in `real`, and with links to what it needs.
 
+    Unless the number is replaced `everywhere`, it is in the last place alone: data, which is
+    written, while the code before demands the old number. Such a libllama refuses its own states.
     Raises NoMagic.
     """
     library = (real / "libllama.so").resolve()
@@ -34,7 +36,9 @@ def write_libllama(folder: Path, real: Path, number: int) -> None:
     if MAGIC not in code:
         raise NoMagic(library)
     folder.mkdir(parents=True)
-    (folder / library.name).write_bytes(code.replace(MAGIC, number.to_bytes(4, "little")))
+    kept = 0 if everywhere else code.rindex(MAGIC)
+    replaced = code[kept:].replace(MAGIC, number.to_bytes(4, "little"))
+    (folder / library.name).write_bytes(code[:kept] + replaced)
     for path in real.iterdir():
         if path.resolve() != library:
             (folder / path.name).symlink_to(path.resolve())
