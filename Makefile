@@ -67,8 +67,11 @@ PACKAGE := .venv/.kvferry
 .PHONY: help
 help:
 	@echo "make demo      save, load and decode beside each other on a real libllama; prints a table, draws a timeline"
-	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python, test-install, test-examples"
+	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python, test-builds-quick, test-install,"
+	@echo "               test-examples"
+	@echo "make test-builds  all tests that use libllama, on each of $(words $(TESTED_BUILDS)) builds; make builds-table: what is seen there"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
+	@echo "make soak      random operations beside transfers, compared with llama.cpp's own; as long as ARGS says"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
@@ -166,7 +169,7 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # For whoever names no libllama.
-demo bench test-python test-gpu: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
+demo bench test-python test-gpu soak: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
 test-go: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(OTHER_LIB)
 
 .PHONY: demo
@@ -177,10 +180,15 @@ demo: $(PACKAGE) $(PYTHON_LLAMA)
 bench: $(PACKAGE) $(PYTHON_LLAMA)
 	python bench/run.py $(ARGS)
 
+.PHONY: bench-scheduling
+bench-scheduling: build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target kvferry cuda_simulated
+	python bench/scheduling.py $(ARGS)
+
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: test-c test-asan test-tsan test-go test-python test-install test-examples
+test: test-c test-asan test-tsan test-go test-python test-builds-quick test-install test-examples
 
 .PHONY: sanitize
 sanitize: test-asan test-tsan
@@ -239,11 +247,14 @@ test-examples: $(TOOLS) $(BINDINGS_HEADERS)
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
+PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py test_llama_in_flight.py test_llama_random.py)
+
 define run_python_tests
-export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest tests/python/test_cuda.py
+export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
 python -m pytest tests/python/test_llama_cpp_python.py
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
-    python -m pytest tests/python --ignore tests/python/test_cuda.py --ignore tests/python/test_llama_cpp_python.py $(ARGS)
+    python -m pytest tests/python --ignore tests/python/test_llama_cpp_python.py \
+    $(addprefix --ignore ,$(PYTHON_TESTS_ON_CUDA)) $(ARGS)
 endef
 
 .PHONY: test-python
@@ -251,6 +262,49 @@ test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simul
 test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(run_python_tests)
+
+# ---- Every libllama
+
+TESTED_BUILDS := $(NPM_BUILDS) $(WHEEL_BUILD)
+TESTED_STAMPS := $(foreach build,$(TESTED_BUILDS),$(call stamp_of,$(build)))
+# What uses a libllama and fits any of them.
+LLAMA_TESTS := $(filter-out %/test_llama_cpp_python.py,$(wildcard tests/python/test_llama_*.py)) \
+    $(addprefix tests/python/,test_libllama.py test_synthetic_models.py test_snapshot.py test_cli.py)
+QUICK_LLAMA_TESTS := $(addprefix tests/python/,test_libllama.py test_llama_basic.py test_llama_kinds.py)
+
+# $(call on_builds,BUILD...,TEST...)
+define on_builds
+for build in $(1); do \
+    echo "-- llama.cpp $$build"; \
+    export KVFERRY_LLAMA_LIB=$(CURDIR)/$(BUILDS)/$$build LLAMA_CPP_LIB_PATH=$(CURDIR)/$(BUILDS)/$$build; \
+    python -m pytest --quiet $(2) $(ARGS); \
+done
+endef
+BUILDS_TABLE = python tests/python/builds_table.py $(TESTED_BUILDS:%=$(BUILDS)/%)
+
+.PHONY: test-builds
+test-builds: $(PACKAGE) $(TESTED_STAMPS)
+	$(call on_builds,$(TESTED_BUILDS),$(LLAMA_TESTS))
+	$(BUILDS_TABLE) --check
+
+# The whole on one build, and once more on another with test-python; a part of it on the others.
+.PHONY: test-builds-quick
+test-builds-quick: $(PACKAGE) $(TESTED_STAMPS)
+	$(call on_builds,$(filter-out $(PYTHON_BUILD) $(OTHER_BUILD),$(TESTED_BUILDS)),$(QUICK_LLAMA_TESTS))
+	$(call on_builds,$(OTHER_BUILD),$(LLAMA_TESTS))
+	$(BUILDS_TABLE) --check
+
+# Into docs/builds.md.
+.PHONY: builds-table
+builds-table: $(PACKAGE) $(TESTED_STAMPS)
+	$(BUILDS_TABLE) --write
+
+# What test-python does with fixed seeds for some seconds, for as long as wanted: ARGS="--hours 2", ARGS="--steps 10000".
+.PHONY: soak
+soak: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
+	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
 
 # Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU.
 .PHONY: test-gpu
@@ -319,6 +373,7 @@ lint-python: $(TOOLS)
 .PHONY: lint-c
 lint-c: $(TOOLS)
 	$(if $(C_SOURCES),clang-format --dry-run -Werror $(C_SOURCES))
+	python tools/header_table.py --check
 
 .PHONY: lint-go
 ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)

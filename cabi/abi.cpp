@@ -184,6 +184,10 @@ int32_t kvf_engine_create(const kvf_engine_options *given, kvf_engine *engine) {
         if (options.flags & ~uint32_t{KVF_ENGINE_TRACE}) {
             throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
         }
+        if (options.cuda_devices && options.devices == KVF_DEVICES_HOST) {
+            throw Error(KVF_ERR_INVALID_ARGUMENT,
+                        "CUDA devices are named, and the engine is for the host alone");
+        }
         if (options.copy_threads > 256)
             throw Error(KVF_ERR_INVALID_ARGUMENT, "copy_threads is above 256");
         auto made = std::make_shared<Engine>(options);
@@ -236,6 +240,14 @@ int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer) {
 int32_t kvf_buffer_free(void *buffer) {
     return guarded([&]() -> int32_t {
         free_buffer(buffer);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_buffer_capacity(const void *buffer, uint64_t *bytes) {
+    return guarded([&]() -> int32_t {
+        require(bytes, "bytes");
+        *bytes = buffer_capacity(buffer);
         return KVF_OK;
     });
 }
@@ -339,8 +351,8 @@ int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *completion
 int32_t kvf_job_cancel(kvf_job job) {
     return guarded([&]() -> int32_t {
         const auto found = find<Job>(job);
-        found->cancel();
-        if (const auto engine = found->owner.lock()) engine->poke();
+        // A job whose engine is gone has ended.
+        if (const auto engine = found->owner.lock()) engine->cancel(*found);
         return KVF_OK;
     });
 }

@@ -33,6 +33,7 @@ struct FenceLine {
     bool stands_in_the_way(MemoryRange range, Access access) const {
         return std::any_of(fences.begin(), fences.end(), [&](const Fence *fence) {
             if (access == Access::Read && fence->direction_ == Direction::Save) return false;
+            if (access == Access::WriteRows && !fence->close_) return false;
             const auto &ranges = fence->ranges_;
             const auto after = std::upper_bound(
                 ranges.begin(), ranges.end(), range.begin,
@@ -42,13 +43,14 @@ struct FenceLine {
     }
 };
 
-void Fence::raise(std::vector<MemoryRange> ranges) {
+void Fence::raise(std::vector<MemoryRange> ranges, bool close) {
     if (ranges.empty()) return;
     FenceLine &line = FenceLine::get();
     std::lock_guard lock(line.mutex);
     ranges_ = std::move(ranges);
     line.fences.insert(this);
     standing_ = true;
+    close_ = close;
     line.count.store(static_cast<uint32_t>(line.fences.size()), std::memory_order_release);
 }
 

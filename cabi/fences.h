@@ -22,8 +22,8 @@ struct MemoryRange {
     uint64_t begin, end;
 };
 
-// What somebody is about to do with memory of tensors.
-enum class Access { Read, Write };
+// What somebody is about to do with memory of tensors. WriteRows: to write the rows of tokens that are being decoded.
+enum class Access { Read, Write, WriteRows };
 
 // The fence of one transfer. It stands from raise() to lower(), or to its end.
 class Fence {
@@ -33,15 +33,16 @@ public:
     Fence(const Fence &) = delete;
     Fence &operator=(const Fence &) = delete;
 
-    // Around these ranges, which must be in order and apart. Once.
-    void raise(std::vector<MemoryRange> ranges);
+    // Around these ranges, which must be in order and apart. `close` also stops who writes rows of tokens.
+    void raise(std::vector<MemoryRange> ranges, bool close = false);
     void lower() noexcept;
 
     // True if any fence stands. Cheap.
     static bool any();
     // The memory within which all fences are.
     static MemoryRange extent();
-    // Waits for the transfers that the access would disturb: a write waits for saves and loads, a read for loads.
+    // Waits for the transfers that the access would disturb: a write waits for saves and loads, a read for loads, and
+    // writing rows for close fences.
     static void wait(MemoryRange range, Access access);
 
 private:
@@ -49,6 +50,7 @@ private:
     const Direction direction_;
     std::vector<MemoryRange> ranges_; // guarded by the line's lock
     bool standing_ = false;
+    bool close_ = false;
 };
 
 } // namespace kvf

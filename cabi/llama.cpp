@@ -192,12 +192,13 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     const auto fence = submission.fence;
     const auto gate = submission.gate;
     Recorder recorder = make_recorder(Direction::Save, buffer, bytes, gate);
+    bool close = false;
     if (in_place && window_ > 0) {
         // Which cells others may take only their positions tell, which libllama writes while it lists.
         if (const auto metadata = record_metadata(sequence)) {
             const StateView view = metadata->view();
             if (const auto structure = parse_state(view, &*structure_))
-                recorder.set_early(bytes_free_for_others(*structure, view, window_));
+                close = guard_window(*structure, view, recorder, gate.get());
         }
     }
     std::optional<OpenJob> open;
@@ -207,8 +208,8 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     sequences_->note_tensors(recorder.tensors());
     recorded.bytes = written;
     if (in_place) {
-        fence->raise(recorder.memory());
-        move_now(Direction::Save, state, written, recorder.take_early(), gate.get());
+        fence->raise(recorder.memory(), close);
+        move_now(Direction::Save, state, written, recorder.take_early(), nullptr);
     }
     if (open) return open->commit(std::move(recorded), job);
     submission.buffer_bytes = written;
@@ -300,7 +301,7 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
     const auto fence = submission.fence;
     const auto gate = submission.gate;
     Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, gate);
-    recorder.set_early(bytes_free_for_others(*state.structure, view, window_));
+    const bool close = guard_window(*state.structure, view, recorder, gate.get());
     std::optional<OpenJob> open;
     uint32_t device = Engine::kHost;
     const auto landing = make_landing(options.mode, view.bytes, device);
@@ -320,8 +321,8 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
     check_recorded_whole(*state.structure, recorded);
     learn(*state.structure);
     recorded.bytes = view.bytes;
-    fence->raise(recorder.memory());
-    move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), gate.get());
+    fence->raise(recorder.memory(), close);
+    move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
     // What was not known before: the device has nothing of the cache.
     if (landing && !devices_.count(device)) open->job()->mode = KVF_LOAD_IN_PLACE;
     if (open) {
@@ -346,6 +347,16 @@ void Llama::load_opaque(int32_t sequence, const Incoming &state, Submission &&su
     recorded.bytes = view.bytes;
     submission.mode = KVF_LOAD_IN_PLACE;
     complete(std::move(submission), std::move(recorded), options, job);
+}
+
+// Sees to it that no other sequence gets a cell whose bytes are still to be moved. They are moved before the call
+// returns. Where they follow a stream that cannot be: then true, and the fence must be close, so that decoding waits.
+bool Llama::guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
+                         const Gate *gate) const {
+    auto ranges = bytes_free_for_others(structure, view, window_);
+    if (gate) return !ranges.empty();
+    recorder.set_early(std::move(ranges));
+    return false;
 }
 
 // Moves what must not be moved later, while the caller waits. Throws where it did not end well.

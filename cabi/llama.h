@@ -56,6 +56,8 @@ private:
     void load_opaque(int32_t sequence, const Incoming &state, Submission &&submission,
                      const kvf_submit_options &options, kvf_job *job);
     std::shared_ptr<Landing> make_landing(uint32_t mode, uint64_t bytes, uint32_t &device);
+    bool guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
+                      const Gate *gate) const;
     void move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
                   Gate *gate);
     void complete(Submission &&submission, Recorded &&recorded, const kvf_submit_options &options,

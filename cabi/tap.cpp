@@ -15,6 +15,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <stdexcept>
 
 #include "fork.h"
@@ -193,17 +194,17 @@ MemoryRange range_of(const ggml_tensor *tensor, const GgmlApi &ggml) {
     return range_of(tensor, 0, ggml.nbytes(tensor), ggml);
 }
 
-// A node of a graph that leaves memory as it is, or writes rows that belong to the tokens being decoded, and so to
-// cells of no other sequence's.
-bool leaves_other_cells_alone(const ggml_tensor *node, const GgmlApi &ggml) {
-    const char *const op = ggml.op_desc(node);
-    for (const char *harmless : {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE", "SET_ROWS"}) {
-        if (std::strcmp(op, harmless) == 0) return true;
+// What a node of a graph does to memory that it does not own; nothing for views, which leave it as it is.
+std::optional<Access> access_of(const ggml_tensor *node, const GgmlApi &ggml) {
+    const char *const operation = ggml.op_desc(node);
+    for (const char *view : {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}) {
+        if (std::strcmp(operation, view) == 0) return std::nullopt;
     }
-    return false;
+    // What decoding does: the rows belong to the cells of its tokens, and so to no other sequence's.
+    if (std::strcmp(operation, "SET_ROWS") == 0) return Access::WriteRows;
+    return Access::Write; // shifts, moves of recurrent cells
 }
 
-// Shifts, moves of recurrent cells, and whatever else a graph writes over a cache in place.
 void wait_before_computing(ggml_cgraph *graph, const GgmlApi &ggml) {
     if (!Fence::any()) return;
     const MemoryRange extent = Fence::extent();
@@ -212,8 +213,8 @@ void wait_before_computing(ggml_cgraph *graph, const GgmlApi &ggml) {
         const ggml_tensor *const node = ggml.graph_node(graph, i);
         if (reinterpret_cast<uint64_t>(ggml.get_data(node)) >= extent.end) continue;
         const MemoryRange range = range_of(node, ggml);
-        if (range.end <= extent.begin || leaves_other_cells_alone(node, ggml)) continue;
-        Fence::wait(range, Access::Write);
+        if (range.end <= extent.begin) continue;
+        if (const auto access = access_of(node, ggml)) Fence::wait(range, *access);
     }
 }
 

@@ -193,11 +193,13 @@ class Attachment:
         buffer: Any,
         stream: int | None = None,
         mode: int = 0,
+        priority: int = 0,
         trust: bool = False,
     ) -> Job:
         error = ctypes.create_string_buffer(256)
         options = SubmitOptions(
             size=ctypes.sizeof(SubmitOptions),
+            priority=priority,
             mode=mode,
             flags=(0 if stream is None else FOLLOW_STREAM) | (TRUST_STATE if trust else 0),
             stream=stream or 0,

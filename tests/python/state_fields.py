@@ -117,7 +117,10 @@ class _Walk:
         self.data(name, self.take(name + ".row", "Q") * cells)
 
     def attention(self, *, has_values: bool, has_coordinates: bool) -> None:
-        for _ in range(self.take("attention.streams", "I")):
+        streams = self.take("attention.streams", "I")
+        if streams == 0:
+            raise struct.error("no stream")
+        for _ in range(streams):
             cells = self.take("attention.cells", "I")
             if cells:
                 self.stream(cells, has_values, has_coordinates)
