@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+
 #include "envelope.h"
 #include "json.h"
 
@@ -77,6 +79,14 @@ void check_room(uint64_t needed, uint64_t given) {
     throw Error(KVF_ERR_BUFFER_TOO_SMALL, format("%llu bytes are needed, %llu were given",
                                                  static_cast<unsigned long long>(needed),
                                                  static_cast<unsigned long long>(given)));
+}
+
+// Whether a known format accounts for the state, and every part of it has cells, or none.
+bool looks_known(const StateView &view) {
+    const auto found = parse_state_in_every_way(view);
+    return std::any_of(found.begin(), found.end(), [](const Structure &structure) {
+        return structure.cells() == 0 || structure.has_cells_everywhere();
+    });
 }
 
 } // namespace
@@ -258,12 +268,18 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     check_sequence(sequence, false);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     const auto *const given = static_cast<const unsigned char *>(buffer);
-    if (is_opaque() && submission.gate) submission.gate->wait(); // all of it is read here
+    if (states_ == States::Unseen) learn_structure_of_any();
+    // An envelope is verified here, which reads the whole state.
+    const bool sealed = is_opaque() || Envelope::is_on(given, bytes);
+    if (sealed && submission.gate) submission.gate->wait();
     Incoming state = examine(sequence, given, bytes, options.flags);
 
     // From here on whatever fails leaves the sequence empty. libllama empties it itself, but only in those parts of
     // the cache of which the state has cells: a state without any would leave what was there.
-    if (!state.structure || !state.structure->has_cells_everywhere()) empty_sequence(sequence);
+    if (!state.structure || !state.structure->has_cells_everywhere()) {
+        empty_sequence(sequence);
+        if (empty_bytes_ == 0) empty_bytes_ = api_.state_seq_get_size(context_, sequence, 0);
+    }
     submission.buffer_bytes = state.view.bytes;
     if (blocking_) {
         return load_blocking(sequence, std::move(state), std::move(submission), options, job);
@@ -497,7 +513,6 @@ bool Llama::holds_cells(int32_t sequence) const {
 // Throws, and then nothing has been changed.
 Llama::Incoming Llama::examine(int32_t sequence, const unsigned char *state, uint64_t bytes,
                                uint32_t flags) {
-    if (states_ == States::Unseen) learn_structure_of_any();
     if (is_opaque()) return examine_opaque(state, bytes, flags);
     const StateView view{state, bytes, last_position_};
     // Another version of kvferry may have found this cache opaque, or this context not have seen a cell yet.
@@ -507,7 +522,7 @@ Llama::Incoming Llama::examine(int32_t sequence, const unsigned char *state, uin
         return sealed;
     }
     if (states_ == States::Known) return {view, examine_known(view)};
-    if (flags & KVF_SUBMIT_TRUST_STATE && !parse_state(view)) return {view, std::nullopt};
+    if (flags & KVF_SUBMIT_TRUST_STATE && !looks_known(view)) return {view, std::nullopt};
     return {view, examine_first(sequence, view)};
 }
 
@@ -520,17 +535,22 @@ Structure Llama::examine_known(const StateView &view) const {
     if (structure->cells() == 0) return std::move(*structure);
     if (structure->cells() > most_cells())
         throw Error(KVF_ERR_CACHE_FULL, describe_cells(*structure));
-    // The last position of a sequence has a cell in every part of the memory, but for a window from which it has been
-    // removed. libllama takes a state without, and then has a sequence that is empty in one part and takes cells in
-    // another.
+    // libllama takes such a state, and then has a sequence that is empty in one part and takes cells in another.
+    if (lacks_cells(*structure))
+        throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+    return std::move(*structure);
+}
+
+// The last position of a sequence has a cell in every part of the memory, but for a window from which it has been
+// removed.
+bool Llama::lacks_cells(const Structure &structure) const {
     bool first = true;
-    for (const Section &section : structure->sections) {
+    for (const Section &section : structure.sections) {
         const bool may_be_empty = !first && section.kind == Section::Kind::Attention && window_ > 0;
-        if (section.cells == 0 && !may_be_empty)
-            throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+        if (section.cells == 0 && !may_be_empty) return true;
         first = false;
     }
-    return std::move(*structure);
+    return false;
 }
 
 // The first state with cells that this context gets to see comes from outside. What it is written in is believed only
@@ -714,6 +734,8 @@ void Llama::learn_structure(int32_t sequence) {
     // The tap knows how many bytes are those of tensors; without it, they cannot be told apart.
     std::erase_if(found, [&](const Structure &structure) {
         if (empty != (structure.cells() == 0)) return true;
+        // A format that is not known can look like a known one of more parts, of which some are empty.
+        if (!empty && lacks_cells(structure)) return true;
         return tap_ && structure.tensor_bytes != metadata->recorded.bytes;
     });
     if (found.empty()) {

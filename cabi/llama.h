@@ -44,6 +44,7 @@ private:
     Incoming examine_opaque(const unsigned char *state, uint64_t bytes, uint32_t flags) const;
     Structure examine_first(int32_t sequence, const StateView &view);
     Structure examine_known(const StateView &view) const;
+    bool lacks_cells(const Structure &structure) const;
     bool takes_format_of(int32_t sequence, const Structure &candidate);
 
     uint32_t resolve_mode(uint32_t mode) const;

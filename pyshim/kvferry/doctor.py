@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 from . import __version__
 from .completions import Completion
@@ -22,12 +23,14 @@ from .engine import Engine
 from .errors import KvferryError, NoDevice
 from .libllama import Context, ContextOptions, Libllama, LlamaError, Model, find
 from .limits import cuda_driver, memcpy_seconds
+from .llama import Llama
 from .synthetic import write_model
 from .transfer import Priority
 
 _COPIED = 128 << 20
 _HOST_ALONE = "not asked for"  # why an engine of the host has no CUDA device
 _REPEATS = 5
+_TOKENS = 32  # of the sequence that is saved and loaded
 
 
 @dataclasses.dataclass
@@ -61,7 +64,8 @@ async def doctor(llama_lib: str | None, device: Devices, as_json: bool) -> int:
     else:
         for finding in findings:
             _print(finding)
-    can_move = all(each.good for each in findings if each.subject in ("libllama", "tap"))
+    needed = ("libllama", "tap", "save and load")
+    can_move = all(each.good for each in findings if each.subject in needed)
     return 0 if can_move else 1
 
 
@@ -189,34 +193,122 @@ async def _llama(engine: Engine, folder: str | None) -> list[Finding]:
     meaning = f"from {library.source}; used as it is, unmodified; puts caches into {where}"
     return [
         Finding("libllama", found, meaning, details=details),
-        await _tap(engine, library),
+        *await _sequences(engine, library),
     ]
 
 
-async def _tap(engine: Engine, library: Libllama) -> Finding:
-    """Attaches to a small context, since only that tells."""
+async def _sequences(engine: Engine, library: Libllama) -> list[Finding]:
+    """Saves and loads a sequence of a small model, since only that tells."""
     with tempfile.TemporaryDirectory(prefix="kvferry-doctor-") as folder:
         path = Path(folder) / "small.gguf"
         try:
             write_model("llama", path)
         except ImportError as failure:
-            return Finding("tap", "not tried", str(failure))
-        options = ContextOptions(n_ctx=256, n_seq_max=1, threads=1)
+            return [Finding("tap", "not tried", str(failure))]
+        options = ContextOptions(n_ctx=256, n_seq_max=2, threads=1)
         try:
-            with Model(library, path, gpu=False) as model, Context(model, options) as context:
-                async with engine.attach(context.address, library=library.loaded_as) as llama:
-                    description = llama.describe()
-        except (LlamaError, KvferryError) as failure:
-            meaning = (
-                "sequences can't be saved beside decoding; Engine.attach(..., allow_blocking=True) "
-                "uses llama.cpp's own blocking calls instead"
-            )
-            return Finding("tap", f"not possible: {failure}", meaning, good=False)
+            with (
+                Model(library, path, gpu=False) as model,
+                Context(model, options) as ours,
+                Context(model, options) as reference,
+            ):
+                return await _trial(engine, ours, reference)
+        except LlamaError as failure:
+            meaning = "without a context of this libllama nothing can be said of its sequences"
+            return [Finding("tap", f"not tried: {failure}", meaning, good=False)]
+
+
+async def _trial(engine: Engine, ours: Context, reference: Context) -> list[Finding]:
+    """kvferry works on the one context, llama.cpp's own calls on the other, with one history."""
+    for context in (ours, reference):
+        context.decode([(0, token) for token in range(_TOKENS)])
+    loaded_as = ours.model.library.loaded_as
+    try:
+        llama = engine.attach(ours.address, library=loaded_as)
+        tap = _TAP
+    except KvferryError as failure:
+        tap = dataclasses.replace(_NO_TAP, found=f"not possible: {failure}")
+        try:
+            llama = engine.attach(ours.address, library=loaded_as, allow_blocking=True)
+        except KvferryError:
+            return [tap]
+    async with llama:
+        fault = await _fault(llama, ours, reference)
+        description = llama.describe()
+    return [
+        dataclasses.replace(tap, details=description),
+        _format(description),
+        _save_and_load(fault),
+    ]
+
+
+def _save_and_load(fault: str) -> Finding:
+    if fault:
+        meaning = "kvferry can't be trusted with the sequences of this libllama: please report this"
+        return Finding("save and load", fault, meaning, good=False)
+    found = f"right: a sequence of {_TOKENS} tokens was saved and loaded"
+    meaning = "its state and its next logits equal those after llama.cpp's own load, bit by bit"
+    return Finding("save and load", found, meaning)
+
+
+async def _fault(llama: Llama, ours: Context, reference: Context) -> str:
+    """What is wrong with saving sequence 0 and loading it as sequence 1; "" for nothing."""
+    state = _state(reference, 0)
+    if reference.state_set(1, state.ctypes.data, state.size) != state.size:
+        return str(ours.model.library.refusal("llama.cpp doesn't load its own state"))
+    try:
+        snapshot = await llama.save(0)
+    except KvferryError as failure:
+        return f"the save fails: {failure}"
+    if snapshot.to_bytes()[: state.size] != state.tobytes():
+        return "the saved state is not the one that llama.cpp saves"
+    try:
+        await llama.load(snapshot, 1)
+    except KvferryError as failure:
+        return f"the load fails: {failure}"
+    if _state(ours, 1).tobytes() != _state(reference, 1).tobytes():
+        return "the loaded sequence is not the one that was saved"
+    for context in (ours, reference):
+        context.decode([(1, 0)])
+    if ours.logits() != reference.logits():
+        return "after the load the logits differ"
+    return ""
+
+
+def _state(context: Context, seq: int) -> NDArray[numpy.uint8]:
+    """As llama.cpp saves it. Raises LlamaError."""
+    state = numpy.empty(context.state_size(seq), numpy.uint8)
+    if context.state_get(seq, state.ctypes.data, state.size) != state.size:
+        raise context.model.library.refusal("llama.cpp doesn't save a sequence")
+    return state
+
+
+_TAP = Finding(
+    "tap",
+    "possible",
+    "libllama's tensor copies can be recorded, so whole sequences move at the speed of the link, "
+    "and beside decoding",
+)
+_NO_TAP = Finding(
+    "tap",
+    "not possible",
+    "sequences can't be saved beside decoding; Engine.attach(..., allow_blocking=True) uses "
+    "llama.cpp's own blocking calls instead",
+    good=False,
+)
+
+
+def _format(description: dict[str, Any]) -> Finding:
+    """How this libllama writes the state of a sequence, and what keeps damage from it."""
+    found = f"{description['format']}, guarded by {description['guarded_by']}"
+    if description["format"] != "opaque":
+        meaning = "kvferry knows it: a state is walked through to its last byte before it is loaded"
+        return Finding("format", found, meaning)
     meaning = (
-        "libllama's tensor copies can be recorded, so whole sequences move at the speed of the "
-        "link, and beside decoding"
+        "kvferry does not know it: states are moved while the caller waits, with 64 bytes behind "
+        "them that a load verifies; one that kvferry has not saved is refused unless it is trusted"
     )
-    return Finding("tap", "possible", meaning, details=description)
+    return Finding("format", found, meaning, good=False)
 
 
 # ---- Memory and cores ----------------------------------------------------------------------------

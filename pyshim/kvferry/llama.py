@@ -189,6 +189,7 @@ class Llama:
         priority: Priority = "background",
         mode: LoadMode = "auto",
         verify: bool = False,
+        trust: bool = False,
     ) -> None:
         """Loads a state into a sequence, replacing what that held.
 
@@ -206,6 +207,11 @@ class Llama:
         minute. Where there is not as much, or no CUDA device has the cache, and with ``"in_place"``
         and ``"auto"``, they go straight to the cache.
 
+        ``trust`` hands llama.cpp a state that nothing vouches for: one that kvferry has not saved,
+        for a cache whose format it does not know (``describe`` says ``"opaque"``). Without it such
+        a state is StateDamaged. llama.cpp trusts what it loads: a damaged state may end the
+        process, or leave cells that only clearing the memory frees.
+
         Raises StateMismatch and StateDamaged, CacheFull, SequenceRange, Busy (a transfer of this
         sequence is in flight), EngineClosed, ContextFreed.
         """
@@ -214,7 +220,7 @@ class Llama:
                 raise TypeError("only a Snapshot can be verified")
             self._attachment.latest_loads[seq] = None
             await state.verify()
-        await carried_out(self.start_load(state, seq, priority=priority, mode=mode))
+        await carried_out(self.start_load(state, seq, priority=priority, mode=mode, trust=trust))
 
     async def start_load(
         self,
@@ -223,6 +229,7 @@ class Llama:
         *,
         priority: Priority = "background",
         mode: LoadMode = "auto",
+        trust: bool = False,
     ) -> Transfer[None]:
         """As ``load``, but returns as soon as the cells of the sequence have been taken."""
         self._check_usable()
@@ -237,7 +244,10 @@ class Llama:
         transfer = LoadTransfer(
             self._core, self._attachment, seq, buffer, lambda _: None, writes_buffer=False
         )
-        await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, _LOAD_MODES[mode])
+        flags = lib.KVF_SUBMIT_TRUST_STATE if trust else 0
+        await self._submit(
+            transfer, lib.kvf_llama_load, seq, buffer, priority, _LOAD_MODES[mode], flags
+        )
         return transfer
 
     def load_outcome(self, seq: int) -> LoadOutcome | None:
@@ -260,10 +270,11 @@ class Llama:
         buffer: Buffer,
         priority: Priority,
         mode: int,
+        flags: int = 0,
     ) -> None:
         handle, completions = self._attachment.handle, self._core.completions
         worker = self._attachment.worker
-        options = SubmitOptions(completions, transfer.token, priority, mode=mode)
+        options = SubmitOptions(completions, transfer.token, priority, mode=mode, flags=flags)
         memory, nbytes = buffer.memory, buffer.nbytes
 
         def submit() -> None:

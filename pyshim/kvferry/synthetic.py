@@ -102,10 +102,16 @@ class _ModelFile:
 
     def __init__(self, gguf: ModuleType, path: Path, architecture: str, seed: int) -> None:
         self._random = np.random.default_rng(seed)
+        self._gguf: Any = gguf
         # The module is imported late, only where a model is written, and so has no type here.
         self.keys: Any = gguf.GGUFWriter(path, architecture)
         self.keys.add_name(f"synthetic-{architecture}")
         self.keys.add_tokenizer_model("none")
+
+    def wide_numbers(self, key: str, values: list[int]) -> None:
+        """An array of 64 bits each; the writer's own arrays have 32."""
+        types = self._gguf.GGUFValueType
+        self.keys.add_key_value(key, values, types.ARRAY, sub_type=types.UINT64)
 
     def matrix(self, name: str, *shape: int) -> None:
         """Random F16 weights, the contracted dimension last: activations keep their magnitude."""
@@ -390,6 +396,189 @@ def _describe_deepseek32(model: _ModelFile, g: Geometry) -> None:
         model.matrix(f"{layer}.indexer.attn_q_b.weight", heads * key_length, g.rank)
 
 
+_EXPERTS = 4
+
+
+def _expert_keys(model: _ModelFile, g: Geometry) -> None:
+    model.keys.add_expert_count(_EXPERTS)
+    model.keys.add_expert_used_count(2)
+    model.keys.add_expert_feed_forward_length(g.feed_forward)
+
+
+def _experts(model: _ModelFile, g: Geometry, layer: str) -> None:
+    """Experts of whom a token asks two, and one whom every token asks."""
+    model.matrix(f"{layer}.ffn_gate_inp.weight", _EXPERTS, g.embedding)
+    model.matrix(f"{layer}.ffn_gate_exps.weight", _EXPERTS, g.feed_forward, g.embedding)
+    model.matrix(f"{layer}.ffn_up_exps.weight", _EXPERTS, g.feed_forward, g.embedding)
+    model.matrix(f"{layer}.ffn_down_exps.weight", _EXPERTS, g.embedding, g.feed_forward)
+    model.matrix(f"{layer}.ffn_gate_shexp.weight", g.feed_forward, g.embedding)
+    model.matrix(f"{layer}.ffn_up_shexp.weight", g.feed_forward, g.embedding)
+    model.matrix(f"{layer}.ffn_down_shexp.weight", g.embedding, g.feed_forward)
+
+
+def _describe_deepseek4(model: _ModelFile, g: Geometry) -> None:
+    # Layers of the three sorts that llama.cpp knows (models/deepseek4.cpp): none compressed, one
+    # row for every four tokens with an indexer, one row for every 128.
+    ratios = [(0, 4, 128)[index % 3] for index in range(g.layers)]
+    streams = 4  # of hyper-connections: no other number is supported
+    mixes = (2 + streams) * streams
+    groups = 2
+    # As wide as the keys of the attention, llama.cpp 0.6.0 would divide by zero: it looks for the
+    # width of a cache that no layer of this model has.
+    indexed = 2 * g.head_dim
+
+    def compressor(name: str, width: int, ratio: int) -> None:
+        wide = 2 * width if ratio == 4 else width  # blocks of four overlap
+        model.matrix(f"{name}_kv.weight", wide, g.embedding)
+        model.matrix(f"{name}_gate.weight", wide, g.embedding)
+        model.uniform(f"{name}_ape.weight", -0.1, 0.1, ratio, wide)
+        model.norm(f"{name}_norm.weight", width)
+
+    def connection(name: str, outputs: int, scales: int) -> None:
+        model.matrix(f"{name}_fn.weight", outputs, streams * g.embedding)
+        model.uniform(f"{name}_base.weight", -0.1, 0.1, outputs)
+        model.norm(f"{name}_scale.weight", scales)
+
+    keys, name = model.keys, "deepseek4"
+    keys.add_head_count(g.heads)
+    keys.add_head_count_kv(1)
+    keys.add_key_length(g.head_dim)
+    keys.add_value_length(g.head_dim)
+    keys.add_rope_dimension_count(g.head_dim // 2)
+    keys.add_q_lora_rank(g.rank)
+    keys.add_sliding_window(g.window)
+    _expert_keys(model, g)
+    keys.add_expert_shared_count(1)
+    keys.add_expert_weights_scale(1.0)
+    keys.add_expert_weights_norm(True)
+    keys.add_uint32(f"{name}.expert_gating_func", 4)  # the square root of softplus
+    keys.add_swiglu_clamp_exp([0.0] * g.layers)
+    keys.add_indexer_head_count(g.heads)
+    keys.add_indexer_key_length(indexed)
+    keys.add_indexer_top_k(g.window)
+    keys.add_uint32(f"{name}.attention.output_group_count", groups)
+    keys.add_uint32(f"{name}.attention.output_lora_rank", g.rank)
+    keys.add_float32(f"{name}.attention.compress_rope_freq_base", 10000.0)
+    keys.add_array(f"{name}.attention.compress_ratios", ratios)
+    keys.add_uint32(f"{name}.hyper_connection.count", streams)
+    keys.add_uint32(f"{name}.hyper_connection.sinkhorn_iterations", 2)
+    keys.add_float32(f"{name}.hyper_connection.epsilon", 1e-6)
+    keys.add_uint32(f"{name}.hash_layer_count", 0)
+    model.norm("output_norm.weight", g.embedding)
+    connection("output_hc", streams, 1)
+    for layer, ratio in zip(_layers(g), ratios, strict=True):
+        model.norm(f"{layer}.attn_norm.weight", g.embedding)
+        model.uniform(f"{layer}.attn_sinks.weight", -1.0, 1.0, g.heads)
+        model.matrix(f"{layer}.attn_q_a.weight", g.rank, g.embedding)
+        model.norm(f"{layer}.attn_q_a_norm.weight", g.rank)
+        model.matrix(f"{layer}.attn_q_b.weight", g.heads * g.head_dim, g.rank)
+        model.matrix(f"{layer}.attn_kv.weight", g.head_dim, g.embedding)
+        model.norm(f"{layer}.attn_kv_a_norm.weight", g.head_dim)
+        model.matrix(
+            f"{layer}.attn_output_a.weight", groups * g.rank, g.heads * g.head_dim // groups
+        )
+        model.matrix(f"{layer}.attn_output_b.weight", g.embedding, groups * g.rank)
+        connection(f"{layer}.hc_attn", mixes, 3)
+        connection(f"{layer}.hc_ffn", mixes, 3)
+        if ratio:
+            compressor(f"{layer}.attn_compressor", g.head_dim, ratio)
+        if ratio == 4:
+            model.matrix(f"{layer}.indexer.proj.weight", g.heads, g.embedding)
+            model.matrix(f"{layer}.indexer.attn_q_b.weight", g.heads * indexed, g.rank)
+            compressor(f"{layer}.indexer_compressor", indexed, ratio)
+        model.norm(f"{layer}.ffn_norm.weight", g.embedding)
+        _experts(model, g, layer)
+        model.uniform(f"{layer}.exp_probs_b.bias", -0.1, 0.1, _EXPERTS)
+
+
+def _describe_qwen4exp(model: _ModelFile, g: Geometry) -> None:
+    # Every second layer attends, with an indexer over blocks of four cells; the others are
+    # recurrent.
+    recurrent = [index % 2 == 0 for index in range(g.layers)]
+    streams, low_rank, key_heads, value_heads = 4, 8, 2, 4
+    wide = streams * g.embedding
+    key_width, value_width = key_heads * g.state, value_heads * g.state
+
+    def connection(name: str, *, injects: bool = True) -> None:
+        model.norm(f"{name}_norm.weight", wide)
+        model.matrix(f"{name}_down.weight", low_rank, wide)
+        model.matrix(f"{name}_up.weight", wide, low_rank)
+        if injects:
+            model.matrix(f"{name}_inject.weight", streams, wide)
+
+    keys, name = model.keys, "qwen4exp"
+    _attention_keys(model, g, g.kv_heads)
+    eighth = g.head_dim // 8  # rotated pairs, as for qwen2vl
+    keys.add_rope_dimension_sections([g.head_dim // 2 - 2 * eighth, eighth, eighth, 0])
+    _expert_keys(model, g)
+    keys.add_expert_shared_feed_forward_length(g.feed_forward)
+    keys.add_ssm_conv_kernel(_CONVOLUTION)
+    keys.add_ssm_inner_size(value_width)
+    keys.add_ssm_state_size(g.state)
+    keys.add_ssm_time_step_rank(value_heads)
+    keys.add_ssm_group_count(key_heads)
+    keys.add_full_attention_interval(2)
+    keys.add_uint32(f"{name}.hyper_connection.count", streams)
+    keys.add_uint32(f"{name}.hyper_connection.low_rank", low_rank)
+    keys.add_indexer_head_count(g.heads)
+    keys.add_indexer_key_length(g.head_dim)
+    keys.add_indexer_top_k(g.window)
+    keys.add_array(f"{name}.attention.compress_ratios", [0 if each else 4 for each in recurrent])
+    connection("output_hc", injects=False)
+    for layer, is_recurrent in zip(_layers(g), recurrent, strict=True):
+        connection(f"{layer}.hc_attn")
+        connection(f"{layer}.hc_ffn")
+        if is_recurrent:
+            both = 2 * key_width + value_width
+            model.matrix(f"{layer}.attn_qkv.weight", both, g.embedding)
+            model.matrix(f"{layer}.attn_gate.weight", value_width, g.embedding)
+            model.uniform(f"{layer}.ssm_conv1d.weight", -0.5, 0.5, both, _CONVOLUTION)
+            model.uniform(f"{layer}.ssm_dt.bias", -4.6, -2.3, value_heads)
+            model.uniform(f"{layer}.ssm_a", -4.0, -1.0, value_heads)
+            model.matrix(f"{layer}.ssm_beta.weight", value_heads, g.embedding)
+            model.matrix(f"{layer}.ssm_alpha.weight", value_heads, g.embedding)
+            model.norm(f"{layer}.ssm_norm.weight", g.state)
+            model.matrix(f"{layer}.ssm_out.weight", g.embedding, value_width)
+        else:
+            # A gate lies beside each head of the queries.
+            model.matrix(f"{layer}.attn_q.weight", 2 * g.heads * g.head_dim, g.embedding)
+            model.matrix(f"{layer}.attn_k.weight", g.kv_heads * g.head_dim, g.embedding)
+            model.matrix(f"{layer}.attn_v.weight", g.kv_heads * g.head_dim, g.embedding)
+            model.matrix(f"{layer}.attn_output.weight", g.embedding, g.heads * g.head_dim)
+            model.norm(f"{layer}.attn_q_norm.weight", g.head_dim)
+            model.norm(f"{layer}.attn_k_norm.weight", g.head_dim)
+            model.matrix(f"{layer}.indexer.q_proj.weight", g.heads * g.head_dim, g.embedding)
+            model.matrix(f"{layer}.indexer.k_proj.weight", g.head_dim, g.embedding)
+            model.norm(f"{layer}.indexer.q_norm.weight", g.head_dim)
+            model.norm(f"{layer}.indexer.k_norm.weight", g.head_dim)
+        _experts(model, g, layer)
+        model.uniform(f"{layer}.ffn_gate_inp_shexp.weight", -0.1, 0.1, g.embedding)
+
+
+def _describe_qwen4exp_ngrams(model: _ModelFile, g: Geometry) -> None:
+    _describe_qwen4exp(model, g)
+    # The first layer, a recurrent one, looks up n-grams of tokens.
+    layer, name, keys = "blk.0", "qwen4exp", model.keys
+    grams, heads_per_gram, rows = 3, 2, 64  # rows of a head
+    heads = (grams - 1) * heads_per_gram
+    head_dim, wide = g.embedding // heads, 4 * g.embedding
+    keys.add_array(f"{name}.ple.layers", [0])
+    keys.add_uint32(f"{name}.ple.ngram_size", grams)
+    keys.add_uint32(f"{name}.ple.heads_per_ngram", heads_per_gram)
+    keys.add_uint32(f"{name}.ple.conv_kernel", _CONVOLUTION)
+    keys.add_uint32(f"{name}.ple.eos_token_id", 0)
+    keys.add_uint32(f"{name}.embedding_length_per_layer_input", head_dim)
+    model.wide_numbers(f"{name}.ple.layer_multipliers", [3, 5, 7])
+    model.wide_numbers(f"{name}.ple.head_offsets", [rows * head for head in range(heads)])
+    model.wide_numbers(f"{name}.ple.head_vocab_sizes", [rows - 1] * heads)
+    model.matrix("per_layer_token_embd.weight", rows * heads, head_dim)
+    model.matrix(f"{layer}.ple_key.weight", wide, g.embedding)
+    model.matrix(f"{layer}.ple_value.weight", g.embedding, g.embedding)
+    model.uniform(f"{layer}.ple_conv1d.weight", -0.5, 0.5, wide, _CONVOLUTION)
+    for norm in ("key", "query", "conv"):
+        model.norm(f"{layer}.ple_norm_{norm}.weight", wide)
+
+
 KINDS: dict[str, tuple[str, Callable[[_ModelFile, Geometry], None]]] = {
     "llama": ("llama", _describe_llama),
     "gemma3": ("gemma3", _describe_gemma3),
@@ -398,6 +587,9 @@ KINDS: dict[str, tuple[str, Callable[[_ModelFile, Geometry], None]]] = {
     "hybrid-iswa": ("lfm2", _describe_lfm2),
     "deepseek2": ("deepseek2", _describe_deepseek2),
     "deepseek32": ("deepseek32", _describe_deepseek32),
+    "deepseek4": ("deepseek4", _describe_deepseek4),
     "qwen2vl": ("qwen2vl", _describe_qwen2vl),
+    "qwen4exp": ("qwen4exp", _describe_qwen4exp),
+    "qwen4exp-ngrams": ("qwen4exp", _describe_qwen4exp_ngrams),
 }
 """For each kind the architecture's name in llama.cpp, and what describes it."""

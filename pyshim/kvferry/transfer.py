@@ -202,6 +202,7 @@ class SubmitOptions:
         priority: Priority,
         *,
         mode: int = 0,
+        flags: int = 0,
         after_stream: int | None = None,
     ) -> None:
         self.text = ErrorText()
@@ -213,7 +214,7 @@ class SubmitOptions:
                 "queue": completions.queue,
                 "user_data": token,
                 "mode": mode,
-                "flags": 0 if after_stream is None else lib.KVF_SUBMIT_FOLLOW_STREAM,
+                "flags": flags | (0 if after_stream is None else lib.KVF_SUBMIT_FOLLOW_STREAM),
                 "stream": after_stream or 0,
                 "error": self.text.buffer,
                 "error_size": ffi.sizeof(self.text.buffer),

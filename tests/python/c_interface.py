@@ -87,6 +87,7 @@ class Mode(enum.IntEnum):
 
 
 FOLLOW_STREAM = 1
+TRUST_STATE = 2
 FORCE_BLOCKING = 2
 
 
@@ -137,6 +138,9 @@ class Engine:
 
     def attach(self, context: int, flags: int = 0) -> Attachment:
         return Attachment(self, context, flags)
+
+    def cancel(self) -> None:
+        self.library.call("kvf_engine_cancel", self.handle)
 
     def __enter__(self) -> Engine:
         return self
@@ -190,13 +194,14 @@ class Attachment:
         stream: int | None = None,
         mode: int = 0,
         priority: int = 0,
+        trust: bool = False,
     ) -> Job:
         error = ctypes.create_string_buffer(256)
         options = SubmitOptions(
             size=ctypes.sizeof(SubmitOptions),
             priority=priority,
             mode=mode,
-            flags=0 if stream is None else FOLLOW_STREAM,
+            flags=(0 if stream is None else FOLLOW_STREAM) | (TRUST_STATE if trust else 0),
             stream=stream or 0,
             error=ctypes.addressof(error),
             error_size=len(error),

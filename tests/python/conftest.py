@@ -53,6 +53,30 @@ def model(model_path: Callable[..., Path]) -> Iterator[Callable[..., Model]]:
         one.close()
 
 
+@pytest.fixture(scope="session")
+def unknown_libllama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`unknown_libllama(which of unknown_format.NUMBERS)`: the folder of a libllama, for a process
+    of its own, that writes a format that nobody has seen. Made once a session.
+    """
+    from llama_reference import BUILD, LIBRARY_FOLDER
+    from unknown_format import NUMBERS, NoMagic, write_libllama
+
+    written: dict[str, Path] = {}
+
+    def folder(which: str) -> Path:
+        if which not in written:
+            # Under the name of the build, by which tests know what it can do.
+            path = tmp_path_factory.mktemp(which) / BUILD
+            try:
+                write_libllama(path, LIBRARY_FOLDER, NUMBERS[which])
+            except NoMagic:
+                pytest.skip(f"{BUILD} begins its states with no number")
+            written[which] = path
+        return written[which]
+
+    return folder
+
+
 @pytest.fixture
 def make_context(model: Callable[..., Model]) -> Iterator[Callable[..., Context]]:
     """`make_context(kind or model, **ContextOptions)`: a context that is freed after the test.

@@ -12,6 +12,8 @@ import pytest
 from kvferry import bench, libllama
 from kvferry.bench.measurement import Measurement, Reading, Stage, at_least
 from kvferry.table import Progress, table
+from llama_reference import LIBRARY_FOLDER
+from unknown_format import NUMBERS, NoMagic, write_libllama
 
 FIGURES = {
     "state_bytes",
@@ -153,8 +155,101 @@ def test_doctor_finds_libllama_and_can_tap_it() -> None:
     findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
     assert findings["tap"]["found"] == "possible"
     assert "libllama" in findings["libllama"]["details"]["path"]
+    assert findings["format"]["good"]
+    assert findings["format"]["found"].endswith("guarded by structure")
+    assert findings["save and load"]["found"].startswith("right")
     assert findings["memcpy"]["details"]["gb_per_s"]["1"] > 0
     assert all(finding["meaning"] for finding in findings.values())
+
+
+def test_doctor_says_that_it_does_not_know_a_format(
+    unknown_libllama: Callable[[str], Path],
+) -> None:
+    done = run("doctor", "--json", "--llama-lib", str(unknown_libllama("nothing-parses")))
+
+    assert done.returncode == 0, done.stderr
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
+    assert findings["tap"]["good"]
+    assert not findings["format"]["good"]
+    assert findings["format"]["found"] == "opaque, guarded by envelope"
+    assert findings["save and load"]["found"].startswith("right")
+
+
+def test_doctor_finds_out_that_libllama_loads_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "libllama"
+    try:
+        write_libllama(folder, LIBRARY_FOLDER, NUMBERS["nothing-parses"], everywhere=False)
+    except NoMagic:
+        pytest.skip("this libllama begins its states with no number")
+
+    done = run("doctor", "--json", "--llama-lib", str(folder))
+
+    assert done.returncode == 1, done.stderr
+    [finding] = [one for one in json.loads(done.stdout) if one["subject"] == "save and load"]
+    assert not finding["good"]
+    assert finding["found"].startswith("llama.cpp doesn't load its own state")
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (
+            "from kvferry import errors, llama\n"
+            "async def load(*_, **__): raise errors.error(llama.lib.KVF_ERR_STATE_DAMAGED, 'so')\n"
+            "llama.Llama.load = load",
+            "the load fails: the state is truncated or its structure is damaged: so",
+        ),
+        (
+            "from kvferry import errors, llama\n"
+            "async def save(*_, **__): raise errors.error(llama.lib.KVF_ERR_LLAMA, 'so')\n"
+            "llama.Llama.save = save",
+            "the save fails: ",
+        ),
+        (
+            "from kvferry import llama\nasync def load(*_, **__): pass\nllama.Llama.load = load",
+            "the loaded sequence is not the one that was saved",
+        ),
+        (
+            "from kvferry import snapshot\n"
+            "snapshot.Snapshot.to_bytes = lambda self: bytes(self.nbytes)",
+            "the saved state is not the one that llama.cpp saves",
+        ),
+        (
+            "import os\n"
+            "from kvferry import libllama\n"
+            "libllama.Context.logits = lambda self: os.urandom(8)",
+            "after the load the logits differ",
+        ),
+    ],
+    ids=["load refused", "save refused", "load of nothing", "save of nothing", "other logits"],
+)
+def test_doctor_says_what_is_wrong_with_sequences(fault: str, found: str) -> None:
+    done = run("doctor", "--json", first=f"\n{fault}")
+
+    assert done.returncode == 1, done.stderr
+    [finding] = [one for one in json.loads(done.stdout) if one["subject"] == "save and load"]
+    assert not finding["good"]
+    assert finding["found"].startswith(found)
+
+
+def test_doctor_tries_blocking_calls_where_there_is_no_tap() -> None:
+    done = run(
+        *("doctor", "--json"),
+        first="""
+from kvferry import engine, errors, llama
+attach = engine.Engine.attach
+def without_tap(self, llm, *, allow_blocking=False, **options):
+    if not allow_blocking:
+        raise errors.error(llama.lib.KVF_ERR_TAP, "on purpose")
+    return attach(self, llm, allow_blocking=True, **options)
+engine.Engine.attach = without_tap
+""",
+    )
+
+    assert done.returncode == 1, done.stderr
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
+    assert "on purpose" in findings["tap"]["found"]
+    assert findings["save and load"]["good"]
 
 
 needs_simulated_cuda = pytest.mark.skipif(

@@ -1,0 +1,54 @@
+"""Caches whose states are in a format that kvferry does not know: moved whole, guarded by an
+envelope of its own, and refused by that before libllama sees what is damaged.
+
+On a copy of libllama that begins its states with another number. Each case, opaque_states.py has
+them, is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opaque_states import CASES
+from unknown_format import NUMBERS
+
+CANCEL_CASE = "a_load_that_is_cancelled_ends_once"
+STREAM_CASE = "a_load_waits_for_the_stream_before_it_verifies"
+
+
+def run_case(case: str, model: Path, foreign: Path, folder: Path, **options: Any) -> None:
+    if case == STREAM_CASE and "KVFERRY_SIMULATED_CUDA" not in os.environ:
+        pytest.skip("KVFERRY_SIMULATED_CUDA is not set")
+    arguments = [case, str(model), str(foreign), json.dumps({"n_ctx": 256, **options})]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("opaque_states.py")), *arguments],
+        env={**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("which", NUMBERS)
+def test_a_format_that_nobody_has_seen(
+    unknown_libllama: Callable[[str], Path],
+    model_path: Callable[..., Path],
+    which: str,
+    case: str,
+) -> None:
+    # States of 20 MiB take some milliseconds to move; others are damaged again and again.
+    geometry = "bench" if case == CANCEL_CASE else "small"
+    model = model_path("llama", geometry=geometry)
+    # It has other weights and says so, and its states fit.
+    foreign = model_path("llama", geometry=geometry, seed=1, context=8192)
+    run_case(case, model, foreign, unknown_libllama(which))
