@@ -265,11 +265,13 @@ QUICK_LLAMA_TESTS := $(addprefix tests/python/,test_libllama.py test_llama_basic
 
 # $(call on_builds,BUILD...,TEST...)
 define on_builds
+@failed=; \
 for build in $(1); do \
     echo "-- llama.cpp $$build"; \
     export KVFERRY_LLAMA_LIB=$(CURDIR)/$(BUILDS)/$$build LLAMA_CPP_LIB_PATH=$(CURDIR)/$(BUILDS)/$$build; \
-    python -m pytest --quiet $(2) $(ARGS); \
-done
+    python -m pytest --quiet $(2) $(ARGS) || failed+=" $$build"; \
+done; \
+test -z "$$failed" || { echo "failed on:$$failed"; exit 1; }
 endef
 BUILDS_TABLE = python tests/python/builds_table.py $(TESTED_BUILDS:%=$(BUILDS)/%)
 
