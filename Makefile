@@ -179,6 +179,11 @@ demo: $(PACKAGE) $(PYTHON_LLAMA)
 bench: $(PACKAGE) $(PYTHON_LLAMA)
 	python bench/run.py $(ARGS)
 
+.PHONY: bench-scheduling
+bench-scheduling: build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target kvferry cuda_simulated
+	python bench/scheduling.py $(ARGS)
+
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
 .PHONY: test

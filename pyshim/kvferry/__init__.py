@@ -32,7 +32,7 @@ from .errors import (
     TransferCancelled,
     Unreachable,
 )
-from .llama import Llama, LoadMode, SaveMode
+from .llama import Llama, LoadMode, LoadOutcome, SaveMode
 from .regions import Region
 from .snapshot import Snapshot
 from .transfer import Priority, Transfer
@@ -54,6 +54,7 @@ __all__ = [
     "LibraryNotFound",
     "Llama",
     "LoadMode",
+    "LoadOutcome",
     "NoDevice",
     "PinnedLimit",
     "Priority",
