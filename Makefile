@@ -71,6 +71,7 @@ help:
 	@echo "               test-examples"
 	@echo "make test-builds  all tests that use libllama, on each of $(words $(TESTED_BUILDS)) builds; make builds-table: what is seen there"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
+	@echo "make soak      random operations beside transfers, compared with llama.cpp's own; as long as ARGS says"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
@@ -168,7 +169,7 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # For whoever names no libllama.
-demo bench test-python test-gpu: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
+demo bench test-python test-gpu soak: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
 test-go: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(OTHER_LIB)
 
 .PHONY: demo
@@ -246,11 +247,14 @@ test-examples: $(TOOLS) $(BINDINGS_HEADERS)
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
+PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py test_llama_in_flight.py test_llama_random.py)
+
 define run_python_tests
-export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest tests/python/test_cuda.py
+export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
 python -m pytest tests/python/test_llama_cpp_python.py
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
-    python -m pytest tests/python --ignore tests/python/test_cuda.py --ignore tests/python/test_llama_cpp_python.py $(ARGS)
+    python -m pytest tests/python --ignore tests/python/test_llama_cpp_python.py \
+    $(addprefix --ignore ,$(PYTHON_TESTS_ON_CUDA)) $(ARGS)
 endef
 
 .PHONY: test-python
@@ -296,6 +300,13 @@ test-builds-quick: $(PACKAGE) $(TESTED_STAMPS)
 .PHONY: builds-table
 builds-table: $(PACKAGE) $(TESTED_STAMPS)
 	$(BUILDS_TABLE) --write
+
+# What test-python does with fixed seeds for some seconds, for as long as wanted: ARGS="--hours 2", ARGS="--steps 10000".
+.PHONY: soak
+soak: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
+	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
 
 # Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU.
 .PHONY: test-gpu

@@ -396,6 +396,7 @@ std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const S
     const Window window{window_size};
     for (const Section &section : structure.sections) {
         if (section.kind != Section::Kind::Attention || section.cells == 0) continue;
+        if (section.streams > 1) continue; // each sequence has a stream of its own
         const auto position = [&](uint64_t cell) {
             return position_of(section, *structure.format, state, cell);
         };

@@ -156,6 +156,8 @@ void cells_free_for_others() {
 
     CHECK(free_for_others(window, 0).empty());    // no windows at all
     CHECK(free_for_others(window, 1000).empty()); // all of it stays inside
+    // A stream of its own, where no other sequence has cells.
+    CHECK(free_for_others(attention({.streams = 2, .cells = 8, .position = 10}), 8).empty());
     // One that keeps every token.
     CHECK(free_for_others(attention({.cells = 40}), 8).empty());
     // Chunks: after the position before a multiple, the whole chunk goes.

@@ -173,7 +173,10 @@ _POINTER, _BYTES, _TEXT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint8), ctype
 _INT, _SIZE, _BOOL = ctypes.c_int32, ctypes.c_size_t, ctypes.c_bool
 
 # name: (result, arguments)
+AbortCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "llama_set_abort_callback": (None, [_POINTER, AbortCallback, _POINTER]),
     "ggml_backend_load_all_from_path": (None, [_TEXT]),
     "llama_log_set": (None, [_LogCallback, _POINTER]),
     "llama_model_default_params": (_ModelParams, []),
