@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 PROMPT_TOKENS = 200
 EMPTY_BYTES = 8 if reference.BUILD in {"b8179", "b8390"} else 16
-"""Size of an empty sequence's state: one stream of no cells; since b9842 magic and sequence first."""
+"""Size of an empty sequence's state: magic and sequence, since b9842; one stream of no cells."""
 
 
 @pytest.fixture
