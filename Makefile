@@ -375,6 +375,7 @@ lint-python: $(TOOLS)
 .PHONY: lint-c
 lint-c: $(TOOLS)
 	$(if $(C_SOURCES),clang-format --dry-run -Werror $(C_SOURCES))
+	python tools/header_table.py --check
 
 .PHONY: lint-go
 ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)

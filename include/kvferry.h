@@ -434,14 +434,52 @@ KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacit
  * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED. */
 KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *bytes);
 
+/* What may be done while a transfer is in flight
+ * ----------------------------------------------
+ * From a submitting call's return to the completion, by the context's thread. "This" is the sequence that is moved.
+ * A save by snapshot (and of an opaque cache) has read everything when its call returns: then all is allowed. Loads in
+ * place and ahead are alike.
+ *
+ * | operation                                       | load in flight | save in place in flight |
+ * |-------------------------------------------------|----------------|-------------------------|
+ * | llama_decode of other sequences                 | yes, 1         | yes, 1                  |
+ * | llama_decode of this one                        | no             | plain attention alone   |
+ * | llama_memory_seq_add, _div of another           | yes, 2         | yes, 2                  |
+ * | llama_memory_seq_add, _div of this one          | no             | no                      |
+ * | llama_memory_seq_cp between others              | yes, 2         | yes, 2                  |
+ * | llama_memory_seq_cp of this one onto another    | no             | yes, 2                  |
+ * | llama_memory_seq_cp onto this one               | no             | no                      |
+ * | llama_memory_seq_rm of another                  | yes            | yes                     |
+ * | llama_memory_seq_rm of this one                 | no             | no                      |
+ * | llama_memory_seq_keep of this one               | yes            | yes                     |
+ * | llama_memory_seq_keep of another                | no             | no                      |
+ * | llama_memory_clear                              | no             | no                      |
+ * | llama_state_seq_get_data of another             | yes, 1         | yes                     |
+ * | llama_state_seq_get_data of this one            | waits          | yes                     |
+ * | llama_state_get_data                            | waits          | yes                     |
+ * | llama_state_seq_set_data into another           | yes, 1         | yes, 1                  |
+ * | llama_state_seq_set_data into this one          | no             | no                      |
+ * | kvf_llama_save, _load, _remove of another       | yes            | yes                     |
+ * | kvf_llama_save of this one                      | KVF_ERR_BUSY   | yes                     |
+ * | kvf_llama_load, _remove of this one             | KVF_ERR_BUSY   | KVF_ERR_BUSY            |
+ * | llama_free                                      | ends it first  | ends it first           |
+ *
+ * 1: waits for the transfer where llama.cpp would read or write its memory: a recurrent cache may move this sequence's
+ *    cell; a transfer that follows a stream keeps decoding off a sliding window; llama.cpp's own state calls wait where
+ *    cells of both lie between each other.
+ * 2: the next llama_decode waits for the transfer, because it rewrites keys of all sequences, or a whole stream.
+ * "no": bytes are lost or mixed, and nobody notices; clearing the memory mends the context. libllama does not tell of
+ * these calls before their harm is done. (Clear, remove and load through kvferry instead: it refuses.)
+ *
+ * Waiting is in llama_decode or the state call itself, on the context's thread. A transfer that follows a stream must
+ * therefore not depend on what that thread does later. */
+
 enum {
     /* SNAPSHOT where the next decode of the sequence would overwrite what is being saved (recurrent
      * states, sliding-window caches, kinds of cache this version does not know); else IN_PLACE. */
     KVF_SAVE_AUTO = 0,
-    /* Straight from the cache, with no memory beside the buffer. Until the completion, other sequences
-     * may be decoded, and a plain attention cache may be appended to by decoding this one. The
-     * sequence must not be removed, shifted, divided or copied onto, and no shift of it may be pending; a
-     * recurrent or sliding-window sequence must not be decoded. */
+    /* Straight from the cache, with no memory beside the buffer. The table above says what may be done until the
+     * completion. */
     KVF_SAVE_IN_PLACE = 1,
     /* The call copies the sequence aside first, on the device; anything may be done to the sequence as
      * soon as it returns. Host memory is copied straight into the buffer, during the call. */
