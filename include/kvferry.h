@@ -405,8 +405,9 @@ enum {
 typedef struct kvf_llama_options {
     uint32_t size;  /* sizeof(kvf_llama_options) */
     uint32_t flags; /* KVF_LLAMA_* */
-    const char *
-        library; /* path, or part of the path, of the libllama to use when several are loaded; or NULL */
+    /* Which libllama to use when several are loaded: its path, or a part of its path; or NULL. The path
+     * of one of them, or of a link to it, names that one alone, whatever else has it in its path. */
+    const char *library;
     char *error;         /* where to write one line of text when this call fails, or NULL */
     uint64_t error_size; /* its capacity, terminating 0 included */
 } kvf_llama_options;
@@ -415,8 +416,9 @@ typedef struct kvf_llama_options {
 /* Attaches to a context; `options` may be NULL. The context stays the caller's and must outlive the
  * attachment: detach first. (A context that is freed all the same is noticed as libllama frees its
  * cache: jobs in flight are cancelled and waited for, later calls return KVF_ERR_CONTEXT_FREED.)
- * Errors: KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_TAP, KVF_ERR_UNSUPPORTED,
- * KVF_ERR_DEVICE_LOST (of any device of the engine). */
+ * Errors: KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_UNSUPPORTED (a libllama is
+ * loaded that is too old: it lacks a function), KVF_ERR_TAP, KVF_ERR_DEVICE_LOST (of any device of the
+ * engine). */
 KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
                                  const kvf_llama_options *options, kvf_llama *llama);
 

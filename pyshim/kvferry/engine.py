@@ -125,9 +125,10 @@ class Engine:
 
         A Llama object is kept alive; don't close it before ``Llama.detach()``. Attach while no
         other thread uses the context. ``library`` is the path, or part of it, of the libllama to
-        use when several are loaded. ``allow_blocking``: where libllama's calls can't be recorded,
-        use its blocking calls on a thread of the engine's; the context must then rest until the
-        transfer has ended, and what would touch it meanwhile raises Busy.
+        use when several are loaded; a whole path is never ambiguous. ``allow_blocking``: where
+        libllama's calls can't be recorded, use its blocking calls on a thread of the engine's; the
+        context must then rest until the transfer has ended, and what would touch it meanwhile
+        raises Busy.
 
         Raises LibraryNotFound, TapUnavailable, ContextFreed.
         """

@@ -37,9 +37,9 @@ def see(folder: str) -> Seen:
     os.environ["LLAMA_CPP_LIB_PATH"] = folder
     from kvferry.synthetic import KINDS
 
-    seen: Seen = {"library": _library(), "moved": {}, "damaged": {}}
+    seen: Seen = {"library": _library(), "format": {}, "moved": {}, "damaged": {}}
     for kind in KINDS:
-        for table, look in (("moved", _moved), ("damaged", _damaged)):
+        for table, look in (("format", _format), ("moved", _moved), ("damaged", _damaged)):
             outcomes = [_in_a_context(kind, cache, look) for cache in CACHES]
             seen[table][kind] = "; ".join(dict.fromkeys(outcomes))
     return seen
@@ -49,17 +49,12 @@ def _library() -> dict[str, str]:
     from kvferry import libllama
     from llama_reference import LAYOUTS, LIBRARY_FOLDER, ContextParams, keep_log
 
-    with _contexts("llama", "flash") as make:
-        context = make()
-        context.decode(0, [1, 2, 3])
-        begin = context.state_get(0)[:4].hex(" ")
     [layout] = [builds for builds, one in LAYOUTS.items() if one is ContextParams]
     ggml = libllama.Libllama(libllama.find(LIBRARY_FOLDER)).build.rpartition("ggml ")[2]
     keep_log()
     return {
         "ggml": ggml.split()[0],
         "context parameters as in": layout,
-        "a state begins with": begin,
         "tap": _in_a_context("llama", "flash", _tap),
     }
 
@@ -122,6 +117,18 @@ async def _tap(make: Callable[[], Any]) -> str:
 
 
 TARGET = 2
+
+
+async def _format(make: Callable[[], Any]) -> str:
+    """As kvferry calls what it reads there; and what vouches for a state if not its structure."""
+    import kvferry
+
+    context = make()
+    context.decode(0, [1, 2, 3])
+    async with kvferry.Engine("host") as engine:
+        said = engine.attach(context.address).describe()
+    guard = said["guarded_by"]
+    return str(said["format"]) + ("" if guard == "structure" else f", guarded by {guard}")
 
 
 async def _moved(make: Callable[[], Any]) -> str:
@@ -213,10 +220,10 @@ def see_all(folders: Sequence[str]) -> dict[str, Seen]:
 
 def tables(seen: dict[str, Seen]) -> str:
     lines = []
-    for table, title in (("library", ""), ("moved", "moved"), ("damaged", "damaged")):
+    for table in ("library", "format", "moved", "damaged"):
         rows = next(iter(seen.values()))[table]
         lines += [
-            f"| {title} | {' | '.join(seen)} |",
+            f"| {table} | {' | '.join(seen)} |",
             "|---" * (len(seen) + 1) + "|",
             *(
                 f"| {row} | {' | '.join(one[table][row] for one in seen.values())} |"

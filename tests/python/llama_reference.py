@@ -54,6 +54,10 @@ LIBRARY_FOLDER = _library_folder()
 BUILD = (LIBRARY_FOLDER / "libllama.so").resolve().parent.name
 """As the Makefile calls the build of it; of a library that it did not fetch, some other word."""
 
+UNFRAMED = BUILD in {"b8179", "b8390"}
+"""Whether states are those of builds before b9842: without a magic number and a sequence in front,
+and with the cells that a sliding window has masked."""
+
 
 def model_sizes(kind: str) -> dict[str, int]:
     """The sizes in which a small synthetic model must differ for this libllama."""
