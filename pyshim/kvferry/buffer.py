@@ -9,6 +9,7 @@ import numpy
 from numpy.typing import DTypeLike, NDArray
 
 from ._native import ffi, lib
+from .arguments import HostMemory, check_no_objects, integer, invalid
 from .errors import check, error
 
 if TYPE_CHECKING:
@@ -107,17 +108,36 @@ def pinned(engine: int, nbytes: int) -> Buffer:
     Blocks: microseconds where the pool has one to use again, else as long as mapping and pinning
     takes, a third of a second for 1 GiB.
     """
+    nbytes = integer("nbytes", nbytes)
     address = ffi.new("void **")
     check(lib.kvf_buffer_alloc(engine, max(1, nbytes), address))
     memory = ffi.gc(ffi.cast("uint8_t *", address[0]), lib.kvf_buffer_free, nbytes)
     return Buffer(memory, nbytes)
 
 
-def borrow(memory: object, *, writable: bool = False) -> Buffer:
-    """The contiguous memory of an object with the buffer protocol, which can't be resized then."""
+def borrow(memory: HostMemory, name: str, *, writable: bool = False) -> Buffer:
+    """The contiguous memory of an object with the buffer protocol, which can't be resized then.
+
+    ``name`` is that of the argument, for errors.
+    """
     if isinstance(memory, Buffer):
         if writable and not memory._writable:
-            raise BufferError("a Snapshot is read-only")
+            raise invalid(f"{name} is read-only: a {type(memory).__name__}")
         return memory
-    data = ffi.from_buffer("uint8_t[]", memory, require_writable=writable)
+    try:
+        check_no_objects(memory)
+        data = ffi.from_buffer("uint8_t[]", memory, require_writable=writable)
+    except TypeError as refusal:
+        kind = type(memory).__name__
+        raise TypeError(f"{name} is contiguous memory, not {kind}: {refusal}") from None
+    except (BufferError, ValueError) as refusal:
+        raise invalid(f"{name} {_fault(memory, writable)}: {refusal}") from None
     return Buffer(data, len(data))
+
+
+def _fault(memory: HostMemory, writable: bool) -> str:
+    """What keeps its memory from being borrowed."""
+    view = memoryview(memory)  # type: ignore[arg-type]
+    if writable and view.readonly:
+        return "is read-only"
+    return "can't be used" if view.c_contiguous else "is not contiguous"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import anyio.lowlevel
 
 from ._native import ffi, lib
+from .arguments import HostMemory, Memory, choice, integer, invalid
 from .buffer import Buffer, borrow, pinned
 from .completions import Completions, see_through
 from .core import Core, describe
@@ -30,6 +31,8 @@ _DEVICES: dict[str, int] = {
     "host": lib.KVF_DEVICES_HOST,
     "cuda": lib.KVF_DEVICES_CUDA,
 }
+
+_UINT32_MAX = (1 << 32) - 1
 
 
 class TraceEvent(NamedTuple):
@@ -75,18 +78,16 @@ class Engine:
         staging_bytes: int = 0,
         trace: bool = False,
     ) -> None:
-        if devices not in _DEVICES:
-            raise ValueError(f"devices is 'auto', 'host' or 'cuda', not {devices!r}")
         text = ErrorText()
         options = ffi.new(
             "kvf_engine_options *",
             {
                 "size": ffi.sizeof("kvf_engine_options"),
-                "devices": _DEVICES[devices],
+                "devices": choice("devices", devices, _DEVICES),
                 "flags": lib.KVF_ENGINE_TRACE if trace else 0,
-                "copy_threads": copy_threads,
-                "pinned_limit": pinned_limit,
-                "staging_bytes": staging_bytes,
+                "copy_threads": integer("copy_threads", copy_threads, most=_UINT32_MAX),
+                "pinned_limit": integer("pinned_limit", pinned_limit),
+                "staging_bytes": integer("staging_bytes", staging_bytes),
                 "error": text.buffer,
                 "error_size": ffi.sizeof(text.buffer),
             },
@@ -142,8 +143,8 @@ class Engine:
 
     async def copy_out(
         self,
-        source: object,
-        into: object = None,
+        source: Memory,
+        into: HostMemory | None = None,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
@@ -168,7 +169,7 @@ class Engine:
           on them; it is the legacy default stream where no other array names one.
 
         The source must not be written meanwhile. Cancelling: see ``Transfer.wait``.
-        Raises BufferTooSmall, Unreachable, InvalidArgument.
+        Raises BufferTooSmall, Unreachable, InvalidArgument, TypeError.
         """
         return await carried_out(
             self.start_copy_out(source, into, priority=priority, after_stream=after_stream)
@@ -176,8 +177,8 @@ class Engine:
 
     async def start_copy_out(
         self,
-        source: object,
-        into: object = None,
+        source: Memory,
+        into: HostMemory | None = None,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
@@ -190,19 +191,20 @@ class Engine:
         if into is None:
             buffer = await self.allocate(regions.nbytes)
         else:
-            buffer = borrow(into, writable=True)
+            buffer = borrow(into, "into", writable=True)
         return await self._submit(lib.kvf_regions_save, regions, buffer, priority)
 
     async def copy_in(
         self,
-        target: object,
-        data: object,
+        target: Memory,
+        data: HostMemory,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
     ) -> None:
         """Loads contiguous ``data`` into device or host memory: the way back from ``copy_out``.
 
+        ``data`` has as many bytes as arrays have together; a Region takes its part of it.
         ``target`` and ``after_stream`` are as for ``copy_out``; the target must be writable, and
         what reads or writes it must have been done. DLPack before version 1 doesn't tell whether an
         array is writable, so that it is refused. If this fails or is cancelled, part of the
@@ -215,8 +217,8 @@ class Engine:
 
     async def start_copy_in(
         self,
-        target: object,
-        data: object,
+        target: Memory,
+        data: HostMemory,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
@@ -226,7 +228,10 @@ class Engine:
         self._core.completions.check_waitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         regions = region_list(target, writable=True, after_stream=after_stream)
-        return await self._submit(lib.kvf_regions_load, regions, borrow(data), priority)
+        buffer = borrow(data, "data")
+        if regions.packed and buffer.nbytes > regions.nbytes:
+            raise invalid(f"the target takes {regions.nbytes} bytes, {buffer.nbytes} were given")
+        return await self._submit(lib.kvf_regions_load, regions, buffer, priority)
 
     async def _submit(
         self,

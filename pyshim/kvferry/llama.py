@@ -13,6 +13,7 @@ import anyio
 import anyio.lowlevel
 
 from ._native import ffi, lib
+from .arguments import HostMemory, choice, sequence_id
 from .buffer import Buffer, borrow
 from .completions import Completion, Pending, see_through
 from .core import Attachment, Core, describe
@@ -102,13 +103,14 @@ class Llama:
         that must not stall prefer ``size_async``. Raises SequenceRange, ContextFreed.
         """
         self._check_usable()
+        seq = sequence_id(seq)
         with self._attachment.worker.exclusive():
             return self._size(seq)
 
     async def size_async(self, seq: int = 0) -> int:
         """As ``size``, on the context's thread."""
         self._check_usable()
-        return await self._attachment.worker.call(self._size, seq)
+        return await self._attachment.worker.call(self._size, sequence_id(seq))
 
     def _size(self, seq: int) -> int:
         nbytes = ffi.new("uint64_t *")
@@ -122,7 +124,7 @@ class Llama:
         self,
         seq: int = 0,
         *,
-        into: object = None,
+        into: HostMemory | None = None,
         priority: Priority = "background",
         mode: SaveMode = "auto",
     ) -> Snapshot:
@@ -142,20 +144,20 @@ class Llama:
         self,
         seq: int = 0,
         *,
-        into: object = None,
+        into: HostMemory | None = None,
         priority: Priority = "background",
         mode: SaveMode = "auto",
     ) -> Transfer[Snapshot]:
         """As ``save``, but returns as soon as the sequence's layout has been captured."""
         self._check_usable()
-        if mode not in _SAVE_MODES:
-            raise ValueError(f"mode is 'auto', 'in_place' or 'snapshot', not {mode!r}")
+        seq = sequence_id(seq)
+        number = choice("mode", mode, _SAVE_MODES)
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         fingerprint = self.fingerprint
         while True:
             if into is not None:
-                buffer = borrow(into, writable=True)
+                buffer = borrow(into, "into", writable=True)
             else:
                 # Pinning new memory takes long, so not on the context's thread. The sequence may
                 # grow meanwhile: room for about one token in 64 more, else once again.
@@ -170,9 +172,7 @@ class Llama:
                 self._core, self._attachment, seq, buffer, snapshot, writes_buffer=True
             )
             try:
-                await self._submit(
-                    transfer, lib.kvf_llama_save, seq, buffer, priority, _SAVE_MODES[mode]
-                )
+                await self._submit(transfer, lib.kvf_llama_save, seq, buffer, priority, number)
             except BufferTooSmall:
                 if into is not None:
                     raise
@@ -183,7 +183,7 @@ class Llama:
 
     async def load(
         self,
-        state: object,
+        state: HostMemory,
         seq: int,
         *,
         priority: Priority = "background",
@@ -213,13 +213,14 @@ class Llama:
         if verify:
             if not isinstance(state, Snapshot):
                 raise TypeError("only a Snapshot can be verified")
+            seq = sequence_id(seq)
             self._attachment.latest_loads[seq] = None
             await state.verify()
         await carried_out(self.start_load(state, seq, priority=priority, mode=mode))
 
     async def start_load(
         self,
-        state: object,
+        state: HostMemory,
         seq: int,
         *,
         priority: Priority = "background",
@@ -227,18 +228,18 @@ class Llama:
     ) -> Transfer[None]:
         """As ``load``, but returns as soon as the cells of the sequence have been taken."""
         self._check_usable()
-        if mode not in _LOAD_MODES:
-            raise ValueError(f"mode is 'auto', 'in_place' or 'ahead', not {mode!r}")
+        seq = sequence_id(seq)
+        number = choice("mode", mode, _LOAD_MODES)
         self._attachment.latest_loads[seq] = None
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        buffer = borrow(state)
+        buffer = borrow(state, "state")
         if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
             raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
         transfer = LoadTransfer(
             self._core, self._attachment, seq, buffer, lambda _: None, writes_buffer=False
         )
-        await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, _LOAD_MODES[mode])
+        await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, number)
         return transfer
 
     def load_outcome(self, seq: int) -> LoadOutcome | None:
@@ -299,6 +300,7 @@ class Llama:
     async def remove(self, seq: int) -> None:
         """Empties a sequence, once the transfers of it that are in flight have ended."""
         self._check_usable()
+        seq = sequence_id(seq)
         self._attachment.worker.check_awaitable()
         transfers = self._attachment.in_flight
         while waited_for := [each for each, of in transfers.items() if of == seq]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from ._native import ffi, lib
+from .arguments import HostMemory
 from .buffer import Buffer, borrow
 from .claims import claim_for_snapshot
 from .completions import Completion
@@ -53,9 +54,9 @@ class Snapshot(Buffer):
         """How the save went; None for a state that came from elsewhere."""
 
     @classmethod
-    def from_bytes(cls, state: object, *, fingerprint: str | None = None) -> Snapshot:
+    def from_bytes(cls, state: HostMemory, *, fingerprint: str | None = None) -> Snapshot:
         """Wraps a state that comes from elsewhere. Borrows the memory, without a copy."""
-        borrowed = borrow(state)
+        borrowed = borrow(state, "state")
         return cls(borrowed.memory, borrowed.nbytes, fingerprint=fingerprint)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 import anyio
 
 from ._native import ffi, lib
+from .arguments import choice, integer
 from .buffer import Buffer
 from .claims import claim_for_transfer
 from .completions import Completion, Completions, Pending, PendingTransfer, see_through
@@ -91,6 +92,7 @@ class Transfer(PendingTransfer, Generic[T]):
         engine knows the stream), Busy (1,024 waits are outstanding), KvferryError (no CUDA device,
         or a driver older than 11.7).
         """
+        stream = integer("stream", stream)
         if not self.ended:
             assert self.job is not None
             check(lib.kvf_job_stream_wait(self.job, stream))
@@ -209,7 +211,7 @@ class SubmitOptions:
             "kvf_submit_options *",
             {
                 "size": ffi.sizeof("kvf_submit_options"),
-                "priority": priority_number(priority),
+                "priority": choice("priority", priority, _PRIORITIES),
                 "queue": completions.queue,
                 "user_data": token,
                 "mode": mode,
@@ -219,10 +221,3 @@ class SubmitOptions:
                 "error_size": ffi.sizeof(self.text.buffer),
             },
         )
-
-
-def priority_number(priority: Priority) -> int:
-    try:
-        return _PRIORITIES[priority]
-    except KeyError:
-        raise ValueError(f"priority is 'background' or 'urgent', not {priority!r}") from None
