@@ -35,6 +35,7 @@ from .errors import (
     Unreachable,
 )
 from .llama import Llama, LoadMode, LoadOutcome, SaveMode
+from .llm import LlmState
 from .regions import Region
 from .snapshot import Snapshot
 from .transfer import Priority, Transfer
@@ -55,6 +56,7 @@ __all__ = [
     "KvferryError",
     "LibraryNotFound",
     "Llama",
+    "LlmState",
     "LoadMode",
     "LoadOutcome",
     "NoDevice",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ._native import ffi, lib
 from .completions import Completions
 from .errors import check
+from .llm import SEQUENCE, LlmObject
 from .transfer import Transfer
 from .worker import Call, Worker, WorkerThread
 
@@ -36,11 +37,16 @@ class Attachment:
         self.handle = handle
         self.worker = worker
         self.owner = owner  # a llama_cpp.Llama, which frees the context when it is collected
+        self.llm = LlmObject.of(owner)
         self.in_flight: dict[Transfer[Any], int] = {}  # and the sequence of each
         # By sequence; None where it has not got as far as a transfer.
         self.latest_loads: dict[int, LoadTransfer | None] = {}
         self.detaching = False
         self._end: Call | None = None
+
+    def llm_of(self, seq: int) -> LlmObject | None:
+        """The llama_cpp.Llama that decodes this sequence, and keeps account of it."""
+        return self.llm if seq == SEQUENCE else None
 
     def end(self) -> Call:
         """Asks for the detach, as its last call on the context's thread. May be repeated."""

@@ -18,6 +18,7 @@ from .buffer import Buffer, borrow
 from .completions import Completion, Pending, see_through
 from .core import Attachment, Core, describe
 from .errors import BufferTooSmall, ErrorText, check, error
+from .llm import LlmState
 from .snapshot import Snapshot
 from .transfer import Priority, SubmitOptions, Transfer, carried_out
 from .worker import Call, context_worker
@@ -154,7 +155,6 @@ class Llama:
         number = choice("mode", mode, _SAVE_MODES)
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        fingerprint = self.fingerprint
         while True:
             if into is not None:
                 buffer = borrow(into, "into", writable=True)
@@ -163,14 +163,7 @@ class Llama:
                 # grow meanwhile: room for about one token in 64 more, else once again.
                 nbytes = await self.size_async(seq)
                 buffer = await self._engine.allocate(nbytes + nbytes // 64 + 65536)
-            memory = buffer.memory
-
-            def snapshot(done: Completion, memory: CData = memory) -> Snapshot:
-                return Snapshot(memory, done.bytes, fingerprint=fingerprint, completion=done)
-
-            transfer = SequenceTransfer(
-                self._core, self._attachment, seq, buffer, snapshot, writes_buffer=True
-            )
+            transfer = SaveTransfer(self._core, self._attachment, seq, buffer, self.fingerprint)
             try:
                 await self._submit(transfer, lib.kvf_llama_save, seq, buffer, priority, number)
             except BufferTooSmall:
@@ -236,9 +229,8 @@ class Llama:
         buffer = borrow(state, "state")
         if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
             raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
-        transfer = LoadTransfer(
-            self._core, self._attachment, seq, buffer, lambda _: None, writes_buffer=False
-        )
+        llm_state = state.llm if isinstance(state, Snapshot) else None
+        transfer = LoadTransfer(self._core, self._attachment, seq, buffer, llm_state)
         await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, number)
         return transfer
 
@@ -269,6 +261,7 @@ class Llama:
         memory, nbytes = buffer.memory, buffer.nbytes
 
         def submit() -> None:
+            transfer.about_to_begin()
             status = function(handle, seq, memory, nbytes, options.options, transfer.job_place)
             if status < 0:
                 transfer.refused()
@@ -310,6 +303,8 @@ class Llama:
 
     def _remove(self, seq: int) -> None:
         check(lib.kvf_llama_remove(self._attachment.handle, seq))
+        if (llm := self._attachment.llm_of(seq)) is not None:
+            llm.reset()
 
     # ---- Looking inside -------------------------------------------------------------------------
 
@@ -381,10 +376,15 @@ class SequenceTransfer(Transfer[T]):
         super().__init__(core.completions, buffer, None, result, writes_buffer=writes_buffer)
         self._attachment = attachment
         self._seq = seq
+        self._llm = attachment.llm_of(seq)
+        self._llm_state: LlmState | None = None
 
     def expect(self) -> None:
         self._attachment.in_flight[self] = self._seq
         super().expect()
+
+    def about_to_begin(self) -> None:
+        """The submitting call comes next. For the context's thread."""
 
     def refused(self) -> None:
         """The submitting call has failed. For the context's thread."""
@@ -397,11 +397,57 @@ class SequenceTransfer(Transfer[T]):
         super().withdrawn()
         self._attachment.in_flight.pop(self, None)
 
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._llm_state = None
+
+
+class SaveTransfer(SequenceTransfer[Snapshot]):
+    """A save of one sequence."""
+
+    def __init__(
+        self, core: Core, attachment: Attachment, seq: int, buffer: Buffer, fingerprint: str
+    ) -> None:
+        memory = buffer.memory
+        super().__init__(
+            core,
+            attachment,
+            seq,
+            buffer,
+            lambda done: self._snapshot(memory, done),
+            writes_buffer=True,
+        )
+        self._fingerprint = fingerprint
+
+    def about_to_begin(self) -> None:
+        if self._llm is not None:
+            self._llm_state = self._llm.state()
+
+    def _snapshot(self, memory: CData, done: Completion) -> Snapshot:
+        return Snapshot(
+            memory,
+            done.bytes,
+            fingerprint=self._fingerprint,
+            completion=done,
+            llm=self._llm_state,
+        )
+
 
 class LoadTransfer(SequenceTransfer[None]):
     """A load of one sequence."""
 
     _refusal_left_nothing = False
+
+    def __init__(
+        self,
+        core: Core,
+        attachment: Attachment,
+        seq: int,
+        buffer: Buffer,
+        llm_state: LlmState | None,
+    ) -> None:
+        super().__init__(core, attachment, seq, buffer, lambda _: None, writes_buffer=False)
+        self._llm_state = llm_state
 
     def expect(self) -> None:
         self._attachment.latest_loads[self._seq] = self
@@ -410,11 +456,21 @@ class LoadTransfer(SequenceTransfer[None]):
     def follow_up(self, completion: Completion) -> Pending | None:
         super().follow_up(completion)
         worker = self._attachment.worker
-        if completion.status == lib.KVF_OK or worker.stopped:
+        if worker.stopped:
             return None  # detaching settles too
-        # Its cells were taken and are without their bytes. They are freed before anything else
-        # runs on the context's thread, whether or not somebody waits for this transfer.
-        return worker.post(lib.kvf_llama_settle, self._attachment.handle, first=True)
+        # Before anything else runs on the context's thread, whether or not somebody waits for
+        # this transfer.
+        if completion.status != lib.KVF_OK:
+            return worker.post(self._settle, first=True)
+        if self._llm is not None:
+            return worker.post(self._llm.restore, self._llm_state, first=True)
+        return None
+
+    def _settle(self) -> None:
+        """Frees the cells, which were taken and are without their bytes."""
+        lib.kvf_llama_settle(self._attachment.handle)
+        if self._llm is not None:
+            self._llm.reset()
 
     def refused(self) -> None:
         # Which refusals empty the sequence is the C library's business. It says of an empty one
@@ -423,6 +479,8 @@ class LoadTransfer(SequenceTransfer[None]):
             self._attachment.handle, self._seq, ffi.new("uint8_t[1]"), 1, ffi.NULL, ffi.NULL
         )
         self._refusal_left_nothing = status == lib.KVF_ERR_SEQUENCE_EMPTY
+        if self._refusal_left_nothing and self._llm is not None:
+            self._llm.reset()
 
     @property
     def outcome(self) -> LoadOutcome:

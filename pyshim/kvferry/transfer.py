@@ -13,6 +13,7 @@ from .buffer import Buffer
 from .claims import claim_for_transfer
 from .completions import Completion, Completions, Pending, PendingTransfer, see_through
 from .errors import ErrorText, check, error
+from .worker import Call
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -117,6 +118,8 @@ class Transfer(PendingTransfer, Generic[T]):
             status = lib.KVF_ERR_CLOSED
         if status != lib.KVF_OK:
             raise error(status, self.completion.detail)
+        if isinstance(self._aftermath, Call) and self._aftermath.failure is not None:
+            raise self._aftermath.failure
         return cast(T, self._result)
 
     async def _until_over(self) -> None:
