@@ -360,18 +360,21 @@ async def test_logits_from_before_a_load_are_not_sampled(
 ) -> None:
     """The object samples at once where the prompt is what it holds, unless it knows better."""
     llm, like = make_llm(), make_llm()
-    text = TEXT.decode()
-    expected = like.create_completion(text, max_tokens=1, temperature=0.0)["choices"][0]["text"]
-    complete = functools.partial(llm.create_completion, text, max_tokens=1, temperature=0.0)
+
+    def next_token(of: llama_cpp.Llama, prompt: list[int]) -> int:
+        return int(next(of.generate(prompt, temp=0.0)))
+
+    prompt = llm.tokenize(TEXT)
+    expected = next_token(like, prompt)
+    other = next(each for each in range(3, 200) if next_token(like, [1, each]) != expected)
     async with kvferry.Engine("host") as engine:
         model = engine.attach(llm)
-        await model.run(llm.eval, llm.tokenize(TEXT))
+        await model.run(llm.eval, prompt)
         snapshot = await model.save()
-        for other in (b"a", b"b", b"c", b"d"):
-            await model.remove(seq=0)
-            await model.run(llm.eval, llm.tokenize(other))
-            await model.load(snapshot, seq=0)
-            assert (await model.run(complete))["choices"][0]["text"] == expected
+        await model.remove(seq=0)
+        await model.run(llm.eval, [1, other])
+        await model.load(snapshot, seq=0)
+        assert await model.run(next_token, llm, prompt) == expected
 
 
 async def test_a_state_without_tokens_is_gone_on_from_but_matches_no_prompt(
