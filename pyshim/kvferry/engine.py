@@ -128,9 +128,11 @@ class Engine:
     ) -> Llama:
         """Attaches to a llama context: a ``llama_cpp.Llama``, a ctypes pointer, or its address.
 
-        A Llama object is kept alive; don't close it before ``Llama.detach()``. Attach while no
-        other thread uses the context. ``library`` is the path, or part of it, of the libllama to
-        use when several are loaded. ``allow_blocking``: where libllama's calls can't be recorded,
+        A Llama object is kept alive; don't close it before ``Llama.detach()``. What it knows of its
+        conversation goes with the sequence: a Snapshot carries it, a load restores it, and
+        ``remove`` and a load that fails reset it. Attach while no other thread uses the context.
+        ``library`` is the path, or part of it, of the libllama to use when several are loaded.
+        ``allow_blocking``: where libllama's calls can't be recorded,
         use its blocking calls on a thread of the engine's; the context must then rest until the
         transfer has ended, and what would touch it meanwhile raises Busy.
 
