@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,9 @@ Self = TypeVar("Self", bound="Buffer")
 
 class Buffer:
     """A run of bytes: pinned memory from an engine's pool, or memory of the caller's.
+
+    Registered memory is the caller's, and pinned until this has been closed, or dropped, and the
+    last view of it is gone.
 
     Its bytes are reached through ``view``, ``numpy()``, ``numpy.asarray(buffer)`` and, from Python
     3.12 on, ``memoryview(buffer)``; none of them copies. Views keep the memory alive: pool memory
@@ -98,8 +102,12 @@ class Buffer:
         self.close()
 
     def __repr__(self) -> str:
-        closed = ", closed" if self._memory is None else ""
-        return f"<{type(self).__name__} of {self._nbytes} bytes{closed}>"
+        return f"<{type(self).__name__} of {self._nbytes} bytes{self._condition()}>"
+
+    def _condition(self) -> str:
+        if self._memory is None:
+            return ", closed"
+        return ", in use" if self.transfers else ""
 
 
 def pinned(engine: int, nbytes: int) -> Buffer:
@@ -113,6 +121,23 @@ def pinned(engine: int, nbytes: int) -> Buffer:
     check(lib.kvf_buffer_alloc(engine, max(1, nbytes), address))
     memory = ffi.gc(ffi.cast("uint8_t *", address[0]), lib.kvf_buffer_free, nbytes)
     return Buffer(memory, nbytes)
+
+
+def registered(engine: int, memory: HostMemory) -> Buffer:
+    """Pins memory of the caller's. Blocks: about 30 ms a GiB."""
+    borrowed = borrow(memory, "memory", writable=True)
+    check(lib.kvf_buffer_register(engine, borrowed.memory, borrowed.nbytes))
+    unregister = functools.partial(_unregister, engine)
+    return Buffer(ffi.gc(borrowed.memory, unregister), borrowed.nbytes)
+
+
+_never_unmapped: list[CData] = []
+
+
+def _unregister(engine: int, memory: CData) -> None:
+    if lib.kvf_buffer_unregister(engine, memory) == lib.KVF_ERR_DEVICE_LOST:
+        # A copy that did not end may still write there, so that the memory must stay.
+        _never_unmapped.append(memory)
 
 
 def borrow(memory: HostMemory, name: str, *, writable: bool = False) -> Buffer:

@@ -33,8 +33,9 @@ _PATIENCE_SECONDS = 2.0
 class Attachment:
     """An engine's attachment to a llama context."""
 
-    def __init__(self, handle: int, worker: Worker, owner: object) -> None:
+    def __init__(self, handle: int, address: int, worker: Worker, owner: object) -> None:
         self.handle = handle
+        self.address = address
         self.worker = worker
         self.owner = owner  # a llama_cpp.Llama, which frees the context when it is collected
         self.llm = LlmObject.of(owner)

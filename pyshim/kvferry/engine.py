@@ -12,13 +12,13 @@ import anyio.lowlevel
 
 from ._native import ffi, lib
 from .arguments import HostMemory, Memory, choice, integer, invalid
-from .buffer import Buffer, borrow, pinned
+from .buffer import Buffer, borrow, pinned, registered
 from .completions import Completions, see_through
 from .core import Core, describe
 from .errors import ErrorText, check, error
 from .llama import Llama, attach
 from .regions import RegionList, region_list
-from .transfer import Priority, SubmitOptions, Transfer, carried_out
+from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
 from .worker import Call
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Engine:
                 lib.kvf_engine_destroy(handle[0])
             completions.destroy()
             raise
+        self._devices = devices
         self._destroyed: Call | None = None  # the last call of all
 
     # ---- Memory ---------------------------------------------------------------------------------
@@ -121,6 +122,36 @@ class Engine:
         await anyio.lowlevel.checkpoint_if_cancelled()
         return await self._core.memory_worker.call(pinned, self._core.handle, nbytes)
 
+    async def register(self, memory: HostMemory) -> Buffer:
+        """Pins memory of the caller's for every CUDA device, so that transfers use it like the
+        pool's.
+
+        ``memory`` is writable and contiguous, and can't be resized from now on. The Buffer that
+        this returns is that memory; it stays pinned until the Buffer has been closed, or dropped,
+        and whatever uses it is gone, after the engine has been closed too. Takes about 30 ms a GiB,
+        on a thread of the engine's own. Without a CUDA device nothing is pinned.
+
+        Raises Busy where it overlaps what is registered already, InvalidArgument, OutOfMemory.
+        """
+        self._core.completions.check_usable()
+        self._core.completions.check_waitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return await self._core.memory_worker.call(registered, self._core.handle, memory)
+
+    async def trim(self) -> None:
+        """Gives idle memory back to the system now: the pool's free buffers, and what the engine
+        has pinned and allocated on devices for its own use and does not need at the moment.
+
+        What has lain idle for half a minute goes by itself.
+        """
+        self._core.completions.check_usable()
+        self._core.completions.check_waitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        await self._core.memory_worker.call(self._trim)
+
+    def _trim(self) -> None:
+        check(lib.kvf_buffer_trim(self._core.handle))
+
     # ---- llama.cpp ------------------------------------------------------------------------------
 
     def attach(
@@ -132,9 +163,9 @@ class Engine:
         conversation goes with the sequence: a Snapshot carries it, a load restores it, and
         ``remove`` and a load that fails reset it. Attach while no other thread uses the context.
         ``library`` is the path, or part of it, of the libllama to use when several are loaded.
-        ``allow_blocking``: where libllama's calls can't be recorded,
-        use its blocking calls on a thread of the engine's; the context must then rest until the
-        transfer has ended, and what would touch it meanwhile raises Busy.
+        ``allow_blocking``: where libllama's calls can't be recorded, use its blocking calls on a
+        thread of the engine's; the context must then rest until the transfer has ended, and what
+        would touch it meanwhile raises Busy.
 
         Raises LibraryNotFound, TapUnavailable, ContextFreed.
         """
@@ -373,6 +404,13 @@ class Engine:
     ) -> None:
         # A body that failed has no use for what it left in flight.
         await self.aclose(cancel=exception is not None)
+
+    def __repr__(self) -> str:
+        core: Core | None = getattr(self, "_core", None)
+        if core is None:
+            return "<Engine that could not be made>"
+        condition = "closed" if core.closed else in_flight(len(core.completions.transfers()))
+        return f"<Engine {self._devices!r}, {condition}>"
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)

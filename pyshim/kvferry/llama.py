@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -20,13 +20,14 @@ from .core import Attachment, Core, describe
 from .errors import BufferTooSmall, ErrorText, check, error
 from .llm import LlmState
 from .snapshot import Snapshot
-from .transfer import Priority, SubmitOptions, Transfer, carried_out
+from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
 from .worker import Call, context_worker
 
 if TYPE_CHECKING:
     from ._native import CData
     from .engine import Engine
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 SaveMode = Literal["auto", "in_place", "snapshot"]
@@ -80,12 +81,14 @@ class Llama:
         self._engine = engine
         self._core = core
         self._attachment = attachment
-        self.fingerprint: str = self.describe()["fingerprint"]
+        description = self.describe()
+        self._model: str = description["model"]
+        self.fingerprint: str = description["fingerprint"]
         """Identity of model and kind of cache; states go from one context to another if equal."""
 
     # ---- The context's thread -------------------------------------------------------------------
 
-    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def run(self, function: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs) -> T:
         """Runs the program's own code on the context's thread, in turn with everything else there.
 
         ``await llama.run(llm.eval, tokens)``. A cancelled task waits for its end if it has begun.
@@ -93,7 +96,8 @@ class Llama:
         self._check_usable()
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        return await self._attachment.worker.call(function, *arguments)
+        call = functools.partial(function, *arguments, **keywords)
+        return await self._attachment.worker.call(call)
 
     # ---- Size -----------------------------------------------------------------------------------
 
@@ -320,6 +324,13 @@ class Llama:
         if self._attachment.owner is not None and _address(self._attachment.owner) is None:
             raise error(lib.KVF_ERR_CONTEXT_FREED)
 
+    def __repr__(self) -> str:
+        attachment = self._attachment
+        condition = in_flight(len(attachment.in_flight))
+        if attachment.detaching or self._core.closed:
+            condition = "detached" if attachment not in self._core.attachments else "detaching"
+        return f"<Llama at {attachment.address:#x}: {self._model}, {condition}>"
+
     # ---- Detaching ------------------------------------------------------------------------------
 
     async def detach(self) -> None:
@@ -518,7 +529,7 @@ def attach(
         # Other attachments may be using the context.
         with worker.exclusive():
             check(lib.kvf_llama_attach(core.handle, context, options, handle), text)
-        attachment = Attachment(handle[0], worker, owner)
+        attachment = Attachment(handle[0], address, worker, owner)
         llama = Llama(engine, core, attachment)
     except BaseException:
         if handle[0]:

@@ -47,6 +47,12 @@ class Region:
         integer("pitch", self.pitch, least=least)
         integer("buffer_pitch", self.buffer_pitch, least=least)
 
+    def __repr__(self) -> str:
+        return (
+            f"Region(address={self.address:#x}, width={self.width}, rows={self.rows}, "
+            f"pitch={self.pitch}, offset={self.offset}, buffer_pitch={self.buffer_pitch})"
+        )
+
     def native(self) -> _Native:
         return self.address, self.width, self.rows, self.pitch, self.offset, self.buffer_pitch
 

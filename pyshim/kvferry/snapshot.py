@@ -71,6 +71,11 @@ class Snapshot(Buffer):
         super().close()
         self._claim = None
 
+    def _condition(self) -> str:
+        tokens = "" if self.llm is None else f", {len(self.llm.tokens)} tokens"
+        sealed = "" if self.sealed is None else ", sealed"
+        return tokens + sealed + super()._condition()
+
     def checksum(self) -> int:
         """The CRC-32 of the bytes as they are now. Takes about a second for each 1 to 3 GiB."""
         return zlib.crc32(self.view)

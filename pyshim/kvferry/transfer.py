@@ -60,6 +60,7 @@ class Transfer(PendingTransfer, Generic[T]):
         self._result: T | None = None
         self._aftermath: Pending | None = None
         self._cancel_requested = False
+        self._nbytes = buffer.nbytes
         # The C library writes the handle here: that a job was made is known also where an exception
         # breaks in between the call and whatever follows it.
         self.job_place: CData = ffi.new("kvf_job *")
@@ -126,6 +127,18 @@ class Transfer(PendingTransfer, Generic[T]):
         await self._completions.until_ended(self)
         if self._aftermath is not None:
             await self._completions.until_ended(self._aftermath)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._nbytes} bytes{self._condition()}>"
+
+    def _condition(self) -> str:
+        if not self.ended:
+            return ", in flight, to be cancelled" if self._cancel_requested else ", in flight"
+        if self.completion is None:
+            return ", never submitted"
+        if self.completion.status == lib.KVF_OK:
+            return ", done"
+        return f": {error(self.completion.status, self.completion.detail)}"
 
     # ---- Called by whoever submits it -----------------------------------------------------------
 
@@ -195,6 +208,11 @@ async def carried_out(start: Coroutine[Any, Any, Transfer[T]]) -> T:
         if not transfer.ended:
             await transfer.abort()
         raise
+
+
+def in_flight(count: int) -> str:
+    """How many transfers are in flight, in words."""
+    return f"{count or 'no'} transfer{'s' if count > 1 else ''} in flight"
 
 
 class SubmitOptions:

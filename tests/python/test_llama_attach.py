@@ -290,3 +290,20 @@ async def test_a_model_is_told_from_another_by_its_fingerprint(
         assert fingerprint(model("llama", layers=5)) != plain
         assert fingerprint("qwen2vl") != plain
         assert fingerprint(model("llama", seed=1)) == plain
+
+
+async def test_an_attachment_says_what_it_is(make_context: Callable[..., Context]) -> None:
+    context = make_context("llama")
+    context.decode(0, context.model.prompt(20))
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        model, address = llama.describe()["model"], f"{context.address:#x}"
+        assert repr(llama) == f"<Llama at {address}: {model}, no transfer in flight>"
+        save = await llama.start_save(0)
+        assert repr(save).startswith("<SaveTransfer of ")
+        snapshot = await save.wait()
+        load = await llama.start_load(snapshot, 1)
+        assert repr(load).startswith(f"<LoadTransfer of {snapshot.nbytes} bytes")
+        await load.wait()
+        await llama.detach()
+        assert repr(llama) == f"<Llama at {address}: {model}, detached>"

@@ -240,3 +240,16 @@ async def test_what_is_no_plain_file_is_written_and_not_replaced(tmp_path: Path)
     reader.join()
     assert received[0].endswith(STATE)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+# ---- What it says of itself ----------------------------------------------------------------------
+
+
+async def test_a_snapshot_says_what_it_is() -> None:
+    snapshot = Snapshot.from_bytes(STATE)
+    assert repr(snapshot) == "<Snapshot of 100000 bytes>"
+    await snapshot.seal()
+    assert repr(snapshot) == "<Snapshot of 100000 bytes, sealed>"
+    snapshot.close()
+    assert repr(snapshot) == "<Snapshot of 100000 bytes, sealed, closed>"
+    assert repr(Snapshot.from_bytes(STATE, llm=LLM)) == "<Snapshot of 100000 bytes, 3 tokens>"

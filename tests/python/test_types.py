@@ -29,6 +29,10 @@ class Lent:
         return stream
 
 
+def work(number: int, *, times: int = 1) -> str:
+    return "x" * number * times
+
+
 async def program(engine: kvferry.Engine, llama: kvferry.Llama, buffer: kvferry.Buffer) -> None:
     region = kvferry.Region(4096, 8)
     text = bytearray(8)
@@ -47,6 +51,8 @@ RIGHT = [
     "snapshot: kvferry.Snapshot = await llama.save(0, into=text, mode='snapshot')",
     "await llama.load(await llama.save(), 0, mode='ahead')",
     "await llama.load(b'', seq=0)",
+    "answer: str = await llama.run(work, 1, times=2)",
+    "registered: kvferry.Buffer = await engine.register(np.zeros(3))",
 ]
 
 WRONG = {
@@ -67,6 +73,11 @@ WRONG = {
     "await llama.load(b'')": "call-arg",
     "await llama.remove('0')": "arg-type",
     "llama.size(None)": "arg-type",
+    "await llama.run(work, '1')": "arg-type",
+    "await llama.run(work, 1, often=2)": "call-arg",
+    "number: int = await llama.run(work, 1)": "arg-type",
+    "await llama.run(5)": "arg-type",
+    "await engine.register(5)": "arg-type",
     "kvferry.Engine('gpu')": "arg-type",
     "kvferry.Engine(copy_threads=None)": "arg-type",
     "kvferry.Region(None, 8)": "arg-type",
