@@ -155,7 +155,12 @@ class Engine:
     # ---- llama.cpp ------------------------------------------------------------------------------
 
     def attach(
-        self, llm: object, *, library: str | None = None, allow_blocking: bool = False
+        self,
+        llm: object,
+        *,
+        library: str | None = None,
+        allow_blocking: bool = False,
+        variant: str = "",
     ) -> Llama:
         """Attaches to a llama context: a ``llama_cpp.Llama``, a ctypes pointer, or its address.
 
@@ -165,12 +170,14 @@ class Engine:
         ``library`` is the path, or part of it, of the libllama to use when several are loaded.
         ``allow_blocking``: where libllama's calls can't be recorded, use its blocking calls on a
         thread of the engine's; the context must then rest until the transfer has ended, and what
-        would touch it meanwhile raises Busy.
+        would touch it meanwhile raises Busy. ``variant`` names what states depend on and libllama
+        doesn't tell, adapters above all: it becomes part of the ``fingerprint``, so that states go
+        only between attachments of the same variant.
 
         Raises LibraryNotFound, TapUnavailable, ContextFreed.
         """
         self._core.completions.check_usable()
-        return attach(self, self._core, llm, library, allow_blocking)
+        return attach(self, self._core, llm, library, allow_blocking, variant)
 
     # ---- Regions --------------------------------------------------------------------------------
 

@@ -77,14 +77,23 @@ class Llama:
     the thread would wait for itself. That raises RuntimeError.
     """
 
-    def __init__(self, engine: Engine, core: Core, attachment: Attachment) -> None:
+    def __init__(self, engine: Engine, core: Core, attachment: Attachment, variant: str) -> None:
         self._engine = engine
         self._core = core
         self._attachment = attachment
+        self._variant = variant
         description = self.describe()
         self._model: str = description["model"]
         self.fingerprint: str = description["fingerprint"]
-        """Identity of model and kind of cache; states go from one context to another if equal."""
+        """Identity of the model, with the ``variant`` that ``attach`` was given.
+
+        A hash of what libllama tells of the model: its description, size, number of parameters and
+        metadata. A load refuses a Snapshot of another one with StateMismatch. It does not cover
+        what libllama doesn't tell: weights (two models that differ in nothing else have one
+        fingerprint), adapters, control vectors, the context's own settings of RoPE; for those there
+        is ``variant``. Nor does it cover types, streams and layout of the cache: a state says them
+        itself, and a load refuses one of another cache, likewise with StateMismatch.
+        """
 
     # ---- The context's thread -------------------------------------------------------------------
 
@@ -313,9 +322,14 @@ class Llama:
     # ---- Looking inside -------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Library and build, model, kind of cache, default save mode, counters of the tap."""
+        """Library and build, model, fingerprint and what that covers, kind of cache, default save
+        mode, counters of the tap."""
         self._check_usable()
-        return describe(lib.kvf_llama_describe, self._attachment.handle)
+        description = describe(lib.kvf_llama_describe, self._attachment.handle)
+        if self._variant:
+            description["fingerprint"] += f"/{self._variant}"
+            description["fingerprint_covers"].append("variant")
+        return description
 
     def _check_usable(self) -> None:
         self._core.completions.check_usable()
@@ -503,7 +517,12 @@ class LoadTransfer(SequenceTransfer[None]):
 
 
 def attach(
-    engine: Engine, core: Core, llm: object, library: str | None, allow_blocking: bool
+    engine: Engine,
+    core: Core,
+    llm: object,
+    library: str | None,
+    allow_blocking: bool,
+    variant: str,
 ) -> Llama:
     """``Engine.attach``."""
     address = _address(llm)
@@ -530,7 +549,7 @@ def attach(
         with worker.exclusive():
             check(lib.kvf_llama_attach(core.handle, context, options, handle), text)
         attachment = Attachment(handle[0], address, worker, owner)
-        llama = Llama(engine, core, attachment)
+        llama = Llama(engine, core, attachment, variant)
     except BaseException:
         if handle[0]:
             worker.when_idle(functools.partial(lib.kvf_llama_detach, handle[0]), math.inf)

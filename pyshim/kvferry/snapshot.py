@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Snapshot(Buffer):
     """The state of one sequence, as ``llama_state_seq_get_data`` would write it, bit for bit.
 
-    Read-only. It knows which model and kind of cache it came from (``fingerprint``), and once it
-    has been sealed, its checksum.
+    Read-only. It knows which model it came from (``fingerprint``), and once it has been sealed, its
+    checksum.
     """
 
     _writable = False
@@ -45,7 +45,8 @@ class Snapshot(Buffer):
         super().__init__(memory, nbytes)
         self._claim: object = claim_for_snapshot(memory, nbytes)
         self.fingerprint = fingerprint
-        """Identity of model and cache. None: unknown, and not checked when it is loaded."""
+        """``Llama.fingerprint`` of where it came from, which says what that covers. None: unknown,
+        and not checked when it is loaded."""
         self.sealed = checksum
         """CRC-32 as of ``seal()``, or as it came with a file; None if it has not been sealed."""
         self.completion = completion
