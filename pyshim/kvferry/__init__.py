@@ -6,6 +6,7 @@ async with kvferry.Engine() as engine:
     await llama.load(snapshot, seq=1)
 """
 
+from . import sync
 from ._native import ffi as _ffi
 from ._native import lib as _lib
 from .buffer import Buffer
@@ -77,6 +78,7 @@ __all__ = [
     "TransferCancelled",
     "Unreachable",
     "__version__",
+    "sync",
 ]
 
 if _lib.kvf_abi_version() != _lib.KVF_ABI_VERSION:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._native import ffi, lib
 from .completions import Completions
-from .errors import check
+from .errors import check, error
 from .llm import SEQUENCE, LlmObject
 from .transfer import Transfer
 from .worker import Call, Worker, WorkerThread
@@ -88,6 +89,34 @@ class Core:
             return
         lib.kvf_engine_destroy(self.handle)
         lib.kvf_queue_destroy(self.completions.queue)
+
+    def close(self) -> None:
+        """Closes the engine on this thread, once its transfers have ended.
+
+        Raises Busy where tasks of an event loop have some in flight: nobody would tell them.
+        """
+        self.completions.check_process()
+        if self.completions.transfers():
+            raise error(lib.KVF_ERR_BUSY, "transfers that tasks wait for")
+        self.completions.closing = True
+        for attachment in list(self.attachments):
+            self.detach(attachment)
+        self.memory_worker.halt(math.inf)
+        check(lib.kvf_engine_destroy(self.handle))
+        self.completions.destroy()
+        self.closed = True
+
+    def detach(self, attachment: Attachment) -> None:
+        """Detaches on this thread. Raises Busy as ``close`` does."""
+        if attachment not in self.attachments:
+            return
+        if attachment.in_flight:
+            raise error(lib.KVF_ERR_BUSY, "transfers that tasks wait for")
+        attachment.detaching = True
+        with attachment.worker.exclusive():
+            check(lib.kvf_llama_detach(attachment.handle))
+        attachment.worker.stop()
+        self.attachments.remove(attachment)
 
     def _stop(self, deadline: float) -> bool:
         # First the workers, so that nothing more is submitted.

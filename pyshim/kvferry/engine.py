@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import anyio.lowlevel
 
 from ._native import ffi, lib
-from .arguments import HostMemory, Memory, choice, integer, invalid
+from .arguments import HostMemory, Memory, choice, integer
 from .buffer import Buffer, borrow, pinned, registered
 from .completions import Completions, see_through
 from .core import Core, describe
@@ -269,8 +269,7 @@ class Engine:
         await anyio.lowlevel.checkpoint_if_cancelled()
         regions = region_list(target, writable=True, after_stream=after_stream)
         buffer = borrow(data, "data")
-        if regions.packed and buffer.nbytes > regions.nbytes:
-            raise invalid(f"the target takes {regions.nbytes} bytes, {buffer.nbytes} were given")
+        regions.check_fits(buffer.nbytes)
         return await self._submit(lib.kvf_regions_load, regions, buffer, priority)
 
     async def _submit(
@@ -313,6 +312,12 @@ class Engine:
                 await transfer.abort()
             raise
         return transfer
+
+    def close_without_loop(self) -> None:
+        """As ``aclose``, on this thread. For engines whose transfers nobody awaits (sync.py)."""
+        if not self._core.closed:
+            self._core.close()
+            self._finalizer.detach()
 
     # ---- Looking inside -------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
 from .worker import Call, context_worker
 
 if TYPE_CHECKING:
+    from . import sync
     from ._native import CData
     from .engine import Engine
 
@@ -52,6 +53,14 @@ _LOAD_MODES: dict[str, int] = {
     "in_place": lib.KVF_LOAD_IN_PLACE,
     "ahead": lib.KVF_LOAD_AHEAD,
 }
+
+
+def save_mode(mode: SaveMode) -> int:
+    return choice("mode", mode, _SAVE_MODES)
+
+
+def load_mode(mode: LoadMode) -> int:
+    return choice("mode", mode, _LOAD_MODES)
 
 
 LoadOutcome = Literal["in_flight", "loaded", "unchanged", "empty"]
@@ -107,6 +116,13 @@ class Llama:
         await anyio.lowlevel.checkpoint_if_cancelled()
         call = functools.partial(function, *arguments, **keywords)
         return await self._attachment.worker.call(call)
+
+    @property
+    def sync(self) -> sync.Llama:
+        """The same in calls that block, for code on the context's thread: see ``kvferry.sync``."""
+        from . import sync
+
+        return sync.Llama(self, self._core, self._attachment)
 
     # ---- Size -----------------------------------------------------------------------------------
 
@@ -165,7 +181,7 @@ class Llama:
         """As ``save``, but returns as soon as the sequence's layout has been captured."""
         self._check_usable()
         seq = sequence_id(seq)
-        number = choice("mode", mode, _SAVE_MODES)
+        number = save_mode(mode)
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         while True:
@@ -235,13 +251,12 @@ class Llama:
         """As ``load``, but returns as soon as the cells of the sequence have been taken."""
         self._check_usable()
         seq = sequence_id(seq)
-        number = choice("mode", mode, _LOAD_MODES)
+        number = load_mode(mode)
         self._attachment.latest_loads[seq] = None
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         buffer = borrow(state, "state")
-        if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
-            raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
+        self._check_fingerprint(state)
         llm_state = state.llm if isinstance(state, Snapshot) else None
         transfer = LoadTransfer(self._core, self._attachment, seq, buffer, llm_state)
         await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, number)
@@ -258,6 +273,10 @@ class Llama:
             return None
         transfer = loads[seq]
         return "unchanged" if transfer is None else transfer.outcome
+
+    def _check_fingerprint(self, state: object) -> None:
+        if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
+            raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
 
     async def _submit(
         self,

@@ -84,6 +84,11 @@ class LlmObject:
         """Makes it forget the conversation, after its sequence has been emptied."""
         self._set_count(0)
 
+    def reset_if_emptied(self) -> None:
+        """As ``reset``, if the sequence holds nothing."""
+        if self._positions() == 0:
+            self.reset()
+
     def _set_count(self, count: int) -> None:
         self._llm.n_tokens = count
         # The logits in the context are of another conversation: sampling needs a decode first.

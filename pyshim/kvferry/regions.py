@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from . import dlpack
 from ._native import ffi, lib
-from .arguments import Memory, check_no_objects, integer
+from .arguments import Memory, check_no_objects, integer, invalid
 from .errors import check, error
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ class RegionList:
     owner: object
     stream: int | None
     """The CUDA stream that their transfer has to follow."""
+
+    def check_fits(self, nbytes: int) -> None:
+        """Refuses more data than these arrays take. (Too little, the C library refuses.)"""
+        if self.packed and nbytes > self.nbytes:
+            raise invalid(f"the target takes {self.nbytes} bytes, {nbytes} were given")
 
 
 def region_list(memory: Memory, *, writable: bool, after_stream: int | None = None) -> RegionList:

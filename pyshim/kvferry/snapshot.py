@@ -83,7 +83,11 @@ class Snapshot(Buffer):
 
     async def seal(self) -> int:
         """Computes the checksum, on a thread, and keeps it for ``verify``, files and loads."""
-        self.sealed = await anyio.to_thread.run_sync(self.checksum)
+        return await anyio.to_thread.run_sync(self.seal_sync)
+
+    def seal_sync(self) -> int:
+        """As ``seal``, on this thread."""
+        self.sealed = self.checksum()
         return self.sealed
 
     async def verify(self) -> None:
@@ -91,9 +95,13 @@ class Snapshot(Buffer):
 
         Raises StateDamaged if they differ, ValueError if the snapshot was never sealed.
         """
+        await anyio.to_thread.run_sync(self.verify_sync)
+
+    def verify_sync(self) -> None:
+        """As ``verify``, on this thread."""
         if self.sealed is None:
             raise ValueError("this Snapshot has no checksum: seal() it first")
-        if await anyio.to_thread.run_sync(self.checksum) != self.sealed:
+        if self.checksum() != self.sealed:
             raise error(lib.KVF_ERR_STATE_DAMAGED, "the checksum is wrong")
 
     async def to_file(self, path: str | os.PathLike[str]) -> None:
@@ -103,9 +111,13 @@ class Snapshot(Buffer):
         process or machine that ends meanwhile leaves the one or the other (and maybe, beside it, a
         ``.partial`` file). Raises OSError; then the old file is as it was.
         """
-        if self.sealed is None:
-            await self.seal()
-        await anyio.to_thread.run_sync(self._write, Path(path))
+        await anyio.to_thread.run_sync(self.to_file_sync, path)
+
+    def to_file_sync(self, path: str | os.PathLike[str]) -> None:
+        """As ``to_file``, on this thread."""
+        checksum = self.seal_sync() if self.sealed is None else self.sealed
+        content = Content(self.view, self.fingerprint, checksum, self.llm)
+        snapshot_file.write(Path(path), content)
 
     @classmethod
     async def from_file(cls, path: str | os.PathLike[str]) -> Snapshot:
@@ -114,15 +126,12 @@ class Snapshot(Buffer):
         Raises StateDamaged if it is no such file or is truncated. The state's checksum is read, not
         compared: that is what ``verify()`` and ``load(verify=True)`` are for.
         """
-        return await anyio.to_thread.run_sync(cls._read, Path(path))
-
-    def _write(self, path: Path) -> None:
-        assert self.sealed is not None
-        snapshot_file.write(path, Content(self.view, self.fingerprint, self.sealed, self.llm))
+        return await anyio.to_thread.run_sync(cls.from_file_sync, path)
 
     @classmethod
-    def _read(cls, path: Path) -> Snapshot:
-        content = snapshot_file.read(path)
+    def from_file_sync(cls, path: str | os.PathLike[str]) -> Snapshot:
+        """As ``from_file``, on this thread."""
+        content = snapshot_file.read(Path(path))
         return cls(
             ffi.from_buffer("uint8_t[]", content.state),
             len(content.state),

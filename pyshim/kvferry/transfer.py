@@ -220,7 +220,7 @@ class SubmitOptions:
 
     def __init__(
         self,
-        completions: Completions,
+        completions: Completions | None,
         token: int,
         priority: Priority,
         *,
@@ -233,7 +233,7 @@ class SubmitOptions:
             {
                 "size": ffi.sizeof("kvf_submit_options"),
                 "priority": choice("priority", priority, _PRIORITIES),
-                "queue": completions.queue,
+                "queue": 0 if completions is None else completions.queue,
                 "user_data": token,
                 "mode": mode,
                 "flags": 0 if after_stream is None else lib.KVF_SUBMIT_FOLLOW_STREAM,

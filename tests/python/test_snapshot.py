@@ -212,7 +212,7 @@ anyio.run(kvferry.Snapshot.from_bytes(b"new" * 1000, fingerprint="new").to_file,
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    snapshot = Snapshot._read(path)
+    snapshot = Snapshot.from_file_sync(path)
     assert (snapshot.fingerprint, snapshot.to_bytes()) == ("old", b"old" * 1000)
 
 
