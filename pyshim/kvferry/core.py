@@ -43,8 +43,17 @@ class Attachment:
         self.in_flight: dict[Transfer[Any], int] = {}  # and the sequence of each
         # By sequence; None where it has not got as far as a transfer.
         self.latest_loads: dict[int, LoadTransfer | None] = {}
+        self.sizes: dict[int, int] = {}  # of sequences' states, as they were last seen
         self.detaching = False
         self._end: Call | None = None
+
+    def measure(self, seq: int) -> int:
+        """Size of a sequence's state. On the context's thread."""
+        nbytes = ffi.new("uint64_t *")
+        check(lib.kvf_llama_size(self.handle, seq, nbytes))
+        size: int = nbytes[0]
+        self.sizes[seq] = size
+        return size
 
     def llm_of(self, seq: int) -> LlmObject | None:
         """The llama_cpp.Llama that decodes this sequence, and keeps account of it."""

@@ -17,7 +17,7 @@ from .arguments import HostMemory, choice, sequence_id
 from .buffer import Buffer, borrow
 from .completions import Completion, Pending, see_through
 from .core import Attachment, Core, describe
-from .errors import BufferTooSmall, ErrorText, check, error
+from .errors import ErrorText, check, error
 from .llm import LlmState
 from .snapshot import Snapshot
 from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
@@ -109,7 +109,8 @@ class Llama:
     async def run(self, function: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs) -> T:
         """Runs the program's own code on the context's thread, in turn with everything else there.
 
-        ``await llama.run(llm.eval, tokens)``. A cancelled task waits for its end if it has begun.
+        ``await llama.run(llm.eval, tokens)``. Transfers that are urgent go before it while it waits
+        for its turn. A cancelled task waits for its end if it has begun.
         """
         self._check_usable()
         self._attachment.worker.check_awaitable()
@@ -135,18 +136,12 @@ class Llama:
         self._check_usable()
         seq = sequence_id(seq)
         with self._attachment.worker.exclusive():
-            return self._size(seq)
+            return self._attachment.measure(seq)
 
     async def size_async(self, seq: int = 0) -> int:
         """As ``size``, on the context's thread."""
         self._check_usable()
-        return await self._attachment.worker.call(self._size, sequence_id(seq))
-
-    def _size(self, seq: int) -> int:
-        nbytes = ffi.new("uint64_t *")
-        check(lib.kvf_llama_size(self._attachment.handle, seq, nbytes))
-        size: int = nbytes[0]
-        return size
+        return await self._attachment.worker.call(self._attachment.measure, sequence_id(seq))
 
     # ---- Save -----------------------------------------------------------------------------------
 
@@ -184,20 +179,34 @@ class Llama:
         number = save_mode(mode)
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            if into is not None:
-                buffer = borrow(into, "into", writable=True)
-            else:
-                # Pinning new memory takes long, so not on the context's thread. The sequence may
-                # grow meanwhile: room for about one token in 64 more, else once again.
-                nbytes = await self.size_async(seq)
-                buffer = await self._engine.allocate(nbytes + nbytes // 64 + 65536)
+        first = priority == "urgent"
+        if into is not None:
+            buffer = borrow(into, "into", writable=True)
             transfer = SaveTransfer(self._core, self._attachment, seq, buffer, self.fingerprint)
+            await self._submit(transfer, lib.kvf_llama_save, buffer, priority, number, first)
+            return transfer
+        # Pinning new memory takes long, so not on the context's thread. That is why the size has to
+        # be known before: it is taken from the last save, and looked at again on the thread.
+        attachment = self._attachment
+        expected, measured = attachment.sizes.get(seq), False
+        while True:
+            if expected is None:
+                expected = await attachment.worker.call(attachment.measure, seq, first=first)
+                measured = True
             try:
-                await self._submit(transfer, lib.kvf_llama_save, seq, buffer, priority, number)
-            except BufferTooSmall:
-                if into is not None:
+                buffer = await self._engine.allocate(expected + expected // 16 + 65536)
+            except MemoryError:
+                if measured:
                     raise
+                expected = None  # it may have been larger then
+                continue
+            transfer = PooledSaveTransfer(self._core, attachment, seq, buffer, self.fingerprint)
+            try:
+                await self._submit(transfer, lib.kvf_llama_save, buffer, priority, number, first)
+            except Misfit as misfit:
+                # It has had its turn, and its size is known now.
+                expected = misfit.size
+                first = measured = True
                 continue
             return transfer
 
@@ -259,7 +268,8 @@ class Llama:
         self._check_fingerprint(state)
         llm_state = state.llm if isinstance(state, Snapshot) else None
         transfer = LoadTransfer(self._core, self._attachment, seq, buffer, llm_state)
-        await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, number)
+        first = priority == "urgent"
+        await self._submit(transfer, lib.kvf_llama_load, buffer, priority, number, first)
         return transfer
 
     def load_outcome(self, seq: int) -> LoadOutcome | None:
@@ -282,12 +292,12 @@ class Llama:
         self,
         transfer: SequenceTransfer[Any],
         function: Callable[[int, int, CData, int, CData, CData], int],
-        seq: int,
         buffer: Buffer,
         priority: Priority,
         mode: int,
+        first: bool,
     ) -> None:
-        handle, completions = self._attachment.handle, self._core.completions
+        handle, seq, completions = self._attachment.handle, transfer.seq, self._core.completions
         worker = self._attachment.worker
         options = SubmitOptions(completions, transfer.token, priority, mode=mode)
         memory, nbytes = buffer.memory, buffer.nbytes
@@ -305,7 +315,7 @@ class Llama:
         call = worker.make(submit, after=submitted)
         try:
             transfer.expect()
-            worker.ask_for(call)
+            worker.ask_for(call, first=first)
             await worker.outcome(call)
         except GeneratorExit:
             raise
@@ -419,12 +429,12 @@ class SequenceTransfer(Transfer[T]):
     ) -> None:
         super().__init__(core.completions, buffer, None, result, writes_buffer=writes_buffer)
         self._attachment = attachment
-        self._seq = seq
+        self.seq = seq
         self._llm = attachment.llm_of(seq)
         self._llm_state: LlmState | None = None
 
     def expect(self) -> None:
-        self._attachment.in_flight[self] = self._seq
+        self._attachment.in_flight[self] = self.seq
         super().expect()
 
     def about_to_begin(self) -> None:
@@ -477,6 +487,25 @@ class SaveTransfer(SequenceTransfer[Snapshot]):
         )
 
 
+class Misfit(Exception):
+    """The buffer that a sequence was to be saved into is too small for it, or far too large."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+        """Of the state, in bytes."""
+
+
+class PooledSaveTransfer(SaveTransfer):
+    """A save into a buffer that was allocated before anybody looked at the sequence."""
+
+    def about_to_begin(self) -> None:
+        size = self._attachment.measure(self.seq)
+        if not size <= self._nbytes <= 2 * size + 131072:
+            raise Misfit(size)
+        super().about_to_begin()
+
+
 class LoadTransfer(SequenceTransfer[None]):
     """A load of one sequence."""
 
@@ -494,7 +523,7 @@ class LoadTransfer(SequenceTransfer[None]):
         self._llm_state = llm_state
 
     def expect(self) -> None:
-        self._attachment.latest_loads[self._seq] = self
+        self._attachment.latest_loads[self.seq] = self
         super().expect()
 
     def follow_up(self, completion: Completion) -> Pending | None:
@@ -520,7 +549,7 @@ class LoadTransfer(SequenceTransfer[None]):
         # Which refusals empty the sequence is the C library's business. It says of an empty one
         # that there is nothing to save, before it says that a byte is too little room.
         status = lib.kvf_llama_save(
-            self._attachment.handle, self._seq, ffi.new("uint8_t[1]"), 1, ffi.NULL, ffi.NULL
+            self._attachment.handle, self.seq, ffi.new("uint8_t[1]"), 1, ffi.NULL, ffi.NULL
         )
         self._refusal_left_nothing = status == lib.KVF_ERR_SEQUENCE_EMPTY
         if self._refusal_left_nothing and self._llm is not None:

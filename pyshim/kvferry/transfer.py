@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 Priority = Literal["background", "urgent"]
 """``background`` is paced, so that decoding beside it hardly notices; ``urgent`` is as fast as the
-link, and goes before background transfers."""
+link, and goes before background transfers. On a context's thread it also begins before what
+``Llama.run`` was asked to run and has not begun."""
 
 _PRIORITIES: dict[str, int] = {
     "background": lib.KVF_PRIORITY_BACKGROUND,

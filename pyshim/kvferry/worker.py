@@ -188,10 +188,10 @@ class Worker:
         self._thread = thread
         thread.workers.add(self)
 
-    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def call(self, function: Callable[..., T], *arguments: Any, first: bool = False) -> T:
         """Makes the call, and returns or raises as it does. Cancelling: see ``outcome``."""
         self.check_awaitable()
-        return cast(T, await self.outcome(self.post(function, *arguments)))
+        return cast(T, await self.outcome(self.post(function, *arguments, first=first)))
 
     async def outcome(self, call: Call) -> Any:
         """Waits for a call that was asked for; returns or raises as it does.

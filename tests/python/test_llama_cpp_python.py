@@ -440,3 +440,23 @@ async def test_the_address_of_a_context_has_no_object(
         assert snapshot.llm is None
         await model.remove(seq=0)
         assert llm.n_tokens == len(llm.tokenize(TEXT))
+
+
+def test_a_script_keeps_two_conversations(make_llm: Callable[..., llama_cpp.Llama]) -> None:
+    llm, like = make_llm(), {TEXT: make_llm(), OTHER: make_llm()}
+    with kvferry.sync.Engine("host") as engine, engine.attach(llm) as model:
+        saved = {}
+        for text, alone in like.items():
+            model.remove(seq=0)
+            llm.eval(llm.tokenize(text))
+            alone.eval(alone.tokenize(text))
+            saved[text] = model.save(seq=0)
+        for text, alone in like.items():
+            model.load(saved[text], seq=0)
+            assert llm.eval_tokens == alone.eval_tokens
+            alone.eval(NEXT)
+            llm.eval(NEXT)
+            assert logits_of(llm) == logits_of(alone)
+        with pytest.raises(kvferry.StateDamaged):
+            model.load(saved[TEXT].view[:-1], seq=0)
+        assert llm.n_tokens == 0
