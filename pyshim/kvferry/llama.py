@@ -473,6 +473,9 @@ class SaveTransfer(SequenceTransfer[Snapshot]):
         )
         self._fingerprint = fingerprint
 
+    def _subject(self) -> str:
+        return f"that saves sequence {self.seq}"
+
     def about_to_begin(self) -> None:
         if self._llm is not None:
             self._llm_state = self._llm.state()
@@ -521,6 +524,9 @@ class LoadTransfer(SequenceTransfer[None]):
     ) -> None:
         super().__init__(core, attachment, seq, buffer, lambda _: None, writes_buffer=False)
         self._llm_state = llm_state
+
+    def _subject(self) -> str:
+        return f"that loads sequence {self.seq}"
 
     def expect(self) -> None:
         self._attachment.latest_loads[self.seq] = self

@@ -130,7 +130,10 @@ class Transfer(PendingTransfer, Generic[T]):
             await self._completions.until_ended(self._aftermath)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self._nbytes} bytes{self._condition()}>"
+        return f"<Transfer {self._subject()}{self._condition()}>"
+
+    def _subject(self) -> str:
+        return f"of {self._nbytes} bytes"
 
     def _condition(self) -> str:
         if not self.ended:

@@ -333,10 +333,10 @@ async def test_an_attachment_says_what_it_is(make_context: Callable[..., Context
         model, address = llama.describe()["model"], f"{context.address:#x}"
         assert repr(llama) == f"<Llama at {address}: {model}, no transfer in flight>"
         save = await llama.start_save(0)
-        assert repr(save).startswith("<SaveTransfer of ")
+        assert repr(save).startswith("<Transfer that saves sequence 0, ")
         snapshot = await save.wait()
         load = await llama.start_load(snapshot, 1)
-        assert repr(load).startswith(f"<LoadTransfer of {snapshot.nbytes} bytes")
         await load.wait()
+        assert repr(load) == "<Transfer that loads sequence 1, done>"
         await llama.detach()
         assert repr(llama) == f"<Llama at {address}: {model}, detached>"

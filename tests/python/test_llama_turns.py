@@ -99,19 +99,19 @@ async def test_urgent_ones_go_in_the_order_in_which_they_were_asked_for(context:
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
-        loads: list[kvferry.Transfer[None]] = []
+        loads: dict[int, kvferry.Transfer[None]] = {}
 
         async def load(seq: int) -> None:
-            loads.append(await llama.start_load(snapshot, seq, priority="urgent"))
+            loads[seq] = await llama.start_load(snapshot, seq, priority="urgent")
 
         async with held(llama) as (turns, tasks):
             await turns.queue("before")
             for seq in (1, 2, 3):
                 tasks.start_soon(load, seq)
                 await anyio.wait_all_tasks_blocked()
-        for each in loads:
+        for each in loads.values():
             await each.wait()
-        times = [each.completion.submitted_ns for each in loads if each.completion]
+        times = [each.completion.submitted_ns for _, each in sorted(loads.items())]
         assert times == sorted(times)
         assert times[-1] < turns.began_ns["before"]
 
