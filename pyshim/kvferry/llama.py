@@ -192,7 +192,7 @@ class Llama:
         while True:
             if expected is None:
                 expected = await attachment.worker.call(attachment.measure, seq, first=first)
-                measured = True
+                first = measured = True  # it has had its turn
             try:
                 buffer = await self._engine.allocate(expected + expected // 16 + 65536)
             except MemoryError:
@@ -204,9 +204,8 @@ class Llama:
             try:
                 await self._submit(transfer, lib.kvf_llama_save, buffer, priority, number, first)
             except Misfit as misfit:
-                # It has had its turn, and its size is known now.
                 expected = misfit.size
-                first = measured = True
+                first = measured = True  # likewise
                 continue
             return transfer
 

@@ -137,6 +137,31 @@ async def test_a_background_save_waits_for_its_turn_and_needs_only_one(
         assert turns.began_ns["before"] < began_ns(saved[0]) < turns.began_ns["after"]
 
 
+async def test_a_sequence_that_was_never_saved_does_not_queue_twice(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size has to be known before there is memory for it; then it has had its turn."""
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        saved: list[kvferry.Snapshot] = []
+
+        async def save() -> None:
+            saved.append(await llama.save(0))
+
+        allocated, busy = next_allocation(engine, monkeypatch), threading.Event()
+        async with held(llama) as (turns, tasks):
+            tasks.start_soon(save)
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(llama.run, busy.wait)
+            await anyio.wait_all_tasks_blocked()
+            await turns.queue("after")
+            turns.let_go()
+            await allocated.wait()
+            await anyio.wait_all_tasks_blocked()
+            busy.set()
+        assert began_ns(saved[0]) < turns.began_ns["after"]
+
+
 async def test_a_sequence_that_has_grown_is_saved_whole(context: Context) -> None:
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
