@@ -92,6 +92,7 @@ class Engine:
                 "error_size": ffi.sizeof(text.buffer),
             },
         )
+        self._devices = devices
         completions = Completions()
         completions.owner = weakref.ref(self)
         handle = ffi.new("kvf_engine *")
@@ -106,7 +107,6 @@ class Engine:
                 lib.kvf_engine_destroy(handle[0])
             completions.destroy()
             raise
-        self._devices = devices
         self._destroyed: Call | None = None  # the last call of all
 
     # ---- Memory ---------------------------------------------------------------------------------
