@@ -6,6 +6,7 @@
 // this project's development machine, 2 cores).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <new>
 #include <vector>
@@ -20,33 +21,34 @@ public:
 
     BlockCache() = default;
     ~BlockCache() {
-        for (const Block &block : blocks_) ::operator delete(block.memory);
+        while (!blocks_.empty()) free_oldest();
     }
     BlockCache(const BlockCache &) = delete;
     BlockCache &operator=(const BlockCache &) = delete;
 
-    // NULL where there is none of about this size.
+    // NULL where there is none of exactly this size: whoever frees a block names the size that it asked for, and
+    // allocators trust that.
     void *take(size_t bytes) {
-        for (Block &block : blocks_) {
-            if (block.bytes < bytes || block.bytes > bytes + bytes / 4) continue;
-            void *memory = block.memory;
-            kept_ -= block.bytes;
-            block = blocks_.back();
-            blocks_.pop_back();
-            return memory;
-        }
-        return nullptr;
+        const auto block = std::find_if(blocks_.begin(), blocks_.end(),
+                                        [&](const Block &each) { return each.bytes == bytes; });
+        if (block == blocks_.end()) return nullptr;
+        void *const memory = block->memory;
+        blocks_.erase(block);
+        kept_ -= bytes;
+        return memory;
     }
 
-    // Keeps a block of operator new; false if it does not want to. Does not throw.
+    // Keeps a block of operator new, instead of older ones where there is no room for all; false if it does not want
+    // to. Does not throw.
     bool keep(void *memory, size_t bytes) noexcept {
-        if (kept_ + bytes > kMostBytes) return false;
+        if (bytes > kMostBytes) return false;
         try {
             blocks_.push_back({memory, bytes});
         } catch (const std::bad_alloc &) {
             return false;
         }
         kept_ += bytes;
+        while (kept_ > kMostBytes) free_oldest();
         return true;
     }
 
@@ -55,7 +57,14 @@ private:
         void *memory;
         size_t bytes;
     };
-    std::vector<Block> blocks_;
+    void free_oldest() noexcept {
+        const Block oldest = blocks_.front();
+        blocks_.erase(blocks_.begin());
+        kept_ -= oldest.bytes;
+        ::operator delete(oldest.memory, oldest.bytes);
+    }
+
+    std::vector<Block> blocks_; // the oldest first
     size_t kept_ = 0;
 };
 

@@ -2,7 +2,7 @@
 
 #include <system_error>
 
-#include "thread_name.h"
+#include "thread.h"
 
 namespace kvf {
 
@@ -21,7 +21,10 @@ void Crew::add(std::function<void()> task) {
     {
         std::lock_guard lock(mutex_);
         try {
-            while (!stopping_ && crew_.size() < threads_) crew_.emplace_back([this] { run(); });
+            crew_.reserve(threads_); // a thread that has been started must find its place
+            while (!stopping_ && crew_.size() < threads_) {
+                crew_.push_back(start_thread([this] { run(); }));
+            }
         } catch (const std::system_error &) {
             // The system refuses threads: those that there are do it, or else the caller.
         }

@@ -12,14 +12,33 @@ bool is_default(CUstream stream) {
     return !stream || stream == CU_STREAM_LEGACY || stream == CU_STREAM_PER_THREAD;
 }
 
+// What a stream is given while it is captured into a graph has not been submitted: an event there counts as passed, and
+// to ask about it breaks the capture. So does an event on a default stream that would have to wait for such a stream.
+// Throws KVF_ERR_INVALID_ARGUMENT for either, and has broken nothing then.
+void check_not_captured(const CudaDriver &driver, CUstream stream) {
+    CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+    const CUresult result = driver.cuStreamIsCapturing(stream, &status);
+    if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) {
+        throw Error(
+            KVF_ERR_INVALID_ARGUMENT,
+            "a stream that the default stream waits for is being captured into a CUDA graph");
+    }
+    driver.check(result, "cuStreamIsCapturing");
+    if (status == CU_STREAM_CAPTURE_STATUS_NONE) return;
+    throw Error(
+        KVF_ERR_INVALID_ARGUMENT,
+        "the stream is being captured into a CUDA graph: what it is given does not run now");
+}
+
 // An event behind what a stream holds.
 class StreamEvent {
 public:
-    // Throws KVF_ERR_DEVICE where the context does not know the stream.
+    // Throws KVF_ERR_DEVICE where the context does not know the stream, and as check_not_captured() does.
     StreamEvent(std::shared_ptr<const CudaContext> context, CUstream stream)
         : context_(std::move(context)) {
         const CudaDriver &driver = context_->driver();
         const CudaCurrent current(*context_);
+        check_not_captured(driver, stream);
         driver.check(driver.cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
         const CUresult result = driver.cuEventRecord(event_, stream);
         if (result != CUDA_SUCCESS) {
@@ -118,17 +137,13 @@ class StreamGate final : public Gate {
 public:
     explicit StreamGate(StreamEvents events) : events_(std::move(events)) {}
 
-    bool is_open() override {
-        if (!open_ && std::all_of(events_.begin(), events_.end(),
-                                  [](const auto &event) { return event->has_passed(); })) {
-            open_ = true;
-        }
-        return open_;
+private:
+    bool is_done() override {
+        return std::all_of(events_.begin(), events_.end(),
+                           [](const auto &event) { return event->has_passed(); });
     }
 
-private:
     const StreamEvents events_;
-    std::atomic<bool> open_{false};
 };
 
 } // namespace

@@ -15,7 +15,7 @@ namespace kvf {
 // current, those of all devices.
 
 // A gate behind what a stream holds now. Throws KVF_ERR_INVALID_ARGUMENT for a stream that none of the
-// contexts knows. `moved`: the devices whose memory is.
+// contexts knows, or that is being captured into a graph. `moved`: the devices whose memory is.
 std::shared_ptr<Gate> follow_stream(const CudaContexts &contexts, uint64_t stream, DeviceSet moved);
 
 // Makes streams wait for jobs: a word of pinned memory for each wait, which the stream watches and the
@@ -29,7 +29,7 @@ public:
     CudaStreamWaits &operator=(const CudaStreamWaits &) = delete;
 
     // What `stream` is given from now on waits until the job has ended. Throws KVF_ERR_UNSUPPORTED for a
-    // driver older than CUDA 11.7, KVF_ERR_INVALID_ARGUMENT for an unknown stream, KVF_ERR_BUSY where too
+    // driver older than CUDA 11.7, KVF_ERR_INVALID_ARGUMENT as follow_stream() does, KVF_ERR_BUSY where too
     // many waits are outstanding.
     void make_wait(uint64_t stream, Job &job);
 

@@ -1,12 +1,13 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <new>
 
 #include "device_host.h"
 #include "json.h"
-#include "thread_name.h"
+#include "thread.h"
 
 namespace kvf {
 namespace {
@@ -23,14 +24,17 @@ Engine::Engine(const kvf_engine_options &options) : tracing_(options.flags & KVF
         no_cuda_ = "not asked for";
     } else {
         open_cuda(options);
-        if (cuda_.empty() && options.devices == KVF_DEVICES_CUDA) {
+        const bool must_have_any = options.devices == KVF_DEVICES_CUDA;
+        const auto named = static_cast<size_t>(std::popcount(options.cuda_devices));
+        if ((cuda_.empty() && must_have_any) || cuda_.size() < named) {
             throw Error(KVF_ERR_NO_DEVICE, no_cuda_);
         }
     }
     pool_ = std::make_shared<Pool>(options.pinned_limit, pinner_);
 }
 
-// Every CUDA device that can be used. Others, and a missing driver, are noted and not an error here.
+// Every CUDA device that is named, or every one there is, if it can be used. Others, and a missing driver, are noted and
+// not an error here.
 void Engine::open_cuda(const kvf_engine_options &options) {
     const auto driver = CudaDriver::get(no_cuda_);
     if (!driver) return;
@@ -44,7 +48,16 @@ void Engine::open_cuda(const kvf_engine_options &options) {
     const uint32_t copy_threads = options.copy_threads
                                       ? options.copy_threads
                                       : std::clamp(cores / 2, std::min(cores, 4u), 6u);
+    const auto note = [this](int ordinal, const std::string &why) {
+        no_cuda_ += format("%sdevice %d: ", no_cuda_.empty() ? "" : "; ", ordinal) + why;
+    };
+    const uint64_t named = options.cuda_devices;
+    for (int ordinal = count; ordinal < 64; ++ordinal) {
+        if (named >> ordinal & 1) note(ordinal, format("the CUDA driver shows %d", count));
+    }
     for (int ordinal = 0; ordinal < count; ++ordinal) {
+        const bool is_named = ordinal < 64 && named >> ordinal & 1;
+        if (named && !is_named) continue;
         try {
             auto context = std::make_shared<const CudaContext>(driver, ordinal);
             devices_.push_back(std::make_unique<CudaDevice>(*this, context,
@@ -52,8 +65,7 @@ void Engine::open_cuda(const kvf_engine_options &options) {
                                                             options.staging_bytes, copy_threads));
             cuda_.push_back(std::move(context));
         } catch (const Error &error) {
-            no_cuda_ += format("%sdevice %d: ", no_cuda_.empty() ? "" : "; ", ordinal) +
-                        kvf::describe(error);
+            note(ordinal, kvf::describe(error));
         }
     }
     if (cuda_.empty()) return;
@@ -202,11 +214,14 @@ void Engine::enter(const std::shared_ptr<Job> &job, kvf_queue queue_handle,
     job->queue = std::move(queue);
 }
 
-void Engine::poke() {
-    for (auto &device : devices_) {
-        device->poke(Direction::Save);
-        device->poke(Direction::Load);
-    }
+void Engine::cancel(Job &job) {
+    job.cancel();
+    stop(job);
+}
+
+// A leg that comes to its device later is found to be stopping there.
+void Engine::stop(Job &job) {
+    for (size_t i = 0; Leg *leg = job.leg(i); ++i) device(leg->device).cut_short(*leg);
 }
 
 void Engine::cancel(const Concern &concerns) {
@@ -216,7 +231,7 @@ void Engine::cancel(const Concern &concerns) {
             if (concerns(*job)) job->cancel();
         }
     }
-    poke();
+    for (auto &device : devices_) device->sweep();
 }
 
 void Engine::wait(const Concern &concerns) {
@@ -277,7 +292,7 @@ void Engine::job_ended(Job &job) {
 
 void Engine::expect_callbacks() {
     std::lock_guard lock(dispatch_mutex_);
-    if (!dispatch_thread_.joinable()) dispatch_thread_ = std::thread([this] { run_dispatch(); });
+    if (!dispatch_thread_.joinable()) dispatch_thread_ = start_thread([this] { run_dispatch(); });
 }
 
 void Engine::dispatch(Callbacks &&callbacks) {

@@ -45,30 +45,34 @@ std::shared_ptr<LlamaSequences> LlamaSequences::of(const llama_context *context,
 
 void LlamaSequences::begin(const Transfer &transfer) {
     std::lock_guard lock(mutex_);
-    InFlight &of_sequence = in_flight_[transfer.sequence];
-    ++(transfer.direction == Direction::Save ? of_sequence.saves : of_sequence.loads);
+    Sequence &sequence = sequences_[transfer.sequence];
+    ++(transfer.direction == Direction::Save ? sequence.saves : sequence.loads);
     if (transfer.blocking) ++blocking_;
 }
 
 void LlamaSequences::end(const Transfer &transfer, int32_t status) noexcept {
     std::lock_guard lock(mutex_);
-    const auto it = in_flight_.find(transfer.sequence);
-    --(transfer.direction == Direction::Save ? it->second.saves : it->second.loads);
-    if (it->second.saves == 0 && it->second.loads == 0) in_flight_.erase(it);
+    const auto it = sequences_.find(transfer.sequence);
+    Sequence &sequence = it->second;
+    --(transfer.direction == Direction::Save ? sequence.saves : sequence.loads);
     if (transfer.blocking) --blocking_;
-    if (transfer.direction == Direction::Load && status != KVF_OK) {
-        to_be_emptied_.insert(transfer.sequence);
-    }
+    if (transfer.direction == Direction::Load && status != KVF_OK) sequence.to_be_emptied = true;
+    drop_if_idle(it);
+}
+
+void LlamaSequences::drop_if_idle(Sequences::iterator it) noexcept {
+    const Sequence &sequence = it->second;
+    if (!sequence.saves && !sequence.loads && !sequence.to_be_emptied) sequences_.erase(it);
 }
 
 void LlamaSequences::check_idle(int32_t sequence, Busy busy) const {
     std::lock_guard lock(mutex_);
-    const auto it = in_flight_.find(sequence);
-    if (it == in_flight_.end()) return;
+    const auto it = sequences_.find(sequence);
+    if (it == sequences_.end()) return;
     if (it->second.loads) {
         throw Error(KVF_ERR_BUSY, format("a load into sequence %d is in flight", sequence));
     }
-    if (busy == Busy::WithAny) {
+    if (busy == Busy::WithAny && it->second.saves) {
         throw Error(KVF_ERR_BUSY, format("a save of sequence %d is in flight", sequence));
     }
 }
@@ -90,14 +94,27 @@ bool LlamaSequences::is_at_rest() const {
 
 std::set<int32_t> LlamaSequences::take_to_be_emptied() {
     std::lock_guard lock(mutex_);
-    if (freed_ || to_be_emptied_.empty()) return {};
+    if (freed_) return {};
+    std::set<int32_t> taken;
+    for (const auto &[number, sequence] : sequences_) {
+        if (sequence.to_be_emptied) taken.insert(number);
+    }
+    if (taken.empty()) return {};
     check_at_rest_locked();
-    return std::exchange(to_be_emptied_, {});
+    for (const int32_t number : taken) {
+        const auto it = sequences_.find(number);
+        it->second.to_be_emptied = false;
+        drop_if_idle(it);
+    }
+    return taken;
 }
 
 void LlamaSequences::forget(int32_t sequence) {
     std::lock_guard lock(mutex_);
-    to_be_emptied_.erase(sequence);
+    const auto it = sequences_.find(sequence);
+    if (it == sequences_.end()) return;
+    it->second.to_be_emptied = false;
+    drop_if_idle(it);
 }
 
 void LlamaSequences::note_tensors(const std::vector<uint64_t> &addresses) {

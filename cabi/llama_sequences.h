@@ -30,7 +30,7 @@ public:
         bool blocking; // by libllama's own call, on a thread of ours
     };
     void begin(const Transfer &transfer);
-    // A load that did not end well leaves its sequence to be emptied.
+    // A load that did not end well leaves its sequence to be emptied. Needs no memory.
     void end(const Transfer &transfer, int32_t status) noexcept;
 
     // Throws KVF_ERR_BUSY where the sequence has transfers of this kind in flight.
@@ -54,18 +54,20 @@ public:
     bool is_freed() const;
 
 private:
-    struct InFlight {
-        uint32_t saves = 0;
-        uint32_t loads = 0;
+    // Kept as long as any of it says something.
+    struct Sequence {
+        uint32_t saves = 0, loads = 0; // in flight
+        bool to_be_emptied = false;
     };
+    using Sequences = std::map<int32_t, Sequence>;
 
     void check_at_rest_locked() const;
+    void drop_if_idle(Sequences::iterator it) noexcept;
 
     const llama_model *const model_;
     mutable std::mutex mutex_;
-    std::map<int32_t, InFlight> in_flight_;
-    uint32_t blocking_ = 0; // of them
-    std::set<int32_t> to_be_emptied_;
+    Sequences sequences_;
+    uint32_t blocking_ = 0; // transfers in flight
     std::set<uint64_t> tensors_;
     bool freed_ = false;
 };

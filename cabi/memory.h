@@ -10,6 +10,7 @@
 #include <mutex>
 #include <thread>
 
+#include "memory_limits.h"
 #include "status.h"
 
 namespace kvf {
@@ -72,13 +73,15 @@ void unregister_memory(void *buffer);
 // A registered range begins there.
 bool is_registered(const void *buffer);
 void free_buffer(void *buffer);
+// What a buffer takes of its pool.
+uint64_t buffer_capacity(const void *buffer);
 
 // The buffers of one engine: mapped memory, pinned where there is something to pin it for, kept for
 // reuse when it is freed, and returned to the system when it has lain idle, by a thread of the pool's.
 class Pool : public std::enable_shared_from_this<Pool> {
 public:
-    Pool(uint64_t limit, std::shared_ptr<Pinner> pinner)
-        : limit_(limit), pinner_(std::move(pinner)) {}
+    Pool(uint64_t limit, std::shared_ptr<Pinner> pinner, MemoryLimits limits = MemoryLimits())
+        : limit_(limit), pinner_(std::move(pinner)), limits_(std::move(limits)) {}
     ~Pool();
 
     void *alloc(uint64_t bytes);
@@ -97,13 +100,15 @@ private:
         uint64_t freed_ns;
     };
     using FreeBuffers = std::multimap<uint64_t, Free>; // by size
-    void *map(uint64_t bytes);
-    void *map_pinned(uint64_t bytes);
+    // `bytes` becomes `least` where the limit leaves no room for more.
+    void *map(uint64_t &bytes, uint64_t least);
+    void *map_pinned(uint64_t &bytes, uint64_t least);
     void unmap(FreeBuffers &&buffers) noexcept;
     void watch_idle();
 
     const uint64_t limit_; // 0: none
     const std::shared_ptr<Pinner> pinner_;
+    const MemoryLimits limits_;
     mutable std::mutex mutex_;
     FreeBuffers free_;
     uint64_t mapped_ = 0;
@@ -125,17 +130,21 @@ private:
     uint64_t last_begin_ = 0, last_end_ = 0; // pages that may be written
 };
 
-// Whether memory is mapped: asks the system, and remembers the neighbourhood of the last answer.
+// Whether memory may be read: asks the system about single pages at first, and reads the list of all mappings when
+// there are many questions.
 class MappedCheck {
 public:
-    // False where the page that [address, address + bytes) begins or ends in is not mapped.
+    // False where the page that [address, address + bytes) begins or ends in is not mapped, or without access.
     bool operator()(uint64_t address, uint64_t bytes);
 
 private:
-    bool is_known(uint64_t page) const { return page >= known_begin_ && page < known_end_; }
-    bool mapped(uint64_t page, uint64_t wanted);
-    uint64_t known_begin_ = 0, known_end_ = 0;
-    uint64_t stretch_ = 1; // pages that the next question is about
+    bool is_accessible(uint64_t page);
+    void read_mappings();
+    bool is_in_mappings(uint64_t page);
+
+    uint64_t known_begin_ = 0, known_end_ = 0; // that may be read: where the last answer came from
+    uint64_t questions_ = 0;
+    std::map<uint64_t, uint64_t> mappings_; // begin, end
 };
 
 } // namespace kvf

@@ -47,7 +47,7 @@ void Queue::give_up_reserved() {
 
 void Queue::push(const kvf_completion &completion) noexcept {
     std::lock_guard lock(mutex_);
-    const bool was_empty = completions_.empty() && !woken_;
+    const bool was_empty = completions_.empty() && wakes_ == 0;
     reserved_.front() = completion;
     completions_.splice(completions_.end(), reserved_, reserved_.begin());
     if (was_empty) signal();
@@ -56,7 +56,7 @@ void Queue::push(const kvf_completion &completion) noexcept {
 
 uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int64_t timeout_ns) {
     std::unique_lock lock(mutex_);
-    const auto ready = [this] { return !completions_.empty() || woken_ || closed_; };
+    const auto ready = [this] { return !completions_.empty() || wakes_ > 0 || closed_; };
     if (timeout_ns < 0) {
         arrived_.wait(lock, ready);
     } else if (timeout_ns > 0) {
@@ -75,8 +75,9 @@ uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int6
             completions_.pop_front();
         }
     }
-    if (!closed_) woken_ = false;
-    if (completions_.empty() && !closed_) {
+    // A take that found completions has not used up a wake: whoever sent it may wait for a take that returns 0.
+    if (n == 0 && wakes_ > 0) --wakes_;
+    if (completions_.empty() && wakes_ == 0 && !closed_) {
         unsignal();
     } else {
         arrived_.notify_one(); // what is left is for another thread that waits
@@ -86,8 +87,8 @@ uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int6
 
 void Queue::wake() {
     std::lock_guard lock(mutex_);
-    if (completions_.empty() && !woken_) signal();
-    woken_ = true;
+    if (completions_.empty() && wakes_ == 0) signal();
+    ++wakes_;
     arrived_.notify_one();
 }
 

@@ -40,7 +40,7 @@ private:
     std::list<kvf_completion> completions_;
     std::list<kvf_completion> reserved_; // places for those to come
     std::list<kvf_completion> spare_;    // places that have been used
-    bool woken_ = false;
+    uint64_t wakes_ = 0;                 // that no take() has returned for yet
     bool closed_ = false;
     int fd_ = -1;
 };

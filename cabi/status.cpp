@@ -30,6 +30,15 @@ std::string format(const char *format, ...) {
     return text;
 }
 
+std::string text_of_bytes(uint64_t bytes) {
+    constexpr const char *kUnits[] = {"bytes", "KiB", "MiB", "GiB", "TiB"};
+    int unit = 0;
+    double value = static_cast<double>(bytes);
+    for (; value >= 1024 && unit < 4; ++unit) value /= 1024;
+    const bool whole = value == static_cast<double>(static_cast<uint64_t>(value));
+    return format("%.*f %s", whole ? 0 : 1, value, kUnits[unit]);
+}
+
 uint64_t now_ns() {
     timespec t{};
     clock_gettime(CLOCK_MONOTONIC, &t);

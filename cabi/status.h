@@ -38,6 +38,9 @@ void copy_struct(const Struct &from, void *to, uint64_t size) {
 // printf into a string.
 std::string format(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+// A number of bytes as people read it, such as "600 MiB"; with one decimal where it is not whole.
+std::string text_of_bytes(uint64_t bytes);
+
 // Nanoseconds of CLOCK_MONOTONIC.
 uint64_t now_ns();
 // Nanoseconds: the whole seconds that an environment variable gives, or `fallback_ns` where it gives none.

@@ -3,6 +3,18 @@
 #include "engine.h"
 
 namespace kvf {
+namespace {
+
+// Of a job that does not come about. A thread that guessed the number may have released the handle.
+void withdraw_handle(const Job &job) noexcept {
+    try {
+        withdraw<Job>(job.handle);
+    } catch (const Error &) {
+        // Nobody finds it any more: that is all that is wanted.
+    }
+}
+
+} // namespace
 
 OpenJob::OpenJob(Engine &engine, Submission &&submission, const kvf_submit_options &options,
                  bool with_handle)
@@ -11,7 +23,7 @@ OpenJob::OpenJob(Engine &engine, Submission &&submission, const kvf_submit_optio
     try {
         engine_.enter(job_, options.queue, submission.on_entry);
     } catch (...) {
-        if (with_handle_) withdraw<Job>(job_->handle);
+        if (with_handle_) withdraw_handle(*job_);
         throw;
     }
 }
@@ -19,12 +31,11 @@ OpenJob::OpenJob(Engine &engine, Submission &&submission, const kvf_submit_optio
 OpenJob::~OpenJob() {
     if (committed_) return;
     job_->retract();
-    job_->cancel();
-    engine_.poke();
+    engine_.cancel(*job_);
     for (const auto &leg : job_->legs) engine_.device(leg->device).finish(*leg);
     job_->let_go();
     job_->wait(KVF_FOREVER, nullptr);
-    if (with_handle_) withdraw<Job>(job_->handle);
+    if (with_handle_) withdraw_handle(*job_);
 }
 
 void OpenJob::add(uint32_t device, Layout &&layout) {
@@ -89,8 +100,7 @@ Leg *OpenJob::leg_on(uint32_t device) const {
 Leg &OpenJob::make_leg(uint32_t device, Layout &&layout) {
     auto leg = std::make_unique<Leg>(device, job_->direction);
     leg->parts.add(std::move(layout));
-    job_->devices |= device_set(device);
-    return *job_->legs.emplace_back(std::move(leg));
+    return job_->add_leg(std::move(leg));
 }
 
 // From here on the leg is the device's until it has ended.

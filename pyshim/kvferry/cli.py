@@ -114,7 +114,8 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llama-lib",
         metavar="DIR",
-        help=f"folder of libllama; else ${ENVIRONMENT_VARIABLE}, installed llama_cpp, the system",
+        help=f"folder of libllama; else ${ENVIRONMENT_VARIABLE}, installed llama_cpp or xllamacpp, "
+        "the system",
     )
     parser.add_argument("--device", choices=("auto", "host", "cuda"), default="auto")
 

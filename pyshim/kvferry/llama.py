@@ -227,9 +227,8 @@ class Llama:
         first.
 
         If this raises, ``load_outcome`` tells what the sequence holds: what it held before, where
-        the load was refused or cancelled before it had cost anything (a Snapshot of another model,
-        or whose checksum is wrong, is refused so); the state, where the load was faster than its
-        cancellation; else nothing.
+        the load was refused (StateMismatch, StateDamaged) or cancelled before it had cost anything;
+        the state, where the load was faster than its cancellation; else nothing.
 
         With ``mode="ahead"`` the bytes go to device memory of their own at once, while llama.cpp
         still takes cells and lists fragments, and from there to their places: sooner done, for as

@@ -22,8 +22,9 @@ T = TypeVar("T")
 
 Priority = Literal["background", "urgent"]
 """``background`` is paced, so that decoding beside it hardly notices; ``urgent`` is as fast as the
-link, and goes before background transfers. On a context's thread it also begins before what
-``Llama.run`` was asked to run and has not begun."""
+link, and goes before background transfers. Within a priority the oldest transfer goes first. On a
+context's thread an urgent transfer also begins before what ``Llama.run`` was asked to run and has
+not begun."""
 
 _PRIORITIES: dict[str, int] = {
     "background": lib.KVF_PRIORITY_BACKGROUND,

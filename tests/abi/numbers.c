@@ -42,6 +42,7 @@ IS(KVF_ENGINE_TRACE, 1);
 IS(KVF_PRIORITY_BACKGROUND, 0);
 IS(KVF_PRIORITY_URGENT, 1);
 IS(KVF_SUBMIT_FOLLOW_STREAM, 1);
+IS(KVF_SUBMIT_TRUST_STATE, 2);
 IS(KVF_LLAMA_ALLOW_BLOCKING, 1);
 IS(KVF_LLAMA_FORCE_BLOCKING, 2);
 IS(KVF_SAVE_AUTO, 0);
@@ -60,6 +61,7 @@ AT(kvf_engine_options, pinned_limit, 16);
 AT(kvf_engine_options, staging_bytes, 24);
 AT(kvf_engine_options, error, 32);
 AT(kvf_engine_options, error_size, 40);
+AT(kvf_engine_options, cuda_devices, 48);
 
 AT(kvf_submit_options, size, 0);
 AT(kvf_submit_options, priority, 4);

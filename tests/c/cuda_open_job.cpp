@@ -137,6 +137,29 @@ void taken_back(Test &&test, const Source &source) {
     CHECK(kvf_job_poll(handle, nullptr, 0) == KVF_ERR_INVALID_HANDLE);
 }
 
+// By a thread that guessed its number: nobody has been given it yet.
+void released_while_open(Test &&test, const Source &source) {
+    {
+        kvf::OpenJob open(*test.engine, test.submission(), test.options, true);
+        open.add(source.device(), source.part(0));
+        CHECK_OK(kvf_job_release(open.job()->handle));
+    }
+    CHECK(test.ends == 1 && test.end_status == KVF_ERR_CANCELLED);
+    kvf_completion completion;
+    CHECK(test.completions(&completion, 0) == 0);
+
+    kvf_job handle = 0;
+    {
+        kvf::OpenJob open(*test.engine, test.submission(), test.options, true);
+        open.add(source.device(), source.part(0));
+        CHECK_OK(kvf_job_release(open.job()->handle));
+        open.commit({}, &handle);
+    }
+    CHECK(test.completions(&completion, 60 * SECONDS) == 1);
+    CHECK(completion.status == KVF_OK && completion.job == handle && test.ends == 2);
+    CHECK_STATUS(KVF_ERR_INVALID_HANDLE, kvf_job_release(handle));
+}
+
 void cancelled_while_open(Test &&test, const Source &source) {
     kvf::OpenJob open(*test.engine, test.submission(), test.options, false);
     open.add(source.device(), source.part(0));
@@ -203,10 +226,7 @@ void races(const std::shared_ptr<kvf::Engine> &engine, const Source &source) {
                     kvf::OpenJob open(*engine, test.submission(), test.options, true);
                     for (uint64_t part = 0; part < kParts; ++part) {
                         if (random() % 4 != 0) open.add(source.device(), source.part(part));
-                        if (random() % 6 == 0) {
-                            open.job()->cancel();
-                            engine->poke();
-                        }
+                        if (random() % 6 == 0) engine->cancel(*open.job());
                     }
                     if ((committed = random() % 3 != 0)) open.commit({}, nullptr);
                 }
@@ -258,6 +278,7 @@ int main() {
                 committed(Test(engine, priority), source);
                 committed_with_nothing_more(Test(engine, priority), source);
                 taken_back(Test(engine, priority), source);
+                released_while_open(Test(engine, priority), source);
                 cancelled_while_open(Test(engine, priority), source);
                 cancelled_before_its_first_part(Test(engine, priority), source);
                 others_pass_while_it_waits(Test(engine, priority), source);

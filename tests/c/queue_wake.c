@@ -1,4 +1,4 @@
-/* A wake makes one take return, waiting or next; timeouts are kept, also absurdly long ones. */
+/* Each wake makes one take return 0, waiting or to come; timeouts are kept, also absurdly long ones. */
 #define _GNU_SOURCE /* pthread_tryjoin_np */
 #include <pthread.h>
 
@@ -21,13 +21,18 @@ int main(void) {
     const int fd = kvf_queue_fd(queue);
     kvf_completion completion;
 
+    /* Wakes are counted: threads that are not waiting yet, and are busy, get theirs too. */
     CHECK_OK(kvf_queue_wake(queue));
-    CHECK_OK(kvf_queue_wake(queue)); /* two wakes before a take are one */
+    CHECK_OK(kvf_queue_wake(queue));
     CHECK(is_readable(fd));
     CHECK(kvf_queue_take(queue, &completion, sizeof completion, 1, KVF_FOREVER) == 0);
+    CHECK(is_readable(fd));
+    int64_t begin = clock_ns();
+    CHECK(kvf_queue_take(queue, &completion, sizeof completion, 1, 10 * SECONDS) == 0);
+    CHECK(clock_ns() - begin < 5 * SECONDS);
     CHECK(!is_readable(fd));
 
-    int64_t begin = clock_ns();
+    begin = clock_ns();
     CHECK(kvf_queue_take(queue, &completion, sizeof completion, 1, 20 * MILLISECONDS) == 0);
     CHECK(clock_ns() - begin >= 20 * MILLISECONDS);
 
@@ -58,12 +63,25 @@ int main(void) {
         returned += joined[i];
     }
     CHECK(returned == 1);
+    /* Two at once, before the first thread that is woken can run: both return. */
+    CHECK_OK(kvf_queue_wake(queue));
+    CHECK_OK(kvf_queue_wake(queue));
+    const int64_t until = clock_ns() + 10 * SECONDS;
+    while (returned < 3 && clock_ns() < until) {
+        for (int i = 0; i < THREADS; ++i) {
+            if (joined[i]) continue;
+            joined[i] = pthread_tryjoin_np(threads[i], NULL) == 0;
+            returned += joined[i];
+        }
+    }
+    CHECK(returned == 3);
     CHECK_OK(kvf_queue_destroy(queue));
     for (int i = 0; i < THREADS; ++i) {
         if (!joined[i]) CHECK(pthread_join(threads[i], NULL) == 0);
     }
 
-    /* A wake does not hide a completion, and a completion does not eat the fd. */
+    /* A wake does not hide a completion, and a completion uses up no wake: a thread that goes on until a take
+     * returns 0 would wait for ever. */
     const kvf_engine engine = make_engine();
     queue = make_queue();
     char from = 3, to = 0;
@@ -76,6 +94,8 @@ int main(void) {
     CHECK_OK(kvf_job_wait(job, KVF_FOREVER, NULL, 0));
     CHECK_OK(kvf_job_release(job));
     CHECK(kvf_queue_take(queue, &completion, sizeof completion, 1, KVF_FOREVER) == 1);
+    CHECK(is_readable(kvf_queue_fd(queue)));
+    CHECK(kvf_queue_take(queue, &completion, sizeof completion, 1, SECONDS) == 0);
     CHECK(!is_readable(kvf_queue_fd(queue)));
     CHECK_OK(kvf_engine_destroy(engine));
     CHECK_OK(kvf_queue_destroy(queue));

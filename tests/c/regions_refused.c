@@ -111,8 +111,22 @@ int main(void) {
     CHECK(reserved != MAP_FAILED);
     const kvf_region without_access = plain_region((char *)reserved + 5, 100, 0);
     CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&without_access, 1, buffer, sizeof buffer));
-    CHECK(munmap(reserved, 1 << 24) == 0);
+    /* Only the last page is without access: of one region, or of the last of many that lie in a row. */
+    enum { PAGES = 600 };
+    CHECK(mprotect(reserved, PAGES * page, PROT_READ | PROT_WRITE) == 0);
+    const kvf_region ends_there = plain_region((char *)reserved + PAGES * page - 8, 16, 0);
+    CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&ends_there, 1, buffer, sizeof buffer));
+    static unsigned char large_buffer[(PAGES + 1) * 16];
+    kvf_region in_a_row[PAGES + 1];
+    for (uint64_t i = 0; i <= PAGES; ++i) {
+        in_a_row[i] = plain_region((char *)reserved + i * page, 16, i * 16);
+    }
+    CHECK_STATUS(KVF_ERR_UNREACHABLE,
+                 submit(in_a_row, PAGES + 1, large_buffer, sizeof large_buffer));
     const kvf_region good = plain_region(memory, 16, 0);
+    CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT,
+                 submit(&good, 1, (char *)reserved + PAGES * page - 8, 16));
+    CHECK(munmap(reserved, 1 << 24) == 0);
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, alone - 1, 16));
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, alone + page - 1, 16));
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, submit(&good, 1, (void *)(uintptr_t)8, 16));

@@ -82,6 +82,19 @@ CUresult find_current_stream(CUstream handle, StreamPtr *stream) {
     return (*stream)->context == context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
 }
 
+// Nobody may ask how far a stream is that is being captured, or an event in it: that breaks the capture.
+CUresult refuse_captured(Stream &stream) {
+    if (!is_captured(stream)) return CUDA_SUCCESS;
+    invalidate_capture(stream);
+    return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+}
+
+CUresult refuse_captured(const Event &event) {
+    if (!event.captured) return CUDA_SUCCESS;
+    invalidate_capture(*event.captured);
+    return CUDA_ERROR_CAPTURED_EVENT;
+}
+
 CUresult find_event(CUevent handle, EventPtr *event) {
     auto it = driver().events.find(handle);
     if (it == driver().events.end()) return CUDA_ERROR_INVALID_HANDLE;
@@ -596,6 +609,7 @@ CUresult cuStreamSynchronize(CUstream stream) {
     Lock lock(driver().mutex);
     StreamPtr found;
     if (CUresult error = find_stream(stream, &found)) return error;
+    if (CUresult error = refuse_captured(*found)) return error;
     wait_for(lock, found->last);
     return found->context->error;
 }
@@ -605,7 +619,40 @@ CUresult cuStreamQuery(CUstream stream) {
     Lock lock(driver().mutex);
     StreamPtr found;
     if (CUresult error = find_stream(stream, &found)) return error;
+    if (CUresult error = refuse_captured(*found)) return error;
     return found->last && !found->last->done ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
+}
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+    ENTER(cuStreamIsCapturing);
+    if (!status) return CUDA_ERROR_INVALID_VALUE;
+    Lock lock(driver().mutex);
+    StreamPtr found;
+    if (CUresult error = find_stream(stream, &found)) return error;
+    if (meets_capture(*found->context, *found)) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+    *status = found->capture;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode) {
+    Lock lock(driver().mutex);
+    StreamPtr found;
+    if (CUresult error = find_stream(stream, &found)) return error;
+    if (found == found->context->legacy || is_captured(*found))
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    found->capture = CU_STREAM_CAPTURE_STATUS_ACTIVE;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuStreamEndCapture(CUstream stream, CUgraph *graph) {
+    Lock lock(driver().mutex);
+    StreamPtr found;
+    if (CUresult error = find_stream(stream, &found)) return error;
+    if (!graph || !is_captured(*found)) return CUDA_ERROR_INVALID_VALUE;
+    const bool whole = found->capture == CU_STREAM_CAPTURE_STATUS_ACTIVE;
+    found->capture = CU_STREAM_CAPTURE_STATUS_NONE;
+    *graph = whole ? new_handle<CUgraph>() : nullptr;
+    return whole ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
 }
 
 // The event may be of another context.
@@ -702,7 +749,13 @@ CUresult cuEventRecord(CUevent event, CUstream stream) {
     if (CUresult error = find_stream(stream, &found)) return error;
     if (CUresult error = find_event(event, &recorded)) return error;
     if (recorded->context != found->context) return CUDA_ERROR_INVALID_HANDLE;
-    recorded->record = submit(found, {});
+    if (meets_capture(*found->context, *found)) {
+        for (const StreamPtr &other : found->context->streams)
+            if (other->blocking) invalidate_capture(*other);
+        return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+    }
+    recorded->captured = is_captured(*found) ? found : nullptr;
+    recorded->record = recorded->captured ? nullptr : submit(found, {});
     return CUDA_SUCCESS;
 }
 
@@ -711,6 +764,7 @@ CUresult cuEventQuery(CUevent event) {
     Lock lock(driver().mutex);
     EventPtr found;
     if (CUresult error = find_event(event, &found)) return error;
+    if (CUresult error = refuse_captured(*found)) return error;
     return found->record && !found->record->done ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
 }
 
@@ -719,6 +773,7 @@ CUresult cuEventSynchronize(CUevent event) {
     Lock lock(driver().mutex);
     EventPtr found;
     if (CUresult error = find_event(event, &found)) return error;
+    if (CUresult error = refuse_captured(*found)) return error;
     wait_for(lock, found->record);
     return found->context->error;
 }

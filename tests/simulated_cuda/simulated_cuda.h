@@ -15,6 +15,9 @@
  *               a crash.
  * Errors        of execution are sticky: every later call on the context returns them, until its
  *               last reference is released.
+ * Capture       a stream that is being captured (cuStreamBeginCapture_v2(), cuStreamEndCapture(),
+ *               which kvferry itself does not use) executes nothing. A query of it, of an event in
+ *               it, or work on the legacy stream beside it breaks the capture.
  * Kernels       kvferry_gather and kvferry_scatter, recognised by their names in the PTX text.
  * fork          in the child every call returns CUDA_ERROR_NOT_INITIALIZED.
  *
@@ -28,11 +31,20 @@
 
 #include <stdint.h>
 
+#include "cuda_driver_api.h"
+
 #define KVFSIM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* ---- Capture, as in cuda.h ------------------------------------------------------------------- */
+
+typedef struct CUgraph_st *CUgraph;
+
+KVFSIM_API CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode);
+KVFSIM_API CUresult cuStreamEndCapture(CUstream stream, CUgraph *graph);
 
 /* X(name, default, text). A setting is also read from the environment, at the first call and at
  * kvfsim_reset(): devices from KVFSIM_DEVICES, and so on. */

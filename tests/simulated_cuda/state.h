@@ -80,6 +80,7 @@ struct Stream {
     std::shared_ptr<Context> context;
     bool blocking = false; // waits for the legacy stream, and it for this one
     bool closing = false;
+    CUstreamCaptureStatus capture = CU_STREAM_CAPTURE_STATUS_NONE;
     std::deque<Operation> queue; // the first one is being executed
     CompletionPtr last;          // of the operation submitted last
     std::condition_variable wake;
@@ -90,6 +91,7 @@ struct Event {
     std::shared_ptr<Context> context;
     unsigned int flags = 0;
     CompletionPtr record; // none: never recorded
+    StreamPtr captured;   // recorded into a capture of this stream, and not executed
 };
 using EventPtr = std::shared_ptr<Event>;
 
@@ -249,8 +251,14 @@ private:
 // All with the lock.
 StreamPtr new_stream(const ContextPtr &context, bool blocking);
 StreamPtr legacy_stream(const ContextPtr &context);
-// Queues it behind what the stream has. Returns its completion.
+// Queues it behind what the stream has. Returns its completion. What a stream is given while it is captured is never
+// executed, and counts as done.
 CompletionPtr submit(const StreamPtr &stream, Operation operation);
+// An operation that a capture does not allow: a stream that is being captured will not give a graph.
+void invalidate_capture(Stream &stream);
+bool is_captured(const Stream &stream);
+// Whether the legacy stream would have to wait for a stream that is being captured.
+bool meets_capture(const Context &context, const Stream &stream);
 void wait_for(Lock &lock, const CompletionPtr &completion);
 void wait_for_context(Lock &lock, const Context &context);
 // Lets its thread end after what is queued.

@@ -130,6 +130,10 @@ StreamPtr legacy_stream(const ContextPtr &context) {
 CompletionPtr submit(const StreamPtr &stream, Operation operation) {
     Driver &d = driver();
     const Context &context = *stream->context;
+    if (is_captured(*stream)) {
+        operation.completion->done = true;
+        return operation.completion;
+    }
     if (stream == context.legacy) {
         for (const StreamPtr &other : context.streams)
             if (other->blocking && other->last) operation.after.push_back(other->last);
@@ -145,6 +149,19 @@ CompletionPtr submit(const StreamPtr &stream, Operation operation) {
     stream->queue.push_back(std::move(operation));
     stream->wake.notify_one();
     return completion;
+}
+
+bool is_captured(const Stream &stream) { return stream.capture != CU_STREAM_CAPTURE_STATUS_NONE; }
+
+void invalidate_capture(Stream &stream) {
+    if (is_captured(stream)) stream.capture = CU_STREAM_CAPTURE_STATUS_INVALIDATED;
+}
+
+bool meets_capture(const Context &context, const Stream &stream) {
+    return &stream == context.legacy.get() &&
+           std::any_of(context.streams.begin(), context.streams.end(), [](const StreamPtr &other) {
+               return other->blocking && is_captured(*other);
+           });
 }
 
 void wait_for(Lock &lock, const CompletionPtr &completion) {
