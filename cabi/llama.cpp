@@ -13,8 +13,8 @@ namespace {
 // So much is moved while the rest is still being recorded. Less is recorded in less time than it takes to begin.
 constexpr uint64_t kLeastPart = 4 << 20;
 
-// Identity of the model: all that libllama tells of it, FNV-1a. Weights are not read: two models that
-// differ in nothing else are told apart by their metadata alone.
+// Identity of the model: all that libllama tells of it, FNV-1a. No public function leads from a model to its
+// weights, nor from a context to its adapters. kFingerprintCovers says the same to callers.
 std::string fingerprint(const LlamaApi &api, const llama_model *model) {
     uint64_t hash = 0xcbf29ce484222325u;
     const auto mix = [&](std::string_view bytes) {
@@ -32,6 +32,9 @@ std::string fingerprint(const LlamaApi &api, const llama_model *model) {
     }
     return format("%016llx", static_cast<unsigned long long>(hash));
 }
+
+constexpr const char *kFingerprintCovers =
+    R"(["model description", "model size", "number of parameters", "model metadata"])";
 
 std::string describe_model(const LlamaApi &api, const llama_model *model) {
     char text[256] = "";
@@ -157,6 +160,7 @@ std::string Llama::describe() const {
            ", \"ggml_commit\": " + json_quote(api_.ggml.commit ? api_.ggml.commit() : "") +
            ", \"model\": " + json_quote(model_text_) +
            ", \"fingerprint\": " + json_quote(fingerprint_) +
+           ", \"fingerprint_covers\": " + kFingerprintCovers +
            ", \"cache\": " + json_quote(cache_kind_) + ", \"format\": " + json_quote(format_name_) +
            ", \"guarded_by\": " + (is_opaque() ? "\"envelope\"" : "\"structure\"") +
            format(", \"window\": %d", window_) + ", \"default_mode\": " +

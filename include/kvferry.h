@@ -423,8 +423,13 @@ KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *contex
                                  const kvf_llama_options *options, kvf_llama *llama);
 
 /* Describes the attachment as JSON text: library and build, model, kind of cache, default save mode,
- * a fingerprint of the model (of all that libllama tells of it; weights are not read), counters of
- * the tap. As kvf_engine_describe(). Any thread. */
+ * a fingerprint of the model and what that covers, counters of the tap. As kvf_engine_describe(). Any thread.
+ *
+ * The fingerprint is a hash of the model's description, size, number of parameters and metadata: of what
+ * libllama tells. It does not cover what libllama has no public function for: the weights (two models that
+ * differ in nothing else have one fingerprint), adapters and control vectors, and the context's own settings of
+ * RoPE. Nor does it cover types, streams and layout of the cache (flash attention decides on the latter): a
+ * state says these itself, and kvf_llama_load() refuses one of another cache with KVF_ERR_STATE_MISMATCH. */
 KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity,
                                    uint64_t *needed);
 

@@ -6,6 +6,7 @@ async with kvferry.Engine() as engine:
     await llama.load(snapshot, seq=1)
 """
 
+from . import sync
 from ._native import ffi as _ffi
 from ._native import lib as _lib
 from .buffer import Buffer
@@ -24,16 +25,19 @@ from .errors import (
     KvferryError,
     LibraryNotFound,
     NoDevice,
+    OutOfMemory,
     PinnedLimit,
     SequenceEmpty,
     SequenceRange,
     StateDamaged,
     StateMismatch,
     TapUnavailable,
+    TimedOut,
     TransferCancelled,
     Unreachable,
 )
 from .llama import Llama, LoadMode, LoadOutcome, SaveMode
+from .llm import LlmState
 from .regions import Region
 from .snapshot import Snapshot
 from .transfer import Priority, Transfer
@@ -54,9 +58,11 @@ __all__ = [
     "KvferryError",
     "LibraryNotFound",
     "Llama",
+    "LlmState",
     "LoadMode",
     "LoadOutcome",
     "NoDevice",
+    "OutOfMemory",
     "PinnedLimit",
     "Priority",
     "Region",
@@ -67,11 +73,13 @@ __all__ = [
     "StateDamaged",
     "StateMismatch",
     "TapUnavailable",
+    "TimedOut",
     "TraceEvent",
     "Transfer",
     "TransferCancelled",
     "Unreachable",
     "__version__",
+    "sync",
 ]
 
 if _lib.kvf_abi_version() != _lib.KVF_ABI_VERSION:

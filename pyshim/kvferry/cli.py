@@ -205,7 +205,3 @@ def _config(options: argparse.Namespace) -> int:
         return _FAILED
     print("\n".join(lines))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

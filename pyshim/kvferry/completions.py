@@ -318,7 +318,7 @@ class Completions:
             record = self._records[self._seen]
             transfer = self._transfers.get(token)
             if transfer is not None:
-                transfer.completed(_completion(record))
+                transfer.completed(completion_of(record))
                 self.end(transfer)
                 self._transfers.pop(token, None)
             self._seen += 1
@@ -391,7 +391,7 @@ def _nothing() -> None:
     pass
 
 
-def _completion(record: CData) -> Completion:
+def completion_of(record: CData) -> Completion:
     return Completion(
         record.status,
         record.mode,

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import anyio.lowlevel
 
 from ._native import ffi, lib
-from .buffer import Buffer, borrow, pinned
+from .arguments import HostMemory, Memory, integer
+from .buffer import Buffer, borrow, pinned, registered
 from .completions import Completions, see_through
 from .core import Core, describe
 from .devices import Devices, engine_devices
 from .errors import ErrorText, check, error
 from .llama import Llama, attach
 from .regions import RegionList, region_list
-from .transfer import Priority, SubmitOptions, Transfer, carried_out
+from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
 from .worker import Call
 
 if TYPE_CHECKING:
     from ._native import CData
+
+_UINT32_MAX = (1 << 32) - 1
 
 
 class TraceEvent(NamedTuple):
@@ -80,13 +83,14 @@ class Engine:
                 "devices": kind,
                 "cuda_devices": cuda_devices,
                 "flags": lib.KVF_ENGINE_TRACE if trace else 0,
-                "copy_threads": copy_threads,
-                "pinned_limit": pinned_limit,
-                "staging_bytes": staging_bytes,
+                "copy_threads": integer("copy_threads", copy_threads, most=_UINT32_MAX),
+                "pinned_limit": integer("pinned_limit", pinned_limit),
+                "staging_bytes": integer("staging_bytes", staging_bytes),
                 "error": text.buffer,
                 "error_size": ffi.sizeof(text.buffer),
             },
         )
+        self._devices = devices
         completions = Completions()
         completions.owner = weakref.ref(self)
         handle = ffi.new("kvf_engine *")
@@ -116,31 +120,69 @@ class Engine:
         await anyio.lowlevel.checkpoint_if_cancelled()
         return await self._core.memory_worker.call(pinned, self._core.handle, nbytes)
 
+    async def register(self, memory: HostMemory) -> Buffer:
+        """Pins memory of the caller's for every CUDA device, so that transfers use it like the
+        pool's.
+
+        ``memory`` is writable and contiguous, and can't be resized from now on. The Buffer that
+        this returns is that memory; it stays pinned until the Buffer has been closed, or dropped,
+        and whatever uses it is gone, after the engine has been closed too. Takes about 30 ms a GiB,
+        on a thread of the engine's own. Without a CUDA device nothing is pinned.
+
+        Raises Busy where it overlaps what is registered already, InvalidArgument, OutOfMemory.
+        """
+        self._core.completions.check_usable()
+        self._core.completions.check_waitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return await self._core.memory_worker.call(registered, self._core.handle, memory)
+
+    async def trim(self) -> None:
+        """Gives idle memory back to the system now: the pool's free buffers, and what the engine
+        has pinned and allocated on devices for its own use and does not need at the moment.
+
+        What has lain idle for half a minute goes by itself.
+        """
+        self._core.completions.check_usable()
+        self._core.completions.check_waitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        await self._core.memory_worker.call(self._trim)
+
+    def _trim(self) -> None:
+        check(lib.kvf_buffer_trim(self._core.handle))
+
     # ---- llama.cpp ------------------------------------------------------------------------------
 
     def attach(
-        self, llm: object, *, library: str | None = None, allow_blocking: bool = False
+        self,
+        llm: object,
+        *,
+        library: str | None = None,
+        allow_blocking: bool = False,
+        variant: str = "",
     ) -> Llama:
         """Attaches to a llama context: a ``llama_cpp.Llama``, a ctypes pointer, or its address.
 
-        A Llama object is kept alive; don't close it before ``Llama.detach()``. Attach while no
-        other thread uses the context. ``library`` is the path, or part of it, of the libllama to
-        use when several are loaded; a whole path is never ambiguous. ``allow_blocking``: where
-        libllama's calls can't be recorded, use its blocking calls on a thread of the engine's; the
-        context must then rest until the transfer has ended, and what would touch it meanwhile
-        raises Busy.
+        A Llama object is kept alive; don't close it before ``Llama.detach()``. What it knows of its
+        conversation goes with the sequence: a Snapshot carries it, a load restores it, and
+        ``remove`` and a load that fails reset it. Attach while no other thread uses the context.
+        ``library`` is the path, or part of it, of the libllama to use when several are loaded; a
+        whole path is never ambiguous. ``allow_blocking``: where libllama's calls can't be recorded,
+        use its blocking calls on a thread of the engine's; the context must then rest until the
+        transfer has ended, and what would touch it meanwhile raises Busy. ``variant`` names what
+        states depend on and libllama doesn't tell, adapters above all: it becomes part of the
+        ``fingerprint``, so that states go only between attachments of the same variant.
 
         Raises LibraryNotFound, TapUnavailable, ContextFreed.
         """
         self._core.completions.check_usable()
-        return attach(self, self._core, llm, library, allow_blocking)
+        return attach(self, self._core, llm, library, allow_blocking, variant)
 
     # ---- Regions --------------------------------------------------------------------------------
 
     async def copy_out(
         self,
-        source: object,
-        into: object = None,
+        source: Memory,
+        into: HostMemory | None = None,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
@@ -165,7 +207,7 @@ class Engine:
           on them; it is the legacy default stream where no other array names one.
 
         The source must not be written meanwhile. Cancelling: see ``Transfer.wait``.
-        Raises BufferTooSmall, Unreachable, InvalidArgument.
+        Raises BufferTooSmall, Unreachable, InvalidArgument, TypeError.
         """
         return await carried_out(
             self.start_copy_out(source, into, priority=priority, after_stream=after_stream)
@@ -173,8 +215,8 @@ class Engine:
 
     async def start_copy_out(
         self,
-        source: object,
-        into: object = None,
+        source: Memory,
+        into: HostMemory | None = None,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
@@ -187,19 +229,20 @@ class Engine:
         if into is None:
             buffer = await self.allocate(regions.nbytes)
         else:
-            buffer = borrow(into, writable=True)
+            buffer = borrow(into, "into", writable=True)
         return await self._submit(lib.kvf_regions_save, regions, buffer, priority)
 
     async def copy_in(
         self,
-        target: object,
-        data: object,
+        target: Memory,
+        data: HostMemory,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
     ) -> None:
         """Loads contiguous ``data`` into device or host memory: the way back from ``copy_out``.
 
+        ``data`` has as many bytes as arrays have together; a Region takes its part of it.
         ``target`` and ``after_stream`` are as for ``copy_out``; the target must be writable, and
         what reads or writes it must have been done. DLPack before version 1 doesn't tell whether an
         array is writable, so that it is refused. If this fails or is cancelled, part of the
@@ -212,8 +255,8 @@ class Engine:
 
     async def start_copy_in(
         self,
-        target: object,
-        data: object,
+        target: Memory,
+        data: HostMemory,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
@@ -223,7 +266,9 @@ class Engine:
         self._core.completions.check_waitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         regions = region_list(target, writable=True, after_stream=after_stream)
-        return await self._submit(lib.kvf_regions_load, regions, borrow(data), priority)
+        buffer = borrow(data, "data")
+        regions.check_fits(buffer.nbytes)
+        return await self._submit(lib.kvf_regions_load, regions, buffer, priority)
 
     async def _submit(
         self,
@@ -265,6 +310,12 @@ class Engine:
                 await transfer.abort()
             raise
         return transfer
+
+    def close_without_loop(self) -> None:
+        """As ``aclose``, on this thread. For engines whose transfers nobody awaits (sync.py)."""
+        if not self._core.closed:
+            self._core.close()
+            self._finalizer.detach()
 
     # ---- Looking inside -------------------------------------------------------------------------
 
@@ -363,6 +414,13 @@ class Engine:
     ) -> None:
         # A body that failed has no use for what it left in flight.
         await self.aclose(cancel=exception is not None)
+
+    def __repr__(self) -> str:
+        core: Core | None = getattr(self, "_core", None)
+        if core is None:
+            return "<Engine that could not be made>"
+        condition = "closed" if core.closed else in_flight(len(core.completions.transfers()))
+        return f"<Engine {self._devices!r}, {condition}>"
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)

@@ -2,10 +2,10 @@
 
 A llama context belongs to one thread at a time. kvferry gives each context a thread of its own,
 which all attachments to it share, those of other engines too: decoding and capturing take turns
-there, in the order in which they were asked for, and the event loop stays free. A thread that is
-always the same one, rather than any of a pool that take turns, because libraries keep state per
-thread (CUDA's current device, thread pools, errno-like records), and because its backlog is then a
-queue that can be looked at, cut short, and ended with a detach.
+there, what is urgent first, else in the order in which they were asked for, and the event loop
+stays free. A thread that is always the same one, rather than any of a pool that take turns, because
+libraries keep state per thread (CUDA's current device, thread pools, errno-like records), and
+because its backlog is then a queue that can be looked at, cut short, and ended with a detach.
 
 Results come back through the completion queue's descriptor (completions.py), as transfers' do.
 
@@ -188,10 +188,10 @@ class Worker:
         self._thread = thread
         thread.workers.add(self)
 
-    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def call(self, function: Callable[..., T], *arguments: Any, first: bool = False) -> T:
         """Makes the call, and returns or raises as it does. Cancelling: see ``outcome``."""
         self.check_awaitable()
-        return cast(T, await self.outcome(self.post(function, *arguments)))
+        return cast(T, await self.outcome(self.post(function, *arguments, first=first)))
 
     async def outcome(self, call: Call) -> Any:
         """Waits for a call that was asked for; returns or raises as it does.
@@ -233,7 +233,7 @@ class Worker:
             if call.running and call.worker._thread is self._thread:
                 raise RuntimeError(
                     "called from inside of what Llama.run() runs: the context's thread would wait "
-                    "for itself"
+                    "for itself; Llama.sync is for code that runs there"
                 )
             call = call.caller
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import kvferry
 import pytest
 from kvferry import bench, libllama
 from kvferry.bench.measurement import Measurement, Reading, Stage, at_least
@@ -432,7 +433,10 @@ def test_config_speaks_to_the_shell(tmp_path: Path) -> None:
         (["demo", "--model", __file__], "can't load"),
         (["demo", "--json", "/nowhere/demo.json"], "no folder to write to: '/nowhere'"),
         (["demo", "--picture", "/nowhere/demo.png"], "no folder to write to: '/nowhere'"),
+        (["demo", "--picture", "demo.nonsense"], "demo.nonsense ends in no kind of picture: .avif"),
         (["bench", "--out", "/proc/nothing"], "/proc/nothing"),
+        (["bench", "--only", "nonsense"], "no measurement's name contains 'nonsense': contiguous"),
+        (["bench", "--only", "save", "--only", "nonsense"], "contains 'nonsense'"),
         (["config"], "say what to print"),
     ],
 )
@@ -442,6 +446,34 @@ def test_bad_options_are_named(arguments: list[str], complaint: str) -> None:
     assert done.returncode == 2
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+    assert "saving" not in done.stderr  # nothing has been done
+    assert "preparing" not in done.stderr
+
+
+def test_the_package_is_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvferry", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"kvferry {kvferry.__version__}\n"
+
+
+def test_the_program_is_named_alike_however_it_is_called() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvferry", "dance"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: kvferry ")
 
 
 def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:

@@ -366,4 +366,54 @@ async def test_a_model_is_told_from_another_by_its_fingerprint(
         assert fingerprint(model("llama", geometry="other")) != plain
         assert fingerprint(model("llama", layers=5)) != plain
         assert fingerprint("qwen2vl") != plain
+        # What it does not cover: weights, and what a state of the cache says itself.
         assert fingerprint(model("llama", seed=1)) == plain
+        assert fingerprint("llama", flash_attention=False, kv_unified=False) == plain
+
+
+async def test_an_attachment_describes_what_its_fingerprint_covers(
+    make_context: MakeContext,
+) -> None:
+    async with kvferry.Engine(DEVICES) as engine:
+        description = engine.attach(make_context("llama").address).describe()
+    assert description["fingerprint_covers"] == [
+        "model description",
+        "model size",
+        "number of parameters",
+        "model metadata",
+    ]
+
+
+async def test_a_variant_tells_what_libllama_does_not(make_context: MakeContext) -> None:
+    context = make_prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        plain = engine.attach(context.address)
+        adapted = engine.attach(context.address, variant="adapter v1")
+        again = engine.attach(context.address, variant="adapter v1")
+        other = engine.attach(context.address, variant="adapter v2")
+        assert len({plain.fingerprint, adapted.fingerprint, other.fingerprint}) == 3
+        assert adapted.describe()["fingerprint"] == adapted.fingerprint
+        snapshot = await adapted.save(0)
+        await again.load(snapshot, 2)
+        for stranger in (plain, other):
+            with pytest.raises(kvferry.StateMismatch, match="adapter v1"):
+                await stranger.load(snapshot, 2)
+        with pytest.raises(kvferry.StateMismatch):
+            await adapted.load(await plain.save(0), 2)
+
+
+async def test_an_attachment_says_what_it_is(make_context: Callable[..., Context]) -> None:
+    context = make_context("llama")
+    context.decode(0, context.model.prompt(20))
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        model, address = llama.describe()["model"], f"{context.address:#x}"
+        assert repr(llama) == f"<Llama at {address}: {model}, no transfer in flight>"
+        save = await llama.start_save(0)
+        assert repr(save).startswith("<Transfer that saves sequence 0, ")
+        snapshot = await save.wait()
+        load = await llama.start_load(snapshot, 1)
+        await load.wait()
+        assert repr(load) == "<Transfer that loads sequence 1, done>"
+        await llama.detach()
+        assert repr(llama) == f"<Llama at {address}: {model}, detached>"

@@ -144,6 +144,13 @@ async def test_what_the_program_runs_returns_and_raises_as_it_does(
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         assert await llama.run(divmod, 7, 2) == (3, 1)
+        assert await llama.run(int, "ff", base=16) == 255
+        # Names that the method could have taken for its own.
+        assert await llama.run(dict, self=1, function=2, seq=3) == {
+            "self": 1,
+            "function": 2,
+            "seq": 3,
+        }
         with pytest.raises(ZeroDivisionError):
             await llama.run(divmod, 1, 0)
 
