@@ -16,23 +16,49 @@ ARGS ?=
 # Tools come from .venv, so that every machine formats, checks and builds with the pinned versions.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-# The prebuilt libllama to test with, and the digest that its registry publishes for it. yzma, which Go decodes with, fits it.
-LLAMA_LIB := build/llama
-LLAMA_BUILD := b10361
-LLAMA_VERSION := 3.20.0
-LLAMA_SHA512 := cc24937799b8303acb5b3814bcebee186cc79bd0e210e359b7eb2b8076215783e9bbf4f94cbde410d8fb94763572641c70a3607a90018b26fd29c8a08d96ef49
+# The prebuilt libllama to test with, each in a folder of its name. Most are of npm's @node-llama-cpp/linux-x64: the version
+# there, and the digest that the registry publishes for it.
+BUILDS := build/libllama
+NPM_BUILDS := b8179 b8390 b9842 b10068 b10361 v0.4.0 v0.5.0
+VERSION_b8179 := 3.17.1
+SHA512_b8179 := fe8fd4a2a01db2583813174a63260fa9bc3edb50ebe1c436260a2e5e0f098b7a2944aa1332b95435faccc08b1865f6c30c9f25ef1167c1f188c1d950e513f026
+VERSION_b8390 := 3.18.1
+SHA512_b8390 := b5199672ccaf01ca891d01d71ec68e931ea6b866dc8ab03d9d174d807ea7edb8c6530e15ba8043ddd0a1c8d177fcab6dee8841f64cfe5e18726636c31e95f230
+VERSION_b9842 := 3.19.0
+SHA512_b9842 := 7059d78f2466149fa556ad10405a9f9460dd17952730fcc72c84388b65e0e79dba42958ec37202d003e2665b8abf2a970ad53e838e191f860f40d50aaac646e8
+VERSION_b10068 := 3.19.1
+SHA512_b10068 := 9ed9d5f062debae1b0a79792e5a0b1985d28a383a38c3a3a2d358918986e89e2c5e92c0c95f6eac42621df2a3595c7a978d7f6b821e75ccc9dc82567a8b58971
+VERSION_b10361 := 3.20.0
+SHA512_b10361 := cc24937799b8303acb5b3814bcebee186cc79bd0e210e359b7eb2b8076215783e9bbf4f94cbde410d8fb94763572641c70a3607a90018b26fd29c8a08d96ef49
+VERSION_v0.4.0 := 3.21.1
+SHA512_v0.4.0 := 4e8b63e914c3306a371682b6c8d51acffa069990f4a2502a4eb465b855169aed245b68bd4cecc7496d0e5820221a4cd10955f45ac5360b2510a3f5b6358b5d3c
+VERSION_v0.5.0 := 3.22.1
+SHA512_v0.5.0 := e6e0820cda9608d7da026f1a47f533c5ba381c1a4a80d17dd640873dea4a86032057638099ab6879f6ce94c8a1b2a0a21f639ddf913f7941d00856df44126e3a
 
-# An earlier one, for what was made for one build of llama.cpp and no other: llama-cpp-python, whose structs are those of
-# this build, and C programs that are compiled with the llama.h of its source distribution.
-BINDINGS_LIB := build/llama-bindings
+# The newest is of PyPI's xllamacpp: one library with all of llama.cpp and ggml in it. It is an extension module, so that only
+# a Python process can load it.
+WHEEL_BUILD := 0.6.0-dev
+WHEEL_VERSION := 2026.10.11549
+WHEEL_SHA256 := c54e7d13520ecc989c63dc99d55de3065e2f343a91f43f053d16b5e62077c261
+
+# Which is for what. Python: the demo, the figures and the whole of the Python tests. Other: programs that are not Python, and
+# the whole of the Python tests on libllama once more; yzma, which Go decodes with, fits this one. Bindings: what was made for
+# one build of llama.cpp and no other: llama-cpp-python, whose structs are those of this build, and C programs that are
+# compiled with the llama.h of its source distribution.
+PYTHON_BUILD := b10361
+OTHER_BUILD := b10361
 BINDINGS_BUILD := b10068
-BINDINGS_VERSION := 3.19.1
-BINDINGS_SHA512 := 9ed9d5f062debae1b0a79792e5a0b1985d28a383a38c3a3a2d358918986e89e2c5e92c0c95f6eac42621df2a3595c7a978d7f6b821e75ccc9dc82567a8b58971
+PYTHON_LIB := $(BUILDS)/$(PYTHON_BUILD)
+# Links to the folders of these two builds, so that examples need not know which they are.
+OTHER_LIB := build/llama
+BINDINGS_LIB := build/llama-bindings
 
 # Stamp files: each says that its step is done for the pins above.
 VENV := .venv/.created
 TOOLS := .venv/.tools
-LLAMA := $(LLAMA_LIB)/.$(LLAMA_BUILD)
+stamp_of = $(BUILDS)/$(1)/.$(1)
+PYTHON_LLAMA := $(call stamp_of,$(PYTHON_BUILD))
+OTHER_LLAMA := $(OTHER_LIB)/.$(OTHER_BUILD)
 BINDINGS_LLAMA := $(BINDINGS_LIB)/.$(BINDINGS_BUILD)
 BINDINGS_HEADERS := $(BINDINGS_LIB)/include/llama.h
 BINDINGS := .venv/.llama-$(BINDINGS_BUILD)
@@ -41,8 +67,11 @@ PACKAGE := .venv/.kvferry
 .PHONY: help
 help:
 	@echo "make demo      save, load and decode beside each other on a real libllama; prints a table, draws a timeline"
-	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python, test-install, test-examples"
+	@echo "make test      all tests: test-c, test-asan, test-tsan, test-go, test-python, test-builds-quick, test-install,"
+	@echo "               test-examples"
+	@echo "make test-builds  all tests that use libllama, on each of $(words $(TESTED_BUILDS)) builds; make builds-table: what is seen there"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
+	@echo "make soak      random operations beside transfers, compared with llama.cpp's own; as long as ARGS says"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
@@ -56,7 +85,7 @@ help:
 # ---- Set-up ----------------------------------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: $(TOOLS) $(LLAMA) $(BINDINGS)
+setup: $(TOOLS) $(PYTHON_LLAMA) $(OTHER_LLAMA) $(BINDINGS)
 
 $(VENV):
 	@for tool in $(PYTHON) c++ npm; do \
@@ -71,23 +100,36 @@ $(TOOLS): requirements-dev.txt $(VENV)
 	python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-# $(call fetch_llama,FOLDER,BUILD,VERSION,SHA512)
-define fetch_llama
-rm -rf $(1) && mkdir -p $(1)
-npm pack @node-llama-cpp/linux-x64@$(3) --silent --pack-destination $(1) >/dev/null
-echo "$(4)  $(1)/node-llama-cpp-linux-x64-$(3).tgz" | sha512sum --check --quiet
-tar -xzf $(1)/node-llama-cpp-linux-x64-$(3).tgz -C $(1) --strip-components=3 --wildcards 'package/bins/linux-x64/*.so'
-rm $(1)/node-llama-cpp-linux-x64-$(3).tgz
-ln -s libllama.$(2).so $(1)/libllama.so
-ln -s libggml.$(2).so $(1)/libggml.so
-touch $@
-endef
+$(foreach build,$(NPM_BUILDS),$(call stamp_of,$(build))): build = $(@F:.%=%)
+$(foreach build,$(NPM_BUILDS),$(call stamp_of,$(build))): package = $(@D)/node-llama-cpp-linux-x64-$(VERSION_$(build)).tgz
+$(foreach build,$(NPM_BUILDS),$(call stamp_of,$(build))):
+	rm -rf $(@D) && mkdir -p $(@D)
+	npm pack @node-llama-cpp/linux-x64@$(VERSION_$(build)) --silent --pack-destination $(@D) >/dev/null
+	echo "$(SHA512_$(build))  $(package)" | sha512sum --check --quiet
+	tar -xzf $(package) -C $(@D) --strip-components=3 --wildcards 'package/bins/linux-x64/*.so'
+	rm $(package)
+	ln -s libllama.$(build).so $(@D)/libllama.so
+	ln -s libggml.$(build).so $(@D)/libggml.so
+	touch $@
 
-$(LLAMA):
-	$(call fetch_llama,$(LLAMA_LIB),$(LLAMA_BUILD),$(LLAMA_VERSION),$(LLAMA_SHA512))
+# The links are names under which programs look for libllama and its parts.
+$(call stamp_of,$(WHEEL_BUILD)): | $(VENV)
+	rm -rf $(@D) && mkdir -p $(@D)
+	python -m pip download --quiet --no-deps --only-binary :all: --dest $(@D) xllamacpp==$(WHEEL_VERSION)
+	echo "$(WHEEL_SHA256)  $$(echo $(@D)/*.whl)" | sha256sum --check --quiet
+	python -m zipfile --extract $(@D)/*.whl $(@D)/wheel
+	mv $(@D)/wheel/xllamacpp/xllamacpp.abi3.so $(@D)
+	rm -r $(@D)/wheel $(@D)/*.whl
+	for name in libllama libggml libggml-base; do \
+	    ln -s xllamacpp.abi3.so $(@D)/$$name.so; \
+	    ln -s xllamacpp.abi3.so $(@D)/$$name.so.0; \
+	done
+	touch $@
 
-$(BINDINGS_LLAMA):
-	$(call fetch_llama,$(BINDINGS_LIB),$(BINDINGS_BUILD),$(BINDINGS_VERSION),$(BINDINGS_SHA512))
+$(OTHER_LLAMA): $(call stamp_of,$(OTHER_BUILD))
+$(BINDINGS_LLAMA): $(call stamp_of,$(BINDINGS_BUILD))
+$(OTHER_LLAMA) $(BINDINGS_LLAMA):
+	rm -rf $(@D) && ln -s $(BUILDS:build/%=%)/$(@F:.%=%) $(@D)
 
 # Only the headers; the whole distribution is large.
 $(BINDINGS_HEADERS): $(TOOLS) $(BINDINGS_LLAMA)
@@ -126,21 +168,27 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
-# Whoever names no libllama gets the newer of the two.
-demo bench test-c test-asan test-tsan test-go test-python test-gpu: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(LLAMA_LIB)
+# For whoever names no libllama.
+demo bench test-python test-gpu soak: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
+test-go: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(OTHER_LIB)
 
 .PHONY: demo
-demo: $(PACKAGE) $(BINDINGS)
+demo: $(PACKAGE) $(PYTHON_LLAMA)
 	kvferry demo $(ARGS)
 
 .PHONY: bench
-bench: $(PACKAGE) $(BINDINGS)
+bench: $(PACKAGE) $(PYTHON_LLAMA)
 	python bench/run.py $(ARGS)
+
+.PHONY: bench-scheduling
+bench-scheduling: build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target kvferry cuda_simulated
+	python bench/scheduling.py $(ARGS)
 
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: test-c test-asan test-tsan test-go test-python test-install test-examples
+test: test-c test-asan test-tsan test-go test-python test-builds-quick test-install test-examples
 
 .PHONY: sanitize
 sanitize: test-asan test-tsan
@@ -173,17 +221,17 @@ $(EXAMPLE_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
 	PYTHONPATH=pyshim/kvferry python -c 'from synthetic import write_model; write_model("llama", "$@")'
 
 .PHONY: test-c
-test-c: build/native/build.ninja $(LLAMA) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
+test-c: build/native/build.ninja $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
 	cmake --build build/native --parallel $(JOBS)
 	$(CTEST) --test-dir build/native $(ARGS)
 
 .PHONY: test-asan
-test-asan: build/asan/build.ninja $(LLAMA)
+test-asan: build/asan/build.ninja
 	cmake --build build/asan --parallel $(JOBS)
 	$(CTEST) --test-dir build/asan $(ARGS)
 
 .PHONY: test-tsan
-test-tsan: build/tsan/build.ninja $(LLAMA)
+test-tsan: build/tsan/build.ninja
 	cmake --build build/tsan --parallel $(JOBS)
 	$(FIXED_LAYOUT) $(CTEST) --test-dir build/tsan $(ARGS)
 
@@ -199,23 +247,69 @@ test-examples: $(TOOLS) $(BINDINGS_HEADERS)
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
+PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py test_llama_in_flight.py test_llama_random.py)
+
 define run_python_tests
-export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest tests/python/test_cuda.py
+export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
 python -m pytest tests/python/test_llama_cpp_python.py
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
-    python -m pytest tests/python --ignore tests/python/test_cuda.py --ignore tests/python/test_llama_cpp_python.py $(ARGS)
+    python -m pytest tests/python --ignore tests/python/test_llama_cpp_python.py \
+    $(addprefix --ignore ,$(PYTHON_TESTS_ON_CUDA)) $(ARGS)
 endef
 
 .PHONY: test-python
 test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
-test-python: $(PACKAGE) $(BINDINGS) $(LLAMA) build/native/build.ninja
+test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(run_python_tests)
+
+# ---- Every libllama
+
+TESTED_BUILDS := $(NPM_BUILDS) $(WHEEL_BUILD)
+TESTED_STAMPS := $(foreach build,$(TESTED_BUILDS),$(call stamp_of,$(build)))
+# What uses a libllama and fits any of them.
+LLAMA_TESTS := $(filter-out %/test_llama_cpp_python.py,$(wildcard tests/python/test_llama_*.py)) \
+    $(addprefix tests/python/,test_libllama.py test_synthetic_models.py test_snapshot.py test_cli.py)
+QUICK_LLAMA_TESTS := $(addprefix tests/python/,test_libllama.py test_llama_basic.py test_llama_kinds.py)
+
+# $(call on_builds,BUILD...,TEST...)
+define on_builds
+for build in $(1); do \
+    echo "-- llama.cpp $$build"; \
+    export KVFERRY_LLAMA_LIB=$(CURDIR)/$(BUILDS)/$$build LLAMA_CPP_LIB_PATH=$(CURDIR)/$(BUILDS)/$$build; \
+    python -m pytest --quiet $(2) $(ARGS); \
+done
+endef
+BUILDS_TABLE = python tests/python/builds_table.py $(TESTED_BUILDS:%=$(BUILDS)/%)
+
+.PHONY: test-builds
+test-builds: $(PACKAGE) $(TESTED_STAMPS)
+	$(call on_builds,$(TESTED_BUILDS),$(LLAMA_TESTS))
+	$(BUILDS_TABLE) --check
+
+# The whole on one build, and once more on another with test-python; a part of it on the others.
+.PHONY: test-builds-quick
+test-builds-quick: $(PACKAGE) $(TESTED_STAMPS)
+	$(call on_builds,$(filter-out $(PYTHON_BUILD) $(OTHER_BUILD),$(TESTED_BUILDS)),$(QUICK_LLAMA_TESTS))
+	$(call on_builds,$(OTHER_BUILD),$(LLAMA_TESTS))
+	$(BUILDS_TABLE) --check
+
+# Into docs/builds.md.
+.PHONY: builds-table
+builds-table: $(PACKAGE) $(TESTED_STAMPS)
+	$(BUILDS_TABLE) --write
+
+# What test-python does with fixed seeds for some seconds, for as long as wanted: ARGS="--hours 2", ARGS="--steps 10000".
+.PHONY: soak
+soak: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
+	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
 
 # Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU.
 .PHONY: test-gpu
 test-gpu: export KVFERRY_TEST_GPU := 1
-test-gpu: $(PACKAGE) $(BINDINGS) $(LLAMA) build/native/build.ninja
+test-gpu: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS)
 	$(CTEST) --test-dir build/native --label-regex cuda --parallel 1
 	$(run_python_tests)
@@ -226,7 +320,7 @@ GO_LIBRARY := examples/go/kvferry/kvferry.pc
 GO_MODEL := build/models/kvcache.gguf
 
 .PHONY: go-kvcache
-go-kvcache: $(GO_LIBRARY) $(GO_MODEL) $(LLAMA)
+go-kvcache: $(GO_LIBRARY) $(GO_MODEL) $(OTHER_LLAMA)
 	@echo 'now: cd examples/go && go run ./cmd/kvcache'
 
 $(GO_LIBRARY): $(TOOLS) $(shell find CMakeLists.txt include cabi -type f)
@@ -279,6 +373,7 @@ lint-python: $(TOOLS)
 .PHONY: lint-c
 lint-c: $(TOOLS)
 	$(if $(C_SOURCES),clang-format --dry-run -Werror $(C_SOURCES))
+	python tools/header_table.py --check
 
 .PHONY: lint-go
 ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)

@@ -81,15 +81,13 @@ void require(const T *pointer, const char *name) {
     if (!pointer) throw Error(KVF_ERR_INVALID_ARGUMENT, std::string(name) + " is NULL");
 }
 
-void check_submit(const kvf_submit_options &options) {
+void check_submit(const kvf_submit_options &options, uint32_t flags = KVF_SUBMIT_FOLLOW_STREAM) {
     if (options.priority > KVF_PRIORITY_URGENT) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "no such priority");
     }
     if (options.mode > KVF_SAVE_SNAPSHOT)
         throw Error(KVF_ERR_INVALID_ARGUMENT, "no such save mode");
-    if (options.flags & ~uint32_t{KVF_SUBMIT_FOLLOW_STREAM}) {
-        throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
-    }
+    if (options.flags & ~flags) throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
 }
 
 // A text for a caller who asks twice: for its length, and for itself.
@@ -251,6 +249,14 @@ int32_t kvf_buffer_free(void *buffer) {
     });
 }
 
+int32_t kvf_buffer_capacity(const void *buffer, uint64_t *bytes) {
+    return guarded([&]() -> int32_t {
+        require(bytes, "bytes");
+        *bytes = buffer_capacity(buffer);
+        return KVF_OK;
+    });
+}
+
 int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t bytes) {
     return guarded([&]() -> int32_t {
         register_memory(buffer, bytes, find<Engine>(engine)->pinner());
@@ -350,8 +356,8 @@ int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *completion
 int32_t kvf_job_cancel(kvf_job job) {
     return guarded([&]() -> int32_t {
         const auto found = find<Job>(job);
-        found->cancel();
-        if (const auto engine = found->owner.lock()) engine->poke();
+        // A job whose engine is gone has ended.
+        if (const auto engine = found->owner.lock()) engine->cancel(*found);
         return KVF_OK;
     });
 }
@@ -443,7 +449,7 @@ int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer, ui
     const auto [error, error_size] = error_place(given);
     return guarded(error, error_size, [&]() -> int32_t {
         const auto options = read_options(given);
-        check_submit(options);
+        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM | KVF_SUBMIT_TRUST_STATE);
         find<Llama>(llama)->load(sequence, buffer, bytes, options, job);
         return KVF_OK;
     });

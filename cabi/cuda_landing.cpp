@@ -168,7 +168,7 @@ void CudaLandings::One::work() noexcept {
             } catch (const std::bad_alloc &) {
                 job_->fail(KVF_ERR_OUT_OF_MEMORY, "");
             }
-            if (job_->stopping()) job_->engine->poke(); // the rest of it need not be brought
+            if (job_->stopping()) job_->engine->stop(*job_); // the rest of it need not be brought
         }
         moved = here;
         if (!arrived) continue;

@@ -91,7 +91,7 @@ void CudaLane::release(CudaSlot &slot) {
 }
 
 void CudaLane::submit(Leg &leg) {
-    Schedule::Legs ended;
+    bool ended = false;
     {
         std::lock_guard lock(mutex_);
         if (broken()) {
@@ -103,16 +103,16 @@ void CudaLane::submit(Leg &leg) {
         }
         schedule_.add(leg);
         // A job that was asked to stop before its leg came was not found then.
-        if (leg.job->stopping()) schedule_.sweep(ended);
+        if (leg.job->stopping()) ended = schedule_.cut_short(leg);
         ++arrivals_;
         work_.notify_one();
     }
-    for (Leg *other : ended) other->job->leg_ended(*other);
+    if (ended) leg.job->leg_ended(leg);
 }
 
 void CudaLane::extend(Leg &leg, Layout &&part) {
     std::lock_guard lock(mutex_);
-    leg.parts.add(std::move(part));
+    schedule_.extend(leg, std::move(part));
     ++arrivals_;
     work_.notify_one();
 }
@@ -132,15 +132,22 @@ void CudaLane::expect() {
     work_.notify_one();
 }
 
-void CudaLane::poke() {
-    Schedule::Legs ended;
+// The pump need not know: what waits behind the leg is there all the time.
+void CudaLane::cut_short(Leg &leg) {
+    {
+        std::lock_guard lock(mutex_);
+        if (!schedule_.cut_short(leg)) return;
+    }
+    leg.job->leg_ended(leg);
+}
+
+void CudaLane::sweep() {
+    LegLine ended;
     {
         std::lock_guard lock(mutex_);
         schedule_.sweep(ended);
-        ++arrivals_;
-        work_.notify_one();
     }
-    for (Leg *leg : ended) leg->job->leg_ended(*leg);
+    for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
 }
 
 void CudaLane::stop() {
@@ -166,6 +173,7 @@ void CudaLane::pump() {
         bool progress = retire();
         progress |= queue_copies();
         progress |= refill();
+        progress |= ask_gates();
         if (progress || pieces_ > 0) gated_since_ns_ = 0;
         if (progress) continue;
         if (pieces_ > 0) {
@@ -195,16 +203,42 @@ void CudaLane::pump() {
     }
 }
 
-// What there is follows streams that are still at work, or is still being recorded. Recording announces what comes; a
-// stream announces nothing, and is looked at ever more seldom: it has kept us waiting for eight times as long already
-// as it can be overlooked.
+// Asks some of the streams that legs follow whether they are done. Without the lock: nobody who submits or cancels shall
+// wait for it. True if a leg may begin for that.
+bool CudaLane::ask_gates() {
+    if (!follows_streams_) return false;
+    const uint64_t begin_ns = now_ns();
+    if (pieces_ > 0 && begin_ns - asked_ns_ < kLeastGateSleepNs)
+        return false; // there is other work
+    bool admitted = false;
+    for (const uint32_t priority : {KVF_PRIORITY_URGENT, KVF_PRIORITY_BACKGROUND}) {
+        GateCheck check;
+        {
+            std::lock_guard lock(mutex_);
+            if (schedule_.next_gates(priority, check)) all_asked_[priority] = true;
+        }
+        check.run();
+        std::lock_guard lock(mutex_);
+        admitted |= schedule_.admit(priority, check);
+    }
+    asked_ns_ = now_ns();
+    asking_ns_ = pieces_ > 0 ? 0 : asking_ns_ + (asked_ns_ - begin_ns);
+    return admitted;
+}
+
+// What there is follows streams that are still at work, or is still being recorded. Recording announces what comes. A
+// stream announces nothing, and is asked ever more seldom: the longer the wait has been, the longer the sleep, up to an
+// eighth of it. Asking takes half of the pump's time at most.
 void CudaLane::wait_for_gates(std::unique_lock<std::mutex> &lock) {
+    if (follows_streams_ && !(all_asked_[0] && all_asked_[1])) return; // first the others
     const uint64_t now = now_ns();
     if (!gated_since_ns_) gated_since_ns_ = now;
-    const uint64_t sleep =
-        std::clamp((now - gated_since_ns_) / 8, kLeastGateSleepNs, kMostGateSleepNs);
+    const uint64_t sleep = std::max(
+        std::clamp((now - gated_since_ns_) / 8, kLeastGateSleepNs, kMostGateSleepNs), asking_ns_);
     const auto arrived = [this] { return stopping_ || arrivals_ != seen_arrivals_; };
     if (work_.wait_for(lock, std::chrono::nanoseconds(sleep), arrived)) gated_since_ns_ = 0;
+    all_asked_ = {};
+    asking_ns_ = 0;
 }
 
 // Nothing can be done at this moment, but pieces are under way.
@@ -337,6 +371,8 @@ bool CudaLane::refill() {
     for (;;) {
         std::unique_lock lock(mutex_);
         seen_arrivals_ = arrivals_;
+        follows_streams_ = schedule_.has_following(KVF_PRIORITY_URGENT) ||
+                           schedule_.has_following(KVF_PRIORITY_BACKGROUND);
         bool one_waits = false;
         Leg *leg = schedule_.front(KVF_PRIORITY_URGENT, [&](const Leg &other) {
             const bool waits = pieces_ > 0 && planner_.is_worth_waiting(other);
@@ -392,7 +428,7 @@ bool CudaLane::obtain(Lack lack, const std::shared_ptr<Job> &job) {
     } catch (const Error &error) {
         job->fail(error.status, error.detail);
         if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
-        engine_.poke(); // its leg here, and those on other devices, end
+        engine_.stop(*job); // its leg here, and those on other devices, end
         return true;
     }
 }
@@ -510,9 +546,10 @@ void CudaLane::attempt(CudaSlot &slot, Function &&function) {
 }
 
 void CudaLane::fail_piece(CudaSlot &slot, const Error &error) {
-    slot.leg->job->fail(error.status, error.detail);
+    Job &job = *slot.leg->job;
+    job.fail(error.status, error.detail);
     if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
-    engine_.poke(); // the rest of the job, on other devices too, need not be moved
+    engine_.stop(job); // the rest of the job, on other devices too, need not be moved
     if (slot.stage == Stage::Copying) leave_queue(slot);
     // What the stream holds already may still touch the buffer: the piece ends when that has ended.
     if (!broken() && driver_.cuEventRecord(slot.finished, slot.stream) == CUDA_SUCCESS) {
@@ -526,7 +563,7 @@ void CudaLane::fail_piece(CudaSlot &slot, const Error &error) {
 // The device is lost. Every leg ends with that, those in slots as they are looked at next.
 void CudaLane::break_down(const Error &error) {
     context_.note_lost();
-    Schedule::Legs ended;
+    LegLine ended;
     {
         std::lock_guard lock(mutex_);
         try {
@@ -541,7 +578,7 @@ void CudaLane::break_down(const Error &error) {
         }
         schedule_.sweep(ended);
     }
-    for (Leg *leg : ended) leg->job->leg_ended(*leg);
+    for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
 }
 
 } // namespace kvf

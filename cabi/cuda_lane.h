@@ -49,7 +49,8 @@ public:
     void extend(Leg &leg, Layout &&part);
     void finish(Leg &leg);
     void expect();
-    void poke();
+    void cut_short(Leg &leg);
+    void sweep();
     // Gives back to the system what memory no piece uses at the moment. (A lane that has been idle does so itself.)
     void trim() { memory_.trim(); }
     void stop();
@@ -69,6 +70,7 @@ private:
     bool queue_copies();
     bool refill();
     bool obtain(Lack lack, const std::shared_ptr<Job> &job);
+    bool ask_gates();
     void wait_for_gates(std::unique_lock<std::mutex> &lock);
     void idle();
 
@@ -127,6 +129,10 @@ private:
     uint64_t seen_arrivals_ = 0;
     uint64_t gated_since_ns_ =
         0; // for so long there have been legs, and none could begin; 0: there are none such
+    bool follows_streams_ = false;    // some leg does, as of the last refill()
+    std::array<bool, 2> all_asked_{}; // by priority: all gates, since the pump last waited for them
+    uint64_t asked_ns_ = 0;           // when it last asked some
+    uint64_t asking_ns_ = 0; // how long that has taken since it last waited, while nothing moved
     std::array<std::atomic<uint64_t>, kCudaWays> pace_bytes_{}; // for describe_pace()
     std::array<std::atomic<uint32_t>, kCudaWays> pace_window_{};
 };

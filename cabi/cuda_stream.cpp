@@ -137,17 +137,13 @@ class StreamGate final : public Gate {
 public:
     explicit StreamGate(StreamEvents events) : events_(std::move(events)) {}
 
-    bool is_open() override {
-        if (!open_ && std::all_of(events_.begin(), events_.end(),
-                                  [](const auto &event) { return event->has_passed(); })) {
-            open_ = true;
-        }
-        return open_;
+private:
+    bool is_done() override {
+        return std::all_of(events_.begin(), events_.end(),
+                           [](const auto &event) { return event->has_passed(); });
     }
 
-private:
     const StreamEvents events_;
-    std::atomic<bool> open_{false};
 };
 
 } // namespace

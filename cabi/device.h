@@ -29,8 +29,11 @@ public:
     // A leg of this direction is about to come: whoever takes it in may wake up already.
     virtual void expect(Direction) {}
 
-    // A job of this direction is stopping: its legs must end soon.
-    virtual void poke(Direction direction) = 0;
+    // The leg's job is stopping: no more of it is moved, and it ends soon. In constant time, however many legs there
+    // are. May be called before the leg is the device's, and after it has ended.
+    virtual void cut_short(Leg &leg) = 0;
+    // As cut_short(), for all legs whose jobs are stopping.
+    virtual void sweep() = 0;
 
     // Saves a layout while the caller waits, as far as is needed for its memory to be free to change:
     // the first half of a save by snapshot. Returns what remains to be moved.

@@ -20,7 +20,11 @@ public:
     }
     void finish(Leg &leg) override { lane(leg.direction).finish(leg); }
     void expect(Direction direction) override { lane(direction).expect(); }
-    void poke(Direction direction) override { lane(direction).poke(); }
+    void cut_short(Leg &leg) override { lane(leg.direction).cut_short(leg); }
+    void sweep() override {
+        save_->sweep();
+        load_->sweep();
+    }
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
     std::shared_ptr<Landing> make_landing(uint64_t bytes) override {
         return landings_ ? landings_->make(bytes) : nullptr;

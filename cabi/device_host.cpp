@@ -58,24 +58,22 @@ void HostDevice::submit(Leg &leg) {
         job.leg_ended(leg);
         return;
     }
-    Schedule::Legs ended;
+    bool ended = false;
     {
         std::lock_guard lock(mutex_);
         if (workers_.size() <= threads_) start_threads();
         schedule_.add(leg);
         // A job that was asked to stop before its leg came was not found then.
-        if (leg.job->stopping()) schedule_.sweep(ended);
+        if (leg.job->stopping()) ended = schedule_.cut_short(leg);
         wake(leg.job->priority, leg.parts.bytes());
     }
-    for (Leg *other : ended) other->job->leg_ended(*other);
+    if (ended) leg.job->leg_ended(leg);
 }
 
 void HostDevice::extend(Leg &leg, Layout &&part) {
     std::lock_guard lock(mutex_);
-    if (leg.parts.is_closed()) return;
     const uint64_t bytes = part.bytes;
-    leg.parts.add(std::move(part));
-    wake(leg.job->priority, bytes);
+    if (schedule_.extend(leg, std::move(part))) wake(leg.job->priority, bytes);
 }
 
 void HostDevice::finish(Leg &leg) {
@@ -97,14 +95,39 @@ void HostDevice::wake(uint32_t priority, uint64_t bytes) {
     }
 }
 
-void HostDevice::poke(Direction) {
-    Schedule::Legs ended;
+void HostDevice::cut_short(Leg &leg) {
+    {
+        std::lock_guard lock(mutex_);
+        const bool ended = schedule_.cut_short(leg);
+        background_work_.notify_one(); // it may have been held back by this leg
+        if (!ended) return;
+    }
+    leg.job->leg_ended(leg);
+}
+
+void HostDevice::sweep() {
+    LegLine ended;
     {
         std::lock_guard lock(mutex_);
         schedule_.sweep(ended);
-        background_work_.notify_one(); // it may have been held back by what is gone now
+        background_work_.notify_one(); // as above
     }
-    for (Leg *leg : ended) leg->job->leg_ended(*leg);
+    for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
+}
+
+// Asks some of the streams that legs follow whether they are done. Without the lock, which is held before and after:
+// nobody who submits or cancels shall wait for it. True if all of them have been asked by now.
+bool HostDevice::ask_gates(std::unique_lock<std::mutex> &lock, uint32_t priority) {
+    GateCheck check;
+    const bool all = schedule_.next_gates(priority, check);
+    lock.unlock();
+    check.run();
+    lock.lock();
+    // Several may have become ready: they are everybody's.
+    if (schedule_.admit(priority, check) && priority == KVF_PRIORITY_URGENT) {
+        urgent_work_.notify_all();
+    }
+    return all;
 }
 
 void HostDevice::work(bool background) {
@@ -115,26 +138,28 @@ void HostDevice::work(bool background) {
     const uint32_t priority = background ? KVF_PRIORITY_BACKGROUND : KVF_PRIORITY_URGENT;
     std::condition_variable &arrived = background ? background_work_ : urgent_work_;
 
+    auto ask_again = std::chrono::steady_clock::now();
     std::unique_lock lock(mutex_);
     for (;;) {
-        Leg *leg = nullptr;
-        bool held_back = false;
-        const auto ready = [&] {
-            // Background work waits while there is anything urgent to copy.
-            held_back = background && schedule_.front(KVF_PRIORITY_URGENT);
-            leg = held_back ? nullptr : schedule_.front(priority);
-            return leg || stopping_;
-        };
-        while (!ready()) {
-            if (schedule_.has(priority) && !held_back) {
-                // A job that follows a stream announces nothing when its turn has come: look again. (And one
-                // whose next part is being recorded will have it soon.)
-                arrived.wait_for(lock, kGatePoll);
-            } else {
-                arrived.wait(lock);
-            }
+        // A job that follows a stream announces nothing when its turn has come: the stream is asked again and again,
+        // beside other work too.
+        bool all_asked = true;
+        if (schedule_.has_following(priority) && std::chrono::steady_clock::now() >= ask_again) {
+            all_asked = ask_gates(lock, priority);
+            if (all_asked) ask_again = std::chrono::steady_clock::now() + kGatePoll;
         }
-        if (!leg) return;
+        // Background work waits while there is anything urgent to copy.
+        const bool held_back = background && schedule_.front(KVF_PRIORITY_URGENT);
+        Leg *leg = held_back ? nullptr : schedule_.front(priority);
+        if (!leg) {
+            if (stopping_) return;
+            if (held_back || !schedule_.has_following(priority)) {
+                arrived.wait(lock);
+            } else if (all_asked) {
+                arrived.wait_until(lock, ask_again);
+            }
+            continue;
+        }
         Piece piece;
         schedule_.take(*leg, [&] {
             piece = leg->parts.next(background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);

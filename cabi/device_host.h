@@ -20,13 +20,15 @@ public:
     void submit(Leg &leg) override;
     void extend(Leg &leg, Layout &&part) override;
     void finish(Leg &leg) override;
-    void poke(Direction) override;
+    void cut_short(Leg &leg) override;
+    void sweep() override;
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
     void stop() override;
 
 private:
     void start_threads();
     void wake(uint32_t priority, uint64_t bytes);
+    bool ask_gates(std::unique_lock<std::mutex> &lock, uint32_t priority);
     void work(bool background);
 
     Engine &engine_;

@@ -214,11 +214,14 @@ void Engine::enter(const std::shared_ptr<Job> &job, kvf_queue queue_handle,
     job->queue = std::move(queue);
 }
 
-void Engine::poke() {
-    for (auto &device : devices_) {
-        device->poke(Direction::Save);
-        device->poke(Direction::Load);
-    }
+void Engine::cancel(Job &job) {
+    job.cancel();
+    stop(job);
+}
+
+// A leg that comes to its device later is found to be stopping there.
+void Engine::stop(Job &job) {
+    for (size_t i = 0; Leg *leg = job.leg(i); ++i) device(leg->device).cut_short(*leg);
 }
 
 void Engine::cancel(const Concern &concerns) {
@@ -228,7 +231,7 @@ void Engine::cancel(const Concern &concerns) {
             if (concerns(*job)) job->cancel();
         }
     }
-    poke();
+    for (auto &device : devices_) device->sweep();
 }
 
 void Engine::wait(const Concern &concerns) {

@@ -60,8 +60,9 @@ public:
     // Lets a job in and starts it. The handle is published only if `job` is not NULL.
     std::shared_ptr<Job> submit(Submission &&submission, Recorded &&recorded,
                                 const kvf_submit_options &options, kvf_job *job);
-    // Jobs have been asked to stop: sees to it that they end soon.
-    void poke();
+    void cancel(Job &job);
+    // The job is stopping: sees to it that its legs end soon. In constant time, however many jobs there are.
+    void stop(Job &job);
     using Concern = std::function<bool(const Job &)>;
     void cancel(const Concern &concerns);
     void wait(const Concern &concerns);

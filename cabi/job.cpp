@@ -15,6 +15,11 @@ constexpr std::chrono::microseconds kGatePoll{20};
 
 } // namespace
 
+bool Gate::is_open() {
+    if (!was_open() && is_done()) open_.store(true, std::memory_order_release);
+    return was_open();
+}
+
 void Gate::wait() {
     while (!is_open()) std::this_thread::sleep_for(kGatePoll);
 }
@@ -40,6 +45,17 @@ void Job::wait_for_turn() const {
 void Job::note_started(uint64_t ns) {
     uint64_t none = 0;
     started_ns_.compare_exchange_strong(none, ns, std::memory_order_relaxed);
+}
+
+Leg &Job::add_leg(std::unique_ptr<Leg> leg) {
+    std::lock_guard lock(mutex_);
+    devices |= device_set(leg->device);
+    return *legs.emplace_back(std::move(leg));
+}
+
+Leg *Job::leg(size_t index) {
+    std::lock_guard lock(mutex_);
+    return index < legs.size() ? legs[index].get() : nullptr;
 }
 
 void Job::leg_ended(Leg &leg) {

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <functional>
 #include <list>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -25,15 +26,26 @@ class Job;
 class Gate {
 public:
     virtual ~Gate() = default;
-    // True from the moment on when that work is done. Cheap.
-    virtual bool is_open() = 0;
+    // True from the moment on when that work is done. Asks a driver, which takes microseconds: not for callers that
+    // hold a lock. Any thread.
+    bool is_open();
+    // As is_open() last found it. Asks nobody.
+    bool was_open() const { return open_.load(std::memory_order_acquire); }
     // Blocks until then.
     void wait();
+
+private:
+    virtual bool is_done() = 0;
+
+    std::atomic<bool> open_{false};
 };
 
 // A set of devices, by their indices in the engine.
 using DeviceSet = uint64_t;
 inline DeviceSet device_set(uint32_t device) { return DeviceSet{1} << device % 64; }
+
+struct Leg;
+using LegLine = std::map<uint64_t, Leg *>; // by arrival at the device
 
 struct Leg {
     Leg(uint32_t device, Direction direction) : device(device), direction(direction) {}
@@ -48,7 +60,9 @@ struct Leg {
     Parts parts;
     std::shared_ptr<Landing>
         landing; // where it goes, if not to the place of its parts; set before it is a device's
-    uint32_t in_flight = 0; // pieces handed out and not given back
+    uint32_t in_flight = 0;  // pieces handed out and not given back
+    LegLine *line = nullptr; // of the schedule's, in which it stands; NULL: in none
+    LegLine::iterator place; // there
 };
 
 // Calls that the engine's dispatch thread is to make. In nodes of a list, so that a job has its own from the beginning,
@@ -87,16 +101,20 @@ public:
     bool pinned = false; // the buffer is
     std::shared_ptr<Gate> gate;
     std::vector<std::shared_ptr<void>> keep; // until it has ended
-    std::vector<std::unique_ptr<Leg>> legs;
-    std::atomic<DeviceSet> devices{0}; // of the legs
+    std::vector<std::unique_ptr<Leg>> legs;  // the submitter's, who adds them by add_leg()
+    std::atomic<DeviceSet> devices{0};       // of the legs
 
     // Nothing more of it needs to move: it was cancelled, or a leg failed.
     bool stopping() const { return stopping_.load(std::memory_order_acquire); }
     void cancel();
+    // Its legs are told by Engine::stop().
     void fail(int32_t status, const std::string &detail);
     // Blocks until what it follows is done, or it is to stop.
     void wait_for_turn() const;
     void note_started(uint64_t ns);
+    Leg &add_leg(std::unique_ptr<Leg> leg);
+    // For threads that are not the submitter's; NULL if there are not as many.
+    Leg *leg(size_t index);
     // The job ends when the last of its legs has ended and its submitter has let go of it.
     void expect_leg() { holds_.fetch_add(1, std::memory_order_relaxed); }
     void leg_ended(Leg &leg);
@@ -119,7 +137,7 @@ private:
     bool retracted_ = false;
     std::atomic<uint64_t> started_ns_{0};
 
-    std::mutex mutex_;
+    std::mutex mutex_; // for what follows, and for the growth of `legs`
     std::condition_variable ended_;
     bool has_ended_ = false;                     // its status is final
     bool has_ended_visible_ = false;             // waiters may see it: its bookkeeping is done

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include "envelope.h"
 #include "json.h"
 
 namespace kvf {
@@ -45,24 +46,57 @@ public:
         if (memory == MAP_FAILED) throw Error(KVF_ERR_OUT_OF_MEMORY, "mapping a scratch state");
         data = static_cast<unsigned char *>(memory);
     }
-    ~ScratchState() { munmap(data, bytes_); }
+    ~ScratchState() {
+        if (data) munmap(data, bytes_);
+    }
     ScratchState(const ScratchState &) = delete;
     ScratchState &operator=(const ScratchState &) = delete;
+
+    ScratchState(ScratchState &&other) noexcept
+        : data(std::exchange(other.data, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
 
     unsigned char *data;
 
 private:
-    const uint64_t bytes_;
+    uint64_t bytes_;
 };
 
+// A position beyond which no state is whole. A conversation may go on for longer than the context has cells, as tokens
+// are removed or a window slides on, so the bound is generous; what matters is that decoding can go on from it.
+int32_t last_sane_position(const LlamaApi &api, const llama_model *model,
+                           const llama_context *context) {
+    constexpr int64_t kLeast = 1 << 24, kMost = INT32_MAX - (1 << 24);
+    const int64_t trained = std::max(api.model_n_ctx_train(model), 0);
+    const int64_t longest = std::max<int64_t>(trained, api.n_ctx(context));
+    return static_cast<int32_t>(std::clamp(16 * longest, kLeast, kMost));
+}
+
+// Throws KVF_ERR_BUFFER_TOO_SMALL.
+void check_room(uint64_t needed, uint64_t given) {
+    if (given >= needed) return;
+    throw Error(KVF_ERR_BUFFER_TOO_SMALL, format("%llu bytes are needed, %llu were given",
+                                                 static_cast<unsigned long long>(needed),
+                                                 static_cast<unsigned long long>(given)));
+}
+
 } // namespace
+
+// The state of a sequence without its tensor bytes, and what was recorded of these.
+struct Llama::Metadata {
+    ScratchState state;
+    uint64_t bytes;
+    Recorded recorded;
+
+    StateView view() const { return {state.data, bytes}; }
+};
 
 Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
              const kvf_llama_options &options)
     : engine_(std::move(engine)), context_(context), api_(find_llama(options.library)),
       model_(api_.get_model(context)), sequence_count_(api_.n_seq_max(context)),
       sequences_(LlamaSequences::of(context, model_)), model_text_(describe_model(api_, model_)),
-      fingerprint_(fingerprint(api_, model_)) {
+      fingerprint_(fingerprint(api_, model_)), window_(api_.model_n_swa(model_)),
+      last_position_(last_sane_position(api_, model_, context)) {
     if (!api_.get_memory(context_)) {
         throw Error(KVF_ERR_UNSUPPORTED, "the context has no memory: its model keeps no state");
     }
@@ -113,7 +147,9 @@ std::string Llama::describe() const {
            ", \"ggml_commit\": " + json_quote(api_.ggml.commit ? api_.ggml.commit() : "") +
            ", \"model\": " + json_quote(model_text_) +
            ", \"fingerprint\": " + json_quote(fingerprint_) +
-           ", \"cache\": " + json_quote(cache_kind_) + ", \"default_mode\": " +
+           ", \"cache\": " + json_quote(cache_kind_) + ", \"format\": " + json_quote(format_name_) +
+           ", \"guarded_by\": " + (is_opaque() ? "\"envelope\"" : "\"structure\"") +
+           format(", \"window\": %d", window_) + ", \"default_mode\": " +
            (resolve_mode(KVF_SAVE_AUTO) == KVF_SAVE_SNAPSHOT ? "\"snapshot\"" : "\"in_place\"") +
            ", \"tap\": " + (tap_ ? "true" : "false") +
            format(", \"recorded_calls\": %llu, \"passed_calls\": %llu, \"sequences\": %u}",
@@ -125,9 +161,10 @@ uint64_t Llama::size(int32_t sequence) {
     settle();
     check_usable();
     check_sequence(sequence, false);
+    if (states_ == States::Unseen && holds_cells(sequence)) learn_structure(sequence);
     const uint64_t bytes = api_.state_seq_get_size(context_, sequence, 0);
     if (bytes == 0) throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_size failed");
-    return bytes;
+    return bytes + (is_opaque() ? Envelope::kBytes : 0);
 }
 
 void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submit_options &options,
@@ -135,40 +172,36 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     Submission submission = begin(Direction::Save, sequence, buffer, bytes, options);
     check_sequence(sequence, true);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
+    if (states_ == States::Unseen) learn_structure(sequence);
     submission.mode = resolve_mode(options.mode);
     if (blocking_) return save_blocking(sequence, std::move(submission), options, job);
+    if (is_opaque()) return save_opaque(sequence, std::move(submission), options, job);
 
-    Recorder recorder = make_recorder(Direction::Save, buffer, bytes, submission.gate);
+    auto *const state = static_cast<unsigned char *>(buffer);
+    const bool in_place = submission.mode == KVF_SAVE_IN_PLACE;
+    const auto fence = submission.fence;
+    const auto gate = submission.gate;
+    Recorder recorder = make_recorder(Direction::Save, buffer, bytes, gate);
+    bool close = false;
+    if (in_place && window_ > 0) {
+        // Which cells others may take only their positions tell, which libllama writes while it lists.
+        if (const auto metadata = record_metadata(sequence)) {
+            const StateView view = metadata->view();
+            if (const auto structure = parse_state(view, &*structure_))
+                close = guard_window(*structure, view, recorder, gate.get());
+        }
+    }
     std::optional<OpenJob> open;
-    if (submission.mode == KVF_SAVE_IN_PLACE) {
-        move_while_recording(recorder, open, submission, options, job != nullptr);
-    }
-    uint64_t written = 0;
-    try {
-        Recording recording(recorder);
-        written =
-            api_.state_seq_get_data(context_, static_cast<uint8_t *>(buffer), bytes, sequence, 0);
-    } catch (...) {
-        written = 0; // an assertion that libllama did not catch itself
-    }
-    if (written == 0) {
-        if (!recorder.abort_text().empty()) throw Error(KVF_ERR_LLAMA, recorder.abort_text());
-        const uint64_t needed = api_.state_seq_get_size(context_, sequence, 0);
-        if (bytes >= needed) throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
-        throw Error(KVF_ERR_BUFFER_TOO_SMALL, format("%llu bytes are needed, %llu were given",
-                                                     static_cast<unsigned long long>(needed),
-                                                     static_cast<unsigned long long>(bytes)));
-    }
+    if (in_place) move_while_recording(recorder, open, submission, options, job != nullptr);
+    const uint64_t written = write_state(sequence, state, bytes, recorder);
     Recorded recorded = recorder.finish();
     check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
-    if (!knows_cells()) {
-        if (const auto structure = parse_state(static_cast<unsigned char *>(buffer), written)) {
-            check_recorded_whole(*structure, recorded);
-            learn(*structure);
-        }
-    }
     recorded.bytes = written;
+    if (in_place) {
+        fence->raise(recorder.memory(), close);
+        move_now(Direction::Save, state, written, recorder.take_early(), nullptr);
+    }
     if (open) return open->commit(std::move(recorded), job);
     submission.buffer_bytes = written;
     if (submission.mode == KVF_SAVE_SNAPSHOT && !take_snapshot(submission, recorded)) {
@@ -181,6 +214,26 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
         return;
     }
     engine_->submit(std::move(submission), std::move(recorded), options, job);
+}
+
+// Where the format is not known, nothing is known of what may be done to the cache meanwhile either: the bytes are
+// moved while the caller waits, and the envelope needs them all.
+void Llama::save_opaque(int32_t sequence, Submission &&submission,
+                        const kvf_submit_options &options, kvf_job *job) {
+    const uint64_t needed = api_.state_seq_get_size(context_, sequence, 0);
+    check_room(needed + Envelope::kBytes, submission.buffer_bytes);
+    unsigned char *const state = submission.buffer;
+    Recorder recorder = make_recorder(Direction::Save, state, needed, submission.gate);
+    const uint64_t written = write_state(sequence, state, needed, recorder);
+    Recorded recorded = recorder.finish();
+    check_heard_anything(recorder);
+    sequences_->note_tensors(recorder.tensors());
+    move_now(Direction::Save, state, written, std::exchange(recorded.layouts, {}),
+             submission.gate.get());
+    Envelope::seal(state, written, fingerprint_number());
+    recorded.bytes = written + Envelope::kBytes;
+    submission.mode = KVF_SAVE_SNAPSHOT;
+    complete(std::move(submission), std::move(recorded), options, job);
 }
 
 // Copies aside what the submission would read. False where there is no room for it.
@@ -204,70 +257,120 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     Submission submission = begin(Direction::Load, sequence, buffer, bytes, options);
     check_sequence(sequence, false);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
-    const auto *state = static_cast<const unsigned char *>(buffer);
+    const auto *const given = static_cast<const unsigned char *>(buffer);
+    if (is_opaque() && submission.gate) submission.gate->wait(); // all of it is read here
+    Incoming state = examine(sequence, given, bytes, options.flags);
 
-    // From here on whatever fails leaves the sequence empty.
-    std::optional<Structure> structure;
-    try {
-        structure = check_state(state, bytes);
-    } catch (...) {
-        empty_sequence(sequence);
-        throw;
-    }
-    // libllama empties the sequence itself, but only in those parts of the cache of which the state has
-    // cells: a state without any would leave what was there.
-    if (!structure || !structure->has_cells_everywhere()) empty_sequence(sequence);
+    // From here on whatever fails leaves the sequence empty. libllama empties it itself, but only in those parts of
+    // the cache of which the state has cells: a state without any would leave what was there.
+    if (!state.structure || !state.structure->has_cells_everywhere()) empty_sequence(sequence);
+    submission.buffer_bytes = state.view.bytes;
     if (blocking_) {
-        return load_blocking(sequence, std::move(submission), bytes, std::move(structure), options,
-                             job);
+        return load_blocking(sequence, std::move(state), std::move(submission), options, job);
     }
-
-    Recorder recorder = make_recorder(Direction::Load, buffer, bytes, submission.gate);
     try {
-        std::optional<OpenJob> open;
-        uint32_t device = Engine::kHost;
-        const auto landing = make_landing(options.mode, bytes, device);
-        submission.mode = landing ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
-        if (landing) {
-            open.emplace(*engine_, std::move(submission), options, job != nullptr);
-            open->approach(device, landing);
+        if (state.structure) {
+            load_recorded(sequence, state, std::move(submission), options, job);
         } else {
-            move_while_recording(recorder, open, submission, options, job != nullptr);
+            load_opaque(sequence, state, std::move(submission), options, job);
         }
-        uint64_t read = 0;
-        {
-            Recording recording(recorder);
-            read = api_.state_seq_set_data(context_, state, bytes, sequence, 0);
-        }
-        if (read != bytes) {
-            open.reset(); // nothing may move any more when the sequence gives up its cells
-            throw load_failure(sequence, recorder.abort_text(), structure);
-        }
-        Recorded recorded = recorder.finish();
-        if (api_.memory_seq_pos_max(api_.get_memory(context_), sequence) >= 0) {
-            check_heard_anything(recorder);
-        }
-        sequences_->note_tensors(recorder.tensors());
-        if (structure) {
-            check_recorded_whole(*structure, recorded);
-            learn(*structure);
-        }
-        recorded.bytes = bytes;
-        // What was not known before: the device has nothing of the cache.
-        if (landing && !devices_.count(device)) open->job()->mode = KVF_LOAD_IN_PLACE;
-        if (open) {
-            open->commit(std::move(recorded), job);
-        } else {
-            engine_->submit(std::move(submission), std::move(recorded), options, job);
-        }
-    } catch (const Error &) {
-        empty_sequence(sequence);
-        throw;
     } catch (...) {
         empty_sequence(sequence);
-        if (recorder.abort_text().empty()) throw;
-        throw Error(KVF_ERR_STATE_DAMAGED, "libllama: " + recorder.abort_text());
+        throw;
     }
+}
+
+void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&submission,
+                          const kvf_submit_options &options, kvf_job *job) {
+    const StateView &view = state.view;
+    unsigned char *const buffer = submission.buffer;
+    const auto fence = submission.fence;
+    const auto gate = submission.gate;
+    Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, gate);
+    const bool close = guard_window(*state.structure, view, recorder, gate.get());
+    std::optional<OpenJob> open;
+    uint32_t device = Engine::kHost;
+    const auto landing = make_landing(options.mode, view.bytes, device);
+    submission.mode = landing ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
+    if (landing) {
+        open.emplace(*engine_, std::move(submission), options, job != nullptr);
+        open->approach(device, landing);
+    } else {
+        move_while_recording(recorder, open, submission, options, job != nullptr);
+    }
+    if (!read_state(sequence, view, recorder)) {
+        open.reset(); // nothing may move any more when the sequence gives up its cells
+        throw load_failure(sequence, recorder.abort_text(), state.structure);
+    }
+    Recorded recorded = recorder.finish();
+    sequences_->note_tensors(recorder.tensors());
+    check_recorded_whole(*state.structure, recorded);
+    learn(*state.structure);
+    recorded.bytes = view.bytes;
+    fence->raise(recorder.memory(), close);
+    move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
+    // What was not known before: the device has nothing of the cache.
+    if (landing && !devices_.count(device)) open->job()->mode = KVF_LOAD_IN_PLACE;
+    if (open) {
+        open->commit(std::move(recorded), job);
+    } else {
+        engine_->submit(std::move(submission), std::move(recorded), options, job);
+    }
+}
+
+// As for a save: the bytes are moved while the caller waits.
+void Llama::load_opaque(int32_t sequence, const Incoming &state, Submission &&submission,
+                        const kvf_submit_options &options, kvf_job *job) {
+    const StateView &view = state.view;
+    Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, submission.gate);
+    if (!read_state(sequence, view, recorder)) {
+        throw load_failure(sequence, recorder.abort_text(), std::nullopt);
+    }
+    Recorded recorded = recorder.finish();
+    if (holds_cells(sequence)) check_heard_anything(recorder);
+    sequences_->note_tensors(recorder.tensors());
+    move_now(Direction::Load, submission.buffer, view.bytes, std::exchange(recorded.layouts, {}),
+             submission.gate.get());
+    recorded.bytes = view.bytes;
+    submission.mode = KVF_LOAD_IN_PLACE;
+    complete(std::move(submission), std::move(recorded), options, job);
+}
+
+// Sees to it that no other sequence gets a cell whose bytes are still to be moved. They are moved before the call
+// returns. Where they follow a stream that cannot be: then true, and the fence must be close, so that decoding waits.
+bool Llama::guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
+                         const Gate *gate) const {
+    auto ranges = bytes_free_for_others(structure, view, window_);
+    if (gate) return !ranges.empty();
+    recorder.set_early(std::move(ranges));
+    return false;
+}
+
+// Moves what must not be moved later, while the caller waits. Throws where it did not end well.
+void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
+                     Gate *gate) {
+    if (layouts.empty()) return;
+    if (gate) gate->wait();
+    Submission submission;
+    submission.submitted_ns = now_ns();
+    submission.direction = direction;
+    submission.buffer = buffer;
+    submission.buffer_bytes = bytes;
+    submission.owned_by = this;
+    Recorded recorded;
+    recorded.layouts = std::move(layouts);
+    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
+    options.priority = KVF_PRIORITY_URGENT;
+    kvf_completion done;
+    engine_->submit(std::move(submission), std::move(recorded), options, nullptr)
+        ->wait(KVF_FOREVER, &done);
+    if (done.status != KVF_OK) throw Error(done.status, done.detail);
+}
+
+// A job that has nothing left to move.
+void Llama::complete(Submission &&submission, Recorded &&recorded,
+                     const kvf_submit_options &options, kvf_job *job) {
+    engine_->submit(std::move(submission), std::move(recorded), options, job);
 }
 
 // Where a load ahead is brought, and to which device. NULL where it is done in place.
@@ -339,8 +442,11 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     submission.buffer_bytes = bytes;
     submission.owned_by = this;
     const LlamaSequences::Transfer transfer{sequence, direction, blocking_ != nullptr};
+    submission.fence = std::make_shared<Fence>(direction);
     submission.on_entry = [sequences = sequences_, transfer] { sequences->begin(transfer); };
-    submission.on_end = [sequences = sequences_, transfer](int32_t status) {
+    submission.on_end = [sequences = sequences_, transfer,
+                         fence = submission.fence](int32_t status) {
+        fence->lower();
         sequences->end(transfer, status);
     };
     return submission;
@@ -376,26 +482,112 @@ void Llama::check_sequence(int32_t sequence, bool must_hold_cells) {
         throw Error(KVF_ERR_SEQUENCE_RANGE,
                     format("sequence %d; the context has 0 to %u", sequence, sequence_count_ - 1));
     }
-    if (must_hold_cells && api_.memory_seq_pos_max(api_.get_memory(context_), sequence) < 0) {
+    if (must_hold_cells && !holds_cells(sequence)) {
         throw Error(KVF_ERR_SEQUENCE_EMPTY, format("sequence %d", sequence));
     }
 }
 
-std::optional<Structure> Llama::check_state(const unsigned char *state, uint64_t bytes) {
-    if (!has_state_magic(state, bytes)) {
-        throw Error(KVF_ERR_STATE_DAMAGED, "it does not begin as the state of a sequence does");
+bool Llama::holds_cells(int32_t sequence) const {
+    return api_.memory_seq_pos_max(api_.get_memory(context_), sequence) >= 0;
+}
+
+// ---- whether a state may be loaded -------------------------------------------------------------
+
+// Throws, and then nothing has been changed.
+Llama::Incoming Llama::examine(int32_t sequence, const unsigned char *state, uint64_t bytes,
+                               uint32_t flags) {
+    if (states_ == States::Unseen) learn_structure_of_any();
+    if (is_opaque()) return examine_opaque(state, bytes, flags);
+    const StateView view{state, bytes, last_position_};
+    // Another version of kvferry may have found this cache opaque, or this context not have seen a cell yet.
+    if (Envelope::is_on(state, bytes)) {
+        Incoming sealed = examine_opaque(state, bytes, flags);
+        if (states_ == States::Known) sealed.structure = examine_known(sealed.view);
+        return sealed;
     }
-    auto structure = parse_state(state, bytes);
-    if (!structure_) return structure; // a kind of cache that is not known: nothing to compare with
+    if (states_ == States::Known) return {view, examine_known(view)};
+    if (flags & KVF_SUBMIT_TRUST_STATE && !parse_state(view)) return {view, std::nullopt};
+    return {view, examine_first(sequence, view)};
+}
+
+Structure Llama::examine_known(const StateView &view) const {
+    auto structure = parse_state(view, &*structure_);
+    if (!structure) structure = parse_state(view);
     if (!structure) throw Error(KVF_ERR_STATE_DAMAGED);
     const std::string why = mismatch(*structure, *structure_);
     if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, why);
-    // The last position of a sequence has a cell in every part of the memory. libllama takes a state
-    // without, and then has a sequence that is empty in one part and takes cells in another.
-    if (structure->cells() > 0 && !structure->has_cells_everywhere()) {
-        throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+    if (structure->cells() == 0) return std::move(*structure);
+    if (structure->cells() > most_cells())
+        throw Error(KVF_ERR_CACHE_FULL, describe_cells(*structure));
+    // The last position of a sequence has a cell in every part of the memory, but for a window from which it has been
+    // removed. libllama takes a state without, and then has a sequence that is empty in one part and takes cells in
+    // another.
+    bool first = true;
+    for (const Section &section : structure->sections) {
+        const bool may_be_empty = !first && section.kind == Section::Kind::Attention && window_ > 0;
+        if (section.cells == 0 && !may_be_empty)
+            throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+        first = false;
     }
-    return structure;
+    return std::move(*structure);
+}
+
+// The first state with cells that this context gets to see comes from outside. What it is written in is believed only
+// when libllama has taken one cell of it and written it again.
+Structure Llama::examine_first(int32_t sequence, const StateView &view) {
+    const Structure *const skeleton = structure_ ? &*structure_ : nullptr;
+    auto candidates = parse_state_in_every_way(view, skeleton);
+    if (candidates.empty()) {
+        const auto other = parse_state(view);
+        if (!other) throw Error(KVF_ERR_STATE_DAMAGED);
+        const std::string why = skeleton ? mismatch(*other, *skeleton) : "";
+        throw Error(KVF_ERR_STATE_MISMATCH, why);
+    }
+    for (Structure &candidate : candidates) {
+        if (candidate.cells() == 0) return std::move(candidate);
+        if (!candidate.has_cells_everywhere()) {
+            throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+        }
+        if (!takes_format_of(sequence, candidate)) continue;
+        learn(candidate);
+        return std::move(candidate);
+    }
+    throw Error(KVF_ERR_STATE_MISMATCH,
+                format("this context does not take states of its structure (format \"%s\")",
+                       candidates.front().format->name));
+}
+
+// Tries it with a state of one cell, into an empty sequence of an empty context, which is empty again afterwards.
+bool Llama::takes_format_of(int32_t sequence, const Structure &candidate) {
+    const auto one_cell = make_state_of_one_cell(candidate);
+    const StateView view{one_cell.data(), one_cell.size(), last_position_};
+    Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, nullptr);
+    bool takes = read_state(sequence, view, recorder);
+    if (takes) {
+        const auto written = record_metadata(sequence);
+        takes = written && written->bytes == view.bytes;
+        if (takes) {
+            const auto structure = parse_state(written->view(), &candidate);
+            takes = structure && structure->format == candidate.format &&
+                    mismatch(*structure, candidate).empty();
+        }
+    }
+    empty_sequence(sequence);
+    return takes;
+}
+
+Llama::Incoming Llama::examine_opaque(const unsigned char *state, uint64_t bytes,
+                                      uint32_t flags) const {
+    if (!Envelope::is_on(state, bytes)) {
+        if (flags & KVF_SUBMIT_TRUST_STATE) return {{state, bytes, last_position_}, std::nullopt};
+        throw Error(KVF_ERR_STATE_DAMAGED,
+                    "the format of this cache's states is not known, and nothing else vouches for "
+                    "one without kvferry's envelope");
+    }
+    const auto verdict = Envelope::verify(state, bytes, fingerprint_number());
+    if (verdict.foreign) throw Error(KVF_ERR_STATE_MISMATCH, verdict.why);
+    if (verdict.damaged) throw Error(KVF_ERR_STATE_DAMAGED, verdict.why);
+    return {{state, bytes - Envelope::kBytes, last_position_}, std::nullopt};
 }
 
 uint32_t Llama::resolve_mode(uint32_t mode) const {
@@ -404,6 +596,33 @@ uint32_t Llama::resolve_mode(uint32_t mode) const {
 }
 
 // ---- recording ---------------------------------------------------------------------------------
+
+// Has libllama write the state, whose tensor bytes the recorder notes. Returns the bytes of the whole.
+uint64_t Llama::write_state(int32_t sequence, unsigned char *buffer, uint64_t bytes,
+                            Recorder &recorder) {
+    uint64_t written = 0;
+    try {
+        Recording recording(recorder);
+        written = api_.state_seq_get_data(context_, buffer, bytes, sequence, 0);
+    } catch (...) {
+        written = 0; // an assertion that libllama did not catch itself
+    }
+    if (written > 0) return written;
+    if (!recorder.abort_text().empty()) throw Error(KVF_ERR_LLAMA, recorder.abort_text());
+    check_room(api_.state_seq_get_size(context_, sequence, 0), bytes);
+    throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
+}
+
+// Has libllama take the state, whose tensor bytes the recorder notes. False where it did not take all of it.
+bool Llama::read_state(int32_t sequence, const StateView &view, Recorder &recorder) {
+    try {
+        Recording recording(recorder);
+        return api_.state_seq_set_data(context_, view.data, view.bytes, sequence, 0) == view.bytes;
+    } catch (...) {
+        if (recorder.abort_text().empty()) throw;
+        return false; // an assertion that libllama did not catch itself
+    }
+}
 
 Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes,
                               std::shared_ptr<Gate> gate) {
@@ -463,11 +682,11 @@ int32_t Llama::most_telling_sequence() const {
     return 0;
 }
 
-// Looks at the structure of a sequence's state. An empty sequence tells the kind of the cache, one with
-// cells its types and row sizes too.
-void Llama::learn_structure(int32_t sequence) {
+// What libllama writes for a sequence, without moving its tensor bytes (but without the tap they are copied). Nothing
+// where it refuses.
+std::optional<Llama::Metadata> Llama::record_metadata(int32_t sequence) {
     const uint64_t bytes = api_.state_seq_get_size(context_, sequence, 0);
-    if (bytes == 0) return;
+    if (bytes == 0) return std::nullopt;
     ScratchState scratch(bytes);
     Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes, nullptr);
     uint64_t written = 0;
@@ -475,12 +694,41 @@ void Llama::learn_structure(int32_t sequence) {
         Recording recording(recorder);
         written = api_.state_seq_get_data(context_, scratch.data, bytes, sequence, 0);
     } catch (...) {
-        return;
+        return std::nullopt;
     }
-    if (written == 0) return;
-    recorder.finish(); // throws what went wrong
+    if (written == 0) return std::nullopt;
+    Recorded recorded = recorder.finish(); // throws what went wrong
     sequences_->note_tensors(recorder.tensors());
-    if (const auto structure = parse_state(scratch.data, written)) learn(*structure);
+    return Metadata{std::move(scratch), written, std::move(recorded)};
+}
+
+// Looks at the structure of a sequence's state. An empty sequence tells the kind of the cache, one with
+// cells its types and row sizes too; and whether a known format describes it.
+void Llama::learn_structure(int32_t sequence) {
+    const auto metadata = record_metadata(sequence);
+    if (!metadata) return;
+    const bool empty = !holds_cells(sequence);
+    if (empty) empty_bytes_ = metadata->bytes;
+    auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
+    // The tap knows how many bytes are those of tensors; without it, they cannot be told apart.
+    std::erase_if(found, [&](const Structure &structure) {
+        if (empty != (structure.cells() == 0)) return true;
+        return tap_ && structure.tensor_bytes != metadata->recorded.bytes;
+    });
+    if (found.empty()) {
+        if (!empty && tap_ && metadata->recorded.bytes == 0)
+            throw Error(KVF_ERR_TAP, "libllama moved tensor bytes in a way that was not recorded");
+        return learn_that_opaque();
+    }
+    learn(found.front());
+}
+
+// By a sequence that has cells, if there is one.
+void Llama::learn_structure_of_any() {
+    for (uint32_t i = 0; i < sequence_count_ && states_ == States::Unseen; ++i) {
+        const auto sequence = static_cast<int32_t>(i);
+        if (holds_cells(sequence)) learn_structure(sequence);
+    }
 }
 
 void Llama::learn(const Structure &structure) {
@@ -491,17 +739,27 @@ void Llama::learn(const Structure &structure) {
         cache_kind_ = structure.kind();
         // Attention alone only appends. A window is overwritten as it slides.
         appends_only_ = !has_recurrent && !api_.model_is_recurrent(model_) &&
-                        !(api_.model_is_hybrid && api_.model_is_hybrid(model_)) &&
-                        api_.model_n_swa(model_) == 0;
-        return;
+                        !(api_.model_is_hybrid && api_.model_is_hybrid(model_)) && window_ == 0;
+    } else if (structure_->sections.size() == structure.sections.size()) {
+        for (size_t i = 0; i < structure.sections.size(); ++i) {
+            if (structure_->sections[i].cells == 0) structure_->sections[i] = structure.sections[i];
+        }
+        if (!structure_->format) structure_->format = structure.format;
     }
-    if (structure_->sections.size() != structure.sections.size()) return;
-    for (size_t i = 0; i < structure.sections.size(); ++i) {
-        if (structure_->sections[i].cells == 0) structure_->sections[i] = structure.sections[i];
-    }
+    if (!structure_->format || !structure_->has_cells_everywhere()) return;
+    std::lock_guard lock(mutex_);
+    states_ = States::Known;
+    format_name_ = structure_->format->name;
 }
 
-bool Llama::knows_cells() const { return structure_ && structure_->has_cells_everywhere(); }
+void Llama::learn_that_opaque() {
+    structure_.reset();
+    std::lock_guard lock(mutex_);
+    states_ = States::Opaque;
+    cache_kind_ = "unknown";
+    format_name_ = "opaque";
+    appends_only_ = false;
+}
 
 // ---- failure -----------------------------------------------------------------------------------
 
@@ -510,31 +768,32 @@ void Llama::empty_sequence(int32_t sequence) {
     api_.memory_seq_rm(api_.get_memory(context_), sequence, -1, -1);
 }
 
-// libllama returned an error for a state that looks whole. It says why in its log only; this finds out
-// as much as the program's next step depends on.
+// libllama refused a state that looks whole. It says why in its log only; this finds out as much as the program's
+// next step depends on.
 Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
                           const std::optional<Structure> &state) {
     empty_sequence(sequence); // it may hold a part of the state
-    if (!abort_text.empty()) return Error(KVF_ERR_STATE_DAMAGED, "libllama: " + abort_text);
-    if (!state) return Error(KVF_ERR_STATE_DAMAGED, "libllama refused it");
-    bool others = false;
-    for (uint32_t i = 0; i < sequence_count_; ++i) {
-        const auto other = static_cast<int32_t>(i);
-        if (api_.memory_seq_pos_max(api_.get_memory(context_), other) < 0) continue;
-        others = true;
-        if (!knows_cells()) learn_structure(other);
-    }
-    if (structure_) {
-        const std::string why = mismatch(*state, *structure_);
-        if (!why.empty()) return Error(KVF_ERR_STATE_MISMATCH, why);
-    }
-    const uint32_t cells = api_.n_ctx_seq ? api_.n_ctx_seq(context_) : api_.n_ctx(context_);
-    if (state->cells() > cells || others || knows_cells()) {
-        return Error(KVF_ERR_CACHE_FULL,
-                     format("the state has %llu cells; a sequence may have %u",
-                            static_cast<unsigned long long>(state->cells()), cells));
-    }
-    return Error(KVF_ERR_STATE_MISMATCH, "libllama refused it");
+    const std::string left = what_is_left(sequence);
+    if (!abort_text.empty()) return Error(KVF_ERR_LLAMA, abort_text + left);
+    if (!state) return Error(KVF_ERR_LLAMA, "it did not take the state" + left);
+    return Error(KVF_ERR_CACHE_FULL, describe_cells(*state) + left);
+}
+
+std::string Llama::describe_cells(const Structure &state) const {
+    return format("the state has %llu cells; a sequence may have %u",
+                  static_cast<unsigned long long>(state.cells()), most_cells());
+}
+
+uint32_t Llama::most_cells() const {
+    return api_.n_ctx_seq ? api_.n_ctx_seq(context_) : api_.n_ctx(context_);
+}
+
+// What libllama has left of a load that failed and that removing the sequence did not remove, in words.
+std::string Llama::what_is_left(int32_t sequence) const {
+    const bool clean =
+        !holds_cells(sequence) &&
+        (empty_bytes_ == 0 || api_.state_seq_get_size(context_, sequence, 0) == empty_bytes_);
+    return clean ? "" : "; it left cells behind that only llama_memory_clear() frees";
 }
 
 // Called by libllama's thread that frees the context, before the memory goes.
@@ -549,26 +808,28 @@ void Llama::on_buffer_freed(uint64_t begin, uint64_t bytes) {
 
 void Llama::save_blocking(int32_t sequence, Submission &&submission,
                           const kvf_submit_options &options, kvf_job *job) {
-    const uint64_t needed = api_.state_seq_get_size(context_, sequence, 0);
-    if (submission.buffer_bytes < needed) {
-        throw Error(KVF_ERR_BUFFER_TOO_SMALL,
-                    format("%llu bytes are needed, %llu were given",
-                           static_cast<unsigned long long>(needed),
-                           static_cast<unsigned long long>(submission.buffer_bytes)));
-    }
+    const uint64_t state_bytes = api_.state_seq_get_size(context_, sequence, 0);
+    const uint64_t needed = state_bytes + (is_opaque() ? Envelope::kBytes : 0);
+    check_room(needed, submission.buffer_bytes);
     submission.buffer_bytes = needed;
     submission.mode = KVF_SAVE_IN_PLACE; // the context must rest anyway
     run_blocking(
-        std::move(submission), needed, options, job, [this, sequence, needed](Job &started) {
-            const size_t n = api_.state_seq_get_data(context_, started.buffer, needed, sequence, 0);
-            if (n != needed) started.fail(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
+        std::move(submission), needed, options, job, [this, sequence, state_bytes](Job &started) {
+            const size_t n =
+                api_.state_seq_get_data(context_, started.buffer, state_bytes, sequence, 0);
+            if (n != state_bytes) {
+                started.fail(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
+            } else if (is_opaque()) {
+                Envelope::seal(started.buffer, state_bytes, fingerprint_number());
+            }
         });
 }
 
-void Llama::load_blocking(int32_t sequence, Submission &&submission, uint64_t bytes,
-                          std::optional<Structure> &&structure, const kvf_submit_options &options,
-                          kvf_job *job) {
-    const auto load = [this, sequence, bytes, structure = std::move(structure)](Job &started) {
+void Llama::load_blocking(int32_t sequence, Incoming &&state, Submission &&submission,
+                          const kvf_submit_options &options, kvf_job *job) {
+    const uint64_t bytes = state.view.bytes;
+    const auto load = [this, sequence, bytes,
+                       structure = std::move(state.structure)](Job &started) {
         const size_t n = api_.state_seq_set_data(context_, started.buffer, bytes, sequence, 0);
         if (n == bytes) return;
         try {

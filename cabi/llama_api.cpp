@@ -100,6 +100,7 @@ LlamaApi find_llama(const char *wanted) {
     need(api.model_size, "llama_model_size");
     need(api.model_n_params, "llama_model_n_params");
     need(api.model_n_swa, "llama_model_n_swa");
+    need(api.model_n_ctx_train, "llama_model_n_ctx_train");
     need(api.model_is_recurrent, "llama_model_is_recurrent");
     want(api.model_is_hybrid, "llama_model_is_hybrid");
     need(api.model_meta_count, "llama_model_meta_count");
@@ -112,6 +113,14 @@ LlamaApi find_llama(const char *wanted) {
     need(api.ggml.buffer_free, "ggml_backend_buffer_free");
     need(api.ggml.buffer_get_base, "ggml_backend_buffer_get_base");
     need(api.ggml.buffer_get_size, "ggml_backend_buffer_get_size");
+    need(api.ggml.buffer_clear, "ggml_backend_buffer_clear");
+    need(api.ggml.tensor_copy, "ggml_backend_tensor_copy");
+    want(api.ggml.tensor_memset, "ggml_backend_tensor_memset");
+    need(api.ggml.graph_compute, "ggml_backend_sched_graph_compute_async");
+    need(api.ggml.graph_n_nodes, "ggml_graph_n_nodes");
+    need(api.ggml.graph_node, "ggml_graph_node");
+    need(api.ggml.nbytes, "ggml_nbytes");
+    need(api.ggml.op_desc, "ggml_op_desc");
     need(api.ggml.abort, "ggml_abort");
     want(api.ggml.version, "ggml_version");
     want(api.ggml.commit, "ggml_commit");

@@ -11,7 +11,9 @@ struct llama_context;
 struct llama_model;
 struct llama_memory_i;
 struct ggml_tensor;
+struct ggml_cgraph;
 struct ggml_backend_buffer;
+struct ggml_backend_sched;
 
 namespace kvf {
 
@@ -25,6 +27,14 @@ struct GgmlApi {
     void (*buffer_free)(ggml_backend_buffer *) = nullptr;
     void *(*buffer_get_base)(ggml_backend_buffer *) = nullptr;
     size_t (*buffer_get_size)(ggml_backend_buffer *) = nullptr;
+    void (*buffer_clear)(ggml_backend_buffer *, uint8_t) = nullptr;
+    void (*tensor_copy)(const ggml_tensor *, ggml_tensor *) = nullptr;
+    void (*tensor_memset)(ggml_tensor *, uint8_t, size_t, size_t) = nullptr; // NULL in older ones
+    int (*graph_compute)(ggml_backend_sched *, ggml_cgraph *) = nullptr;     // asynchronous
+    int (*graph_n_nodes)(ggml_cgraph *) = nullptr;
+    ggml_tensor *(*graph_node)(ggml_cgraph *, int) = nullptr;
+    size_t (*nbytes)(const ggml_tensor *) = nullptr;
+    const char *(*op_desc)(const ggml_tensor *) = nullptr;
     void (*abort)(const char *, int, const char *, ...) = nullptr;
     const char *(*version)() = nullptr;
     const char *(*commit)() = nullptr;
@@ -50,6 +60,7 @@ struct LlamaApi {
     uint64_t (*model_size)(const llama_model *) = nullptr;
     uint64_t (*model_n_params)(const llama_model *) = nullptr;
     int32_t (*model_n_swa)(const llama_model *) = nullptr;
+    int32_t (*model_n_ctx_train)(const llama_model *) = nullptr;
     int32_t (*model_meta_count)(const llama_model *) = nullptr;
     int32_t (*model_meta_key_by_index)(const llama_model *, int32_t, char *, size_t) = nullptr;
     int32_t (*model_meta_val_str_by_index)(const llama_model *, int32_t, char *, size_t) = nullptr;

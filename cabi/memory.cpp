@@ -217,6 +217,15 @@ void free_buffer(void *buffer) {
     node.mapped()->pool->take_back(*node.mapped());
 }
 
+uint64_t buffer_capacity(const void *buffer) {
+    std::lock_guard lock(registry().mutex);
+    const auto it = registry().ranges.find(reinterpret_cast<uint64_t>(buffer));
+    if (it == registry().ranges.end() || !it->second->pool) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "not an allocated buffer");
+    }
+    return it->second->bytes;
+}
+
 Pool::~Pool() {
     {
         std::lock_guard lock(mutex_);
@@ -230,17 +239,20 @@ Pool::~Pool() {
 void *Pool::alloc(uint64_t bytes) {
     if (bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "bytes is 0");
     if (bytes >= (uint64_t{1} << 46)) throw Error(KVF_ERR_OUT_OF_MEMORY, "no machine has so much");
-    // Sizes in steps of an eighth at most, so that buffers of nearly the same size serve each other.
+    // Sizes in steps of a sixteenth at most, so that buffers of nearly the same size serve each other.
     uint64_t step = page_size();
-    while (step < bytes / 16) step *= 2;
-    const uint64_t size = round_up(bytes, step);
+    while (step < bytes / 32) step *= 2;
+    uint64_t size = round_up(bytes, step);
+    // Where bytes are limited none are given away: what a buffer takes depends on its size alone. Else a larger one
+    // that is free serves too, and saves the time to map another.
+    const uint64_t most = limit_ ? size : size + size / 4;
 
     auto known = std::make_shared<KnownMemory>();
     void *memory = nullptr;
     {
         std::lock_guard lock(mutex_);
         auto it = free_.lower_bound(size);
-        if (it != free_.end() && it->first <= size + size / 4) {
+        if (it != free_.end() && it->first <= most) {
             memory = it->second.memory;
             known->bytes = it->first;
             free_bytes_ -= it->first;
@@ -248,7 +260,7 @@ void *Pool::alloc(uint64_t bytes) {
         }
     }
     if (!memory) {
-        memory = map(size);
+        memory = map(size, round_up(bytes, page_size()));
         known->bytes = size;
     }
     known->begin = reinterpret_cast<uint64_t>(memory);
@@ -297,16 +309,16 @@ void Pool::watch_idle() {
 }
 
 // Where the system has no more, what lies idle is given back to it first.
-void *Pool::map(uint64_t bytes) {
+void *Pool::map(uint64_t &bytes, uint64_t least) {
     try {
-        return map_pinned(bytes);
+        return map_pinned(bytes, least);
     } catch (const Error &error) {
         if (error.status != KVF_ERR_OUT_OF_MEMORY || !trim(UINT64_MAX)) throw;
     }
-    return map_pinned(bytes);
+    return map_pinned(bytes, least);
 }
 
-void *Pool::map_pinned(uint64_t bytes) {
+void *Pool::map_pinned(uint64_t &bytes, uint64_t least) {
     FreeBuffers room; // goes without the lock
     uint64_t taken;
     bool fits;
@@ -319,6 +331,7 @@ void *Pool::map_pinned(uint64_t bytes) {
             free_bytes_ -= node.key();
             room.insert(std::move(node));
         }
+        if (limit_ && mapped_ + bytes > limit_) bytes = least; // rounding is no reason to refuse
         taken = mapped_;
         fits = !limit_ || mapped_ + bytes <= limit_;
         if (fits) mapped_ += bytes;

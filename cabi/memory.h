@@ -73,6 +73,8 @@ void unregister_memory(void *buffer);
 // A registered range begins there.
 bool is_registered(const void *buffer);
 void free_buffer(void *buffer);
+// What a buffer takes of its pool.
+uint64_t buffer_capacity(const void *buffer);
 
 // The buffers of one engine: mapped memory, pinned where there is something to pin it for, kept for
 // reuse when it is freed, and returned to the system when it has lain idle, by a thread of the pool's.
@@ -98,8 +100,9 @@ private:
         uint64_t freed_ns;
     };
     using FreeBuffers = std::multimap<uint64_t, Free>; // by size
-    void *map(uint64_t bytes);
-    void *map_pinned(uint64_t bytes);
+    // `bytes` becomes `least` where the limit leaves no room for more.
+    void *map(uint64_t &bytes, uint64_t least);
+    void *map_pinned(uint64_t &bytes, uint64_t least);
     void unmap(FreeBuffers &&buffers) noexcept;
     void watch_idle();
 

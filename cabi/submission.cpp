@@ -31,8 +31,7 @@ OpenJob::OpenJob(Engine &engine, Submission &&submission, const kvf_submit_optio
 OpenJob::~OpenJob() {
     if (committed_) return;
     job_->retract();
-    job_->cancel();
-    engine_.poke();
+    engine_.cancel(*job_);
     for (const auto &leg : job_->legs) engine_.device(leg->device).finish(*leg);
     job_->let_go();
     job_->wait(KVF_FOREVER, nullptr);
@@ -101,8 +100,7 @@ Leg *OpenJob::leg_on(uint32_t device) const {
 Leg &OpenJob::make_leg(uint32_t device, Layout &&layout) {
     auto leg = std::make_unique<Leg>(device, job_->direction);
     leg->parts.add(std::move(layout));
-    job_->devices |= device_set(device);
-    return *job_->legs.emplace_back(std::move(leg));
+    return job_->add_leg(std::move(leg));
 }
 
 // From here on the leg is the device's until it has ended.

@@ -2,6 +2,7 @@
 // the job while that is still going on.
 #pragma once
 
+#include "fences.h"
 #include "job.h"
 
 namespace kvf {
@@ -19,14 +20,17 @@ struct Submission {
     std::shared_ptr<Gate> gate;              // what it follows: Engine::make_gate()
     std::vector<std::shared_ptr<void>> keep; // until the job has ended
     std::function<void(int32_t)> on_end;
+    std::shared_ptr<Fence> fence; // of a llama transfer: lowered at its end
     // Happens with the job's entry among those in flight; may throw, and then there is no job.
     std::function<void()> on_entry;
 };
 
+using Layouts = std::vector<std::pair<uint32_t, Layout>>; // device, layout
+
 // What it has turned out to consist of.
 struct Recorded {
-    std::vector<std::pair<uint32_t, Layout>> layouts; // device, layout
-    uint64_t bytes = 0;                               // these three for the completion
+    Layouts layouts;
+    uint64_t bytes = 0; // these three for the completion
     uint64_t fragments = 0;
     uint64_t segments = 0;
     uint64_t listed_ns = 0;

@@ -15,6 +15,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <stdexcept>
 
 #include "fork.h"
@@ -40,8 +41,7 @@ constexpr uint32_t kSlotTypes[] = {R_AARCH64_JUMP_SLOT, R_AARCH64_GLOB_DAT};
 struct Slot {
     void **place;
     void *previous;
-    void *
-        bound; // ggml's function, which the loader may put there after us: libllama's calls are bound lazily
+    void *bound; // ggml's function: calls are bound lazily, so the loader may put it there after us
     void *ours;
     int protection; // of its page, once the loader is done with it
 
@@ -126,7 +126,19 @@ void write_slot(const Slot &slot, void *value) {
 
 } // namespace
 
-enum Hook { kTensorGet, kTensorSet, kBufferFree, kAbort, kOperatorNew, kOperatorDelete, kHooks };
+enum Hook {
+    kTensorGet,
+    kTensorSet,
+    kBufferFree,
+    kAbort,
+    kOperatorNew,
+    kOperatorDelete,
+    kGraphCompute,
+    kTensorCopy,
+    kTensorMemset,
+    kBufferClear,
+    kHooks
+};
 
 // One libllama. Made at its first use and kept for ever: a thread may be inside a hook at any time.
 // (find_llama() sees to it that the library itself stays loaded.)
@@ -175,6 +187,42 @@ std::mutex &taps_mutex() {
 
 uint64_t next_observer = 1;
 
+// ---- What waits for transfers in flight --------------------------------------------------------
+
+MemoryRange range_of(const ggml_tensor *tensor, uint64_t offset, uint64_t bytes,
+                     const GgmlApi &ggml) {
+    const uint64_t begin = reinterpret_cast<uint64_t>(ggml.get_data(tensor)) + offset;
+    return {begin, begin + bytes};
+}
+
+MemoryRange range_of(const ggml_tensor *tensor, const GgmlApi &ggml) {
+    return range_of(tensor, 0, ggml.nbytes(tensor), ggml);
+}
+
+// What a node of a graph does to memory that it does not own; nothing for views, which leave it as it is.
+std::optional<Access> access_of(const ggml_tensor *node, const GgmlApi &ggml) {
+    const char *const operation = ggml.op_desc(node);
+    for (const char *view : {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}) {
+        if (std::strcmp(operation, view) == 0) return std::nullopt;
+    }
+    // What decoding does: the rows belong to the cells of its tokens, and so to no other sequence's.
+    if (std::strcmp(operation, "SET_ROWS") == 0) return Access::WriteRows;
+    return Access::Write; // shifts, moves of recurrent cells
+}
+
+void wait_before_computing(ggml_cgraph *graph, const GgmlApi &ggml) {
+    if (!Fence::any()) return;
+    const MemoryRange extent = Fence::extent();
+    const int count = ggml.graph_n_nodes(graph);
+    for (int i = 0; i < count; ++i) {
+        const ggml_tensor *const node = ggml.graph_node(graph, i);
+        if (reinterpret_cast<uint64_t>(ggml.get_data(node)) >= extent.end) continue;
+        const MemoryRange range = range_of(node, ggml);
+        if (range.end <= extent.begin) continue;
+        if (const auto access = access_of(node, ggml)) Fence::wait(range, *access);
+    }
+}
+
 } // namespace
 
 // What libllama calls instead. A function for each library, since a call does not say whose it is.
@@ -194,6 +242,7 @@ struct TapHooks {
             return;
         }
         library.passed_through.fetch_add(1, std::memory_order_relaxed);
+        if (Fence::any()) Fence::wait(range_of(tensor, offset, bytes, ggml), Access::Read);
         library.before<decltype(ggml.tensor_get)>(kTensorGet)(tensor, data, offset, bytes);
     }
 
@@ -207,7 +256,46 @@ struct TapHooks {
             return;
         }
         library.passed_through.fetch_add(1, std::memory_order_relaxed);
+        if (Fence::any()) Fence::wait(range_of(tensor, offset, bytes, ggml), Access::Write);
         library.before<decltype(ggml.tensor_set)>(kTensorSet)(tensor, data, offset, bytes);
+    }
+
+    template <size_t index>
+    static int graph_compute(ggml_backend_sched *sched, ggml_cgraph *graph) {
+        Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
+        wait_before_computing(graph, library.llama.ggml);
+        return library.before<decltype(GgmlApi::graph_compute)>(kGraphCompute)(sched, graph);
+    }
+
+    template <size_t index>
+    static void tensor_copy(const ggml_tensor *source, ggml_tensor *target) {
+        Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
+        const GgmlApi &ggml = library.llama.ggml;
+        if (Fence::any()) {
+            Fence::wait(range_of(source, ggml), Access::Read);
+            Fence::wait(range_of(target, ggml), Access::Write);
+        }
+        library.before<decltype(GgmlApi::tensor_copy)>(kTensorCopy)(source, target);
+    }
+
+    template <size_t index>
+    static void tensor_memset(ggml_tensor *tensor, uint8_t value, size_t offset, size_t bytes) {
+        Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
+        const GgmlApi &ggml = library.llama.ggml;
+        if (Fence::any()) Fence::wait(range_of(tensor, offset, bytes, ggml), Access::Write);
+        library.before<decltype(GgmlApi::tensor_memset)>(kTensorMemset)(tensor, value, offset,
+                                                                        bytes);
+    }
+
+    template <size_t index>
+    static void buffer_clear(ggml_backend_buffer *buffer, uint8_t value) {
+        Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
+        const GgmlApi &ggml = library.llama.ggml;
+        if (Fence::any()) {
+            const auto begin = reinterpret_cast<uint64_t>(ggml.buffer_get_base(buffer));
+            Fence::wait({begin, begin + ggml.buffer_get_size(buffer)}, Access::Write);
+        }
+        library.before<decltype(GgmlApi::buffer_clear)>(kBufferClear)(buffer, value);
     }
 
     template <size_t index>
@@ -260,9 +348,7 @@ struct TapHooks {
         library.before<OperatorDelete>(kOperatorDelete)(memory, bytes);
     }
 
-    struct Functions {
-        void *tensor_get, *tensor_set, *buffer_free, *abort, *operator_new, *operator_delete;
-    };
+    using Functions = std::array<void *, kHooks>; // in the order of Hook
     template <size_t... indices>
     static constexpr auto make(std::index_sequence<indices...>) {
         return std::array<Functions, sizeof...(indices)>{
@@ -271,7 +357,11 @@ struct TapHooks {
                       reinterpret_cast<void *>(&buffer_free<indices>),
                       reinterpret_cast<void *>(&abort<indices>),
                       reinterpret_cast<void *>(&operator_new<indices>),
-                      reinterpret_cast<void *>(&operator_delete<indices>)}...};
+                      reinterpret_cast<void *>(&operator_delete<indices>),
+                      reinterpret_cast<void *>(&graph_compute<indices>),
+                      reinterpret_cast<void *>(&tensor_copy<indices>),
+                      reinterpret_cast<void *>(&tensor_memset<indices>),
+                      reinterpret_cast<void *>(&buffer_clear<indices>)}...};
     }
     static Functions functions(size_t index) {
         static const auto all = make(std::make_index_sequence<kMostLibraries>{});
@@ -317,20 +407,20 @@ void Tap::Library::install(size_t index) {
     const GgmlApi &ggml = llama.ggml;
     const auto address = [](auto function) { return reinterpret_cast<void *>(function); };
     std::array<Wanted, kHooks> wanted;
-    const auto want = [&](Hook hook, const char *name, void *ours, bool required, void *bound) {
-        wanted[hook] = {name, ours, required, bound, bound};
+    const auto want = [&](Hook hook, const char *name, auto function, bool required) {
+        wanted[hook] = {name, functions[hook], required, address(function), address(function)};
     };
-    want(kTensorGet, "ggml_backend_tensor_get", functions.tensor_get, true,
-         address(ggml.tensor_get));
-    want(kTensorSet, "ggml_backend_tensor_set", functions.tensor_set, true,
-         address(ggml.tensor_set));
-    want(kBufferFree, "ggml_backend_buffer_free", functions.buffer_free, true,
-         address(ggml.buffer_free));
-    want(kAbort, "ggml_abort", functions.abort, true, address(ggml.abort));
-    want(kOperatorNew, "_Znwm", functions.operator_new, false,
-         address(static_cast<TapHooks::OperatorNew>(::operator new)));
-    want(kOperatorDelete, "_ZdlPvm", functions.operator_delete, false,
-         address(static_cast<TapHooks::OperatorDelete>(::operator delete)));
+    want(kTensorGet, "ggml_backend_tensor_get", ggml.tensor_get, true);
+    want(kTensorSet, "ggml_backend_tensor_set", ggml.tensor_set, true);
+    want(kBufferFree, "ggml_backend_buffer_free", ggml.buffer_free, true);
+    want(kAbort, "ggml_abort", ggml.abort, true);
+    want(kOperatorNew, "_Znwm", static_cast<TapHooks::OperatorNew>(::operator new), false);
+    want(kOperatorDelete, "_ZdlPvm", static_cast<TapHooks::OperatorDelete>(::operator delete),
+         false);
+    want(kGraphCompute, "ggml_backend_sched_graph_compute_async", ggml.graph_compute, true);
+    want(kTensorCopy, "ggml_backend_tensor_copy", ggml.tensor_copy, true);
+    want(kTensorMemset, "ggml_backend_tensor_memset", ggml.tensor_memset, false);
+    want(kBufferClear, "ggml_backend_buffer_clear", ggml.buffer_clear, true);
 
     std::vector<Slot> found;
     for (const auto &table : tables.relocations) {
@@ -448,7 +538,7 @@ Recording::~Recording() { recording = nullptr; }
 Recorder::Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
                    Locate locate, BlockCache &blocks)
     : direction_(direction), buffer_(reinterpret_cast<uint64_t>(buffer)), buffer_bytes_(bytes),
-      locate_(std::move(locate)), blocks_(blocks), builders_(devices) {}
+      locate_(std::move(locate)), blocks_(blocks), builders_(devices), early_builders_(devices) {}
 
 bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offset, uint64_t bytes,
                       Direction direction, const GgmlApi &ggml) noexcept {
@@ -459,17 +549,35 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
     // This runs inside destructors of libllama's, out of which nothing may be thrown.
     try {
         if (tensor != tensor_) begin_tensor(tensor, offset, bytes, ggml);
+        const uint64_t address = tensor_address_ + offset;
+        memory_.back().begin = std::min(memory_.back().begin, address);
+        memory_.back().end = std::max(memory_.back().end, address + bytes);
         if (!builder_) {
             // No device of the engine reaches this tensor: the original call, here and now.
             ++direct_fragments_;
             direct_bytes_ += bytes;
             return false;
         }
-        builder_->add(tensor_address_ + offset, place, bytes);
+        add(address, place, bytes);
     } catch (...) {
         if (!failure_) failure_ = std::current_exception();
     }
     return true;
+}
+
+// What follows in the buffer is recorded later, so that early ranges are met in order.
+void Recorder::add(uint64_t address, uint64_t place, uint64_t bytes) {
+    while (next_early_ < early_.size() && early_[next_early_].end <= place) ++next_early_;
+    for (size_t i = next_early_; i < early_.size() && early_[i].begin < place + bytes; ++i) {
+        const uint64_t before = std::max(early_[i].begin, place) - place;
+        if (before) builder_->add(address, place, before);
+        const uint64_t early = std::min(early_[i].end - place, bytes) - before;
+        early_builder_->add(address + before, place + before, early);
+        address += before + early;
+        place += before + early;
+        bytes -= before + early;
+    }
+    if (bytes) builder_->add(address, place, bytes);
 }
 
 void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t bytes,
@@ -479,9 +587,12 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
     tensor_ = tensor;
     tensor_address_ = reinterpret_cast<uint64_t>(ggml.get_data(tensor));
     tensors_.push_back(tensor_address_);
+    memory_.push_back({tensor_address_ + offset, tensor_address_ + offset + bytes});
     const int64_t device = locate_(tensor_address_ + offset, bytes);
-    builder_ = device < 0 ? nullptr : &builders_[static_cast<size_t>(device)];
     if (former) former->begin_tensor();
+    if (early_builder_) early_builder_->begin_tensor();
+    builder_ = device < 0 ? nullptr : &builders_[static_cast<size_t>(device)];
+    early_builder_ = device < 0 ? nullptr : &early_builders_[static_cast<size_t>(device)];
     if (former && sink_ && !failure_ && former->bytes() >= least_part_) {
         Layout part = former->take();
         sunk_segments_ += part.segments();
@@ -512,7 +623,31 @@ Recorded Recorder::finish() {
         result.bytes += layout.bytes;
         result.layouts.emplace_back(device, std::move(layout));
     }
+    for (uint32_t device = 0; device < early_builders_.size(); ++device) {
+        result.fragments += early_builders_[device].fragments();
+        Layout layout = early_builders_[device].finish();
+        if (layout.empty()) continue;
+        result.segments += layout.segments();
+        result.bytes += layout.bytes;
+        early_layouts_.emplace_back(device, std::move(layout));
+    }
     return result;
+}
+
+std::vector<MemoryRange> Recorder::memory() const {
+    std::vector<MemoryRange> ranges(memory_);
+    std::sort(ranges.begin(), ranges.end(),
+              [](const MemoryRange &a, const MemoryRange &b) { return a.begin < b.begin; });
+    size_t kept = 0;
+    for (const MemoryRange &range : ranges) {
+        if (kept > 0 && range.begin <= ranges[kept - 1].end) {
+            ranges[kept - 1].end = std::max(ranges[kept - 1].end, range.end);
+        } else {
+            ranges[kept++] = range;
+        }
+    }
+    ranges.resize(kept);
+    return ranges;
 }
 
 } // namespace kvf

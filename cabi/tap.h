@@ -3,12 +3,16 @@
 // libllama moves tensor bytes only through ggml_backend_tensor_get and _set, which it calls through
 // relocation slots of its own. The tap puts functions of ours into these slots. On a thread that is
 // recording they note (address, bytes, place in the state) instead of copying; on any other thread they
-// do what was there before: ggml's function, or somebody else's on the way to it. No struct of ggml or llama is read: the address comes from ggml_get_data().
+// do what was there before: ggml's function, or somebody else's on the way to it. No struct of ggml or llama is read:
+// the address comes from ggml_get_data().
 //
-// Other calls are watched too: operator new and delete, where large blocks are concerned while a thread
-// records (block_cache.h); ggml_abort, so that a failed assertion of libllama's while a thread records
-// becomes an exception, which libllama's own handlers turn into an error, and not the end of the process;
-// and ggml_backend_buffer_free, so that a cache is not freed under a transfer.
+// Other calls are watched too:
+// - operator new and delete, where large blocks are concerned while a thread records (block_cache.h);
+// - ggml_abort, so that a failed assertion of libllama's while a thread records becomes an exception, which libllama's
+//   own handlers turn into an error, and not the end of the process;
+// - ggml_backend_buffer_free, so that a cache is not freed under a transfer;
+// - ggml_backend_sched_graph_compute_async and what copies or clears tensors, so that whatever rewrites memory of a
+//   transfer in flight waits for it (fences.h).
 #pragma once
 
 #include <exception>
@@ -18,6 +22,8 @@
 #include <vector>
 
 #include "block_cache.h"
+#include "fences.h"
+#include "formats.h"
 #include "layout.h"
 #include "llama_api.h"
 #include "submission.h"
@@ -43,12 +49,20 @@ public:
         least_part_ = least;
     }
 
-    // What was recorded; its layouts are those that the sink has not been given. Its bytes are those of tensors.
-    // Throws if it could not be recorded whole.
+    // These bytes of the buffer, in order and apart, are kept apart from the rest: they are to be moved before the
+    // submitting call returns. Before recording.
+    void set_early(std::vector<ByteRange> ranges) { early_ = std::move(ranges); }
+
+    // What was recorded; its layouts are those that the sink has not been given. Its bytes are those of tensors,
+    // early ones included. Throws if it could not be recorded whole.
     Recorded finish();
+    // After finish(): the layouts of the early bytes.
+    Layouts take_early() { return std::move(early_layouts_); }
 
     // The addresses of the tensors that were concerned.
     const std::vector<uint64_t> &tensors() const { return tensors_; }
+    // The memory that was recorded: for each tensor, from its first fragment to its last. In order, and apart.
+    std::vector<MemoryRange> memory() const;
 
     // The text of the assertion that failed in libllama, or "".
     const std::string &abort_text() const { return abort_text_; }
@@ -64,8 +78,14 @@ private:
     const uint64_t buffer_, buffer_bytes_;
     Locate locate_;
     BlockCache &blocks_;
-    std::vector<LayoutBuilder> builders_; // by device
-    LayoutBuilder *builder_ = nullptr;    // of the tensor below
+    std::vector<LayoutBuilder> builders_;       // by device
+    std::vector<LayoutBuilder> early_builders_; // by device, of the early bytes
+    LayoutBuilder *builder_ = nullptr;          // of the tensor below
+    LayoutBuilder *early_builder_ = nullptr;
+    std::vector<ByteRange> early_;
+    size_t next_early_ = 0; // the first that may concern what is still to come
+    Layouts early_layouts_;
+    std::vector<MemoryRange> memory_; // of each tensor in turn
     const ggml_tensor *tensor_ = nullptr;
     uint64_t tensor_address_ = 0;
     uint64_t direct_fragments_ = 0, direct_bytes_ = 0; // copied by the original call
@@ -79,6 +99,7 @@ private:
 
     void begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t bytes,
                       const GgmlApi &ggml);
+    void add(uint64_t address, uint64_t place, uint64_t bytes);
 };
 
 // While it lives, calls of this thread are recorded.

@@ -189,14 +189,21 @@ KVF_API int32_t kvf_engine_destroy(kvf_engine engine);
 
 /* Takes a buffer of at least `bytes` from the engine's pool: page-aligned; pinned for every CUDA
  * device of the engine. Its content is undefined. A pool buffer that is used again costs
- * microseconds; a new one costs the time to map and pin it. The caller owns it until
- * kvf_buffer_free(). Errors: KVF_ERR_OUT_OF_MEMORY, KVF_ERR_PINNED_LIMIT. */
+ * microseconds; a new one costs the time to map and pin it. So sizes are rounded up, by a sixteenth
+ * and a page at most; and where the engine has no `pinned_limit`, a free buffer that is larger than
+ * that by a quarter at most is used again. The caller owns the buffer until kvf_buffer_free().
+ * Errors: KVF_ERR_OUT_OF_MEMORY, KVF_ERR_PINNED_LIMIT. */
 KVF_API int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer);
 
 /* As kvf_buffer_alloc(). When it fails, it writes one line of text into `error` (NULL: nowhere), which has room for
  * `error_size` bytes, terminating 0 included: how much is taken of how much, for instance. */
 KVF_API int32_t kvf_buffer_alloc_with_error(kvf_engine engine, uint64_t bytes, void **buffer,
                                             char *error, uint64_t error_size);
+
+/* How many bytes a buffer has in truth, from its start: what it takes of the engine's `pinned_limit`. All of
+ * them may be used. Also after the engine is gone.
+ * Errors: KVF_ERR_INVALID_ARGUMENT for an address that is not an allocated buffer. */
+KVF_API int32_t kvf_buffer_capacity(const void *buffer, uint64_t *bytes);
 
 /* Gives a buffer back to its pool, also after the engine is gone. NULL is allowed.
  * Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT for an address that is not an
@@ -275,6 +282,9 @@ KVF_API int32_t kvf_queue_destroy(kvf_queue queue);
  * Jobs
  * --------------------------------------------------------------------------------------------- */
 
+/* On each device, urgent jobs go before background jobs. Within a priority, the job that was submitted first goes
+ * first: a small one behind a large one waits for it. A job that still follows a stream, or that is still being
+ * recorded, lets later ones pass until it can move. */
 enum {
     KVF_PRIORITY_BACKGROUND = 0, /* paced, so that decoding beside it hardly notices */
     KVF_PRIORITY_URGENT = 1,     /* as fast as the link; goes before background jobs */
@@ -289,6 +299,10 @@ enum {
      * graph is refused with KVF_ERR_INVALID_ARGUMENT, and the capture goes on unharmed; so is a default stream
      * while a stream that it waits for is captured. */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
+    /* kvf_llama_load() alone. Hands libllama a state that nothing vouches for: one without an envelope, for a cache
+     * whose format is not known (see kvf_llama_size()). libllama trusts what it loads: a damaged state may end the
+     * process, or leave cells that only llama_memory_clear() frees. */
+    KVF_SUBMIT_TRUST_STATE = 2,
 };
 
 /* How and whom to tell. Queue and callback may both be set, or neither (then poll or wait). */
@@ -414,17 +428,61 @@ KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacit
                                    uint64_t *needed);
 
 /* The size of a sequence's state in bytes, without moving any of it. An empty sequence has a state
- * too, of a few bytes. Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED. */
+ * too, of a few bytes.
+ *
+ * A state is what llama_state_seq_get_data() writes, bit for bit. Where kvferry does not know the format in which this
+ * libllama writes this cache (kvf_llama_describe() says "format": "opaque"), 64 bytes follow: the envelope, with length,
+ * checksum and the model's fingerprint. kvf_llama_load() verifies it there, since nothing else can tell a damaged state
+ * from a whole one. Such a cache is saved and loaded while the caller waits.
+ * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED. */
 KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *bytes);
+
+/* What may be done while a transfer is in flight
+ * ----------------------------------------------
+ * From a submitting call's return to the completion, by the context's thread. "This" is the sequence that is moved.
+ * A save by snapshot (and of an opaque cache) has read everything when its call returns: then all is allowed. Loads in
+ * place and ahead are alike.
+ *
+ * | operation                                       | load in flight | save in place in flight |
+ * |-------------------------------------------------|----------------|-------------------------|
+ * | llama_decode of other sequences                 | yes, 1         | yes, 1                  |
+ * | llama_decode of this one                        | no             | plain attention alone   |
+ * | llama_memory_seq_add, _div of another           | yes, 2         | yes, 2                  |
+ * | llama_memory_seq_add, _div of this one          | no             | no                      |
+ * | llama_memory_seq_cp between others              | yes, 2         | yes, 2                  |
+ * | llama_memory_seq_cp of this one onto another    | no             | yes, 2                  |
+ * | llama_memory_seq_cp onto this one               | no             | no                      |
+ * | llama_memory_seq_rm of another                  | yes            | yes                     |
+ * | llama_memory_seq_rm of this one                 | no             | no                      |
+ * | llama_memory_seq_keep of this one               | yes            | yes                     |
+ * | llama_memory_seq_keep of another                | no             | no                      |
+ * | llama_memory_clear                              | no             | no                      |
+ * | llama_state_seq_get_data of another             | yes, 1         | yes                     |
+ * | llama_state_seq_get_data of this one            | waits          | yes                     |
+ * | llama_state_get_data                            | waits          | yes                     |
+ * | llama_state_seq_set_data into another           | yes, 1         | yes, 1                  |
+ * | llama_state_seq_set_data into this one          | no             | no                      |
+ * | kvf_llama_save, _load, _remove of another       | yes            | yes                     |
+ * | kvf_llama_save of this one                      | KVF_ERR_BUSY   | yes                     |
+ * | kvf_llama_load, _remove of this one             | KVF_ERR_BUSY   | KVF_ERR_BUSY            |
+ * | llama_free                                      | ends it first  | ends it first           |
+ *
+ * 1: waits for the transfer where llama.cpp would read or write its memory: a recurrent cache may move this sequence's
+ *    cell; a transfer that follows a stream keeps decoding off a sliding window; llama.cpp's own state calls wait where
+ *    cells of both lie between each other.
+ * 2: the next llama_decode waits for the transfer, because it rewrites keys of all sequences, or a whole stream.
+ * "no": bytes are lost or mixed, and nobody notices; clearing the memory mends the context. libllama does not tell of
+ * these calls before their harm is done. (Clear, remove and load through kvferry instead: it refuses.)
+ *
+ * Waiting is in llama_decode or the state call itself, on the context's thread. A transfer that follows a stream must
+ * therefore not depend on what that thread does later. */
 
 enum {
     /* SNAPSHOT where the next decode of the sequence would overwrite what is being saved (recurrent
      * states, sliding-window caches, kinds of cache this version does not know); else IN_PLACE. */
     KVF_SAVE_AUTO = 0,
-    /* Straight from the cache, with no memory beside the buffer. Until the completion, other sequences
-     * may be decoded, and a plain attention cache may be appended to by decoding this one. The
-     * sequence must not be removed, shifted, divided or copied onto, and no shift of it may be pending; a
-     * recurrent or sliding-window sequence must not be decoded. */
+    /* Straight from the cache, with no memory beside the buffer. The table above says what may be done until the
+     * completion. */
     KVF_SAVE_IN_PLACE = 1,
     /* The call copies the sequence aside first, on the device; anything may be done to the sequence as
      * soon as it returns. Host memory is copied straight into the buffer, during the call. */
@@ -456,15 +514,18 @@ enum {
 /* Loads a state into a sequence, replacing what it held. `bytes` must be the state's exact size; the
  * buffer must not change until the completion. The sequence's cells are taken during the call; the
  * sequence must not be used until the completion.
- * A load that fails or is cancelled leaves the sequence empty. If that is known to the call, the
- * sequence is empty when it returns; if it turns out later, the sequence is emptied by the next
- * kvf_llama_* call on an attachment to this context: call kvf_llama_settle() after a completion that is not KVF_OK and
- * before decoding.
- * The state is checked before libllama sees it, so that a truncated or damaged one is refused.
- * Errors: KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH, KVF_ERR_CACHE_FULL, KVF_ERR_TAP (all leave the
- * sequence empty); KVF_ERR_SEQUENCE_RANGE, KVF_ERR_BUSY (a transfer of this sequence is in flight),
- * KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_INVALID_ARGUMENT, KVF_ERR_DEVICE_LOST (all leave it as
- * it was; but a device that is lost during the call leaves it empty). */
+ *
+ * The state is checked before libllama sees it. A state that is refused then costs nothing: the sequence is as it was.
+ * That are KVF_ERR_STATE_DAMAGED (truncated, damaged, or without an envelope where it needs one) and
+ * KVF_ERR_STATE_MISMATCH (of another model, kind of cache, or release of llama.cpp); likewise KVF_ERR_SEQUENCE_RANGE,
+ * KVF_ERR_BUSY (a transfer of this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED,
+ * KVF_ERR_INVALID_ARGUMENT, KVF_ERR_DEVICE_LOST.
+ *
+ * What fails or is cancelled later leaves the sequence empty: KVF_ERR_LLAMA (libllama did not take the state),
+ * KVF_ERR_CACHE_FULL (unless the state has more cells than a sequence may have at all: that is refused before),
+ * KVF_ERR_TAP (as of kvf_llama_save()), KVF_ERR_DEVICE_LOST during the call. If the call itself fails, the sequence is empty when it returns; if the job does,
+ * the sequence is emptied by the next kvf_llama_* call on an attachment to this context: call kvf_llama_settle() after a
+ * completion that is not KVF_OK and before decoding. */
 KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,
                                uint64_t bytes, const kvf_submit_options *options, kvf_job *job);
 

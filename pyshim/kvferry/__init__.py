@@ -33,7 +33,7 @@ from .errors import (
     TransferCancelled,
     Unreachable,
 )
-from .llama import Llama, LoadMode, SaveMode
+from .llama import Llama, LoadMode, LoadOutcome, SaveMode
 from .regions import Region
 from .snapshot import Snapshot
 from .transfer import Priority, Transfer
@@ -55,6 +55,7 @@ __all__ = [
     "LibraryNotFound",
     "Llama",
     "LoadMode",
+    "LoadOutcome",
     "NoDevice",
     "PinnedLimit",
     "Priority",

@@ -32,8 +32,8 @@ class Buffer:
         """For kvferry itself: programs use ``Engine.allocate`` or pass memory of theirs."""
         self._memory: CData | None = memory  # whatever refers to this keeps the memory alive
         self._nbytes = nbytes
-        self.jobs = 0
-        """Transfers in flight that use this memory; for kvferry itself."""
+        self.transfers: set[object] = set()
+        """Those in flight that were given this object; for kvferry itself."""
 
     @property
     def nbytes(self) -> int:
@@ -41,6 +41,11 @@ class Buffer:
 
     def __len__(self) -> int:
         return self._nbytes
+
+    @property
+    def jobs(self) -> int:
+        """How many transfers in flight use this object."""
+        return len(self.transfers)
 
     @property
     def memory(self) -> CData:
@@ -76,7 +81,7 @@ class Buffer:
 
     def close(self) -> None:
         """Lets go of the memory. Closing twice is allowed. Raises Busy while a transfer uses it."""
-        if self.jobs:
+        if self.transfers:
             raise error(lib.KVF_ERR_BUSY)
         self._memory = None
 

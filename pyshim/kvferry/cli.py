@@ -127,7 +127,8 @@ def _llama_lib(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llama-lib",
         metavar="DIR",
-        help=f"folder of libllama; else ${ENVIRONMENT_VARIABLE}, installed llama_cpp, the system",
+        help=f"folder of libllama; else ${ENVIRONMENT_VARIABLE}, installed llama_cpp or xllamacpp, "
+        "the system",
     )
 
 

@@ -7,6 +7,7 @@ work after the Engine has been collected, and at the interpreter's exit.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import time
@@ -17,10 +18,11 @@ from ._native import ffi, lib
 from .completions import Completions
 from .errors import check
 from .transfer import Transfer
-from .worker import Call, Worker
+from .worker import Call, Worker, WorkerThread
 
 if TYPE_CHECKING:
     from ._native import CData
+    from .llama import LoadTransfer
 
 # How long an exit or a collection may wait for cancelled transfers and for calls that run. Both
 # end within a piece or a decode step, milliseconds; this is for when something hangs.
@@ -28,22 +30,24 @@ _PATIENCE_SECONDS = 2.0
 
 
 class Attachment:
-    """A llama context that an engine is attached to."""
+    """An engine's attachment to a llama context."""
 
     def __init__(self, handle: int, worker: Worker, owner: object) -> None:
         self.handle = handle
         self.worker = worker
         self.owner = owner  # a llama_cpp.Llama, which frees the context when it is collected
         self.in_flight: dict[Transfer[Any], int] = {}  # and the sequence of each
+        # By sequence; None where it has not got as far as a transfer.
+        self.latest_loads: dict[int, LoadTransfer | None] = {}
         self.detaching = False
         self._end: Call | None = None
 
     def end(self) -> Call:
-        """Asks for the detach, as the last call of the context's thread."""
+        """Asks for the detach, as its last call on the context's thread. May be repeated."""
         self.detaching = True
         if self._end is None:
-            self._end = self.worker.post(lib.kvf_llama_detach, self.handle)
-            self.worker.stop()
+            self._end = self.worker.make(lib.kvf_llama_detach, self.handle)
+        self.worker.ask_for_last(self._end)
         return self._end
 
 
@@ -53,7 +57,7 @@ class Core:
     def __init__(self, handle: int, completions: Completions) -> None:
         self.handle = handle
         self.completions = completions
-        self.memory_worker = Worker("kvferry memory", completions)
+        self.memory_worker = Worker(completions, WorkerThread("kvferry memory"))
         self.attachments: list[Attachment] = []
         self.closed = False
         self._process = os.getpid()
@@ -71,11 +75,10 @@ class Core:
         if self.closed or self.is_inherited():
             return
         self.closed = True
-        if not self._stop(time.monotonic() + _PATIENCE_SECONDS):
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        if not (self._stop(deadline) and self._detach(deadline)):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
             return
-        for attachment in self.attachments:
-            lib.kvf_llama_detach(attachment.handle)
         lib.kvf_engine_destroy(self.handle)
         lib.kvf_queue_destroy(self.completions.queue)
 
@@ -86,6 +89,15 @@ class Core:
                 return False
         lib.kvf_engine_cancel(self.handle)
         return self.completions.drain_without_loop(deadline - time.monotonic())
+
+    def _detach(self, deadline: float) -> bool:
+        # Beside what other engines' attachments run on the context's thread.
+        return all(
+            each.worker.when_idle(
+                functools.partial(lib.kvf_llama_detach, each.handle), deadline - time.monotonic()
+            )
+            for each in self.attachments
+        )
 
 
 def describe(function: Callable[[int, CData, int, CData], int], handle: int) -> dict[str, Any]:

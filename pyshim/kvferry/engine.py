@@ -18,7 +18,7 @@ from .devices import Devices, engine_devices
 from .errors import ErrorText, check, error
 from .llama import Llama, attach
 from .regions import RegionList, region_list
-from .transfer import Priority, SubmitOptions, Transfer
+from .transfer import Priority, SubmitOptions, Transfer, carried_out
 from .worker import Call
 
 if TYPE_CHECKING:
@@ -88,16 +88,19 @@ class Engine:
             },
         )
         completions = Completions()
+        completions.owner = weakref.ref(self)
         handle = ffi.new("kvf_engine *")
         try:
+            completions.open()
             check(lib.kvf_engine_create(options, handle), text)
+            self._core = Core(handle[0], completions)
+            # Called when this object is collected unclosed, or by atexit.
+            self._finalizer = weakref.finalize(self, self._core.abandon)
         except BaseException:
+            if handle[0]:
+                lib.kvf_engine_destroy(handle[0])
             completions.destroy()
             raise
-        completions.owner = weakref.ref(self)
-        self._core = Core(handle[0], completions)
-        # Called when this object is collected unclosed, or by atexit.
-        self._finalizer = weakref.finalize(self, self._core.abandon)
         self._destroyed: Call | None = None  # the last call of all
 
     # ---- Memory ---------------------------------------------------------------------------------
@@ -109,6 +112,7 @@ class Engine:
         each GiB, on a thread of the engine's own. Raises PinnedLimit.
         """
         self._core.completions.check_usable()
+        self._core.completions.check_waitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         return await self._core.memory_worker.call(pinned, self._core.handle, nbytes)
 
@@ -162,10 +166,9 @@ class Engine:
         The source must not be written meanwhile. Cancelling: see ``Transfer.wait``.
         Raises BufferTooSmall, Unreachable, InvalidArgument.
         """
-        transfer = await self.start_copy_out(
-            source, into, priority=priority, after_stream=after_stream
+        return await carried_out(
+            self.start_copy_out(source, into, priority=priority, after_stream=after_stream)
         )
-        return await transfer.wait()
 
     async def start_copy_out(
         self,
@@ -177,13 +180,14 @@ class Engine:
     ) -> Transfer[Buffer]:
         """As ``copy_out``, but returns as soon as the transfer has been submitted."""
         self._core.completions.check_usable()
+        self._core.completions.check_waitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         regions = region_list(source, writable=False, after_stream=after_stream)
         if into is None:
             buffer = await self.allocate(regions.nbytes)
         else:
             buffer = borrow(into, writable=True)
-        return self._submit(lib.kvf_regions_save, regions, buffer, priority)
+        return await self._submit(lib.kvf_regions_save, regions, buffer, priority)
 
     async def copy_in(
         self,
@@ -201,10 +205,9 @@ class Engine:
         target may have been written. To give a stream its work on the target before the load has
         ended, see ``Transfer.stream_wait``.
         """
-        transfer = await self.start_copy_in(
-            target, data, priority=priority, after_stream=after_stream
+        await carried_out(
+            self.start_copy_in(target, data, priority=priority, after_stream=after_stream)
         )
-        await transfer.wait()
 
     async def start_copy_in(
         self,
@@ -216,11 +219,12 @@ class Engine:
     ) -> Transfer[Buffer]:
         """As ``copy_in``, but returns as soon as the transfer has been submitted."""
         self._core.completions.check_usable()
+        self._core.completions.check_waitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         regions = region_list(target, writable=True, after_stream=after_stream)
-        return self._submit(lib.kvf_regions_load, regions, borrow(data), priority)
+        return await self._submit(lib.kvf_regions_load, regions, borrow(data), priority)
 
-    def _submit(
+    async def _submit(
         self,
         function: Callable[[int, CData, int, CData, int, CData, CData], int],
         regions: RegionList,
@@ -228,28 +232,37 @@ class Engine:
         priority: Priority,
     ) -> Transfer[Buffer]:
         core = self._core
-        memory = buffer.memory
-        transfer = Transfer(core.completions, buffer, regions.owner, lambda _: buffer)
+        transfer = Transfer(
+            core.completions,
+            buffer,
+            regions.owner,
+            lambda _: buffer,
+            writes_buffer=function is lib.kvf_regions_save,
+        )
         try:
             submit = SubmitOptions(
                 core.completions, transfer.token, priority, after_stream=regions.stream
             )
+            transfer.expect()
             check(
                 function(
                     core.handle,
                     regions.regions,
                     regions.count,
-                    memory,
+                    buffer.memory,
                     buffer.nbytes,
                     submit.options,
-                    submit.job,
+                    transfer.job_place,
                 ),
                 submit.text,
             )
+            transfer.submitted()
         except BaseException:
-            transfer.not_submitted()
+            # Refused; or a signal handler has raised, before the call or after it.
+            transfer.submitted()
+            if not transfer.ended:
+                await transfer.abort()
             raise
-        transfer.submitted(submit.job[0])
         return transfer
 
     # ---- Looking inside -------------------------------------------------------------------------
@@ -305,6 +318,10 @@ class Engine:
         core = self._core
         if core.is_inherited():
             return
+        if not core.closed:
+            core.completions.check_waitable()
+            for attachment in core.attachments:
+                attachment.worker.check_awaitable()
         core.completions.closing = True
         if cancel:
             self._cancel()
@@ -324,8 +341,8 @@ class Engine:
         for attachment in list(core.attachments):
             await core.completions.until_ended(attachment.end())
         if self._destroyed is None:
-            self._destroyed = core.memory_worker.post(lib.kvf_engine_destroy, core.handle)
-            core.memory_worker.stop()
+            self._destroyed = core.memory_worker.make(lib.kvf_engine_destroy, core.handle)
+        core.memory_worker.ask_for_last(self._destroyed)
         await core.completions.until_ended(self._destroyed)
         if core.closed:
             return

@@ -12,6 +12,7 @@ import ctypes
 import ctypes.util
 import dataclasses
 import importlib.util
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ class Found:
 
 
 def find(folder: str | os.PathLike[str] | None = None) -> Found:
-    """The libllama in ``folder``; else in $KVFERRY_LLAMA_LIB; of llama-cpp-python; the system's.
+    """The libllama in ``folder``; else in $KVFERRY_LLAMA_LIB; of llama-cpp-python; of xllamacpp;
+    the system's.
 
     Raises LlamaError with all the places that were looked at.
     """
@@ -53,19 +55,27 @@ def find(folder: str | os.PathLike[str] | None = None) -> Found:
         return Found(_in_folder(Path(folder)), "--llama-lib")
     if named := os.environ.get(ENVIRONMENT_VARIABLE):
         return Found(_in_folder(Path(named)), ENVIRONMENT_VARIABLE)
-    # Not imported: importing it would load its libllama, and it may be broken.
-    package = importlib.util.find_spec("llama_cpp")
-    if package is not None and package.origin is not None:
+    if (package := _package_folder("llama_cpp")) is not None:
         try:
-            return Found(_in_folder(Path(package.origin).parent / "lib"), "installed llama_cpp")
+            return Found(_in_folder(package / "lib"), "installed llama_cpp")
         except LlamaError:
-            pass  # one without libraries of its own; the system may have some
+            pass  # one without libraries of its own; others may have some
+    if (package := _package_folder("xllamacpp")) is not None:
+        # Its extension module has all of llama.cpp in it, and exports that.
+        for path in sorted(package.glob("xllamacpp.*so")):
+            return Found(str(path), "installed xllamacpp")
     if name := ctypes.util.find_library("llama"):
         return Found(name, "the system's libraries")
     raise LlamaError(
         "no libllama found: name its folder with --llama-lib DIR or "
-        f"{ENVIRONMENT_VARIABLE}, or pip install llama-cpp-python"
+        f"{ENVIRONMENT_VARIABLE}, or get a prebuilt one: pip install xllamacpp"
     )
+
+
+def _package_folder(name: str) -> Path | None:
+    # Not imported: importing it would load its libllama, and it may be broken.
+    package = importlib.util.find_spec(name)
+    return Path(package.origin).parent if package is not None and package.origin else None
 
 
 def _in_folder(folder: Path) -> str:
@@ -81,14 +91,25 @@ def _in_folder(folder: Path) -> str:
 # ---- Parameters ----------------------------------------------------------------------------------
 
 
-def _context_params(earlier: int, has_type: bool) -> type[ctypes.Structure]:
-    """``llama_context_params`` with so many fields between n_seq_max and n_threads.
+# What llama.cpp sets the flags to, in their order.
+_DEFAULT_FLAGS = {
+    "embeddings": False,
+    "offload_kqv": True,
+    "no_perf": True,
+    "op_offload": True,
+    "swa_full": True,
+    "kv_unified": False,
+}
 
-    Releases differ there (n_rs_seq, n_outputs_max, n_outputs_max_per_seq), and in whether a
-    ctx_type follows the threads.
+
+def _context_params(earlier: int, has_type: bool, gap: int) -> type[ctypes.Structure]:
+    """``llama_context_params`` with so many fields between n_seq_max and n_threads, and so many
+    bytes between the abort callback and the flags.
+
+    Releases differ there (n_rs_seq, n_outputs_max, n_outputs_max_per_seq; eight bytes before the
+    flags in 0.6.0-dev), and in whether a ctx_type follows the threads.
     """
     u32, i32, f32, pointer = ctypes.c_uint32, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
-    flags = ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")
     fields: list[tuple[str, Any]] = [
         *((name, u32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max")),
         *((f"earlier_{index}", u32) for index in range(earlier)),
@@ -96,7 +117,9 @@ def _context_params(earlier: int, has_type: bool) -> type[ctypes.Structure]:
         ("n_threads_batch", i32),
         *([("ctx_type", i32)] if has_type else []),
         *((f"{name}_type", i32) for name in ("rope_scaling", "pooling", "attention", "flash_attn")),
-        *((f"rope_and_yarn_{index}", f32) for index in range(6)),
+        ("rope_freq_base", f32),
+        ("rope_freq_scale", f32),
+        *((f"yarn_{index}", f32) for index in range(4)),
         ("yarn_orig_ctx", u32),
         ("defrag_thold", f32),
         ("cb_eval", pointer),
@@ -105,7 +128,8 @@ def _context_params(earlier: int, has_type: bool) -> type[ctypes.Structure]:
         ("type_v", i32),
         ("abort_callback", pointer),
         ("abort_callback_data", pointer),
-        *((name, ctypes.c_bool) for name in flags),
+        ("gap", ctypes.c_uint8 * gap),
+        *((name, ctypes.c_bool) for name in _DEFAULT_FLAGS),
         # Samplers, another context, and what later releases append: passed on as it came.
         ("later", ctypes.c_uint8 * 258),
     ]
@@ -117,10 +141,14 @@ def _is_plausible(defaults: Any) -> bool:
     undecided = ("rope_scaling_type", "pooling_type", "attention_type", "flash_attn_type")
     return (
         (defaults.n_threads, defaults.n_threads_batch) == (_DEFAULT_THREADS, _DEFAULT_THREADS)
+        and getattr(defaults, "ctx_type", 0) == 0
         and all(getattr(defaults, name) == -1 for name in undecided)
+        and (defaults.rope_freq_base, defaults.rope_freq_scale) == (0, 0)
         and (defaults.type_k, defaults.type_v) == (GGML_TYPE_F16, GGML_TYPE_F16)
         and not (defaults.cb_eval or defaults.cb_eval_user_data)
         and not (defaults.abort_callback or defaults.abort_callback_data)
+        and not any(defaults.gap)
+        and all(getattr(defaults, name) == value for name, value in _DEFAULT_FLAGS.items())
     )
 
 
@@ -150,6 +178,7 @@ class _Batch(ctypes.Structure):
 # ---- The library ---------------------------------------------------------------------------------
 
 _POINTER, _INT, _SIZE, _BOOL = ctypes.c_void_p, ctypes.c_int32, ctypes.c_size_t, ctypes.c_bool
+_COUNT = ctypes.c_uint32
 
 # name: (result, arguments)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -162,6 +191,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_desc": (_INT, [_POINTER, ctypes.c_char_p, _SIZE]),
     "llama_vocab_n_tokens": (_INT, [_POINTER]),
     "llama_free": (None, [_POINTER]),
+    "llama_n_ctx": (_COUNT, [_POINTER]),
+    "llama_n_ctx_seq": (_COUNT, [_POINTER]),
+    "llama_n_seq_max": (_COUNT, [_POINTER]),
+    "llama_n_batch": (_COUNT, [_POINTER]),
+    "llama_n_ubatch": (_COUNT, [_POINTER]),
+    "llama_n_threads": (_INT, [_POINTER]),
+    "llama_n_threads_batch": (_INT, [_POINTER]),
     "llama_get_memory": (_POINTER, [_POINTER]),
     "llama_batch_init": (_Batch, [_INT, _INT, _INT]),
     "llama_batch_free": (None, [_Batch]),
@@ -174,6 +210,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_state_seq_get_data": (_SIZE, [_POINTER, _POINTER, _SIZE, _INT]),
     "llama_state_seq_set_data": (_SIZE, [_POINTER, _POINTER, _SIZE, _INT]),
 }
+
+
+# libllama logs until the process ends, and keeps no reference to what it calls.
+_callbacks: list[Any] = []
 
 
 class Libllama:
@@ -206,8 +246,9 @@ class Libllama:
         def keep(_level: int, text: bytes, _data: object) -> None:
             self.log.append(text.decode(errors="replace").rstrip())
 
-        self._keep_log = callback(keep)  # libllama keeps no reference to it
-        self.functions.llama_log_set(self._keep_log, None)
+        kept = callback(keep)
+        _callbacks.append(kept)
+        self.functions.llama_log_set(kept, None)
 
     def _load_backends(self) -> None:
         """Some builds keep their CPU and CUDA backends in libraries beside libllama."""
@@ -218,15 +259,18 @@ class Libllama:
             load(os.fsencode(Path(self.path).parent))
 
     def _context_params_type(self) -> type[ctypes.Structure]:
-        for has_type in (True, False):
-            for earlier in range(6):
-                layout = _context_params(earlier, has_type)
-                self.functions.llama_context_default_params.restype = layout
-                if _is_plausible(self.functions.llama_context_default_params()):
-                    self.functions.llama_init_from_model.argtypes = [_POINTER, layout]
-                    self.functions.llama_init_from_model.restype = _POINTER
-                    return layout
+        for earlier, has_type, gap in itertools.product(range(6), (True, False), (0, 8, 16)):
+            layout = _context_params(earlier, has_type, gap)
+            if _is_plausible(self._use_layout(layout)):
+                return layout
         raise LlamaError(f"unknown layout of llama_context_params in {self.path}")
+
+    def _use_layout(self, layout: type[ctypes.Structure]) -> Any:
+        """Declares the functions that take or give the parameters; returns the default ones."""
+        self.functions.llama_context_default_params.restype = layout
+        self.functions.llama_init_from_model.argtypes = [_POINTER, layout]
+        self.functions.llama_init_from_model.restype = _POINTER
+        return self.functions.llama_context_default_params()
 
     @property
     def build(self) -> str:
@@ -363,6 +407,7 @@ class Context:
         self.pointer: int | None = self._functions.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             raise model.library.refusal("libllama can't make a context")
+        self._check()
         self._memory = self._functions.llama_get_memory(self.pointer)
         self._batch = self._functions.llama_batch_init(options.n_batch, 0, 1)
 
@@ -371,6 +416,33 @@ class Context:
         if self.pointer is None:
             raise LlamaError("the context is closed")
         return self.pointer
+
+    def _check(self) -> None:
+        """Reads back what the context has: parameters in another layout would be other ones."""
+        functions, options = self._functions, self.options
+        has = {
+            name: getattr(functions, f"llama_{name}")(self.pointer)
+            for name in ("n_seq_max", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
+        }
+        cells: int = functions.llama_n_ctx(self.pointer)
+        has["kv_unified"] = functions.llama_n_ctx_seq(self.pointer) == cells
+        batch = min(options.n_batch, options.n_ctx)
+        asked = {
+            "n_seq_max": options.n_seq_max,
+            "n_batch": batch,
+            "n_ubatch": batch,
+            "n_threads": options.threads,
+            "n_threads_batch": options.threads,
+            "kv_unified": True,
+        }
+        if cells < options.n_ctx or has != asked:
+            functions.llama_free(self.pointer)
+            self.pointer = None
+            raise LlamaError(
+                f"{self.model.library.path} makes another context than was asked for "
+                f"(n_ctx {options.n_ctx}, {asked}: n_ctx {cells}, {has}): "
+                "unknown layout of llama_context_params"
+            )
 
     # Decoding
 

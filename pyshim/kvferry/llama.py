@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -14,10 +16,10 @@ from ._native import ffi, lib
 from .buffer import Buffer, borrow
 from .completions import Completion, Pending, see_through
 from .core import Attachment, Core, describe
-from .errors import BufferTooSmall, ErrorText, StateDamaged, check, error
+from .errors import BufferTooSmall, ErrorText, check, error
 from .snapshot import Snapshot
-from .transfer import Priority, SubmitOptions, Transfer
-from .worker import Call, Worker
+from .transfer import Priority, SubmitOptions, Transfer, carried_out
+from .worker import Call, context_worker
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -49,13 +51,27 @@ _LOAD_MODES: dict[str, int] = {
 }
 
 
+LoadOutcome = Literal["in_flight", "loaded", "unchanged", "empty"]
+"""What ``Llama.load_outcome`` tells of the latest load into a sequence.
+
+- ``in_flight``: it has not ended; the sequence must not be used.
+- ``loaded``: the sequence holds the state.
+- ``unchanged``: it was cancelled before it began, or refused before it cost anything; the sequence
+  holds what it held before.
+- ``empty``: it was cancelled, or failed, after it had begun; the sequence is empty."""
+
+
 class Llama:
     """An attachment to a llama context; made by ``Engine.attach``.
 
     Whatever touches the context runs on one thread of its own: what kvferry captures, and the
-    program's own code, decoding above all, through ``run``. A program that decodes elsewhere must
-    see to it that nothing of this object is being started, settled or measured meanwhile;
-    transfers that have been started may go on.
+    program's own code, decoding above all, through ``run``. All attachments to a context share that
+    thread, those of other engines too. A program that decodes elsewhere must see to it that
+    nothing of these objects is being started, settled or measured meanwhile; transfers that have
+    been started may go on.
+
+    What ``run`` runs, and the tasks that it starts, must not await this object or close its engine:
+    the thread would wait for itself. That raises RuntimeError.
     """
 
     def __init__(self, engine: Engine, core: Core, attachment: Attachment) -> None:
@@ -73,6 +89,7 @@ class Llama:
         ``await llama.run(llm.eval, tokens)``. A cancelled task waits for its end if it has begun.
         """
         self._check_usable()
+        self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         return await self._attachment.worker.call(function, *arguments)
 
@@ -119,8 +136,7 @@ class Llama:
         Raises SequenceRange, SequenceEmpty, BufferTooSmall, PinnedLimit, Busy (a load into the
         sequence is in flight), EngineClosed, ContextFreed.
         """
-        transfer = await self.start_save(seq, into=into, priority=priority, mode=mode)
-        return await transfer.wait()
+        return await carried_out(self.start_save(seq, into=into, priority=priority, mode=mode))
 
     async def start_save(
         self,
@@ -134,6 +150,7 @@ class Llama:
         self._check_usable()
         if mode not in _SAVE_MODES:
             raise ValueError(f"mode is 'auto', 'in_place' or 'snapshot', not {mode!r}")
+        self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         fingerprint = self.fingerprint
         while True:
@@ -149,7 +166,9 @@ class Llama:
             def snapshot(done: Completion, memory: CData = memory) -> Snapshot:
                 return Snapshot(memory, done.bytes, fingerprint=fingerprint, completion=done)
 
-            transfer = SequenceTransfer(self._core, self._attachment, seq, buffer, snapshot)
+            transfer = SequenceTransfer(
+                self._core, self._attachment, seq, buffer, snapshot, writes_buffer=True
+            )
             try:
                 await self._submit(
                     transfer, lib.kvf_llama_save, seq, buffer, priority, _SAVE_MODES[mode]
@@ -174,9 +193,12 @@ class Llama:
         """Loads a state into a sequence, replacing what that held.
 
         ``state`` is a Snapshot, or contiguous memory that holds a state and nothing else. The
-        sequence must not be used until this returns. If it fails, or is cancelled before the end,
-        the sequence is empty when this raises; a load that was faster than its cancellation stands.
-        ``verify`` compares a Snapshot's checksum first.
+        sequence must not be used until this returns. ``verify`` compares a Snapshot's checksum
+        first.
+
+        If this raises, ``load_outcome`` tells what the sequence holds: what it held before, where
+        the load was refused (StateMismatch, StateDamaged) or cancelled before it had cost anything;
+        the state, where the load was faster than its cancellation; else nothing.
 
         With ``mode="ahead"`` the bytes go to device memory of their own at once, while llama.cpp
         still takes cells and lists fragments, and from there to their places: sooner done, for as
@@ -190,13 +212,9 @@ class Llama:
         if verify:
             if not isinstance(state, Snapshot):
                 raise TypeError("only a Snapshot can be verified")
-            try:
-                await state.verify()
-            except StateDamaged:
-                await self.remove(seq)  # as after every other failure
-                raise
-        transfer = await self.start_load(state, seq, priority=priority, mode=mode)
-        await transfer.wait()
+            self._attachment.latest_loads[seq] = None
+            await state.verify()
+        await carried_out(self.start_load(state, seq, priority=priority, mode=mode))
 
     async def start_load(
         self,
@@ -210,18 +228,33 @@ class Llama:
         self._check_usable()
         if mode not in _LOAD_MODES:
             raise ValueError(f"mode is 'auto', 'in_place' or 'ahead', not {mode!r}")
+        self._attachment.latest_loads[seq] = None
+        self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         buffer = borrow(state)
         if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
-            await self.remove(seq)  # as after every other failure
             raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
-        transfer = LoadTransfer(self._core, self._attachment, seq, buffer, lambda _: None)
+        transfer = LoadTransfer(
+            self._core, self._attachment, seq, buffer, lambda _: None, writes_buffer=False
+        )
         await self._submit(transfer, lib.kvf_llama_load, seq, buffer, priority, _LOAD_MODES[mode])
         return transfer
 
+    def load_outcome(self, seq: int) -> LoadOutcome | None:
+        """What has become of the latest load into a sequence; None if there has been none.
+
+        Of the loads that were asked for through this object. After one that was cancelled, ask
+        before the next await: another task may load too.
+        """
+        loads = self._attachment.latest_loads
+        if seq not in loads:
+            return None
+        transfer = loads[seq]
+        return "unchanged" if transfer is None else transfer.outcome
+
     async def _submit(
         self,
-        transfer: Transfer[Any],
+        transfer: SequenceTransfer[Any],
         function: Callable[[int, int, CData, int, CData, CData], int],
         seq: int,
         buffer: Buffer,
@@ -229,31 +262,35 @@ class Llama:
         mode: int,
     ) -> None:
         handle, completions = self._attachment.handle, self._core.completions
+        worker = self._attachment.worker
+        options = SubmitOptions(completions, transfer.token, priority, mode=mode)
         memory, nbytes = buffer.memory, buffer.nbytes
 
-        def submit() -> int:
-            options = SubmitOptions(completions, transfer.token, priority, mode=mode)
-            check(function(handle, seq, memory, nbytes, options.options, options.job), options.text)
-            job: int = options.job[0]
-            return job
+        def submit() -> None:
+            status = function(handle, seq, memory, nbytes, options.options, transfer.job_place)
+            if status < 0:
+                transfer.refused()
+            check(status, options.text)
 
-        def submitted(call: Call) -> None:
-            if call.failure is None:
-                transfer.submitted(call.result)
-            else:
-                transfer.not_submitted()
+        def submitted(_: Call) -> None:
+            transfer.submitted()
 
+        call = worker.make(submit, after=submitted)
         try:
-            call = self._attachment.worker.post(submit, after=submitted)
-        except BaseException:
-            transfer.not_submitted()
-            raise
-        try:
-            await self._attachment.worker.outcome(call)
+            transfer.expect()
+            worker.ask_for(call)
+            await worker.outcome(call)
         except GeneratorExit:
             raise
-        except anyio.get_cancelled_exc_class():
-            await transfer.abort()
+        except BaseException:
+            # Refused, cancelled, or a signal handler has raised: before the call, under it or
+            # after it. Taken back if the thread has not begun with it, else its job is cancelled.
+            try:
+                call.take_back()
+            finally:
+                call.take_back()
+            if not transfer.ended:
+                await transfer.abort()
             raise
 
     # ---- Remove ---------------------------------------------------------------------------------
@@ -261,6 +298,7 @@ class Llama:
     async def remove(self, seq: int) -> None:
         """Empties a sequence, once the transfers of it that are in flight have ended."""
         self._check_usable()
+        self._attachment.worker.check_awaitable()
         transfers = self._attachment.in_flight
         while waited_for := [each for each, of in transfers.items() if of == seq]:
             await self._core.completions.until_ended(waited_for[0])
@@ -291,7 +329,7 @@ class Llama:
 
         Cancelling the task that waits here cancels the transfers. Closing the engine detaches too.
         """
-        self._core.completions.check_process()
+        self._attachment.worker.check_awaitable()
         self._attachment.detaching = True
         await see_through(self._take_down, self._cancel)
 
@@ -334,22 +372,37 @@ class SequenceTransfer(Transfer[T]):
         seq: int,
         buffer: Buffer,
         result: Callable[[Completion], T],
+        *,
+        writes_buffer: bool,
     ) -> None:
-        super().__init__(core.completions, buffer, None, result)
+        super().__init__(core.completions, buffer, None, result, writes_buffer=writes_buffer)
         self._attachment = attachment
-        attachment.in_flight[self] = seq
+        self._seq = seq
+
+    def expect(self) -> None:
+        self._attachment.in_flight[self] = self._seq
+        super().expect()
+
+    def refused(self) -> None:
+        """The submitting call has failed. For the context's thread."""
 
     def follow_up(self, completion: Completion) -> Pending | None:
-        del self._attachment.in_flight[self]
+        self._attachment.in_flight.pop(self, None)
         return None
 
     def withdrawn(self) -> None:
         super().withdrawn()
-        del self._attachment.in_flight[self]
+        self._attachment.in_flight.pop(self, None)
 
 
 class LoadTransfer(SequenceTransfer[None]):
     """A load of one sequence."""
+
+    _refusal_left_nothing = False
+
+    def expect(self) -> None:
+        self._attachment.latest_loads[self._seq] = self
+        super().expect()
 
     def follow_up(self, completion: Completion) -> Pending | None:
         super().follow_up(completion)
@@ -359,6 +412,22 @@ class LoadTransfer(SequenceTransfer[None]):
         # Its cells were taken and are without their bytes. They are freed before anything else
         # runs on the context's thread, whether or not somebody waits for this transfer.
         return worker.post(lib.kvf_llama_settle, self._attachment.handle, first=True)
+
+    def refused(self) -> None:
+        # Which refusals empty the sequence is the C library's business. It says of an empty one
+        # that there is nothing to save, before it says that a byte is too little room.
+        status = lib.kvf_llama_save(
+            self._attachment.handle, self._seq, ffi.new("uint8_t[1]"), 1, ffi.NULL, ffi.NULL
+        )
+        self._refusal_left_nothing = status == lib.KVF_ERR_SEQUENCE_EMPTY
+
+    @property
+    def outcome(self) -> LoadOutcome:
+        if not self.ended:
+            return "in_flight"
+        if self.completion is None:
+            return "empty" if self._refusal_left_nothing else "unchanged"
+        return "loaded" if self.completion.status == lib.KVF_OK else "empty"
 
 
 def attach(
@@ -382,11 +451,21 @@ def attach(
     )
     handle = ffi.new("kvf_llama *")
     context = ffi.cast("struct llama_context *", address)
-    check(lib.kvf_llama_attach(core.handle, context, options, handle), text)
     owner = None if isinstance(llm, int) else llm
-    attachment = Attachment(handle[0], Worker("kvferry context", core.completions), owner)
-    core.attachments.append(attachment)
-    return Llama(engine, core, attachment)
+    worker = context_worker(address, core.completions)
+    try:
+        # Other attachments may be using the context.
+        with worker.exclusive():
+            check(lib.kvf_llama_attach(core.handle, context, options, handle), text)
+        attachment = Attachment(handle[0], worker, owner)
+        llama = Llama(engine, core, attachment)
+        core.attachments.append(attachment)
+    except BaseException:
+        if handle[0]:
+            worker.when_idle(functools.partial(lib.kvf_llama_detach, handle[0]), math.inf)
+        worker.stop()
+        raise
+    return llama
 
 
 def _address(llm: object) -> int | None:

@@ -12,8 +12,10 @@ import anyio.to_thread
 
 from ._native import ffi, lib
 from .buffer import Buffer, borrow
+from .claims import claim_for_snapshot
 from .completions import Completion
 from .errors import error
+from .files import replacement
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -42,6 +44,7 @@ class Snapshot(Buffer):
         completion: Completion | None = None,
     ) -> None:
         super().__init__(memory, nbytes)
+        self._claim: object = claim_for_snapshot(memory, nbytes)
         self.fingerprint = fingerprint
         """Identity of model and cache. None: unknown, and not checked when it is loaded."""
         self.sealed = checksum
@@ -54,6 +57,10 @@ class Snapshot(Buffer):
         """Wraps a state that comes from elsewhere. Borrows the memory, without a copy."""
         borrowed = borrow(state)
         return cls(borrowed.memory, borrowed.nbytes, fingerprint=fingerprint)
+
+    def close(self) -> None:
+        super().close()
+        self._claim = None
 
     def checksum(self) -> int:
         """The CRC-32 of the bytes as they are now. Takes about a second for each 1 to 3 GiB."""
@@ -75,7 +82,12 @@ class Snapshot(Buffer):
             raise error(lib.KVF_ERR_STATE_DAMAGED, "the checksum is wrong")
 
     async def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Writes state, fingerprint and checksum (seals it if need be), on a thread."""
+        """Writes state, fingerprint and checksum (seals it if need be), on a thread.
+
+        A file that is there already is replaced once the new one is whole on the disk, so that a
+        process or machine that ends meanwhile leaves the one or the other (and maybe, beside it, a
+        ``.partial`` file). Raises OSError; then the old file is as it was.
+        """
         if self.sealed is None:
             await self.seal()
         await anyio.to_thread.run_sync(self._write, Path(path))
@@ -92,7 +104,7 @@ class Snapshot(Buffer):
     def _write(self, path: Path) -> None:
         header = {"fingerprint": self.fingerprint, "crc32": self.sealed, "bytes": self.nbytes}
         text = json.dumps(header).encode() + b"\n"
-        with path.open("wb") as file:
+        with replacement(path) as file:
             file.write(_MAGIC + b"%d\n" % len(text) + text)
             file.write(self.view)
 

@@ -163,7 +163,7 @@ def write_model(
         import gguf
     except ImportError as error:
         raise ImportError(
-            "writing a synthetic model needs the gguf package: pip install 'kvferry[demo]'"
+            "writing a synthetic model needs the gguf package: pip install gguf"
         ) from error
 
     architecture, describe = KINDS[kind]
@@ -233,6 +233,10 @@ def _describe_qwen2vl(model: _ModelFile, g: Geometry) -> None:
     head_dim = g.embedding // g.heads
     g = dataclasses.replace(g, head_dim=head_dim)
     _describe_llama(model, g)
+    for layer in _layers(g):  # as its models have; b8179 reads them without asking
+        model.uniform(f"{layer}.attn_q.bias", -0.1, 0.1, g.heads * head_dim)
+        model.uniform(f"{layer}.attn_k.bias", -0.1, 0.1, g.kv_heads * head_dim)
+        model.uniform(f"{layer}.attn_v.bias", -0.1, 0.1, g.kv_heads * head_dim)
     # Rotated pairs for time, height and width; together half the head.
     eighth = head_dim // 8
     model.keys.add_rope_dimension_sections([head_dim // 2 - 2 * eighth, eighth, eighth, 0])

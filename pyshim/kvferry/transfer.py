@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import anyio
 
 from ._native import ffi, lib
 from .buffer import Buffer
+from .claims import claim_for_transfer
 from .completions import Completion, Completions, Pending, PendingTransfer, see_through
 from .errors import ErrorText, check, error
 
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 Priority = Literal["background", "urgent"]
 """``background`` is paced, so that decoding beside it hardly notices; ``urgent`` is as fast as the
-link, and goes before background transfers."""
+link, and goes before background transfers. Within a priority the oldest transfer goes first."""
 
 _PRIORITIES: dict[str, int] = {
     "background": lib.KVF_PRIORITY_BACKGROUND,
@@ -42,18 +43,32 @@ class Transfer(PendingTransfer, Generic[T]):
         buffer: Buffer,
         source: object,
         result: Callable[[Completion], T],
+        *,
+        writes_buffer: bool,
     ) -> None:
-        """``source`` is kept alive too. ``result`` is made when the transfer has succeeded."""
+        """``source`` is kept alive too. ``result`` is made when the transfer has succeeded.
+
+        Raises Busy where something else in this process uses the buffer.
+        """
         super().__init__()
         self._completions = completions
         self._buffer: Buffer | None = buffer
         self._source = source
-        self._make_result = result
+        self._make_result: Callable[[Completion], T] | None = result
         self._result: T | None = None
         self._aftermath: Pending | None = None
         self._cancel_requested = False
-        self.token = completions.expect(self)
-        buffer.jobs += 1
+        # The C library writes the handle here: that a job was made is known also where an exception
+        # breaks in between the call and whatever follows it.
+        self.job_place: CData = ffi.new("kvf_job *")
+        self.token = completions.new_token()
+        self._claim: object = claim_for_transfer(
+            buffer.memory, buffer.nbytes, writing=writes_buffer
+        )
+
+    @property
+    def job(self) -> int | None:
+        return self.job_place[0] or None
 
     @property
     def done(self) -> bool:
@@ -63,8 +78,9 @@ class Transfer(PendingTransfer, Generic[T]):
     def cancel(self) -> None:
         """Asks it to end early. A request: ``wait`` tells how it really ended."""
         self._cancel_requested = True
-        if self.job is not None:
-            lib.kvf_job_cancel(self.job)
+        job = self.job
+        if job is not None:
+            lib.kvf_job_cancel(job)
 
     def stream_wait(self, stream: int) -> None:
         """Makes a CUDA stream wait: what it is given from now on begins when this has ended.
@@ -83,10 +99,13 @@ class Transfer(PendingTransfer, Generic[T]):
         """Waits until it has ended; returns its result, or raises what went wrong.
 
         Cancelling a task that waits here cancels the transfer, waits for its true end, and then
-        lets the cancellation go on. Several tasks may wait.
+        lets the cancellation go on. So does KeyboardInterrupt, and whatever else a signal handler
+        raises, the first time. Several tasks may wait.
 
         Raises TransferCancelled after ``cancel``, EngineClosed if the engine was closed around it.
         """
+        if not self.ended:
+            self._completions.check_waitable()
         await see_through(self._until_over, self.cancel)
         if self.completion is None:
             raise error(lib.KVF_ERR_CLOSED)
@@ -98,12 +117,6 @@ class Transfer(PendingTransfer, Generic[T]):
             raise error(status, self.completion.detail)
         return cast(T, self._result)
 
-    async def abort(self) -> None:
-        """Cancels it, and waits for its end whatever cancellation says."""
-        self.cancel()
-        with anyio.CancelScope(shield=True):
-            await see_through(self._until_over, self.cancel)
-
     async def _until_over(self) -> None:
         await self._completions.until_ended(self)
         if self._aftermath is not None:
@@ -111,16 +124,27 @@ class Transfer(PendingTransfer, Generic[T]):
 
     # ---- Called by whoever submits it -----------------------------------------------------------
 
-    def submitted(self, job: int) -> None:
-        """The submitting call has returned this handle; the job may even have ended before."""
-        self.job = job
-        if self.ended:
+    def expect(self) -> None:
+        """Makes ready for a submitting call. Whatever comes of it, ``submitted`` must follow."""
+        assert self._buffer is not None
+        self._buffer.transfers.add(self)
+        self._completions.expect(self)
+
+    def submitted(self) -> None:
+        """The submitting call has ended, or won't be made. May be repeated."""
+        job = self.job
+        if job is None:
+            self._completions.withdraw(self)
+        elif self.ended:
             lib.kvf_job_release(job)
         elif self._cancel_requested:
             lib.kvf_job_cancel(job)
 
-    def not_submitted(self) -> None:
-        self._completions.withdraw(self.token)
+    async def abort(self) -> None:
+        """Cancels it, and waits for its end whatever cancellation says."""
+        self.cancel()
+        with anyio.CancelScope(shield=True):
+            await see_through(self._until_over, self.cancel)
 
     # ---- Called by the bridge -------------------------------------------------------------------
 
@@ -128,10 +152,11 @@ class Transfer(PendingTransfer, Generic[T]):
         self.completion = completion
         if self.job is not None:
             lib.kvf_job_release(self.job)
-        if completion.status == lib.KVF_OK:
+        if completion.status == lib.KVF_OK and self._make_result is not None:
             self._result = self._make_result(completion)
+        if self._aftermath is None:
+            self._aftermath = self.follow_up(completion)
         self._let_go()
-        self._aftermath = self.follow_up(completion)
 
     def withdrawn(self) -> None:
         self._let_go()
@@ -141,16 +166,34 @@ class Transfer(PendingTransfer, Generic[T]):
         return None
 
     def _let_go(self) -> None:
-        assert self._buffer is not None
-        self._buffer.jobs -= 1
         # A transfer that is kept must not keep the memory of what it has moved.
+        if self._buffer is not None:
+            self._buffer.transfers.discard(self)
+        self._make_result = None
         self._buffer = None
         self._source = None
-        del self._make_result
+        self._claim = None
+
+
+async def carried_out(start: Coroutine[Any, Any, Transfer[T]]) -> T:
+    """Awaits the start of a transfer, and then its end.
+
+    Whatever breaks this off, it isn't in flight any more when this raises.
+    """
+    transfer = await start
+    try:
+        return await transfer.wait()
+    except GeneratorExit:
+        transfer.cancel()
+        raise
+    except BaseException:
+        if not transfer.ended:
+            await transfer.abort()
+        raise
 
 
 class SubmitOptions:
-    """A ``kvf_submit_options`` with room for the error text and the job's handle."""
+    """A ``kvf_submit_options`` with room for the error text."""
 
     def __init__(
         self,
@@ -162,7 +205,6 @@ class SubmitOptions:
         after_stream: int | None = None,
     ) -> None:
         self.text = ErrorText()
-        self.job: CData = ffi.new("kvf_job *")
         self.options: CData = ffi.new(
             "kvf_submit_options *",
             {

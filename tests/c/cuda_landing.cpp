@@ -151,7 +151,7 @@ void give_up(Test &test, Random &random, const unsigned char *buffer) {
             if (i % 3 != 0) open.commit(test.recorded(), nullptr);
         }
         if (i % 3 == 2) job->cancel();
-        test.engine->poke();
+        test.engine->stop(*job);
         const int32_t status = end_of(job).status;
         CHECK(status == KVF_ERR_CANCELLED || (i % 3 == 2 && status == KVF_OK));
         if (i % 3 < 2) CHECK(test.memory.read() == before);

@@ -1,5 +1,5 @@
-// Writes states as llama.cpp does (state_write in llama-kv-cache.cpp and llama-memory-recurrent.cpp of
-// b10361), with tensor bytes of 0x5a.
+// Writes states as llama.cpp does (state_write in llama-kv-cache.cpp and llama-memory-recurrent.cpp of b8390 to
+// 0.6.0), with tensor bytes of 0x5a.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,16 @@
 
 class StateWriter {
 public:
-    StateWriter() {
+    // What differs between releases and models.
+    struct Format {
+        bool framed = true;
+        uint32_t cell_words = 0;
+        uint32_t rotation_words = 0;
+    };
+
+    StateWriter() : StateWriter(Format{}) {}
+    explicit StateWriter(const Format &format) : format(format) {
+        if (!format.framed) return;
         add<uint32_t>(0xaf143cd8); // the sequence format's magic number
         add<int32_t>(0);           // sequence
     }
@@ -29,8 +38,9 @@ public:
         int32_t type = 1; // GGML_TYPE_F16
         uint32_t row = 32;
         bool transposed = false;
-        bool extension = false; // M-RoPE
-        bool values = true;     // not with MLA
+        bool values = true;    // not with MLA
+        int32_t position = 0;  // of the first cell
+        uint32_t rotation = 0; // each of its words
     };
 
     StateWriter &attention(const Attention &a) {
@@ -40,11 +50,12 @@ public:
             add(cells);
             if (cells == 0) continue;
             for (uint32_t i = 0; i < cells; ++i) {
-                add<int32_t>(static_cast<int32_t>(i)).add<uint32_t>(1);
-                if (a.extension) add<int32_t>(0).add<int32_t>(0);
+                add<int32_t>(a.position + static_cast<int32_t>(i)).add<uint32_t>(1);
+                for (uint32_t word = 0; word < format.cell_words; ++word) add<int32_t>(7);
                 add<int32_t>(0); // the sequence
             }
             add<uint32_t>(a.transposed).add(a.layers);
+            for (uint32_t word = 0; word < format.rotation_words; ++word) add(a.rotation);
             for (uint32_t layer = 0; layer < a.layers; ++layer) {
                 add(a.type).add<uint64_t>(a.row).tensor(uint64_t{cells} * a.row);
             }
@@ -80,6 +91,7 @@ public:
     }
 
     std::vector<unsigned char> bytes;
+    Format format;
 
 private:
     StateWriter &tensor(uint64_t count) {

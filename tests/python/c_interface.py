@@ -183,11 +183,18 @@ class Attachment:
         return self._submit("kvf_llama_load", sequence, state, **options)
 
     def _submit(
-        self, function: str, sequence: int, buffer: Any, stream: int | None = None, mode: int = 0
+        self,
+        function: str,
+        sequence: int,
+        buffer: Any,
+        stream: int | None = None,
+        mode: int = 0,
+        priority: int = 0,
     ) -> Job:
         error = ctypes.create_string_buffer(256)
         options = SubmitOptions(
             size=ctypes.sizeof(SubmitOptions),
+            priority=priority,
             mode=mode,
             flags=0 if stream is None else FOLLOW_STREAM,
             stream=stream or 0,

@@ -17,7 +17,7 @@ from typing import Any
 import kvferry._native as native
 from devices import DEVICES
 from llama_reference import Context, ContextOptions, Model
-from state_fields import Field, state_fields
+from state_fields import LAST_POSITION, Field, state_fields
 
 # More of it is used here than the package itself does, and than its types say.
 ffi: Any = native.ffi
@@ -63,7 +63,7 @@ class Judge:
     def __init__(self, state: bytes, fields: list[Field]) -> None:
         self._bytes = len(state)
         self._positions = [field for field in fields if field.name.endswith(".position")]
-        free = (".data", ".sequence", ".x", ".y", ".position")
+        free = (".data", ".sequence", ".x", ".y", ".token", ".position")
         self._fixed = [
             (field.begin, field.end, state[field.begin : field.end])
             for field in fields
@@ -74,7 +74,7 @@ class Judge:
         return (
             len(state) == self._bytes
             and all(state[begin:end] == value for begin, end, value in self._fixed)
-            and all(0 <= field.read(state) < 2**31 - 1 for field in self._positions)
+            and all(0 <= field.read(state) <= LAST_POSITION for field in self._positions)
         )
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     judge = Judge(state, fields)
     # The same into a context that has never held a cell, and can't be compared with yet.
     fresh = context.model.context(context.options)
-    refusals = {lib.KVF_ERR_STATE_DAMAGED, lib.KVF_ERR_STATE_MISMATCH}
+    refusals = {lib.KVF_ERR_STATE_DAMAGED, lib.KVF_ERR_STATE_MISMATCH, lib.KVF_ERR_CACHE_FULL}
 
     loaders = [(context, Loader(context)), (fresh, Loader(fresh))]
     refused = 0
@@ -140,11 +140,14 @@ def main() -> None:
                 loader.attach_anew()
             elif number % 2:  # over something
                 assert loader.load(state) == 0
+            before = target.state_get(TARGET)
             status = loader.load(bad)
             assert status == 0 if accept else status in refusals, (number, accept, status)
             if accept:
                 assert target.state_size(TARGET) > empty or bad == state
-                loader.remove()
+            else:
+                assert target.state_get(TARGET) == before, number
+            loader.remove()
             assert target.state_size(TARGET) == empty, number
             assert target.pos_max(TARGET) == -1, number
         if number % 100 == 0:

@@ -1,8 +1,10 @@
 """llama.cpp by its own calls: what kvferry is measured against.
 
-A thin layer over the ctypes bindings of llama-cpp-python, without any kvferry: models, contexts,
-decoding into chosen sequences, and llama.cpp's blocking calls for the state of a sequence.  Its log
-is kept in `log_lines` rather than printed, unless KVFERRY_TEST_VERBOSE is set.
+A thin layer over the loaded libllama, without any kvferry: models, contexts, decoding into chosen
+sequences, and llama.cpp's blocking calls for the state of a sequence.  Its prototypes are declared
+here, because the bindings of llama-cpp-python can be imported only with a libllama of their own
+time, and these tests run with many.  Its log is kept in `log_lines` rather than printed, unless
+KVFERRY_TEST_VERBOSE is set.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import collections
 import ctypes
 import dataclasses
 import enum
+import importlib.util
 import os
 import random
 from collections.abc import Iterable, Sequence
@@ -18,12 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import llama_cpp.llama_cpp as _bindings
 import numpy as np
 from numpy.typing import NDArray
-
-# The bindings' annotations speak of pointers that ctypes can't express; here they are untyped.
-llama: Any = _bindings
 
 Logits = NDArray[np.float32]
 
@@ -36,61 +35,245 @@ os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 _verbose = bool(os.environ.get("KVFERRY_TEST_VERBOSE"))
 
 
-@llama.llama_log_callback  # type: ignore[untyped-decorator]
-def _keep_log(level: int, text: bytes, _data: object) -> None:
+# ---- The library ---------------------------------------------------------------------------------
+
+
+def _library_folder() -> Path:
+    """As llama-cpp-python chooses: LLAMA_CPP_LIB_PATH, else the folder in its own package."""
+    if named := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(named)
+    package = importlib.util.find_spec("llama_cpp")  # not imported: its prototypes may not fit
+    if package is None or package.origin is None:
+        raise ImportError("no libllama: LLAMA_CPP_LIB_PATH is not set, nor llama_cpp installed")
+    return Path(package.origin).parent / "lib"
+
+
+LIBRARY_FOLDER = _library_folder()
+"""Where the libllama of this process and its backends are."""
+
+BUILD = (LIBRARY_FOLDER / "libllama.so").resolve().parent.name
+"""As the Makefile calls the build of it; of a library that it did not fetch, some other word."""
+
+
+def model_sizes(kind: str) -> dict[str, int]:
+    """The sizes in which a small synthetic model must differ for this libllama."""
+    if kind == "gemma3" and BUILD == "b8179":
+        # Whatever the model says, every sixth layer is global there; without any such layer
+        # llama_decode aborts.
+        return {"layers": 6}
+    return {}
+
+
+_library = ctypes.CDLL(str(LIBRARY_FOLDER / "libllama.so"))
+
+
+# ---- Parameters ----------------------------------------------------------------------------------
+
+
+def _context_params(*, between: Sequence[str], has_type: bool, gap: int) -> Any:
+    """`llama_context_params`: with these numbers between n_seq_max and n_threads, with or without a
+    ctx_type, and with a gap of so many bytes before the flags.
+    """
+    u32, i32, f32, pointer = ctypes.c_uint32, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+    fields: list[tuple[str, Any]] = [
+        *((name, u32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", *between)),
+        *((name, i32) for name in ("n_threads", "n_threads_batch")),
+        *([("ctx_type", i32)] if has_type else []),
+        *((f"{name}_type", i32) for name in ("rope_scaling", "pooling", "attention", "flash_attn")),
+        *((name, f32) for name in ("rope_freq_base", "rope_freq_scale")),
+        *(
+            (f"yarn_{name}", f32)
+            for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")
+        ),
+        ("yarn_orig_ctx", u32),
+        ("defrag_thold", f32),
+        *((name, pointer) for name in ("cb_eval", "cb_eval_user_data")),
+        *((name, i32) for name in ("type_k", "type_v")),
+        *((name, pointer) for name in ("abort_callback", "abort_callback_data")),
+        ("gap", ctypes.c_uint8 * gap),
+        *((name, ctypes.c_bool) for name in ("embeddings", "offload_kqv", "no_perf")),
+        *((name, ctypes.c_bool) for name in ("op_offload", "swa_full", "kv_unified")),
+        ("later", ctypes.c_uint8 * 250),  # passed on as it came
+    ]
+    return type("llama_context_params", (ctypes.Structure,), {"_fields_": fields})
+
+
+# What all these builds set the fields to by default that tell their layouts apart.
+_DEFAULTS = {
+    "n_threads": 4,
+    "n_threads_batch": 4,
+    "rope_scaling_type": -1,
+    "pooling_type": -1,
+    "attention_type": -1,
+    "flash_attn_type": -1,
+    "type_k": 1,
+    "type_v": 1,
+    "cb_eval": None,
+    "abort_callback": None,
+    "abort_callback_data": None,
+    "embeddings": False,
+    "offload_kqv": True,
+    "no_perf": True,
+    "op_offload": True,
+    "swa_full": True,
+    "kv_unified": False,
+}
+
+_OUTPUTS = ("n_rs_seq", "n_outputs_max", "n_outputs_max_per_seq")
+
+LAYOUTS = {
+    "b8179 to b8390": _context_params(between=(), has_type=False, gap=0),
+    "b9842 to b10068": _context_params(between=_OUTPUTS[:2], has_type=True, gap=0),
+    "b10361 to v0.5.0, 0.6.0": _context_params(between=_OUTPUTS, has_type=True, gap=0),
+    # Of the development after the release: eight bytes that are zero by default.
+    "0.6.0-dev": _context_params(between=_OUTPUTS, has_type=True, gap=8),
+}
+"""`llama_context_params` by the builds that lay them out so."""
+
+
+def _has_the_defaults(layout: Any) -> bool:
+    _library.llama_context_default_params.restype = layout
+    defaults = _library.llama_context_default_params()
+    return all(getattr(defaults, name) == value for name, value in _DEFAULTS.items())
+
+
+def _layout() -> Any:
+    fitting = [layout for layout in LAYOUTS.values() if _has_the_defaults(layout)]
+    if len(fitting) != 1:
+        raise ImportError(f"unknown layout of llama_context_params in {LIBRARY_FOLDER}")
+    return fitting[0]
+
+
+ContextParams: Any = _layout()
+"""`llama_context_params` as the loaded libllama lays it out."""
+
+
+class _ModelParams(ctypes.Structure):
+    """Passed on as it came: nothing in it shapes a cache."""
+
+    _fields_ = (("everything", ctypes.c_uint8 * 256),)
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.POINTER(ctypes.c_float)),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+# ---- Functions -----------------------------------------------------------------------------------
+
+_LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_POINTER, _BYTES, _TEXT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_char_p
+_INT, _SIZE, _BOOL = ctypes.c_int32, ctypes.c_size_t, ctypes.c_bool
+
+# name: (result, arguments)
+AbortCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "llama_set_abort_callback": (None, [_POINTER, AbortCallback, _POINTER]),
+    "ggml_backend_load_all_from_path": (None, [_TEXT]),
+    "llama_log_set": (None, [_LogCallback, _POINTER]),
+    "llama_model_default_params": (_ModelParams, []),
+    "llama_model_load_from_file": (_POINTER, [_TEXT, _ModelParams]),
+    "llama_model_free": (None, [_POINTER]),
+    "llama_model_get_vocab": (_POINTER, [_POINTER]),
+    "llama_model_is_recurrent": (_BOOL, [_POINTER]),
+    "llama_model_is_hybrid": (_BOOL, [_POINTER]),
+    "llama_model_n_swa": (_INT, [_POINTER]),
+    "llama_vocab_n_tokens": (_INT, [_POINTER]),
+    "llama_context_default_params": (ContextParams, []),
+    "llama_init_from_model": (_POINTER, [_POINTER, ContextParams]),
+    "llama_free": (None, [_POINTER]),
+    "llama_n_ctx": (ctypes.c_uint32, [_POINTER]),
+    "llama_n_ctx_seq": (ctypes.c_uint32, [_POINTER]),
+    "llama_n_seq_max": (ctypes.c_uint32, [_POINTER]),
+    "llama_n_batch": (ctypes.c_uint32, [_POINTER]),
+    "llama_n_ubatch": (ctypes.c_uint32, [_POINTER]),
+    "llama_n_threads": (_INT, [_POINTER]),
+    "llama_get_memory": (_POINTER, [_POINTER]),
+    "llama_batch_init": (_Batch, [_INT, _INT, _INT]),
+    "llama_batch_free": (None, [_Batch]),
+    "llama_decode": (_INT, [_POINTER, _Batch]),
+    "llama_synchronize": (None, [_POINTER]),
+    "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), [_POINTER, _INT]),
+    "llama_memory_seq_pos_min": (_INT, [_POINTER, _INT]),
+    "llama_memory_seq_pos_max": (_INT, [_POINTER, _INT]),
+    "llama_memory_can_shift": (_BOOL, [_POINTER]),
+    "llama_memory_seq_rm": (_BOOL, [_POINTER, _INT, _INT, _INT]),
+    "llama_memory_seq_cp": (None, [_POINTER, _INT, _INT, _INT, _INT]),
+    "llama_memory_seq_add": (None, [_POINTER, _INT, _INT, _INT, _INT]),
+    "llama_memory_seq_div": (None, [_POINTER, _INT, _INT, _INT, ctypes.c_int]),
+    "llama_memory_seq_keep": (None, [_POINTER, _INT]),
+    "llama_memory_clear": (None, [_POINTER, _BOOL]),
+    "llama_state_get_size": (_SIZE, [_POINTER]),
+    "llama_state_get_data": (_SIZE, [_POINTER, _BYTES, _SIZE]),
+    "llama_state_set_data": (_SIZE, [_POINTER, _BYTES, _SIZE]),
+    "llama_state_seq_get_size": (_SIZE, [_POINTER, _INT]),
+    "llama_state_seq_get_data": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT]),
+    "llama_state_seq_set_data": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT]),
+}
+
+
+class _Functions:
+    """The declared functions of the loaded libllama, and no other: what is not declared would be
+    called with guessed types.
+    """
+
+    def __init__(self) -> None:
+        for name, (result, arguments) in _SIGNATURES.items():
+            # Through the library to ggml's, which it depends on.
+            function = getattr(_library, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"declare {name} in _SIGNATURES of llama_reference.py")
+
+
+llama = _Functions()
+
+
+@_LogCallback
+def _keep_log(_level: int, text: bytes, _data: object) -> None:
     log_lines.append(text.decode(errors="replace").rstrip())
     if _verbose:
         print(text.decode(errors="replace"), end="", flush=True)
 
 
-def _load_backends() -> Path:
-    """Load ggml's CPU backend, which these builds keep in libraries of their own."""
-    folder = Path(llama._lib._name).parent
-    ggml = ctypes.CDLL(str(folder / "libggml.so"))
-    ggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
-    ggml.ggml_backend_load_all_from_path.restype = None
-    ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
-    return folder
+def keep_log() -> None:
+    """Let `log_lines` have llama.cpp's log, from the start and after others have taken it."""
+    llama.llama_log_set(_keep_log, None)
 
 
-llama.llama_log_set(_keep_log, None)
-LIBRARY_FOLDER = _load_backends()
-"""Where the libllama of this process and its backends are."""
+keep_log()
+# Most of these builds keep ggml's CPU backend in libraries of their own.
+llama.ggml_backend_load_all_from_path(os.fsencode(LIBRARY_FOLDER))
 
 
 def bindings_fit() -> bool:
-    """Whether the bindings' `llama_context_params` are laid out as those of the loaded libllama.
+    """Whether llama-cpp-python's `llama_context_params` are laid out as those of this libllama.
 
-    Two defaults tell.  No release of llama-cpp-python fits b10361, for instance: 0.3.34 lacks
-    `n_outputs_max_per_seq`, so that libllama would take the number of threads for that, and
-    `flash_attn_type` for `attention_type`.
+    No release of it fits b10361, for instance: 0.3.34 lacks `n_outputs_max_per_seq`, so that
+    libllama would take the number of threads for that, and `flash_attn_type` for `attention_type`.
     """
-    defaults = llama.llama_context_default_params()
-    return (defaults.ctx_type, defaults.rope_scaling_type) == (0, -1)
+    try:
+        import llama_cpp.llama_cpp as bindings
+    except AttributeError:  # a function that this libllama does not have
+        return False
+    finally:
+        keep_log()  # importing them sets a callback of theirs
+    names = [name for name, _ in ContextParams._fields_ if name not in ("gap", "later")]
+    known = [name for name, _ in bindings.llama_context_params._fields_]
+    return ContextParams.gap.size == 0 and known[: len(names)] == names
 
 
-def _context_params_type() -> Any:
-    """`llama_context_params` as the loaded libllama lays it out."""
-    fields = list(llama.llama_context_params._fields_)
-    if not bindings_fit():
-        after = [name for name, _ in fields].index("n_outputs_max") + 1
-        fields.insert(after, ("n_outputs_max_per_seq", ctypes.c_uint32))
-
-    class ContextParams(ctypes.Structure):
-        _fields_ = fields
-
-    return ContextParams
-
-
-# A handle of its own: the bindings' functions keep the types that the bindings gave them.
-_library = ctypes.CDLL(llama._lib._name)
-_ContextParams: Any = _context_params_type()
-_library.llama_context_default_params.restype = _ContextParams
-_library.llama_init_from_model.argtypes = [ctypes.c_void_p, _ContextParams]
-_library.llama_init_from_model.restype = llama.llama_context_p_ctypes
-_defaults = _library.llama_context_default_params()
-if (_defaults.ctx_type, _defaults.rope_scaling_type, _defaults.flash_attn_type) != (0, -1, -1):
-    raise ImportError(f"unknown layout of llama_context_params in {llama._lib._name}")
+# ---- Models and contexts -------------------------------------------------------------------------
 
 
 class CacheType(enum.IntEnum):
@@ -179,7 +362,7 @@ class Context:
     def __init__(self, model: Model, options: ContextOptions) -> None:
         self.model = model
         self.options = options
-        params = _library.llama_context_default_params()
+        params = llama.llama_context_default_params()
         params.n_ctx = options.n_ctx
         params.n_seq_max = options.n_seq_max
         params.n_batch = options.n_batch
@@ -192,7 +375,7 @@ class Context:
         params.swa_full = options.swa_full
         params.kv_unified = options.kv_unified
         log_lines.clear()
-        self.pointer: Any = _library.llama_init_from_model(model.pointer, params)
+        self.pointer: Any = llama.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             raise Refused(_refusal())
         self.memory: Any = llama.llama_get_memory(self.pointer)

@@ -7,7 +7,12 @@ kinds of synthetic models are, not from kvferry's code: one must not repeat the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
+
+LAST_POSITION = 2**24
+"""The last position that kvferry takes for one that can be gone on from: 2**24, and more only for
+models trained on, or contexts of, more than 2**20 tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +55,48 @@ SECTIONS: dict[str, list[str]] = {
 """What the state of each kind consists of, after its header."""
 
 
+MAGIC = 0xAF143CD8
+
+
 def state_fields(kind: str, state: bytes) -> list[Field]:
-    """All of it, in order and without gaps."""
-    walk = _Walk(state)
-    walk.take("header.magic", "I")
-    walk.take("header.sequence", "i")
-    for section in SECTIONS[kind]:
-        if section == "recurrent":
-            walk.recurrent()
-        else:
-            walk.attention(
-                has_values=section != "attention of keys",
-                has_coordinates=section == "attention with coordinates",
-            )
-    assert walk.at == len(state), (kind, walk.at, len(state))
-    return walk.fields
+    """All of it, in order and without gaps.
+
+    Releases differ: earlier ones have no header, later ones a token beside the coordinates of a
+    cell, and how keys and values are rotated. The one that accounts for every byte is right.
+    """
+    ways = []
+    for has_token, has_rotation in itertools.product((False, True), repeat=2):
+        walk = _Walk(state, has_token, has_rotation)
+        try:
+            walk.all(SECTIONS[kind])
+        except struct.error:  # beyond the end
+            continue
+        if walk.at == len(state):
+            ways.append(walk.fields)
+    assert ways, kind
+    return ways[0]
 
 
 class _Walk:
-    def __init__(self, state: bytes) -> None:
+    def __init__(self, state: bytes, has_token: bool, has_rotation: bool) -> None:
         self.state = state
+        self.has_token = has_token
+        self.has_rotation = has_rotation
         self.at = 0
         self.fields: list[Field] = []
+
+    def all(self, sections: list[str]) -> None:
+        if int.from_bytes(self.state[:4], "little") == MAGIC:
+            self.take("header.magic", "I")
+            self.take("header.sequence", "i")
+        for section in sections:
+            if section == "recurrent":
+                self.recurrent()
+            else:
+                self.attention(
+                    has_values=section != "attention of keys",
+                    has_coordinates=section == "attention with coordinates",
+                )
 
     def take(self, name: str, code: str) -> int:
         (value,) = struct.unpack_from("<" + code, self.state, self.at)
@@ -81,6 +106,8 @@ class _Walk:
         return int(value)
 
     def data(self, name: str, size: int) -> None:
+        if size > len(self.state) - self.at:
+            raise struct.error("beyond the end")
         if size:
             self.fields.append(Field(name + ".data", self.at, size))
             self.at += size
@@ -90,7 +117,10 @@ class _Walk:
         self.data(name, self.take(name + ".row", "Q") * cells)
 
     def attention(self, *, has_values: bool, has_coordinates: bool) -> None:
-        for _ in range(self.take("attention.streams", "I")):
+        streams = self.take("attention.streams", "I")
+        if streams == 0:
+            raise struct.error("no stream")
+        for _ in range(streams):
             cells = self.take("attention.cells", "I")
             if cells:
                 self.stream(cells, has_values, has_coordinates)
@@ -102,9 +132,14 @@ class _Walk:
             if has_coordinates:
                 self.take("attention.cell.x", "i")
                 self.take("attention.cell.y", "i")
+                if self.has_token:
+                    self.take("attention.cell.token", "i")
             self.take("attention.cell.sequence", "i")
         transposed = self.take("attention.transposed", "I")
         layers = self.take("attention.layers", "I")
+        if self.has_rotation:
+            self.take("attention.keys_rotated", "I")
+            self.take("attention.values_rotated", "I")
         for _ in range(layers):
             self.rows("attention.key", cells)
         for _ in range(layers if has_values else 0):

@@ -138,6 +138,32 @@ def test_native_cancellation_waits_for_the_completion_however_often_it_comes(tim
     asyncio.run(main())
 
 
+def test_a_task_that_waits_for_a_long_call_may_be_cancelled_a_thousand_times() -> None:
+    """Once for each turn of the loop, and each time the wait goes on."""
+
+    async def main() -> None:
+        async with kvferry.Engine("host") as engine:
+            worker = engine._core.memory_worker
+            began, release = threading.Event(), threading.Event()
+
+            def long() -> None:
+                began.set()
+                release.wait()
+
+            task = asyncio.create_task(worker.call(long))
+            await asyncio.to_thread(began.wait)
+            for number in range(1500):
+                task.cancel(f"number {number}")
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert not task.done()
+            release.set()
+            with pytest.raises(asyncio.CancelledError, match="number 1499"):
+                await task
+
+    asyncio.run(main())
+
+
 def test_a_timeout_of_asyncio_is_its_timeout() -> None:
     async def main() -> None:
         async with kvferry.Engine("host", copy_threads=1) as engine:

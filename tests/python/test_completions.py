@@ -1,14 +1,17 @@
 """The bridge between the C library's queue and the event loop: who waits, reads, is woken."""
 
+import asyncio
 import gc
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import anyio
 import kvferry
 import numpy as np
 import pytest
+import uvloop
 from event_loops import anyio_backend  # noqa: F401
 from kvferry._native import ffi, lib
 
@@ -137,6 +140,73 @@ def test_one_engine_may_serve_one_loop_after_another() -> None:
     assert anyio.run(copy, backend="asyncio") == b"anything"
     assert anyio.run(copy, backend="trio") == b"anything"
     anyio.run(engine.aclose)
+
+
+@pytest.mark.parametrize("use_uvloop", [False, True])
+@pytest.mark.parametrize("afterwards", ["use", "close"])
+def test_a_loop_that_was_closed_under_waiting_tasks_is_forgotten(
+    use_uvloop: bool, afterwards: str
+) -> None:
+    engine = kvferry.Engine("host", copy_threads=1)
+    slow = np.zeros(1 << 26, np.uint8)[::2]
+    tasks = []
+
+    async def start() -> None:
+        for _ in range(3):
+            tasks.append(asyncio.create_task(engine.copy_out(slow, bytearray(slow.size))))
+        await anyio.wait_all_tasks_blocked()
+
+    async def use() -> None:
+        assert (await engine.copy_out(b"anything")).to_bytes() == b"anything"
+
+    loop = uvloop.new_event_loop() if use_uvloop else asyncio.new_event_loop()
+    loop.run_until_complete(start())
+    loop.close()
+    if afterwards == "use":
+        anyio.run(use, backend="trio")
+        anyio.run(use, backend="asyncio")
+    anyio.run(engine.aclose, backend="trio")
+    for task in tasks:
+        task._log_destroy_pending = False
+    tasks.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pytest.PytestUnraisableExceptionWarning)
+        gc.collect()
+
+
+def test_tasks_of_a_closed_loop_that_are_collected_first_disturb_nobody() -> None:
+    engine = kvferry.Engine("host", copy_threads=1)
+    slow = np.zeros(1 << 26, np.uint8)[::2]
+    tasks = []
+
+    async def start() -> None:
+        for _ in range(3):
+            tasks.append(asyncio.create_task(engine.copy_out(slow, bytearray(slow.size))))
+        await anyio.wait_all_tasks_blocked()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(start())
+    loop.close()
+    for task in tasks:
+        task._log_destroy_pending = False
+    del task
+    tasks.clear()
+    gc.collect()
+    anyio.run(engine.aclose)
+
+
+async def test_a_loop_that_still_runs_keeps_the_engine() -> None:
+    """Closing from another one is refused, and then changes nothing."""
+    slow = np.zeros(1 << 28, np.uint8)[::2]
+    async with kvferry.Engine("host", copy_threads=1) as engine:
+        transfer = await engine.start_copy_out(slow)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(transfer.wait)
+            await anyio.wait_all_tasks_blocked()
+            with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="one event loop"):
+                pool.submit(anyio.run, engine.aclose).result()
+            tasks.cancel_scope.cancel()
+        await engine.copy_out(b"anything")
 
 
 def test_a_queue_keeps_completions_that_nobody_takes() -> None:

@@ -8,7 +8,6 @@ import ctypes
 import gc
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ import c_interface
 import kvferry
 import numpy as np
 import pytest
+from cuda_driver import NEEDS_CUDA
 from devices import ON_GPU
 from dlpack_arrays import LibraryArray
 from event_loops import anyio_backend  # noqa: F401
@@ -26,78 +26,8 @@ from simulated_cuda import DeviceArray, Error, SimulatedCuda
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.skipif(
-        not ON_GPU and "KVFERRY_SIMULATED_CUDA" not in os.environ,
-        reason="needs KVFERRY_SIMULATED_CUDA, or a GPU and KVFERRY_TEST_GPU=1",
-    ),
+    NEEDS_CUDA,
 ]
-
-
-class RealCuda(SimulatedCuda):
-    """The real driver, as far as it can do what the simulated one does."""
-
-    def __init__(self) -> None:
-        self.path = "libcuda.so.1"
-        self._library = ctypes.CDLL(self.path)
-
-    def free_word(self, word: ctypes.c_void_p, device: int) -> None:
-        """A real driver frees pinned memory only when no stream waits any more: it is left."""
-
-    def write(self, address: int, values: NDArray[Any]) -> None:
-        with self.context():
-            self.call(
-                "cuMemcpyHtoD_v2",
-                ctypes.c_uint64(address),
-                ctypes.c_void_p(values.ctypes.data),
-                ctypes.c_size_t(values.nbytes),
-            )
-
-    def read(self, values: NDArray[Any], address: int) -> None:
-        with self.context():
-            self.call(
-                "cuMemcpyDtoH_v2",
-                ctypes.c_void_p(values.ctypes.data),
-                ctypes.c_uint64(address),
-                ctypes.c_size_t(values.nbytes),
-            )
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[SimulatedCuda]:
-    driver = RealCuda() if ON_GPU else SimulatedCuda(os.environ["KVFERRY_SIMULATED_CUDA"])
-    with pytest.MonkeyPatch.context() as patch, driver.context():
-        # Set only while kvferry opens the driver, which it does once: other programs that tests
-        # start are to find what there is.
-        if not ON_GPU:
-            patch.setenv("KVFERRY_CUDA_DRIVER", driver.path)
-        anyio.run(_open_driver)
-        yield driver
-
-
-async def _open_driver() -> None:
-    async with kvferry.Engine("cuda"):
-        pass
-
-
-@pytest.fixture
-def cuda(driver: SimulatedCuda) -> Iterator[SimulatedCuda]:
-    """The driver; the test may leave nothing in it."""
-    if ON_GPU:
-        yield driver
-        return
-    driver.reset()
-    live = driver.count("live")
-    yield driver
-    driver.reset()
-    assert driver.count("live") == live
-    assert driver.count("hazards") == 0
-
-
-@pytest.fixture
-def simulated(cuda: SimulatedCuda) -> SimulatedCuda:
-    if ON_GPU:
-        pytest.skip("needs the simulated driver")
-    return cuda
 
 
 @pytest.fixture

@@ -107,6 +107,7 @@ async def test_a_state_is_saved_into_the_callers_memory(context: reference.Conte
         snapshot = await llama.save(0, into=memory)
         assert snapshot.nbytes == len(state)
         assert snapshot.numpy().ctypes.data == memory.ctypes.data
+        snapshot.close()
         with pytest.raises(kvferry.BufferTooSmall, match="bytes are needed"):
             await llama.save(0, into=memory[: len(state) - 1])
     assert memory[: len(state)].tobytes() == state
@@ -159,7 +160,7 @@ async def test_remove_waits_for_transfers_of_the_sequence(context: reference.Con
         await llama.remove(0)
 
 
-async def test_a_state_that_cannot_be_loaded_leaves_the_sequence_empty_and_others_alone(
+async def test_a_state_that_is_refused_leaves_the_sequence_and_others_as_they_were(
     context: reference.Context,
 ) -> None:
     state = context.state_get(0)
@@ -167,24 +168,35 @@ async def test_a_state_that_cannot_be_loaded_leaves_the_sequence_empty_and_other
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
 
-        other = kvferry.Snapshot.from_bytes(state, fingerprint="another model")
-        changed = bytearray(state)
-        sealed = kvferry.Snapshot.from_bytes(changed)
-        await sealed.seal()
-        changed[-1] ^= 1
+        for bad in (state[:-1], state[:40], b"?" * len(state)):
+            await llama.load(snapshot, 1)
+            before = context.state_get(1)
+            with pytest.raises(kvferry.StateDamaged):
+                await llama.load(bad, 1)
+            assert context.state_get(1) == before
+            assert llama.load_outcome(1) == "unchanged"
+        assert context.state_get(0) == state
+
+
+async def test_a_snapshot_that_is_refused_unread_leaves_the_sequence_as_it_was(
+    context: reference.Context,
+) -> None:
+    state = context.state_get(0)
+    changed = bytearray(state)
+    sealed = kvferry.Snapshot.from_bytes(changed)
+    await sealed.seal()
+    changed[-1] ^= 1
+    other = kvferry.Snapshot.from_bytes(state, fingerprint="another model")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
         for bad, verify, error in [
-            (state[:-1], False, kvferry.StateDamaged),
-            (state[:40], False, kvferry.StateDamaged),
-            (b"?" * len(state), False, kvferry.StateDamaged),
             (other, False, kvferry.StateMismatch),
             (sealed, True, kvferry.StateDamaged),
         ]:
-            await llama.load(snapshot, 1)
             with pytest.raises(error):
-                await llama.load(bad, 1, verify=verify)
-            assert llama.size(1) == EMPTY_BYTES
-        assert context.state_get(0) == state
-        await llama.load(snapshot, 1)
+                await llama.load(bad, 0, verify=verify)
+            assert llama.load_outcome(0) == "unchanged"
+            assert context.state_get(0) == state
 
 
 async def test_sequences_that_cannot_be_used_are_refused(context: reference.Context) -> None:

@@ -19,13 +19,14 @@ import anyio
 import kvferry
 import numpy as np
 import pytest
-from llama_reference import LIBRARY_FOLDER, bindings_fit, llama
+from llama_reference import LIBRARY_FOLDER, bindings_fit
 from text_model import write_text_model
 
 if "LLAMA_CPP_LIB_PATH" in os.environ and not bindings_fit():
     pytest.skip(f"llama_cpp.Llama does not fit {LIBRARY_FOLDER}", allow_module_level=True)
 
 import llama_cpp
+import llama_cpp.llama_cpp as llama
 
 pytestmark = pytest.mark.anyio
 

@@ -2,7 +2,7 @@
 
 libllama trusts what it loads. Some damaged states end the process in an assertion, others take
 cells that nothing can free again, others leave the target half filled. After a refusal by kvferry
-the target is empty, the other sequences have not changed, and every cell can still be used.
+the target and the other sequences are as they were, and every cell can still be used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from devices import DEVICES
 from like_contexts import CACHES, MakeContext
 from llama_reference import Context, Refused
-from state_fields import Field, state_fields
+from state_fields import LAST_POSITION, Field, state_fields
 
 pytestmark = pytest.mark.anyio
 
@@ -105,11 +105,13 @@ async def test_a_truncated_state_is_refused(
     scene = make_scene(make_context, kind, cache)
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(scene.context.address)
+        await llama.load(scene.state, TARGET)
+        before = scene.context.state_get(TARGET)
         for length in cuts(scene.fields):
-            await llama.load(scene.state, TARGET)
             with pytest.raises(DAMAGED):
                 await llama.load(scene.state[:length], TARGET)
-            assert llama.size(TARGET) == len(scene.empty), length
+            assert scene.context.state_get(TARGET) == before, length
+        await llama.remove(TARGET)
         scene.assert_nothing_lost()
         await assert_good_load(scene, llama)
         scene.assert_every_cell_can_be_used()
@@ -138,8 +140,8 @@ def is_harmless(field: Field, state: bytes) -> bool:
     ids of sequences mean nothing to a load, and any position that can be gone on from is one.
     """
     if field.name.endswith(".position"):
-        return 0 <= field.read(state) < 2**31 - 1
-    return field.name.endswith((".sequence", ".x", ".y"))
+        return 0 <= field.read(state) <= LAST_POSITION
+    return field.name.endswith((".sequence", ".x", ".y", ".token"))
 
 
 @each_kind_and_cache
@@ -150,6 +152,8 @@ async def test_a_damaged_field_is_refused(make_context: MakeContext, kind: str, 
         llama = engine.attach(scene.context.address)
         # Of the cells the first, one within, and the last.
         seen: dict[str, int] = {}
+        await llama.load(scene.state, TARGET)
+        before = scene.context.state_get(TARGET)
         for field in scene.fields:
             place = seen[field.name] = seen.get(field.name, -1) + 1
             if field.is_data or (".cell." in field.name and place not in (0, 7, 19)):
@@ -161,13 +165,13 @@ async def test_a_damaged_field_is_refused(make_context: MakeContext, kind: str, 
                     continue
                 if is_harmless(field, damaged):
                     await llama.load(damaged, TARGET)
-                    await llama.remove(TARGET)
-                else:
                     await llama.load(scene.state, TARGET)
-                    with pytest.raises(DAMAGED):
+                else:
+                    with pytest.raises((*DAMAGED, kvferry.CacheFull)):
                         await llama.load(damaged, TARGET)
                     refusals += 1
-                assert llama.size(TARGET) == len(scene.empty), (field, number)
+                assert scene.context.state_get(TARGET) == before, (field, number)
+        await llama.remove(TARGET)
         scene.assert_nothing_lost()
         await assert_good_load(scene, llama)
         scene.assert_every_cell_can_be_used()
@@ -248,6 +252,7 @@ async def test_a_state_that_lacks_the_cells_of_one_part_is_refused(
     counts = [field for field in scene.fields if field.name.endswith(".cells")]
     ends = [field.begin for field in scene.fields if field.name == "attention.streams"][1:]
     ends += [field.begin for field in scene.fields if field.name == "recurrent.cells"]
+    window = counts[1] if kind in ("gemma3", "hybrid-iswa") else None
     async with kvferry.Engine(DEVICES) as engine:
         for count, end in zip(counts, [*ends, len(scene.state)], strict=True):
             without = scene.state[: count.begin] + bytes(4)
@@ -260,6 +265,12 @@ async def test_a_state_that_lacks_the_cells_of_one_part_is_refused(
                 )
             without += scene.state[end:]
             async with engine.attach(context.address) as llama:
+                if known and count is window:
+                    # As a window is that has lost its cells: taken, and just that is loaded.
+                    await llama.load(without, TARGET)
+                    assert context.state_size(TARGET) == len(without)
+                    await llama.remove(TARGET)
+                    continue
                 with pytest.raises(kvferry.StateDamaged, match="a part of the memory only"):
                     await llama.load(without, TARGET)
             assert context.state_get(TARGET) == scene.empty

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import kvferry
 import numpy as np
 import pytest
@@ -120,6 +122,47 @@ async def test_a_state_of_no_bytes_is_refused_and_leaves_the_sequence(
     assert context.state_get(0) == state
 
 
+async def test_closed_memory_is_refused_and_nothing_waits_for_its_transfer(
+    make_context: MakeContext,
+) -> None:
+    context = make_prompted(make_context, "llama")
+    state = context.state_get(0)
+    engine = kvferry.Engine(DEVICES)
+    llama = engine.attach(context.address)
+    snapshot = await llama.save(0)
+    snapshot.close()
+    buffer = await engine.allocate(len(state))
+    buffer.close()
+    with anyio.fail_after(20):
+        with pytest.raises(kvferry.KvferryError, match="this Snapshot has been closed"):
+            await llama.load(snapshot, 0)
+        with pytest.raises(kvferry.KvferryError, match="this Buffer has been closed"):
+            await llama.save(0, into=buffer)
+        with pytest.raises(kvferry.KvferryError, match="this Buffer has been closed"):
+            await engine.copy_out(b"anything", buffer)
+        assert context.state_get(0) == state
+        await llama.remove(0)
+        await llama.detach()
+        await engine.aclose()
+
+
+@pytest.mark.parametrize("bad", [{"priority": "soon"}, {"mode": "soon"}])
+async def test_a_refused_option_leaves_nothing_in_flight(
+    make_context: MakeContext, bad: dict[str, Any]
+) -> None:
+    context = make_prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+        with anyio.fail_after(20):
+            with pytest.raises(ValueError, match="soon"):
+                await llama.load(snapshot, 0, **bad)
+            with pytest.raises(ValueError, match="soon"):
+                await llama.save(0, **bad)
+            await llama.remove(0)
+            await llama.detach()
+
+
 # ---- States of others ----------------------------------------------------------------------------
 
 
@@ -137,22 +180,19 @@ async def test_states_of_other_models_and_caches_are_refused(
     states = {stranger.state_get(0) for stranger in strangers}
 
     context = make_context(kind)
-    empty = context.state_get(2)
     own = make_prompted(make_context, kind).state_get(0)
     if known:
         context.decode_in_turn([0, 1], 20)
+        context.decode(2, [1, 2, 3])
     before = [context.state_get(seq) for seq in range(4)]
     # Not every option makes a difference to every kind: mamba's cache is always the same.
     assert len(states - {own}) > 5
     async with kvferry.Engine(DEVICES) as engine:
         for state in states - {own}:
-            if known:
-                context.decode(2, [1, 2, 3])
             async with engine.attach(context.address) as llama:
                 with pytest.raises((kvferry.StateMismatch, kvferry.StateDamaged)):
                     await llama.load(state, 2)
-            assert context.state_get(2) == empty
-        assert [context.state_get(seq) for seq in range(4)] == before
+            assert [context.state_get(seq) for seq in range(4)] == before
         llama = engine.attach(context.address)
         await llama.load(own, 2)
         assert context.pos_max(2) == 19
@@ -196,7 +236,8 @@ async def test_a_snapshot_of_another_model_is_refused_even_where_its_bytes_would
         snapshot = await engine.attach(stranger.address).save(0)
         with pytest.raises(kvferry.StateMismatch, match=llama.fingerprint):
             await llama.load(snapshot, 2)
-        assert context.pos_max(2) == -1
+        assert context.pos_max(2) == 2  # as it was: libllama has seen nothing of it
+        assert llama.load_outcome(2) == "unchanged"
         await llama.load(snapshot.to_bytes(), 2)  # as bytes they say nothing of a model
         assert context.pos_max(2) == 19
 
@@ -336,6 +377,91 @@ async def test_a_cancelled_load_leaves_the_sequence_empty_and_the_others_alone(
     context.decode(3, large_model.prompt(6 * LARGE_TOKENS))
     with pytest.raises(Refused):
         context.decode(3, [1])
+
+
+async def test_a_load_that_is_cancelled_before_it_begins_leaves_the_sequence(
+    make_context: MakeContext,
+) -> None:
+    context = make_prompted(make_context, "llama")
+    state = context.state_get(1)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+        assert llama.load_outcome(1) is None
+        began, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            began.set()
+            release.wait()
+
+        async def load() -> None:
+            try:
+                await llama.load(snapshot, 1)
+            finally:
+                outcomes.append(llama.load_outcome(1))
+
+        outcomes: list[str | None] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(llama.run, hold)
+            await anyio.to_thread.run_sync(began.wait)
+            async with anyio.create_task_group() as loads:
+                loads.start_soon(load)
+                await anyio.wait_all_tasks_blocked()
+                assert llama.load_outcome(1) == "in_flight"
+                loads.cancel_scope.cancel()
+            assert outcomes == ["unchanged"]
+            release.set()
+        assert llama.load_outcome(1) == "unchanged"
+        assert context.state_get(1) == state
+        await llama.load(snapshot, 1)
+        assert llama.load_outcome(1) == "loaded"
+
+
+@pytest.mark.parametrize("mode", ["in_place", "ahead"])
+async def test_the_outcome_of_a_cancelled_load_is_what_the_sequence_holds(
+    make_context: MakeContext, large_model: Model, mode: Any
+) -> None:
+    context = make_context(large_model, n_ctx=8 * LARGE_TOKENS)
+    context.decode(0, large_model.prompt(LARGE_TOKENS))
+    context.decode(1, large_model.prompt(5, seed=1))
+    small = context.state_get(1)
+    outcomes: set[str | None] = set()
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+        for turn in range(200):
+            await llama.load(small, 2)
+            delay = 0 if turn % 3 == 0 else 0.0002 * (turn % 40)
+            with anyio.move_on_after(delay):
+                await llama.load(snapshot, 2, mode=mode)
+            outcome = llama.load_outcome(2)
+            outcomes.add(outcome)
+            last = {"unchanged": 4, "empty": -1, "loaded": LARGE_TOKENS - 1}
+            assert context.pos_max(2) == last[str(outcome)]
+            if len(outcomes) == 3:
+                break
+    assert "empty" in outcomes
+
+
+async def test_the_outcome_of_a_refused_load_is_what_the_sequence_holds(
+    make_context: MakeContext,
+) -> None:
+    context = make_prompted(make_context, "llama", n_ctx=256)
+    other = make_context("llama")
+    other.decode(0, other.model.prompt(300))
+    large = other.state_get(0)
+    state = context.state_get(0)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        for bad in (state[:-1], b"?" * len(state), b"", large):
+            context.decode(2, [1, 2, 3])
+            with pytest.raises(kvferry.KvferryError):
+                await llama.load(bad, 2)
+            assert llama.load_outcome(2) == ("empty" if context.pos_max(2) == -1 else "unchanged")
+            context.seq_rm(2)
+        with pytest.raises(kvferry.SequenceRange):
+            await llama.load(state, 7)
+        assert llama.load_outcome(7) == "unchanged"
 
 
 # ---- Freed, detached, closed ---------------------------------------------------------------------

@@ -1,7 +1,13 @@
 """Snapshots: views, checksums, files. (Saving and loading them: test_llama_basic.py.)"""
 
+import errno
 import gc
+import os
+import signal
+import stat
+import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -99,3 +105,92 @@ async def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     snapshot = await Snapshot.from_file(path)
     with pytest.raises(kvferry.StateDamaged):
         await snapshot.verify()
+
+
+# ---- What a file that is overwritten goes through ------------------------------------------------
+
+
+async def test_a_file_is_whole_until_the_new_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written aside and synced, then put in place, then the folder is synced."""
+    path = tmp_path / "state"
+    await Snapshot.from_bytes(STATE, fingerprint="old").to_file(path)
+    old = path.read_bytes()
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(descriptor: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        if kind == "file":
+            assert os.fstat(descriptor).st_size > len(STATE)
+            assert path.read_bytes() == old
+        steps.append(f"sync {kind}")
+        fsync(descriptor)
+
+    def noting_replace(source: str, target: str) -> None:
+        steps.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    await Snapshot.from_bytes(STATE[::-1], fingerprint="new").to_file(path)
+    assert steps == ["sync file", "replace", "sync folder"]
+    assert (await Snapshot.from_file(path)).fingerprint == "new"
+    assert os.listdir(tmp_path) == ["state"]
+
+
+async def test_a_failure_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state"
+    await Snapshot.from_bytes(STATE, fingerprint="old").to_file(path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        await Snapshot.from_bytes(STATE[::-1], fingerprint="new").to_file(path)
+    assert (await Snapshot.from_file(path)).fingerprint == "old"
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    program = f"""
+import os, signal, sys, anyio, kvferry
+anyio.run(kvferry.Snapshot.from_bytes(b"old" * 1000, fingerprint="old").to_file, {str(path)!r})
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+anyio.run(kvferry.Snapshot.from_bytes(b"new" * 1000, fingerprint="new").to_file, {str(path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    snapshot = Snapshot._read(path)
+    assert (snapshot.fingerprint, snapshot.to_bytes()) == ("old", b"old" * 1000)
+
+
+async def test_a_file_keeps_its_permissions_and_a_link_its_target(tmp_path: Path) -> None:
+    path, link = tmp_path / "state", tmp_path / "link"
+    await Snapshot.from_bytes(STATE).to_file(path)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    path.chmod(0o640)
+    link.symlink_to("state")
+    await Snapshot.from_bytes(STATE[::-1]).to_file(link)
+    assert link.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert (await Snapshot.from_file(path)).to_bytes() == STATE[::-1]
+
+
+async def test_what_is_no_plain_file_is_written_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader.start()
+    await Snapshot.from_bytes(STATE).to_file(pipe)
+    reader.join()
+    assert received[0].endswith(STATE)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)

@@ -73,8 +73,11 @@ func benchmarkSaves(b *testing.B, ctx context.Context, depth int, goMemory bool)
 
 // One job after the other: what is measured is how long a program waits for a completion.
 func BenchmarkSaveOneByOne(b *testing.B) {
+	cancellable, cancel := context.WithCancel(context.Background())
+	defer cancel()
 	b.Run("C", func(b *testing.B) { benchmarkC(b, 1) })
 	b.Run("Go", func(b *testing.B) { benchmarkSaves(b, context.Background(), 1, false) })
+	b.Run("Go/cancellable", func(b *testing.B) { benchmarkSaves(b, cancellable, 1, false) })
 }
 
 // Many jobs in flight: what is measured is the work that a job costs.

@@ -25,7 +25,7 @@ const (
 type EngineOptions struct {
 	Devices      Devices
 	CopyThreads  int   // threads that copy host memory; 0: by the number of cores, 6 at most
-	PinnedLimit  int64 // most bytes of the buffer pool, free ones included; 0: no limit
+	PinnedLimit  int64 // most bytes of the buffer pool, each buffer's Cap and free ones included; 0: no limit
 	StagingBytes int64 // most device memory used per device and direction; 0: 32 MiB
 	// Ordinals of the CUDA devices to use, below 64, as the driver counts them; none: every one. Others are not touched.
 	// ErrNoDevice where one of them cannot be used.

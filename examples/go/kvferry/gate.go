@@ -41,4 +41,7 @@ func (g *gate) close() {
 // tryClose closes an empty gate. False where somebody is inside.
 func (g *gate) tryClose() bool { return g.state.CompareAndSwap(0, gateClosing) }
 
+// reopen takes tryClose back.
+func (g *gate) reopen() { g.state.Add(-gateClosing) }
+
 func (g *gate) closed() bool { return g.state.Load()&gateClosing != 0 }

@@ -36,8 +36,9 @@ type Llama struct {
 //
 // A llama_context bears one caller at a time, and recording the layout of a sequence is such a call. So the program
 // shares a lock: it holds it around llama_decode and everything else that it does with the context, and this package
-// holds it while it sizes, submits and settles, which takes microseconds to a few milliseconds; never while bytes
-// move. A sync.Mutex is the right kind: which thread calls does not matter to llama.cpp, only that nobody else does,
+// holds it while it sizes, submits and settles, which takes microseconds to a few milliseconds. It does not hold it while
+// bytes move, with one exception: a Snapshot is copied aside before anybody may decode again (SaveMode says how long that
+// takes). Calls that need no context, such as Describe and those of the Engine, never wait for the lock. A sync.Mutex is the right kind: which thread calls does not matter to llama.cpp, only that nobody else does,
 // and a mutex lets a transfer in after the decode that is under way even when the decoding goroutine asks for it
 // again at once (it is handed over to whoever has waited for a millisecond). So neither a locked thread nor an owner
 // goroutine is needed, and a program that has either may hand in any sync.Locker that gets its consent.
@@ -47,10 +48,8 @@ func (e *Engine) Attach(llamaContext uintptr, lock sync.Locker, options AttachOp
 	if lock == nil {
 		return nil, &Error{Status: ErrInvalidArgument, Detail: "lock is nil"}
 	}
-	e.mutex.Lock()
-	defer e.mutex.Unlock()
-	if e.closed {
-		return nil, &Error{Status: ErrClosed}
+	if err := e.countAttachment(); err != nil {
+		return nil, err
 	}
 	var library *C.char
 	if options.Library != "" {
@@ -68,10 +67,28 @@ func (e *Engine) Attach(llamaContext uintptr, lock sync.Locker, options AttachOp
 		&text[0], C.uint64_t(len(text)), (*C.uint64_t)(&l.handle))
 	lock.Unlock()
 	if status != C.KVF_OK {
+		e.discountAttachment()
 		return nil, failure(status, text[:])
 	}
-	e.attached++
 	return l, nil
+}
+
+// countAttachment keeps the engine from being closed, also while Attach waits for the context's lock: not under the
+// engine's own, for others need that and may hold the context's.
+func (e *Engine) countAttachment() error {
+	e.mutex.Lock()
+	defer e.mutex.Unlock()
+	if e.closed {
+		return &Error{Status: ErrClosed}
+	}
+	e.attached++
+	return nil
+}
+
+func (e *Engine) discountAttachment() {
+	e.mutex.Lock()
+	defer e.mutex.Unlock()
+	e.attached--
 }
 
 // Close waits for the attachment's transfers, lets no new one begin, and detaches; with the last attachment libllama
@@ -87,9 +104,7 @@ func (l *Llama) Close() error {
 	l.lock.Lock()
 	err := check(C.kvf_llama_detach(l.handle))
 	l.lock.Unlock()
-	l.engine.mutex.Lock()
-	l.engine.attached--
-	l.engine.mutex.Unlock()
+	l.engine.discountAttachment()
 	return err
 }
 
@@ -134,10 +149,11 @@ func (s Sequence) Size() (int, error) {
 // Save writes the sequence's state, bit for bit what llama_state_seq_get_data would write, into memory of at least
 // Size bytes, and returns when that has been done, has failed, or has been cancelled through ctx. A transfer that ctx
 // cancels is still waited for: when Save returns, nobody uses the memory any more. If the transfer was faster than the
-// cancellation, Save returns nil.
+// cancellation, Save returns nil. While Save waits for the context's lock it does not notice the end of ctx; then nothing
+// is saved.
 //
-// The context's lock is held only while the layout is recorded; other sequences decode meanwhile. What this sequence
-// may do until Save returns depends on the SaveMode.
+// The context's lock is held while the layout is recorded and, in the mode Snapshot, while the sequence is copied aside. Then
+// other sequences decode until Save returns. What this sequence may do until Save returns depends on the SaveMode.
 //
 // Errors: ErrSequenceRange, ErrSequenceEmpty, ErrBufferTooSmall, ErrBusy (a load into this sequence is in flight),
 // ErrCancelled (which wraps the cause), ErrClosed, ErrContextFreed, ErrLlama.
@@ -152,7 +168,7 @@ func (s Sequence) Save(ctx context.Context, to Memory, options ...Option) (Compl
 // Load replaces what the sequence holds by a saved state, of exactly the memory's size, and returns when that has been
 // done, has failed, or has been cancelled through ctx, as Save does. The sequence must not be used until it returns;
 // others decode meanwhile. After an error the sequence is empty, or as it was where nothing had been begun (ErrBusy,
-// ErrSequenceRange, ErrClosed).
+// ErrSequenceRange, ErrClosed; ErrCancelled where ctx ended before the call had the context's lock).
 //
 // The state is checked before libllama sees it. Errors: ErrStateDamaged, ErrStateMismatch, ErrCacheFull,
 // ErrSequenceRange, ErrBusy (a transfer of this sequence is in flight), ErrCancelled, ErrClosed, ErrContextFreed.
@@ -162,7 +178,7 @@ func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (Com
 	}
 	defer s.llama.inFlight.leave()
 	completion, err := s.transfer(ctx, C.KVGO_LOAD_SEQUENCE, from, read(options))
-	if err != nil { // a load that failed after it had begun left half a state: remove it
+	if err != nil && completion.Submitted != 0 { // it had begun, and left half a state: remove that
 		s.llama.lock.Lock()
 		C.kvf_llama_settle(s.llama.handle)
 		s.llama.lock.Unlock()

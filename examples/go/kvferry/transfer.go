@@ -29,7 +29,8 @@ type Completion struct {
 // Took is the time from the submission to the end.
 func (c Completion) Took() time.Duration { return c.Finished - c.Submitted }
 
-// Priority says how a transfer shares the link with whatever else the device does.
+// Priority says how a transfer shares the link with whatever else the device does. Within a priority the oldest transfer
+// goes first.
 type Priority uint32
 
 const (
@@ -46,7 +47,9 @@ const (
 	// No memory beside the buffer. A plain attention cache may be appended to meanwhile; the sequence must not be
 	// removed, shifted or copied onto, and a recurrent or sliding-window sequence must not be decoded.
 	InPlace SaveMode = C.KVF_SAVE_IN_PLACE
-	// The sequence is copied aside first; anything may be done to it meanwhile.
+	// The sequence is copied aside first, with the context's lock held, for the next decode may overwrite it; then
+	// anything may be done to it. On a GPU that takes about a millisecond a gigabyte. In host memory the copy goes to
+	// the buffer and is the whole save; so it is on a GPU whose memory is too short for a copy.
 	Snapshot SaveMode = C.KVF_SAVE_SNAPSHOT
 )
 
@@ -138,7 +141,8 @@ type request struct {
 	settings
 }
 
-// transfer submits a job and waits for its one completion, whatever happens to ctx meanwhile.
+// transfer submits a job and waits for its one completion, whatever happens to ctx meanwhile. Where nothing was submitted
+// the Completion is the value zero.
 func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	if ctx.Err() != nil {
 		return Completion{}, cancelled(ctx)
@@ -174,15 +178,14 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	}
 	w.armed.Store(true)
 
-	status := w.submit(r.lock, r.regions)
-	if status != C.KVF_OK {
+	if err := w.submit(ctx, r.lock, r.regions); err != nil {
 		w.armed.Store(false)
-		return Completion{}, failure(status, s.error[:])
+		return Completion{}, err
 	}
 	if w.keepsJob {
 		defer C.kvgo_release(&s.job, 1)
 		if err := w.makeStreamsWait(r.waits); err != nil {
-			return Completion{}, err
+			return w.result, err
 		}
 	}
 	if done == nil {
@@ -227,10 +230,18 @@ func (w *waiter) makeStreamsWait(waits []streamWait) error {
 	return nil
 }
 
-func (w *waiter) submit(lock sync.Locker, regions []Region) C.int32_t {
+func (w *waiter) submit(ctx context.Context, lock sync.Locker, regions []Region) error {
 	if lock != nil {
 		lock.Lock()
 		defer lock.Unlock()
+		// The context may have ended during the wait, and a load that is begun costs the sequence what it holds.
+		if ctx.Err() != nil {
+			return cancelled(ctx)
+		}
 	}
-	return C.kvgo_submit(&w.submission, (*C.kvf_region)(unsafe.Pointer(unsafe.SliceData(regions))))
+	status := C.kvgo_submit(&w.submission, (*C.kvf_region)(unsafe.Pointer(unsafe.SliceData(regions))))
+	if status != C.KVF_OK {
+		return failure(status, w.submission.error[:])
+	}
+	return nil
 }

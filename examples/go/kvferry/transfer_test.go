@@ -7,7 +7,9 @@ import (
 	"math"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -144,6 +146,143 @@ func TestBufferCannotBeClosedWhileATransferUsesIt(t *testing.T) {
 	}
 }
 
+// A buffer's memory that is handed to a transfer as Bytes is refused by the library, not by Go.
+func TestBufferWhoseCloseWasRefusedIsGivenBackByTheNextClose(t *testing.T) {
+	engine := newEngine(t)
+	const size = 32 << 20
+	source := baseline.Alloc(size)
+	defer baseline.Free(source)
+	for attempt := 0; ; attempt++ {
+		if attempt == 1000 {
+			t.Fatal("never saw the transfer in flight")
+		}
+		buffer := newBuffer(t, engine, size)
+		ended := make(chan error, 1)
+		go func() {
+			_, err := engine.SaveRegions(context.Background(), regionsOf(source), kvferry.Bytes(buffer.Bytes()))
+			ended <- err
+		}()
+		for inFlight(t, engine) == 0 && len(ended) == 0 {
+			runtime.Gosched()
+		}
+		refusal := buffer.Close()
+		if err := <-ended; err != nil && refusal != nil {
+			t.Fatal(err)
+		}
+		if refusal == nil {
+			continue
+		}
+		if !errors.Is(refusal, kvferry.ErrBusy) {
+			t.Fatalf("closing gave %v", refusal)
+		}
+		if buffer.Bytes() == nil {
+			t.Error("a buffer whose Close was refused has no memory")
+		}
+		if _, err := engine.SaveRegions(context.Background(), regionsOf(source), buffer); err != nil {
+			t.Errorf("saving into it gave %v", err)
+		}
+		if err := buffer.Close(); err != nil {
+			t.Errorf("closing it again gave %v", err)
+		}
+		if taken := bytesTaken(t, engine); taken != 0 {
+			t.Errorf("%d bytes are still taken", taken)
+		}
+		return
+	}
+}
+
+func TestCapIsWhatABufferTakesOfThePool(t *testing.T) {
+	engine := newEngine(t)
+	var taken int64
+	for _, size := range []int{1, 5000, 1_000_001, 12_345_678} {
+		buffer := newBuffer(t, engine, size)
+		taken += int64(buffer.Cap())
+		if buffer.Len() != size || len(buffer.Bytes()) != size || cap(buffer.Bytes()) != buffer.Cap() {
+			t.Errorf("%d bytes: Len %d, Cap %d, Bytes of %d and %d", size, buffer.Len(), buffer.Cap(), len(buffer.Bytes()), cap(buffer.Bytes()))
+		}
+		if buffer.Cap() < size || buffer.Cap() > size+size/16+os.Getpagesize() {
+			t.Errorf("%d bytes: Cap %d", size, buffer.Cap())
+		}
+		if got := bytesTaken(t, engine); got != taken {
+			t.Errorf("%d bytes are taken, and %d counted", got, taken)
+		}
+	}
+}
+
+func TestSliceOfABufferIsMemory(t *testing.T) {
+	engine := newEngine(t)
+	buffer := newBuffer(t, engine, 10_000)
+	clear(buffer.Bytes()[:buffer.Cap()])
+	source := pattern(1000, 1)
+	for _, low := range []int{0, 777, buffer.Cap() - 1000} {
+		part := buffer.Slice(low, low+1000)
+		if part.Len() != 1000 {
+			t.Errorf("Len %d", part.Len())
+		}
+		if _, err := engine.SaveRegions(context.Background(), regionsOf(source), part); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(buffer.Bytes()[low:low+1000], source) {
+			t.Errorf("damaged at %d", low)
+		}
+		target := make([]byte, 1000)
+		if _, err := engine.LoadRegions(context.Background(), regionsOf(target), part); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(target, source) {
+			t.Errorf("loaded from %d it is damaged", low)
+		}
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(source), buffer.Slice(0, 999)); !errors.Is(err, kvferry.ErrBufferTooSmall) {
+		t.Errorf("a slice that is too small gave %v", err)
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(source), kvferry.Slice{}); !errors.Is(err, kvferry.ErrInvalidArgument) {
+		t.Errorf("the zero slice gave %v", err)
+	}
+	part := buffer.Slice(0, 1000)
+	if err := buffer.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(source), part); !errors.Is(err, kvferry.ErrInvalidArgument) {
+		t.Errorf("a slice of a closed buffer gave %v", err)
+	}
+}
+
+func TestSliceKeepsItsBuffer(t *testing.T) {
+	engine := newEngine(t)
+	part := func() kvferry.Slice {
+		buffer, err := engine.NewBuffer(1 << 20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return buffer.Slice(0, 1000)
+	}()
+	for range 5 {
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+	}
+	if bytesTaken(t, engine) == 0 {
+		t.Error("the buffer is gone")
+	}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(pattern(1000, 1)), part); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSliceOutOfBoundsPanics(t *testing.T) {
+	buffer := newBuffer(t, newEngine(t), 1000)
+	for _, bounds := range [][2]int{{-1, 1}, {2, 1}, {0, buffer.Cap() + 1}} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%v did not panic", bounds)
+				}
+			}()
+			buffer.Slice(bounds[0], bounds[1])
+		}()
+	}
+}
+
 func isClosed(done chan struct{}) bool {
 	select {
 	case <-done:
@@ -167,6 +306,61 @@ func TestForgottenBufferIsGivenBack(t *testing.T) {
 		}
 		runtime.GC()
 		time.Sleep(time.Millisecond)
+	}
+}
+
+func TestForgottenBuffersMakeRoomWhereTheLimitIsReached(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly, PinnedLimit: 4 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer engine.Close()
+	for i := range 100 {
+		if _, err := engine.NewBuffer(1 << 20); err != nil {
+			t.Fatalf("buffer %d: %v", i, err)
+		}
+	}
+}
+
+func TestBuffersInUseMakeNoRoom(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly, PinnedLimit: 4 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer engine.Close()
+	for range 4 {
+		newBuffer(t, engine, 1<<20)
+	}
+	if _, err := engine.NewBuffer(1); !errors.Is(err, kvferry.ErrPinnedLimit) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A finalizer that does not return holds up all others, Go says.
+func TestProgramsFinalizerThatHangsHoldsNoBufferUp(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly, PinnedLimit: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer engine.Close()
+	newBuffer(t, engine, 1<<20)
+	hangs, goOn := make(chan struct{}), make(chan struct{})
+	runtime.SetFinalizer(new([64]byte), func(*[64]byte) { close(hangs); <-goOn })
+	runtime.GC()
+	<-hangs
+	defer close(goOn)
+	refused := make(chan error)
+	go func() {
+		_, err := engine.NewBuffer(1)
+		refused <- err
+	}()
+	select {
+	case err := <-refused:
+		if !errors.Is(err, kvferry.ErrPinnedLimit) {
+			t.Errorf("got %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it is still waiting")
 	}
 }
 
@@ -392,6 +586,7 @@ func TestATransferAllocatesNothing(t *testing.T) {
 	source, own := make([]byte, 4096), make([]byte, 4096)
 	regions := regionsOf(source)
 	buffer := newBuffer(t, engine, 4096)
+	part := kvferry.Memory(buffer.Slice(0, 4096))
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	for name, save := range map[string]func() error{
@@ -401,6 +596,10 @@ func TestATransferAllocatesNothing(t *testing.T) {
 		},
 		"bytes": func() error {
 			_, err := engine.SaveRegions(context.Background(), regions, kvferry.Bytes(own), kvferry.WithPriority(kvferry.Urgent))
+			return err
+		},
+		"slice": func() error {
+			_, err := engine.SaveRegions(context.Background(), regions, part)
 			return err
 		},
 		"cancellable": func() error {
@@ -438,6 +637,83 @@ func TestRegisteredMemoryIsRefusedTwiceAndReleased(t *testing.T) {
 	}
 	if !bytes.Equal(memory, pattern(1<<20, 3)) {
 		t.Error("damaged")
+	}
+}
+
+func TestForgottenRegistrationSaysWhereItWasMade(t *testing.T) {
+	const child = "KVFERRY_TEST_FORGETS"
+	if os.Getenv(child) != "" { // what follows ends the process
+		registerAndForget(t)
+		for range 100 {
+			runtime.GC()
+			time.Sleep(10 * time.Millisecond)
+		}
+		return
+	}
+	command := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+	command.Env = append(os.Environ(), child+"=1")
+	said, err := command.CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		t.Fatalf("the process ended with %v:\n%s", err, said)
+	}
+	for _, word := range []string{"panic: kvferry: ", "Registration", "Close", "registerAndForget", "transfer_test.go:", "(*Registration)"} {
+		if !strings.Contains(string(said), word) {
+			t.Errorf("it does not say %q:\n%s", word, said)
+		}
+	}
+}
+
+//go:noinline
+func registerAndForget(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := engine.Register(make([]byte, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestClosedRegistrationMayBeDropped(t *testing.T) {
+	engine := newEngine(t)
+	func() {
+		registration, err := engine.Register(make([]byte, 1<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := registration.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	for range 5 {
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func TestRegistrationMayBeClosedAfterItsEngine(t *testing.T) {
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly})
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := make([]byte, 1<<20)
+	registration, err := engine.Register(memory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := engine.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := registration.Close(); err != nil {
+		t.Error(err)
+	}
+	again, err := newEngine(t).Register(memory)
+	if err != nil {
+		t.Fatalf("registering the memory again gave %v", err)
+	}
+	if err := again.Close(); err != nil {
+		t.Error(err)
 	}
 }
 

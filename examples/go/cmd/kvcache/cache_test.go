@@ -9,45 +9,33 @@ func TestLeastRecentlyUsedGoesFirst(t *testing.T) {
 	var gone []string
 	c := newCache(100, func(state string) { gone = append(gone, state) })
 	for i, state := range []string{"a", "b", "c"} {
-		if !c.reserve(30) {
+		if !c.makeRoom(30) {
 			t.Fatal("no room")
 		}
 		c.put(i, state, 1, 30)
 	}
 	// "a" is used again, so "b" is the oldest.
-	state, _, size, found := c.take(0)
+	state, _, found := c.take(0)
 	if !found || state != "a" {
 		t.Fatal("a is not there")
 	}
-	c.put(0, state, 1, size)
-	if !c.reserve(35) {
+	c.put(0, state, 1, 30)
+	if !c.makeRoom(35) {
 		t.Fatal("no room")
 	}
-	if !slices.Equal(gone, []string{"b"}) || c.used != 95 {
+	if !slices.Equal(gone, []string{"b"}) || c.used != 60 {
 		t.Errorf("gone: %v; %d bytes used", gone, c.used)
 	}
-	if _, _, _, found := c.take(1); found {
+	if _, _, found := c.take(1); found {
 		t.Error("b is still there")
 	}
 }
 
-func TestStateThatIsBeingLoadedIsNotEvicted(t *testing.T) {
+func TestStateLargerThanTheBudgetIsRefusedAndCostsNoOther(t *testing.T) {
 	c := newCache(100, func(string) { t.Error("something was evicted") })
-	c.reserve(60)
+	c.makeRoom(60)
 	c.put(0, "a", 1, 60)
-	_, _, size, _ := c.take(0)
-	if c.reserve(50) {
-		t.Error("room was made of a state in use")
-	}
-	c.giveUp(size)
-	if !c.reserve(50) {
-		t.Error("no room after it was given up")
-	}
-}
-
-func TestStateLargerThanTheBudgetIsRefused(t *testing.T) {
-	c := newCache(100, func(string) {})
-	if c.reserve(101) || c.used != 0 || c.counts.Refusals != 1 {
+	if c.makeRoom(101) || c.used != 60 || c.counts.Refusals != 1 {
 		t.Errorf("used %d, %+v", c.used, c.counts)
 	}
 }

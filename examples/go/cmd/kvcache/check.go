@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"math"
 	"slices"
 
@@ -23,11 +22,12 @@ type checked struct {
 	LargestDiff float64 `json:"largest_logit_difference_to_prefill"` // of the largest logit
 }
 
-// check loads every state that is in the cache in each of three ways into a context that does nothing else.
+// check loads every state that is in the cache in each of three ways into a context that does nothing else. What it saves
+// goes to memory of Go's: the engine's is the cache's.
 func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer], conversations []conversation) (checked, error) {
 	var result checked
 	const sequence = 0
-	own := &plain{model: m}
+	own := plain{m}
 	err := states.each(func(conversation int, state *kvferry.Buffer, tokens int) error {
 		said := conversations[conversation].tokens
 		next := said[tokens]
@@ -36,13 +36,11 @@ func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer
 		if _, err := f.load(ctx, sequence, state); err != nil {
 			return err
 		}
-		again, _, err := f.save(ctx, sequence, state.Len())
-		if err != nil {
+		again, byLlama, reference := make([]byte, state.Len()), make([]byte, state.Len()), make([]byte, state.Len())
+		if _, err := f.llama.Sequence(sequence).Save(ctx, kvferry.Bytes(again)); err != nil {
 			return err
 		}
-		defer again.Close()
-		byLlama, _, err := own.save(ctx, sequence, state.Len())
-		if err != nil {
+		if _, err := own.saveBytes(sequence, byLlama); err != nil {
 			return err
 		}
 		ferried, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
@@ -51,18 +49,17 @@ func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer
 		}
 
 		m.clear(sequence)
-		if _, err := own.load(ctx, sequence, state.Bytes()); err != nil {
+		if _, err := own.load(ctx, sequence, state); err != nil {
 			return err
 		}
-		reference, _, err := own.save(ctx, sequence, state.Len())
-		if err != nil {
+		if _, err := own.saveBytes(sequence, reference); err != nil {
 			return err
 		}
 		loaded, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
 		if err != nil {
 			return err
 		}
-		same := bytes.Equal(again.Bytes(), reference) && bytes.Equal(byLlama, reference) && sameBits(ferried, loaded)
+		same := bytes.Equal(again, reference) && bytes.Equal(byLlama, reference) && sameBits(ferried, loaded)
 
 		m.clear(sequence)
 		if _, err = m.feed(ctx, sequence, 0, said[:tokens]); err != nil {
@@ -90,9 +87,6 @@ func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer
 		return nil
 	})
 	m.clear(sequence)
-	if err == nil && result.States == 0 {
-		err = errors.New("the cache is empty: there is nothing to check")
-	}
 	return result, err
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,14 +26,15 @@ type settings struct {
 // conversation is what has been said, by both sides.
 type conversation struct {
 	tokens []llama.Token
-	busy   bool
 }
 
-// turn is one thing that a user says to one conversation.
+// turn is one thing that a user says to one conversation; or, without tokens, nothing: a sequence rests.
 type turn struct {
 	conversation int
 	tokens       []llama.Token
 }
+
+func (t turn) isRest() bool { return len(t.tokens) == 0 }
 
 // schedule draws the turns: the same ones for every way. Some conversations are livelier than others, by Zipf's law.
 func schedule(s settings, vocabulary int) []turn {
@@ -63,6 +65,47 @@ func schedule(s settings, vocabulary int) []turn {
 	return turns
 }
 
+// lineUp says which turn is held in which sequence: turn i in sequence i % sequences, when the turn before it in the same
+// sequence has ended. So no conversation may come twice among `sequences` neighbours; its next turn waits, and others
+// overtake it. A server holds the next turn of a conversation where it still is, if it can: that turn overtakes too, unless
+// the first one that waits has been overtaken `sequences` times.
+func lineUp(turns []turn, sequences int) []turn {
+	pending := slices.Clone(turns)
+	var line []turn
+	overtaken := 0 // how often the first one in pending has been
+	for len(pending) > 0 {
+		inFlight := line[max(0, len(line)-sequences+1):]
+		inPlace := -1
+		if len(line) >= sequences && !line[len(line)-sequences].isRest() {
+			inPlace = line[len(line)-sequences].conversation
+		}
+		next := -1
+		for i, t := range pending {
+			busy := slices.ContainsFunc(inFlight, func(o turn) bool { return !o.isRest() && o.conversation == t.conversation })
+			if busy || slices.ContainsFunc(pending[:i], func(o turn) bool { return o.conversation == t.conversation }) {
+				continue
+			}
+			if next < 0 {
+				next = i
+			}
+			if t.conversation == inPlace && overtaken < sequences {
+				next = i
+				break
+			}
+		}
+		if next < 0 {
+			line = append(line, turn{})
+			continue
+		}
+		if overtaken++; next == 0 {
+			overtaken = 0
+		}
+		line = append(line, pending[next])
+		pending = slices.Delete(pending, next, next+1)
+	}
+	return line
+}
+
 // longest is how many tokens a sequence must have room for.
 func longest(s settings, turns []turn) int {
 	lengths, most := make([]int, s.Conversations), 0
@@ -74,104 +117,91 @@ func longest(s settings, turns []turn) int {
 }
 
 // runner holds conversations: as many turns at a time as there are sequences, each in one of its own.
-type runner[State any] struct {
+type runner struct {
 	settings settings
 	model    *model
 	decoder  *decoder
-	way      way[State] // nil: nothing is kept, every turn prefills again
-	cache    *cache[State]
+	way      way
 	progress func(done int)
 
-	mutex         sync.Mutex
-	changed       *sync.Cond
+	order         *order
 	conversations []conversation
-	pending       []turn
-	done          int
-	failed        error
-	figures       figures
+
+	mutex   sync.Mutex
+	done    int
+	failed  error
+	figures figures
 }
 
-// figures are what a run measures.
+// figures are what a run measures, beside its way.
 type figures struct {
-	firsts, found []time.Duration // first tokens of all turns, and of those whose state was found
-	loads, saves  []time.Duration
-	held          []time.Duration // how long nothing could be decoded, for each of both
+	firsts, found []time.Duration // first tokens of all turns, and of those of which something was known
 	prefilled     int
-	savedBytes    int64
-	loadedBytes   int64
 }
 
-func (r *runner[State]) run(ctx context.Context, turns []turn) error {
-	r.changed = sync.NewCond(&r.mutex)
+func (r *runner) run(ctx context.Context, turns []turn) error {
+	r.order = newOrder()
 	r.conversations = make([]conversation, r.settings.Conversations)
-	r.pending = append([]turn(nil), turns...)
-	defer context.AfterFunc(ctx, func() { r.fail(ctx.Err()) })()
+	line := lineUp(turns, r.settings.Sequences)
+	defer context.AfterFunc(ctx, func() { r.fail(context.Cause(ctx)) })()
 	var group sync.WaitGroup
 	for sequence := range r.settings.Sequences {
 		group.Go(func() {
-			for {
-				t, more := r.next()
-				if !more {
-					return
-				}
-				if err := r.turn(ctx, llama.SeqId(sequence), t); err != nil {
-					r.fail(err)
-				}
-				r.finish(t)
+			if err := r.serve(ctx, llama.SeqId(sequence), line); err != nil {
+				r.fail(err)
 			}
 		})
 	}
 	group.Wait()
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
 	return r.failed
 }
 
-// next waits for a turn whose conversation is not in the middle of another one. False where there are no more.
-func (r *runner[State]) next() (turn, bool) {
-	r.mutex.Lock()
-	defer r.mutex.Unlock()
-	for len(r.pending) > 0 && r.failed == nil {
-		for i, t := range r.pending {
-			if !r.conversations[t.conversation].busy {
-				r.pending = append(r.pending[:i:i], r.pending[i+1:]...)
-				r.conversations[t.conversation].busy = true
-				return t, true
-			}
-			if i == 4*r.settings.Sequences { // a user in a hurry must not have the others wait for ever
-				break
+// serve holds the turns of one sequence. Between two of them the one that has ended is put away, and what is known of the
+// next is brought; all sequences do that one after the other, in the order of the turns and not in that in which they
+// happen to end. So what is found and what is evicted does not depend on the clock.
+func (r *runner) serve(ctx context.Context, sequence llama.SeqId, line []turn) error {
+	var last turn
+	for i := int(sequence); i-r.settings.Sequences < len(line); i += r.settings.Sequences {
+		var next turn
+		if i < len(line) {
+			next = line[i]
+		}
+		if !r.order.enter(i) {
+			return nil
+		}
+		start, known, err := r.change(ctx, sequence, last, next)
+		r.order.leave()
+		if err != nil {
+			return err
+		}
+		if !next.isRest() {
+			if err := r.turn(ctx, sequence, next, known, start); err != nil {
+				return err
 			}
 		}
-		r.changed.Wait()
+		last = next
 	}
-	return turn{}, false
+	return nil
 }
 
-func (r *runner[State]) finish(t turn) {
-	r.mutex.Lock()
-	defer r.mutex.Unlock()
-	r.conversations[t.conversation].busy = false
-	r.done++
-	r.progress(r.done)
-	r.changed.Broadcast()
+// change says when the next turn began, and how many tokens of its conversation the sequence holds.
+func (r *runner) change(ctx context.Context, sequence llama.SeqId, last, next turn) (start time.Time, known int, err error) {
+	if !last.isRest() {
+		// The last token that was generated is not in the sequence.
+		err = r.way.end(ctx, sequence, last.conversation, len(r.conversations[last.conversation].tokens)-1)
+	}
+	start = time.Now()
+	if err == nil && !next.isRest() {
+		known, err = r.way.begin(ctx, sequence, next.conversation)
+	}
+	return start, known, err
 }
 
-func (r *runner[State]) fail(err error) {
-	r.mutex.Lock()
-	defer r.mutex.Unlock()
-	if r.failed == nil {
-		r.failed = err
-	}
-	r.changed.Broadcast()
-}
-
-// turn answers one turn: the state comes back or is computed again, the answer is given, and the state is put away.
-func (r *runner[State]) turn(ctx context.Context, sequence llama.SeqId, t turn) error {
-	defer r.model.clear(sequence)
-	c := &r.conversations[t.conversation] // ours while it is busy
-	start := time.Now()
-	known, err := r.restore(ctx, sequence, t.conversation)
-	if err != nil {
-		return err
-	}
+// turn answers one turn.
+func (r *runner) turn(ctx context.Context, sequence llama.SeqId, t turn, known int, start time.Time) error {
+	c := &r.conversations[t.conversation]
 	tokens := append(c.tokens, t.tokens...)
 	w := r.decoder.decode(ctx, sequence, known, tokens[known:], r.settings.Generate)
 	if w.err != nil {
@@ -179,58 +209,22 @@ func (r *runner[State]) turn(ctx context.Context, sequence llama.SeqId, t turn) 
 	}
 	c.tokens = append(tokens, w.generated...)
 	r.mutex.Lock()
+	defer r.mutex.Unlock()
 	r.figures.firsts = append(r.figures.firsts, w.first.Sub(start))
 	if known > 0 {
 		r.figures.found = append(r.figures.found, w.first.Sub(start))
 	}
 	r.figures.prefilled += len(tokens) - known
-	r.mutex.Unlock()
-	// The answer is there. What follows happens behind the user's back, while other sequences decode.
-	return r.keep(ctx, sequence, t.conversation, len(c.tokens)-1)
-}
-
-// restore loads a conversation's state, and says how many of its tokens the sequence then holds.
-func (r *runner[State]) restore(ctx context.Context, sequence llama.SeqId, conversation int) (int, error) {
-	if r.way == nil {
-		return 0, nil
-	}
-	state, tokens, size, found := r.cache.take(conversation)
-	if !found {
-		return 0, nil
-	}
-	load, err := r.way.load(ctx, sequence, state)
-	r.way.release(state) // it will be longer when it is saved again
-	r.cache.giveUp(size)
-	if err != nil {
-		return 0, err
-	}
-	r.mutex.Lock()
-	defer r.mutex.Unlock()
-	r.figures.loads = append(r.figures.loads, load.took)
-	r.figures.held = append(r.figures.held, load.held)
-	r.figures.loadedBytes += size
-	return tokens, nil
-}
-
-// keep saves a conversation's state, where the budget has room for it.
-func (r *runner[State]) keep(ctx context.Context, sequence llama.SeqId, conversation, tokens int) error {
-	if r.way == nil {
-		return nil
-	}
-	size, err := r.way.size(sequence)
-	if err != nil || !r.cache.reserve(int64(size)) {
-		return err
-	}
-	state, save, err := r.way.save(ctx, sequence, size)
-	if err != nil {
-		r.cache.giveUp(int64(size))
-		return err
-	}
-	r.cache.put(conversation, state, tokens, int64(size))
-	r.mutex.Lock()
-	defer r.mutex.Unlock()
-	r.figures.saves = append(r.figures.saves, save.took)
-	r.figures.held = append(r.figures.held, save.held)
-	r.figures.savedBytes += int64(size)
+	r.done++
+	r.progress(r.done)
 	return nil
+}
+
+func (r *runner) fail(err error) {
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	if r.failed == nil {
+		r.failed = err
+	}
+	r.order.stop()
 }

@@ -1,7 +1,8 @@
 // Command kvcache holds more conversations than a llama.cpp context has sequences. Every turn finds the state of its
 // conversation in a cache, loads it while others decode, and saves it behind the answer; the cache has a budget of bytes
-// and evicts what was used least recently. The same turns are then held in two other ways: without a cache, by prefilling
-// again, and with llama.cpp's own blocking calls. A table compares them.
+// and evicts what was used least recently. The same turns are held in three other ways: by prefilling again; without a
+// cache, where each conversation stays in its sequence until another one needs that; and with a cache, but by llama.cpp's
+// own blocking calls. A table compares them.
 //
 // Decoding is yzma's, on an unmodified libllama; saving and loading is kvferry's.
 package main
@@ -73,7 +74,7 @@ func parse(arguments []string, out io.Writer) (f flags, err error) {
 	if err := set.Parse(arguments); err != nil {
 		return f, err
 	}
-	f.Budget = int64(budget * (1 << 20))
+	f.Budget = max(1, int64(budget*(1<<20))) // 0 would be no limit
 	if set.NArg() > 0 || min(f.Conversations, f.Sequences, f.Turns, f.Prompt, f.User, f.Generate, f.threads) < 1 || budget <= 0 {
 		err := errors.New("every number must be at least 1, and there are no other arguments")
 		fmt.Fprintln(out, "kvcache:", err)
@@ -91,7 +92,7 @@ func run(ctx context.Context, f flags, out, progress io.Writer) error {
 	if err := loadLibrary(f.library); err != nil {
 		return err
 	}
-	engine, err := kvferry.NewEngine(kvferry.EngineOptions{})
+	engine, err := newEngine(f.Budget)
 	if err != nil {
 		return err
 	}
@@ -99,25 +100,19 @@ func run(ctx context.Context, f flags, out, progress io.Writer) error {
 	result := report{Settings: f.settings}
 
 	// Each way gets a context of its own, as empty as the others'.
-	if err := withRun(ctx, f, "prefill again", progress, func(m *model) (way[struct{}], error) { return nil, nil },
-		func(_ *runner[struct{}], r row) error { result.Rows = append(result.Rows, r); return nil }); err != nil {
-		return err
-	}
-	if err := withRun(ctx, f, "llama.cpp", progress, func(m *model) (way[[]byte], error) { return &plain{model: m}, nil },
-		func(_ *runner[[]byte], r row) error { result.Rows = append(result.Rows, r); return nil }); err != nil {
-		return err
-	}
-	var attached *kvferry.Llama
-	err = withRun(ctx, f, "kvferry", progress, func(m *model) (_ way[*kvferry.Buffer], err error) {
-		attached, err = engine.Attach(uintptr(m.context), &m.mutex, kvferry.AttachOptions{})
-		return ferry{engine, attached}, err
-	}, func(r *runner[*kvferry.Buffer], w row) (err error) {
-		result.Rows = append(result.Rows, w)
-		result.Check, err = check(ctx, r.model, r.way.(ferry), r.cache, r.conversations)
-		return err
-	})
-	if err != nil {
-		return err
+	for _, w := range ways(engine, f.Budget) {
+		err := withRun(ctx, f, w, showProgress(progress, w.name, f.Turns), func(r *runner, measured row) (err error) {
+			result.Rows = append(result.Rows, measured)
+			if states, cached := r.way.(*cached); cached {
+				if ferry, ours := states.mover.(ferry); ours {
+					result.Check, err = check(ctx, r.model, ferry, states.states, r.conversations)
+				}
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
 	}
 	if f.json != "-" {
 		result.print(out)
@@ -133,9 +128,31 @@ func run(ctx context.Context, f flags, out, progress io.Writer) error {
 	return nil
 }
 
+// newEngine makes one whose limit is the budget: so the budget bounds memory, buffers that the pool keeps free included.
+func newEngine(budget int64) (*kvferry.Engine, error) {
+	return kvferry.NewEngine(kvferry.EngineOptions{PinnedLimit: budget})
+}
+
+// namedWay is a way that is still to be opened.
+type namedWay struct {
+	name string
+	open func(*model) (way, error)
+}
+
+func ways(engine *kvferry.Engine, budget int64) []namedWay {
+	return []namedWay{
+		{"prefill again", func(m *model) (way, error) { return prefillAgain{m}, nil }},
+		{"keep sequences in place", func(m *model) (way, error) { return newKeepInPlace(m), nil }},
+		{"llama.cpp", func(m *model) (way, error) { return newCached(engine, m, plain{m}, budget), nil }},
+		{"kvferry", func(m *model) (way, error) {
+			ferry, err := newFerry(engine, m)
+			return newCached(engine, m, ferry, budget), err
+		}},
+	}
+}
+
 // withRun holds the conversations in one way, and hands what it measured to `use` before everything is taken down.
-func withRun[State any](ctx context.Context, f flags, name string, progress io.Writer,
-	open func(*model) (way[State], error), use func(*runner[State], row) error) (err error) {
+func withRun(ctx context.Context, f flags, w namedWay, progress func(int), use func(*runner, row) error) error {
 	m, err := openModel(f.model, f.Sequences, 256, f.threads) // to learn its vocabulary
 	if err != nil {
 		return err
@@ -146,26 +163,18 @@ func withRun[State any](ctx context.Context, f flags, name string, progress io.W
 		return err
 	}
 	defer m.close()
-	w, err := open(m)
+	opened, err := w.open(m)
 	if err != nil {
 		return err
 	}
-	if f, ours := any(w).(ferry); ours {
-		defer f.llama.Close()
-	}
-	r := &runner[State]{settings: f.settings, model: m, way: w, decoder: newDecoder(m), progress: showProgress(progress, name, f.Turns)}
+	defer opened.close()
+	r := &runner{settings: f.settings, model: m, way: opened, decoder: newDecoder(m), progress: progress}
 	defer r.decoder.close()
-	release := func(State) {}
-	if w != nil {
-		release = w.release
-	}
-	r.cache = newCache(f.Budget, release)
-	defer r.cache.clear()
 	start := time.Now()
 	if err := r.run(ctx, turns); err != nil {
 		return err
 	}
-	return use(r, makeRow(name, f.settings, time.Since(start), r.figures, r.cache.counts, r.decoder.steps))
+	return use(r, makeRow(w.name, f.settings, time.Since(start), r.figures, opened.figures(), r.decoder.steps))
 }
 
 // showProgress counts turns on a terminal, and elsewhere says only what has begun.

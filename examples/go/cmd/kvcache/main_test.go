@@ -6,20 +6,23 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"example.org/kvferry"
 )
 
-func TestProgramComparesThreeWays(t *testing.T) {
+func TestProgramComparesFourWays(t *testing.T) {
 	f := quickFlags(t)
 	var out bytes.Buffer
 	if err := run(context.Background(), f, &out, io.Discard); err != nil {
 		t.Fatal(err)
 	}
-	for _, word := range []string{"prefill again", "llama.cpp", "kvferry", "hit rate", "MiB"} {
+	for _, word := range []string{"prefill again", "keep sequences in place", "llama.cpp", "kvferry", "hit rate", "MiB"} {
 		if !strings.Contains(out.String(), word) {
 			t.Errorf("the table lacks %q:\n%s", word, out.String())
 		}
@@ -32,10 +35,14 @@ func TestProgramComparesThreeWays(t *testing.T) {
 	if err := json.Unmarshal(text, &figures); err != nil {
 		t.Fatal(err)
 	}
-	if len(figures.Rows) != 3 || figures.Check.States == 0 || figures.Check.Identical != figures.Check.States {
+	if len(figures.Rows) != 4 || figures.Check.States == 0 || figures.Check.Identical != figures.Check.States {
 		t.Errorf("%s", text)
 	}
-	for _, row := range figures.Rows[1:] {
+	inPlace, llamaCpp, ours := figures.Rows[1], figures.Rows[2], figures.Rows[3]
+	if inPlace.Hits == 0 || inPlace.Hits+inPlace.Misses != f.Turns || inPlace.LoadedBytes != 0 {
+		t.Errorf("%+v", inPlace)
+	}
+	for _, row := range []row{llamaCpp, ours} {
 		if row.FoundP50 <= 0 || row.HeldP50 <= 0 || row.HeldP50 > max(row.LoadP50, row.SaveP50) {
 			t.Errorf("a time is missing: %+v", row)
 		}
@@ -43,12 +50,86 @@ func TestProgramComparesThreeWays(t *testing.T) {
 			t.Errorf("%+v", row)
 		}
 	}
+	if prefilled := figures.Rows[0].Prefilled; prefilled <= inPlace.Prefilled || prefilled <= ours.Prefilled {
+		t.Errorf("%d tokens prefilled again, %d in place, %d by kvferry", prefilled, inPlace.Prefilled, ours.Prefilled)
+	}
+}
+
+func TestSmallBudgetStillGivesATable(t *testing.T) {
+	f := quickFlags(t)
+	f.Budget = 1
+	var out bytes.Buffer
+	if err := run(context.Background(), f, &out, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	for _, word := range []string{"kvferry", "0 %", "No state"} {
+		if !strings.Contains(out.String(), word) {
+			t.Errorf("it does not say %q:\n%s", word, out.String())
+		}
+	}
+}
+
+// holdWith holds the turns in kvferry's or in llama.cpp's way, and calls progress after each.
+func holdWith(t *testing.T, f flags, name string, progress func(*kvferry.Engine)) (result row) {
+	t.Helper()
+	engine, err := newEngine(f.Budget)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer engine.Close()
+	for _, w := range ways(engine, f.Budget) {
+		if w.name != name {
+			continue
+		}
+		if err := withRun(context.Background(), f, w, func(int) { progress(engine) }, func(_ *runner, r row) error {
+			result = r
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return result
+}
+
+func TestEvictionsDoNotDependOnTheClock(t *testing.T) {
+	f := quickFlags(t)
+	f.Conversations, f.Sequences, f.Turns = 6, 3, 24
+	first := holdWith(t, f, "kvferry", func(*kvferry.Engine) {})
+	if first.Evictions == 0 || first.Hits == 0 {
+		t.Fatalf("the test has lost its point: %+v", first)
+	}
+	for _, name := range []string{"kvferry", "llama.cpp"} {
+		r := holdWith(t, f, name, func(*kvferry.Engine) { time.Sleep(time.Duration(rand.IntN(30)) * time.Millisecond) })
+		if r.Hits != first.Hits || r.Evictions != first.Evictions || r.SavedBytes != first.SavedBytes || r.LoadedBytes != first.LoadedBytes {
+			t.Errorf("%s:\n%+v\nat first:\n%+v", name, r, first)
+		}
+	}
+}
+
+func TestBudgetBoundsWhatThePoolMaps(t *testing.T) {
+	f := quickFlags(t)
+	f.Turns = 24
+	most := int64(0)
+	r := holdWith(t, f, "kvferry", func(engine *kvferry.Engine) {
+		var state struct{ Pool struct{ Mapped int64 } }
+		text, err := engine.Describe()
+		if err == nil {
+			err = json.Unmarshal(text, &state)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		most = max(most, state.Pool.Mapped)
+	})
+	if most > f.Budget || most < f.Budget/2 || r.Evictions == 0 {
+		t.Errorf("%d bytes mapped of %d; %+v", most, f.Budget, r)
+	}
 }
 
 // As SIGINT does it: the context ends, here in the middle of kvferry's turns.
 func TestInterruptedProgramWritesNothing(t *testing.T) {
 	f := quickFlags(t)
-	f.Turns, f.Generate = 20, 30
+	f.Turns, f.Generate = 12, 12
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	if err := run(ctx, f, io.Discard, whenWritten{"kvferry", cancel}); !errors.Is(err, context.Canceled) {

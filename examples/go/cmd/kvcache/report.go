@@ -19,35 +19,35 @@ type report struct {
 }
 
 type row struct {
-	Way            string  `json:"way"`
-	Seconds        float64 `json:"seconds"`
-	FirstP50       float64 `json:"first_token_p50_ms"`
-	FirstP95       float64 `json:"first_token_p95_ms"`
-	FoundP50       float64 `json:"first_token_after_hit_p50_ms"`
-	Prefilled      int     `json:"prefilled_tokens"`
-	Hits           int     `json:"hits"`
-	Misses         int     `json:"misses"`
-	HitRate        float64 `json:"hit_rate"`
-	Evictions      int     `json:"evictions"`
-	LoadP50        float64 `json:"load_p50_ms"`
-	SaveP50        float64 `json:"save_p50_ms"`
-	HeldP50        float64 `json:"context_held_p50_ms"`
-	StepP50        float64 `json:"decode_step_p50_ms"`
-	StepP99        float64 `json:"decode_step_p99_ms"`
-	SavedBytes     int64   `json:"saved_bytes"`
-	LoadedBytes    int64   `json:"loaded_bytes"`
-	GeneratedPerS  float64 `json:"generated_tokens_per_second"`
-	cacheIsUseless bool
+	Way           string  `json:"way"`
+	Seconds       float64 `json:"seconds"`
+	FirstP50      float64 `json:"first_token_p50_ms"`
+	FirstP95      float64 `json:"first_token_p95_ms"`
+	FoundP50      float64 `json:"first_token_after_hit_p50_ms"`
+	Prefilled     int     `json:"prefilled_tokens"`
+	Hits          int     `json:"hits"`
+	Misses        int     `json:"misses"`
+	HitRate       float64 `json:"hit_rate"`
+	Evictions     int     `json:"evictions"`
+	Refusals      int     `json:"refusals"` // states that are larger than the budget
+	LoadP50       float64 `json:"load_p50_ms"`
+	SaveP50       float64 `json:"save_p50_ms"`
+	HeldP50       float64 `json:"context_held_p50_ms"`
+	StepP50       float64 `json:"decode_step_p50_ms"`
+	StepP99       float64 `json:"decode_step_p99_ms"`
+	SavedBytes    int64   `json:"saved_bytes"`
+	LoadedBytes   int64   `json:"loaded_bytes"`
+	GeneratedPerS float64 `json:"generated_tokens_per_second"`
 }
 
-func makeRow(way string, s settings, took time.Duration, f figures, c counts, steps []time.Duration) row {
-	r := row{Way: way, Seconds: took.Seconds(), FirstP50: quantile(f.firsts, 0.5), FirstP95: quantile(f.firsts, 0.95),
-		FoundP50: quantile(f.found, 0.5), Prefilled: f.prefilled, Hits: c.Hits, Misses: c.Misses, Evictions: c.Evictions,
-		LoadP50: quantile(f.loads, 0.5), SaveP50: quantile(f.saves, 0.5), HeldP50: quantile(f.held, 0.5),
-		StepP50: quantile(steps, 0.5), StepP99: quantile(steps, 0.99), SavedBytes: f.savedBytes, LoadedBytes: f.loadedBytes,
-		GeneratedPerS: float64(s.Turns*s.Generate) / took.Seconds(), cacheIsUseless: c.Hits+c.Misses == 0}
-	if !r.cacheIsUseless {
-		r.HitRate = float64(c.Hits) / float64(c.Hits+c.Misses)
+func makeRow(name string, s settings, took time.Duration, f figures, w wayFigures, steps []time.Duration) row {
+	r := row{Way: name, Seconds: took.Seconds(), FirstP50: quantile(f.firsts, 0.5), FirstP95: quantile(f.firsts, 0.95),
+		FoundP50: quantile(f.found, 0.5), Prefilled: f.prefilled, Hits: w.Hits, Misses: w.Misses, Evictions: w.Evictions,
+		Refusals: w.Refusals, LoadP50: quantile(w.loads, 0.5), SaveP50: quantile(w.saves, 0.5), HeldP50: quantile(w.held, 0.5),
+		StepP50: quantile(steps, 0.5), StepP99: quantile(steps, 0.99), SavedBytes: w.savedBytes, LoadedBytes: w.loadedBytes,
+		GeneratedPerS: float64(s.Turns*s.Generate) / took.Seconds()}
+	if all := w.Hits + w.Misses; all > 0 {
+		r.HitRate = float64(w.Hits) / float64(all)
 	}
 	return r
 }
@@ -68,24 +68,35 @@ func (r report) print(out io.Writer) {
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(table, "\tfirst token\tp95\tafter a hit\tprefilled\thit rate\tevicted\tload\tsave\tof it held\tdecode step\tp99\tsaved\tloaded\tall\t")
 	for _, w := range r.Rows {
-		hitRate, found, load, save, held, evicted := "-", "-", "-", "-", "-", "-"
-		if !w.cacheIsUseless {
+		hitRate, evicted := "-", "-"
+		if w.Hits+w.Misses > 0 {
 			hitRate, evicted = fmt.Sprintf("%.0f %%", 100*w.HitRate), fmt.Sprint(w.Evictions)
-			found = fmt.Sprintf("%.1f ms", w.FoundP50)
-			load, save, held = fmt.Sprintf("%.2f ms", w.LoadP50), fmt.Sprintf("%.2f ms", w.SaveP50), fmt.Sprintf("%.2f ms", w.HeldP50)
 		}
 		fmt.Fprintf(table, "%s\t%.1f ms\t%.1f ms\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%.2f ms\t%.2f ms\t%s\t%s\t%.2f s\t\n",
-			w.Way, w.FirstP50, w.FirstP95, found, w.Prefilled, hitRate, evicted, load, save, held, w.StepP50, w.StepP99,
-			mebibytes(w.SavedBytes), mebibytes(w.LoadedBytes), w.Seconds)
+			w.Way, w.FirstP50, w.FirstP95, milliseconds(w.FoundP50, 1), w.Prefilled, hitRate, evicted, milliseconds(w.LoadP50, 2),
+			milliseconds(w.SaveP50, 2), milliseconds(w.HeldP50, 2), w.StepP50, w.StepP99, mebibytes(w.SavedBytes),
+			mebibytes(w.LoadedBytes), w.Seconds)
 	}
 	table.Flush()
 	fmt.Fprintln(out, "\nTimes are medians. Load and save: from when the context was free; held: how long nothing could be decoded for it.\n"+
-		"What is evicted depends on what ends first, so hit rates differ from run to run, and first tokens with them: they wait\n"+
-		"for the prompts of others too.")
+		"All ways hold the same turns in the same sequences and put away and bring back in the same order, so hits and\n"+
+		"evictions are the same in every run. First tokens wait for the prompts of others too.")
+	if r.Check.States == 0 {
+		fmt.Fprintln(out, "\nNo state was in the cache in the end, so none was compared.")
+		return
+	}
 	fmt.Fprintf(out, "\n%d of %d states: loaded by kvferry as by llama.cpp's own call, the same bytes and the same next logits\n",
 		r.Check.Identical, r.Check.States)
 	fmt.Fprintf(out, "%d of %d states: the same next token as after prefilling again (logits differ by at most %.2g of the largest)\n",
 		r.Check.SameToken, r.Check.States, r.Check.LargestDiff)
+}
+
+// milliseconds, or a dash where nothing was measured.
+func milliseconds(value float64, digits int) string {
+	if value == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.*f ms", digits, value)
 }
 
 func mebibytes(n int64) string {

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"example.org/kvferry"
 	"github.com/hybridgroup/yzma/pkg/llama"
@@ -61,12 +62,12 @@ func newModel(tb testing.TB, sequences, length int, filled ...llama.SeqId) (*mod
 			tb.Error(err)
 		}
 	})
-	attached, err := engine.Attach(uintptr(m.context), &m.mutex, kvferry.AttachOptions{})
+	f, err := newFerry(engine, m)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() {
-		if err := attached.Close(); err != nil {
+		if err := f.llama.Close(); err != nil {
 			tb.Error(err)
 		}
 	})
@@ -75,7 +76,7 @@ func newModel(tb testing.TB, sequences, length int, filled ...llama.SeqId) (*mod
 			tb.Fatal(err)
 		}
 	}
-	return m, ferry{engine, attached}
+	return m, f
 }
 
 func save(tb testing.TB, f ferry, sequence llama.SeqId) *kvferry.Buffer {
@@ -84,23 +85,26 @@ func save(tb testing.TB, f ferry, sequence llama.SeqId) *kvferry.Buffer {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	state, _, err := f.save(context.Background(), sequence, size)
+	state, err := f.engine.NewBuffer(size)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { state.Close() })
+	if _, err := f.save(context.Background(), sequence, state); err != nil {
+		tb.Fatal(err)
+	}
 	return state
 }
 
 func TestSavedStateIsLlamaCppsOwn(t *testing.T) {
 	m, f := newModel(t, 2, 300, 0)
-	own := &plain{model: m}
+	own := plain{m}
 	size, err := own.size(0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want, _, err := own.save(context.Background(), 0, size)
-	if err != nil {
+	want := make([]byte, size)
+	if _, err := own.saveBytes(0, want); err != nil {
 		t.Fatal(err)
 	}
 	state := save(t, f, 0)
@@ -117,7 +121,7 @@ func TestSavedStateIsLlamaCppsOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.clear(1)
-	if _, err := own.load(context.Background(), 1, want); err != nil {
+	if _, err := own.loadBytes(1, want); err != nil {
 		t.Fatal(err)
 	}
 	loaded, err := m.feed(context.Background(), 1, 300, next)
@@ -167,6 +171,30 @@ func TestGoMemoryHoldsAStateToo(t *testing.T) {
 		t.Errorf("%+v", completion)
 	}
 	if !bytes.Equal(state, save(t, f, 0).Bytes()) {
+		t.Error("the states differ")
+	}
+}
+
+func TestBufferHoldsASmallerState(t *testing.T) {
+	_, f := newModel(t, 2, 100, 0)
+	want := save(t, f, 0)
+	buffer, err := f.engine.NewBuffer(2 * want.Len())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer buffer.Close()
+	completion, err := f.llama.Sequence(0).Save(context.Background(), buffer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.llama.Sequence(1).Load(context.Background(), buffer.Slice(0, int(completion.Bytes))); err != nil {
+		t.Fatal(err)
+	}
+	loaded := save(t, f, 1)
+	if _, err := f.llama.Sequence(1).Load(context.Background(), want); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(loaded.Bytes(), save(t, f, 1).Bytes()) {
 		t.Error("the states differ")
 	}
 }
@@ -287,6 +315,119 @@ func TestSequencesUnderRandomCancellation(t *testing.T) {
 	t.Logf("%d whole, %d cancelled", whole, cancelled)
 }
 
+// announcedLock says that somebody is about to wait for it.
+type announcedLock struct {
+	sync.Locker
+	asked chan struct{}
+}
+
+func (l announcedLock) Lock() {
+	l.asked <- struct{}{}
+	l.Locker.Lock()
+}
+
+func TestLoadThatIsTooLateWhenItHasTheLockLeavesTheSequence(t *testing.T) {
+	m, f := newModel(t, 2, 50, 0, 1)
+	state := save(t, f, 0)
+	before := save(t, f, 1)
+	lock := announcedLock{&m.mutex, make(chan struct{}, 8)}
+	attached, err := f.engine.Attach(uintptr(m.context), lock, kvferry.AttachOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-lock.asked
+
+	ctx, cancel := context.WithCancelCause(context.Background())
+	late := errors.New("too late")
+	m.mutex.Lock()
+	ended := make(chan error)
+	go func() {
+		_, err := attached.Sequence(1).Load(ctx, state)
+		ended <- err
+	}()
+	<-lock.asked
+	cancel(late)
+	m.mutex.Unlock()
+	if err := <-ended; !errors.Is(err, kvferry.ErrCancelled) || !errors.Is(err, late) {
+		t.Errorf("got %v", err)
+	}
+	if len(lock.asked) > 0 {
+		t.Error("nothing was begun, and the lock was waited for a second time")
+	}
+	if !bytes.Equal(save(t, f, 1).Bytes(), before.Bytes()) {
+		t.Error("the sequence has changed")
+	}
+	if err := attached.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestWhoeverNeedsNotTheContextDoesNotWaitForIt(t *testing.T) {
+	m, f := newModel(t, 2, 50, 0)
+	other, _ := newModel(t, 2, 50)
+	state := save(t, f, 0)
+	lock := announcedLock{&m.mutex, make(chan struct{}, 8)}
+	m.mutex.Lock()
+	var waiting sync.WaitGroup
+	waiting.Go(func() {
+		attached, err := f.engine.Attach(uintptr(m.context), lock, kvferry.AttachOptions{})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if err := attached.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	<-lock.asked
+	for name, call := range map[string]func() error{
+		"Engine.Describe": func() error { _, err := f.engine.Describe(); return err },
+		"Engine.Trim":     func() error { return f.engine.Trim() },
+		"Llama.Describe":  func() error { _, err := f.llama.Describe(); return err },
+		"a buffer": func() error {
+			buffer, err := f.engine.NewBuffer(1 << 20)
+			if err != nil {
+				return err
+			}
+			return buffer.Close()
+		},
+		"a transfer": func() error {
+			region := kvferry.Region{Address: unsafe.Pointer(&make([]byte, 1<<20)[0]), Width: 1 << 20, Rows: 1}
+			_, err := f.engine.SaveRegions(context.Background(), []kvferry.Region{region}, kvferry.Bytes(make([]byte, 1<<20)))
+			return err
+		},
+		"another context": func() error {
+			attached, err := f.engine.Attach(uintptr(other.context), &other.mutex, kvferry.AttachOptions{})
+			if err != nil {
+				return err
+			}
+			if _, err := attached.Sequence(0).Load(context.Background(), state); err != nil {
+				return err
+			}
+			return attached.Close()
+		},
+		"Engine.Close": func() error {
+			if err := f.engine.Close(); !errors.Is(err, kvferry.ErrBusy) {
+				return fmt.Errorf("got %w", err)
+			}
+			return nil
+		},
+	} {
+		ended := make(chan error, 1)
+		go func() { ended <- call() }()
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s waits for the context's lock", name)
+		}
+	}
+	m.mutex.Unlock()
+	waiting.Wait()
+}
+
 func TestLlamaClosesUnderLoad(t *testing.T) {
 	for range 5 {
 		_, f := newModel(t, 3, 60, 0, 1, 2)
@@ -317,7 +458,7 @@ func TestLlamaClosesUnderLoad(t *testing.T) {
 // Save and load against llama.cpp's own calls, on the same context.
 func BenchmarkSequence(b *testing.B) {
 	m, f := newModel(b, 2, 1000, 0)
-	own := &plain{model: m}
+	own := plain{m}
 	state := save(b, f, 0)
 	memory := make([]byte, state.Len())
 	ctx := context.Background()
@@ -337,7 +478,7 @@ func BenchmarkSequence(b *testing.B) {
 		{"Save/kvferry", func() error { _, err := f.llama.Sequence(0).Save(ctx, state, urgent); return err }},
 		{"Save/kvferry-background", func() error { _, err := f.llama.Sequence(0).Save(ctx, state); return err }},
 		{"Save/kvferry-bytes", func() error { _, err := f.llama.Sequence(0).Save(ctx, kvferry.Bytes(memory), urgent); return err }},
-		{"Load/yzma", func() error { _, err := own.load(ctx, 1, memory); return err }},
+		{"Load/yzma", func() error { _, err := own.loadBytes(1, memory); return err }},
 		{"Load/kvferry", func() error { _, err := f.llama.Sequence(1).Load(ctx, state, urgent); return err }},
 	} {
 		b.Run(bench.name, func(b *testing.B) {

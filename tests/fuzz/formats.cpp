@@ -1,5 +1,5 @@
 // The walk through a state reads nothing outside of it, ends, and takes no damaged length for whole.
-#include "structure.h"
+#include "formats.h"
 
 #include "../c/state_writer.hpp"
 #include "input.hpp"
@@ -9,7 +9,9 @@ using namespace kvf;
 namespace {
 
 StateWriter any_state(Input &input) {
-    StateWriter state;
+    StateWriter state({.framed = input.below(4) > 0,
+                       .cell_words = static_cast<uint32_t>(input.below(4)),
+                       .rotation_words = 2 * static_cast<uint32_t>(input.below(2))});
     for (uint64_t sections = input.below(4); sections > 0; --sections) {
         StateWriter::Attention a;
         a.streams = 1 + static_cast<uint32_t>(input.below(3));
@@ -19,7 +21,6 @@ StateWriter any_state(Input &input) {
         a.type = static_cast<int32_t>(input.below(40));
         a.row = 2 * static_cast<uint32_t>(input.below(40));
         a.transposed = input.below(2);
-        a.extension = input.below(2);
         a.values = input.below(2);
         state.attention(a);
     }
@@ -73,15 +74,21 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         damage(input, state.bytes);
     }
     const std::vector<unsigned char> exact(state.bytes);
-    const auto structure = parse_state(exact.data(), exact.size());
+    const StateView view{exact.data(), exact.size()};
+    const auto structure = parse_state(view);
     if (!structure) return 0;
 
-    CHECK(has_state_magic(exact.data(), exact.size()));
     CHECK(!structure->sections.empty() && structure->tensor_bytes < exact.size());
     CHECK(structure->cells() <= exact.size() / 12);
     CHECK(mismatch(*structure, *structure).empty());
-    for (size_t i = 0; i + 1 < structure->sections.size(); ++i) {
-        CHECK(structure->sections[i].kind == Section::Kind::Attention);
+    uint64_t last = 0;
+    for (const ByteRange &range :
+         bytes_free_for_others(*structure, view, 1 + static_cast<int32_t>(input.below(9)))) {
+        CHECK(last <= range.begin && range.begin <= range.end && range.end <= exact.size());
+        last = range.end;
     }
+    if (!structure->format || !structure->has_cells_everywhere()) return 0;
+    const auto one_cell = make_state_of_one_cell(*structure);
+    CHECK(parse_state({one_cell.data(), one_cell.size()}, &*structure));
     return 0;
 }

@@ -1,0 +1,86 @@
+#include "fences.h"
+
+#include <algorithm>
+#include <atomic>
+#include <set>
+
+#include "fork.h"
+
+namespace kvf {
+
+// All fences of the process.
+struct FenceLine {
+    std::mutex mutex;
+    std::condition_variable lowered;
+    std::set<const Fence *> fences;
+    std::atomic<uint32_t> count{0};
+
+    static FenceLine &get() {
+        static FenceLine *line = [] {
+            auto *made = new FenceLine;
+            // In a forked child the transfers are the parent's, and will never end.
+            on_fork([made] { made->mutex.lock(); }, [made] { made->mutex.unlock(); },
+                    [made] {
+                        made->fences.clear();
+                        made->count = 0;
+                        made->mutex.unlock();
+                    });
+            return made;
+        }();
+        return *line;
+    }
+
+    bool stands_in_the_way(MemoryRange range, Access access) const {
+        return std::any_of(fences.begin(), fences.end(), [&](const Fence *fence) {
+            if (access == Access::Read && fence->direction_ == Direction::Save) return false;
+            if (access == Access::WriteRows && !fence->close_) return false;
+            const auto &ranges = fence->ranges_;
+            const auto after = std::upper_bound(
+                ranges.begin(), ranges.end(), range.begin,
+                [](uint64_t begin, const MemoryRange &other) { return begin < other.end; });
+            return after != ranges.end() && after->begin < range.end;
+        });
+    }
+};
+
+void Fence::raise(std::vector<MemoryRange> ranges, bool close) {
+    if (ranges.empty()) return;
+    FenceLine &line = FenceLine::get();
+    std::lock_guard lock(line.mutex);
+    ranges_ = std::move(ranges);
+    line.fences.insert(this);
+    standing_ = true;
+    close_ = close;
+    line.count.store(static_cast<uint32_t>(line.fences.size()), std::memory_order_release);
+}
+
+void Fence::lower() noexcept {
+    FenceLine &line = FenceLine::get();
+    std::lock_guard lock(line.mutex);
+    if (!standing_) return;
+    standing_ = false;
+    line.fences.erase(this);
+    line.count.store(static_cast<uint32_t>(line.fences.size()), std::memory_order_release);
+    line.lowered.notify_all();
+}
+
+bool Fence::any() { return FenceLine::get().count.load(std::memory_order_acquire) > 0; }
+
+MemoryRange Fence::extent() {
+    FenceLine &line = FenceLine::get();
+    std::lock_guard lock(line.mutex);
+    MemoryRange extent{UINT64_MAX, 0};
+    for (const Fence *fence : line.fences) {
+        extent.begin = std::min(extent.begin, fence->ranges_.front().begin);
+        extent.end = std::max(extent.end, fence->ranges_.back().end);
+    }
+    return extent;
+}
+
+void Fence::wait(MemoryRange range, Access access) {
+    FenceLine &line = FenceLine::get();
+    std::unique_lock lock(line.mutex);
+    line.lowered.wait(lock, [&] { return !line.stands_in_the_way(range, access); });
+}
+
+} // namespace kvf

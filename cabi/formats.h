@@ -1,0 +1,109 @@
+// The formats of a state: what llama.cpp writes around the tensor bytes.
+//
+// libllama trusts the states that it loads: some damaged ones end the process in an assertion, others
+// leave cells that can never be freed. So a state is walked through here before libllama sees it.
+//
+// llama.cpp does not document its formats, and they differ between releases and models. Each one that is known
+// here is a row of one table (formats.cpp), with the builds in which it was seen. The functions that write them
+// are the state_write() of llama.cpp's llama-kv-cache.cpp and llama-memory-recurrent.cpp. A state is a frame, and
+// one section for each part of the memory. What no row accounts for, to the last byte, is opaque: it is not
+// called damaged, since another format may be the reason (envelope.h guards it).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace kvf {
+
+// What differs between releases and models, and is the same in all sections of a state.
+struct StateFormat {
+    const char *name;
+    bool framed;         // begins with a magic number and the id of the sequence
+    uint32_t cell_words; // further words of 32 bits a cell: coordinates of M-RoPE, the token
+    uint32_t
+        rotation_words; // words of 32 bits after the number of layers: how keys and values are rotated
+    const char *seen; // builds, and models where not in all
+};
+
+// One tensor's entry: its ggml type and the bytes of one row; where V is transposed, of one cell.
+struct TensorShape {
+    int32_t type;
+    uint64_t row;
+    uint32_t element; // bytes of one element where V is transposed, else 0
+    bool operator==(const TensorShape &) const = default;
+};
+
+struct Section {
+    enum class Kind : uint8_t { Attention, Recurrent };
+    Kind kind = Kind::Attention;
+    uint32_t streams = 1;             // of an attention section
+    uint64_t cells = 0;               // over all streams
+    bool transposed = false;          // V; known if there are cells
+    uint32_t layers = 0;              // known if there are cells, or it is recurrent
+    std::vector<uint32_t> rotation;   // known if there are cells
+    std::vector<TensorShape> tensors; // K then V, or R then S; known as the layers are
+
+    // Where things are in the state, in bytes from its beginning.
+    uint64_t cells_at = 0;           // the first cell
+    std::vector<uint64_t> tensor_at; // the bytes of each tensor
+
+    // The same kind of section, whatever it holds.
+    bool is_like(const Section &other) const {
+        return kind == other.kind && streams == other.streams && transposed == other.transposed &&
+               layers == other.layers && rotation == other.rotation && tensors == other.tensors;
+    }
+};
+
+struct Structure {
+    const StateFormat *format = nullptr; // NULL where there are no cells: several are possible
+    bool framed = true;
+    std::vector<Section> sections;
+    uint64_t tensor_bytes = 0;
+
+    uint64_t cells() const;
+    bool has_cells_everywhere() const;
+    // "attention", "attention+recurrent" ...
+    std::string kind() const;
+};
+
+// A state to walk through, and what is known about it beforehand.
+struct StateView {
+    const unsigned char *data;
+    uint64_t bytes;
+    int32_t last_position = INT32_MAX - 1; // positions beyond it are damaged
+
+    std::span<const unsigned char> span() const { return {data, bytes}; }
+};
+
+// Walks through a state. Nothing where no known format accounts for every byte of it. Where several do, the first.
+// `like` (may be NULL) is what other states of this cache look like: sections that it knows must be as it says.
+// Takes time in proportion to the state's metadata, and memory in proportion to the entries that are really there.
+std::optional<Structure> parse_state(const StateView &state, const Structure *like = nullptr);
+// All formats that account for the state.
+std::vector<Structure> parse_state_in_every_way(const StateView &state,
+                                                const Structure *like = nullptr);
+
+// A state of one cell at position 0 of the same kind of cache, with tensor bytes of zero.
+std::vector<unsigned char> make_state_of_one_cell(const Structure &structure);
+
+// Why a state with structure `state` cannot belong to a cache whose states look like `cache`; "" if it
+// can. Sections without cells say less, and are compared by what they say.
+std::string mismatch(const Structure &state, const Structure &cache);
+
+// A range of bytes of a state.
+struct ByteRange {
+    uint64_t begin, end;
+};
+
+// The tensor bytes of those cells that libllama may give to another sequence although the state has them, in the
+// order of the state. A cell of a sliding window is free for others as soon as the *next* token of its sequence will
+// not see it; a state still has it while the *last* token does. (find_slot and state_write in llama-kv-cache.cpp,
+// is_masked_swa in llama-hparams.h; `window` is llama_model_n_swa().) A section that holds cells outside of any window
+// keeps every token, and has none. The kind of window is not public, so cells are named for all kinds.
+std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const StateView &state,
+                                             int32_t window);
+
+} // namespace kvf

@@ -1,0 +1,49 @@
+"""Copies the header's table of what may be done while a transfer is in flight into docs/async.md, or
+checks that it stands there.
+
+    python tools/header_table.py            copies
+    python tools/header_table.py --check    fails unless it stands there
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+HEADER = ROOT / "include" / "kvferry.h"
+PAGE = ROOT / "docs" / "async.md"
+TITLE = "What may be done while a transfer is in flight"
+BEGIN = "<!-- From include/kvferry.h, by tools/header_table.py. -->\n"
+END = "<!-- The end. -->\n"
+
+
+def comment() -> str:
+    """The comment with the table, without what makes it one."""
+    found = re.search(rf"/\* {TITLE}\n(.*?) \*/", HEADER.read_text(), re.DOTALL)
+    if found is None:
+        raise SystemExit(f"{HEADER}: no comment begins with '{TITLE}'")
+    lines = [line.removeprefix(" *").removeprefix(" ") for line in found[1].splitlines()]
+    return "\n".join(lines[1:]).strip() + "\n"
+
+
+def section() -> str:
+    return f"## {TITLE}\n\n{comment()}"
+
+
+def main() -> int:
+    page = PAGE.read_text()
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    wanted = f"{before}{BEGIN}\n{section()}\n{END}{after}"
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(wanted)
+    elif page != wanted:
+        print(f"{PAGE} has another table than {HEADER}: run python tools/header_table.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
