@@ -41,8 +41,7 @@ constexpr uint32_t kSlotTypes[] = {R_AARCH64_JUMP_SLOT, R_AARCH64_GLOB_DAT};
 struct Slot {
     void **place;
     void *previous;
-    void *
-        bound; // ggml's function, which the loader may put there after us: libllama's calls are bound lazily
+    void *bound; // ggml's function: calls are bound lazily, so the loader may put it there after us
     void *ours;
     int protection; // of its page, once the loader is done with it
 
@@ -409,8 +408,7 @@ void Tap::Library::install(size_t index) {
     const auto address = [](auto function) { return reinterpret_cast<void *>(function); };
     std::array<Wanted, kHooks> wanted;
     const auto want = [&](Hook hook, const char *name, auto function, bool required) {
-        void *const bound = address(function);
-        wanted[hook] = {name, functions[hook], required, bound, bound};
+        wanted[hook] = {name, functions[hook], required, address(function), address(function)};
     };
     want(kTensorGet, "ggml_backend_tensor_get", ggml.tensor_get, true);
     want(kTensorSet, "ggml_backend_tensor_set", ggml.tensor_set, true);

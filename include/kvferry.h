@@ -195,14 +195,15 @@ KVF_API int32_t kvf_engine_destroy(kvf_engine engine);
  * Errors: KVF_ERR_OUT_OF_MEMORY, KVF_ERR_PINNED_LIMIT. */
 KVF_API int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer);
 
-/* How many bytes a buffer has in truth, from its start: what it takes of the engine's `pinned_limit`. All of
- * them may be used. Also after the engine is gone.
- * Errors: KVF_ERR_INVALID_ARGUMENT for an address that is not an allocated buffer. */
-KVF_API int32_t kvf_buffer_capacity(const void *buffer, uint64_t *bytes);
 /* As kvf_buffer_alloc(). When it fails, it writes one line of text into `error` (NULL: nowhere), which has room for
  * `error_size` bytes, terminating 0 included: how much is taken of how much, for instance. */
 KVF_API int32_t kvf_buffer_alloc_with_error(kvf_engine engine, uint64_t bytes, void **buffer,
                                             char *error, uint64_t error_size);
+
+/* How many bytes a buffer has in truth, from its start: what it takes of the engine's `pinned_limit`. All of
+ * them may be used. Also after the engine is gone.
+ * Errors: KVF_ERR_INVALID_ARGUMENT for an address that is not an allocated buffer. */
+KVF_API int32_t kvf_buffer_capacity(const void *buffer, uint64_t *bytes);
 
 /* Gives a buffer back to its pool, also after the engine is gone. NULL is allowed.
  * Errors: KVF_ERR_BUSY while a job uses it; KVF_ERR_INVALID_ARGUMENT for an address that is not an
@@ -529,7 +530,7 @@ enum {
  *
  * What fails or is cancelled later leaves the sequence empty: KVF_ERR_LLAMA (libllama did not take the state),
  * KVF_ERR_CACHE_FULL (unless the state has more cells than a sequence may have at all: that is refused before),
- * KVF_ERR_DEVICE_LOST during the call. If the call itself fails, the sequence is empty when it returns; if the job does,
+ * KVF_ERR_TAP (as of kvf_llama_save()), KVF_ERR_DEVICE_LOST during the call. If the call itself fails, the sequence is empty when it returns; if the job does,
  * the sequence is emptied by the next kvf_llama_* call on an attachment to this context: call kvf_llama_settle() after a
  * completion that is not KVF_OK and before decoding. */
 KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,
