@@ -14,7 +14,7 @@ import anyio.lowlevel
 
 from ._native import ffi, lib
 from .buffer import Buffer, borrow
-from .completions import Completion, Pending, see_through
+from .completions import Completion, see_through
 from .core import Attachment, Core, describe
 from .errors import BufferTooSmall, ErrorText, check, error
 from .snapshot import Snapshot
@@ -386,7 +386,7 @@ class SequenceTransfer(Transfer[T]):
     def refused(self) -> None:
         """The submitting call has failed. For the context's thread."""
 
-    def follow_up(self, completion: Completion) -> Pending | None:
+    def follow_up(self, completion: Completion) -> Call | None:
         self._attachment.in_flight.pop(self, None)
         return None
 
@@ -404,14 +404,14 @@ class LoadTransfer(SequenceTransfer[None]):
         self._attachment.latest_loads[self._seq] = self
         super().expect()
 
-    def follow_up(self, completion: Completion) -> Pending | None:
+    def follow_up(self, completion: Completion) -> Call | None:
         super().follow_up(completion)
         worker = self._attachment.worker
         if completion.status == lib.KVF_OK or worker.stopped:
             return None  # detaching settles too
         # Its cells were taken and are without their bytes. They are freed before anything else
         # runs on the context's thread, whether or not somebody waits for this transfer.
-        return worker.post(lib.kvf_llama_settle, self._attachment.handle, first=True)
+        return worker.make(lib.kvf_llama_settle, self._attachment.handle)
 
     def refused(self) -> None:
         # Which refusals empty the sequence is the C library's business. It says of an empty one

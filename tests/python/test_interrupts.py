@@ -24,6 +24,7 @@ import anyio
 import kvferry
 import numpy as np
 import pytest
+from context_threads import has_thread
 from devices import DEVICES
 from event_loops import EVENT_LOOPS, anyio_backend  # noqa: F401
 from like_contexts import MakeContext
@@ -302,6 +303,7 @@ async def test_sequences_are_interrupted_anywhere(make_context: MakeContext) -> 
         await llama.remove(2)
         assert_idle(engine)
         await engine.aclose()
+        assert not has_thread(context)
 
     await interrupt_everywhere(scenario, stride=8)
 
