@@ -19,6 +19,7 @@ import contextvars
 import math
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,8 @@ class WorkerThread:
         self.lock = threading.RLock()
         """Held while a call runs."""
         self.ident: int | None = None
-        self.workers: set[Worker] = set()  # those that are not stopped
+        # Those that aren't stopped. One that an exception kept from its attachment is forgotten.
+        self.workers: weakref.WeakSet[Worker] = weakref.WeakSet()
         self._name = name
         self._address = address
         self._calls: deque[Call] = deque()
@@ -141,7 +143,8 @@ class WorkerThread:
 
     def leave(self, worker: Worker) -> None:
         """Without workers the thread ends after the calls that it has."""
-        self.workers.discard(worker)
+        with _contexts_lock:
+            self.workers.discard(worker)
         self.notify()
         if not self._started:
             self._is_over()
@@ -191,7 +194,14 @@ class Worker:
     async def call(self, function: Callable[..., T], *arguments: Any, first: bool = False) -> T:
         """Makes the call, and returns or raises as it does. Cancelling: see ``outcome``."""
         self.check_awaitable()
-        return cast(T, await self.outcome(self.post(function, *arguments, first=first)))
+        call = self.make(function, *arguments)
+        try:
+            self.ask_for(call, first=first)
+            return cast(T, await self.outcome(call))
+        except BaseException:
+            if not call.ended:
+                call.take_back()  # a signal handler has raised before the waiting began
+            raise
 
     async def outcome(self, call: Call) -> Any:
         """Waits for a call that was asked for; returns or raises as it does.
