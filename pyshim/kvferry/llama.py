@@ -156,12 +156,14 @@ class Llama:
         """Saves a sequence. The sequence stays as it is.
 
         ``into`` is writable contiguous memory of the caller's, of at least ``size`` bytes, which
-        then belongs to the snapshot; or None for pinned memory. What may be done to the sequence
-        meanwhile depends on ``mode``. A plain attention cache may be decoded further.
+        then belongs to the snapshot, until that is closed or dropped; or None for pinned memory.
+        What may be done to the sequence meanwhile depends on ``mode``. A plain attention cache may
+        be decoded further.
 
         Cancelling the task cancels the transfer, waits for its end, and drops what was saved.
         Raises SequenceRange, SequenceEmpty, BufferTooSmall, PinnedLimit, Busy (a load into the
-        sequence is in flight), EngineClosed, ContextFreed.
+        sequence is in flight; or ``into`` is used by a transfer in flight, or by a Snapshot),
+        EngineClosed, ContextFreed.
         """
         return await carried_out(self.start_save(seq, into=into, priority=priority, mode=mode))
 
