@@ -17,7 +17,14 @@ kind           architecture  state of a sequence
 `deepseek2`    deepseek2     one latent row a token and layer, no values (MLA)
 `deepseek32`   deepseek32    latent rows, and a second cache with the keys of the sparse indexer
 `qwen2vl`      qwen2vl       as `llama`, with two more coordinates for every cell (M-RoPE)
+`deepseek4`    deepseek4     latent rows of a sliding window, rows that stand for 4 or 128 tokens
+                             each, and what is not yet a whole row; in sections of its own
+`qwen4exp`     qwen4exp      attention cache with M-RoPE for one layer in two, recurrent cell for
+                             the others, and a cache without M-RoPE for the keys of an indexer
 =============  ============  =====================================================================
+
+`qwen4exp-ngrams` is `qwen4exp` with a layer that looks up n-grams of tokens, and so has one more
+recurrent row.
 
 The models have no tokenizer (`tokenizer.ggml.model` is `none`): tokens are plain ids from 0 up to
 `Geometry.vocabulary`.

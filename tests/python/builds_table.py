@@ -37,9 +37,10 @@ def see(folder: str) -> Seen:
     os.environ["LLAMA_CPP_LIB_PATH"] = folder
     from kvferry.synthetic import KINDS
 
-    seen: Seen = {"library": _library(), "format": {}, "moved": {}, "damaged": {}}
+    looks = {"format": _format, "moved": _moved, "damaged": _damaged}
+    seen: Seen = {"library": _library(), **{table: {} for table in looks}}
     for kind in KINDS:
-        for table, look in (("format", _format), ("moved", _moved), ("damaged", _damaged)):
+        for table, look in looks.items():
             outcomes = [_in_a_context(kind, cache, look) for cache in CACHES]
             seen[table][kind] = "; ".join(dict.fromkeys(outcomes))
     return seen
@@ -116,6 +117,18 @@ async def _tap(make: Callable[[], Any]) -> str:
             return f"not possible: {error}"
 
 
+async def _format(make: Callable[[], Any]) -> str:
+    """What kvferry calls the format of a state with cells."""
+    import kvferry
+
+    context = make()
+    context.decode(0, context.model.prompt(20))
+    async with kvferry.Engine("host") as engine:
+        said = engine.attach(context.address).describe()
+    name: str = said["format"]
+    return name
+
+
 TARGET = 2
 
 
@@ -148,14 +161,16 @@ async def _moved(make: Callable[[], Any]) -> str:
 
 async def _moved_to(source: Any, ours: Any, like: Any) -> str:
     import kvferry
+    from like_contexts import by_llama_cpp
 
     state, before = source.state_get(0), ours.state_get(TARGET)
     async with kvferry.Engine("host") as engine:
         try:
-            snapshot = await engine.attach(source.address).save(0)
+            llama = engine.attach(source.address)
+            snapshot = await llama.save(0)
         except kvferry.KvferryError as error:
             return f"no save ({type(error).__name__})"
-        if snapshot.to_bytes() != state:
+        if by_llama_cpp(llama, snapshot) != state:
             return "WRONG BYTES SAVED"
         try:
             await engine.attach(ours.address).load(snapshot, TARGET)
@@ -220,10 +235,10 @@ def see_all(folders: Sequence[str]) -> dict[str, Seen]:
 
 def tables(seen: dict[str, Seen]) -> str:
     lines = []
-    for table in ("library", "format", "moved", "damaged"):
-        rows = next(iter(seen.values()))[table]
+    for table, rows in next(iter(seen.values())).items():
+        title = "" if table == "library" else table
         lines += [
-            f"| {table} | {' | '.join(seen)} |",
+            f"| {title} | {' | '.join(seen)} |",
             "|---" * (len(seen) + 1) + "|",
             *(
                 f"| {row} | {' | '.join(one[table][row] for one in seen.values())} |"

@@ -59,6 +59,27 @@ UNFRAMED = BUILD in {"b8179", "b8390"}
 and with the cells that a sliding window has masked."""
 
 
+_UNFIT = {
+    "deepseek32": ("b8179", "b8390"),
+    # To b9842 the architecture is known. But there llama_memory_seq_rm() of one sequence, an empty
+    # one too, changes the states of the others.
+    "deepseek4": ("b8179", "b8390", "b9842"),
+    "qwen4exp": ("b8179", "b8390", "b9842", "b10068", "b10361"),
+    "qwen4exp-ngrams": ("b8179", "b8390", "b9842", "b10068", "b10361"),
+}
+"""The builds that came before the architecture of a kind, or cannot be compared with."""
+
+
+def fits(kind: str) -> bool:
+    """Whether this libllama is fit for the architecture of a synthetic model."""
+    return BUILD not in _UNFIT.get(kind, ())
+
+
+def load_keeps_others(kind: str) -> bool:
+    """Whether llama.cpp's own load of one sequence leaves the states of the others as they were."""
+    return (kind, BUILD) != ("deepseek4", "b10361")
+
+
 def model_sizes(kind: str) -> dict[str, int]:
     """The sizes in which a small synthetic model must differ for this libllama."""
     if kind == "gemma3" and BUILD == "b8179":

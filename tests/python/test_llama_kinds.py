@@ -8,7 +8,14 @@ import kvferry
 import pytest
 from devices import DEVICES
 from kvferry.synthetic import GEOMETRIES, KINDS
-from like_contexts import CACHES, LATENT, MakeContext, assert_moved_as_by_llama_cpp
+from like_contexts import (
+    CACHES,
+    LATENT,
+    OPAQUE,
+    MakeContext,
+    assert_moved_as_by_llama_cpp,
+    by_llama_cpp,
+)
 from llama_reference import Context
 
 pytestmark = pytest.mark.anyio
@@ -57,6 +64,20 @@ async def test_a_sequence_is_moved_as_by_llama_cpp(
     await assert_moved_as_by_llama_cpp(ours, like, 0, 2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_guard_of_a_kind_is_known_once_it_has_cells(
+    make_context: MakeContext, kind: str
+) -> None:
+    context = make_context(kind)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        context.decode(0, context.model.prompt(20))
+        await llama.save(0)
+        said = llama.describe()
+    assert (said["format"] == "opaque") == (kind in OPAQUE)
+    assert said["guarded_by"] == ("envelope" if kind in OPAQUE else "structure")
+
+
 @pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_loaded_sequence_replaces_what_was_there(
@@ -89,11 +110,13 @@ async def test_a_state_goes_from_one_context_to_another(
     source, ours, like = (make_context(kind, **CACHES[cache]) for _ in range(3))
     source.decode_in_turn([0, 1], 20)
     async with kvferry.Engine(DEVICES) as engine:
-        snapshot = await engine.attach(source.address).save(0)
+        llama = engine.attach(source.address)
+        snapshot = await llama.save(0)
+        state = by_llama_cpp(llama, snapshot)
         llama = engine.attach(ours.address)
         assert llama.fingerprint == snapshot.fingerprint
         await llama.load(snapshot, 0)
-    like.state_set(0, snapshot.to_bytes())
+    like.state_set(0, state)
     assert ours.state_get(0) == like.state_get(0)
     assert ours.decode(0, [7]).tobytes() == like.decode(0, [7]).tobytes()
 

@@ -1,8 +1,8 @@
 """Caches whose states are in a format that kvferry does not know: moved whole, guarded by an
 envelope of its own, and refused by that before libllama sees what is damaged.
 
-On a copy of libllama that begins its states with another number. Each case, opaque_states.py has
-them, is a process of its own.
+On a copy of libllama that begins its states with another number, and on models whose states no
+known format describes. Each case, opaque_states.py has them, is a process of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from like_contexts import OPAQUE
+from llama_reference import LIBRARY_FOLDER
 from opaque_states import CASES
 from unknown_format import NUMBERS
 
@@ -52,3 +54,11 @@ def test_a_format_that_nobody_has_seen(
     # It has other weights and says so, and its states fit.
     foreign = model_path("llama", geometry=geometry, seed=1, context=8192)
     run_case(case, model, foreign, unknown_libllama(which))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != CANCEL_CASE])
+@pytest.mark.parametrize("kind", sorted(OPAQUE))
+def test_a_kind_of_cache_that_is_not_known(
+    model_path: Callable[..., Path], kind: str, case: str
+) -> None:
+    run_case(case, model_path(kind), model_path(kind, seed=1, context=8192), LIBRARY_FOLDER)
