@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 import c_interface
 from devices import ON_GPU
-from in_flight import at_node, wait_until
+from holds import wait_until
+from in_flight import at_node
 from like_contexts import CACHES, RECURRENT
 from llama_reference import Context, Refused, llama
 from simulated_cuda import SimulatedCuda, Stream
