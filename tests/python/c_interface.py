@@ -173,6 +173,7 @@ class Engine:
 
 class Attachment:
     def __init__(self, engine: Engine, context: int, flags: int) -> None:
+        self.engine = engine
         self.library = engine.library
         error = ctypes.create_string_buffer(256)
         options = LlamaOptions(

@@ -14,12 +14,15 @@ import c_interface
 from simulated_cuda import Stream
 
 
-class Hold(Protocol):
-    """What is submitted with `options` does not move until `release`, which may come twice."""
+class Releasable(Protocol):
+    def release(self) -> None:
+        """May come twice, from any thread."""
+
+
+class Hold(Releasable, Protocol):
+    """What is submitted with `options` does not move until `release`."""
 
     options: dict[str, Any]
-
-    def release(self) -> None: ...
 
 
 class NoHold:
@@ -76,7 +79,7 @@ class ByUrgentCopies:
 
 
 @contextmanager
-def released_after(seconds: float, *holds: Hold) -> Iterator[threading.Event]:
+def released_after(seconds: float, *holds: Releasable) -> Iterator[threading.Event]:
     """Release holds after a while, if what happens meanwhile waits for that. Gives an event that
     says so.
     """

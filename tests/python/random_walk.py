@@ -17,13 +17,12 @@ import ctypes
 import dataclasses
 import random
 import threading
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import c_interface
 from devices import ON_GPU
-from holds import wait_until
-from in_flight import at_node
+from holds import ByStream, ByUrgentCopies, Hold, NoHold, released_after, wait_until
+from in_flight import at_node, moves_at_once
 from like_contexts import CACHES, RECURRENT
 from llama_reference import Context, Refused, llama
 from simulated_cuda import SimulatedCuda, Stream
@@ -50,14 +49,15 @@ class InFlight:
     attachment: c_interface.Attachment
     buffer: Any
     expected: bytes
-    held_by: Stream | None
+    hold: Hold
+    held: bool
+    """It surely is in flight still."""
     in_place: bool
 
     def release(self) -> None:
         """Let it go."""
-        stream, self.held_by = self.held_by, None
-        if stream:
-            stream.release()
+        self.held = False
+        self.hold.release()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,9 @@ class Abilities:
     appends: bool
     """A sequence that is saved in place may be decoded further."""
     streams: bool
-    """Each sequence has a stream of its own."""
+    """Each sequence has a stream of its own, and shares no cell."""
+    interleaves: bool
+    """Bytes of all sequences lie between each other."""
 
     @classmethod
     def of(cls, kind: str, cache: str) -> Abilities:
@@ -83,6 +85,7 @@ class Abilities:
             shifts=shiftable,
             appends=not recurs and kind != "gemma3",
             streams="streams" in cache,
+            interleaves="transposed" in cache,
         )
 
 
@@ -127,7 +130,8 @@ class Walk:
             for _ in SEQUENCES:
                 self._streams.append(self._closing.enter_context(self._cuda.stream()))
             for _ in range(2):
-                self._engines.append(self._closing.enter_context(self._library.engine()))
+                engine = self._library.engine(copy_threads=1)
+                self._engines.append(self._closing.enter_context(engine))
             self._attach()
         except BaseException:
             self._closing.close()
@@ -135,8 +139,7 @@ class Walk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stream in self._streams:
-            stream.release()
+        self._release_all()
         for transfer in self._in_flight.values():
             transfer.job.wait()
         for attachment in self._attachments:
@@ -177,12 +180,16 @@ class Walk:
         self.history[-1] += f" {text}"
 
     def _compare_states(self) -> None:
-        for seq in SEQUENCES:
-            moved = self._in_flight.get(seq)
-            if moved and moved.direction == "load":
-                continue
-            if self.ours.state_get(seq) != self.like.state_get(seq):
-                raise Unequal(f"the state of sequence {seq}")
+        held = any(transfer.held for transfer in self._in_flight.values())
+        if held and self.can.interleaves and self._random.random() < 0.8:
+            return  # llama.cpp's own calls would wait, and little would stay in flight
+        with self._not_for_ever():
+            for seq in SEQUENCES:
+                moved = self._in_flight.get(seq)
+                if moved and moved.direction == "load":
+                    continue
+                if self.ours.state_get(seq) != self.like.state_get(seq):
+                    raise Unequal(f"the state of sequence {seq}")
 
     # ---- Which sequences
 
@@ -205,26 +212,9 @@ class Walk:
 
     # ---- Waiting
 
-    @contextlib.contextmanager
-    def _not_for_ever(self, stream: Stream | None = None) -> Iterator[threading.Event]:
-        """Let go of every held transfer, and of this stream, if what happens meanwhile waits. Gives
-        an event that says so.
-        """
-        waited = threading.Event()
-
-        def let_go() -> None:
-            waited.set()
-            self._release_all()
-            if stream:
-                stream.release()
-
-        timer = threading.Timer(PATIENCE, let_go)
-        timer.start()
-        try:
-            yield waited
-        finally:
-            timer.cancel()
-            timer.join()
+    def _not_for_ever(self) -> contextlib.AbstractContextManager[threading.Event]:
+        """Let go of every held transfer if what happens meanwhile waits for one."""
+        return released_after(PATIENCE, *self._in_flight.values())
 
     def _release_all(self) -> None:
         for transfer in list(self._in_flight.values()):
@@ -327,14 +317,10 @@ class Walk:
             context.seq_rm(target)
             context.seq_cp(source, target)
         self._forget_edits(target)
-        if self.can.streams:
-            # A state that is moved before the next decode is not yet the copy.
-            others = [seq for seq in self._decodable() if seq != target]
-            self._decode_tokens([self._any(others) or target])
-        else:
+        if not self.can.streams:
             self._shared |= {source, target}
-            if source in self._shift_pending:
-                self._shift_pending.add(target)
+        if source in self._shift_pending:
+            self._shift_pending.add(target)
 
     def _alone(self) -> list[int]:
         """Sequences with cells that are nobody else's."""
@@ -393,35 +379,40 @@ class Walk:
         attachment = self._random.choice(self._attachments)
         chosen = SNAPSHOT if mode == SNAPSHOT or not self.can.appends else IN_PLACE
         snapshot = direction == "save" and (mode or chosen) == SNAPSHOT
-        held = not snapshot and self._random.random() < 0.7
-        stream = self._streams[seq] if held else None
-        priority = self._random.randrange(2)
-        self._note(f"{seq} mode {mode} priority {priority}{' held' if held else ''}")
-        if stream:
-            stream.hold()
+        hold = self._hold(seq, attachment, may_be_held=not snapshot)
+        held = not isinstance(hold, NoHold)
+        self._note(f"{seq} mode {mode}{' held' if held else ''}")
         submit = attachment.save if direction == "save" else attachment.load
         try:
-            with self._not_for_ever(stream) as waited:
-                job = submit(
-                    seq,
-                    buffer,
-                    stream=stream.handle if stream else None,
-                    mode=mode,
-                    priority=priority,
-                )
-        except c_interface.Failure as failure:
-            if stream:
-                stream.release()
-            return failure
-        held_by = None if waited.is_set() else stream
+            with released_after(PATIENCE, *self._in_flight.values(), hold) as waited:
+                job = submit(seq, buffer, mode=mode, **hold.options)
+        except BaseException as failure:
+            hold.release()
+            if isinstance(failure, c_interface.Failure):
+                return failure
+            raise
         self._in_flight[seq] = InFlight(
-            direction, job, attachment, buffer, state, held_by, in_place=not snapshot
+            direction,
+            job,
+            attachment,
+            buffer,
+            state,
+            hold,
+            held=held and not waited.is_set(),
+            in_place=not snapshot,
         )
         return None
 
+    def _hold(self, seq: int, attachment: c_interface.Attachment, may_be_held: bool) -> Hold:
+        priority = self._random.randrange(2)
+        if not may_be_held or self._random.random() > 0.7:
+            return NoHold(priority)
+        if moves_at_once(self.ours) and not ON_GPU and self._random.random() < 0.7:
+            return ByUrgentCopies(attachment.engine)
+        return ByStream(self._streams[seq], priority)
+
     def _save(self) -> None:
-        resting = [seq for seq in self._resting() if seq not in self._shift_pending]
-        seq = self._any(self._holding_cells(resting))
+        seq = self._any(self._holding_cells(self._resting()))
         if seq is None or not self._attachments:
             return
         state = self.like.state_get(seq)
@@ -469,7 +460,8 @@ class Walk:
             self._collect(seq, self._in_flight[seq])
 
     def _collect(self, seq: int, transfer: InFlight) -> None:
-        transfer.release()
+        # All, since what holds one may hold another as well.
+        self._release_all()
         status = transfer.job.wait()
         del self._in_flight[seq]
         if status != "KVF_OK":
@@ -505,7 +497,7 @@ class Walk:
 
     def _refused(self) -> None:
         """What a transfer in flight forbids of kvferry's own calls."""
-        seq = self._any([seq for seq, transfer in self._in_flight.items() if transfer.held_by])
+        seq = self._any([seq for seq, transfer in self._in_flight.items() if transfer.held])
         if seq is None or not self._states:
             return
         self._note(f"{seq}")
@@ -559,7 +551,7 @@ class Walk:
         gone = self._attachments.pop(self._random.randrange(len(self._attachments)))
         for transfer in self._in_flight.values():
             if transfer.attachment is gone:
-                transfer.release()
+                self._release_all()
         gone.detach()
         for seq, transfer in list(self._in_flight.items()):
             if transfer.attachment is gone:
