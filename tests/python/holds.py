@@ -24,12 +24,18 @@ class Hold(Releasable, Protocol):
 
     options: dict[str, Any]
 
+    def holds(self, nbytes: int) -> bool:
+        """Whether it holds a transfer of so many bytes."""
+
 
 class NoHold:
     """It moves at once."""
 
     def __init__(self, priority: int = 0) -> None:
         self.options: dict[str, Any] = {"priority": priority}
+
+    def holds(self, nbytes: int) -> bool:
+        return False
 
     def release(self) -> None:
         pass
@@ -42,6 +48,9 @@ class ByStream:
         self._stream = stream
         self.options: dict[str, Any] = {"stream": stream.handle, "priority": priority}
         stream.hold()
+
+    def holds(self, nbytes: int) -> bool:
+        return True
 
     def release(self) -> None:
         self._stream.release()
@@ -69,6 +78,10 @@ class ByUrgentCopies:
         self._pieces = pieces
         self._job: c_interface.Job | None = engine.save_regions(regions, pieces[0], priority=1)
         self._lock = threading.Lock()
+
+    def holds(self, nbytes: int) -> bool:
+        # What is smaller is copied by the call that submits it.
+        return nbytes > 32 << 10
 
     def release(self) -> None:
         with self._lock:

@@ -178,8 +178,9 @@ def beside_a_transfer(
             saved = like.state_get(OWN)
             state = ctypes.create_string_buffer(len(saved))
             submit = attachment.save
-        with released_after(patience, hold):
+        with released_after(patience, hold) as waited:
             job = submit(OWN, state, mode=mode, **hold.options)
+        assert not job.done or waited.is_set()
 
         def move_now() -> None:
             hold.release()

@@ -71,6 +71,8 @@ class Abilities:
     """A sequence that is saved in place may be decoded further."""
     streams: bool
     """Each sequence has a stream of its own, and shares no cell."""
+    windows: bool
+    """Cells that a sliding window has left go to others."""
     interleaves: bool
     """Bytes of all sequences lie between each other."""
 
@@ -85,6 +87,7 @@ class Abilities:
             shifts=shiftable,
             appends=not recurs and kind != "gemma3",
             streams="streams" in cache,
+            windows=kind in ("gemma3", "hybrid-iswa"),
             interleaves="transposed" in cache,
         )
 
@@ -165,6 +168,7 @@ class Walk:
             (self._detach, 0.5),
             (self._load_by_llama_cpp, 1),
             *([(self._shift, 5), (self._divide, 0.5)] if self.can.shifts else []),
+            *([(self._load_a_window, 2)] if self.can.windows else []),
             *([(self._remove_a_part, 2)] if not self.can.recurs else []),
         ]
         functions = [function for function, _ in operations]
@@ -380,7 +384,7 @@ class Walk:
         chosen = SNAPSHOT if mode == SNAPSHOT or not self.can.appends else IN_PLACE
         snapshot = direction == "save" and (mode or chosen) == SNAPSHOT
         hold = self._hold(seq, attachment, may_be_held=not snapshot)
-        held = not isinstance(hold, NoHold)
+        held = hold.holds(len(state))
         self._note(f"{seq} mode {mode}{' held' if held else ''}")
         submit = attachment.save if direction == "save" else attachment.load
         try:
@@ -425,7 +429,9 @@ class Walk:
         seq = self._any(self._resting())
         if seq is None or not self._attachments or not self._states:
             return
-        state = self._random.choice(self._states)
+        self._load_state(seq, self._random.choice(self._states))
+
+    def _load_state(self, seq: int, state: bytes) -> None:
         buffer = ctypes.create_string_buffer(state, len(state))
         failure = self._start("load", seq, state, buffer, self._random.choice((0, IN_PLACE, AHEAD)))
         read = self.like.state_set(seq, state)
@@ -436,6 +442,32 @@ class Walk:
             self._note(failure.name)
             for context in self._both():
                 context.seq_rm(seq)
+
+    def _load_a_window(self) -> None:
+        """Load a state behind cells that are then free, and go on with another sequence: llama.cpp
+        looks for cells there, and comes to those of the load.
+        """
+        resting = self._resting()
+        if len(resting) < 3 or not self._attachments:
+            return
+        first, loaded, other = self._random.sample(resting, 3)
+        self._note(f"{loaded} behind {first}, then {other}")
+        for context in self._both():
+            context.seq_rm(first)
+            context.seq_rm(loaded)
+        self._forget_edits(first)
+        self._forget_edits(loaded)
+        few = self._random.choice((2, 8))
+        self._decode_tokens([first] * few)
+        self._decode_tokens([loaded] * self._random.choice((33, 40, 60)))
+        if self.like.pos_max(loaded) < 32:
+            return  # the cache is full
+        self._states.append(self.like.state_get(loaded))
+        self._load_state(loaded, self._states[-1])
+        if first in self._resting() and other in self._resting():
+            for context in self._both():
+                context.seq_rm(first)
+            self._decode_tokens([other] * (few + self._random.choice((1, 4, 20))))
 
     def _load_by_llama_cpp(self) -> None:
         seq = self._any(self._resting())

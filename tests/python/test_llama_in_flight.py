@@ -8,6 +8,7 @@ sequences, and no more than that.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ from in_flight import (
     state_set,
 )
 from like_contexts import CACHES, MakeContext
+from llama_reference import Context, Model
 from simulated_cuda import SimulatedCuda
 
 pytestmark = NEEDS_CUDA
@@ -66,6 +68,21 @@ KINDS = [
     *[(kind, cache) for kind in ("hybrid", "hybrid-iswa") for cache in ("flash", "streams")],
 ]
 """The kinds of model and cache, one for each way in which an operation may go wrong."""
+
+
+Alike = Callable[[str, str], tuple[Context, Context]]
+
+
+@pytest.fixture
+def alike(make_context: MakeContext, model: Callable[..., Model]) -> Alike:
+    """Makes two contexts of a kind of model and cache."""
+
+    def make(kind: str, cache: str) -> tuple[Context, Context]:
+        # Of fewer layers its states are so small that submitting them moves them.
+        chosen = model(kind, layers=16) if kind == "hybrid-iswa" else model(kind)
+        return make_context(chosen, **CACHES[cache]), make_context(chosen, **CACHES[cache])
+
+    return make
 
 
 # ---- The table in kvferry.h ----------------------------------------------------------------------
@@ -147,13 +164,13 @@ def test_every_row_of_the_table_is_tested() -> None:
 @pytest.mark.parametrize(("transfer", "operation", "kind", "cache"), cells("yes", "waits"))
 def test_what_is_allowed_beside_a_transfer_is_done_as_by_llama_cpp(
     cuda: SimulatedCuda,
-    make_context: MakeContext,
+    alike: Alike,
     transfer: Kind,
     operation: Operation,
     kind: str,
     cache: str,
 ) -> None:
-    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    ours, like = alike(kind, cache)
     [row] = [row for row, operations in OPERATIONS.items() if operation in operations]
     waits = rule(transfer, row, kind) == "waits"
     may = waits or may_wait(operation, kind, cache)
@@ -176,13 +193,13 @@ def test_what_is_allowed_beside_a_transfer_is_done_as_by_llama_cpp(
 @pytest.mark.parametrize(("transfer", "operation", "kind", "cache"), cells("no"))
 def test_what_is_forbidden_beside_a_transfer_spoils_sequences_and_no_more(
     cuda: SimulatedCuda,
-    make_context: MakeContext,
+    alike: Alike,
     transfer: Kind,
     operation: Operation,
     kind: str,
     cache: str,
 ) -> None:
-    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    ours, like = alike(kind, cache)
     outcome = beside_a_transfer(cuda, ours, like, transfer, operation)
     assert outcome.status == "KVF_OK"
     for context in (ours, like):
@@ -196,7 +213,7 @@ def test_what_is_forbidden_beside_a_transfer_spoils_sequences_and_no_more(
 @pytest.mark.parametrize(("transfer", "operation", "kind", "cache"), cells("KVF_ERR_BUSY"))
 def test_what_is_refused_beside_a_transfer_changes_nothing(
     cuda: SimulatedCuda,
-    make_context: MakeContext,
+    alike: Alike,
     transfer: Kind,
     operation: Operation,
     kind: str,
@@ -207,7 +224,7 @@ def test_what_is_refused_beside_a_transfer_changes_nothing(
             with pytest.raises(c_interface.Failure, match="KVF_ERR_BUSY"):
                 operation(side)
 
-    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    ours, like = alike(kind, cache)
     outcome = beside_a_transfer(
         cuda, ours, like, transfer, attempt, held="queue" if moves_at_once(ours) else "stream"
     )
@@ -218,9 +235,9 @@ def test_what_is_refused_beside_a_transfer_changes_nothing(
 @pytest.mark.parametrize("transfer", ["load", "save"])
 @pytest.mark.parametrize(("kind", "cache"), [one for one in KINDS if one[1] == "flash"])
 def test_a_context_that_is_freed_ends_its_transfers_first(
-    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str, transfer: Kind
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str, transfer: Kind
 ) -> None:
-    context = make_context(kind, **CACHES[cache])
+    context, _ = alike(kind, cache)
     live_alike(context)
     state = context.state_get(OWN)
     library = c_interface.Library(c_interface.LIBRARY)
@@ -257,10 +274,10 @@ SNAPSHOT_ALLOWS = [
     ],
 )
 def test_a_snapshot_forbids_nothing(
-    cuda: SimulatedCuda, make_context: MakeContext, kind: str, operation: Operation
+    cuda: SimulatedCuda, alike: Alike, kind: str, operation: Operation
 ) -> None:
     """It has been taken when the call returns, which waits for the stream."""
-    ours, like = (make_context(kind) for _ in range(2))
+    ours, like = alike(kind, "flash")
     outcome = beside_a_transfer(cuda, ours, like, "save", operation, mode=c_interface.Mode.SNAPSHOT)
     assert outcome.differences == []
     assert outcome.status == "KVF_OK"
@@ -284,7 +301,7 @@ SHIFTED = [
 @pytest.mark.parametrize(("kind", "cache"), SHIFTED)
 def test_no_byte_moves_while_a_shift_rewrites_the_keys(
     cuda: SimulatedCuda,
-    make_context: MakeContext,
+    alike: Alike,
     kind: str,
     cache: str,
     transfer: Kind,
@@ -294,7 +311,7 @@ def test_no_byte_moves_while_a_shift_rewrites_the_keys(
     need not be shifted are turned by zero. Here it is halted behind its first operation. Quantised
     keys lie outside of the cache at that moment: what is loaded now is lost.
     """
-    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    ours, like = alike(kind, cache)
     outcome = beside_a_transfer(
         cuda,
         ours,
@@ -330,7 +347,7 @@ def test_no_byte_moves_while_a_shift_rewrites_the_keys(
 @pytest.mark.parametrize("cache", UNIFIED)
 def test_no_cell_of_a_window_that_is_being_moved_goes_to_another_sequence(
     cuda: SimulatedCuda,
-    make_context: MakeContext,
+    alike: Alike,
     kind: str,
     cache: str,
     transfer: Kind,
@@ -340,7 +357,7 @@ def test_no_cell_of_a_window_that_is_being_moved_goes_to_another_sequence(
     """A state has the cells that the window shows to the last token. llama.cpp takes for others
     what the window hides from the next one.
     """
-    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    ours, like = alike(kind, cache)
     outcome = beside_a_transfer(cuda, ours, like, transfer, operation, held=held)
     assert outcome.differences == []
 
@@ -349,22 +366,22 @@ def test_no_cell_of_a_window_that_is_being_moved_goes_to_another_sequence(
 @pytest.mark.parametrize("cache", ["flash", "streams"])
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_a_recurrent_cell_that_llama_cpp_moves_keeps_its_bytes(
-    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str, transfer: Kind
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str, transfer: Kind
 ) -> None:
     """Sequences that are decoded in one batch get neighbouring cells. Whoever is in the way goes to
     another cell, and the graph copies its state there: a load still goes to the old one, where
     another sequence is by then.
     """
-    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    ours, like = alike(kind, cache)
     outcome = beside_a_transfer(cuda, ours, like, transfer, decode_several)
     assert outcome.differences == []
 
 
 @pytest.mark.parametrize(("kind", "cache"), SHIFTED)
 def test_a_sequence_is_saved_as_it_was_before_its_pending_shift(
-    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str
 ) -> None:
-    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    ours, like = alike(kind, cache)
     outcome = beside_a_transfer(cuda, ours, like, "save", decode_fourth, before=pending_shift(OWN))
     assert outcome.differences == []
 
@@ -373,10 +390,10 @@ def test_a_sequence_is_saved_as_it_was_before_its_pending_shift(
 @pytest.mark.parametrize("cache", SEPARATE)
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "hybrid", "deepseek2"])
 def test_a_sequence_onto_which_another_is_to_be_copied_is_moved_before(
-    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str, transfer: Kind
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str, transfer: Kind
 ) -> None:
     """llama.cpp copies between streams at its next decode, over whatever has been loaded since."""
-    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    ours, like = alike(kind, cache)
     outcome = beside_a_transfer(
         cuda, ours, like, transfer, decode_fourth, before=pending_copy(OTHER, OWN)
     )
@@ -386,10 +403,10 @@ def test_a_sequence_onto_which_another_is_to_be_copied_is_moved_before(
 @pytest.mark.parametrize("cache", SEPARATE)
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "hybrid", "deepseek2"])
 def test_a_sequence_that_is_to_be_copied_is_loaded_before(
-    cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str
 ) -> None:
     """llama.cpp's copy is then one of what has been loaded; so is ours."""
-    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    ours, like = alike(kind, cache)
     outcome = beside_a_transfer(
         cuda, ours, like, "load", decode_fourth, before=pending_copy(OWN, SPARE)
     )
