@@ -16,12 +16,15 @@ pytestmark = NEEDS_CUDA
 STEPS = 150
 
 WALKS = [
-    # These find the faults that were once there: a pending shift rewrites all keys, cells of a
-    # window go to others, recurrent cells are moved.
-    *[("llama", cache, seed) for cache in ("q8_0", "q4_0") for seed in (3, 5)],
-    *[("gemma3", "q8_0", seed) for seed in (3, 4, 5)],
-    ("gemma3", "flash", 3),
-    *[(kind, "flash", seed) for kind in ("hybrid", "hybrid-iswa") for seed in (1, 3)],
+    # These find the faults that were once there, when their mends are taken out: a pending shift
+    # rewrites all keys, recurrent cells are moved, and cells of a window go to others.
+    *[("llama", "q8_0", seed) for seed in (2, 3)],
+    ("llama", "q4_0", 4),
+    *[("hybrid", "flash", seed) for seed in (2, 5)],
+    *[("gemma3", "q8_0", seed) for seed in (4, 7)],
+    ("gemma3", "flash", 6),
+    ("hybrid-iswa", "flash", 5),
+    # And these find whatever else there may be.
     ("mamba", "flash", 0),
     *[("llama", cache, 0) for cache in ("flash", "transposed", "streams", "f32")],
     *[("gemma3", cache, 1) for cache in ("transposed", "streams")],
