@@ -27,6 +27,18 @@ from like_contexts import CACHES, RECURRENT
 from llama_reference import Context, Refused, llama
 from simulated_cuda import SimulatedCuda, Stream
 
+KINDS = (
+    "llama",
+    "gemma3",
+    "mamba",
+    "hybrid",
+    "hybrid-iswa",
+    "deepseek2",
+    "deepseek32",
+    "qwen2vl",
+)
+"""Of model. Others' states are opaque, and not those that llama.cpp writes."""
+
 SEQUENCES = range(4)
 STATES_KEPT = 6
 
