@@ -132,18 +132,6 @@ async def _format(make: Callable[[], Any]) -> str:
 TARGET = 2
 
 
-async def _format(make: Callable[[], Any]) -> str:
-    """As kvferry calls what it reads there; and what vouches for a state if not its structure."""
-    import kvferry
-
-    context = make()
-    context.decode(0, [1, 2, 3])
-    async with kvferry.Engine("host") as engine:
-        said = engine.attach(context.address).describe()
-    guard = said["guarded_by"]
-    return str(said["format"]) + ("" if guard == "structure" else f", guarded by {guard}")
-
-
 async def _moved(make: Callable[[], Any]) -> str:
     """A sequence, out of a context and into another: where something else stands in its place, and
     where nothing has ever been."""
