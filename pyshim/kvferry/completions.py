@@ -194,10 +194,12 @@ class Completions:
         here before the submitting call has returned.
         """
         self.check_usable()
-        # Picks up what nobody has waited for, so that buffers of forgotten transfers come free.
+        self._transfers[transfer.token] = transfer
+
+    def pick_up(self) -> None:
+        """Ends what has ended and nobody has waited for, so that forgotten buffers come free."""
         if self._transfers and self._reader is None:
             self._drain()
-        self._transfers[transfer.token] = transfer
 
     def withdraw(self, transfer: PendingTransfer) -> None:
         """Ends a transfer of which no job was made."""

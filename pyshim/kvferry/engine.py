@@ -99,9 +99,10 @@ class Engine:
         try:
             completions.open()
             check(lib.kvf_engine_create(options, handle), text)
-            self._core = Core(handle[0], completions)
+            core = Core(handle[0], completions)
             # Called when this object is collected unclosed, or by atexit.
-            self._finalizer = weakref.finalize(self, self._core.abandon)
+            self._finalizer = weakref.finalize(self, core.abandon)
+            self._core = core
         except BaseException:
             if handle[0]:
                 lib.kvf_engine_destroy(handle[0])

@@ -67,6 +67,7 @@ class Transfer(PendingTransfer, Generic[T]):
         # breaks in between the call and whatever follows it.
         self.job_place: CData = ffi.new("kvf_job *")
         self.token = completions.new_token()
+        completions.pick_up()
         self._claim: object = claim_for_transfer(
             buffer.memory, buffer.nbytes, writing=writes_buffer
         )

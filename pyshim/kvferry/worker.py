@@ -191,7 +191,14 @@ class Worker:
     async def call(self, function: Callable[..., T], *arguments: Any, first: bool = False) -> T:
         """Makes the call, and returns or raises as it does. Cancelling: see ``outcome``."""
         self.check_awaitable()
-        return cast(T, await self.outcome(self.post(function, *arguments, first=first)))
+        call = self.make(function, *arguments)
+        try:
+            self.ask_for(call, first=first)
+            return cast(T, await self.outcome(call))
+        except BaseException:
+            if not call.ended:
+                call.take_back()  # a signal handler has raised before the waiting began
+            raise
 
     async def outcome(self, call: Call) -> Any:
         """Waits for a call that was asked for; returns or raises as it does.

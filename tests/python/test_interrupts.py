@@ -188,7 +188,7 @@ async def test_copies_are_interrupted_anywhere() -> None:
         for target in targets:
             target.append(0)  # raises BufferError if a job still uses it
 
-    await interrupt_everywhere(scenario, stride=4)
+    await interrupt_everywhere(scenario, stride=8)
 
 
 async def test_calls_on_a_thread_are_interrupted_anywhere() -> None:
@@ -210,7 +210,7 @@ async def test_calls_on_a_thread_are_interrupted_anywhere() -> None:
         assert_idle(engine)
         await engine.aclose()
 
-    await interrupt_everywhere(scenario, stride=4)
+    await interrupt_everywhere(scenario, stride=8)
 
 
 async def test_cancelled_copies_are_interrupted_anywhere() -> None:
@@ -235,7 +235,7 @@ async def test_cancelled_copies_are_interrupted_anywhere() -> None:
         for target in targets:
             target.append(0)
 
-    await interrupt_everywhere(scenario, stride=4)
+    await interrupt_everywhere(scenario, stride=8)
 
 
 async def test_closing_is_interrupted_anywhere() -> None:
@@ -251,7 +251,7 @@ async def test_closing_is_interrupted_anywhere() -> None:
         assert not engine._core.memory_worker._thread.workers
         target.append(0)
 
-    await interrupt_everywhere(scenario, stride=4)
+    await interrupt_everywhere(scenario, stride=8)
 
 
 async def test_making_an_engine_is_interrupted_anywhere() -> None:
@@ -303,7 +303,7 @@ async def test_sequences_are_interrupted_anywhere(make_context: MakeContext) -> 
         assert_idle(engine)
         await engine.aclose()
 
-    await interrupt_everywhere(scenario, stride=6)
+    await interrupt_everywhere(scenario, stride=8)
 
 
 # ---- Chosen places, with real signals ------------------------------------------------------------
