@@ -15,7 +15,7 @@ import anyio.lowlevel
 from ._native import ffi, lib
 from .arguments import HostMemory, choice, sequence_id
 from .buffer import Buffer, borrow
-from .completions import Completion, Pending, see_through
+from .completions import Completion, see_through
 from .core import Attachment, Core, describe
 from .errors import ErrorText, check, error
 from .llm import LlmState
@@ -441,7 +441,7 @@ class SequenceTransfer(Transfer[T]):
     def refused(self) -> None:
         """The submitting call has failed. For the context's thread."""
 
-    def follow_up(self, completion: Completion) -> Pending | None:
+    def follow_up(self, completion: Completion) -> Call | None:
         self._attachment.in_flight.pop(self, None)
         return None
 
@@ -530,17 +530,17 @@ class LoadTransfer(SequenceTransfer[None]):
         self._attachment.latest_loads[self.seq] = self
         super().expect()
 
-    def follow_up(self, completion: Completion) -> Pending | None:
+    def follow_up(self, completion: Completion) -> Call | None:
         super().follow_up(completion)
         worker = self._attachment.worker
         if worker.stopped:
             return None  # detaching settles too
-        # Before anything else runs on the context's thread, whether or not somebody waits for
+        # Made before anything else runs on the context's thread, whether or not somebody waits for
         # this transfer.
         if completion.status != lib.KVF_OK:
-            return worker.post(self._settle, first=True)
+            return worker.make(self._settle)
         if self._llm is not None:
-            return worker.post(self._llm.restore, self._llm_state, first=True)
+            return worker.make(self._llm.restore, self._llm_state)
         return None
 
     def _settle(self) -> None:

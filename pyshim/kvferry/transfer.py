@@ -11,7 +11,7 @@ from ._native import ffi, lib
 from .arguments import choice, integer
 from .buffer import Buffer
 from .claims import claim_for_transfer
-from .completions import Completion, Completions, Pending, PendingTransfer, see_through
+from .completions import Completion, Completions, PendingTransfer, see_through
 from .errors import ErrorText, check, error
 from .worker import Call
 
@@ -60,7 +60,7 @@ class Transfer(PendingTransfer, Generic[T]):
         self._source = source
         self._make_result: Callable[[Completion], T] | None = result
         self._result: T | None = None
-        self._aftermath: Pending | None = None
+        self._aftermath: Call | None = None
         self._cancel_requested = False
         self._nbytes = buffer.nbytes
         # The C library writes the handle here: that a job was made is known also where an exception
@@ -122,7 +122,7 @@ class Transfer(PendingTransfer, Generic[T]):
             status = lib.KVF_ERR_CLOSED
         if status != lib.KVF_OK:
             raise error(status, self.completion.detail)
-        if isinstance(self._aftermath, Call) and self._aftermath.failure is not None:
+        if self._aftermath is not None and self._aftermath.failure is not None:
             raise self._aftermath.failure
         return cast(T, self._result)
 
@@ -180,13 +180,16 @@ class Transfer(PendingTransfer, Generic[T]):
             self._result = self._make_result(completion)
         if self._aftermath is None:
             self._aftermath = self.follow_up(completion)
+        if self._aftermath is not None:
+            # Asked for again where an exception has broken in, and made once all the same.
+            self._aftermath.worker.ask_for(self._aftermath, first=True)
         self._let_go()
 
     def withdrawn(self) -> None:
         self._let_go()
 
-    def follow_up(self, completion: Completion) -> Pending | None:
-        """May start something that has to end too before ``wait`` returns."""
+    def follow_up(self, completion: Completion) -> Call | None:
+        """A call, not yet asked for, that has to end too before ``wait`` returns."""
         return None
 
     def _let_go(self) -> None:

@@ -19,6 +19,7 @@ import contextvars
 import math
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,8 @@ class WorkerThread:
         self.lock = threading.RLock()
         """Held while a call runs."""
         self.ident: int | None = None
-        self.workers: set[Worker] = set()  # those that are not stopped
+        # Those that aren't stopped. One that an exception kept from its attachment is forgotten.
+        self.workers: weakref.WeakSet[Worker] = weakref.WeakSet()
         self._name = name
         self._address = address
         self._calls: deque[Call] = deque()
@@ -141,7 +143,8 @@ class WorkerThread:
 
     def leave(self, worker: Worker) -> None:
         """Without workers the thread ends after the calls that it has."""
-        self.workers.discard(worker)
+        with _contexts_lock:
+            self.workers.discard(worker)
         self.notify()
         if not self._started:
             self._is_over()

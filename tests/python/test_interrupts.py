@@ -24,8 +24,10 @@ import anyio
 import kvferry
 import numpy as np
 import pytest
+from context_threads import has_thread
 from devices import DEVICES
 from event_loops import EVENT_LOOPS, anyio_backend  # noqa: F401
+from kvferry.worker import Worker
 from like_contexts import MakeContext
 
 if sys.version_info < (3, 11):
@@ -302,6 +304,7 @@ async def test_sequences_are_interrupted_anywhere(make_context: MakeContext) -> 
         await llama.remove(2)
         assert_idle(engine)
         await engine.aclose()
+        assert not has_thread(context)
 
     await interrupt_everywhere(scenario, stride=8)
 
@@ -396,6 +399,42 @@ async def test_completions_that_were_taken_when_a_signal_came_are_not_lost(
                     tasks.start_soon(wait, transfer)
         assert sorted(outcomes) == ["interrupted", "served", "served", "served", "served"]
         assert_idle(engine)
+
+
+async def test_what_follows_a_failed_load_is_done_once(
+    monkeypatch: pytest.MonkeyPatch, make_context: MakeContext
+) -> None:
+    context = make_context("llama")
+    context.decode_in_turn([0, 1], 20)
+    settled: list[None] = []
+    interrupted: list[None] = []
+    ask_for = Worker.ask_for
+
+    def interrupted_once(*arguments: Any, **keywords: Any) -> None:
+        ask_for(*arguments, **keywords)
+        if not interrupted:
+            interrupted.append(None)
+            raise Interrupt
+
+    async with kvferry.Engine(DEVICES, copy_threads=1) as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+        # What is urgent goes before it, so that it is cancelled in time.
+        slow = np.zeros(1 << 27, np.uint8)[::2]
+        ahead = await engine.start_copy_out(slow, priority="urgent")
+        load = await llama.start_load(snapshot, 2)
+        load.cancel()
+        lib: Any = sys.modules["kvferry.llama"].lib  # type: ignore[attr-defined]
+        settling = Calling(lib, "kvf_llama_settle", lambda: settled.append(None))
+        monkeypatch.setattr("kvferry.llama.lib", settling)
+        monkeypatch.setattr(Worker, "ask_for", interrupted_once)
+        with pytest.raises(Interrupt):
+            await load.wait()
+        assert load.completion is not None
+        assert load.completion.status == lib.KVF_ERR_CANCELLED
+        ahead.cancel()
+        assert len(settled) == 1
+        assert context.pos_max(2) == -1
 
 
 @pytest.mark.parametrize("function", ["kvf_queue_take", "kvf_regions_save"])
