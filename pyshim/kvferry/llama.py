@@ -548,7 +548,7 @@ class LoadTransfer(SequenceTransfer[None]):
         worker = self._attachment.worker
         if worker.stopped:
             return None  # detaching settles too
-        # Before anything else runs on the context's thread, whether or not somebody waits for
+        # Made before anything else runs on the context's thread, whether or not somebody waits for
         # this transfer.
         if completion.status != lib.KVF_OK:
             return worker.make(self._settle)

@@ -122,7 +122,7 @@ class Transfer(PendingTransfer, Generic[T]):
             status = lib.KVF_ERR_CLOSED
         if status != lib.KVF_OK:
             raise error(status, self.completion.detail)
-        if isinstance(self._aftermath, Call) and self._aftermath.failure is not None:
+        if self._aftermath is not None and self._aftermath.failure is not None:
             raise self._aftermath.failure
         return cast(T, self._result)
 

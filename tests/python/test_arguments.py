@@ -29,7 +29,7 @@ Region: Any = kvferry.Region
         ({"copy_threads": 1.5}, TypeError, "copy_threads is an integer, not float"),
         ({"pinned_limit": None}, TypeError, "pinned_limit is an integer, not NoneType"),
         ({"devices": "gpu"}, ValueError, "devices is 'auto', .*; not 'gpu'"),
-        ({"devices": ["host"]}, ValueError, r"'auto', 'host' or 'cuda', not \['host'\]"),
+        ({"devices": ["host"]}, ValueError, r"devices is 'auto', .*; not \['host'\]"),
     ],
 )
 def test_an_option_of_an_engine_is_named(

@@ -70,6 +70,11 @@ def state_of(llm: llama_cpp.Llama) -> bytes:
     return state.tobytes()
 
 
+def positions_of(llm: llama_cpp.Llama) -> int:
+    """How many the sequence has, by libllama's account."""
+    return llama.llama_memory_seq_pos_max(llama.llama_get_memory(llm.ctx), 0) + 1
+
+
 def logits_of(llm: llama_cpp.Llama) -> bytes:
     """Those of the last token."""
     logits = llama.llama_get_logits_ith(llm.ctx, -1)
@@ -406,8 +411,7 @@ async def test_a_load_that_is_refused_leaves_the_object_as_its_sequence_is(
         for state in (snapshot.view[:-1], kvferry.Snapshot.from_bytes(snapshot, fingerprint="x")):
             with pytest.raises((kvferry.StateDamaged, kvferry.StateMismatch)):
                 await model.load(state, seq=0)
-            positions = llama.llama_memory_seq_pos_max(llama.llama_get_memory(llm.ctx), 0) + 1
-            assert llm.n_tokens == positions
+            assert llm.n_tokens == positions_of(llm)
             await model.load(snapshot, seq=0)
         with pytest.raises(kvferry.SequenceRange):
             await model.load(snapshot, seq=1)
@@ -460,4 +464,6 @@ def test_a_script_keeps_two_conversations(make_llm: Callable[..., llama_cpp.Llam
             assert logits_of(llm) == logits_of(alone)
         with pytest.raises(kvferry.StateDamaged):
             model.load(saved[TEXT].view[:-1], seq=0)
-        assert llm.n_tokens == 0
+        assert llm.n_tokens == positions_of(llm)
+        model.remove(seq=0)
+        assert llm.n_tokens == positions_of(llm) == 0

@@ -78,7 +78,7 @@ WRONG = {
     "number: int = await llama.run(work, 1)": "arg-type",
     "await llama.run(5)": "arg-type",
     "await engine.register(5)": "arg-type",
-    "kvferry.Engine('gpu')": "arg-type",
+    "kvferry.Engine(0)": "arg-type",
     "kvferry.Engine(copy_threads=None)": "arg-type",
     "kvferry.Region(None, 8)": "arg-type",
 }
