@@ -272,6 +272,7 @@ class Job:
         self.library = library
         self.handle = handle
         self._buffer = buffer
+        self.detail = ""
 
     @property
     def done(self) -> bool:
@@ -291,4 +292,5 @@ class Job:
             u64(ctypes.sizeof(completion)),
         )
         self.library.call("kvf_job_release", self.handle)
+        self.detail = completion.detail.decode()
         return self.library.status_name(completion.status)

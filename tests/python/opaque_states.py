@@ -77,9 +77,11 @@ def save(attachment: Attachment, sequence: int) -> bytes:
 def load(attachment: Attachment, state: bytes, **options: Any) -> str:
     """How the call or else the job ended: KVF_OK, or the name and the text of an error."""
     try:
-        return attachment.load(TARGET, buffer_of(state), **options).wait()
+        job = attachment.load(TARGET, buffer_of(state), **options)
     except Failure as failure:
         return str(failure)
+    status = job.wait()
+    return status if status == "KVF_OK" else f"{status}: {job.detail}"
 
 
 # ---- The cases -----------------------------------------------------------------------------------
@@ -232,6 +234,24 @@ def a_trusted_load_that_fails_leaves_nothing_or_says_so(scene: Scene) -> None:
         assert load(attachment, save(attachment, TARGET)) == "KVF_OK"
 
 
+def a_trusted_load_that_leaves_cells_behind_says_so(scene: Scene) -> None:
+    """Of a plain attention cache, all of whose cells but one have negative positions, and which
+    ends too early. No sequence that libllama knows has such cells.
+    """
+    ours = scene.ours
+    empty = ours.state_size(TARGET)
+    with scene.attached() as attachment:
+        bare = bytearray(save(attachment, SOURCE)[:-ENVELOPE])
+        for cell in range(1, TOKENS):
+            at = 16 + 12 * cell  # after number, id, streams and cells
+            assert int.from_bytes(bare[at : at + 4], "little") == cell
+            bare[at : at + 4] = (-5).to_bytes(4, "little", signed=True)
+        said = load(attachment, bytes(bare[:-1]), trust=True)
+        attachment.settle()
+    assert ours.state_size(TARGET) > empty
+    assert said.endswith("it left cells behind that only llama_memory_clear() frees"), said
+
+
 def a_load_that_is_cancelled_ends_once(scene: Scene) -> None:
     """Cancelled while the caller waits, or too late: the sequence is empty, or loaded."""
 
@@ -325,6 +345,7 @@ CASES: dict[str, Callable[[Scene], None]] = {
         a_state_of_another_model_is_refused,
         a_state_without_envelope_is_loaded_only_if_it_is_trusted,
         a_trusted_load_that_fails_leaves_nothing_or_says_so,
+        a_trusted_load_that_leaves_cells_behind_says_so,
         a_load_that_is_cancelled_ends_once,
         a_load_waits_for_the_stream_before_it_verifies,
         python_loads_what_it_is_told_to_trust,
