@@ -139,6 +139,9 @@ class Walk:
         self._shared: set[int] = set()
         # Sequences whose shift is applied by the next decode.
         self._shift_pending: set[int] = set()
+        # Sequences onto which the next decode copies another stream. Until then their states are of
+        # bytes that were left there, and that a cancelled load has not written.
+        self._copy_pending: set[int] = set()
 
     def __enter__(self) -> Walk:
         try:
@@ -202,7 +205,7 @@ class Walk:
         with self._not_for_ever():
             for seq in SEQUENCES:
                 moved = self._in_flight.get(seq)
-                if moved and moved.direction == "load":
+                if seq in self._copy_pending or (moved and moved.direction == "load"):
                     continue
                 if self.ours.state_get(seq) != self.like.state_get(seq):
                     raise Unequal(f"the state of sequence {seq}")
@@ -281,6 +284,7 @@ class Walk:
         except Refused:
             like = {}
         self._shift_pending.clear()
+        self._copy_pending.clear()
         if not like:
             self._note("refused")
         if ours.keys() != like.keys():
@@ -333,7 +337,9 @@ class Walk:
             context.seq_rm(target)
             context.seq_cp(source, target)
         self._forget_edits(target)
-        if not self.can.streams:
+        if self.can.streams:
+            self._copy_pending.add(target)
+        else:
             self._shared |= {source, target}
         if source in self._shift_pending:
             self._shift_pending.add(target)
@@ -428,7 +434,8 @@ class Walk:
         return ByStream(self._streams[seq], priority)
 
     def _save(self) -> None:
-        seq = self._any(self._holding_cells(self._resting()))
+        resting = [seq for seq in self._resting() if seq not in self._copy_pending]
+        seq = self._any(self._holding_cells(resting))
         if seq is None or not self._attachments:
             return
         state = self.like.state_get(seq)
