@@ -45,7 +45,7 @@ WHEEL_SHA256 := c54e7d13520ecc989c63dc99d55de3065e2f343a91f43f053d16b5e62077c261
 # the whole of the Python tests on libllama once more; yzma, which Go decodes with, fits this one. Bindings: what was made for
 # one build of llama.cpp and no other: llama-cpp-python, whose structs are those of this build, and C programs that are
 # compiled with the llama.h of its source distribution.
-PYTHON_BUILD := b10361
+PYTHON_BUILD := $(WHEEL_BUILD)
 OTHER_BUILD := b10361
 BINDINGS_BUILD := b10068
 PYTHON_LIB := $(BUILDS)/$(PYTHON_BUILD)
@@ -274,11 +274,13 @@ QUICK_LLAMA_TESTS := $(addprefix tests/python/,test_libllama.py test_llama_basic
 
 # $(call on_builds,BUILD...,TEST...)
 define on_builds
+@failed=; \
 for build in $(1); do \
     echo "-- llama.cpp $$build"; \
     export KVFERRY_LLAMA_LIB=$(CURDIR)/$(BUILDS)/$$build LLAMA_CPP_LIB_PATH=$(CURDIR)/$(BUILDS)/$$build; \
-    python -m pytest --quiet $(2) $(ARGS); \
-done
+    python -m pytest --quiet $(2) $(ARGS) || failed+=" $$build"; \
+done; \
+test -z "$$failed" || { echo "failed on:$$failed"; exit 1; }
 endef
 BUILDS_TABLE = python tests/python/builds_table.py $(TESTED_BUILDS:%=$(BUILDS)/%)
 

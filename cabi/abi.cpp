@@ -230,7 +230,12 @@ int32_t kvf_engine_trace(kvf_engine engine, kvf_trace_event *events, uint64_t ev
 // ---- memory ------------------------------------------------------------------------------------
 
 int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer) {
-    return guarded([&]() -> int32_t {
+    return kvf_buffer_alloc_with_error(engine, bytes, buffer, nullptr, 0);
+}
+
+int32_t kvf_buffer_alloc_with_error(kvf_engine engine, uint64_t bytes, void **buffer, char *error,
+                                    uint64_t error_size) {
+    return guarded(error, error_size, [&]() -> int32_t {
         require(buffer, "buffer");
         *buffer = find<Engine>(engine)->pool().alloc(bytes);
         return KVF_OK;

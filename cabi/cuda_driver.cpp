@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 
@@ -101,8 +102,9 @@ Error CudaDriver::error(CUresult result, const char *call) const {
     const char *text = nullptr;
     cuGetErrorName(result, &name);
     cuGetErrorString(result, &text);
-    const std::string detail =
-        format("%s: %s (%s)", call, name ? name : "unknown error", text ? text : "");
+    char detail[256]; // no memory is taken for it, so that the status is told whatever happens
+    std::snprintf(detail, sizeof detail, "%s: %s (%s)", call, name ? name : "unknown error",
+                  text ? text : "");
     switch (result) {
     case CUDA_ERROR_OUT_OF_MEMORY: return Error(KVF_ERR_OUT_OF_MEMORY, detail);
     case CUDA_ERROR_DEINITIALIZED:

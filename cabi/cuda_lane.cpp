@@ -563,7 +563,6 @@ void CudaLane::fail_piece(CudaSlot &slot, const Error &error) {
 // The device is lost. Every leg ends with that, those in slots as they are looked at next.
 void CudaLane::break_down(const Error &error) {
     context_.note_lost();
-    LegLine ended;
     {
         std::lock_guard lock(mutex_);
         try {
@@ -576,9 +575,8 @@ void CudaLane::break_down(const Error &error) {
         for (CudaSlot &slot : slots_) {
             if (slot.leg) slot.leg->job->fail(KVF_ERR_DEVICE_LOST, error.detail);
         }
-        schedule_.sweep(ended);
     }
-    for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
+    engine_.stop_all(); // on other devices too
 }
 
 } // namespace kvf

@@ -193,11 +193,12 @@ std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_o
 // Makes the job one of those in flight; from then on it ends in the ordinary way. Throws, and then it is none.
 void Engine::enter(const std::shared_ptr<Job> &job, kvf_queue queue_handle,
                    const std::function<void()> &on_entry) {
-    if (!job->callback.empty()) expect_callbacks();
     std::shared_ptr<Queue> queue;
     if (queue_handle) queue = find<Queue>(queue_handle);
     std::lock_guard lock(mutex_);
     if (closing_) throw Error(KVF_ERR_CLOSED);
+    if (!job->callback.empty())
+        expect_callbacks(); // close() ends the thread, and looks for it once
     const auto entry = in_flight_.insert(job.get()).first;
     try {
         if (queue) queue->reserve();
@@ -224,6 +225,10 @@ void Engine::stop(Job &job) {
     for (size_t i = 0; Leg *leg = job.leg(i); ++i) device(leg->device).cut_short(*leg);
 }
 
+void Engine::stop_all() {
+    for (auto &device : devices_) device->sweep();
+}
+
 void Engine::cancel(const Concern &concerns) {
     {
         std::lock_guard lock(mutex_);
@@ -231,7 +236,7 @@ void Engine::cancel(const Concern &concerns) {
             if (concerns(*job)) job->cancel();
         }
     }
-    for (auto &device : devices_) device->sweep();
+    stop_all();
 }
 
 void Engine::wait(const Concern &concerns) {

@@ -63,6 +63,8 @@ public:
     void cancel(Job &job);
     // The job is stopping: sees to it that its legs end soon. In constant time, however many jobs there are.
     void stop(Job &job);
+    // As stop(), for all jobs that are stopping.
+    void stop_all();
     using Concern = std::function<bool(const Job &)>;
     void cancel(const Concern &concerns);
     void wait(const Concern &concerns);

@@ -13,8 +13,8 @@ namespace {
 // So much is moved while the rest is still being recorded. Less is recorded in less time than it takes to begin.
 constexpr uint64_t kLeastPart = 4 << 20;
 
-// Identity of the model: all that libllama tells of it, FNV-1a. Weights are not read: two models that
-// differ in nothing else are told apart by their metadata alone.
+// Identity of the model: all that libllama tells of it, FNV-1a. No public function leads from a model to its
+// weights, nor from a context to its adapters. kFingerprintCovers says the same to callers.
 std::string fingerprint(const LlamaApi &api, const llama_model *model) {
     uint64_t hash = 0xcbf29ce484222325u;
     const auto mix = [&](std::string_view bytes) {
@@ -32,6 +32,9 @@ std::string fingerprint(const LlamaApi &api, const llama_model *model) {
     }
     return format("%016llx", static_cast<unsigned long long>(hash));
 }
+
+constexpr const char *kFingerprintCovers =
+    R"(["model description", "model size", "number of parameters", "model metadata"])";
 
 std::string describe_model(const LlamaApi &api, const llama_model *model) {
     char text[256] = "";
@@ -157,6 +160,7 @@ std::string Llama::describe() const {
            ", \"ggml_commit\": " + json_quote(api_.ggml.commit ? api_.ggml.commit() : "") +
            ", \"model\": " + json_quote(model_text_) +
            ", \"fingerprint\": " + json_quote(fingerprint_) +
+           ", \"fingerprint_covers\": " + kFingerprintCovers +
            ", \"cache\": " + json_quote(cache_kind_) + ", \"format\": " + json_quote(format_name_) +
            ", \"guarded_by\": " + (is_opaque() ? "\"envelope\"" : "\"structure\"") +
            format(", \"window\": %d", window_) + ", \"default_mode\": " +
@@ -205,6 +209,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     if (in_place) move_while_recording(recorder, open, submission, options, job != nullptr);
     const uint64_t written = write_state(sequence, state, bytes, recorder);
     Recorded recorded = recorder.finish();
+    check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     recorded.bytes = written;
     if (in_place) {
@@ -235,6 +240,7 @@ void Llama::save_opaque(int32_t sequence, Submission &&submission,
     Recorder recorder = make_recorder(Direction::Save, state, needed, submission.gate);
     const uint64_t written = write_state(sequence, state, needed, recorder);
     Recorded recorded = recorder.finish();
+    check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     move_now(Direction::Save, state, written, std::exchange(recorded.layouts, {}),
              submission.gate.get());
@@ -317,6 +323,7 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
         throw load_failure(sequence, recorder.abort_text(), state.structure);
     }
     Recorded recorded = recorder.finish();
+    if (holds_cells(sequence)) check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     check_recorded_whole(*state.structure, recorded);
     learn(*state.structure);
@@ -341,6 +348,7 @@ void Llama::load_opaque(int32_t sequence, const Incoming &state, Submission &&su
         throw load_failure(sequence, recorder.abort_text(), std::nullopt);
     }
     Recorded recorded = recorder.finish();
+    if (holds_cells(sequence)) check_heard_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     move_now(Direction::Load, submission.buffer, view.bytes, std::exchange(recorded.layouts, {}),
              submission.gate.get());
@@ -436,6 +444,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     settle();
     check_usable();
     engine_->check(options); // what is wrong with them must not cost a sequence its cells
+    if (tap_) tap_->take_back_slots();
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
@@ -670,6 +679,14 @@ void Llama::move_while_recording(Recorder &recorder, std::optional<OpenJob> &ope
         open->add(device, std::move(part));
     };
     recorder.set_sink(sink, kLeastPart);
+}
+
+// A sequence with cells has tensor bytes. That none were heard of means that calls go past the tap: libllama has moved
+// everything itself, while the caller waited.
+void Llama::check_heard_anything(const Recorder &recorder) {
+    if (!recorder.tensors().empty()) return;
+    throw Error(KVF_ERR_TAP,
+                "the tap recorded nothing: somebody else has put functions into libllama's slots");
 }
 
 // What libllama did not move through the tap has been moved already, or not at all.

@@ -72,6 +72,7 @@ private:
     void move_while_recording(Recorder &recorder, std::optional<OpenJob> &open,
                               Submission &submission, const kvf_submit_options &options,
                               bool with_handle);
+    static void check_heard_anything(const Recorder &recorder);
     static void check_recorded_whole(const Structure &structure, const Recorded &recorded);
     int32_t most_telling_sequence() const;
     struct Metadata;

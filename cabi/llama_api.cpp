@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <vector>
@@ -11,13 +12,24 @@
 namespace kvf {
 namespace {
 
-constexpr const char *kMark = "llama_state_seq_get_data_ext"; // a library that has it is a libllama
+constexpr const char *kMark = "llama_decode"; // a library that has it is a libllama
+constexpr const char *kNewest =
+    "llama_state_seq_get_data_ext"; // of what is needed, the last to come
 
 struct Candidate {
     std::string path; // "" for the main program
     uint64_t base;
     uint64_t begin, end; // of its loaded segments
+    bool usable;         // not too old
 };
+
+const char *file_of(const Candidate &candidate) {
+    return candidate.path.empty() ? "/proc/self/exe" : candidate.path.c_str();
+}
+
+std::string name_of(const Candidate &candidate) {
+    return candidate.path.empty() ? "the main program" : candidate.path;
+}
 
 void *open_loaded(const std::string &path) {
     return dlopen(path.empty() ? nullptr : path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
@@ -26,7 +38,8 @@ void *open_loaded(const std::string &path) {
 std::vector<Candidate> loaded_objects() {
     std::vector<Candidate> objects;
     const auto visit = [](dl_phdr_info *info, size_t, void *data) -> int {
-        Candidate object{info->dlpi_name ? info->dlpi_name : "", info->dlpi_addr, UINT64_MAX, 0};
+        Candidate object{info->dlpi_name ? info->dlpi_name : "", info->dlpi_addr, UINT64_MAX, 0,
+                         false};
         for (int i = 0; i < info->dlpi_phnum; ++i) {
             const auto &segment = info->dlpi_phdr[i];
             if (segment.p_type != PT_LOAD) continue;
@@ -41,14 +54,59 @@ std::vector<Candidate> loaded_objects() {
     return objects;
 }
 
-// True if the object itself, and not a dependency of it, defines the mark.
-bool is_llama(const Candidate &candidate) {
-    void *handle = open_loaded(candidate.path);
-    if (!handle) return false;
-    const auto address = reinterpret_cast<uint64_t>(dlsym(handle, kMark));
-    const bool own = address >= candidate.begin && address < candidate.end;
-    dlclose(handle);
-    return own;
+// The objects that themselves, and not by a dependency of theirs, define the mark.
+std::vector<Candidate> loaded_llamas() {
+    std::vector<Candidate> found;
+    for (auto &object : loaded_objects()) {
+        void *handle = open_loaded(object.path);
+        if (!handle) continue;
+        const auto defines = [&](const char *name) {
+            const auto address = reinterpret_cast<uint64_t>(dlsym(handle, name));
+            return address >= object.begin && address < object.end;
+        };
+        object.usable = defines(kNewest);
+        if (defines(kMark)) found.push_back(object);
+        dlclose(handle);
+    }
+    return found;
+}
+
+// The path of the object, or of a link to it; a file that has been replaced since goes by its path alone.
+bool is_path_of(const char *path, const Candidate &candidate) {
+    if (candidate.path == path) return true;
+    struct stat named, loaded;
+    return stat(path, &named) == 0 && stat(file_of(candidate), &loaded) == 0 &&
+           named.st_dev == loaded.st_dev && named.st_ino == loaded.st_ino;
+}
+
+// Those that `wanted` names: the one whose path it is, or else all with it in their paths.
+std::vector<Candidate> named_llamas(std::vector<Candidate> found, const char *wanted) {
+    for (const auto &candidate : found) {
+        if (is_path_of(wanted, candidate)) return {candidate};
+    }
+    std::erase_if(found, [&](const Candidate &candidate) {
+        return candidate.path.find(wanted) == std::string::npos;
+    });
+    return found;
+}
+
+Candidate choose_llama(const char *wanted) {
+    auto found = loaded_llamas();
+    if (wanted) found = named_llamas(std::move(found), wanted);
+    if (found.empty()) {
+        throw Error(KVF_ERR_LIBRARY_NOT_FOUND,
+                    wanted ? std::string("none whose path has '") + wanted + "' in it" : "");
+    }
+    const auto first_old = found[0];
+    std::erase_if(found, [](const Candidate &candidate) { return !candidate.usable; });
+    if (found.empty()) {
+        throw Error(KVF_ERR_UNSUPPORTED,
+                    "the libllama at " + name_of(first_old) + " is too old: it has no " + kNewest);
+    }
+    if (found.size() > 1) {
+        throw Error(KVF_ERR_LIBRARY_AMBIGUOUS, name_of(found[0]) + ", " + name_of(found[1]));
+    }
+    return found[0];
 }
 
 template <class Function>
@@ -63,22 +121,10 @@ void look_up(void *handle, Function &function, const char *name, const std::stri
 } // namespace
 
 LlamaApi find_llama(const char *wanted) {
-    std::vector<Candidate> found;
-    for (const auto &object : loaded_objects()) {
-        if (wanted && object.path.find(wanted) == std::string::npos) continue;
-        if (is_llama(object)) found.push_back(object);
-    }
-    if (found.empty()) {
-        throw Error(KVF_ERR_LIBRARY_NOT_FOUND,
-                    wanted ? std::string("none whose path has '") + wanted + "' in it" : "");
-    }
-    if (found.size() > 1) {
-        throw Error(KVF_ERR_LIBRARY_AMBIGUOUS, found[0].path + ", " + found[1].path);
-    }
-
+    const auto chosen = choose_llama(wanted);
     LlamaApi api;
-    api.path = found[0].path;
-    api.base = found[0].base;
+    api.path = chosen.path;
+    api.base = chosen.base;
     void *handle = open_loaded(api.path);
     const auto need = [&](auto &function, const char *name) {
         look_up(handle, function, name, api.path);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -18,6 +19,13 @@ struct Error {
 
     explicit Error(int32_t status, std::string detail = {})
         : status(status), detail(std::move(detail)) {}
+    // Where there is no memory for the detail, the status must do: it is what callers act upon.
+    Error(int32_t status, const char *detail) noexcept : status(status) {
+        try {
+            this->detail = detail;
+        } catch (const std::bad_alloc &) {
+        }
+    }
 };
 
 // "name: detail", or the status's own text where there is no detail.

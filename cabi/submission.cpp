@@ -115,6 +115,8 @@ void OpenJob::hand_over(Leg &leg) {
         leg.parts.cut_short();
         job_->leg_ended(leg);
     }
+    // The job fails here, or in the device if that is lost. Its legs on other devices may follow a stream: they end now.
+    if (job_->stopping()) engine_.stop(*job_);
 }
 
 } // namespace kvf

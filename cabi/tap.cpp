@@ -41,10 +41,14 @@ constexpr uint32_t kSlotTypes[] = {R_AARCH64_JUMP_SLOT, R_AARCH64_GLOB_DAT};
 struct Slot {
     void **place;
     void *previous;
+    void *bound; // ggml's function: calls are bound lazily, so the loader may put it there after us
     void *ours;
     int protection; // of its page, once the loader is done with it
 
     void *content() const { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }
+    bool is_ours() const { return content() == ours; }
+    // As if we had never been there: nobody calls ours. (Whoever else put something there after us calls us.)
+    bool is_without_ours() const { return content() == previous || content() == bound; }
 };
 
 // The tables of one loaded object that say where its slots are.
@@ -157,6 +161,7 @@ struct Tap::Library {
 
     explicit Library(const LlamaApi &api) : llama(api) {}
     void install(size_t index);
+    void take_back_slots();
     void uninstall() noexcept;
 };
 
@@ -383,9 +388,7 @@ void forget_observers() {
 void Tap::Library::install(size_t index) {
     if (!slots.empty()) {
         // Somebody was on top of us when the last user went, and we are called still; or not any more.
-        for (const Slot &slot : slots) {
-            if (slot.content() == slot.previous) write_slot(slot, slot.ours);
-        }
+        take_back_slots();
         return;
     }
     ObjectTables tables;
@@ -397,14 +400,15 @@ void Tap::Library::install(size_t index) {
         const char *name;
         void *ours;
         bool required;
-        void *previous; // ggml's own, unless somebody else's is found
+        void *bound;
+        void *previous; // the same, unless somebody else's is found
         bool found = false;
     };
     const GgmlApi &ggml = llama.ggml;
     const auto address = [](auto function) { return reinterpret_cast<void *>(function); };
     std::array<Wanted, kHooks> wanted;
     const auto want = [&](Hook hook, const char *name, auto function, bool required) {
-        wanted[hook] = {name, functions[hook], required, address(function)};
+        wanted[hook] = {name, functions[hook], required, address(function), address(function)};
     };
     want(kTensorGet, "ggml_backend_tensor_get", ggml.tensor_get, true);
     want(kTensorSet, "ggml_backend_tensor_set", ggml.tensor_set, true);
@@ -430,7 +434,7 @@ void Tap::Library::install(size_t index) {
                 auto **place = reinterpret_cast<void **>(tables.base + entry.r_offset);
                 const auto at = reinterpret_cast<uint64_t>(place);
                 const bool relro = at >= tables.relro_begin && at < tables.relro_end;
-                const Slot slot{place, __atomic_load_n(place, __ATOMIC_ACQUIRE), w.ours,
+                const Slot slot{place, __atomic_load_n(place, __ATOMIC_ACQUIRE), w.bound, w.ours,
                                 relro ? PROT_READ : PROT_READ | PROT_WRITE};
                 found.push_back(slot);
                 w.found = true;
@@ -460,12 +464,22 @@ void Tap::Library::install(size_t index) {
     }
 }
 
+void Tap::Library::take_back_slots() {
+    for (const Slot &slot : slots) {
+        if (slot.is_without_ours()) write_slot(slot, slot.ours);
+    }
+}
+
 // Whoever put something else there after us still calls us: then we stay, and pass calls on.
 void Tap::Library::uninstall() noexcept {
-    const auto is_ours = [](const Slot &slot) { return slot.content() == slot.ours; };
-    if (!std::all_of(slots.begin(), slots.end(), is_ours)) return;
+    const auto is_nobody_elses = [](const Slot &slot) {
+        return slot.is_ours() || slot.is_without_ours();
+    };
+    if (!std::all_of(slots.begin(), slots.end(), is_nobody_elses)) return;
     try {
-        for (const Slot &slot : slots) write_slot(slot, slot.previous);
+        for (const Slot &slot : slots) {
+            if (slot.is_ours()) write_slot(slot, slot.previous);
+        }
         slots.clear();
     } catch (...) {
         // A page cannot be written: as above.
@@ -488,6 +502,8 @@ Tap::Tap(const LlamaApi &llama, BufferFreed buffer_freed) {
     }
     if (library->users == 0) {
         library->install(index);
+    } else {
+        library->take_back_slots();
     }
     ++library->users;
     library_ = library;
@@ -504,6 +520,11 @@ Tap::~Tap() {
     std::lock_guard lock(taps_mutex());
     if (--library_->users > 0) return;
     library_->uninstall();
+}
+
+void Tap::take_back_slots() {
+    std::lock_guard lock(taps_mutex());
+    library_->take_back_slots();
 }
 
 Tap::Counters Tap::counters() const {

@@ -123,6 +123,10 @@ public:
     Tap(const Tap &) = delete;
     Tap &operator=(const Tap &) = delete;
 
+    // Puts our functions back into slots that the loader has bound since. (It looks a function up at its first call, and
+    // may write the slot after us, where a thread was on its way meanwhile.) Call before a recording. Throws KVF_ERR_TAP.
+    void take_back_slots();
+
     struct Counters {
         uint64_t recorded, passed_through; // calls
     };

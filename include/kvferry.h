@@ -195,6 +195,11 @@ KVF_API int32_t kvf_engine_destroy(kvf_engine engine);
  * Errors: KVF_ERR_OUT_OF_MEMORY, KVF_ERR_PINNED_LIMIT. */
 KVF_API int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer);
 
+/* As kvf_buffer_alloc(). When it fails, it writes one line of text into `error` (NULL: nowhere), which has room for
+ * `error_size` bytes, terminating 0 included: how much is taken of how much, for instance. */
+KVF_API int32_t kvf_buffer_alloc_with_error(kvf_engine engine, uint64_t bytes, void **buffer,
+                                            char *error, uint64_t error_size);
+
 /* How many bytes a buffer has in truth, from its start: what it takes of the engine's `pinned_limit`. All of
  * them may be used. Also after the engine is gone.
  * Errors: KVF_ERR_INVALID_ARGUMENT for an address that is not an allocated buffer. */
@@ -401,8 +406,9 @@ enum {
 typedef struct kvf_llama_options {
     uint32_t size;  /* sizeof(kvf_llama_options) */
     uint32_t flags; /* KVF_LLAMA_* */
-    const char *
-        library; /* path, or part of the path, of the libllama to use when several are loaded; or NULL */
+    /* Which libllama to use when several are loaded: its path, or a part of its path; or NULL. The path
+     * of one of them, or of a link to it, names that one alone, whatever else has it in its path. */
+    const char *library;
     char *error;         /* where to write one line of text when this call fails, or NULL */
     uint64_t error_size; /* its capacity, terminating 0 included */
 } kvf_llama_options;
@@ -411,14 +417,20 @@ typedef struct kvf_llama_options {
 /* Attaches to a context; `options` may be NULL. The context stays the caller's and must outlive the
  * attachment: detach first. (A context that is freed all the same is noticed as libllama frees its
  * cache: jobs in flight are cancelled and waited for, later calls return KVF_ERR_CONTEXT_FREED.)
- * Errors: KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_TAP, KVF_ERR_UNSUPPORTED,
- * KVF_ERR_DEVICE_LOST (of any device of the engine). */
+ * Errors: KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_UNSUPPORTED (a libllama is
+ * loaded that is too old: it lacks a function), KVF_ERR_TAP, KVF_ERR_DEVICE_LOST (of any device of the
+ * engine). */
 KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
                                  const kvf_llama_options *options, kvf_llama *llama);
 
 /* Describes the attachment as JSON text: library and build, model, kind of cache, default save mode,
- * a fingerprint of the model (of all that libllama tells of it; weights are not read), counters of
- * the tap. As kvf_engine_describe(). Any thread. */
+ * a fingerprint of the model and what that covers, counters of the tap. As kvf_engine_describe(). Any thread.
+ *
+ * The fingerprint is a hash of the model's description, size, number of parameters and metadata: of what
+ * libllama tells. It does not cover what libllama has no public function for: the weights (two models that
+ * differ in nothing else have one fingerprint), adapters and control vectors, and the context's own settings of
+ * RoPE. Nor does it cover types, streams and layout of the cache (flash attention decides on the latter): a
+ * state says these itself, and kvf_llama_load() refuses one of another cache with KVF_ERR_STATE_MISMATCH. */
 KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity,
                                    uint64_t *needed);
 
@@ -489,7 +501,7 @@ enum {
  * `options` and `job` may be NULL.
  * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
  * (a load into this sequence is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST,
- * KVF_ERR_LLAMA. */
+ * KVF_ERR_LLAMA, KVF_ERR_TAP (libllama's calls go past the tap, since somebody has overwritten its slots). */
 KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t bytes,
                                const kvf_submit_options *options, kvf_job *job);
 
@@ -518,7 +530,7 @@ enum {
  *
  * What fails or is cancelled later leaves the sequence empty: KVF_ERR_LLAMA (libllama did not take the state),
  * KVF_ERR_CACHE_FULL (unless the state has more cells than a sequence may have at all: that is refused before),
- * KVF_ERR_DEVICE_LOST during the call. If the call itself fails, the sequence is empty when it returns; if the job does,
+ * KVF_ERR_TAP (as of kvf_llama_save()), KVF_ERR_DEVICE_LOST during the call. If the call itself fails, the sequence is empty when it returns; if the job does,
  * the sequence is emptied by the next kvf_llama_* call on an attachment to this context: call kvf_llama_settle() after a
  * completion that is not KVF_OK and before decoding. */
 KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,

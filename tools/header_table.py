@@ -1,5 +1,5 @@
-"""Copies the header's table of what may be done while a transfer is in flight into docs/async.md, or
-checks that it stands there.
+"""Copies the header's table of what may be done beside a transfer into docs/async.md, or checks
+that it stands there.
 
     python tools/header_table.py            copies
     python tools/header_table.py --check    fails unless it stands there

@@ -6,11 +6,13 @@ async with kvferry.Engine() as engine:
     await llama.load(snapshot, seq=1)
 """
 
+from . import sync
 from ._native import ffi as _ffi
 from ._native import lib as _lib
 from .buffer import Buffer
 from .completions import Completion
-from .engine import Devices, Engine, TraceEvent
+from .devices import Devices
+from .engine import Engine, TraceEvent
 from .errors import (
     BufferTooSmall,
     Busy,
@@ -23,16 +25,19 @@ from .errors import (
     KvferryError,
     LibraryNotFound,
     NoDevice,
+    OutOfMemory,
     PinnedLimit,
     SequenceEmpty,
     SequenceRange,
     StateDamaged,
     StateMismatch,
     TapUnavailable,
+    TimedOut,
     TransferCancelled,
     Unreachable,
 )
 from .llama import Llama, LoadMode, LoadOutcome, SaveMode
+from .llm import LlmState
 from .regions import Region
 from .snapshot import Snapshot
 from .transfer import Priority, Transfer
@@ -53,9 +58,11 @@ __all__ = [
     "KvferryError",
     "LibraryNotFound",
     "Llama",
+    "LlmState",
     "LoadMode",
     "LoadOutcome",
     "NoDevice",
+    "OutOfMemory",
     "PinnedLimit",
     "Priority",
     "Region",
@@ -66,11 +73,13 @@ __all__ = [
     "StateDamaged",
     "StateMismatch",
     "TapUnavailable",
+    "TimedOut",
     "TraceEvent",
     "Transfer",
     "TransferCancelled",
     "Unreachable",
     "__version__",
+    "sync",
 ]
 
 if _lib.kvf_abi_version() != _lib.KVF_ABI_VERSION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,7 +10,8 @@ import numpy
 from numpy.typing import DTypeLike, NDArray
 
 from ._native import ffi, lib
-from .errors import check, error
+from .arguments import HostMemory, check_no_objects, integer, invalid
+from .errors import ErrorText, check, error
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -19,6 +21,9 @@ Self = TypeVar("Self", bound="Buffer")
 
 class Buffer:
     """A run of bytes: pinned memory from an engine's pool, or memory of the caller's.
+
+    Registered memory is the caller's, and pinned until this has been closed, or dropped, and the
+    last view of it is gone.
 
     Its bytes are reached through ``view``, ``numpy()``, ``numpy.asarray(buffer)`` and, from Python
     3.12 on, ``memoryview(buffer)``; none of them copies. Views keep the memory alive: pool memory
@@ -97,8 +102,12 @@ class Buffer:
         self.close()
 
     def __repr__(self) -> str:
-        closed = ", closed" if self._memory is None else ""
-        return f"<{type(self).__name__} of {self._nbytes} bytes{closed}>"
+        return f"<{type(self).__name__} of {self._nbytes} bytes{self._condition()}>"
+
+    def _condition(self) -> str:
+        if self._memory is None:
+            return ", closed"
+        return ", in use" if self.transfers else ""
 
 
 def pinned(engine: int, nbytes: int) -> Buffer:
@@ -107,17 +116,55 @@ def pinned(engine: int, nbytes: int) -> Buffer:
     Blocks: microseconds where the pool has one to use again, else as long as mapping and pinning
     takes, a third of a second for 1 GiB.
     """
+    nbytes = integer("nbytes", nbytes)
     address = ffi.new("void **")
-    check(lib.kvf_buffer_alloc(engine, max(1, nbytes), address))
+    text = ErrorText()
+    size = ffi.sizeof(text.buffer)
+    check(lib.kvf_buffer_alloc_with_error(engine, max(1, nbytes), address, text.buffer, size), text)
     memory = ffi.gc(ffi.cast("uint8_t *", address[0]), lib.kvf_buffer_free, nbytes)
     return Buffer(memory, nbytes)
 
 
-def borrow(memory: object, *, writable: bool = False) -> Buffer:
-    """The contiguous memory of an object with the buffer protocol, which can't be resized then."""
+def registered(engine: int, memory: HostMemory) -> Buffer:
+    """Pins memory of the caller's. Blocks: about 30 ms a GiB."""
+    borrowed = borrow(memory, "memory", writable=True)
+    check(lib.kvf_buffer_register(engine, borrowed.memory, borrowed.nbytes))
+    unregister = functools.partial(_unregister, engine)
+    return Buffer(ffi.gc(borrowed.memory, unregister), borrowed.nbytes)
+
+
+_never_unmapped: list[CData] = []
+
+
+def _unregister(engine: int, memory: CData) -> None:
+    if lib.kvf_buffer_unregister(engine, memory) == lib.KVF_ERR_DEVICE_LOST:
+        # A copy that did not end may still write there, so that the memory must stay.
+        _never_unmapped.append(memory)
+
+
+def borrow(memory: HostMemory, name: str, *, writable: bool = False) -> Buffer:
+    """The contiguous memory of an object with the buffer protocol, which can't be resized then.
+
+    ``name`` is that of the argument, for errors.
+    """
     if isinstance(memory, Buffer):
         if writable and not memory._writable:
-            raise BufferError("a Snapshot is read-only")
+            raise invalid(f"{name} is read-only: a {type(memory).__name__}")
         return memory
-    data = ffi.from_buffer("uint8_t[]", memory, require_writable=writable)
+    try:
+        check_no_objects(memory)
+        data = ffi.from_buffer("uint8_t[]", memory, require_writable=writable)
+    except TypeError as refusal:
+        kind = type(memory).__name__
+        raise TypeError(f"{name} is contiguous memory, not {kind}: {refusal}") from None
+    except (BufferError, ValueError) as refusal:
+        raise invalid(f"{name} {_fault(memory, writable)}: {refusal}") from None
     return Buffer(data, len(data))
+
+
+def _fault(memory: HostMemory, writable: bool) -> str:
+    """What keeps its memory from being borrowed."""
+    view = memoryview(memory)  # type: ignore[arg-type]
+    if writable and view.readonly:
+        return "is read-only"
+    return "can't be used" if view.c_contiguous else "is not contiguous"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
 
     doctor = commands.add_parser("doctor", help="what is here, and what it means for speed")
-    _common(doctor)
+    _llama_lib(doctor)
+    doctor.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="DEVICE",
+        help="auto (the first GPU that can be used, if there is one), host, cuda, or cuda:N",
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.set_defaults(command=_doctor)
 
@@ -111,13 +119,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
+    _llama_lib(parser)
+    parser.add_argument("--device", choices=("auto", "host", "cuda"), default="auto")
+
+
+def _llama_lib(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llama-lib",
         metavar="DIR",
         help=f"folder of libllama; else ${ENVIRONMENT_VARIABLE}, installed llama_cpp or xllamacpp, "
         "the system",
     )
-    parser.add_argument("--device", choices=("auto", "host", "cuda"), default="auto")
+
+
+def _device(text: str) -> str:
+    if re.fullmatch(r"auto|host|cuda(:[0-9]{1,2})?", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of auto, host, cuda, cuda:N")
 
 
 def _tokens(text: str) -> int:
@@ -187,7 +205,3 @@ def _config(options: argparse.Namespace) -> int:
         return _FAILED
     print("\n".join(lines))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -194,10 +194,12 @@ class Completions:
         here before the submitting call has returned.
         """
         self.check_usable()
-        # Picks up what nobody has waited for, so that buffers of forgotten transfers come free.
+        self._transfers[transfer.token] = transfer
+
+    def pick_up(self) -> None:
+        """Ends what has ended and nobody has waited for, so that forgotten buffers come free."""
         if self._transfers and self._reader is None:
             self._drain()
-        self._transfers[transfer.token] = transfer
 
     def withdraw(self, transfer: PendingTransfer) -> None:
         """Ends a transfer of which no job was made."""
@@ -318,7 +320,7 @@ class Completions:
             record = self._records[self._seen]
             transfer = self._transfers.get(token)
             if transfer is not None:
-                transfer.completed(_completion(record))
+                transfer.completed(completion_of(record))
                 self.end(transfer)
                 self._transfers.pop(token, None)
             self._seen += 1
@@ -391,7 +393,7 @@ def _nothing() -> None:
     pass
 
 
-def _completion(record: CData) -> Completion:
+def completion_of(record: CData) -> Completion:
     return Completion(
         record.status,
         record.mode,

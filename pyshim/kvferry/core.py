@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ._native import ffi, lib
 from .completions import Completions
-from .errors import check
+from .errors import check, error
+from .llm import SEQUENCE, LlmObject
 from .transfer import Transfer
 from .worker import Call, Worker, WorkerThread
 
@@ -32,15 +34,30 @@ _PATIENCE_SECONDS = 2.0
 class Attachment:
     """An engine's attachment to a llama context."""
 
-    def __init__(self, handle: int, worker: Worker, owner: object) -> None:
+    def __init__(self, handle: int, address: int, worker: Worker, owner: object) -> None:
         self.handle = handle
+        self.address = address
         self.worker = worker
         self.owner = owner  # a llama_cpp.Llama, which frees the context when it is collected
+        self.llm = LlmObject.of(owner)
         self.in_flight: dict[Transfer[Any], int] = {}  # and the sequence of each
         # By sequence; None where it has not got as far as a transfer.
         self.latest_loads: dict[int, LoadTransfer | None] = {}
+        self.sizes: dict[int, int] = {}  # of sequences' states, as they were last seen
         self.detaching = False
         self._end: Call | None = None
+
+    def measure(self, seq: int) -> int:
+        """Size of a sequence's state. On the context's thread."""
+        nbytes = ffi.new("uint64_t *")
+        check(lib.kvf_llama_size(self.handle, seq, nbytes))
+        size: int = nbytes[0]
+        self.sizes[seq] = size
+        return size
+
+    def llm_of(self, seq: int) -> LlmObject | None:
+        """The llama_cpp.Llama that decodes this sequence, and keeps account of it."""
+        return self.llm if seq == SEQUENCE else None
 
     def end(self) -> Call:
         """Asks for the detach, as its last call on the context's thread. May be repeated."""
@@ -81,6 +98,34 @@ class Core:
             return
         lib.kvf_engine_destroy(self.handle)
         lib.kvf_queue_destroy(self.completions.queue)
+
+    def close(self) -> None:
+        """Closes the engine on this thread, once its transfers have ended.
+
+        Raises Busy where tasks of an event loop have some in flight: nobody would tell them.
+        """
+        self.completions.check_process()
+        if self.completions.transfers():
+            raise error(lib.KVF_ERR_BUSY, "transfers that tasks wait for")
+        self.completions.closing = True
+        for attachment in list(self.attachments):
+            self.detach(attachment)
+        self.memory_worker.halt(math.inf)
+        check(lib.kvf_engine_destroy(self.handle))
+        self.completions.destroy()
+        self.closed = True
+
+    def detach(self, attachment: Attachment) -> None:
+        """Detaches on this thread. Raises Busy as ``close`` does."""
+        if attachment not in self.attachments:
+            return
+        if attachment.in_flight:
+            raise error(lib.KVF_ERR_BUSY, "transfers that tasks wait for")
+        attachment.detaching = True
+        with attachment.worker.exclusive():
+            check(lib.kvf_llama_detach(attachment.handle))
+        attachment.worker.stop()
+        self.attachments.remove(attachment)
 
     def _stop(self, deadline: float) -> bool:
         # First the workers, so that nothing more is submitted.

@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .completions import Completion
-from .engine import Devices, Engine, TraceEvent
+from .devices import Devices
+from .engine import Engine, TraceEvent
 from .libllama import Context, ContextOptions, Libllama, LlamaError, Model, Step, find
 from .llama import Llama
 from .snapshot import Snapshot
 from .synthetic import write_model
 from .table import Progress, mib, ms, table
-from .timeline import Span, Timeline, draw
+from .timeline import Span, Timeline, check_kind, draw
 from .transfer import Priority
 from .workload import (
     LOADED,
@@ -131,6 +132,8 @@ async def demo(options: Options, progress: Progress) -> bool:
     for file in (options.json, options.picture):
         if file and not Path(file).parent.is_dir():  # now rather than after all the work
             raise NotADirectoryError(errno.ENOTDIR, "no folder to write to", str(Path(file).parent))
+    if options.picture:
+        check_kind(Path(options.picture))
     library = Libllama(find(options.llama_lib))
     progress.say(f"libllama: {library.path} ({library.source}; {library.build})")
     cores = len(os.sched_getaffinity(0))

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .completions import Completion
-from .engine import Devices, Engine
-from .errors import KvferryError
+from .devices import Devices
+from .engine import Engine
+from .errors import KvferryError, NoDevice
 from .libllama import Context, ContextOptions, Libllama, LlamaError, Model, find
 from .limits import cuda_driver, memcpy_seconds
 from .llama import Llama
@@ -44,11 +45,13 @@ class Finding:
 
 async def doctor(llama_lib: str | None, device: Devices, as_json: bool) -> int:
     """Prints all findings. Returns 0, or 1 where kvferry can't save and load sequences."""
-    async with Engine(device) as engine:
+    opened, unusable = _open(device)
+    async with opened as engine:
         findings = [
             Finding("kvferry", __version__, "the library and the Python package agree"),
             _devices(engine),
             _cuda_driver(engine),
+            *unusable,
             *_gpus(engine),
             *await _llama(engine, llama_lib),
             _pinned_memory(engine),
@@ -74,6 +77,35 @@ def _print(finding: Finding) -> None:
 
 
 # ---- Devices -------------------------------------------------------------------------------------
+
+
+def _open(device: Devices) -> tuple[Engine, list[Finding]]:
+    """An engine with one GPU at most, and what is wrong with those that were tried before.
+
+    Each one costs a context, which other programs may have no room for; and what is to be found out
+    about kvferry, one tells.
+    """
+    unusable: list[Finding] = []
+    if device in ("auto", "cuda"):
+        for ordinal in range(_gpus_present()):
+            try:
+                return Engine([ordinal]), unusable
+            except NoDevice as failure:
+                meaning = "caches in its memory cannot be moved beside decoding"
+                finding = Finding(f"GPU {ordinal}", f"not usable: {failure}", meaning, good=False)
+                unusable.append(finding)
+    return Engine(device), []
+
+
+def _gpus_present() -> int:
+    """How many the driver shows; 0 where it can't be asked, which is a finding of its own."""
+    try:
+        driver = ctypes.CDLL(cuda_driver())
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
 
 
 def _devices(engine: Engine) -> Finding:
@@ -108,7 +140,12 @@ def _cuda_driver(engine: Engine) -> Finding:
     if unused == _HOST_ALONE:
         return Finding("CUDA driver", text, "not used: the engine was made for the host alone")
     if not unused:
-        return Finding("CUDA driver", text, "opened at run time; kvferry needs no CUDA toolkit")
+        meaning = "opened at run time; kvferry needs no CUDA toolkit"
+        opened = [each["ordinal"] for each in engine.describe()["devices"] if "ordinal" in each]
+        if len(opened) < count.value:
+            names = ", ".join(f"cuda:{ordinal}" for ordinal in opened)
+            meaning += f". Of these, only {names} was opened here: --device cuda:N looks at another"
+        return Finding("CUDA driver", text, meaning)
     meaning = (
         "caches in that memory cannot be moved beside decoding: llama.cpp's own blocking calls "
         "remain, at their speed"

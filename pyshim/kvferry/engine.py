@@ -11,25 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import anyio.lowlevel
 
 from ._native import ffi, lib
-from .buffer import Buffer, borrow, pinned
+from .arguments import HostMemory, Memory, integer
+from .buffer import Buffer, borrow, pinned, registered
 from .completions import Completions, see_through
 from .core import Core, describe
+from .devices import Devices, engine_devices
 from .errors import ErrorText, check, error
 from .llama import Llama, attach
 from .regions import RegionList, region_list
-from .transfer import Priority, SubmitOptions, Transfer, carried_out
+from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
 from .worker import Call
 
 if TYPE_CHECKING:
     from ._native import CData
 
-Devices = Literal["auto", "host", "cuda"]
-
-_DEVICES: dict[str, int] = {
-    "auto": lib.KVF_DEVICES_AUTO,
-    "host": lib.KVF_DEVICES_HOST,
-    "cuda": lib.KVF_DEVICES_CUDA,
-}
+_UINT32_MAX = (1 << 32) - 1
 
 
 class TraceEvent(NamedTuple):
@@ -52,7 +48,10 @@ class Engine:
 
     devices
         ``"auto"``: every CUDA device, and the host. ``"host"``: the CUDA driver is not touched.
-        ``"cuda"``: NoDevice is raised where there is none.
+        ``"cuda"``: NoDevice is raised where there is none. ``"cuda:0"``, or ordinals such as
+        ``[0, 2]``: the host and these CUDA devices, as the driver counts them; others are not
+        touched, and NoDevice is raised where one of these can't be used. (Each CUDA device costs a
+        context, some hundred MiB of its memory.)
     copy_threads
         Threads that copy host memory; 0: by the number of cores, 6 at most.
     pinned_limit
@@ -75,31 +74,33 @@ class Engine:
         staging_bytes: int = 0,
         trace: bool = False,
     ) -> None:
-        if devices not in _DEVICES:
-            raise ValueError(f"devices is 'auto', 'host' or 'cuda', not {devices!r}")
+        kind, cuda_devices = engine_devices(devices)
         text = ErrorText()
         options = ffi.new(
             "kvf_engine_options *",
             {
                 "size": ffi.sizeof("kvf_engine_options"),
-                "devices": _DEVICES[devices],
+                "devices": kind,
+                "cuda_devices": cuda_devices,
                 "flags": lib.KVF_ENGINE_TRACE if trace else 0,
-                "copy_threads": copy_threads,
-                "pinned_limit": pinned_limit,
-                "staging_bytes": staging_bytes,
+                "copy_threads": integer("copy_threads", copy_threads, most=_UINT32_MAX),
+                "pinned_limit": integer("pinned_limit", pinned_limit),
+                "staging_bytes": integer("staging_bytes", staging_bytes),
                 "error": text.buffer,
                 "error_size": ffi.sizeof(text.buffer),
             },
         )
+        self._devices = devices
         completions = Completions()
         completions.owner = weakref.ref(self)
         handle = ffi.new("kvf_engine *")
         try:
             completions.open()
             check(lib.kvf_engine_create(options, handle), text)
-            self._core = Core(handle[0], completions)
+            core = Core(handle[0], completions)
             # Called when this object is collected unclosed, or by atexit.
-            self._finalizer = weakref.finalize(self, self._core.abandon)
+            self._finalizer = weakref.finalize(self, core.abandon)
+            self._core = core
         except BaseException:
             if handle[0]:
                 lib.kvf_engine_destroy(handle[0])
@@ -120,30 +121,69 @@ class Engine:
         await anyio.lowlevel.checkpoint_if_cancelled()
         return await self._core.memory_worker.call(pinned, self._core.handle, nbytes)
 
+    async def register(self, memory: HostMemory) -> Buffer:
+        """Pins memory of the caller's for every CUDA device, so that transfers use it like the
+        pool's.
+
+        ``memory`` is writable and contiguous, and can't be resized from now on. The Buffer that
+        this returns is that memory; it stays pinned until the Buffer has been closed, or dropped,
+        and whatever uses it is gone, after the engine has been closed too. Takes about 30 ms a GiB,
+        on a thread of the engine's own. Without a CUDA device nothing is pinned.
+
+        Raises Busy where it overlaps what is registered already, InvalidArgument, OutOfMemory.
+        """
+        self._core.completions.check_usable()
+        self._core.completions.check_waitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return await self._core.memory_worker.call(registered, self._core.handle, memory)
+
+    async def trim(self) -> None:
+        """Gives idle memory back to the system now: the pool's free buffers, and what the engine
+        has pinned and allocated on devices for its own use and does not need at the moment.
+
+        What has lain idle for half a minute goes by itself.
+        """
+        self._core.completions.check_usable()
+        self._core.completions.check_waitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        await self._core.memory_worker.call(self._trim)
+
+    def _trim(self) -> None:
+        check(lib.kvf_buffer_trim(self._core.handle))
+
     # ---- llama.cpp ------------------------------------------------------------------------------
 
     def attach(
-        self, llm: object, *, library: str | None = None, allow_blocking: bool = False
+        self,
+        llm: object,
+        *,
+        library: str | None = None,
+        allow_blocking: bool = False,
+        variant: str = "",
     ) -> Llama:
         """Attaches to a llama context: a ``llama_cpp.Llama``, a ctypes pointer, or its address.
 
-        A Llama object is kept alive; don't close it before ``Llama.detach()``. Attach while no
-        other thread uses the context. ``library`` is the path, or part of it, of the libllama to
-        use when several are loaded. ``allow_blocking``: where libllama's calls can't be recorded,
+        A Llama object is kept alive; don't close it before ``Llama.detach()``. What it knows of its
+        conversation goes with the sequence: a Snapshot carries it, a load restores it, and
+        ``remove`` and a load that fails reset it. Attach while no other thread uses the context.
+        ``library`` is the path, or part of it, of the libllama to use when several are loaded; a
+        whole path is never ambiguous. ``allow_blocking``: where libllama's calls can't be recorded,
         use its blocking calls on a thread of the engine's; the context must then rest until the
-        transfer has ended, and what would touch it meanwhile raises Busy.
+        transfer has ended, and what would touch it meanwhile raises Busy. ``variant`` names what
+        states depend on and libllama doesn't tell, adapters above all: it becomes part of the
+        ``fingerprint``, so that states go only between attachments of the same variant.
 
         Raises LibraryNotFound, TapUnavailable, ContextFreed.
         """
         self._core.completions.check_usable()
-        return attach(self, self._core, llm, library, allow_blocking)
+        return attach(self, self._core, llm, library, allow_blocking, variant)
 
     # ---- Regions --------------------------------------------------------------------------------
 
     async def copy_out(
         self,
-        source: object,
-        into: object = None,
+        source: Memory,
+        into: HostMemory | None = None,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
@@ -168,7 +208,7 @@ class Engine:
           on them; it is the legacy default stream where no other array names one.
 
         The source must not be written meanwhile. Cancelling: see ``Transfer.wait``.
-        Raises BufferTooSmall, Unreachable, InvalidArgument.
+        Raises BufferTooSmall, Unreachable, InvalidArgument, TypeError.
         """
         return await carried_out(
             self.start_copy_out(source, into, priority=priority, after_stream=after_stream)
@@ -176,8 +216,8 @@ class Engine:
 
     async def start_copy_out(
         self,
-        source: object,
-        into: object = None,
+        source: Memory,
+        into: HostMemory | None = None,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
@@ -190,19 +230,20 @@ class Engine:
         if into is None:
             buffer = await self.allocate(regions.nbytes)
         else:
-            buffer = borrow(into, writable=True)
+            buffer = borrow(into, "into", writable=True)
         return await self._submit(lib.kvf_regions_save, regions, buffer, priority)
 
     async def copy_in(
         self,
-        target: object,
-        data: object,
+        target: Memory,
+        data: HostMemory,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
     ) -> None:
         """Loads contiguous ``data`` into device or host memory: the way back from ``copy_out``.
 
+        ``data`` has as many bytes as arrays have together; a Region takes its part of it.
         ``target`` and ``after_stream`` are as for ``copy_out``; the target must be writable, and
         what reads or writes it must have been done. DLPack before version 1 doesn't tell whether an
         array is writable, so that it is refused. If this fails or is cancelled, part of the
@@ -215,8 +256,8 @@ class Engine:
 
     async def start_copy_in(
         self,
-        target: object,
-        data: object,
+        target: Memory,
+        data: HostMemory,
         *,
         priority: Priority = "background",
         after_stream: int | None = None,
@@ -226,7 +267,9 @@ class Engine:
         self._core.completions.check_waitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         regions = region_list(target, writable=True, after_stream=after_stream)
-        return await self._submit(lib.kvf_regions_load, regions, borrow(data), priority)
+        buffer = borrow(data, "data")
+        regions.check_fits(buffer.nbytes)
+        return await self._submit(lib.kvf_regions_load, regions, buffer, priority)
 
     async def _submit(
         self,
@@ -268,6 +311,12 @@ class Engine:
                 await transfer.abort()
             raise
         return transfer
+
+    def close_without_loop(self) -> None:
+        """As ``aclose``, on this thread. For engines whose transfers nobody awaits (sync.py)."""
+        if not self._core.closed:
+            self._core.close()
+            self._finalizer.detach()
 
     # ---- Looking inside -------------------------------------------------------------------------
 
@@ -366,6 +415,13 @@ class Engine:
     ) -> None:
         # A body that failed has no use for what it left in flight.
         await self.aclose(cancel=exception is not None)
+
+    def __repr__(self) -> str:
+        core: Core | None = getattr(self, "_core", None)
+        if core is None:
+            return "<Engine that could not be made>"
+        condition = "closed" if core.closed else in_flight(len(core.completions.transfers()))
+        return f"<Engine {self._devices!r}, {condition}>"
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)

@@ -1,6 +1,12 @@
-"""The exceptions of kvferry: one per status of the C library that a program would want to catch."""
+"""The exceptions of kvferry: one per status of the C library that a program would want to catch.
+
+Where Python has a name of its own for what happened, they are that too: ValueError, MemoryError,
+TimeoutError.
+"""
 
 from __future__ import annotations
+
+import errno
 
 from ._native import ffi, lib
 
@@ -31,15 +37,19 @@ class KvferryError(Exception):
         return f"{text}: {self.detail}" if self.detail else text
 
 
-class InvalidArgument(KvferryError):
+class InvalidArgument(KvferryError, ValueError):
     """A value that makes no sense, such as a region of no width."""
 
 
-class PinnedLimit(KvferryError):
+class OutOfMemory(KvferryError, MemoryError):
+    """The system or a device has not enough memory."""
+
+
+class PinnedLimit(KvferryError, MemoryError):
     """The engine's limit of pinned memory is reached."""
 
 
-class BufferTooSmall(KvferryError):
+class BufferTooSmall(KvferryError, ValueError):
     """The buffer given is smaller than what is to be written into it."""
 
 
@@ -56,6 +66,14 @@ class TransferCancelled(KvferryError):
 
     A task that is cancelled gets its framework's own cancellation, never this.
     """
+
+
+class TimedOut(KvferryError, TimeoutError):
+    """It was not done in time."""
+
+    def __init__(self, status: int, detail: str = "") -> None:
+        super().__init__(status, detail)
+        self.errno = errno.ETIMEDOUT  # not the status, which OSError takes for one
 
 
 class Forked(KvferryError):
@@ -86,19 +104,19 @@ class ContextFreed(KvferryError):
     """The llama context has been freed."""
 
 
-class SequenceRange(KvferryError):
+class SequenceRange(KvferryError, ValueError):
     """The sequence id is outside of the context's range."""
 
 
-class SequenceEmpty(KvferryError):
+class SequenceEmpty(KvferryError, ValueError):
     """The sequence holds nothing that could be saved."""
 
 
-class StateDamaged(KvferryError):
+class StateDamaged(KvferryError, ValueError):
     """The state is truncated, its structure is damaged, or its checksum is wrong."""
 
 
-class StateMismatch(KvferryError):
+class StateMismatch(KvferryError, ValueError):
     """The state belongs to another model or to another kind of cache."""
 
 
@@ -108,11 +126,13 @@ class CacheFull(KvferryError):
 
 _CLASSES: dict[int, type[KvferryError]] = {
     lib.KVF_ERR_INVALID_ARGUMENT: InvalidArgument,
+    lib.KVF_ERR_OUT_OF_MEMORY: OutOfMemory,
     lib.KVF_ERR_PINNED_LIMIT: PinnedLimit,
     lib.KVF_ERR_BUFFER_TOO_SMALL: BufferTooSmall,
     lib.KVF_ERR_BUSY: Busy,
     lib.KVF_ERR_CLOSED: EngineClosed,
     lib.KVF_ERR_CANCELLED: TransferCancelled,
+    lib.KVF_ERR_TIMEOUT: TimedOut,
     lib.KVF_ERR_FORKED: Forked,
     lib.KVF_ERR_NO_DEVICE: NoDevice,
     lib.KVF_ERR_DEVICE_LOST: DeviceLost,

@@ -7,24 +7,28 @@ import functools
 import math
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import anyio
 import anyio.lowlevel
 
 from ._native import ffi, lib
+from .arguments import HostMemory, choice, sequence_id
 from .buffer import Buffer, borrow
-from .completions import Completion, Pending, see_through
+from .completions import Completion, see_through
 from .core import Attachment, Core, describe
-from .errors import BufferTooSmall, ErrorText, check, error
+from .errors import ErrorText, check, error
+from .llm import LlmState
 from .snapshot import Snapshot
-from .transfer import Priority, SubmitOptions, Transfer, carried_out
+from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
 from .worker import Call, context_worker
 
 if TYPE_CHECKING:
+    from . import sync
     from ._native import CData
     from .engine import Engine
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 SaveMode = Literal["auto", "in_place", "snapshot"]
@@ -51,6 +55,14 @@ _LOAD_MODES: dict[str, int] = {
 }
 
 
+def save_mode(mode: SaveMode) -> int:
+    return choice("mode", mode, _SAVE_MODES)
+
+
+def load_mode(mode: LoadMode) -> int:
+    return choice("mode", mode, _LOAD_MODES)
+
+
 LoadOutcome = Literal["in_flight", "loaded", "unchanged", "empty"]
 """What ``Llama.load_outcome`` tells of the latest load into a sequence.
 
@@ -74,24 +86,44 @@ class Llama:
     the thread would wait for itself. That raises RuntimeError.
     """
 
-    def __init__(self, engine: Engine, core: Core, attachment: Attachment) -> None:
+    def __init__(self, engine: Engine, core: Core, attachment: Attachment, variant: str) -> None:
         self._engine = engine
         self._core = core
         self._attachment = attachment
-        self.fingerprint: str = self.describe()["fingerprint"]
-        """Identity of model and kind of cache; states go from one context to another if equal."""
+        self._variant = variant
+        description = self.describe()
+        self._model: str = description["model"]
+        self.fingerprint: str = description["fingerprint"]
+        """Identity of the model, with the ``variant`` that ``attach`` was given.
+
+        A hash of what libllama tells of the model: its description, size, number of parameters and
+        metadata. A load refuses a Snapshot of another one with StateMismatch. It does not cover
+        what libllama doesn't tell: weights (two models that differ in nothing else have one
+        fingerprint), adapters, control vectors, the context's own settings of RoPE; for those there
+        is ``variant``. Nor does it cover types, streams and layout of the cache: a state says them
+        itself, and a load refuses one of another cache, likewise with StateMismatch.
+        """
 
     # ---- The context's thread -------------------------------------------------------------------
 
-    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def run(self, function: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs) -> T:
         """Runs the program's own code on the context's thread, in turn with everything else there.
 
-        ``await llama.run(llm.eval, tokens)``. A cancelled task waits for its end if it has begun.
+        ``await llama.run(llm.eval, tokens)``. Transfers that are urgent go before it while it waits
+        for its turn. A cancelled task waits for its end if it has begun.
         """
         self._check_usable()
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        return await self._attachment.worker.call(function, *arguments)
+        call = functools.partial(function, *arguments, **keywords)
+        return await self._attachment.worker.call(call)
+
+    @property
+    def sync(self) -> sync.Llama:
+        """The same in calls that block, for code on the context's thread: see ``kvferry.sync``."""
+        from . import sync
+
+        return sync.Llama(self, self._core, self._attachment)
 
     # ---- Size -----------------------------------------------------------------------------------
 
@@ -102,19 +134,14 @@ class Llama:
         that must not stall prefer ``size_async``. Raises SequenceRange, ContextFreed.
         """
         self._check_usable()
+        seq = sequence_id(seq)
         with self._attachment.worker.exclusive():
-            return self._size(seq)
+            return self._attachment.measure(seq)
 
     async def size_async(self, seq: int = 0) -> int:
         """As ``size``, on the context's thread."""
         self._check_usable()
-        return await self._attachment.worker.call(self._size, seq)
-
-    def _size(self, seq: int) -> int:
-        nbytes = ffi.new("uint64_t *")
-        check(lib.kvf_llama_size(self._attachment.handle, seq, nbytes))
-        size: int = nbytes[0]
-        return size
+        return await self._attachment.worker.call(self._attachment.measure, sequence_id(seq))
 
     # ---- Save -----------------------------------------------------------------------------------
 
@@ -122,19 +149,21 @@ class Llama:
         self,
         seq: int = 0,
         *,
-        into: object = None,
+        into: HostMemory | None = None,
         priority: Priority = "background",
         mode: SaveMode = "auto",
     ) -> Snapshot:
         """Saves a sequence. The sequence stays as it is.
 
         ``into`` is writable contiguous memory of the caller's, of at least ``size`` bytes, which
-        then belongs to the snapshot; or None for pinned memory. What may be done to the sequence
-        meanwhile depends on ``mode``. A plain attention cache may be decoded further.
+        then belongs to the snapshot, until that is closed or dropped; or None for pinned memory.
+        What may be done to the sequence meanwhile depends on ``mode``. A plain attention cache may
+        be decoded further.
 
         Cancelling the task cancels the transfer, waits for its end, and drops what was saved.
         Raises SequenceRange, SequenceEmpty, BufferTooSmall, PinnedLimit, Busy (a load into the
-        sequence is in flight), EngineClosed, ContextFreed.
+        sequence is in flight; or ``into`` is used by a transfer in flight, or by a Snapshot),
+        EngineClosed, ContextFreed.
         """
         return await carried_out(self.start_save(seq, into=into, priority=priority, mode=mode))
 
@@ -142,40 +171,43 @@ class Llama:
         self,
         seq: int = 0,
         *,
-        into: object = None,
+        into: HostMemory | None = None,
         priority: Priority = "background",
         mode: SaveMode = "auto",
     ) -> Transfer[Snapshot]:
         """As ``save``, but returns as soon as the sequence's layout has been captured."""
         self._check_usable()
-        if mode not in _SAVE_MODES:
-            raise ValueError(f"mode is 'auto', 'in_place' or 'snapshot', not {mode!r}")
+        seq = sequence_id(seq)
+        number = save_mode(mode)
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        fingerprint = self.fingerprint
+        first = priority == "urgent"
+        if into is not None:
+            buffer = borrow(into, "into", writable=True)
+            transfer = SaveTransfer(self._core, self._attachment, seq, buffer, self.fingerprint)
+            await self._submit(transfer, lib.kvf_llama_save, buffer, priority, number, first)
+            return transfer
+        # Pinning new memory takes long, so not on the context's thread. That is why the size has to
+        # be known before: it is taken from the last save, and looked at again on the thread.
+        attachment = self._attachment
+        expected, measured = attachment.sizes.get(seq), False
         while True:
-            if into is not None:
-                buffer = borrow(into, writable=True)
-            else:
-                # Pinning new memory takes long, so not on the context's thread. The sequence may
-                # grow meanwhile: room for about one token in 64 more, else once again.
-                nbytes = await self.size_async(seq)
-                buffer = await self._engine.allocate(nbytes + nbytes // 64 + 65536)
-            memory = buffer.memory
-
-            def snapshot(done: Completion, memory: CData = memory) -> Snapshot:
-                return Snapshot(memory, done.bytes, fingerprint=fingerprint, completion=done)
-
-            transfer = SequenceTransfer(
-                self._core, self._attachment, seq, buffer, snapshot, writes_buffer=True
-            )
+            if expected is None:
+                expected = await attachment.worker.call(attachment.measure, seq, first=first)
+                first = measured = True  # it has had its turn
             try:
-                await self._submit(
-                    transfer, lib.kvf_llama_save, seq, buffer, priority, _SAVE_MODES[mode]
-                )
-            except BufferTooSmall:
-                if into is not None:
+                buffer = await self._engine.allocate(expected + expected // 16 + 65536)
+            except MemoryError:
+                if measured:
                     raise
+                expected = None  # it may have been larger then
+                continue
+            transfer = PooledSaveTransfer(self._core, attachment, seq, buffer, self.fingerprint)
+            try:
+                await self._submit(transfer, lib.kvf_llama_save, buffer, priority, number, first)
+            except Misfit as misfit:
+                expected = misfit.size
+                first = measured = True  # likewise
                 continue
             return transfer
 
@@ -183,7 +215,7 @@ class Llama:
 
     async def load(
         self,
-        state: object,
+        state: HostMemory,
         seq: int,
         *,
         priority: Priority = "background",
@@ -218,13 +250,14 @@ class Llama:
         if verify:
             if not isinstance(state, Snapshot):
                 raise TypeError("only a Snapshot can be verified")
+            seq = sequence_id(seq)
             self._attachment.latest_loads[seq] = None
             await state.verify()
         await carried_out(self.start_load(state, seq, priority=priority, mode=mode, trust=trust))
 
     async def start_load(
         self,
-        state: object,
+        state: HostMemory,
         seq: int,
         *,
         priority: Priority = "background",
@@ -233,20 +266,19 @@ class Llama:
     ) -> Transfer[None]:
         """As ``load``, but returns as soon as the cells of the sequence have been taken."""
         self._check_usable()
-        if mode not in _LOAD_MODES:
-            raise ValueError(f"mode is 'auto', 'in_place' or 'ahead', not {mode!r}")
+        seq = sequence_id(seq)
+        number = load_mode(mode)
         self._attachment.latest_loads[seq] = None
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        buffer = borrow(state)
-        if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
-            raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
-        transfer = LoadTransfer(
-            self._core, self._attachment, seq, buffer, lambda _: None, writes_buffer=False
-        )
+        buffer = borrow(state, "state")
+        self._check_fingerprint(state)
+        llm_state = state.llm if isinstance(state, Snapshot) else None
+        transfer = LoadTransfer(self._core, self._attachment, seq, buffer, llm_state)
         flags = lib.KVF_SUBMIT_TRUST_STATE if trust else 0
+        first = priority == "urgent"
         await self._submit(
-            transfer, lib.kvf_llama_load, seq, buffer, priority, _LOAD_MODES[mode], flags
+            transfer, lib.kvf_llama_load, buffer, priority, number, first, flags=flags
         )
         return transfer
 
@@ -262,22 +294,27 @@ class Llama:
         transfer = loads[seq]
         return "unchanged" if transfer is None else transfer.outcome
 
+    def _check_fingerprint(self, state: object) -> None:
+        if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
+            raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
+
     async def _submit(
         self,
         transfer: SequenceTransfer[Any],
         function: Callable[[int, int, CData, int, CData, CData], int],
-        seq: int,
         buffer: Buffer,
         priority: Priority,
         mode: int,
+        first: bool,
         flags: int = 0,
     ) -> None:
-        handle, completions = self._attachment.handle, self._core.completions
+        handle, seq, completions = self._attachment.handle, transfer.seq, self._core.completions
         worker = self._attachment.worker
         options = SubmitOptions(completions, transfer.token, priority, mode=mode, flags=flags)
         memory, nbytes = buffer.memory, buffer.nbytes
 
         def submit() -> None:
+            transfer.about_to_begin()
             status = function(handle, seq, memory, nbytes, options.options, transfer.job_place)
             if status < 0:
                 transfer.refused()
@@ -289,7 +326,7 @@ class Llama:
         call = worker.make(submit, after=submitted)
         try:
             transfer.expect()
-            worker.ask_for(call)
+            worker.ask_for(call, first=first)
             await worker.outcome(call)
         except GeneratorExit:
             raise
@@ -309,6 +346,7 @@ class Llama:
     async def remove(self, seq: int) -> None:
         """Empties a sequence, once the transfers of it that are in flight have ended."""
         self._check_usable()
+        seq = sequence_id(seq)
         self._attachment.worker.check_awaitable()
         transfers = self._attachment.in_flight
         while waited_for := [each for each, of in transfers.items() if of == seq]:
@@ -318,13 +356,20 @@ class Llama:
 
     def _remove(self, seq: int) -> None:
         check(lib.kvf_llama_remove(self._attachment.handle, seq))
+        if (llm := self._attachment.llm_of(seq)) is not None:
+            llm.reset()
 
     # ---- Looking inside -------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Library and build, model, kind of cache, default save mode, counters of the tap."""
+        """Library and build, model, fingerprint and what that covers, kind of cache, default save
+        mode, counters of the tap."""
         self._check_usable()
-        return describe(lib.kvf_llama_describe, self._attachment.handle)
+        description = describe(lib.kvf_llama_describe, self._attachment.handle)
+        if self._variant:
+            description["fingerprint"] += f"/{self._variant}"
+            description["fingerprint_covers"].append("variant")
+        return description
 
     def _check_usable(self) -> None:
         self._core.completions.check_usable()
@@ -332,6 +377,13 @@ class Llama:
             raise error(lib.KVF_ERR_CLOSED, "detached")
         if self._attachment.owner is not None and _address(self._attachment.owner) is None:
             raise error(lib.KVF_ERR_CONTEXT_FREED)
+
+    def __repr__(self) -> str:
+        attachment = self._attachment
+        condition = in_flight(len(attachment.in_flight))
+        if attachment.detaching or self._core.closed:
+            condition = "detached" if attachment not in self._core.attachments else "detaching"
+        return f"<Llama at {attachment.address:#x}: {self._model}, {condition}>"
 
     # ---- Detaching ------------------------------------------------------------------------------
 
@@ -388,16 +440,21 @@ class SequenceTransfer(Transfer[T]):
     ) -> None:
         super().__init__(core.completions, buffer, None, result, writes_buffer=writes_buffer)
         self._attachment = attachment
-        self._seq = seq
+        self.seq = seq
+        self._llm = attachment.llm_of(seq)
+        self._llm_state: LlmState | None = None
 
     def expect(self) -> None:
-        self._attachment.in_flight[self] = self._seq
+        self._attachment.in_flight[self] = self.seq
         super().expect()
+
+    def about_to_begin(self) -> None:
+        """The submitting call comes next. For the context's thread."""
 
     def refused(self) -> None:
         """The submitting call has failed. For the context's thread."""
 
-    def follow_up(self, completion: Completion) -> Pending | None:
+    def follow_up(self, completion: Completion) -> Call | None:
         self._attachment.in_flight.pop(self, None)
         return None
 
@@ -405,32 +462,115 @@ class SequenceTransfer(Transfer[T]):
         super().withdrawn()
         self._attachment.in_flight.pop(self, None)
 
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._llm_state = None
+
+
+class SaveTransfer(SequenceTransfer[Snapshot]):
+    """A save of one sequence."""
+
+    def __init__(
+        self, core: Core, attachment: Attachment, seq: int, buffer: Buffer, fingerprint: str
+    ) -> None:
+        memory = buffer.memory
+        super().__init__(
+            core,
+            attachment,
+            seq,
+            buffer,
+            lambda done: self._snapshot(memory, done),
+            writes_buffer=True,
+        )
+        self._fingerprint = fingerprint
+
+    def _subject(self) -> str:
+        return f"that saves sequence {self.seq}"
+
+    def about_to_begin(self) -> None:
+        if self._llm is not None:
+            self._llm_state = self._llm.state()
+
+    def _snapshot(self, memory: CData, done: Completion) -> Snapshot:
+        return Snapshot(
+            memory,
+            done.bytes,
+            fingerprint=self._fingerprint,
+            completion=done,
+            llm=self._llm_state,
+        )
+
+
+class Misfit(Exception):
+    """The buffer that a sequence was to be saved into is too small for it, or far too large."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+        """Of the state, in bytes."""
+
+
+class PooledSaveTransfer(SaveTransfer):
+    """A save into a buffer that was allocated before anybody looked at the sequence."""
+
+    def about_to_begin(self) -> None:
+        size = self._attachment.measure(self.seq)
+        if not size <= self._nbytes <= 2 * size + 131072:
+            raise Misfit(size)
+        super().about_to_begin()
+
 
 class LoadTransfer(SequenceTransfer[None]):
     """A load of one sequence."""
 
     _refusal_left_nothing = False
 
+    def __init__(
+        self,
+        core: Core,
+        attachment: Attachment,
+        seq: int,
+        buffer: Buffer,
+        llm_state: LlmState | None,
+    ) -> None:
+        super().__init__(core, attachment, seq, buffer, lambda _: None, writes_buffer=False)
+        self._llm_state = llm_state
+
+    def _subject(self) -> str:
+        return f"that loads sequence {self.seq}"
+
     def expect(self) -> None:
-        self._attachment.latest_loads[self._seq] = self
+        self._attachment.latest_loads[self.seq] = self
         super().expect()
 
-    def follow_up(self, completion: Completion) -> Pending | None:
+    def follow_up(self, completion: Completion) -> Call | None:
         super().follow_up(completion)
         worker = self._attachment.worker
-        if completion.status == lib.KVF_OK or worker.stopped:
+        if worker.stopped:
             return None  # detaching settles too
-        # Its cells were taken and are without their bytes. They are freed before anything else
-        # runs on the context's thread, whether or not somebody waits for this transfer.
-        return worker.post(lib.kvf_llama_settle, self._attachment.handle, first=True)
+        # Made before anything else runs on the context's thread, whether or not somebody waits for
+        # this transfer.
+        if completion.status != lib.KVF_OK:
+            return worker.make(self._settle)
+        if self._llm is not None:
+            return worker.make(self._llm.restore, self._llm_state)
+        return None
+
+    def _settle(self) -> None:
+        """Frees the cells, which were taken and are without their bytes."""
+        lib.kvf_llama_settle(self._attachment.handle)
+        if self._llm is not None:
+            self._llm.reset()
 
     def refused(self) -> None:
         # Which refusals empty the sequence is the C library's business. It says of an empty one
         # that there is nothing to save, before it says that a byte is too little room.
         status = lib.kvf_llama_save(
-            self._attachment.handle, self._seq, ffi.new("uint8_t[1]"), 1, ffi.NULL, ffi.NULL
+            self._attachment.handle, self.seq, ffi.new("uint8_t[1]"), 1, ffi.NULL, ffi.NULL
         )
         self._refusal_left_nothing = status == lib.KVF_ERR_SEQUENCE_EMPTY
+        if self._refusal_left_nothing and self._llm is not None:
+            self._llm.reset()
 
     @property
     def outcome(self) -> LoadOutcome:
@@ -442,7 +582,12 @@ class LoadTransfer(SequenceTransfer[None]):
 
 
 def attach(
-    engine: Engine, core: Core, llm: object, library: str | None, allow_blocking: bool
+    engine: Engine,
+    core: Core,
+    llm: object,
+    library: str | None,
+    allow_blocking: bool,
+    variant: str,
 ) -> Llama:
     """``Engine.attach``."""
     address = _address(llm)
@@ -468,14 +613,14 @@ def attach(
         # Other attachments may be using the context.
         with worker.exclusive():
             check(lib.kvf_llama_attach(core.handle, context, options, handle), text)
-        attachment = Attachment(handle[0], worker, owner)
-        llama = Llama(engine, core, attachment)
-        core.attachments.append(attachment)
+        attachment = Attachment(handle[0], address, worker, owner)
+        llama = Llama(engine, core, attachment, variant)
     except BaseException:
         if handle[0]:
             worker.when_idle(functools.partial(lib.kvf_llama_detach, handle[0]), math.inf)
         worker.stop()
         raise
+    core.attachments.append(attachment)  # from now on, closing the engine detaches
     return llama
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from . import dlpack
 from ._native import ffi, lib
+from .arguments import Memory, check_no_objects, integer, invalid
 from .errors import check, error
 
 if TYPE_CHECKING:
@@ -37,6 +38,28 @@ class Region:
     buffer_pitch: int = 0
     """From row to row in the buffer."""
 
+    def __post_init__(self) -> None:
+        integer("address", self.address, least=1)
+        width = integer("width", self.width, least=1)
+        rows = integer("rows", self.rows, least=1)
+        integer("offset", self.offset)
+        least = width if rows > 1 else 0
+        integer("pitch", self.pitch, least=least)
+        integer("buffer_pitch", self.buffer_pitch, least=least)
+
+    def __repr__(self) -> str:
+        return (
+            f"Region(address={self.address:#x}, width={self.width}, rows={self.rows}, "
+            f"pitch={self.pitch}, offset={self.offset}, buffer_pitch={self.buffer_pitch})"
+        )
+
+    def native(self) -> _Native:
+        return self.address, self.width, self.rows, self.pitch, self.offset, self.buffer_pitch
+
+
+_Native = tuple[int, int, int, int, int, int]
+"""A ``kvf_region``: the fields of a Region, which arrays have too many of to make objects."""
+
 
 @dataclass(frozen=True)
 class RegionList:
@@ -45,12 +68,19 @@ class RegionList:
     regions: CData
     count: int
     nbytes: int
+    packed: bool
+    """Whether they fill that buffer without gaps: arrays do, Regions have places of their own."""
     owner: object
     stream: int | None
     """The CUDA stream that their transfer has to follow."""
 
+    def check_fits(self, nbytes: int) -> None:
+        """Refuses more data than these arrays take. (Too little, the C library refuses.)"""
+        if self.packed and nbytes > self.nbytes:
+            raise invalid(f"the target takes {self.nbytes} bytes, {nbytes} were given")
 
-def region_list(memory: object, *, writable: bool, after_stream: int | None = None) -> RegionList:
+
+def region_list(memory: Memory, *, writable: bool, after_stream: int | None = None) -> RegionList:
     """Describes an array, a sequence of arrays, a Region or a sequence of Regions.
 
     Arrays are packed one after the other, each in C order. ``writable`` memory is for loads.
@@ -59,14 +89,17 @@ def region_list(memory: object, *, writable: bool, after_stream: int | None = No
     sources: Sequence[object] = memory if isinstance(memory, (list, tuple)) else [memory]
     # Each is asked once, and all before the first DLPack array: that wants to know the stream.
     interfaces = [getattr(source, "__cuda_array_interface__", None) for source in sources]
-    stream = _named_stream(interfaces) if after_stream is None else after_stream
-    regions: list[Region] = []
+    if after_stream is None:
+        stream = _named_stream(interfaces)
+    else:
+        stream = integer("after_stream", after_stream)
+    regions: list[_Native] = []
     owners: list[object] = []
     arrays = 0
     offset = 0
     for source, interface in zip(sources, interfaces, strict=True):
         if isinstance(source, Region):
-            regions.append(source)
+            regions.append(source.native())
             continue
         if interface is not None:
             array = _cuda_array(source, interface)
@@ -92,10 +125,10 @@ def region_list(memory: object, *, writable: bool, after_stream: int | None = No
         arrays += 1
     if arrays and arrays != len(sources):
         raise TypeError("either Regions, which have offsets, or arrays, which get theirs here")
-    native = ffi.new("kvf_region[]", [astuple(region) for region in regions])
+    native = ffi.new("kvf_region[]", regions)
     nbytes = ffi.new("uint64_t *")
     check(lib.kvf_regions_size(native, len(regions), nbytes))
-    return RegionList(native, len(regions), nbytes[0], owners, stream)
+    return RegionList(native, len(regions), nbytes[0], arrays > 0, owners, stream)
 
 
 _LEGACY_STREAM = 1  # CU_STREAM_LEGACY
@@ -143,7 +176,7 @@ class _Strided:
         if repeated and self.nbytes:
             raise error(lib.KVF_ERR_INVALID_ARGUMENT, "elements of the target share memory")
 
-    def regions(self, offset: int) -> Iterator[Region]:
+    def regions(self, offset: int) -> Iterator[_Native]:
         """As few as its strides allow: the inner dimensions become rows, the outer are walked."""
         if self.nbytes == 0:
             return
@@ -159,13 +192,15 @@ class _Strided:
                 rows *= outer.pop()[0]
         for index in itertools.product(*(range(n) for n, _ in outer)):
             start = sum(i * step for i, (_, step) in zip(index, outer, strict=True))
-            yield Region(self.address + start, width, rows, pitch, offset, width)
+            yield self.address + start, width, rows, pitch, offset, width
             offset += rows * width
 
 
 def _cuda_array(source: object, interface: dict[str, Any]) -> _Strided:
     shape = tuple(interface["shape"])
-    item = numpy.dtype(interface["typestr"]).itemsize
+    dtype = numpy.dtype(interface["typestr"])
+    check_no_objects(numpy.empty(0, dtype))
+    item = dtype.itemsize
     address, read_only = interface["data"]
     strides = interface.get("strides") or _packed(shape, item)
     return _Strided(source, address, shape, tuple(strides), item, read_only)
@@ -185,6 +220,7 @@ def _lent_array(array: dlpack.LentArray) -> _Strided:
 
 def _host_array(source: Any) -> NDArray[Any] | None:
     """The memory of `source` as an array, never a copy of it; None if it has to be lent."""
+    check_no_objects(source)
     if isinstance(source, numpy.ndarray):
         return source
     try:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .arguments import invalid
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -43,6 +45,17 @@ class Timeline:
     steps: Sequence[Step]
     spans: Sequence[Span]
     pieces: Sequence[TraceEvent]
+
+
+def check_kind(path: Path) -> None:
+    """Refuses a file name that ends in no kind of picture; without matplotlib there is none."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        return
+    kinds = sorted(f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes())
+    if path.suffix and path.suffix.lower() not in kinds:
+        raise invalid(f"{path} ends in no kind of picture: {', '.join(kinds)}")
 
 
 def draw(timelines: Sequence[Timeline], path: Path, *, heading: str) -> None:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 import anyio
 
 from ._native import ffi, lib
+from .arguments import choice, integer
 from .buffer import Buffer
 from .claims import claim_for_transfer
-from .completions import Completion, Completions, Pending, PendingTransfer, see_through
+from .completions import Completion, Completions, PendingTransfer, see_through
 from .errors import ErrorText, check, error
+from .worker import Call
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -20,7 +22,9 @@ T = TypeVar("T")
 
 Priority = Literal["background", "urgent"]
 """``background`` is paced, so that decoding beside it hardly notices; ``urgent`` is as fast as the
-link, and goes before background transfers. Within a priority the oldest transfer goes first."""
+link, and goes before background transfers. Within a priority the oldest transfer goes first. On a
+context's thread an urgent transfer also begins before what ``Llama.run`` was asked to run and has
+not begun."""
 
 _PRIORITIES: dict[str, int] = {
     "background": lib.KVF_PRIORITY_BACKGROUND,
@@ -56,12 +60,14 @@ class Transfer(PendingTransfer, Generic[T]):
         self._source = source
         self._make_result: Callable[[Completion], T] | None = result
         self._result: T | None = None
-        self._aftermath: Pending | None = None
+        self._aftermath: Call | None = None
         self._cancel_requested = False
+        self._nbytes = buffer.nbytes
         # The C library writes the handle here: that a job was made is known also where an exception
         # breaks in between the call and whatever follows it.
         self.job_place: CData = ffi.new("kvf_job *")
         self.token = completions.new_token()
+        completions.pick_up()
         self._claim: object = claim_for_transfer(
             buffer.memory, buffer.nbytes, writing=writes_buffer
         )
@@ -91,6 +97,7 @@ class Transfer(PendingTransfer, Generic[T]):
         engine knows the stream), Busy (1,024 waits are outstanding), KvferryError (no CUDA device,
         or a driver older than 11.7).
         """
+        stream = integer("stream", stream)
         if not self.ended:
             assert self.job is not None
             check(lib.kvf_job_stream_wait(self.job, stream))
@@ -115,12 +122,29 @@ class Transfer(PendingTransfer, Generic[T]):
             status = lib.KVF_ERR_CLOSED
         if status != lib.KVF_OK:
             raise error(status, self.completion.detail)
+        if self._aftermath is not None and self._aftermath.failure is not None:
+            raise self._aftermath.failure
         return cast(T, self._result)
 
     async def _until_over(self) -> None:
         await self._completions.until_ended(self)
         if self._aftermath is not None:
             await self._completions.until_ended(self._aftermath)
+
+    def __repr__(self) -> str:
+        return f"<Transfer {self._subject()}{self._condition()}>"
+
+    def _subject(self) -> str:
+        return f"of {self._nbytes} bytes"
+
+    def _condition(self) -> str:
+        if not self.ended:
+            return ", in flight, to be cancelled" if self._cancel_requested else ", in flight"
+        if self.completion is None:
+            return ", never submitted"
+        if self.completion.status == lib.KVF_OK:
+            return ", done"
+        return f": {error(self.completion.status, self.completion.detail)}"
 
     # ---- Called by whoever submits it -----------------------------------------------------------
 
@@ -156,13 +180,16 @@ class Transfer(PendingTransfer, Generic[T]):
             self._result = self._make_result(completion)
         if self._aftermath is None:
             self._aftermath = self.follow_up(completion)
+        if self._aftermath is not None:
+            # Asked for again where an exception has broken in, and made once all the same.
+            self._aftermath.worker.ask_for(self._aftermath, first=True)
         self._let_go()
 
     def withdrawn(self) -> None:
         self._let_go()
 
-    def follow_up(self, completion: Completion) -> Pending | None:
-        """May start something that has to end too before ``wait`` returns."""
+    def follow_up(self, completion: Completion) -> Call | None:
+        """A call, not yet asked for, that has to end too before ``wait`` returns."""
         return None
 
     def _let_go(self) -> None:
@@ -192,12 +219,17 @@ async def carried_out(start: Coroutine[Any, Any, Transfer[T]]) -> T:
         raise
 
 
+def in_flight(count: int) -> str:
+    """How many transfers are in flight, in words."""
+    return f"{count or 'no'} transfer{'s' if count > 1 else ''} in flight"
+
+
 class SubmitOptions:
     """A ``kvf_submit_options`` with room for the error text."""
 
     def __init__(
         self,
-        completions: Completions,
+        completions: Completions | None,
         token: int,
         priority: Priority,
         *,
@@ -210,8 +242,8 @@ class SubmitOptions:
             "kvf_submit_options *",
             {
                 "size": ffi.sizeof("kvf_submit_options"),
-                "priority": priority_number(priority),
-                "queue": completions.queue,
+                "priority": choice("priority", priority, _PRIORITIES),
+                "queue": 0 if completions is None else completions.queue,
                 "user_data": token,
                 "mode": mode,
                 "flags": flags | (0 if after_stream is None else lib.KVF_SUBMIT_FOLLOW_STREAM),
@@ -220,10 +252,3 @@ class SubmitOptions:
                 "error_size": ffi.sizeof(self.text.buffer),
             },
         )
-
-
-def priority_number(priority: Priority) -> int:
-    try:
-        return _PRIORITIES[priority]
-    except KeyError:
-        raise ValueError(f"priority is 'background' or 'urgent', not {priority!r}") from None

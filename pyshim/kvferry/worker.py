@@ -2,10 +2,10 @@
 
 A llama context belongs to one thread at a time. kvferry gives each context a thread of its own,
 which all attachments to it share, those of other engines too: decoding and capturing take turns
-there, in the order in which they were asked for, and the event loop stays free. A thread that is
-always the same one, rather than any of a pool that take turns, because libraries keep state per
-thread (CUDA's current device, thread pools, errno-like records), and because its backlog is then a
-queue that can be looked at, cut short, and ended with a detach.
+there, what is urgent first, else in the order in which they were asked for, and the event loop
+stays free. A thread that is always the same one, rather than any of a pool that take turns, because
+libraries keep state per thread (CUDA's current device, thread pools, errno-like records), and
+because its backlog is then a queue that can be looked at, cut short, and ended with a detach.
 
 Results come back through the completion queue's descriptor (completions.py), as transfers' do.
 
@@ -19,6 +19,7 @@ import contextvars
 import math
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,8 @@ class WorkerThread:
         self.lock = threading.RLock()
         """Held while a call runs."""
         self.ident: int | None = None
-        self.workers: set[Worker] = set()  # those that are not stopped
+        # Those that aren't stopped. One that an exception kept from its attachment is forgotten.
+        self.workers: weakref.WeakSet[Worker] = weakref.WeakSet()
         self._name = name
         self._address = address
         self._calls: deque[Call] = deque()
@@ -141,7 +143,8 @@ class WorkerThread:
 
     def leave(self, worker: Worker) -> None:
         """Without workers the thread ends after the calls that it has."""
-        self.workers.discard(worker)
+        with _contexts_lock:
+            self.workers.discard(worker)
         self.notify()
         if not self._started:
             self._is_over()
@@ -188,10 +191,17 @@ class Worker:
         self._thread = thread
         thread.workers.add(self)
 
-    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def call(self, function: Callable[..., T], *arguments: Any, first: bool = False) -> T:
         """Makes the call, and returns or raises as it does. Cancelling: see ``outcome``."""
         self.check_awaitable()
-        return cast(T, await self.outcome(self.post(function, *arguments)))
+        call = self.make(function, *arguments)
+        try:
+            self.ask_for(call, first=first)
+            return cast(T, await self.outcome(call))
+        except BaseException:
+            if not call.ended:
+                call.take_back()  # a signal handler has raised before the waiting began
+            raise
 
     async def outcome(self, call: Call) -> Any:
         """Waits for a call that was asked for; returns or raises as it does.
@@ -233,7 +243,7 @@ class Worker:
             if call.running and call.worker._thread is self._thread:
                 raise RuntimeError(
                     "called from inside of what Llama.run() runs: the context's thread would wait "
-                    "for itself"
+                    "for itself; Llama.sync is for code that runs there"
                 )
             call = call.caller
 

@@ -63,6 +63,17 @@ class SubmitOptions(ctypes.Structure):
     )
 
 
+class Region(ctypes.Structure):
+    _fields_ = (
+        ("address", u64),
+        ("width", u64),
+        ("rows", u64),
+        ("pitch", u64),
+        ("offset", u64),
+        ("buffer_pitch", u64),
+    )
+
+
 class Completion(ctypes.Structure):
     _fields_ = (
         ("job", u64),
@@ -117,17 +128,18 @@ class Library:
             raise Failure(self.status_name(status), why)
         return status
 
-    def engine(self, devices: Devices = Devices.CUDA) -> Engine:
-        return Engine(self, devices)
+    def engine(self, devices: Devices = Devices.CUDA, copy_threads: int = 0) -> Engine:
+        return Engine(self, devices, copy_threads)
 
 
 class Engine:
-    def __init__(self, library: Library, devices: Devices) -> None:
+    def __init__(self, library: Library, devices: Devices, copy_threads: int = 0) -> None:
         self.library = library
         error = ctypes.create_string_buffer(256)
         options = EngineOptions(
             size=ctypes.sizeof(EngineOptions),
             devices=devices,
+            copy_threads=copy_threads,
             error=ctypes.addressof(error),
             error_size=len(error),
         )
@@ -141,6 +153,10 @@ class Engine:
 
     def cancel(self) -> None:
         self.library.call("kvf_engine_cancel", self.handle)
+
+    def save_regions(self, regions: ctypes.Array[Region], into: Any, **options: Any) -> Job:
+        arguments = (self.handle, regions, u64(len(regions)))
+        return _submit(self.library, "kvf_regions_save", *arguments, buffer=into, **options)
 
     def __enter__(self) -> Engine:
         return self
@@ -157,6 +173,7 @@ class Engine:
 
 class Attachment:
     def __init__(self, engine: Engine, context: int, flags: int) -> None:
+        self.engine = engine
         self.library = engine.library
         error = ctypes.create_string_buffer(256)
         options = LlamaOptions(
@@ -186,38 +203,8 @@ class Attachment:
     def load(self, sequence: int, state: Any, **options: Any) -> Job:
         return self._submit("kvf_llama_load", sequence, state, **options)
 
-    def _submit(
-        self,
-        function: str,
-        sequence: int,
-        buffer: Any,
-        stream: int | None = None,
-        mode: int = 0,
-        priority: int = 0,
-        trust: bool = False,
-    ) -> Job:
-        error = ctypes.create_string_buffer(256)
-        options = SubmitOptions(
-            size=ctypes.sizeof(SubmitOptions),
-            priority=priority,
-            mode=mode,
-            flags=(0 if stream is None else FOLLOW_STREAM) | (TRUST_STATE if trust else 0),
-            stream=stream or 0,
-            error=ctypes.addressof(error),
-            error_size=len(error),
-        )
-        job = u64()
-        self.library.call(
-            function,
-            self.handle,
-            sequence,
-            buffer,
-            u64(len(buffer)),
-            ctypes.byref(options),
-            ctypes.byref(job),
-            error=error,
-        )
-        return Job(self.library, job, buffer)
+    def _submit(self, function: str, sequence: int, buffer: Any, **options: Any) -> Job:
+        return _submit(self.library, function, self.handle, sequence, buffer=buffer, **options)
 
     def remove(self, sequence: int) -> None:
         self.library.call("kvf_llama_remove", self.handle, sequence)
@@ -243,6 +230,39 @@ class Attachment:
         traceback: TracebackType | None,
     ) -> None:
         self.detach()
+
+
+def _submit(
+    library: Library,
+    function: str,
+    *arguments: Any,
+    buffer: Any,
+    stream: int | None = None,
+    mode: int = 0,
+    priority: int = 0,
+    trust: bool = False,
+) -> Job:
+    error = ctypes.create_string_buffer(256)
+    options = SubmitOptions(
+        size=ctypes.sizeof(SubmitOptions),
+        priority=priority,
+        mode=mode,
+        flags=(0 if stream is None else FOLLOW_STREAM) | (TRUST_STATE if trust else 0),
+        stream=stream or 0,
+        error=ctypes.addressof(error),
+        error_size=len(error),
+    )
+    job = u64()
+    library.call(
+        function,
+        *arguments,
+        buffer,
+        u64(len(buffer)),
+        ctypes.byref(options),
+        ctypes.byref(job),
+        error=error,
+    )
+    return Job(library, job, buffer)
 
 
 class Job:

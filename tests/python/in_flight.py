@@ -1,9 +1,10 @@
 """A transfer of kvferry's that is held in flight while something is done to its context.
 
-Two contexts with one history: on `ours` a transfer of kvferry's follows a stream that is held, so
-that no byte of it moves; on `like` llama.cpp's own call does at once what the transfer will do.
-Then the same is done to both. Afterwards the stream is released, or before that if what is done
-waits for the transfer; and then not one byte of any sequence may differ, nor any logits.
+Two contexts with one history: on `ours` a transfer of kvferry's is held (holds.py), so that no byte
+of it moves but those that the submitting call moves itself; on `like` llama.cpp's own call does at
+once what the transfer will do. Then the same is done to both. Afterwards the transfer is released,
+or before that if what is done waits for it; and then not one byte of any sequence may differ, nor
+any logits.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import c_interface
+from holds import ByStream, ByUrgentCopies, released_after, wait_until
 from llama_reference import AbortCallback, Context, llama
-from simulated_cuda import SimulatedCuda, Stream
+from simulated_cuda import SimulatedCuda
 
 OWN, SPARE, OTHER = 0, 1, 2
 """The sequence that is moved, one that operations may remove, and one that they go on with."""
@@ -43,6 +43,9 @@ class Side:
     def load(self, seq: int, state: bytes) -> None:
         assert self.context.state_set(seq, state) == len(state)
 
+    def remove(self, seq: int) -> None:
+        self.context.seq_rm(seq)
+
 
 class Ferried(Side):
     """By kvferry."""
@@ -53,12 +56,15 @@ class Ferried(Side):
 
     def save(self, seq: int) -> bytes:
         buffer = ctypes.create_string_buffer(self.attachment.size(seq))
-        assert self.attachment.save(seq, buffer).wait() == "KVF_OK"
+        assert self.attachment.save(seq, buffer, priority=1).wait() == "KVF_OK"
         return buffer.raw
 
     def load(self, seq: int, state: bytes) -> None:
         buffer = ctypes.create_string_buffer(state, len(state))
-        assert self.attachment.load(seq, buffer).wait() == "KVF_OK"
+        assert self.attachment.load(seq, buffer, priority=1).wait() == "KVF_OK"
+
+    def remove(self, seq: int) -> None:
+        self.attachment.remove(seq)
 
 
 Operation = Callable[[Side], Any]
@@ -79,32 +85,12 @@ def live_alike(*contexts: Context) -> None:
 class Outcome:
     """What was seen."""
 
-    beside: bool
-    """The transfer was still held when the operation had ended: it did not wait."""
+    waited: bool
+    """The operation waited for the transfer, until patience was at an end."""
     status: str
     """How the transfer ended."""
     differences: list[str]
     """What is not as by llama.cpp's own calls."""
-
-
-@contextlib.contextmanager
-def released_at_last(stream: Stream, patience: float = PATIENCE) -> Iterator[None]:
-    """Release the stream after a while, if what happens meanwhile waits for that."""
-    timer = threading.Timer(patience, stream.release)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(0.0005)
 
 
 @contextlib.contextmanager
@@ -154,13 +140,16 @@ def beside_a_transfer(
     before: Operation = lambda side: None,
     mode: int = c_interface.Mode.IN_PLACE,
     release_at_node: int = 0,
+    held: Literal["stream", "queue"] = "stream",
+    patience: float = PATIENCE,
 ) -> Outcome:
     """Does `operation` on both contexts while OWN is moved in `ours`.
 
     A load brings OWN as it was after `live_alike`; since then its cells have been filled anew, so
     that what does not arrive is seen. `before` is done to both before the transfer. With
     `release_at_node` all bytes of the transfer move while llama.cpp's graph is halted behind that
-    node.
+    node; unless what waits for the transfer has had it released before, which it is after
+    `patience` seconds.
     """
     live_alike(ours, like)
     loaded = like.state_get(OWN)
@@ -171,47 +160,54 @@ def beside_a_transfer(
     library = c_interface.Library(c_interface.LIBRARY)
     found = []
     with (
-        library.engine() as engine,
+        library.engine(copy_threads=1) as engine,
+        library.engine() as another,
         cuda.stream() as stream,
         engine.attach(ours.address) as attachment,
+        another.attach(ours.address) as further,
     ):
-        our_side, like_side = Ferried(ours, attachment), Side(like)
+        our_side, like_side = Ferried(ours, further), Side(like)
         before(our_side)
         before(like_side)
-        stream.hold()
+        hold = ByUrgentCopies(engine) if held == "queue" else ByStream(stream)
         if transfer == "load":
             state = ctypes.create_string_buffer(loaded, len(loaded))
             like_side.load(OWN, loaded)
-            with released_at_last(stream):
-                job = attachment.load(OWN, state, stream=stream.handle, mode=mode)
+            submit = attachment.load
         else:
             saved = like.state_get(OWN)
             state = ctypes.create_string_buffer(len(saved))
-            with released_at_last(stream):
-                job = attachment.save(OWN, state, stream=stream.handle, mode=mode)
-        beside_at_node = None
+            submit = attachment.save
+        with released_after(patience, hold) as waited:
+            job = submit(OWN, state, mode=mode, **hold.options)
+        assert not job.done or waited.is_set()
 
         def move_now() -> None:
-            nonlocal beside_at_node
-            beside_at_node = not job.done
-            stream.release()
+            hold.release()
             wait_until(lambda: job.done)
 
         try:
-            with released_at_last(stream), at_node(ours, release_at_node, move_now):
+            with (
+                released_after(patience, hold) as waited,
+                at_node(ours, release_at_node, move_now),
+            ):
                 ours_result = operation(our_side)
-                beside = not job.done
         finally:
-            stream.release()
-        if beside_at_node is not None:
-            beside = beside_at_node
+            hold.release()
         status = job.wait()
         if ours_result != operation(like_side):
             found.append("result")
         if transfer == "save" and state.raw != saved:
             found.append("what was saved")
         found += differences(ours, like)
-    return Outcome(beside, status, found)
+    return Outcome(waited.is_set(), status, found)
+
+
+def moves_at_once(context: Context) -> bool:
+    """Whether the call that submits a transfer moves some of its bytes itself: of a window whose
+    cells sequences share. Where the transfer follows a stream, decoding waits instead.
+    """
+    return context.model.n_swa > 0 and context.options.kv_unified
 
 
 # ---- What llama.cpp postpones to its next decode -------------------------------------------------
@@ -326,6 +322,23 @@ def load(side: Side) -> bytes:
     return state
 
 
+def remove_by_kvferry(side: Side) -> bytes:
+    side.remove(OTHER)
+    return side.context.decode(SPARE, [9]).tobytes()
+
+
+def save_own(side: Side) -> bytes:
+    return side.save(OWN)
+
+
+def load_own(side: Side) -> None:
+    side.load(OWN, side.context.state_get(OTHER))
+
+
+def remove_own_by_kvferry(side: Side) -> None:
+    side.remove(OWN)
+
+
 def remove_own(side: Side) -> bytes:
     context = side.context
     context.seq_rm(OWN)
@@ -379,31 +392,26 @@ def state_get_all(side: Side) -> bytes:
     return bytes(buffer[:written])
 
 
-OPERATIONS: dict[str, Operation] = {
-    function.__name__: function
-    for function in (
-        decode,
-        decode_several,
-        decode_own,
-        shift,
-        divide,
-        copy,
-        copy_own,
-        remove,
-        remove_a_part,
-        keep_own,
-        state_get,
-        state_set,
-        save,
-        load,
-        remove_own,
-        shift_own,
-        divide_own,
-        copy_onto_own,
-        keep_other,
-        clear,
-        state_get_own,
-        state_set_own,
-        state_get_all,
-    )
+OPERATIONS: dict[str, list[Operation]] = {
+    "llama_decode of other sequences": [decode, decode_several],
+    "llama_decode of this one": [decode_own],
+    "llama_memory_seq_add, _div of another": [shift, divide],
+    "llama_memory_seq_add, _div of this one": [shift_own, divide_own],
+    "llama_memory_seq_cp between others": [copy],
+    "llama_memory_seq_cp of this one onto another": [copy_own],
+    "llama_memory_seq_cp onto this one": [copy_onto_own],
+    "llama_memory_seq_rm of another": [remove, remove_a_part],
+    "llama_memory_seq_rm of this one": [remove_own],
+    "llama_memory_seq_keep of this one": [keep_own],
+    "llama_memory_seq_keep of another": [keep_other],
+    "llama_memory_clear": [clear],
+    "llama_state_seq_get_data of another": [state_get],
+    "llama_state_seq_get_data of this one": [state_get_own],
+    "llama_state_get_data": [state_get_all],
+    "llama_state_seq_set_data into another": [state_set],
+    "llama_state_seq_set_data into this one": [state_set_own],
+    "kvf_llama_save, _load, _remove of another": [save, load, remove_by_kvferry],
+    "kvf_llama_save of this one": [save_own],
+    "kvf_llama_load, _remove of this one": [load_own, remove_own_by_kvferry],
 }
+"""By the rows of the table in kvferry.h."""

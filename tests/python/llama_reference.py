@@ -54,6 +54,10 @@ LIBRARY_FOLDER = _library_folder()
 BUILD = (LIBRARY_FOLDER / "libllama.so").resolve().parent.name
 """As the Makefile calls the build of it; of a library that it did not fetch, some other word."""
 
+UNFRAMED = BUILD in {"b8179", "b8390"}
+"""Whether states are those of builds before b9842: without a magic number and a sequence in front,
+and with the cells that a sliding window has masked."""
+
 
 _UNFIT = {
     "deepseek32": ("b8179", "b8390"),
@@ -190,14 +194,13 @@ class _Batch(ctypes.Structure):
 # ---- Functions -----------------------------------------------------------------------------------
 
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+AbortCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
+"""Asked after each operation of a graph that a CPU computes: True breaks the decode off."""
 _POINTER, _BYTES, _TEXT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_char_p
 _INT, _SIZE, _BOOL = ctypes.c_int32, ctypes.c_size_t, ctypes.c_bool
 
 # name: (result, arguments)
-AbortCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
-
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "llama_set_abort_callback": (None, [_POINTER, AbortCallback, _POINTER]),
     "ggml_backend_load_all_from_path": (None, [_TEXT]),
     "llama_log_set": (None, [_LogCallback, _POINTER]),
     "llama_model_default_params": (_ModelParams, []),
@@ -221,6 +224,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_batch_init": (_Batch, [_INT, _INT, _INT]),
     "llama_batch_free": (None, [_Batch]),
     "llama_decode": (_INT, [_POINTER, _Batch]),
+    "llama_set_abort_callback": (None, [_POINTER, AbortCallback, _POINTER]),
     "llama_synchronize": (None, [_POINTER]),
     "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), [_POINTER, _INT]),
     "llama_memory_seq_pos_min": (_INT, [_POINTER, _INT]),

@@ -17,15 +17,27 @@ import ctypes
 import dataclasses
 import random
 import threading
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import c_interface
 from devices import ON_GPU
-from in_flight import at_node, wait_until
+from holds import ByStream, ByUrgentCopies, Hold, NoHold, released_after, wait_until
+from in_flight import at_node, moves_at_once
 from like_contexts import CACHES, RECURRENT
 from llama_reference import Context, Refused, llama
 from simulated_cuda import SimulatedCuda, Stream
+
+KINDS = (
+    "llama",
+    "gemma3",
+    "mamba",
+    "hybrid",
+    "hybrid-iswa",
+    "deepseek2",
+    "deepseek32",
+    "qwen2vl",
+)
+"""Of model. Others' states are opaque, and not those that llama.cpp writes."""
 
 SEQUENCES = range(4)
 STATES_KEPT = 6
@@ -49,14 +61,15 @@ class InFlight:
     attachment: c_interface.Attachment
     buffer: Any
     expected: bytes
-    held_by: Stream | None
+    hold: Hold
+    held: bool
+    """It surely is in flight still."""
     in_place: bool
 
     def release(self) -> None:
         """Let it go."""
-        stream, self.held_by = self.held_by, None
-        if stream:
-            stream.release()
+        self.held = False
+        self.hold.release()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +82,11 @@ class Abilities:
     appends: bool
     """A sequence that is saved in place may be decoded further."""
     streams: bool
-    """Each sequence has a stream of its own."""
+    """Each sequence has a stream of its own, and shares no cell."""
+    windows: bool
+    """Cells that a sliding window has left go to others."""
+    interleaves: bool
+    """Bytes of all sequences lie between each other."""
 
     @classmethod
     def of(cls, kind: str, cache: str) -> Abilities:
@@ -82,6 +99,8 @@ class Abilities:
             shifts=shiftable,
             appends=not recurs and kind != "gemma3",
             streams="streams" in cache,
+            windows=kind in ("gemma3", "hybrid-iswa"),
+            interleaves="transposed" in cache,
         )
 
 
@@ -126,7 +145,8 @@ class Walk:
             for _ in SEQUENCES:
                 self._streams.append(self._closing.enter_context(self._cuda.stream()))
             for _ in range(2):
-                self._engines.append(self._closing.enter_context(self._library.engine()))
+                engine = self._library.engine(copy_threads=1)
+                self._engines.append(self._closing.enter_context(engine))
             self._attach()
         except BaseException:
             self._closing.close()
@@ -134,8 +154,7 @@ class Walk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stream in self._streams:
-            stream.release()
+        self._release_all()
         for transfer in self._in_flight.values():
             transfer.job.wait()
         for attachment in self._attachments:
@@ -161,6 +180,7 @@ class Walk:
             (self._detach, 0.5),
             (self._load_by_llama_cpp, 1),
             *([(self._shift, 5), (self._divide, 0.5)] if self.can.shifts else []),
+            *([(self._load_a_window, 2)] if self.can.windows else []),
             *([(self._remove_a_part, 2)] if not self.can.recurs else []),
         ]
         functions = [function for function, _ in operations]
@@ -176,12 +196,16 @@ class Walk:
         self.history[-1] += f" {text}"
 
     def _compare_states(self) -> None:
-        for seq in SEQUENCES:
-            moved = self._in_flight.get(seq)
-            if moved and moved.direction == "load":
-                continue
-            if self.ours.state_get(seq) != self.like.state_get(seq):
-                raise Unequal(f"the state of sequence {seq}")
+        held = any(transfer.held for transfer in self._in_flight.values())
+        if held and self.can.interleaves and self._random.random() < 0.8:
+            return  # llama.cpp's own calls would wait, and little would stay in flight
+        with self._not_for_ever():
+            for seq in SEQUENCES:
+                moved = self._in_flight.get(seq)
+                if moved and moved.direction == "load":
+                    continue
+                if self.ours.state_get(seq) != self.like.state_get(seq):
+                    raise Unequal(f"the state of sequence {seq}")
 
     # ---- Which sequences
 
@@ -204,26 +228,9 @@ class Walk:
 
     # ---- Waiting
 
-    @contextlib.contextmanager
-    def _not_for_ever(self, stream: Stream | None = None) -> Iterator[threading.Event]:
-        """Let go of every held transfer, and of this stream, if what happens meanwhile waits. Gives
-        an event that says so.
-        """
-        waited = threading.Event()
-
-        def let_go() -> None:
-            waited.set()
-            self._release_all()
-            if stream:
-                stream.release()
-
-        timer = threading.Timer(PATIENCE, let_go)
-        timer.start()
-        try:
-            yield waited
-        finally:
-            timer.cancel()
-            timer.join()
+    def _not_for_ever(self) -> contextlib.AbstractContextManager[threading.Event]:
+        """Let go of every held transfer if what happens meanwhile waits for one."""
+        return released_after(PATIENCE, *self._in_flight.values())
 
     def _release_all(self) -> None:
         for transfer in list(self._in_flight.values()):
@@ -326,14 +333,10 @@ class Walk:
             context.seq_rm(target)
             context.seq_cp(source, target)
         self._forget_edits(target)
-        if self.can.streams:
-            # A state that is moved before the next decode is not yet the copy.
-            others = [seq for seq in self._decodable() if seq != target]
-            self._decode_tokens([self._any(others) or target])
-        else:
+        if not self.can.streams:
             self._shared |= {source, target}
-            if source in self._shift_pending:
-                self._shift_pending.add(target)
+        if source in self._shift_pending:
+            self._shift_pending.add(target)
 
     def _alone(self) -> list[int]:
         """Sequences with cells that are nobody else's."""
@@ -392,35 +395,40 @@ class Walk:
         attachment = self._random.choice(self._attachments)
         chosen = SNAPSHOT if mode == SNAPSHOT or not self.can.appends else IN_PLACE
         snapshot = direction == "save" and (mode or chosen) == SNAPSHOT
-        held = not snapshot and self._random.random() < 0.7
-        stream = self._streams[seq] if held else None
-        priority = self._random.randrange(2)
-        self._note(f"{seq} mode {mode} priority {priority}{' held' if held else ''}")
-        if stream:
-            stream.hold()
+        hold = self._hold(seq, attachment, may_be_held=not snapshot)
+        held = hold.holds(len(state))
+        self._note(f"{seq} mode {mode}{' held' if held else ''}")
         submit = attachment.save if direction == "save" else attachment.load
         try:
-            with self._not_for_ever(stream) as waited:
-                job = submit(
-                    seq,
-                    buffer,
-                    stream=stream.handle if stream else None,
-                    mode=mode,
-                    priority=priority,
-                )
-        except c_interface.Failure as failure:
-            if stream:
-                stream.release()
-            return failure
-        held_by = None if waited.is_set() else stream
+            with released_after(PATIENCE, *self._in_flight.values(), hold) as waited:
+                job = submit(seq, buffer, mode=mode, **hold.options)
+        except BaseException as failure:
+            hold.release()
+            if isinstance(failure, c_interface.Failure):
+                return failure
+            raise
         self._in_flight[seq] = InFlight(
-            direction, job, attachment, buffer, state, held_by, in_place=not snapshot
+            direction,
+            job,
+            attachment,
+            buffer,
+            state,
+            hold,
+            held=held and not waited.is_set(),
+            in_place=not snapshot,
         )
         return None
 
+    def _hold(self, seq: int, attachment: c_interface.Attachment, may_be_held: bool) -> Hold:
+        priority = self._random.randrange(2)
+        if not may_be_held or self._random.random() > 0.7:
+            return NoHold(priority)
+        if moves_at_once(self.ours) and not ON_GPU and self._random.random() < 0.7:
+            return ByUrgentCopies(attachment.engine)
+        return ByStream(self._streams[seq], priority)
+
     def _save(self) -> None:
-        resting = [seq for seq in self._resting() if seq not in self._shift_pending]
-        seq = self._any(self._holding_cells(resting))
+        seq = self._any(self._holding_cells(self._resting()))
         if seq is None or not self._attachments:
             return
         state = self.like.state_get(seq)
@@ -433,7 +441,9 @@ class Walk:
         seq = self._any(self._resting())
         if seq is None or not self._attachments or not self._states:
             return
-        state = self._random.choice(self._states)
+        self._load_state(seq, self._random.choice(self._states))
+
+    def _load_state(self, seq: int, state: bytes) -> None:
         buffer = ctypes.create_string_buffer(state, len(state))
         failure = self._start("load", seq, state, buffer, self._random.choice((0, IN_PLACE, AHEAD)))
         read = self.like.state_set(seq, state)
@@ -444,6 +454,32 @@ class Walk:
             self._note(failure.name)
             for context in self._both():
                 context.seq_rm(seq)
+
+    def _load_a_window(self) -> None:
+        """Load a state behind cells that are then free, and go on with another sequence: llama.cpp
+        looks for cells there, and comes to those of the load.
+        """
+        resting = self._resting()
+        if len(resting) < 3 or not self._attachments:
+            return
+        first, loaded, other = self._random.sample(resting, 3)
+        self._note(f"{loaded} behind {first}, then {other}")
+        for context in self._both():
+            context.seq_rm(first)
+            context.seq_rm(loaded)
+        self._forget_edits(first)
+        self._forget_edits(loaded)
+        few = self._random.choice((2, 8))
+        self._decode_tokens([first] * few)
+        self._decode_tokens([loaded] * self._random.choice((33, 40, 60)))
+        if self.like.pos_max(loaded) < 32:
+            return  # the cache is full
+        self._states.append(self.like.state_get(loaded))
+        self._load_state(loaded, self._states[-1])
+        if first in self._resting() and other in self._resting():
+            for context in self._both():
+                context.seq_rm(first)
+            self._decode_tokens([other] * (few + self._random.choice((1, 4, 20))))
 
     def _load_by_llama_cpp(self) -> None:
         seq = self._any(self._resting())
@@ -468,7 +504,8 @@ class Walk:
             self._collect(seq, self._in_flight[seq])
 
     def _collect(self, seq: int, transfer: InFlight) -> None:
-        transfer.release()
+        # All, since what holds one may hold another as well.
+        self._release_all()
         status = transfer.job.wait()
         del self._in_flight[seq]
         if status != "KVF_OK":
@@ -504,7 +541,7 @@ class Walk:
 
     def _refused(self) -> None:
         """What a transfer in flight forbids of kvferry's own calls."""
-        seq = self._any([seq for seq, transfer in self._in_flight.items() if transfer.held_by])
+        seq = self._any([seq for seq, transfer in self._in_flight.items() if transfer.held])
         if seq is None or not self._states:
             return
         self._note(f"{seq}")
@@ -558,7 +595,7 @@ class Walk:
         gone = self._attachments.pop(self._random.randrange(len(self._attachments)))
         for transfer in self._in_flight.values():
             if transfer.attachment is gone:
-                transfer.release()
+                self._release_all()
         gone.detach()
         for seq, transfer in list(self._in_flight.items()):
             if transfer.attachment is gone:

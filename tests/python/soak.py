@@ -21,10 +21,10 @@ from pathlib import Path
 
 import anyio
 from cuda_driver import driver_under_test, open_driver
-from kvferry.synthetic import KINDS, write_model
-from like_contexts import CACHES, LATENT, OPAQUE
+from kvferry.synthetic import write_model
+from like_contexts import CACHES, LATENT
 from llama_reference import ContextOptions, Model
-from random_walk import Abilities, Walk, cache_options
+from random_walk import KINDS, Abilities, Walk, cache_options
 from simulated_cuda import SimulatedCuda
 
 
@@ -42,7 +42,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000, help="of each walk")
     parser.add_argument("--seeds", default="0", help="of the walks, such as 0,1,2")
     parser.add_argument("--hours", type=float, help="goes on with further seeds for so long")
-    parser.add_argument("--kinds", default="", help="of model; all whose format is known")
+    parser.add_argument("--kinds", default="", help="of model; all of random_walk.KINDS")
     parser.add_argument("--caches", default="", help="all of like_contexts.CACHES")
     return parser.parse_args(given)
 
@@ -86,8 +86,7 @@ def walk(
 
 def main(given: Sequence[str] | None = None) -> int:
     options = arguments(given)
-    walkable = [kind for kind in KINDS if kind not in OPAQUE]
-    kinds, caches = names(walkable, options.kinds), names(list(CACHES), options.caches)
+    kinds, caches = names(KINDS, options.kinds), names(list(CACHES), options.caches)
     cuda = driver_under_test()
     began, walks, steps, equal = time.monotonic(), 0, 0, True
     with tempfile.TemporaryDirectory() as folder, cuda.context():

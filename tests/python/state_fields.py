@@ -61,12 +61,15 @@ MAGIC = 0xAF143CD8
 def state_fields(kind: str, state: bytes) -> list[Field]:
     """All of it, in order and without gaps.
 
-    Releases differ: earlier ones have no header, later ones a token beside the coordinates of a
-    cell, and how keys and values are rotated. The one that accounts for every byte is right.
+    Releases differ: earlier ones have no header, the earliest no coordinates of a cell, later ones
+    a token beside them, and how keys and values are rotated. The one that accounts for every byte
+    is right.
     """
     ways = []
-    for has_token, has_rotation in itertools.product((False, True), repeat=2):
-        walk = _Walk(state, has_token, has_rotation)
+    for coordinates, has_rotation in itertools.product(
+        ([], ["x", "y"], ["x", "y", "token"]), (False, True)
+    ):
+        walk = _Walk(state, coordinates, has_rotation)
         try:
             walk.all(SECTIONS[kind])
         except struct.error:  # beyond the end
@@ -78,9 +81,9 @@ def state_fields(kind: str, state: bytes) -> list[Field]:
 
 
 class _Walk:
-    def __init__(self, state: bytes, has_token: bool, has_rotation: bool) -> None:
+    def __init__(self, state: bytes, coordinates: list[str], has_rotation: bool) -> None:
         self.state = state
-        self.has_token = has_token
+        self.coordinates = coordinates
         self.has_rotation = has_rotation
         self.at = 0
         self.fields: list[Field] = []
@@ -129,11 +132,8 @@ class _Walk:
         for _ in range(cells):
             self.take("attention.cell.position", "i")
             self.take("attention.cell.sequences", "I")
-            if has_coordinates:
-                self.take("attention.cell.x", "i")
-                self.take("attention.cell.y", "i")
-                if self.has_token:
-                    self.take("attention.cell.token", "i")
+            for name in self.coordinates if has_coordinates else ():
+                self.take(f"attention.cell.{name}", "i")
             self.take("attention.cell.sequence", "i")
         transposed = self.take("attention.transposed", "I")
         layers = self.take("attention.layers", "I")

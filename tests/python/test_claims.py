@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 
 import anyio
 import kvferry
@@ -61,6 +62,15 @@ async def test_several_engines_know_of_each_others_transfers() -> None:
         with pytest.raises(kvferry.Busy):
             await two.copy_out(b"x", memory)
         transfer.cancel()
+
+
+async def test_a_forgotten_transfer_that_has_ended_is_in_nobodys_way() -> None:
+    memory = bytearray(8)
+    async with kvferry.Engine("host") as engine:
+        for _ in range(3):
+            await engine.start_copy_out(b"anything", memory)
+            while engine.describe()["jobs_in_flight"]:
+                time.sleep(0.001)  # noqa: ASYNC251 nobody reads meanwhile
 
 
 async def test_a_refused_transfer_leaves_no_claim() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import kvferry
 import pytest
 from kvferry import bench, libllama
 from kvferry.bench.measurement import Measurement, Reading, Stage, at_least
@@ -281,6 +282,42 @@ def test_doctor_says_what_is_wrong_with_cuda(
     assert finding["good"] == good
 
 
+@needs_simulated_cuda
+@pytest.mark.parametrize(
+    ("arguments", "failures", "ordinals"),
+    [
+        ([], "", [0]),
+        (["--device", "cuda"], "", [0]),
+        (["--device", "cuda:2"], "", [2]),
+        (["--device", "host"], "", []),
+        ([], "cuDevicePrimaryCtxRetain:1:2", [1]),
+    ],
+)
+def test_doctor_opens_one_gpu_of_several(
+    arguments: list[str], failures: str, ordinals: list[int]
+) -> None:
+    environment = {
+        "KVFERRY_CUDA_DRIVER": os.environ["KVFERRY_SIMULATED_CUDA"],
+        "KVFSIM_DEVICES": "4",
+        "KVFSIM_FAIL": failures,
+    }
+    done = run("doctor", "--json", *arguments, environment=environment)
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
+    devices = findings["devices"]["details"]["devices"]
+    assert [each["ordinal"] for each in devices if each["kind"] == "cuda"] == ordinals
+    driver = findings["CUDA driver"]
+    assert "4 device(s)" in driver["found"]
+    assert ("--device cuda:N" in driver["meaning"]) == bool(ordinals)
+    # What could not be used is said, though another GPU could be.
+    assert ("GPU 0" in findings) == bool(failures)
+
+
+def test_doctor_refuses_a_device_that_cannot_be_meant() -> None:
+    done = run("doctor", "--device", "cuda:x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'cuda:x' is none of auto, host, cuda, cuda:N" in done.stderr
+
+
 def test_doctor_works_without_the_optional_packages() -> None:
     done = run(
         "doctor",
@@ -396,7 +433,10 @@ def test_config_speaks_to_the_shell(tmp_path: Path) -> None:
         (["demo", "--model", __file__], "can't load"),
         (["demo", "--json", "/nowhere/demo.json"], "no folder to write to: '/nowhere'"),
         (["demo", "--picture", "/nowhere/demo.png"], "no folder to write to: '/nowhere'"),
+        (["demo", "--picture", "demo.nonsense"], "demo.nonsense ends in no kind of picture: .avif"),
         (["bench", "--out", "/proc/nothing"], "/proc/nothing"),
+        (["bench", "--only", "nonsense"], "no measurement's name contains 'nonsense': contiguous"),
+        (["bench", "--only", "save", "--only", "nonsense"], "contains 'nonsense'"),
         (["config"], "say what to print"),
     ],
 )
@@ -406,6 +446,34 @@ def test_bad_options_are_named(arguments: list[str], complaint: str) -> None:
     assert done.returncode == 2
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+    assert "saving" not in done.stderr  # nothing has been done
+    assert "preparing" not in done.stderr
+
+
+def test_the_package_is_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvferry", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"kvferry {kvferry.__version__}\n"
+
+
+def test_the_program_is_named_alike_however_it_is_called() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvferry", "dance"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: kvferry ")
 
 
 def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:

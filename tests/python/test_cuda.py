@@ -83,6 +83,27 @@ async def test_the_engine_knows_the_device(cuda: SimulatedCuda) -> None:
     assert description["pool"]["pinned"]
 
 
+@pytest.mark.parametrize(
+    ("devices", "ordinals"),
+    [("cuda:1", [1]), ([0, 2], [0, 2]), ((2,), [2]), (range(3), [0, 1, 2]), ("auto", [0, 1, 2])],
+)
+async def test_only_the_devices_that_are_named_are_opened(
+    simulated: SimulatedCuda, devices: kvferry.Devices, ordinals: list[int]
+) -> None:
+    simulated.set(devices=3)
+    contexts = simulated.count("live_contexts")
+    async with kvferry.Engine(devices) as engine:
+        assert simulated.count("live_contexts") == contexts + len(ordinals)
+        described = engine.describe()["devices"]
+    assert [each["ordinal"] for each in described if each["kind"] == "cuda"] == ordinals
+    assert simulated.count("live_contexts") == contexts
+
+
+async def test_a_named_device_that_cannot_be_used_is_an_error(simulated: SimulatedCuda) -> None:
+    with pytest.raises(kvferry.NoDevice, match="device 7: the CUDA driver shows 1"):
+        kvferry.Engine([0, 7])
+
+
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
 @pytest.mark.parametrize("priority", ["background", "urgent"])
 async def test_any_strides_go_out_and_come_back(

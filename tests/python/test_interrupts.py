@@ -7,6 +7,7 @@ waits for something else is served, memory is let go, and the engine closes.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dis
 import gc
@@ -16,16 +17,21 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import anyio
 import kvferry
 import numpy as np
 import pytest
+from context_threads import has_thread
 from devices import DEVICES
-from event_loops import anyio_backend  # noqa: F401
+from event_loops import EVENT_LOOPS, anyio_backend  # noqa: F401
+from kvferry.worker import Worker
 from like_contexts import MakeContext
+
+if sys.version_info < (3, 11):
+    pytest.skip("needs the exception tables of Python 3.11", allow_module_level=True)
 
 pytestmark = [
     pytest.mark.anyio,
@@ -69,7 +75,7 @@ class InterruptAt:
         if event == "opcode" and not self.place:
             last = self._last.get(frame)
             self._last[frame] = frame.f_lasti
-            if last is not None and runs_handlers(*frame.f_code.co_code[last : last + 2]):
+            if last is not None and can_interrupt(frame.f_code, last, frame.f_lasti):
                 self.left -= 1
                 if self.left == 0:
                     code = frame.f_code
@@ -80,6 +86,25 @@ class InterruptAt:
         return self._step
 
 
+def can_interrupt(code: CodeType, last: int, following: int) -> bool:
+    """Whether CPython may run a handler at the end of one instruction, as far as can be imitated.
+
+    Its exception would come from that instruction, here it comes from the following one: the two
+    must not differ in what catches it.
+    """
+    return runs_handlers(*code.co_code[last : last + 2]) and (
+        catcher(code, last) == catcher(code, following)
+    )
+
+
+def catcher(code: CodeType, offset: int) -> int | None:
+    """Where exceptions of the instruction at this offset are handled."""
+    for entry in dis._parse_exception_table(code):  # type: ignore[attr-defined]
+        if entry.start <= offset < entry.end:
+            return int(entry.target)
+    return None
+
+
 def runs_handlers(operation: int, argument: int) -> bool:
     """After calls, returned or just entered, and jumps back. CPython does it after fewer calls."""
     name = dis.opname[operation]
@@ -88,12 +113,24 @@ def runs_handlers(operation: int, argument: int) -> bool:
     return name.startswith(("CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE")) and "NO_INT" not in name
 
 
+def loop_name() -> str:
+    """As in EVENT_LOOPS."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return "trio"
+    return "uvloop" if "uvloop" in type(loop).__module__ else "asyncio"
+
+
 async def interrupt_everywhere(
     scenario: Callable[[InterruptAt], Awaitable[None]], *, stride: int = 1
 ) -> None:
-    """Awaits the scenario once for each place, until one is beyond its end."""
+    """Awaits the scenario once for each place, until one is beyond its end.
+
+    Where a stride leaves out places, each event loop begins at another one.
+    """
     places: set[str] = set()
-    number = 1
+    number = 1 + stride * list(EVENT_LOOPS).index(loop_name()) // len(EVENT_LOOPS)
     while True:
         interrupt = InterruptAt(number)
         try:
@@ -153,7 +190,7 @@ async def test_copies_are_interrupted_anywhere() -> None:
         for target in targets:
             target.append(0)  # raises BufferError if a job still uses it
 
-    await interrupt_everywhere(scenario, stride=4)
+    await interrupt_everywhere(scenario, stride=8)
 
 
 async def test_calls_on_a_thread_are_interrupted_anywhere() -> None:
@@ -175,7 +212,7 @@ async def test_calls_on_a_thread_are_interrupted_anywhere() -> None:
         assert_idle(engine)
         await engine.aclose()
 
-    await interrupt_everywhere(scenario, stride=4)
+    await interrupt_everywhere(scenario, stride=8)
 
 
 async def test_cancelled_copies_are_interrupted_anywhere() -> None:
@@ -200,7 +237,7 @@ async def test_cancelled_copies_are_interrupted_anywhere() -> None:
         for target in targets:
             target.append(0)
 
-    await interrupt_everywhere(scenario, stride=4)
+    await interrupt_everywhere(scenario, stride=8)
 
 
 async def test_closing_is_interrupted_anywhere() -> None:
@@ -216,7 +253,7 @@ async def test_closing_is_interrupted_anywhere() -> None:
         assert not engine._core.memory_worker._thread.workers
         target.append(0)
 
-    await interrupt_everywhere(scenario, stride=4)
+    await interrupt_everywhere(scenario, stride=8)
 
 
 async def test_making_an_engine_is_interrupted_anywhere() -> None:
@@ -267,6 +304,7 @@ async def test_sequences_are_interrupted_anywhere(make_context: MakeContext) -> 
         await llama.remove(2)
         assert_idle(engine)
         await engine.aclose()
+        assert not has_thread(context)
 
     await interrupt_everywhere(scenario, stride=8)
 
@@ -361,6 +399,42 @@ async def test_completions_that_were_taken_when_a_signal_came_are_not_lost(
                     tasks.start_soon(wait, transfer)
         assert sorted(outcomes) == ["interrupted", "served", "served", "served", "served"]
         assert_idle(engine)
+
+
+async def test_what_follows_a_failed_load_is_done_once(
+    monkeypatch: pytest.MonkeyPatch, make_context: MakeContext
+) -> None:
+    context = make_context("llama")
+    context.decode_in_turn([0, 1], 20)
+    settled: list[None] = []
+    interrupted: list[None] = []
+    ask_for = Worker.ask_for
+
+    def interrupted_once(*arguments: Any, **keywords: Any) -> None:
+        ask_for(*arguments, **keywords)
+        if not interrupted:
+            interrupted.append(None)
+            raise Interrupt
+
+    async with kvferry.Engine(DEVICES, copy_threads=1) as engine:
+        llama = engine.attach(context.address)
+        snapshot = await llama.save(0)
+        # What is urgent goes before it, so that it is cancelled in time.
+        slow = np.zeros(1 << 27, np.uint8)[::2]
+        ahead = await engine.start_copy_out(slow, priority="urgent")
+        load = await llama.start_load(snapshot, 2)
+        load.cancel()
+        lib: Any = sys.modules["kvferry.llama"].lib  # type: ignore[attr-defined]
+        settling = Calling(lib, "kvf_llama_settle", lambda: settled.append(None))
+        monkeypatch.setattr("kvferry.llama.lib", settling)
+        monkeypatch.setattr(Worker, "ask_for", interrupted_once)
+        with pytest.raises(Interrupt):
+            await load.wait()
+        assert load.completion is not None
+        assert load.completion.status == lib.KVF_ERR_CANCELLED
+        ahead.cancel()
+        assert len(settled) == 1
+        assert context.pos_max(2) == -1
 
 
 @pytest.mark.parametrize("function", ["kvf_queue_take", "kvf_regions_save"])

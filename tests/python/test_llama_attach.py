@@ -90,6 +90,83 @@ async def test_the_last_detach_leaves_libllama_as_it_was(make_context: MakeConte
         assert merged(libllama_segments()) == segments
 
 
+def write_words(words: dict[int, bytes]) -> None:
+    """Into slots, whatever the protection of their pages."""
+    with open("/proc/self/mem", "r+b", buffering=0) as memory:
+        for at, word in words.items():
+            memory.seek(at)
+            memory.write(word)
+
+
+async def test_slots_that_the_loader_binds_while_the_tap_is_installed_are_taken_back(
+    make_context: MakeContext,
+) -> None:
+    """Lazy binding: it looks a function up, and writes it into the slot after we wrote ours."""
+    context = make_prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        async with engine.attach(context.address) as llama:
+            await llama.load(await llama.save(0), 2)  # binds what is bound at the first call
+        bound = words_of_libllama()
+        async with engine.attach(context.address) as llama:
+            attached = words_of_libllama()
+            functions = {at: word for at, word in bound.items() if attached[at] != word}
+            expected = context.state_get(0)
+            for _ in range(2):
+                write_words(functions)
+                before = llama.describe()["recorded_calls"]
+                assert (await llama.save(0)).to_bytes() == expected
+                assert llama.describe()["recorded_calls"] > before
+                assert words_of_libllama() == attached
+            write_words(functions)
+            before = llama.describe()["recorded_calls"]
+            await llama.load(expected, 2)
+            assert llama.describe()["recorded_calls"] > before
+            write_words(functions)
+            async with engine.attach(context.address):
+                assert words_of_libllama() == attached
+            write_words(dict(list(functions.items())[:1]))  # and goes, with one of them bound
+        assert words_of_libllama() == bound
+
+
+@pytest.mark.parametrize("kind", ["llama", "hybrid"])
+async def test_a_tap_that_somebody_went_past_is_an_error(
+    make_context: MakeContext, kind: str
+) -> None:
+    """Somebody's functions in the slots that call ggml's, and not ours, which were there before."""
+    context, like = make_prompted(make_context, kind), make_prompted(make_context, kind)
+    state = like.state_get(0)
+    like.state_set(2, state)  # binds what is bound at the first call
+    before = words_of_libllama()
+    ggml = ctypes.CDLL(str(LIBRARY_FOLDER / "libggml-base.so"))
+    number, address = ctypes.c_size_t, ctypes.c_void_p
+    function = ctypes.CFUNCTYPE(None, address, address, number, number)
+    passers = {}
+    for name in ("ggml_backend_tensor_get", "ggml_backend_tensor_set"):
+        own = function((name, ggml))
+        passers[ctypes.cast(own, address).value] = function(own)
+    async with kvferry.Engine(DEVICES) as engine, engine.attach(context.address) as llama:
+        attached = words_of_libllama()
+        passed, ours = {}, {}
+        for at, word in before.items():
+            passer = passers.get(int.from_bytes(word, "little"))
+            if passer is not None and attached[at] != word:
+                passed[at] = (ctypes.cast(passer, address).value or 0).to_bytes(8, "little")
+                ours[at] = attached[at]
+        assert len(passed) >= 2
+        write_words(passed)
+        try:
+            with pytest.raises(kvferry.TapUnavailable, match="recorded nothing"):
+                await llama.save(0)
+            with pytest.raises(kvferry.TapUnavailable, match="recorded"):
+                await llama.load(state, 2)
+            assert context.pos_max(2) < 0
+        finally:
+            write_words(ours)
+        assert (await llama.save(0)).to_bytes() == state
+        await llama.load(state, 2)
+        assert context.state_get(2) == like.state_get(2)
+
+
 async def test_llama_cpps_own_calls_pass_through_while_attached_and_unseen_afterwards(
     make_context: MakeContext,
 ) -> None:
@@ -289,4 +366,54 @@ async def test_a_model_is_told_from_another_by_its_fingerprint(
         assert fingerprint(model("llama", geometry="other")) != plain
         assert fingerprint(model("llama", layers=5)) != plain
         assert fingerprint("qwen2vl") != plain
+        # What it does not cover: weights, and what a state of the cache says itself.
         assert fingerprint(model("llama", seed=1)) == plain
+        assert fingerprint("llama", flash_attention=False, kv_unified=False) == plain
+
+
+async def test_an_attachment_describes_what_its_fingerprint_covers(
+    make_context: MakeContext,
+) -> None:
+    async with kvferry.Engine(DEVICES) as engine:
+        description = engine.attach(make_context("llama").address).describe()
+    assert description["fingerprint_covers"] == [
+        "model description",
+        "model size",
+        "number of parameters",
+        "model metadata",
+    ]
+
+
+async def test_a_variant_tells_what_libllama_does_not(make_context: MakeContext) -> None:
+    context = make_prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        plain = engine.attach(context.address)
+        adapted = engine.attach(context.address, variant="adapter v1")
+        again = engine.attach(context.address, variant="adapter v1")
+        other = engine.attach(context.address, variant="adapter v2")
+        assert len({plain.fingerprint, adapted.fingerprint, other.fingerprint}) == 3
+        assert adapted.describe()["fingerprint"] == adapted.fingerprint
+        snapshot = await adapted.save(0)
+        await again.load(snapshot, 2)
+        for stranger in (plain, other):
+            with pytest.raises(kvferry.StateMismatch, match="adapter v1"):
+                await stranger.load(snapshot, 2)
+        with pytest.raises(kvferry.StateMismatch):
+            await adapted.load(await plain.save(0), 2)
+
+
+async def test_an_attachment_says_what_it_is(make_context: Callable[..., Context]) -> None:
+    context = make_context("llama")
+    context.decode(0, context.model.prompt(20))
+    async with kvferry.Engine("host") as engine:
+        llama = engine.attach(context.address)
+        model, address = llama.describe()["model"], f"{context.address:#x}"
+        assert repr(llama) == f"<Llama at {address}: {model}, no transfer in flight>"
+        save = await llama.start_save(0)
+        assert repr(save).startswith("<Transfer that saves sequence 0, ")
+        snapshot = await save.wait()
+        load = await llama.start_load(snapshot, 1)
+        await load.wait()
+        assert repr(load) == "<Transfer that loads sequence 1, done>"
+        await llama.detach()
+        assert repr(llama) == f"<Llama at {address}: {model}, detached>"

@@ -15,17 +15,17 @@ pytestmark = NEEDS_CUDA
 
 STEPS = 150
 
-KNOWN_FAULTS = "bytes are lost or mixed in flight: test_llama_in_flight.py"
-FAULTY = [
-    *[("llama", cache, seed) for cache in ("q8_0", "q4_0") for seed in (3, 5)],
-    *[("gemma3", "q8_0", seed) for seed in (3, 4, 5)],
-    ("gemma3", "flash", 3),
-    *[(kind, "flash", seed) for kind in ("hybrid", "hybrid-iswa") for seed in (1, 3)],
+WALKS = [
+    # These find the faults that were once there, when their mends are taken out: a pending shift
+    # rewrites all keys, recurrent cells are moved, and cells of a window go to others.
+    *[("llama", "q8_0", seed) for seed in (2, 3)],
+    ("llama", "q4_0", 4),
+    *[("hybrid", "flash", seed) for seed in (2, 5)],
+    *[("gemma3", "q8_0", seed) for seed in (4, 7)],
+    ("gemma3", "flash", 6),
+    ("hybrid-iswa", "flash", 5),
+    # And these find whatever else there may be.
     ("mamba", "flash", 0),
-]
-"""Walks that find these faults, where they are."""
-
-OTHERS = [
     *[("llama", cache, 0) for cache in ("flash", "transposed", "streams", "f32")],
     *[("gemma3", cache, 1) for cache in ("transposed", "streams")],
     *[(kind, "flash", 0) for kind in ("deepseek2", "deepseek32", "qwen2vl")],
@@ -34,16 +34,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "cache", "seed"),
-    [
-        *[
-            pytest.param(*walk, marks=pytest.mark.xfail(reason=KNOWN_FAULTS, strict=False))
-            for walk in FAULTY
-        ],
-        *OTHERS,
-    ],
-)
+@pytest.mark.parametrize(("kind", "cache", "seed"), WALKS)
 def test_whatever_is_done_beside_transfers_is_done_as_by_llama_cpp(
     cuda: SimulatedCuda, make_context: MakeContext, kind: str, cache: str, seed: int
 ) -> None:
@@ -55,7 +46,8 @@ def test_whatever_is_done_beside_transfers_is_done_as_by_llama_cpp(
             except BaseException:
                 print("step", walk.steps, *walk.history, sep="\n  ")
                 raise
-    assert walk.done["decode beside"] > 0
+    # Where values are transposed, comparing states waits for what is in flight.
+    assert walk.done["decode beside"] > 0 or "transposed" in cache
 
 
 def test_a_soak_says_what_it_did(

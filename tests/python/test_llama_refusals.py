@@ -67,7 +67,7 @@ async def test_sequences_out_of_range_are_refused(
             with pytest.raises(kvferry.SequenceRange):
                 llama.size(seq)
         for seq in (LARGEST + 1, -LARGEST - 2):
-            with pytest.raises(OverflowError):
+            with pytest.raises(kvferry.SequenceRange, match=f"sequence {seq}"):
                 await llama.save(seq)
     assert [context.state_get(seq) for seq in range(4)] == states
 

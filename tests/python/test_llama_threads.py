@@ -17,9 +17,9 @@ import anyio.from_thread
 import anyio.lowlevel
 import kvferry
 import pytest
+from context_threads import has_thread
 from devices import DEVICES
 from event_loops import anyio_backend  # noqa: F401
-from kvferry import worker
 from like_contexts import MakeContext
 from llama_reference import Context
 
@@ -99,7 +99,7 @@ async def test_one_attachment_goes_on_after_another_has_gone(context: Context) -
     assert (await llamas[2].save(0)).to_bytes() == state
     assert await llamas[2].run(threading.get_ident) == thread
     await two.aclose()
-    assert context.address not in worker._contexts
+    assert not has_thread(context)
 
 
 async def test_a_thread_ends_with_the_last_attachment(context: Context) -> None:
@@ -111,7 +111,7 @@ async def test_a_thread_ends_with_the_last_attachment(context: Context) -> None:
             await anyio.to_thread.run_sync(thread.join, 10)
             assert not thread.is_alive()
         engine.attach(context.address)  # never used
-    assert context.address not in worker._contexts
+    assert not has_thread(context)
 
 
 async def test_an_engine_that_is_forgotten_waits_for_the_thread_it_shares(

@@ -20,7 +20,9 @@ def examples(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("example", examples("python"))
-def test_python_example_runs(example: str, tmp_path: Path) -> None:
+def test_python_example_goes_on_where_the_first_conversation_was(
+    example: str, tmp_path: Path
+) -> None:
     package = importlib.util.find_spec("llama_cpp")
     assert package is not None
     assert package.origin is not None
@@ -30,11 +32,12 @@ def test_python_example_runs(example: str, tmp_path: Path) -> None:
         (tmp_path / backend.name).symlink_to(backend.resolve())
     write_text_model(tmp_path / "model.gguf")
     (tmp_path / "example.py").write_text(example)
+    (tmp_path / "program.py").write_text(PYTHON_PROGRAM)
     # With the libllama that llama_cpp.Llama fits: its own.
     environment = {key: os.environ[key] for key in os.environ if key != "LLAMA_CPP_LIB_PATH"}
 
     done = subprocess.run(
-        [sys.executable, "-W", "error", "example.py"],
+        [sys.executable, "-W", "error", "program.py"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -44,7 +47,43 @@ def test_python_example_runs(example: str, tmp_path: Path) -> None:
     )
 
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\d{4,} bytes\n", done.stdout), done.stdout
+    assert re.fullmatch(r"\d{4,} bytes\n\d{4,} bytes wait for their turn\n", done.stdout), (
+        done.stdout
+    )
+
+
+# Runs the example, and holds what its object has in the end against one that was never saved.
+PYTHON_PROGRAM = """
+import runpy
+
+import llama_cpp
+import numpy as np
+
+made = []
+
+
+class Llama(llama_cpp.Llama):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options, verbose=False)
+        made.append(self)
+
+
+def logits(llm):
+    pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    return np.ctypeslib.as_array(pointer, (llm.n_vocab(),))
+
+
+llama_cpp.Llama = Llama
+runpy.run_path("example.py", run_name="__main__")
+[llm] = made
+like = Llama("model.gguf", n_ctx=8192)
+like.eval(like.tokenize(b"Once upon a time"))
+like.eval(like.tokenize(b" there was", add_bos=False))
+assert llm.eval_tokens == like.eval_tokens, (llm.eval_tokens, like.eval_tokens)
+assert np.array_equal(logits(llm), logits(like))
+for each in made:
+    each.close()
+"""
 
 
 @pytest.mark.parametrize("example", examples("c"))

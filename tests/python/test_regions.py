@@ -298,6 +298,6 @@ async def test_what_cannot_be_copied_is_refused_with_the_reason() -> None:
             await engine.copy_out("text")
         with pytest.raises(TypeError, match="offsets"):
             await engine.copy_out([kvferry.Region(address=1, width=1), b"array"])
-        with pytest.raises(BufferError):
+        with pytest.raises(kvferry.InvalidArgument, match="into is read-only"):
             await engine.copy_out(b"source", b"read-only")
         assert engine.describe()["jobs_in_flight"] == 0

@@ -19,6 +19,11 @@ from kvferry import Snapshot
 
 pytestmark = pytest.mark.anyio
 
+LLM = kvferry.LlmState(
+    tokens=np.array([1, 2, 3], np.int32),
+    scores=np.arange(6, dtype=np.float32).reshape(3, 2),
+    seed=7,
+)
 STATE = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
 
 
@@ -85,9 +90,38 @@ async def test_a_file_carries_state_fingerprint_and_checksum(tmp_path: Path) -> 
     await again.verify()
 
 
+async def test_a_file_carries_what_an_object_knew(tmp_path: Path) -> None:
+    for llm in (LLM, kvferry.LlmState(LLM.tokens), kvferry.LlmState(LLM.tokens[:0])):
+        await Snapshot.from_bytes(STATE, llm=llm).to_file(tmp_path / "state")
+        again = await Snapshot.from_file(tmp_path / "state")
+        assert again.to_bytes() == STATE
+        assert again.llm is not None
+        assert again.llm.tokens.tolist() == llm.tokens.tolist()
+        assert again.llm.seed == llm.seed
+        assert (again.llm.scores is None) == (llm.scores is None)
+        if llm.scores is not None:
+            assert np.array_equal(again.llm.scores, llm.scores)
+
+
+async def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    header = b'{"fingerprint": "a model", "crc32": 5, "bytes": %d}\n' % len(STATE)
+    (tmp_path / "state").write_bytes(
+        b"kvferry snapshot 1\n%d\n" % len(header) + header + STATE,
+    )
+    snapshot = await Snapshot.from_file(tmp_path / "state")
+    assert snapshot.to_bytes() == STATE
+    assert (snapshot.fingerprint, snapshot.sealed, snapshot.llm) == ("a model", 5, None)
+
+
+async def test_a_file_of_a_later_version_is_refused_as_such(tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(b"kvferry snapshot 3\n" + bytes(100))
+    with pytest.raises(kvferry.StateDamaged, match="no snapshot that this version knows"):
+        await Snapshot.from_file(tmp_path / "state")
+
+
 async def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    await Snapshot.from_bytes(STATE).to_file(path)
+    await Snapshot.from_bytes(STATE, llm=LLM).to_file(path)
     whole = path.read_bytes()
     for content in (
         b"",
@@ -97,11 +131,23 @@ async def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         whole.replace(b"{", b"[", 1),
         b"GGUF" + whole,
         whole.replace(b'"bytes": 1', b'"bytes": "', 1),
+        whole.replace(b'"tokens": 3', b'"tokens":-3', 1),
+        whole.replace(b'"tokens": 3', b'"tokens": 4', 1),
+        whole.replace(b'"columns": 2', b'"columns": 1', 1),
+        whole.replace(b'"columns": 2', b'"columns": 2e', 1),
+        whole.replace(b'"seed": 7', b'"seed":[]', 1),
+        whole.replace(b'"llm": {', b'"llm": 5, "x": {', 1),
+        whole[:-1] + bytes([whole[-1] ^ 1]),  # a score
+        whole.replace(b"snapshot 2", b"snapshot 3", 1),
+        whole.replace(b"snapshot 2", b"snapshot 1", 1)[: -len(STATE)],
     ):
+        assert content != whole
         path.write_bytes(content)
         with pytest.raises(kvferry.StateDamaged):
             await Snapshot.from_file(path)
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    damaged = bytearray(whole)
+    damaged[whole.index(STATE) + 50_000] ^= 1
+    path.write_bytes(damaged)
     snapshot = await Snapshot.from_file(path)
     with pytest.raises(kvferry.StateDamaged):
         await snapshot.verify()
@@ -166,7 +212,7 @@ anyio.run(kvferry.Snapshot.from_bytes(b"new" * 1000, fingerprint="new").to_file,
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    snapshot = Snapshot._read(path)
+    snapshot = Snapshot.from_file_sync(path)
     assert (snapshot.fingerprint, snapshot.to_bytes()) == ("old", b"old" * 1000)
 
 
@@ -194,3 +240,16 @@ async def test_what_is_no_plain_file_is_written_and_not_replaced(tmp_path: Path)
     reader.join()
     assert received[0].endswith(STATE)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+# ---- What it says of itself ----------------------------------------------------------------------
+
+
+async def test_a_snapshot_says_what_it_is() -> None:
+    snapshot = Snapshot.from_bytes(STATE)
+    assert repr(snapshot) == "<Snapshot of 100000 bytes>"
+    await snapshot.seal()
+    assert repr(snapshot) == "<Snapshot of 100000 bytes, sealed>"
+    snapshot.close()
+    assert repr(snapshot) == "<Snapshot of 100000 bytes, sealed, closed>"
+    assert repr(Snapshot.from_bytes(STATE, llm=LLM)) == "<Snapshot of 100000 bytes, 3 tokens>"

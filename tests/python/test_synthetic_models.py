@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kvferry.synthetic import GEOMETRIES, KINDS, write_model
-from llama_reference import CacheType, Context, Model, Refused, log_lines
+from llama_reference import UNFRAMED, CacheType, Context, Model, Refused, log_lines
 
 MakeContext = Callable[..., Context]
 MakeModel = Callable[..., Model]
@@ -173,6 +173,7 @@ def test_only_recurrent_kinds_keep_a_sequence_whole(make_context: MakeContext, k
     assert context.pos_max(0) == (19 if kind in RECURRENT else 9)
 
 
+@pytest.mark.skipif(UNFRAMED, reason="masked cells are saved too")
 @pytest.mark.parametrize("kind", ["gemma3", "hybrid-iswa"])
 def test_sliding_window_saves_only_what_the_window_sees(
     make_context: MakeContext, kind: str
@@ -225,7 +226,8 @@ ABORTS = {
         "mamba",
         """
 state = context.state_get(0)
-header, cell, rest = state[:8], state[12:20], state[20:]
+start = 0 if UNFRAMED else 8
+header, cell, rest = state[:start], state[start + 4 : start + 12], state[start + 12 :]
 context.state_set(1, header + (2).to_bytes(4, "little") + 2 * cell + rest)
 """,
     ),
@@ -239,7 +241,7 @@ def test_llama_aborts_the_process_on(
 ) -> None:
     """Such input must not reach libllama: it ends the whole process rather than refuse."""
     script = f"""
-from llama_reference import Model
+from llama_reference import UNFRAMED, Model
 context = Model({str(model_path(kind))!r}).context()
 context.decode(0, [1, 2, 3])
 {damage}
@@ -259,7 +261,8 @@ context.decode(0, [1, 2, 3])
 def test_refusals_are_found_in_the_log(make_context: MakeContext) -> None:
     context = make_context("llama")
     assert context.state_set(0, b"no state at all") == 0
-    assert any("wrong sequence state magic" in line for line in log_lines)
+    reason = "n_stream mismatch" if UNFRAMED else "wrong sequence state magic"
+    assert any(reason in line for line in log_lines)
 
 
 def test_geometry_is_replaced_size_by_size(tmp_path: Path) -> None:

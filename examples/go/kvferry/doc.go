@@ -14,7 +14,8 @@
 //
 // It works on the llama.cpp that the program has loaded, unmodified; with yzma, for instance, llamaContext is a
 // llama.Context. A transfer blocks the goroutine that asked for it, and others only where they want the same context
-// while it is recorded or copied aside (Engine.Attach says when). No thread waits in C, and C calls no Go. One goroutine per engine takes the completions, in batches, when Go's poller says that there are some.
+// while it is recorded or copied aside (Engine.Attach says when). Waiting goroutines stand in no C call, and C calls no
+// Go. One goroutine per engine takes the completions, in batches, when Go's poller says that there are some.
 // Cancelling a context asks its transfer to end early; the call still waits for the end, so memory is never in use
 // behind the caller's back.
 //

@@ -7,6 +7,8 @@ import "C"
 import (
 	"context"
 	"encoding/json"
+	"fmt"
+	"math"
 	"sync"
 	"unsafe"
 )
@@ -15,7 +17,7 @@ import (
 type Devices uint32
 
 const (
-	AutoDevices Devices = C.KVF_DEVICES_AUTO // every CUDA device that the driver shows, and the host
+	AutoDevices Devices = C.KVF_DEVICES_AUTO // every CUDA device that the driver shows, or CUDADevices; and the host
 	HostOnly    Devices = C.KVF_DEVICES_HOST // the CUDA driver is not touched
 	RequireCUDA Devices = C.KVF_DEVICES_CUDA // as AutoDevices, but ErrNoDevice where no CUDA device can be used
 )
@@ -26,6 +28,9 @@ type EngineOptions struct {
 	CopyThreads  int   // threads that copy host memory; 0: by the number of cores, 6 at most
 	PinnedLimit  int64 // most bytes of the buffer pool, each buffer's Cap and free ones included; 0: no limit
 	StagingBytes int64 // most device memory used per device and direction; 0: 32 MiB
+	// The ordinals of the CUDA devices to use, as the driver counts them (CUDA_VISIBLE_DEVICES changes that); none: every
+	// one. Others are not touched. ErrNoDevice where one of them cannot be used.
+	CUDADevices []int
 }
 
 // Engine moves memory between devices and the host beside whatever else they do. All its methods may be called from
@@ -38,19 +43,33 @@ type Engine struct {
 	mutex    sync.Mutex
 	attached int
 	closed   bool
+	ended    chan struct{} // closed when Close has done all
 }
 
 // NewEngine starts an engine. Where there is CUDA it takes a few hundred milliseconds: make one before serving.
+//
+// Errors: ErrInvalidArgument, ErrNoDevice, ErrOutOfMemory, ErrSystem.
 func NewEngine(options EngineOptions) (*Engine, error) {
+	if options.CopyThreads < 0 || options.PinnedLimit < 0 || options.StagingBytes < 0 {
+		return nil, &Error{Status: ErrInvalidArgument, Detail: "a number in the options is negative"}
+	}
+	var ordinals uint64
+	for _, ordinal := range options.CUDADevices {
+		if ordinal < 0 || ordinal > 63 {
+			return nil, &Error{Status: ErrInvalidArgument, Detail: fmt.Sprintf("CUDA device %d; they go from 0 to 63", ordinal)}
+		}
+		ordinals |= 1 << ordinal
+	}
 	var text [256]C.char
 	// In C's memory, because it holds a pointer.
 	given := (*C.kvf_engine_options)(C.calloc(1, C.sizeof_kvf_engine_options+C.size_t(len(text))))
 	defer C.free(unsafe.Pointer(given))
 	given.size = C.sizeof_kvf_engine_options
 	given.devices = C.uint32_t(options.Devices)
-	given.copy_threads = C.uint32_t(options.CopyThreads)
+	given.copy_threads = C.uint32_t(min(options.CopyThreads, math.MaxInt32)) // C says what is too many
 	given.pinned_limit = C.uint64_t(options.PinnedLimit)
 	given.staging_bytes = C.uint64_t(options.StagingBytes)
+	given.cuda_devices = C.uint64_t(ordinals)
 	given.error = (*C.char)(unsafe.Add(unsafe.Pointer(given), C.sizeof_kvf_engine_options))
 	given.error_size = C.uint64_t(len(text))
 
@@ -58,7 +77,7 @@ func NewEngine(options EngineOptions) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &Engine{completions: completions, inFlight: newGate()}
+	e := &Engine{completions: completions, inFlight: newGate(), ended: make(chan struct{})}
 	if status := C.kvf_engine_create(given, &e.handle); status != C.KVF_OK {
 		completions.close()
 		copy(text[:], unsafe.Slice(given.error, len(text)))
@@ -71,22 +90,33 @@ func NewEngine(options EngineOptions) (*Engine, error) {
 // threads; call Cancel first where waiting takes too long. Closing twice is allowed. Buffers stay valid until they
 // are closed themselves. Errors: ErrBusy while a Llama is attached; then nothing has changed.
 func (e *Engine) Close() error {
-	e.mutex.Lock()
-	defer e.mutex.Unlock()
-	if e.closed {
+	first, err := e.beginClosing()
+	if err != nil {
+		return err
+	}
+	if !first {
+		<-e.ended
 		return nil
 	}
-	if e.attached > 0 {
-		return &Error{Status: ErrBusy, Detail: "a llama context is attached"}
-	}
+	defer close(e.ended)
 	// Waited for in Go: the call into C then finds nothing to wait for, and holds up no thread.
 	e.inFlight.close()
-	e.closed = true
-	err := check(C.kvf_engine_destroy(e.handle))
+	err = check(C.kvf_engine_destroy(e.handle))
 	if other := e.completions.close(); err == nil {
 		err = other
 	}
 	return err
+}
+
+func (e *Engine) beginClosing() (first bool, err error) {
+	e.mutex.Lock()
+	defer e.mutex.Unlock()
+	if e.attached > 0 {
+		return false, &Error{Status: ErrBusy, Detail: "a llama context is attached"}
+	}
+	first = !e.closed
+	e.closed = true
+	return first, nil
 }
 
 // Cancel asks every transfer in flight to end early. Each ends with ErrCancelled or, if it was faster, with its true
@@ -140,6 +170,9 @@ type Region struct {
 	Offset      uint64 // of the first row in the buffer
 	BufferPitch uint64 // bytes from row to row in the buffer
 }
+
+// Regions are passed to C as they are.
+var _ = [1]struct{}{}[unsafe.Sizeof(Region{})-unsafe.Sizeof(C.kvf_region{})]
 
 // At is the Region.Address of memory that is not Go's.
 func At(address uintptr) unsafe.Pointer { return *(*unsafe.Pointer)(unsafe.Pointer(&address)) }

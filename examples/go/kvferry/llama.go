@@ -15,9 +15,11 @@ import (
 type AttachOptions struct {
 	// The path, or part of it, of the libllama to use when the process has loaded several.
 	Library string
-	// Where libllama's calls cannot be recorded, use its blocking calls on a thread of the engine's. The context
-	// must then rest until a transfer has ended.
+	// Where libllama's calls cannot be recorded, use its blocking calls on a thread of the engine's. The context must
+	// then rest until a transfer has ended: Save and Load hold its lock so long.
 	AllowBlocking bool
+	// Use them even where recording would work: to compare, or to get round a fault.
+	ForceBlocking bool
 }
 
 // Llama is an attachment to a llama.cpp context. It must be closed before the context is freed and before its engine
@@ -26,6 +28,7 @@ type Llama struct {
 	engine   *Engine
 	handle   C.kvf_llama
 	lock     sync.Locker
+	blocking bool // libllama's blocking calls are used, on a thread of the engine's
 	inFlight gate
 
 	mutex  sync.Mutex
@@ -37,8 +40,12 @@ type Llama struct {
 // A llama_context bears one caller at a time, and recording the layout of a sequence is such a call. So the program
 // shares a lock: it holds it around llama_decode and everything else that it does with the context, and this package
 // holds it while it sizes, submits and settles, which takes microseconds to a few milliseconds. It does not hold it while
-// bytes move, with one exception: a Snapshot is copied aside before anybody may decode again (SaveMode says how long that
-// takes). Calls that need no context, such as Describe and those of the Engine, never wait for the lock. A sync.Mutex is the right kind: which thread calls does not matter to llama.cpp, only that nobody else does,
+// bytes move, with two exceptions: a Snapshot is copied aside under it (SaveMode says how long that takes); and all is done
+// under it where libllama's own calls move the bytes, which is so for a cache whose format is not known (Describe says
+// "opaque") and with AllowBlocking. Calls that need no context, such as Describe and those of the Engine,
+// never wait for the lock.
+//
+// A sync.Mutex is the right kind: which thread calls does not matter to llama.cpp, only that nobody else does,
 // and a mutex lets a transfer in after the decode that is under way even when the decoding goroutine asks for it
 // again at once (it is handed over to whoever has waited for a millisecond). So neither a locked thread nor an owner
 // goroutine is needed, and a program that has either may hand in any sync.Locker that gets its consent.
@@ -60,6 +67,9 @@ func (e *Engine) Attach(llamaContext uintptr, lock sync.Locker, options AttachOp
 	if options.AllowBlocking {
 		flags |= C.KVF_LLAMA_ALLOW_BLOCKING
 	}
+	if options.ForceBlocking {
+		flags |= C.KVF_LLAMA_FORCE_BLOCKING
+	}
 	var text [256]C.char
 	l := &Llama{engine: e, lock: lock, inFlight: newGate()}
 	lock.Lock()
@@ -70,6 +80,16 @@ func (e *Engine) Attach(llamaContext uintptr, lock sync.Locker, options AttachOp
 		e.discountAttachment()
 		return nil, failure(status, text[:])
 	}
+	var found struct{ Tap bool }
+	description, err := l.Describe()
+	if err == nil {
+		err = json.Unmarshal(description, &found)
+	}
+	if err != nil {
+		l.Close()
+		return nil, err
+	}
+	l.blocking = !found.Tap
 	return l, nil
 }
 
@@ -167,22 +187,29 @@ func (s Sequence) Save(ctx context.Context, to Memory, options ...Option) (Compl
 
 // Load replaces what the sequence holds by a saved state, of exactly the memory's size, and returns when that has been
 // done, has failed, or has been cancelled through ctx, as Save does. The sequence must not be used until it returns;
-// others decode meanwhile. After an error the sequence is empty, or as it was where nothing had been begun (ErrBusy,
-// ErrSequenceRange, ErrClosed; ErrCancelled where ctx ended before the call had the context's lock).
+// others decode meanwhile.
 //
-// The state is checked before libllama sees it. Errors: ErrStateDamaged, ErrStateMismatch, ErrCacheFull,
-// ErrSequenceRange, ErrBusy (a transfer of this sequence is in flight), ErrCancelled, ErrClosed, ErrContextFreed.
-func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (Completion, error) {
+// The state is checked before libllama sees it. Where it is refused the sequence is as it was: ErrStateDamaged (truncated,
+// damaged, or without what vouches for it), ErrStateMismatch (of another model or kind of cache), ErrSequenceRange, ErrBusy
+// (a transfer of this sequence is in flight), ErrClosed, ErrContextFreed, and ErrCancelled where ctx ended before the call
+// had the context's lock. After other errors it is empty: ErrCancelled later on, ErrCacheFull (unless the state has more
+// cells than a sequence may have at all), ErrLlama, ErrDeviceLost.
+func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (completion Completion, err error) {
 	if !s.llama.inFlight.enter() {
 		return Completion{}, &Error{Status: ErrClosed}
 	}
 	defer s.llama.inFlight.leave()
-	completion, err := s.transfer(ctx, C.KVGO_LOAD_SEQUENCE, from, read(options))
-	if err != nil && completion.Submitted != 0 { // it had begun, and left half a state: remove that
-		s.llama.lock.Lock()
-		C.kvf_llama_settle(s.llama.handle)
-		s.llama.lock.Unlock()
-	}
+	returned := false // else the function of a StreamWait has panicked
+	defer func() {
+		// A load that had begun and failed left half a state: remove that.
+		if !returned || err != nil && completion.Submitted != 0 {
+			s.llama.lock.Lock()
+			defer s.llama.lock.Unlock()
+			C.kvf_llama_settle(s.llama.handle)
+		}
+	}()
+	completion, err = s.transfer(ctx, C.KVGO_LOAD_SEQUENCE, from, read(options))
+	returned = true
 	return completion, err
 }
 
@@ -205,5 +232,5 @@ func (s Sequence) transfer(ctx context.Context, operation C.uint32_t, m Memory, 
 	}
 	defer buffer.release()
 	return s.llama.engine.transfer(ctx, request{operation: operation, owner: s.llama.handle, lock: s.llama.lock,
-		sequence: s.id, memory: memory, settings: set})
+		blocking: s.llama.blocking, sequence: s.id, memory: memory, settings: set})
 }

@@ -4,6 +4,7 @@ package kvferry
 import "C"
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"strings"
@@ -115,11 +116,11 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 	if size < 0 {
 		return nil, &Error{Status: ErrInvalidArgument, Detail: "size is negative"}
 	}
-	start, status := e.allocate(size)
-	if status == C.KVF_ERR_OUT_OF_MEMORY || status == C.KVF_ERR_PINNED_LIMIT {
-		start, status = e.allocateAfterCollection(size)
+	start, err := e.allocate(size)
+	if errors.Is(err, ErrOutOfMemory) || errors.Is(err, ErrPinnedLimit) {
+		start, err = e.allocateAfterCollection(size)
 	}
-	if err := check(status); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	var capacity C.uint64_t
@@ -132,22 +133,27 @@ func (e *Engine) NewBuffer(size int) (*Buffer, error) {
 	return b, nil
 }
 
-func (e *Engine) allocate(size int) (start unsafe.Pointer, status C.int32_t) {
+func (e *Engine) allocate(size int) (unsafe.Pointer, error) {
 	mapping.enter()
 	defer mapping.leave()
-	status = C.kvf_buffer_alloc(e.handle, C.uint64_t(size), &start)
-	return start, status
+	var start unsafe.Pointer
+	var text [256]C.char
+	status := C.kvf_buffer_alloc_with_error(e.handle, C.uint64_t(size), &start, &text[0], C.uint64_t(len(text)))
+	if status != C.KVF_OK {
+		return nil, failure(status, text[:])
+	}
+	return start, nil
 }
 
 // collecting is held by the one that has the garbage collector run for memory.
 var collecting sync.Mutex
 
-func (e *Engine) allocateAfterCollection(size int) (unsafe.Pointer, C.int32_t) {
+func (e *Engine) allocateAfterCollection(size int) (unsafe.Pointer, error) {
 	collecting.Lock()
 	defer collecting.Unlock()
 	// Whoever held the lock before may have made room for this one too.
-	if start, status := e.allocate(size); status == C.KVF_OK {
-		return start, status
+	if start, err := e.allocate(size); err == nil {
+		return start, nil
 	}
 	collect()
 	return e.allocate(size)
@@ -175,8 +181,8 @@ func collect() {
 // Len is the buffer's size in bytes, as it was asked for.
 func (b *Buffer) Len() int { return len(b.bytes) }
 
-// Cap is what the buffer takes of the pool, and of EngineOptions.PinnedLimit: a little more than Len, for sizes are rounded up.
-// Who keeps to a budget counts this.
+// Cap is what the buffer takes of the pool, and of EngineOptions.PinnedLimit: a little more than Len, for sizes are
+// rounded up. Who keeps to a budget counts this.
 func (b *Buffer) Cap() int { return cap(b.bytes) }
 
 // Slice is the buffer's part from byte low up to byte high, as buffer.Bytes()[low:high] is, but the transfer that it is
@@ -237,6 +243,13 @@ type Registration struct {
 	pinner runtime.Pinner
 	mutex  sync.Mutex
 	made   []uintptr // who called Register: program counters
+	lost   bool      // it is among the lost ones
+}
+
+// lost keeps the memory pinned that a device which was given up may still write to.
+var lost struct {
+	sync.Mutex
+	registrations []*Registration
 }
 
 // Register pins memory that many transfers will use, so that they run as from a Buffer. It costs about 30 ms per
@@ -274,7 +287,8 @@ func (r *Registration) forgotten() {
 }
 
 // Close unpins the memory. Closing twice is allowed, and closing after the engine too. Errors: ErrBusy while a transfer
-// uses the memory; then nothing has changed.
+// uses the memory; then nothing has changed. ErrDeviceLost where a copy did not end that may still write to the memory: it
+// stays pinned for the rest of the program, and the Registration may be dropped.
 func (r *Registration) Close() error {
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
@@ -284,7 +298,15 @@ func (r *Registration) Close() error {
 	start := unsafe.Pointer(unsafe.SliceData(r.memory))
 	mapping.enter()
 	defer mapping.leave()
-	if err := check(C.kvf_buffer_unregister(r.engine.handle, start)); err != nil {
+	status := C.kvf_buffer_unregister(r.engine.handle, start)
+	if status == C.KVF_ERR_DEVICE_LOST && !r.lost {
+		r.lost = true
+		runtime.SetFinalizer(r, nil)
+		lost.Lock()
+		lost.registrations = append(lost.registrations, r)
+		lost.Unlock()
+	}
+	if err := check(status); err != nil {
 		return err
 	}
 	r.pinner.Unpin()

@@ -76,11 +76,28 @@ func TestARefusalSaysMoreThanItsStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer limited.Close()
-	if _, err := limited.NewBuffer(2 << 20); !errors.Is(err, kvferry.ErrPinnedLimit) {
+	if _, err := limited.NewBuffer(2 << 20); !errors.Is(err, kvferry.ErrPinnedLimit) ||
+		err.Error() != "the engine's limit of pinned memory is reached: 0 bytes of 1 MiB taken, 2 MiB wanted" {
 		t.Errorf("%v", err)
 	}
 	if _, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: 77}); !errors.Is(err, kvferry.ErrInvalidArgument) ||
 		err.Error() != "invalid argument: no such devices" {
 		t.Errorf("%v", err)
+	}
+}
+
+func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
+	for _, options := range []kvferry.EngineOptions{
+		{CopyThreads: -1}, {CopyThreads: 1<<32 + 1}, {PinnedLimit: -1}, {StagingBytes: -1},
+		{CUDADevices: []int{-1}}, {CUDADevices: []int{64}}, {CUDADevices: []int{0}}, // the host alone is asked for
+	} {
+		options.Devices = kvferry.HostOnly
+		engine, err := kvferry.NewEngine(options)
+		if !errors.Is(err, kvferry.ErrInvalidArgument) {
+			t.Errorf("%+v gave %v", options, err)
+		}
+		if err == nil {
+			engine.Close()
+		}
 	}
 }

@@ -66,9 +66,9 @@ const (
 	optionPriority optionKind = iota
 	optionMode
 	optionAhead
-	optionTrust
 	optionStream
 	optionStreamWait
+	optionTrustState
 )
 
 // WithPriority sets the transfer's priority.
@@ -83,13 +83,13 @@ func WithMode(m SaveMode) Option { return Option{kind: optionMode, value: uint64
 // they go straight to the cache. Other transfers ignore it.
 func Ahead() Option { return Option{kind: optionAhead} }
 
-// TrustState lets a sequence's load hand libllama a state that nothing vouches for: one that kvferry has not saved, for
-// a cache whose format it does not know (Llama.Describe says "opaque"). libllama trusts what it loads: a damaged state
-// may end the process, or leave cells that only clearing the memory frees. Other transfers ignore it.
-func TrustState() Option { return Option{kind: optionTrust} }
+// TrustState makes a sequence's load hand libllama a state that nothing vouches for: one that kvferry has not saved, for a
+// cache whose format is not known (Llama.Describe says "opaque"). libllama trusts what it loads: a damaged state may end the
+// process, or leave cells that only clearing the whole memory frees. Other transfers ignore it.
+func TrustState() Option { return Option{kind: optionTrustState} }
 
 // AfterStream makes the transfer begin when the work that a CUDA stream (a CUstream or cudaStream_t) holds at the
-// time of the call has been done.
+// time of the call has been done. A Snapshot waits for that work with the context's lock held, since it copies under it.
 func AfterStream(stream uintptr) Option { return Option{kind: optionStream, value: uint64(stream)} }
 
 // StreamWait makes a CUDA stream (a CUstream or cudaStream_t) wait for the transfer, and then calls `then` if it is not
@@ -125,11 +125,11 @@ func read(options []Option) (s settings) {
 			s.saveMode = C.uint32_t(option.value)
 		case optionAhead:
 			s.loadMode = C.KVF_LOAD_AHEAD
-		case optionTrust:
-			s.loadFlags = C.KVF_SUBMIT_TRUST_STATE
 		case optionStream:
 			s.stream = C.uint64_t(option.value)
 			s.flags |= C.KVF_SUBMIT_FOLLOW_STREAM
+		case optionTrustState:
+			s.loadFlags = C.KVF_SUBMIT_TRUST_STATE
 		case optionStreamWait:
 			s.waits = append(s.waits, streamWait{C.uint64_t(option.value), option.then})
 		}
@@ -143,6 +143,7 @@ type request struct {
 	operation C.uint32_t
 	owner     C.uint64_t  // the engine, or the attachment
 	lock      sync.Locker // held while it is submitted; nil: none
+	blocking  bool        // the lock is held until it has ended
 	sequence  int32
 	regions   []Region
 	memory    []byte
@@ -187,7 +188,13 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	}
 	w.armed.Store(true)
 
-	if err := w.submit(ctx, r.lock, r.regions); err != nil {
+	lock := r.lock
+	if r.blocking {
+		lock.Lock()
+		defer lock.Unlock()
+		lock = held{}
+	}
+	if err := w.submit(ctx, lock, r.regions); err != nil {
 		w.armed.Store(false)
 		return Completion{}, err
 	}
@@ -238,6 +245,12 @@ func (w *waiter) makeStreamsWait(waits []streamWait) error {
 	waiting = true
 	return nil
 }
+
+// held stands for a lock that is held already.
+type held struct{}
+
+func (held) Lock()   {}
+func (held) Unlock() {}
 
 func (w *waiter) submit(ctx context.Context, lock sync.Locker, regions []Region) error {
 	if lock != nil {

@@ -191,6 +191,49 @@ func TestBufferWhoseCloseWasRefusedIsGivenBackByTheNextClose(t *testing.T) {
 	}
 }
 
+// While the library is asked whether the buffer can be freed, the Buffer is closed for a moment.
+func TestACloseThatIsRefusedRefusesNoTransfer(t *testing.T) {
+	engine := newEngine(t)
+	const size = 8 << 20
+	source := baseline.Alloc(size)
+	defer baseline.Free(source)
+	buffer := newBuffer(t, engine, size)
+	memory := buffer.Bytes()
+	stop := make(chan struct{})
+	var group sync.WaitGroup
+	for range 3 { // so that one is in flight nearly always
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			for !isClosed(stop) {
+				if _, err := engine.SaveRegions(context.Background(), regionsOf(source), kvferry.Bytes(memory)); err != nil {
+					t.Error(err)
+				}
+			}
+		}()
+	}
+	var closing error
+	closer := make(chan struct{})
+	go func() {
+		defer close(closer)
+		for !isClosed(stop) {
+			if closing = buffer.Close(); closing == nil {
+				return
+			}
+		}
+	}()
+	var refusal error
+	for deadline := time.Now().Add(time.Second); refusal == nil && time.Now().Before(deadline); {
+		_, refusal = engine.SaveRegions(context.Background(), nil, buffer.Slice(0, 1))
+	}
+	close(stop)
+	<-closer
+	group.Wait()
+	if refusal != nil && closing != nil {
+		t.Errorf("a transfer got %v, and the buffer was not closed: %v", refusal, closing)
+	}
+}
+
 func TestCapIsWhatABufferTakesOfThePool(t *testing.T) {
 	engine := newEngine(t)
 	var taken int64
@@ -660,6 +703,56 @@ func TestForgottenRegistrationSaysWhereItWasMade(t *testing.T) {
 	for _, word := range []string{"panic: kvferry: ", "Registration", "Close", "registerAndForget", "transfer_test.go:", "(*Registration)"} {
 		if !strings.Contains(string(said), word) {
 			t.Errorf("it does not say %q:\n%s", word, said)
+		}
+	}
+}
+
+// A copy that does not end may still write to the memory, so that it stays pinned for ever. Who has closed the Registration
+// has done what can be done.
+func TestRegistrationOfALostDeviceMayBeDropped(t *testing.T) {
+	const child = "KVFERRY_TEST_LOSES"
+	driver := os.Getenv("KVFERRY_SIMULATED_CUDA")
+	if driver == "" {
+		t.Skip("no simulated CUDA driver: KVFERRY_SIMULATED_CUDA names it")
+	}
+	if os.Getenv(child) == "" {
+		command := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+		command.Env = append(os.Environ(), child+"=1", "KVFERRY_STUCK_SECONDS=1", "KVFSIM_HOLD=copy:1+")
+		if said, err := command.CombinedOutput(); err != nil {
+			t.Fatalf("%v:\n%s", err, said)
+		}
+		return
+	}
+	const size = 4 << 20
+	engine := newCUDAEngine(t)
+	device := baseline.DeviceAlloc(driver, size)
+	if device == 0 {
+		t.Fatal("no device memory")
+	}
+	var address uintptr
+	func() {
+		memory := make([]byte, size)
+		address = uintptr(unsafe.Pointer(&memory[0]))
+		registration, err := engine.Register(memory)
+		if err != nil {
+			t.Fatal(err)
+		}
+		region := kvferry.Region{Address: kvferry.At(device), Width: size, Rows: 1}
+		_, err = engine.SaveRegions(context.Background(), []kvferry.Region{region}, kvferry.Bytes(memory))
+		if !errors.Is(err, kvferry.ErrDeviceLost) {
+			t.Fatalf("the save gave %v", err)
+		}
+		for range 2 {
+			if err := registration.Close(); !errors.Is(err, kvferry.ErrDeviceLost) {
+				t.Errorf("closing gave %v", err)
+			}
+		}
+	}()
+	for range 50 {
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+		if again := make([]byte, size); uintptr(unsafe.Pointer(&again[0])) == address {
+			t.Fatal("the memory was given to somebody else")
 		}
 	}
 }

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..engine import Devices, Engine
+from ..arguments import invalid
+from ..devices import Devices
+from ..engine import Engine
 from ..libllama import Libllama, LlamaError, Model, find
 from ..limits import Direction, RawCuda
 from ..synthetic import write_model
@@ -51,7 +53,6 @@ async def bench(options: Options, progress: Progress) -> bool:
     and KvferryError where nothing can be measured at all.
     """
     library = Libllama(find(options.llama_lib))
-    out = _folder(options.out)
     async with AsyncExitStack() as stack:
         engine = await stack.enter_async_context(Engine(options.device, trace=True))
         description = engine.describe()
@@ -68,7 +69,9 @@ async def bench(options: Options, progress: Progress) -> bool:
         else:
             raw = Memcpy(description["devices"][0]["copy_threads"])
         plan = matrix.Bench(engine, models.open, raw, options.tokens, options.model is not None)
-        run = _Run(out, progress, options.only)
+        stages = matrix.cuda(plan) if gpu else matrix.host(plan)
+        _check_wanted(options.only, stages)
+        run = _Run(_folder(options.out), progress, options.only)
         run.facts = {
             "kvferry": __version__,
             "libllama": {"path": library.path, "build": library.build},
@@ -77,10 +80,21 @@ async def bench(options: Options, progress: Progress) -> bool:
             "model": options.model or "synthetic",
             "raw": raw.name,
         }
-        for stage in matrix.cuda(plan) if gpu else matrix.host(plan):
+        for stage in stages:
             await run.stage(stage)
     run.finish()
     return all(not each.error for each in run.results)
+
+
+def _title(stage: Stage, measurement: Measurement) -> str:
+    return f"{stage.name}: {measurement.name}"
+
+
+def _check_wanted(only: Sequence[str] | None, stages: Sequence[Stage]) -> None:
+    titles = [_title(stage, each) for stage in stages for each in stage.measurements]
+    for text in only or ():
+        if not any(text in title for title in titles):
+            raise invalid(f"no measurement's name contains {text!r}: {', '.join(titles)}")
 
 
 def _folder(name: str) -> Path:
@@ -140,8 +154,7 @@ class _Run:
         wanted = [
             each
             for each in stage.measurements
-            if self._only is None
-            or any(text in f"{stage.name}: {each.name}" for text in self._only)
+            if self._only is None or any(text in _title(stage, each) for text in self._only)
         ]
         if not wanted:
             return

@@ -326,7 +326,7 @@ class Prepared:
                 if direction == "save":
                     start_save = self.llama.start_save(SAVED, into=self.pinned)
                     save, recorded_ns = await submit(self.llama, start_save)
-                    await save.wait()
+                    (await save.wait()).close()  # the next one goes to the same memory
                     done = ended(save.completion)
                 else:
                     start_load = self.llama.start_load(self.pinned, LOADED)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -206,6 +207,36 @@ func TestRemovedSequenceIsEmpty(t *testing.T) {
 	}
 	if _, err := f.llama.Sequence(0).Save(context.Background(), kvferry.Bytes(make([]byte, 1<<20))); !errors.Is(err, kvferry.ErrSequenceEmpty) {
 		t.Errorf("got %v", err)
+	}
+}
+
+func TestStateThatIsRefusedCostsTheSequenceNothing(t *testing.T) {
+	_, f := newModel(t, 1, 50, 0)
+	state := save(t, f, 0)
+	damaged := bytes.Clone(state.Bytes())
+	damaged[0]++
+	if _, err := f.llama.Sequence(0).Load(context.Background(), kvferry.Bytes(damaged)); !errors.Is(err, kvferry.ErrStateDamaged) {
+		t.Errorf("got %v", err)
+	}
+	if !bytes.Equal(save(t, f, 0).Bytes(), state.Bytes()) {
+		t.Error("the sequence has changed")
+	}
+}
+
+// Of a context that has held nothing yet the format is not known, so what is trusted reaches libllama.
+func TestTrustedStateIsLeftToLibllama(t *testing.T) {
+	_, f := newModel(t, 1, 50, 0)
+	damaged := bytes.Clone(save(t, f, 0).Bytes())
+	damaged[0]++
+	_, empty := newModel(t, 1, 50)
+	for _, c := range []struct {
+		options []kvferry.Option
+		want    error
+	}{{nil, kvferry.ErrStateDamaged}, {[]kvferry.Option{kvferry.TrustState()}, kvferry.ErrLlama}} {
+		_, err := empty.llama.Sequence(0).Load(context.Background(), kvferry.Bytes(damaged), c.options...)
+		if !errors.Is(err, c.want) {
+			t.Errorf("%v, not %v", err, c.want)
+		}
 	}
 }
 
@@ -426,6 +457,98 @@ func TestWhoeverNeedsNotTheContextDoesNotWaitForIt(t *testing.T) {
 	}
 	m.mutex.Unlock()
 	waiting.Wait()
+}
+
+// A process opens the CUDA driver once, so the simulated one has a process of its own.
+func TestLoadLeavesNoHalfOfAStateWhenTheProgramsFunctionPanics(t *testing.T) {
+	const child = "KVFERRY_TEST_PANICS"
+	driver := os.Getenv("KVFERRY_SIMULATED_CUDA")
+	if os.Getenv(child) == "" {
+		if driver == "" {
+			t.Skip("no simulated CUDA driver: KVFERRY_SIMULATED_CUDA names it")
+		}
+		command := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+		command.Env = append(os.Environ(), child+"=1", "KVFERRY_CUDA_DRIVER="+driver)
+		if said, err := command.CombinedOutput(); err != nil {
+			t.Fatalf("%v:\n%s", err, said)
+		}
+		return
+	}
+	m, f := newModel(t, 2, 1000, 0, 1)
+	state, other := save(t, f, 0), save(t, f, 1)
+	load := func(state *kvferry.Buffer, options ...kvferry.Option) {
+		defer func() { recover() }()
+		if _, err := f.llama.Sequence(1).Load(context.Background(), state, options...); err != nil {
+			t.Error(err)
+		}
+	}
+	content := func() []byte { // by llama.cpp's own calls: those of kvferry's would empty the sequence
+		size, err := plain{m}.size(1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bytes := make([]byte, size)
+		if _, err := (plain{m}).saveBytes(1, bytes); err != nil {
+			t.Fatal(err)
+		}
+		return bytes
+	}
+	load(state)
+	whole := content()
+	const legacyStream = 1
+	empty := 0
+	for attempt := 0; empty < 5; attempt++ {
+		if attempt == 500 {
+			t.Fatal("no load was cancelled in time")
+		}
+		load(other) // what is not overwritten is seen
+		load(state, kvferry.StreamWait(legacyStream, func() { panic("launch failed") }))
+		found := content()
+		if len(found) < len(whole)/2 {
+			empty++
+		} else if !bytes.Equal(found, whole) {
+			t.Fatal("the sequence holds a part of the state")
+		}
+	}
+}
+
+// libllama's own calls then run on a thread of the engine's: whoever has the lock must find the context at rest.
+func TestBlockingTransfersHoldTheLockUntilTheyHaveEnded(t *testing.T) {
+	m, f := newModel(t, 2, 500, 0)
+	blocking, err := f.engine.Attach(uintptr(m.context), &m.mutex, kvferry.AttachOptions{ForceBlocking: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer blocking.Close()
+	state := save(t, f, 0)
+	copied := make([]byte, state.Len())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for range 50 {
+			if _, err := blocking.Sequence(0).Save(context.Background(), kvferry.Bytes(copied)); err != nil {
+				t.Error(err)
+				return
+			}
+			if _, err := blocking.Sequence(1).Load(context.Background(), state); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	for running := true; running; {
+		select {
+		case <-ended:
+			running = false
+		default:
+		}
+		if _, err := f.llama.Sequence(0).Size(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !bytes.Equal(copied, state.Bytes()) {
+		t.Error("the states differ")
+	}
 }
 
 func TestLlamaClosesUnderLoad(t *testing.T) {

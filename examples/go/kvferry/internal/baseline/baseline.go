@@ -4,6 +4,8 @@ package baseline
 
 /*
 #cgo pkg-config: ../../kvferry-go.pc
+#cgo LDFLAGS: -ldl
+#include <dlfcn.h>
 #include <kvferry.h>
 #include <malloc.h>
 #include <stdlib.h>
@@ -63,6 +65,22 @@ static int32_t saves(uint64_t count, uint64_t depth, uint64_t bytes) {
     free(done);
     return status;
 }
+
+// Memory of the first CUDA device, by way of the driver in a file; 0 if there is none.
+static uint64_t device_alloc(const char *driver, uint64_t bytes) {
+    void *library = dlopen(driver, RTLD_NOW);
+    if (!library) return 0;
+    int (*init)(unsigned) = (int (*)(unsigned))dlsym(library, "cuInit");
+    int (*retain)(void **, int) = (int (*)(void **, int))dlsym(library, "cuDevicePrimaryCtxRetain");
+    int (*adopt)(void *) = (int (*)(void *))dlsym(library, "cuCtxSetCurrent");
+    int (*alloc)(uint64_t *, size_t) = (int (*)(uint64_t *, size_t))dlsym(library, "cuMemAlloc_v2");
+    void *context;
+    uint64_t address = 0;
+    if (!init || !retain || !adopt || !alloc) return 0;
+    if (init(0) || retain(&context, 0) || adopt(context) || alloc(&address, bytes)) return 0;
+    adopt(NULL);
+    return address;
+}
 */
 import "C"
 
@@ -86,6 +104,14 @@ func Alloc(size int) []byte { return unsafe.Slice((*byte)(C.calloc(1, C.size_t(s
 
 // Free gives it back.
 func Free(memory []byte) { C.free(unsafe.Pointer(unsafe.SliceData(memory))) }
+
+// DeviceAlloc gives memory of the first device that a CUDA driver, named by its file, has; 0 if there is none. It is never
+// given back.
+func DeviceAlloc(driver string, size int) uintptr {
+	name := C.CString(driver)
+	defer C.free(unsafe.Pointer(name))
+	return uintptr(C.device_alloc(name, C.uint64_t(size)))
+}
 
 // Saves makes count saves of size bytes in C, with at most depth in flight.
 func Saves(count, depth, size int) error {

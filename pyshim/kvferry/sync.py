@@ -1,0 +1,377 @@
+"""The same for programs without an event loop, and for code that runs on a context's thread.
+
+with kvferry.sync.Engine() as engine:
+    llama = engine.attach(llm)              # a llama_cpp.Llama, or the address of a context
+    snapshot = llama.save(seq=0)
+    llama.load(snapshot, seq=1)
+
+Each call returns when it is done; a transfer is urgent, since somebody waits for it. In an
+asynchronous program ``await llama.run(...)`` brings code to the context's thread, and there
+``llama.sync`` is the way to save and to load: what is awaited would wait for that thread.
+
+KeyboardInterrupt, and whatever else a signal handler raises, cancels the transfer that is waited
+for, and goes on after its end. ``timeout`` is in seconds: after that the transfer is cancelled, and
+TimedOut is raised after its end, unless it was done by then.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import engine as asynchronous
+from ._native import ffi, lib
+from .arguments import HostMemory, Memory, sequence_id
+from .buffer import Buffer, borrow, pinned, registered
+from .claims import claim_for_transfer
+from .completions import Completion, completion_of
+from .devices import Devices
+from .errors import check, error
+from .llama import LoadMode, SaveMode, load_mode, save_mode
+from .regions import RegionList, region_list
+from .snapshot import Snapshot
+from .transfer import Priority, SubmitOptions
+
+if TYPE_CHECKING:
+    from . import llama as asynchronous_llama
+    from ._native import CData
+    from .core import Attachment, Core
+
+# A signal's handler runs between two waits.
+_WAIT_NS = 50_000_000
+_FOREVER = -1  # KVF_FOREVER, a macro that cffi does not see
+
+
+class Engine:
+    """Moves memory between devices and the host. Close it, or use it in a ``with`` statement.
+
+    Arguments are those of ``kvferry.Engine``. For use from any thread.
+    """
+
+    def __init__(
+        self,
+        devices: Devices = "auto",
+        *,
+        copy_threads: int = 0,
+        pinned_limit: int = 0,
+        staging_bytes: int = 0,
+        trace: bool = False,
+    ) -> None:
+        self._engine = asynchronous.Engine(
+            devices,
+            copy_threads=copy_threads,
+            pinned_limit=pinned_limit,
+            staging_bytes=staging_bytes,
+            trace=trace,
+        )
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """As ``kvferry.Engine.allocate``."""
+        return pinned(self._handle(), nbytes)
+
+    def register(self, memory: HostMemory) -> Buffer:
+        """As ``kvferry.Engine.register``."""
+        return registered(self._handle(), memory)
+
+    def trim(self) -> None:
+        """As ``kvferry.Engine.trim``."""
+        check(lib.kvf_buffer_trim(self._handle()))
+
+    def attach(
+        self,
+        llm: object,
+        *,
+        library: str | None = None,
+        allow_blocking: bool = False,
+        variant: str = "",
+    ) -> Llama:
+        """As ``kvferry.Engine.attach``. Decode while no call on this attachment is under way."""
+        return self._engine.attach(
+            llm, library=library, allow_blocking=allow_blocking, variant=variant
+        ).sync
+
+    def copy_out(
+        self,
+        source: Memory,
+        into: HostMemory | None = None,
+        *,
+        priority: Priority = "urgent",
+        after_stream: int | None = None,
+        timeout: float | None = None,
+    ) -> Buffer:
+        """As ``kvferry.Engine.copy_out``."""
+        handle = self._handle()
+        regions = region_list(source, writable=False, after_stream=after_stream)
+        if into is None:
+            buffer = pinned(handle, regions.nbytes)
+        else:
+            buffer = borrow(into, "into", writable=True)
+        self._move(lib.kvf_regions_save, regions, buffer, priority, timeout)
+        return buffer
+
+    def copy_in(
+        self,
+        target: Memory,
+        data: HostMemory,
+        *,
+        priority: Priority = "urgent",
+        after_stream: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """As ``kvferry.Engine.copy_in``."""
+        self._handle()
+        regions = region_list(target, writable=True, after_stream=after_stream)
+        buffer = borrow(data, "data")
+        regions.check_fits(buffer.nbytes)
+        self._move(lib.kvf_regions_load, regions, buffer, priority, timeout)
+
+    def _move(
+        self,
+        function: Callable[[int, CData, int, CData, int, CData, CData], int],
+        regions: RegionList,
+        buffer: Buffer,
+        priority: Priority,
+        timeout: float | None,
+    ) -> None:
+        handle, memory = self._handle(), buffer.memory
+
+        def submit(options: CData, job: CData) -> int:
+            return function(
+                handle, regions.regions, regions.count, memory, buffer.nbytes, options, job
+            )
+
+        options = SubmitOptions(None, 0, priority, after_stream=regions.stream)
+        writing = function is lib.kvf_regions_save
+        _carry_out(submit, options, buffer, timeout, writing=writing)
+
+    def describe(self) -> dict[str, Any]:
+        """As ``kvferry.Engine.describe``."""
+        return self._engine.describe()
+
+    def trace(self) -> list[asynchronous.TraceEvent]:
+        """As ``kvferry.Engine.trace``."""
+        return self._engine.trace()
+
+    def close(self) -> None:
+        """Detaches the engine's contexts and closes it, once its transfers have ended.
+
+        Snapshots and buffers stay valid. Closing twice is allowed.
+        """
+        self._engine.close_without_loop()
+
+    def _handle(self) -> int:
+        self._engine._core.completions.check_usable()
+        return self._engine._core.handle
+
+    def __repr__(self) -> str:
+        return f"<kvferry.sync.Engine of {self._engine!r}>"
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Llama:
+    """An attachment to a llama context: made by ``Engine.attach``, or ``kvferry.Llama.sync``.
+
+    Each call waits until the context's thread makes no other, and keeps it from making one until
+    the transfer has been submitted. A call from that thread itself goes on at once.
+    """
+
+    def __init__(self, llama: asynchronous_llama.Llama, core: Core, attachment: Attachment) -> None:
+        """For kvferry itself."""
+        self._llama = llama
+        self._core = core
+        self._attachment = attachment
+
+    @property
+    def fingerprint(self) -> str:
+        """As ``kvferry.Llama.fingerprint``."""
+        return self._llama.fingerprint
+
+    def size(self, seq: int = 0) -> int:
+        """As ``kvferry.Llama.size``."""
+        return self._llama.size(seq)
+
+    def save(
+        self,
+        seq: int = 0,
+        *,
+        into: HostMemory | None = None,
+        priority: Priority = "urgent",
+        mode: SaveMode = "auto",
+        timeout: float | None = None,
+    ) -> Snapshot:
+        """As ``kvferry.Llama.save``."""
+        self._llama._check_usable()
+        seq = sequence_id(seq)
+        options = SubmitOptions(None, 0, priority, mode=save_mode(mode))
+        attachment = self._attachment
+        llm = attachment.llm_of(seq)
+        with ExitStack() as until_submitted:
+            until_submitted.enter_context(attachment.worker.exclusive())
+            # Nobody decodes meanwhile, so that the size is right.
+            if into is None:
+                buffer = pinned(self._core.handle, self._llama.size(seq))
+            else:
+                buffer = borrow(into, "into", writable=True)
+            memory = buffer.memory
+            llm_state = None if llm is None else llm.state()
+
+            def submit(native: CData, job: CData) -> int:
+                with until_submitted:
+                    return lib.kvf_llama_save(
+                        attachment.handle, seq, memory, buffer.nbytes, native, job
+                    )
+
+            done = _carry_out(submit, options, buffer, timeout, writing=True)
+        return Snapshot(
+            memory, done.bytes, fingerprint=self.fingerprint, completion=done, llm=llm_state
+        )
+
+    def load(
+        self,
+        state: HostMemory,
+        seq: int,
+        *,
+        priority: Priority = "urgent",
+        mode: LoadMode = "auto",
+        verify: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """As ``kvferry.Llama.load``."""
+        self._llama._check_usable()
+        seq = sequence_id(seq)
+        options = SubmitOptions(None, 0, priority, mode=load_mode(mode))
+        buffer = borrow(state, "state")
+        memory = buffer.memory
+        attachment = self._attachment
+        llm = attachment.llm_of(seq)
+        if verify:
+            if not isinstance(state, Snapshot):
+                raise TypeError("only a Snapshot can be verified")
+            state.verify_sync()
+        self._llama._check_fingerprint(state)
+
+        def submit(native: CData, job: CData) -> int:
+            with attachment.worker.exclusive():
+                return lib.kvf_llama_load(
+                    attachment.handle, seq, memory, buffer.nbytes, native, job
+                )
+
+        try:
+            _carry_out(submit, options, buffer, timeout, writing=False)
+        except BaseException:
+            with attachment.worker.exclusive():
+                if lib.kvf_llama_settle(attachment.handle) >= 0 and llm is not None:
+                    llm.reset_if_emptied()
+            raise
+        if llm is not None:
+            with attachment.worker.exclusive():
+                llm.restore(state.llm if isinstance(state, Snapshot) else None)
+
+    def remove(self, seq: int) -> None:
+        """Empties a sequence. Raises Busy while a transfer of it is in flight."""
+        self._llama._check_usable()
+        seq = sequence_id(seq)
+        with self._attachment.worker.exclusive():
+            self._llama._remove(seq)
+
+    def describe(self) -> dict[str, Any]:
+        """As ``kvferry.Llama.describe``."""
+        return self._llama.describe()
+
+    def detach(self) -> None:
+        """Detaches, once the attachment's transfers have ended; then the context may be freed.
+
+        Raises Busy where ``await`` started some of them: then the asynchronous ``detach`` is right.
+        """
+        self._core.detach(self._attachment)
+
+    def __repr__(self) -> str:
+        return f"<kvferry.sync.Llama of {self._llama!r}>"
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def _carry_out(
+    submit: Callable[[CData, CData], int],
+    options: SubmitOptions,
+    buffer: Buffer,
+    timeout: float | None,
+    *,
+    writing: bool,
+) -> Completion:
+    """Submits a transfer and waits for its end; whatever is raised, it is not in flight then.
+
+    Raises Busy where something else in this process uses the buffer.
+    """
+    claim = claim_for_transfer(buffer.memory, buffer.nbytes, writing=writing)
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    # The C library writes the handle here: that a job was made is known also where an exception
+    # breaks in between the call and whatever follows it.
+    job = ffi.new("kvf_job *")
+    try:
+        buffer.transfers.add(claim)
+        check(submit(options.options, job), options.text)
+        done, timed_out = _wait(job[0], deadline)
+    except BaseException:
+        if job[0]:
+            _end(job[0])
+        raise
+    finally:
+        if job[0]:
+            lib.kvf_job_release(job[0])
+        buffer.transfers.discard(claim)
+    if done.status == lib.KVF_ERR_CANCELLED and timed_out:
+        raise error(lib.KVF_ERR_TIMEOUT, f"{timeout} seconds")
+    if done.status != lib.KVF_OK:
+        raise error(done.status, done.detail)
+    return done
+
+
+def _wait(job: int, deadline: float) -> tuple[Completion, bool]:
+    """How the job ended, and whether it was cancelled since the time was up."""
+    record = ffi.new("kvf_completion *")
+    timed_out = False
+    while True:
+        seconds = math.inf if timed_out else deadline - time.monotonic()
+        if seconds <= 0:
+            timed_out = True
+            lib.kvf_job_cancel(job)
+        nanoseconds = min(_WAIT_NS, int(max(0.0, min(seconds, 1.0)) * 1e9))
+        status = lib.kvf_job_wait(job, nanoseconds, record, ffi.sizeof("kvf_completion"))
+        if status != lib.KVF_ERR_TIMEOUT:
+            check(status)
+            return completion_of(record), timed_out
+
+
+def _end(job: int) -> None:
+    """Cancels a job and waits for its end: memory must not be freed under it."""
+    lib.kvf_job_cancel(job)
+    while True:
+        try:
+            lib.kvf_job_wait(job, _FOREVER, ffi.NULL, 0)
+        except KeyboardInterrupt:
+            continue  # the first one is being raised already, and this takes milliseconds
+        return
