@@ -83,15 +83,4 @@ void Fence::wait(MemoryRange range, Access access) {
     line.lowered.wait(lock, [&] { return !line.stands_in_the_way(range, access); });
 }
 
-void Fence::wait_for_close_ones(const void *cache) {
-    if (!any()) return;
-    FenceLine &line = FenceLine::get();
-    std::unique_lock lock(line.mutex);
-    line.lowered.wait(lock, [&] {
-        return std::none_of(line.fences.begin(), line.fences.end(), [&](const Fence *fence) {
-            return fence->close_ && fence->cache_ == cache;
-        });
-    });
-}
-
 } // namespace kvf

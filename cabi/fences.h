@@ -28,15 +28,12 @@ enum class Access { Read, Write, WriteRows };
 // The fence of one transfer. It stands from raise() to lower(), or to its end.
 class Fence {
 public:
-    // `cache` tells the caches of the process apart.
-    explicit Fence(Direction direction, const void *cache = nullptr)
-        : direction_(direction), cache_(cache) {}
+    explicit Fence(Direction direction) : direction_(direction) {}
     ~Fence() { lower(); }
     Fence(const Fence &) = delete;
     Fence &operator=(const Fence &) = delete;
 
-    // Around these ranges, which must be in order and apart. A fence that is `close` also stops who writes rows of
-    // tokens, and who takes cells for a load.
+    // Around these ranges, which must be in order and apart. `close` also stops who writes rows of tokens.
     void raise(std::vector<MemoryRange> ranges, bool close = false);
     void lower() noexcept;
 
@@ -47,13 +44,10 @@ public:
     // Waits for the transfers that the access would disturb: a write waits for saves and loads, a read for loads, and
     // writing rows for close fences.
     static void wait(MemoryRange range, Access access);
-    // Waits until no close fence stands around memory of this cache.
-    static void wait_for_close_ones(const void *cache);
 
 private:
     friend struct FenceLine;
     const Direction direction_;
-    const void *const cache_;
     std::vector<MemoryRange> ranges_; // guarded by the line's lock
     bool standing_ = false;
     bool close_ = false;

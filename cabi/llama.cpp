@@ -277,8 +277,6 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     const bool sealed = is_opaque() || Envelope::is_on(given, bytes);
     if (sealed && submission.gate) submission.gate->wait();
     Incoming state = examine(sequence, given, bytes, options.flags);
-    // libllama might take cells of a transfer that follows a stream, as it might for a token (guard_window()).
-    Fence::wait_for_close_ones(sequences_.get());
 
     // From here on whatever fails leaves the sequence empty. libllama empties it itself, but only in those parts of
     // the cache of which the state has cells: a state without any would leave what was there.
@@ -465,7 +463,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     submission.buffer_bytes = bytes;
     submission.owned_by = this;
     const LlamaSequences::Transfer transfer{sequence, direction, blocking_ != nullptr};
-    submission.fence = std::make_shared<Fence>(direction, sequences_.get());
+    submission.fence = std::make_shared<Fence>(direction);
     submission.on_entry = [sequences = sequences_, transfer] { sequences->begin(transfer); };
     submission.on_end = [sequences = sequences_, transfer,
                          fence = submission.fence](int32_t status) {

@@ -84,25 +84,6 @@ void decoding_waits_at_close_ones_alone() {
     decoding.join();
 }
 
-void loads_wait_for_close_ones_of_their_own_cache() {
-    const int here = 0, elsewhere = 0;
-    Fence plain(Direction::Save, &here), other(Direction::Save, &elsewhere);
-    plain.raise({{100, 200}});
-    other.raise({{100, 200}}, true);
-    Fence::wait_for_close_ones(&here);
-    Fence close(Direction::Save, &here);
-    close.raise({{300, 400}}, true);
-    std::atomic<bool> passed{false};
-    std::thread loader([&] {
-        Fence::wait_for_close_ones(&here);
-        passed = true;
-    });
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    CHECK(!passed);
-    close.lower();
-    loader.join();
-}
-
 void one_that_goes_lowers_itself() {
     {
         Fence fence(Direction::Load);
@@ -122,6 +103,5 @@ int main() {
     only_its_own_memory();
     readers_wait_for_loads_alone();
     decoding_waits_at_close_ones_alone();
-    loads_wait_for_close_ones_of_their_own_cache();
     one_that_goes_lowers_itself();
 }
