@@ -13,7 +13,7 @@ struct FenceLine {
     std::mutex mutex;
     std::condition_variable lowered;
     std::set<const Fence *> fences;
-    std::atomic<uint32_t> count{0};
+    std::atomic<uint32_t> count{0}, close_count{0};
 
     static FenceLine &get() {
         static FenceLine *line = [] {
@@ -23,11 +23,19 @@ struct FenceLine {
                     [made] {
                         made->fences.clear();
                         made->count = 0;
+                        made->close_count = 0;
                         made->mutex.unlock();
                     });
             return made;
         }();
         return *line;
+    }
+
+    void note_counts() {
+        const auto close = std::count_if(fences.begin(), fences.end(),
+                                         [](const Fence *fence) { return fence->close_; });
+        count.store(static_cast<uint32_t>(fences.size()), std::memory_order_release);
+        close_count.store(static_cast<uint32_t>(close), std::memory_order_release);
     }
 
     bool stands_in_the_way(MemoryRange range, Access access) const {
@@ -51,7 +59,7 @@ void Fence::raise(std::vector<MemoryRange> ranges, bool close) {
     line.fences.insert(this);
     standing_ = true;
     close_ = close;
-    line.count.store(static_cast<uint32_t>(line.fences.size()), std::memory_order_release);
+    line.note_counts();
 }
 
 void Fence::lower() noexcept {
@@ -60,11 +68,13 @@ void Fence::lower() noexcept {
     if (!standing_) return;
     standing_ = false;
     line.fences.erase(this);
-    line.count.store(static_cast<uint32_t>(line.fences.size()), std::memory_order_release);
+    line.note_counts();
     line.lowered.notify_all();
 }
 
 bool Fence::any() { return FenceLine::get().count.load(std::memory_order_acquire) > 0; }
+
+bool Fence::any_close() { return FenceLine::get().close_count.load(std::memory_order_acquire) > 0; }
 
 MemoryRange Fence::extent() {
     FenceLine &line = FenceLine::get();

@@ -76,12 +76,15 @@ void decoding_waits_at_close_ones_alone() {
     Fence fence(Direction::Load);
     fence.raise({{100, 200}});
     passes({100, 200}, Access::WriteRows);
+    CHECK(!Fence::any_close());
     Fence close(Direction::Load);
     close.raise({{100, 200}}, true);
+    CHECK(Fence::any_close());
     Visitor decoding({150, 160}, Access::WriteRows);
     CHECK(decoding.waits());
     close.lower();
     decoding.join();
+    CHECK(Fence::any() && !Fence::any_close());
 }
 
 void one_that_goes_lowers_itself() {

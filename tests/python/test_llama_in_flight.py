@@ -330,13 +330,7 @@ def test_no_byte_moves_while_a_shift_rewrites_the_keys(
     [
         (decode, "stream"),
         (state_set, "stream"),
-        pytest.param(
-            load,
-            "stream",
-            marks=pytest.mark.xfail(
-                reason="kvferry's load does not wait for the transfer that follows a stream"
-            ),
-        ),
+        (load, "stream"),
         (decode, "queue"),
         (state_set, "queue"),
         (load, "queue"),
