@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <set>
 
 #include "fork.h"
@@ -21,6 +22,8 @@ struct FenceLine {
             // In a forked child the transfers are the parent's, and will never end.
             on_fork([made] { made->mutex.lock(); }, [made] { made->mutex.unlock(); },
                     [made] {
+                        // It still counts the parent's threads that waited, and would wait for them.
+                        new (&made->lowered) std::condition_variable;
                         made->fences.clear();
                         made->count = 0;
                         made->close_count = 0;
