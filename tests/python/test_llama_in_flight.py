@@ -79,7 +79,7 @@ def alike(make_context: MakeContext, model: Callable[..., Model]) -> Alike:
 
     def make(kind: str, cache: str) -> tuple[Context, Context]:
         # Of fewer layers its states are so small that submitting them moves them.
-        chosen = model(kind, layers=16) if kind == "hybrid-iswa" else model(kind)
+        chosen = model(kind, layers=16) if kind in WINDOW else model(kind)
         return make_context(chosen, **CACHES[cache]), make_context(chosen, **CACHES[cache])
 
     return make
