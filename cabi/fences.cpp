@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <set>
 
 #include "fork.h"
@@ -13,7 +14,7 @@ struct FenceLine {
     std::mutex mutex;
     std::condition_variable lowered;
     std::set<const Fence *> fences;
-    std::atomic<uint32_t> count{0};
+    std::atomic<uint32_t> count{0}, close_count{0};
 
     static FenceLine &get() {
         static FenceLine *line = [] {
@@ -21,13 +22,23 @@ struct FenceLine {
             // In a forked child the transfers are the parent's, and will never end.
             on_fork([made] { made->mutex.lock(); }, [made] { made->mutex.unlock(); },
                     [made] {
+                        // It still counts the parent's threads that waited, and would wait for them.
+                        new (&made->lowered) std::condition_variable;
                         made->fences.clear();
                         made->count = 0;
+                        made->close_count = 0;
                         made->mutex.unlock();
                     });
             return made;
         }();
         return *line;
+    }
+
+    void note_counts() {
+        const auto close = std::count_if(fences.begin(), fences.end(),
+                                         [](const Fence *fence) { return fence->close_; });
+        count.store(static_cast<uint32_t>(fences.size()), std::memory_order_release);
+        close_count.store(static_cast<uint32_t>(close), std::memory_order_release);
     }
 
     bool stands_in_the_way(MemoryRange range, Access access) const {
@@ -51,7 +62,7 @@ void Fence::raise(std::vector<MemoryRange> ranges, bool close) {
     line.fences.insert(this);
     standing_ = true;
     close_ = close;
-    line.count.store(static_cast<uint32_t>(line.fences.size()), std::memory_order_release);
+    line.note_counts();
 }
 
 void Fence::lower() noexcept {
@@ -60,11 +71,13 @@ void Fence::lower() noexcept {
     if (!standing_) return;
     standing_ = false;
     line.fences.erase(this);
-    line.count.store(static_cast<uint32_t>(line.fences.size()), std::memory_order_release);
+    line.note_counts();
     line.lowered.notify_all();
 }
 
 bool Fence::any() { return FenceLine::get().count.load(std::memory_order_acquire) > 0; }
+
+bool Fence::any_close() { return FenceLine::get().close_count.load(std::memory_order_acquire) > 0; }
 
 MemoryRange Fence::extent() {
     FenceLine &line = FenceLine::get();

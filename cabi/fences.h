@@ -22,7 +22,8 @@ struct MemoryRange {
     uint64_t begin, end;
 };
 
-// What somebody is about to do with memory of tensors. WriteRows: to write the rows of tokens that are being decoded.
+// What somebody is about to do with memory of tensors. WriteRows: to write the rows of tokens that are being decoded
+// or loaded.
 enum class Access { Read, Write, WriteRows };
 
 // The fence of one transfer. It stands from raise() to lower(), or to its end.
@@ -37,8 +38,9 @@ public:
     void raise(std::vector<MemoryRange> ranges, bool close = false);
     void lower() noexcept;
 
-    // True if any fence stands. Cheap.
+    // True if any fence stands, or any close one. Cheap.
     static bool any();
+    static bool any_close();
     // The memory within which all fences are.
     static MemoryRange extent();
     // Waits for the transfers that the access would disturb: a write waits for saves and loads, a read for loads, and

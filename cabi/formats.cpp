@@ -276,7 +276,27 @@ struct Window {
         const bool chunked = (last + 1) % size == 0;
         return sliding || symmetric || chunked;
     }
+    // Of one kind at least, whether or not the token at `last` sees it.
+    bool may_be_outside_after(int64_t position, int64_t last) const {
+        const bool sliding = is_outside(position, last + 1);
+        const bool symmetric = last + 1 - position > size / 2;
+        const bool chunked = position < (last + 1) / size * size;
+        return sliding || symmetric || chunked;
+    }
 };
+
+// The section that holds a window's cells, if any does. A cache of two kinds of layers has two: that of the window is
+// the last. NULL where there are not two.
+const Section *section_of_window(const Structure &structure) {
+    const Section *last = nullptr;
+    size_t count = 0;
+    for (const Section &section : structure.sections) {
+        if (section.kind != Section::Kind::Attention) continue;
+        last = &section;
+        ++count;
+    }
+    return count > 1 ? last : nullptr;
+}
 
 void add_cells(const Section &section, uint64_t begin, uint64_t end, std::vector<ByteRange> &ranges,
                size_t tensor) {
@@ -394,6 +414,7 @@ std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const S
     std::vector<ByteRange> ranges;
     if (window_size <= 0 || !structure.format) return ranges;
     const Window window{window_size};
+    const Section *const of_window = section_of_window(structure);
     for (const Section &section : structure.sections) {
         if (section.kind != Section::Kind::Attention || section.cells == 0) continue;
         if (section.streams > 1) continue; // each sequence has a stream of its own
@@ -405,10 +426,14 @@ std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const S
             first = std::min(first, position(cell));
             last = std::max(last, position(cell));
         }
-        if (window.is_outside(first, last)) continue; // this one keeps every token
-        std::vector<ByteRange> cells;                 // runs of them
+        const bool has_outside = window.is_outside(first, last);
+        if (has_outside && &section != of_window) continue; // this one keeps every token
+        const bool has_masked = has_outside || !structure.framed;
+        std::vector<ByteRange> cells; // runs of them
         for (uint64_t cell = 0; cell < section.cells; ++cell) {
-            if (!window.may_leave_after(position(cell), last)) continue;
+            const bool may_go = has_masked ? window.may_be_outside_after(position(cell), last)
+                                           : window.may_leave_after(position(cell), last);
+            if (!may_go) continue;
             if (!cells.empty() && cells.back().end == cell) {
                 ++cells.back().end;
             } else {

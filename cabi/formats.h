@@ -102,7 +102,9 @@ struct ByteRange {
 // order of the state. A cell of a sliding window is free for others as soon as the *next* token of its sequence will
 // not see it; a state still has it while the *last* token does. (find_slot and state_write in llama-kv-cache.cpp,
 // is_masked_swa in llama-hparams.h; `window` is llama_model_n_swa().) A section that holds cells outside of any window
-// keeps every token, and has none. The kind of window is not public, so cells are named for all kinds.
+// keeps every token, and has none; but of several attention sections the last is the window's. Releases whose states
+// have no frame write into it also what no token sees any more (b8179, b8390). The kind of window is not public, so
+// cells are named for all kinds.
 std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const StateView &state,
                                              int32_t window);
 

@@ -733,8 +733,13 @@ void Llama::learn_structure(int32_t sequence) {
     const auto metadata = record_metadata(sequence);
     if (!metadata) return;
     const bool empty = !holds_cells(sequence);
-    if (empty) empty_bytes_ = metadata->bytes;
     auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
+    // libllama calls a sequence empty of which only the window is. Such a one tells nothing.
+    if (empty && std::any_of(found.begin(), found.end(),
+                             [](const Structure &structure) { return structure.cells() > 0; })) {
+        return;
+    }
+    if (empty) empty_bytes_ = metadata->bytes;
     // The tap knows how many bytes are those of tensors; without it, they cannot be told apart.
     std::erase_if(found, [&](const Structure &structure) {
         if (empty != (structure.cells() == 0)) return true;

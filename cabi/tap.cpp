@@ -558,6 +558,9 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
             direct_bytes_ += bytes;
             return false;
         }
+        // The cell may have been one of a transfer that follows a stream, and that transfer still needs it.
+        if (direction == Direction::Load && Fence::any_close())
+            Fence::wait({address, address + bytes}, Access::WriteRows);
         add(address, place, bytes);
     } catch (...) {
         if (!failure_) failure_ = std::current_exception();

@@ -469,20 +469,20 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  * | llama_state_get_data                            | waits          | yes                     |
  * | llama_state_seq_set_data into another           | yes, 1         | yes, 1                  |
  * | llama_state_seq_set_data into this one          | no             | no                      |
+ * | kvf_llama_load of another                       | yes, 1         | yes, 1                  |
  * | kvf_llama_save, _remove of another              | yes            | yes                     |
- * | kvf_llama_load into another                     | yes, 1         | yes, 1                  |
  * | kvf_llama_save of this one                      | KVF_ERR_BUSY   | yes                     |
  * | kvf_llama_load, _remove of this one             | KVF_ERR_BUSY   | KVF_ERR_BUSY            |
  * | llama_free                                      | ends it first  | ends it first           |
  *
  * 1: waits for the transfer where llama.cpp would read or write its memory: a recurrent cache may move this sequence's
- *    cell; a transfer that follows a stream keeps tokens and loads off a sliding window; llama.cpp's own state calls wait where
- *    cells of both lie between each other.
+ *    cell; a transfer that follows a stream keeps decoding and loads off a sliding window; llama.cpp's own state calls
+ *    wait where cells of both lie between each other.
  * 2: the next llama_decode waits for the transfer, because it rewrites keys of all sequences, or a whole stream.
  * "no": bytes are lost or mixed, and nobody notices; clearing the memory mends the context. libllama does not tell of
  * these calls before their harm is done. (Clear, remove and load through kvferry instead: it refuses.)
  *
- * Waiting is in llama_decode or the state call itself, on the context's thread. A transfer that follows a stream must
+ * Waiting is in the call itself (of 2 in llama_decode), on the context's thread. A transfer that follows a stream must
  * therefore not depend on what that thread does later. */
 
 enum {

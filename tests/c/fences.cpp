@@ -1,6 +1,9 @@
 // Who waits at a fence, and for how long: writers for every transfer, readers for loads.
 #include "fences.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -76,12 +79,15 @@ void decoding_waits_at_close_ones_alone() {
     Fence fence(Direction::Load);
     fence.raise({{100, 200}});
     passes({100, 200}, Access::WriteRows);
+    CHECK(!Fence::any_close());
     Fence close(Direction::Load);
     close.raise({{100, 200}}, true);
+    CHECK(Fence::any_close());
     Visitor decoding({150, 160}, Access::WriteRows);
     CHECK(decoding.waits());
     close.lower();
     decoding.join();
+    CHECK(Fence::any() && !Fence::any_close());
 }
 
 void one_that_goes_lowers_itself() {
@@ -97,6 +103,35 @@ void one_that_goes_lowers_itself() {
     never.lower();
 }
 
+// Threads that wait at the fork are not there in the child.
+void in_a_forked_child_nobody_waits_for_the_parents() {
+    Fence parents(Direction::Load);
+    parents.raise({{100, 200}});
+    Visitor waiting({100, 200}, Access::Write);
+    CHECK(waiting.waits());
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20); // else it would wait for ever
+        CHECK(!Fence::any());
+        passes({100, 200}, Access::Write);
+        for (int i = 0; i < 4; ++i) {
+            Fence own(Direction::Load);
+            own.raise({{100, 200}});
+            Visitor visitor({100, 200}, Access::Write);
+            CHECK(visitor.waits());
+            own.lower();
+            visitor.join();
+        }
+        _exit(0);
+    }
+    int status = -1;
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(status == 0);
+    CHECK(waiting.waits());
+    parents.lower();
+    waiting.join();
+}
+
 } // namespace
 
 int main() {
@@ -104,4 +139,5 @@ int main() {
     readers_wait_for_loads_alone();
     decoding_waits_at_close_ones_alone();
     one_that_goes_lowers_itself();
+    in_a_forked_child_nobody_waits_for_the_parents();
 }

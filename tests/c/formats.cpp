@@ -160,6 +160,22 @@ void cells_free_for_others() {
     CHECK(free_for_others(attention({.streams = 2, .cells = 8, .position = 10}), 8).empty());
     // One that keeps every token.
     CHECK(free_for_others(attention({.cells = 40}), 8).empty());
+    // But of two attention sections the last is the window's, which earlier releases save with what it has left behind.
+    StateWriter both;
+    both.attention({.cells = 40, .layers = 1}).attention({.cells = 40, .layers = 1});
+    const auto left_behind = free_for_others(both, 8);
+    const Section last = parse(both.bytes)->sections[1];
+    CHECK(left_behind.size() == 2); // of K and of V
+    CHECK(left_behind[0].begin == last.tensor_at[0]);
+    CHECK(left_behind[0].end - left_behind[0].begin == 40 * 32); // were it chunked: all
+    CHECK(left_behind[1].begin == last.tensor_at[1]);
+    // Those had no frame. Of a chunk that has begun, all before it.
+    StateWriter early({.framed = false});
+    early.attention({.cells = 9, .layers = 1}).attention({.cells = 6, .layers = 1, .position = 4});
+    const auto chunk_before = free_for_others(early, 8);
+    CHECK(chunk_before.size() == 2);
+    CHECK(chunk_before[0].begin == parse(early.bytes)->sections[1].tensor_at[0]);
+    CHECK(chunk_before[0].end - chunk_before[0].begin == 4 * 32);
     // Chunks: after the position before a multiple, the whole chunk goes.
     const auto chunk = free_for_others(attention({.cells = 8, .layers = 1, .position = 8}), 8);
     CHECK(!chunk.empty() && chunk[0].end - chunk[0].begin == 8 * 32);

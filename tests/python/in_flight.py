@@ -410,8 +410,8 @@ OPERATIONS: dict[str, list[Operation]] = {
     "llama_state_get_data": [state_get_all],
     "llama_state_seq_set_data into another": [state_set],
     "llama_state_seq_set_data into this one": [state_set_own],
+    "kvf_llama_load of another": [load],
     "kvf_llama_save, _remove of another": [save, remove_by_kvferry],
-    "kvf_llama_load into another": [load],
     "kvf_llama_save of this one": [save_own],
     "kvf_llama_load, _remove of this one": [load_own, remove_own_by_kvferry],
 }

@@ -79,7 +79,7 @@ def alike(make_context: MakeContext, model: Callable[..., Model]) -> Alike:
 
     def make(kind: str, cache: str) -> tuple[Context, Context]:
         # Of fewer layers its states are so small that submitting them moves them.
-        chosen = model(kind, layers=16) if kind == "hybrid-iswa" else model(kind)
+        chosen = model(kind, layers=16) if kind in WINDOW else model(kind)
         return make_context(chosen, **CACHES[cache]), make_context(chosen, **CACHES[cache])
 
     return make
@@ -138,7 +138,7 @@ def may_wait(operation: Operation, kind: str, cache: str) -> bool:
 
 
 def holding(context: Context) -> Literal["stream", "queue"]:
-    """How a transfer is held that shall not wait itself. The queue holds those on the host alone."""
+    """How a transfer is held that shall not wait itself. The queue holds transfers on the host."""
     return "queue" if moves_at_once(context) and not ON_GPU else "stream"
 
 

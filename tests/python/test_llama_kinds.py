@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 from collections.abc import Callable
 
+import c_interface
 import kvferry
 import pytest
 from devices import DEVICES
@@ -134,3 +137,27 @@ async def test_a_sequence_that_fills_its_cache_is_moved_as_by_llama_cpp(
         like.state_set(3, snapshot.to_bytes())
         assert ours.state_get(3) == like.state_get(3)
         assert ours.pos_max(3) == 255
+
+
+@pytest.mark.parametrize("flags", [0, c_interface.FORCE_BLOCKING], ids=["tap", "blocking"])
+def test_a_sequence_of_which_only_the_window_is_empty_does_not_hide_the_format(
+    make_context: MakeContext, flags: int
+) -> None:
+    """libllama calls it empty, and writes the cells that older tokens have in the other layers."""
+    whole = make_context("gemma3")
+    whole.decode(1, whole.model.prompt(60, seed=1))
+    state = whole.state_get(1)
+    ours = make_context("gemma3", n_ctx=1024, n_batch=32, n_ubatch=32)
+    for seed in range(20):
+        ours.decode(0, ours.model.prompt(32, seed=seed))
+    assert ours.seq_rm(0, 5, -1)
+    assert ours.pos_max(0) == -1
+    library = c_interface.Library(c_interface.LIBRARY)
+    with (
+        library.engine(devices=c_interface.Devices.HOST) as engine,
+        engine.attach(ours.address, flags) as attachment,
+    ):
+        buffer = ctypes.create_string_buffer(state, len(state))
+        assert attachment.load(1, buffer).wait() == "KVF_OK"
+        assert json.loads(attachment.describe())["guarded_by"] == "structure"
+    assert ours.state_get(1) == state
