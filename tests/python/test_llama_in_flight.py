@@ -40,6 +40,7 @@ from in_flight import (
     pending_shift,
     remove_a_part,
     save,
+    shares_a_window,
     shift,
     shift_own,
     state_get,
@@ -48,7 +49,7 @@ from in_flight import (
     state_set,
 )
 from like_contexts import CACHES, MakeContext
-from llama_reference import Context, Model
+from llama_reference import UNFRAMED, Context, Model
 from simulated_cuda import SimulatedCuda
 
 pytestmark = NEEDS_CUDA
@@ -173,7 +174,7 @@ def test_what_is_allowed_beside_a_transfer_is_done_as_by_llama_cpp(
     ours, like = alike(kind, cache)
     [row] = [row for row, operations in OPERATIONS.items() if operation in operations]
     waits = rule(transfer, row, kind) == "waits"
-    may = waits or may_wait(operation, kind, cache)
+    may = waits or may_wait(operation, kind, cache) or (UNFRAMED and shares_a_window(ours))
     outcome = beside_a_transfer(
         cuda,
         ours,
