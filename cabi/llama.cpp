@@ -587,18 +587,23 @@ bool Llama::takes_format_of(int32_t sequence, const Structure &candidate) {
     const auto one_cell = make_state_of_one_cell(candidate);
     const StateView view{one_cell.data(), one_cell.size(), last_position_};
     Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, nullptr);
-    bool takes = read_state(sequence, view, recorder);
-    if (takes) {
-        const auto written = record_metadata(sequence);
-        takes = written && written->bytes == view.bytes;
-        if (takes) {
-            const auto structure = parse_state(written->view(), &candidate);
-            takes = structure && structure->format == candidate.format &&
-                    mismatch(*structure, candidate).empty();
-        }
+    try {
+        const bool takes = read_state(sequence, view, recorder) && writes_as(sequence, candidate);
+        empty_sequence(sequence);
+        return takes;
+    } catch (...) {
+        empty_sequence(sequence); // the cell must not stay
+        throw;
     }
-    empty_sequence(sequence);
-    return takes;
+}
+
+// Whether libllama writes a state of one cell as the candidate has it.
+bool Llama::writes_as(int32_t sequence, const Structure &candidate) {
+    const auto written = record_metadata(sequence);
+    if (!written || written->bytes != make_state_of_one_cell(candidate).size()) return false;
+    const auto structure = parse_state(written->view(), &candidate);
+    return structure && structure->format == candidate.format &&
+           mismatch(*structure, candidate).empty();
 }
 
 Llama::Incoming Llama::examine_opaque(const unsigned char *state, uint64_t bytes,
