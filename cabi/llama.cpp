@@ -192,19 +192,23 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     if (is_opaque()) return save_opaque(sequence, std::move(submission), options, job);
 
     auto *const state = static_cast<unsigned char *>(buffer);
-    const bool in_place = submission.mode == KVF_SAVE_IN_PLACE;
     const auto fence = submission.fence;
     const auto gate = submission.gate;
     Recorder recorder = make_recorder(Direction::Save, buffer, bytes, gate);
     bool close = false;
-    if (in_place && window_ > 0) {
+    if (submission.mode == KVF_SAVE_IN_PLACE && window_ > 0) {
         // Which cells others may take only their positions tell, which libllama writes while it lists.
-        if (const auto metadata = record_metadata(sequence)) {
-            const StateView view = metadata->view();
-            if (const auto structure = parse_state(view, &*structure_))
-                close = guard_window(*structure, view, recorder, gate.get());
+        const auto metadata = record_metadata(sequence);
+        const auto structure =
+            metadata ? parse_state(metadata->view(), structure_ ? &*structure_ : nullptr)
+                     : std::nullopt;
+        if (structure) {
+            close = guard_window(*structure, metadata->view(), recorder, gate.get());
+        } else {
+            submission.mode = KVF_SAVE_SNAPSHOT; // what cannot be guarded is copied aside
         }
     }
+    const bool in_place = submission.mode == KVF_SAVE_IN_PLACE;
     std::optional<OpenJob> open;
     if (in_place) move_while_recording(recorder, open, submission, options, job != nullptr);
     const uint64_t written = write_state(sequence, state, bytes, recorder);
@@ -587,18 +591,23 @@ bool Llama::takes_format_of(int32_t sequence, const Structure &candidate) {
     const auto one_cell = make_state_of_one_cell(candidate);
     const StateView view{one_cell.data(), one_cell.size(), last_position_};
     Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, nullptr);
-    bool takes = read_state(sequence, view, recorder);
-    if (takes) {
-        const auto written = record_metadata(sequence);
-        takes = written && written->bytes == view.bytes;
-        if (takes) {
-            const auto structure = parse_state(written->view(), &candidate);
-            takes = structure && structure->format == candidate.format &&
-                    mismatch(*structure, candidate).empty();
-        }
+    try {
+        const bool takes = read_state(sequence, view, recorder) && writes_as(sequence, candidate);
+        empty_sequence(sequence);
+        return takes;
+    } catch (...) {
+        empty_sequence(sequence); // the cell must not stay
+        throw;
     }
-    empty_sequence(sequence);
-    return takes;
+}
+
+// Whether libllama writes a state of one cell as the candidate has it.
+bool Llama::writes_as(int32_t sequence, const Structure &candidate) {
+    const auto written = record_metadata(sequence);
+    if (!written || written->bytes != make_state_of_one_cell(candidate).size()) return false;
+    const auto structure = parse_state(written->view(), &candidate);
+    return structure && structure->format == candidate.format &&
+           mismatch(*structure, candidate).empty();
 }
 
 Llama::Incoming Llama::examine_opaque(const unsigned char *state, uint64_t bytes,

@@ -46,6 +46,7 @@ private:
     Structure examine_known(const StateView &view) const;
     bool lacks_cells(const Structure &structure) const;
     bool takes_format_of(int32_t sequence, const Structure &candidate);
+    bool writes_as(int32_t sequence, const Structure &candidate);
 
     uint32_t resolve_mode(uint32_t mode) const;
     bool take_snapshot(Submission &submission, Recorded &recorded);

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import c_interface
 from holds import ByStream, ByUrgentCopies, released_after, wait_until
-from llama_reference import AbortCallback, Context, llama
+from llama_reference import UNFRAMED, AbortCallback, Context, llama
 from simulated_cuda import SimulatedCuda
 
 OWN, SPARE, OTHER = 0, 1, 2
@@ -204,9 +204,16 @@ def beside_a_transfer(
 
 
 def moves_at_once(context: Context) -> bool:
-    """Whether the call that submits a transfer moves some of its bytes itself: of a window whose
+    """Whether the call that submits a transfer moves a few of its bytes itself: of a window whose
     cells sequences share. Where the transfer follows a stream, decoding waits instead.
+
+    Builds that save what a window has masked make it move so many that the call would stand behind
+    a hold by urgent copies.
     """
+    return shares_a_window(context) and not UNFRAMED
+
+
+def shares_a_window(context: Context) -> bool:
     return context.model.n_swa > 0 and context.options.kv_unified
 
 
