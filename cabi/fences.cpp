@@ -1,7 +1,6 @@
 #include "fences.h"
 
 #include <algorithm>
-#include <atomic>
 #include <new>
 #include <set>
 
@@ -14,7 +13,6 @@ struct FenceLine {
     std::mutex mutex;
     std::condition_variable lowered;
     std::set<const Fence *> fences;
-    std::atomic<uint32_t> count{0}, close_count{0};
 
     static FenceLine &get() {
         static FenceLine *line = [] {
@@ -25,8 +23,8 @@ struct FenceLine {
                         // It still counts the parent's threads that waited, and would wait for them.
                         new (&made->lowered) std::condition_variable;
                         made->fences.clear();
-                        made->count = 0;
-                        made->close_count = 0;
+                        Fence::count_ = 0;
+                        Fence::close_count_ = 0;
                         made->mutex.unlock();
                     });
             return made;
@@ -37,8 +35,8 @@ struct FenceLine {
     void note_counts() {
         const auto close = std::count_if(fences.begin(), fences.end(),
                                          [](const Fence *fence) { return fence->close_; });
-        count.store(static_cast<uint32_t>(fences.size()), std::memory_order_release);
-        close_count.store(static_cast<uint32_t>(close), std::memory_order_release);
+        Fence::count_.store(static_cast<uint32_t>(fences.size()), std::memory_order_release);
+        Fence::close_count_.store(static_cast<uint32_t>(close), std::memory_order_release);
     }
 
     bool stands_in_the_way(MemoryRange range, Access access) const {
@@ -74,10 +72,6 @@ void Fence::lower() noexcept {
     line.note_counts();
     line.lowered.notify_all();
 }
-
-bool Fence::any() { return FenceLine::get().count.load(std::memory_order_acquire) > 0; }
-
-bool Fence::any_close() { return FenceLine::get().close_count.load(std::memory_order_acquire) > 0; }
 
 MemoryRange Fence::extent() {
     FenceLine &line = FenceLine::get();

@@ -6,6 +6,7 @@
 // hook asks here, and waits until the transfers that it would disturb have ended.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <map>
@@ -39,8 +40,8 @@ public:
     void lower() noexcept;
 
     // True if any fence stands, or any close one. Cheap.
-    static bool any();
-    static bool any_close();
+    static bool any() { return count_.load(std::memory_order_acquire) > 0; }
+    static bool any_close() { return close_count_.load(std::memory_order_acquire) > 0; }
     // The memory within which all fences are.
     static MemoryRange extent();
     // Waits for the transfers that the access would disturb: a write waits for saves and loads, a read for loads, and
@@ -49,6 +50,7 @@ public:
 
 private:
     friend struct FenceLine;
+    static inline std::atomic<uint32_t> count_{0}, close_count_{0}; // of those that stand
     const Direction direction_;
     std::vector<MemoryRange> ranges_; // guarded by the line's lock
     bool standing_ = false;

@@ -550,26 +550,31 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
     try {
         if (tensor != tensor_) begin_tensor(tensor, offset, bytes, ggml);
         const uint64_t address = tensor_address_ + offset;
-        memory_.back().begin = std::min(memory_.back().begin, address);
-        memory_.back().end = std::max(memory_.back().end, address + bytes);
+        reached_.begin = std::min(reached_.begin, address);
+        reached_.end = std::max(reached_.end, address + bytes);
         if (!builder_) {
             // No device of the engine reaches this tensor: the original call, here and now.
             ++direct_fragments_;
             direct_bytes_ += bytes;
             return false;
         }
-        // The cell may have been one of a transfer that follows a stream, and that transfer still needs it.
-        if (direction == Direction::Load && Fence::any_close())
-            Fence::wait({address, address + bytes}, Access::WriteRows);
-        add(address, place, bytes);
+        if (is_plain_) {
+            builder_->add(address, place, bytes);
+        } else {
+            add_with_care(address, place, bytes);
+        }
     } catch (...) {
         if (!failure_) failure_ = std::current_exception();
     }
     return true;
 }
 
-// What follows in the buffer is recorded later, so that early ranges are met in order.
-void Recorder::add(uint64_t address, uint64_t place, uint64_t bytes) {
+// Where ranges are early, or other transfers keep loads off cells. What follows in the buffer is recorded later, so that
+// early ranges are met in order.
+void Recorder::add_with_care(uint64_t address, uint64_t place, uint64_t bytes) {
+    // The cell may have been one of a transfer that follows a stream, and that transfer still needs it.
+    if (direction_ == Direction::Load && Fence::any_close())
+        Fence::wait({address, address + bytes}, Access::WriteRows);
     while (next_early_ < early_.size() && early_[next_early_].end <= place) ++next_early_;
     for (size_t i = next_early_; i < early_.size() && early_[i].begin < place + bytes; ++i) {
         const uint64_t before = std::max(early_[i].begin, place) - place;
@@ -590,7 +595,10 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
     tensor_ = tensor;
     tensor_address_ = reinterpret_cast<uint64_t>(ggml.get_data(tensor));
     tensors_.push_back(tensor_address_);
-    memory_.push_back({tensor_address_ + offset, tensor_address_ + offset + bytes});
+    if (reached_.begin < reached_.end) memory_.push_back(reached_);
+    reached_ = {UINT64_MAX, 0};
+    // Fences around this context's memory are raised by the thread that records.
+    is_plain_ = early_.empty() && !(direction_ == Direction::Load && Fence::any_close());
     const int64_t device = locate_(tensor_address_ + offset, bytes);
     if (former) former->begin_tensor();
     if (early_builder_) early_builder_->begin_tensor();
@@ -639,6 +647,7 @@ Recorded Recorder::finish() {
 
 std::vector<MemoryRange> Recorder::memory() const {
     std::vector<MemoryRange> ranges(memory_);
+    if (reached_.begin < reached_.end) ranges.push_back(reached_);
     std::sort(ranges.begin(), ranges.end(),
               [](const MemoryRange &a, const MemoryRange &b) { return a.begin < b.begin; });
     size_t kept = 0;

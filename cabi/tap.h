@@ -85,7 +85,9 @@ private:
     std::vector<ByteRange> early_;
     size_t next_early_ = 0; // the first that may concern what is still to come
     Layouts early_layouts_;
-    std::vector<MemoryRange> memory_; // of each tensor in turn
+    std::vector<MemoryRange> memory_;    // of each former tensor
+    MemoryRange reached_{UINT64_MAX, 0}; // of the present one
+    bool is_plain_ = true;               // what is recorded of it needs no care
     const ggml_tensor *tensor_ = nullptr;
     uint64_t tensor_address_ = 0;
     uint64_t direct_fragments_ = 0, direct_bytes_ = 0; // copied by the original call
@@ -99,7 +101,7 @@ private:
 
     void begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t bytes,
                       const GgmlApi &ggml);
-    void add(uint64_t address, uint64_t place, uint64_t bytes);
+    void add_with_care(uint64_t address, uint64_t place, uint64_t bytes);
 };
 
 // While it lives, calls of this thread are recorded.
