@@ -12,7 +12,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -49,12 +48,6 @@ struct Section {
     // Where things are in the state, in bytes from its beginning.
     uint64_t cells_at = 0;           // the first cell
     std::vector<uint64_t> tensor_at; // the bytes of each tensor
-
-    // The same kind of section, whatever it holds.
-    bool is_like(const Section &other) const {
-        return kind == other.kind && streams == other.streams && transposed == other.transposed &&
-               layers == other.layers && rotation == other.rotation && tensors == other.tensors;
-    }
 };
 
 struct Structure {
@@ -74,8 +67,6 @@ struct StateView {
     const unsigned char *data;
     uint64_t bytes;
     int32_t last_position = INT32_MAX - 1; // positions beyond it are damaged
-
-    std::span<const unsigned char> span() const { return {data, bytes}; }
 };
 
 // Walks through a state. Nothing where no known format accounts for every byte of it. Where several do, the first.
