@@ -81,13 +81,30 @@ void require(const T *pointer, const char *name) {
     if (!pointer) throw Error(KVF_ERR_INVALID_ARGUMENT, std::string(name) + " is NULL");
 }
 
-void check_submit(const kvf_submit_options &options, uint32_t flags = KVF_SUBMIT_FOLLOW_STREAM) {
+void check_submit(const kvf_submit_options &options, uint32_t flags) {
     if (options.priority > KVF_PRIORITY_URGENT) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "no such priority");
     }
-    if (options.mode > KVF_SAVE_SNAPSHOT)
-        throw Error(KVF_ERR_INVALID_ARGUMENT, "no such save mode");
     if (options.flags & ~flags) throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
+}
+
+// No mode of a load is taken for one of a save: it would do something else than its caller wants.
+void check_save_mode(uint32_t mode) {
+    switch (mode) {
+    case KVF_SAVE_AUTO:
+    case KVF_SAVE_IN_PLACE:
+    case KVF_SAVE_SNAPSHOT: return;
+    default: throw Error(KVF_ERR_INVALID_ARGUMENT, format("%u is no mode of a save", mode));
+    }
+}
+
+void check_load_mode(uint32_t mode) {
+    switch (mode) {
+    case KVF_LOAD_AUTO:
+    case KVF_LOAD_IN_PLACE:
+    case KVF_LOAD_AHEAD: return;
+    default: throw Error(KVF_ERR_INVALID_ARGUMENT, format("%u is no mode of a load", mode));
+    }
 }
 
 // A text for a caller who asks twice: for its length, and for itself.
@@ -106,7 +123,8 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
         Submission submission;
         submission.submitted_ns = now_ns();
         const auto options = read_options(given);
-        check_submit(options);
+        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
+        if (options.mode) throw Error(KVF_ERR_INVALID_ARGUMENT, "regions have no mode");
         const auto target = find<Engine>(engine);
         const uint64_t needed = regions_size(regions, count);
         if (needed > bytes) {
@@ -438,7 +456,8 @@ int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t
     const auto [error, error_size] = error_place(given);
     return guarded(error, error_size, [&]() -> int32_t {
         const auto options = read_options(given);
-        check_submit(options);
+        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
+        check_save_mode(options.mode);
         find<Llama>(llama)->save(sequence, buffer, bytes, options, job);
         return KVF_OK;
     });
@@ -450,6 +469,7 @@ int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer, ui
     return guarded(error, error_size, [&]() -> int32_t {
         const auto options = read_options(given);
         check_submit(options, KVF_SUBMIT_FOLLOW_STREAM | KVF_SUBMIT_TRUST_STATE);
+        check_load_mode(options.mode);
         find<Llama>(llama)->load(sequence, buffer, bytes, options, job);
         return KVF_OK;
     });
