@@ -68,7 +68,7 @@ Options read_options(const Options *given) {
     return options;
 }
 
-// Where a failing call may write its text; nowhere if the options are too short or malformed for it.
+// Where a failing call may write its text. Nowhere if the options are too short to say so, or malformed.
 template <class Options>
 std::pair<char *, uint64_t> error_place(const Options *given) {
     constexpr size_t end = offsetof(Options, error_size) + sizeof given->error_size;
@@ -88,7 +88,7 @@ void check_submit(const kvf_submit_options &options, uint32_t flags) {
     if (options.flags & ~flags) throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
 }
 
-// No mode of a load is taken for one of a save: it would do something else than its caller wants.
+// Loads have modes of other numbers, so that a mode meant for one of them is never taken for one of the other.
 void check_save_mode(uint32_t mode) {
     switch (mode) {
     case KVF_SAVE_AUTO:
@@ -107,8 +107,9 @@ void check_load_mode(uint32_t mode) {
     }
 }
 
-// A text for a caller who asks twice: for its length, and for itself.
-int32_t give_text(const std::string &text, char *buffer, uint64_t capacity, uint64_t *needed) {
+// Writes a text into the caller's buffer, cut to fit, and the bytes that the whole needs. Callers ask twice: for the
+// size, then for the text.
+int32_t write_text(const std::string &text, char *buffer, uint64_t capacity, uint64_t *needed) {
     if (needed) *needed = text.size() + 1;
     if (capacity) require(buffer, "json");
     copy_text(text, buffer, capacity);
@@ -218,7 +219,7 @@ int32_t kvf_engine_create(const kvf_engine_options *given, kvf_engine *engine) {
 
 int32_t kvf_engine_describe(kvf_engine engine, char *json, uint64_t capacity, uint64_t *needed) {
     return guarded(
-        [&] { return give_text(find<Engine>(engine)->describe(), json, capacity, needed); });
+        [&] { return write_text(find<Engine>(engine)->describe(), json, capacity, needed); });
 }
 
 int32_t kvf_engine_cancel(kvf_engine engine) {
@@ -440,7 +441,7 @@ int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
 
 int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity, uint64_t *needed) {
     return guarded(
-        [&] { return give_text(find<Llama>(llama)->describe(), json, capacity, needed); });
+        [&] { return write_text(find<Llama>(llama)->describe(), json, capacity, needed); });
 }
 
 int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *bytes) {
