@@ -11,17 +11,17 @@
  *     Words
  *     Rules that hold for every function
  *     Lifetimes
- *   1 Version and status      kvf_version, kvf_strerror, the list of statuses
- *   2 Engine                  kvf_engine_create, _describe, _cancel, _destroy
- *   3 llama.cpp sequences     kvf_llama_attach, _size, _save, _load, _settle, _detach
- *   4 Jobs and completions    kvf_submit_options, kvf_completion, kvf_queue_*, kvf_job_*
- *   5 Memory                  kvf_buffer_alloc, _free, _register
+ *   1 Engine                kvf_engine_create, _describe, _cancel, _destroy
+ *   2 llama.cpp sequences   kvf_llama_attach, _size, _save, _load, _remove, _settle, _detach
+ *   3 Jobs and completions  kvf_submit_options, kvf_completion, kvf_queue_*, kvf_job_*
+ *   4 Memory                kvf_buffer_alloc, _free, _register
+ *   5 Version and status    kvf_version, kvf_strerror, the list of statuses
  *   Advanced
- *   6 Regions                 kvf_regions_save, _load: any memory, without llama.cpp
- *   7 CUDA streams            KVF_SUBMIT_FOLLOW_STREAM, kvf_job_stream_wait
- *   8 Trace                   kvf_engine_trace
+ *   6 Regions               kvf_regions_save, _load: any memory, without llama.cpp
+ *   7 CUDA streams          KVF_SUBMIT_FOLLOW_STREAM, kvf_job_stream_wait
+ *   8 Trace                 kvf_engine_trace
  *
- * Sections 2 to 5 are enough for a program that saves and loads sequences of llama.cpp.
+ * Sections 1 to 5 are enough for a program that saves and loads sequences of llama.cpp.
  *
  * Quick start
  * -----------
@@ -73,66 +73,67 @@
  *
  * Rules that hold for every function
  * ----------------------------------
- * Returns     KVF_OK (0), or a negative kvf_status. Functions whose comment says so return a count
- *             or another number above 0 instead of KVF_OK.
+ * Returns     Functions return KVF_OK (0) or a negative kvf_status. Some return a count or another
+ *             number of 0 or more instead of KVF_OK; their comments say so.
  *             A submitting call that returns an error has submitted nothing: no completion follows.
- * Errors      The line `Errors` of a function lists what is particular to it. Beside that, every
- *             function may return
+ * Errors      The line `Errors` lists the errors that are particular to a function. Every function
+ *             may return these errors, too:
  *             KVF_ERR_INVALID_HANDLE    a handle is stale, made up, or of another kind;
  *             KVF_ERR_FORKED            a handle was made by the parent process, before fork();
  *             KVF_ERR_INVALID_ARGUMENT  a pointer that is needed is NULL; an option or a flag has a
  *                                       value that the field does not have;
- *             KVF_ERR_STRUCT_SIZE       the size of a struct is not one that a version could have;
+ *             KVF_ERR_STRUCT_SIZE       a struct has an impossible size, or fields are set that
+ *                                       this version does not know;
  *             KVF_ERR_OUT_OF_MEMORY, KVF_ERR_SYSTEM, KVF_ERR_INTERNAL.
- *             No error state is kept per thread. Where more can be said than the status, one line of
- *             text is written into the caller's `error` buffer, or into the completion's `detail`.
- * Threads     `Thread: any` is any thread, at any time, also while other threads use the same handle.
- *             `Thread: the context's` is the thread that owns the llama_context, between its calls of
- *             llama_decode(). llama.cpp demands the same of its own functions.
- * Blocking    `May block: no` means that the call waits for no transfer, no device and no other thread
- *             that waits for one.
+ *             No error state is kept per thread. Where more can be said than the status, one line
+ *             of text is written into the caller's `error` buffer, or into the completion's
+ *             `detail`.
+ * Threads     `Thread: any` means any thread, at any time, also while other threads use the handle.
+ *             `Thread: the context's` means the thread that owns the llama_context, between its
+ *             calls of llama_decode(). llama.cpp demands the same of its own functions.
+ * Blocking    `May block: no` means that the call waits for no transfer, no device and no other
+ *             thread that waits for one.
  * Handles     are numbers, not addresses; 0 is none. A number is never used twice, so that a stale
  *             handle is refused instead of followed.
- * Structs     for options begin with `size`, which the *_INIT macros set to sizeof. A shorter struct of
- *             an older program gets defaults for the fields that it lacks. A longer struct of a newer
- *             program is accepted while the fields that this version does not know are 0. A field
- *             that is 0 means the default.
+ * Structs     of options begin with `size`, which the *_INIT macros set to sizeof. A shorter struct
+ *             of an older program gets defaults for the fields that it lacks. A longer struct of a
+ *             newer program is accepted if the fields that this version does not know are 0. In
+ *             every field 0 means the default.
  * Units       Times are nanoseconds of CLOCK_MONOTONIC. Sizes are bytes.
  * fork        A child process may create engines of its own. It may not use its parent's handles.
  *
  * Lifetimes
  * ---------
- * | what                       | begins with            | ends with                | must outlive           |
- * |----------------------------|------------------------|--------------------------|------------------------|
- * | kvf_engine                 | kvf_engine_create      | kvf_engine_destroy       | its kvf_llama, 1       |
- * | kvf_llama                  | kvf_llama_attach       | kvf_llama_detach         | -                      |
- * | llama_context              | llama.cpp              | llama_free               | its kvf_llama, 2       |
- * | kvf_queue                  | kvf_queue_create       | kvf_queue_destroy        | jobs that name it, 1   |
- * | kvf_job                    | a submitting call      | kvf_job_release          | -, 3                   |
- * | buffer of the pool         | kvf_buffer_alloc       | kvf_buffer_free          | jobs that use it, 1    |
- * | registered memory          | kvf_buffer_register    | kvf_buffer_unregister, 4 | jobs that use it, 1    |
- * | other memory as buffer     | the caller             | the caller               | jobs that use it       |
- * | memory that regions name   | the caller             | the caller               | jobs that use it       |
- * | callback function          | the caller             | the caller               | jobs that name it      |
- * | CUDA stream                | the caller             | the caller               | jobs that it is for, 5 |
- * | options, `error`, regions  | the caller             | the caller               | the call               |
- * | text that a call returns   | -                      | never                    | -                      |
+ * | what                     | begins with         | ends with             | must outlive         |
+ * |--------------------------|---------------------|-----------------------|----------------------|
+ * | kvf_engine               | kvf_engine_create   | kvf_engine_destroy    | its kvf_llama, 1     |
+ * | kvf_llama                | kvf_llama_attach    | kvf_llama_detach      | -                    |
+ * | llama_context            | llama.cpp           | llama_free            | its kvf_llama, 2     |
+ * | kvf_queue                | kvf_queue_create    | kvf_queue_destroy     | jobs that name it, 1 |
+ * | kvf_job                  | a submitting call   | kvf_job_release       | -, 3                 |
+ * | buffer of the pool       | kvf_buffer_alloc    | kvf_buffer_free       | jobs that use it, 1  |
+ * | registered memory, 4     | kvf_buffer_register | kvf_buffer_unregister | jobs that use it, 1  |
+ * | other memory as buffer   | the caller          | the caller            | jobs that use it     |
+ * | memory that regions name | the caller          | the caller            | jobs that use it     |
+ * | callback function        | the caller          | the caller            | jobs that name it    |
+ * | options, error, regions  | the caller          | the caller            | the call             |
+ * | CUDA stream              | the caller          | the caller            | the call             |
+ * | text that a call returns | -                   | never                 | -                    |
  *
- * 1: The function that ends it returns KVF_ERR_BUSY while that is not so; but kvf_engine_destroy()
- *    waits for jobs, and returns KVF_ERR_BUSY only while a kvf_llama is attached.
+ * 1: The function that would end it too early returns KVF_ERR_BUSY instead. An engine's jobs do not
+ *    count: kvf_engine_destroy() waits for them.
  * 2: Detach first. kvferry notices a context that is freed all the same: its jobs are cancelled and
  *    waited for, and later calls return KVF_ERR_CONTEXT_FREED.
- * 3: The handle and the job are independent: a job goes on when its handle has been released, and a
- *    handle may be asked when the job has ended and its engine is gone.
+ * 3: A job goes on when its handle has been released. A handle stays valid when its job has ended
+ *    and the engine has been destroyed.
  * 4: The memory stays the caller's, who frees it after kvf_buffer_unregister().
- * 5: Streams that follow a job, and streams that a job follows.
  *
  * Queues, buffers of the pool and registered memory may outlive their engine.
  */
 #ifndef KVFERRY_H
 #define KVFERRY_H
 
-#ifndef KVF_CDEF /* the cffi build reads what follows through the C preprocessor, without includes */
+#ifndef KVF_CDEF /* the cffi build preprocesses this header without includes */
 #include <stddef.h>
 #include <stdint.h>
 #endif
@@ -148,87 +149,7 @@ extern "C" {
 #endif
 
 /* ------------------------------------------------------------------------------------------------
- * 1 Version and status
- * --------------------------------------------------------------------------------------------- */
-
-#define KVF_VERSION_MAJOR 0
-#define KVF_VERSION_MINOR 1
-#define KVF_VERSION_PATCH 0
-/* The number of the ABI, and the last part of the SONAME. It changes when programs must be rebuilt. */
-#define KVF_ABI_VERSION 0
-
-/* Tells the release of the library that was loaded.
- *
- * Thread:    any
- * May block: no
- * Returns:   a static text such as "0.1.0", never NULL.
- * Errors:    none
- * Since:     0.1 */
-KVF_API const char *kvf_version(void);
-
-/* Tells the ABI of the library that was loaded.
- *
- * Thread:    any
- * May block: no
- * Returns:   the KVF_ABI_VERSION that the library was built with.
- * Errors:    none
- * Since:     0.1 */
-KVF_API uint32_t kvf_abi_version(void);
-
-/* What a call returns, and what `status` of a completion says. The comments are the texts of
- * kvf_strerror(). Numbers are never reused. */
-typedef enum kvf_status {
-    KVF_OK = 0,                      /* success */
-    KVF_ERR_INVALID_ARGUMENT = -1,   /* invalid argument */
-    KVF_ERR_INVALID_HANDLE = -2,     /* unknown handle, or its object has been destroyed */
-    KVF_ERR_STRUCT_SIZE = -3,        /* a struct has a wrong size, or unknown fields are set */
-    KVF_ERR_OUT_OF_MEMORY = -4,      /* out of memory */
-    KVF_ERR_PINNED_LIMIT = -5,       /* the engine's limit of pinned memory is reached */
-    KVF_ERR_BUFFER_TOO_SMALL = -6,   /* the buffer is too small */
-    KVF_ERR_BUSY = -7,               /* in use by a job in flight or by another object */
-    KVF_ERR_CLOSED = -8,             /* the engine is closing */
-    KVF_ERR_CANCELLED = -9,          /* the job was cancelled */
-    KVF_ERR_TIMEOUT = -10,           /* timed out */
-    KVF_ERR_FORKED = -11,            /* the handle was made before fork() in the parent process */
-    KVF_ERR_UNSUPPORTED = -12,       /* not supported here */
-    KVF_ERR_NO_DEVICE = -13,         /* no such device */
-    KVF_ERR_DEVICE = -14,            /* the device reported an error */
-    KVF_ERR_DEVICE_LOST = -15,       /* the device is lost; the engine is broken, make a new one */
-    KVF_ERR_UNREACHABLE = -16,       /* memory that no device of the engine can reach */
-    KVF_ERR_SYSTEM = -17,            /* the operating system refused */
-    KVF_ERR_LIBRARY_NOT_FOUND = -18, /* no libllama is loaded in this process */
-    KVF_ERR_LIBRARY_AMBIGUOUS = -19, /* several libllama are loaded: name one */
-    KVF_ERR_TAP = -20,               /* libllama's calls cannot be recorded */
-    KVF_ERR_CONTEXT_FREED = -21,     /* the llama_context has been freed */
-    KVF_ERR_SEQUENCE_RANGE = -22,    /* sequence id out of the context's range */
-    KVF_ERR_SEQUENCE_EMPTY = -23,    /* the sequence is empty */
-    KVF_ERR_STATE_DAMAGED = -24,     /* the state is truncated or its structure is damaged */
-    KVF_ERR_STATE_MISMATCH = -25,    /* the state is of another model or another kind of cache */
-    KVF_ERR_CACHE_FULL = -26,        /* the cache has not enough free cells */
-    KVF_ERR_LLAMA = -27,             /* libllama refused */
-    KVF_ERR_INTERNAL = -28,          /* internal error */
-} kvf_status;
-
-/* Tells the name of a status, such as "KVF_ERR_BUSY".
- *
- * Thread:    any
- * May block: no
- * Returns:   a static text, never NULL; "KVF_?" for a number that is no status.
- * Errors:    none
- * Since:     0.1 */
-KVF_API const char *kvf_status_name(int32_t status);
-
-/* Tells what a status means, in lower case and without a full stop.
- *
- * Thread:    any
- * May block: no
- * Returns:   a static text, never NULL.
- * Errors:    none
- * Since:     0.1 */
-KVF_API const char *kvf_strerror(int32_t status);
-
-/* ------------------------------------------------------------------------------------------------
- * 2 Engine: devices, threads, memory
+ * 1 Engine: devices, threads, memory
  * --------------------------------------------------------------------------------------------- */
 
 /* Handles. 0 is none. */
@@ -260,11 +181,12 @@ typedef struct kvf_engine_options {
     uint32_t devices;
     /* Bits of kvf_engine_flags. */
     uint32_t flags;
-    /* How many threads copy host memory, 256 at most. 0: the library decides by the number of cores. */
+    /* How many threads copy host memory, 256 at most. 0: the library decides by the number of
+     * cores. */
     uint32_t copy_threads;
     /* The most bytes that the buffer pool may have, free buffers included. 0: no limit. */
     uint64_t pinned_limit;
-    /* The most device memory that the engine uses for staging, per device and direction. 0: 32 MiB. */
+    /* The most device memory for staging buffers, per device and direction. 0: 32 MiB. */
     uint64_t staging_bytes;
     /* Where one line of text is written if the call fails; NULL: nowhere. */
     char *error;
@@ -291,8 +213,8 @@ KVF_API int32_t kvf_engine_create(const kvf_engine_options *options, kvf_engine 
 
 /* Describes the engine as JSON: its devices, why a device is missing, the memory in use.
  *
- * Writes the text with its terminating 0 into `json`, cut to `capacity` bytes, and the bytes that the
- * whole needs into `*needed`. `needed` may be NULL; so may `json` when `capacity` is 0.
+ * Writes the text with its terminating 0 into `json`, cut to `capacity` bytes, and the bytes that
+ * the whole needs into `*needed`. `needed` may be NULL; so may `json` when `capacity` is 0.
  *
  * Thread:    any
  * May block: no
@@ -315,35 +237,37 @@ KVF_API int32_t kvf_engine_cancel(kvf_engine engine);
 
 /* Waits for every job in flight, then ends the engine's threads and frees its memory.
  *
- * From the moment of the call new submissions are refused with KVF_ERR_CLOSED. Buffers that are still
- * allocated stay valid until kvf_buffer_free(). Queues keep the completions that they hold.
+ * From the moment of the call new submissions are refused with KVF_ERR_CLOSED. Buffers that are
+ * still allocated stay valid until kvf_buffer_free(). Queues keep the completions that they hold.
  *
  * Thread:    any but the one that runs completion callbacks
- * May block: until the jobs in flight have ended, and until the CUDA streams that wait for them have
- *            gone on; kvf_engine_cancel() shortens that
+ * May block: until the jobs in flight have ended, and until the CUDA streams that wait for them
+ *            have gone on; kvf_engine_cancel() shortens that
  * Returns:   KVF_OK; the handle is gone.
- * Errors:    KVF_ERR_BUSY (a kvf_llama is attached, or a completion callback called; nothing changed)
+ * Errors:    KVF_ERR_BUSY (a kvf_llama is attached, or a completion callback makes the call;
+ *            nothing has changed)
  * Since:     0.1 */
 KVF_API int32_t kvf_engine_destroy(kvf_engine engine);
 
 /* ------------------------------------------------------------------------------------------------
- * 3 llama.cpp sequences
+ * 2 llama.cpp sequences
  *
- * kvferry works with the libllama that the program has loaded, unmodified. While libllama serialises
- * a sequence on behalf of one of these functions, the tap records the calls that would move tensor
- * bytes; the job moves the bytes later. Other threads and other callers of libllama are not affected.
+ * kvferry works with the libllama that the program has loaded, unmodified. While libllama
+ * serialises a sequence on behalf of one of these functions, the tap records the calls that would
+ * move tensor bytes; the job moves the bytes later. Other threads and other callers of libllama are
+ * not affected.
  *
- * A context may have several attachments, of several engines too. What is said below of a sequence's
- * transfers in flight counts the transfers of all attachments.
+ * A context may have several attachments, of several engines too. What is said below of a
+ * sequence's transfers in flight counts the transfers of all attachments.
  * --------------------------------------------------------------------------------------------- */
 
 struct llama_context;
 
-/* Bits of kvf_llama_options.flags. Only programs that the tap does not work for need them. */
+/* Bits of kvf_llama_options.flags. Only programs need them for which the tap does not work. */
 typedef enum kvf_llama_flags {
-    /* Where libllama's calls cannot be recorded (llama.cpp is linked statically), let a thread of the
-     * engine make libllama's blocking calls. Until the completion the context must not be used, and
-     * functions that would touch it return KVF_ERR_BUSY. */
+    /* Where libllama's calls cannot be recorded (llama.cpp is linked statically), let a thread of
+     * the engine make libllama's blocking calls. Until the completion the context must not be used,
+     * and functions that would touch it return KVF_ERR_BUSY. */
     KVF_LLAMA_ALLOW_BLOCKING = 1,
     /* Make the blocking calls even where recording works: to compare, or to avoid a fault. */
     KVF_LLAMA_FORCE_BLOCKING = 2,
@@ -354,8 +278,8 @@ typedef struct kvf_llama_options {
     uint32_t size;
     /* Bits of kvf_llama_flags. */
     uint32_t flags;
-    /* Which libllama to use when the process has loaded several: its path, a link to it, or a part of
-     * its path. A whole path names that library alone. NULL: the only one. */
+    /* Which libllama to use when the process has loaded several: its path, a link to it, or a part
+     * of its path. A whole path names that library alone. NULL: the only one. */
     const char *library;
     /* Where one line of text is written if the call fails; NULL: nowhere. */
     char *error;
@@ -373,8 +297,8 @@ typedef struct kvf_llama_options {
  * Returns:   KVF_OK; `*llama` is the handle.
  * Errors:    KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_TAP, KVF_ERR_UNSUPPORTED
  *            (libllama is too old and lacks a function, or the model keeps no state),
- *            KVF_ERR_DEVICE_LOST (any device of the engine is lost), KVF_ERR_CLOSED, KVF_ERR_BUSY (a
- *            blocking transfer of another attachment to the context is in flight)
+ *            KVF_ERR_DEVICE_LOST (any device of the engine is lost), KVF_ERR_CLOSED, KVF_ERR_BUSY
+ *            (a blocking transfer of another attachment to the context is in flight)
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
                                  const kvf_llama_options *options, kvf_llama *llama);
@@ -383,11 +307,11 @@ KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *contex
  *
  * An empty sequence has a state too, of a few bytes.
  *
- * A state is what llama_state_seq_get_data() writes, bit for bit. If kvferry does not know the format
- * in which this libllama writes this cache ("format" is "opaque" in kvf_llama_describe()), an envelope
- * of 64 bytes follows: length, checksum, and the model's fingerprint. kvf_llama_load() verifies the
- * envelope, because nothing else tells a damaged state from a whole one. Such a cache is saved and
- * loaded during the submitting call.
+ * A state is what llama_state_seq_get_data() writes, bit for bit. If kvferry does not know the
+ * format in which this libllama writes this cache ("format" is "opaque" in kvf_llama_describe()),
+ * an envelope of 64 bytes follows: length, checksum, and the model's fingerprint. kvf_llama_load()
+ * verifies the envelope, because nothing else tells a damaged state from a whole one. Such a cache
+ * is saved and loaded during the submitting call.
  *
  * Thread:    the context's
  * May block: no
@@ -399,10 +323,10 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
 
 /* What may be done while a transfer is in flight
  * ----------------------------------------------
- * The table holds from the return of the submitting call to the completion, for the context's thread.
- * "This one" is the sequence that is moved. A save by snapshot, and any save of an opaque cache, has
- * read everything when its call returns: then everything is allowed. Loads in place and loads ahead
- * are alike.
+ * The table holds from the return of the submitting call to the completion, for the context's
+ * thread. "This one" is the sequence that is moved. A save by snapshot, and any save of an opaque
+ * cache, has read everything when its call returns: then everything is allowed. Loads in place and
+ * loads ahead are alike.
  *
  * | operation                                       | load in flight | save in place in flight |
  * |-------------------------------------------------|----------------|-------------------------|
@@ -429,70 +353,73 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  * | kvf_llama_load, _remove of this one             | KVF_ERR_BUSY   | KVF_ERR_BUSY            |
  * | llama_free                                      | ends it first  | ends it first           |
  *
- * 1: the call waits for the transfer where llama.cpp would read or write its memory. A recurrent cache
- *    may move this sequence's cell; a transfer that follows a stream keeps decoding and loads away
- *    from a sliding window; llama.cpp's own state calls wait where cells of both lie side by side.
- * 2: the next llama_decode waits for the transfer, because it rewrites keys of all sequences, or a
- *    whole stream.
- * "no": bytes are lost or mixed, and nobody notices. libllama does not tell of these calls before
- * their harm is done. llama_memory_clear mends the context afterwards. (The functions of kvferry that
- * remove and load refuse instead.)
+ * 1: The call waits for the transfer where llama.cpp would read or write the transfer's memory: a
+ *    recurrent cache may move this sequence's cell; a transfer that follows a stream keeps decoding
+ *    and loads away from a sliding window; llama.cpp's own state calls wait where cells of both
+ *    sequences lie between each other.
+ * 2: The next llama_decode waits for the transfer, because that decode rewrites the keys of all
+ *    sequences, or a whole stream.
+ * "no": Bytes are lost or mixed, and nobody notices. kvferry cannot refuse these calls, because
+ * libllama does not tell of them before the harm is done. llama_memory_clear repairs the context.
+ * To remove or load a sequence, call kvf_llama_remove or kvf_llama_load instead: they return
+ * KVF_ERR_BUSY.
  *
- * The call that waits does so on the context's thread. A transfer that follows a stream must therefore
+ * A call that waits blocks the context's thread. A transfer that follows a stream must therefore
  * not depend on work that this thread submits later. */
 
-/* Values of kvf_submit_options.mode for kvf_llama_save(), and of kvf_completion.mode. A load refuses
- * them. 0 is AUTO for saves and for loads; every other value belongs to one of them alone. */
+/* How a save reads the cache. Values of kvf_submit_options.mode for kvf_llama_save(), and of
+ * kvf_completion.mode. A load refuses them: only 0, AUTO, means something for both. */
 typedef enum kvf_save_mode {
     /* SNAPSHOT where the next decode of the sequence would overwrite what is being saved (recurrent
      * states, sliding windows, kinds of cache that this version does not know); else IN_PLACE. */
     KVF_SAVE_AUTO = 0,
-    /* Bytes move straight from the cache, with no memory beside the buffer. The table above says what
-     * may be done until the completion. */
+    /* Bytes move straight from the cache, with no memory beside the buffer. The table above says
+     * what may be done until the completion. */
     KVF_SAVE_IN_PLACE = 1,
-    /* The call copies the sequence to other device memory before it returns; from then on anything may
-     * be done to the sequence. Host memory is copied straight into the buffer, during the call. Where
-     * device memory is short, the call moves the bytes in place and returns when they have been
-     * moved; the completion's `mode` is then KVF_SAVE_IN_PLACE. */
+    /* The call copies the sequence to other device memory before it returns; from then on anything
+     * may be done to the sequence. Host memory is copied straight into the buffer, during the call.
+     * Where device memory is short, the call moves the bytes in place and returns when they have
+     * been moved; the completion's `mode` is then KVF_SAVE_IN_PLACE. */
     KVF_SAVE_SNAPSHOT = 2,
 } kvf_save_mode;
 
-/* Values of kvf_submit_options.mode for kvf_llama_load(), and of kvf_completion.mode. A save refuses
- * them. */
+/* How a load writes the cache. Values of kvf_submit_options.mode for kvf_llama_load(), and of
+ * kvf_completion.mode. A save refuses them: only 0, AUTO, means something for both. */
 typedef enum kvf_load_mode {
     /* IN_PLACE. */
     KVF_LOAD_AUTO = 0,
     /* Bytes move straight to the cache, with no device memory beside it. They begin to move when
      * libllama has taken cells and listed what to move. */
     KVF_LOAD_IN_PLACE = 16,
-    /* Bytes move at once to other device memory, while libllama still takes cells and lists; from
-     * there they move to their places. That is sooner by the time that libllama takes. The device
-     * memory, as much as the state has bytes, is kept for the next such load for half a minute, or
-     * until kvf_buffer_trim().
-     * The load is done in place, and the completion's `mode` says so, where device memory is short,
-     * where the cache is not in the memory of one CUDA device, where the driver refuses kvferry's
-     * kernels, and without the tap. */
+    /* Bytes move at once to other device memory, while libllama still takes cells and lists what to
+     * move; from there they move to their places within the device. The load ends sooner by about
+     * the time that libllama takes. The device memory, as much as the state has bytes, is kept for
+     * the next load ahead for half a minute, or until kvf_buffer_trim().
+     * The load is done in place instead, and the completion's `mode` says so, if device memory is
+     * short, if the cache is not in the memory of one CUDA device, if the driver refuses kvferry's
+     * kernels, or if there is no tap. */
     KVF_LOAD_AHEAD = 17,
 } kvf_load_mode;
 
-/* The struct is in section 4. */
+/* The struct is in section 3. */
 typedef struct kvf_submit_options kvf_submit_options;
 
 /* Saves a sequence into `buffer`, asynchronously.
  *
  * The buffer needs kvf_llama_size() bytes, and must not be touched until the completion. The call
- * records where the sequence's bytes are: half a millisecond for a sequence in one run of cells, some
- * ten milliseconds for half a million fragments. A save in place begins to move bytes meanwhile.
- * `options` and `job` may be NULL. If `job` is given, release the handle with kvf_job_release().
+ * records where the sequence's bytes are: half a millisecond for a sequence in one run of cells,
+ * some ten milliseconds for half a million fragments. A save in place begins to move bytes
+ * meanwhile. `options` and `job` may be NULL. If `job` is given, release the handle with
+ * kvf_job_release().
  *
  * Thread:    the context's
- * May block: with KVF_SAVE_SNAPSHOT, until the copy has been made (and, with KVF_SUBMIT_FOLLOW_STREAM,
- *            until the stream has done its work); with an opaque cache, until the bytes have been moved; with a
- *            sliding window saved in place, until the few cells have been moved that other sequences
- *            may take
+ * May block: with KVF_SAVE_SNAPSHOT, until the copy has been made (and before that, with
+ *            KVF_SUBMIT_FOLLOW_STREAM, until the stream has done its work); with an opaque cache,
+ *            until the bytes have been moved; with a sliding window saved in place, until the few
+ *            cells have been moved that other sequences may take
  * Returns:   KVF_OK; one completion follows.
- * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY (a
- *            load into this sequence, or a blocking transfer of the context, is in flight),
+ * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
+ *            (a load into this sequence, or a blocking transfer of the context, is in flight),
  *            KVF_ERR_INVALID_ARGUMENT (the buffer cannot be written; `mode` is of a load),
  *            KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST, KVF_ERR_LLAMA, KVF_ERR_TAP
  *            (another library has replaced the tap's functions), and those of section 7
@@ -503,48 +430,50 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
 /* Loads a state into a sequence, asynchronously; the state replaces what the sequence held.
  *
  * `bytes` is the exact size of the state. The buffer must not change until the completion. The call
- * takes the sequence's cells; the sequence must not be used until the completion.
- * `options` and `job` may be NULL. If `job` is given, release the handle with kvf_job_release().
+ * takes the sequence's cells; the sequence must not be used until the completion. `options` and
+ * `job` may be NULL. If `job` is given, release the handle with kvf_job_release().
  *
  * kvferry checks the state before libllama sees it. A load that is refused then leaves the sequence
- * as it was. A load that fails or is cancelled later leaves the sequence empty: if the call fails, the
- * sequence is empty when the call returns; if the job fails, the next kvf_llama_* call on an
+ * as it was. A load that fails or is cancelled later leaves the sequence empty: if the call fails,
+ * the sequence is empty when the call returns; if the job fails, the next kvf_llama_* call on an
  * attachment to this context empties the sequence. So after a completion that is not KVF_OK, call
  * kvf_llama_settle() before decoding.
  *
  * Thread:    the context's
- * May block: where note 1 of the table says so; with an opaque cache, until the bytes have been moved;
- *            with a sliding window, until the few cells have been moved that other sequences may take;
- *            with KVF_SUBMIT_FOLLOW_STREAM and a state in an envelope, until the stream has done its work
+ * May block: where note 1 of the table says so; with an opaque cache, until the bytes have been
+ *            moved; with a sliding window, until the few cells have been moved that other sequences
+ *            may take; with KVF_SUBMIT_FOLLOW_STREAM and a state in an envelope, until the stream
+ *            has done its work
  * Returns:   KVF_OK; one completion follows.
  * Errors:    The sequence is as it was: KVF_ERR_STATE_DAMAGED (truncated, damaged, or without the
- *            envelope that this cache needs), KVF_ERR_STATE_MISMATCH (the state is of another model,
- *            kind of cache, or release of llama.cpp), KVF_ERR_CACHE_FULL (the state has more cells than
- *            the context), KVF_ERR_SEQUENCE_RANGE, KVF_ERR_BUSY (a transfer of this sequence, or a
- *            blocking transfer of the context, is in flight), KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED,
- *            KVF_ERR_INVALID_ARGUMENT (the buffer is not mapped; `mode` is of a save),
- *            KVF_ERR_DEVICE_LOST, and those of section 7.
+ *            envelope that this cache needs), KVF_ERR_STATE_MISMATCH (the state is of another
+ *            model, kind of cache, or release of llama.cpp), KVF_ERR_CACHE_FULL (the state has more
+ *            cells than a sequence may have), KVF_ERR_SEQUENCE_RANGE, KVF_ERR_BUSY (a transfer of
+ *            this sequence, or a blocking transfer of the context, is in flight), KVF_ERR_CLOSED,
+ *            KVF_ERR_CONTEXT_FREED, KVF_ERR_INVALID_ARGUMENT (the buffer is not mapped; `mode` is
+ *            of a save), KVF_ERR_DEVICE_LOST, and those of section 7.
  *            The sequence is empty: KVF_ERR_LLAMA (libllama did not take the state),
- *            KVF_ERR_CACHE_FULL (the cells are taken by other sequences), KVF_ERR_TAP (as for a save),
- *            KVF_ERR_DEVICE_LOST (the device was lost during the call).
+ *            KVF_ERR_CACHE_FULL (the cells are taken by other sequences), KVF_ERR_TAP (as for a
+ *            save), KVF_ERR_DEVICE_LOST (the device was lost during the call).
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer,
                                uint64_t bytes, const kvf_submit_options *options, kvf_job *job);
 
-/* Empties a sequence, as llama_memory_seq_rm() does, unless a transfer of the sequence is in flight.
+/* Empties a sequence, as llama_memory_seq_rm() does, unless a transfer of the sequence is in
+ * flight.
  *
  * Thread:    the context's
  * May block: no
  * Returns:   KVF_OK; the sequence is empty.
- * Errors:    KVF_ERR_BUSY (a transfer of this sequence, or a blocking transfer of the context, is in
- *            flight), KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED
+ * Errors:    KVF_ERR_BUSY (a transfer of this sequence, or a blocking transfer of the context, is
+ *            in flight), KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_remove(kvf_llama llama, int32_t sequence);
 
 /* Empties the sequences of the context whose loads failed or were cancelled after submission.
  *
- * Call it after such a completion and before decoding. The functions that size, save, load, remove and
- * detach do the same first.
+ * Call it after such a completion and before decoding. The functions that size, save, load, remove
+ * and detach do the same first.
  *
  * Thread:    the context's
  * May block: no
@@ -553,15 +482,15 @@ KVF_API int32_t kvf_llama_remove(kvf_llama llama, int32_t sequence);
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_settle(kvf_llama llama);
 
-/* Describes the attachment as JSON: libllama and its build, the model, the kind of cache, the default
- * mode of saves, a fingerprint of the model, counters of the tap.
+/* Describes the attachment as JSON: libllama and its build, the model, the kind of cache, the
+ * default mode of saves, a fingerprint of the model, counters of the tap.
  *
  * Arguments are those of kvf_engine_describe(). The fingerprint is a hash of what libllama tells of
  * the model: description, size, number of parameters, metadata. It does not cover what libllama has
- * no public function for: the weights (two models that differ in nothing else have one fingerprint),
- * adapters, control vectors, and the context's own settings of RoPE. It does not cover the types,
- * streams and layout of the cache either: a state says these itself, and kvf_llama_load() refuses a
- * state of another cache.
+ * no public function for: the weights (two models that differ in nothing else have one
+ * fingerprint), adapters, control vectors, and the context's own settings of RoPE. It does not
+ * cover the types, streams and layout of the cache either: a state says these itself, and
+ * kvf_llama_load() refuses a state of another cache.
  *
  * Thread:    any
  * May block: no
@@ -578,18 +507,18 @@ KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacit
  * Thread:    the context's
  * May block: until the attachment's jobs have ended
  * Returns:   KVF_OK; the handle is gone.
- * Errors:    KVF_ERR_BUSY (a completion callback called; nothing changed)
+ * Errors:    KVF_ERR_BUSY (a completion callback makes the call; nothing has changed)
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_detach(kvf_llama llama);
 
 /* ------------------------------------------------------------------------------------------------
- * 4 Jobs and completions
+ * 3 Jobs and completions
  *
- * A submitting call (kvf_llama_save, kvf_llama_load, kvf_regions_save, kvf_regions_load) makes a job,
- * and the job ends with one completion. A program sees the completion in any of three ways:
- * it takes the completion from a queue, whose descriptor poll(2) can wait for; a callback gets the
- * completion; or the program keeps the job's handle, and polls or waits.
- * When a program can see the completion, the library no longer uses the buffer.
+ * A submitting call (kvf_llama_save, kvf_llama_load, kvf_regions_save, kvf_regions_load) makes a
+ * job, and the job ends with one completion. A program sees the completion in any of three ways: it
+ * takes the completion from a queue, whose descriptor poll(2) can wait for; a callback gets the
+ * completion; or the program keeps the job's handle, and polls or waits. When a program can see the
+ * completion, the library no longer uses the buffer.
  * --------------------------------------------------------------------------------------------- */
 
 typedef struct kvf_completion {
@@ -601,8 +530,8 @@ typedef struct kvf_completion {
     int32_t status;
     /* How a llama transfer was done: a value of kvf_save_mode or of kvf_load_mode. Else 0. */
     uint32_t mode;
-    /* The size of the state, or of the regions. If `status` is not KVF_OK, how many of these bytes have
-     * been moved is undefined. */
+    /* The size of the state, or of the regions. If `status` is not KVF_OK, how many of these bytes
+     * have been moved is undefined. */
     uint64_t bytes;
     /* How many separate pieces of tensor memory the transfer consists of. */
     uint64_t fragments;
@@ -624,14 +553,15 @@ typedef struct kvf_completion {
 
 /* A function that gets a completion, on the engine's dispatch thread.
  *
- * The engine calls one callback at a time, in the order in which jobs end: return soon. A callback may
- * call every function whose comment says `Thread: any`, without waiting for a job or a completion in
- * it. `completion` is valid until the callback returns. */
+ * The engine calls one callback at a time, in the order in which jobs end: return soon. A callback
+ * may call every function whose comment says `Thread: any`, without waiting for a job or a
+ * completion in it. `completion` is valid until the callback returns. */
 typedef void (*kvf_completion_callback)(const kvf_completion *completion);
 
-/* Values of kvf_submit_options.priority. On each device urgent jobs go before background jobs. Within
- * a priority the job that was submitted first goes first: a small job behind a large one waits. A job
- * that still follows a stream, or is still being recorded, lets later jobs pass until it can move. */
+/* Values of kvf_submit_options.priority. On each device urgent jobs go before background jobs.
+ * Within a priority the job that was submitted first goes first: a small job behind a large one
+ * waits. A job that still follows a stream, or is still being recorded, lets later jobs pass until
+ * it can move. */
 typedef enum kvf_priority {
     /* Paced, so that decoding at the same time hardly slows down. */
     KVF_PRIORITY_BACKGROUND = 0,
@@ -643,9 +573,9 @@ typedef enum kvf_priority {
 typedef enum kvf_submit_flags {
     /* Begin when the CUDA stream `stream` has done the work that it holds now: see section 7. */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
-    /* For kvf_llama_load() alone: hand libllama a state that nothing vouches for, because the format
-     * of the cache is not known and the state has no envelope (see kvf_llama_size()). libllama trusts
-     * what it loads: a damaged state may end the process, or leave cells that only
+    /* For kvf_llama_load() alone: hand libllama a state that nothing vouches for, because the
+     * format of the cache is not known and the state has no envelope (see kvf_llama_size()).
+     * libllama trusts what it loads: a damaged state may end the process, or leave cells that only
      * llama_memory_clear() frees. */
     KVF_SUBMIT_TRUST_STATE = 2,
 } kvf_submit_flags;
@@ -663,8 +593,8 @@ struct kvf_submit_options {
     kvf_completion_callback callback;
     /* The caller's own; the completion has it again. */
     uint64_t user_data;
-    /* A value of kvf_save_mode for kvf_llama_save(), of kvf_load_mode for kvf_llama_load(). Regions have
-     * no mode: 0. */
+    /* A value of kvf_save_mode for kvf_llama_save(), of kvf_load_mode for kvf_llama_load(). Regions
+     * have no mode: 0. */
     uint32_t mode;
     /* Bits of kvf_submit_flags. */
     uint32_t flags;
@@ -705,9 +635,9 @@ KVF_API int32_t kvf_queue_fd(kvf_queue queue);
 
 /* Takes up to `capacity` completions out of the queue, oldest first.
  *
- * `completion_size` is sizeof(kvf_completion), and the distance from one completion to the next.
- * A `timeout_ns` of 0 does not wait; KVF_FOREVER waits until there is a completion. If several threads
- * take, each completion goes to one of them.
+ * `completion_size` is sizeof(kvf_completion), and the distance from one completion to the next. A
+ * `timeout_ns` of 0 does not wait; KVF_FOREVER waits until there is a completion. If several
+ * threads take, each completion goes to one of them.
  *
  * Thread:    any
  * May block: for up to `timeout_ns`, while the queue is empty
@@ -717,9 +647,11 @@ KVF_API int32_t kvf_queue_fd(kvf_queue queue);
 KVF_API int32_t kvf_queue_take(kvf_queue queue, kvf_completion *completions,
                                uint64_t completion_size, uint32_t capacity, int64_t timeout_ns);
 
-/* Makes one kvf_queue_take() return 0: one that waits, or else the next one that finds the queue empty.
+/* Makes one kvf_queue_take() return 0: one that waits, or else the next one that finds the queue
+ * empty.
  *
- * Wakes are counted: after n wakes, n calls return 0. A call that takes completions uses up no wake.
+ * Wakes are counted: after n wakes, n calls return 0. A call that takes completions uses up no
+ * wake.
  *
  * Thread:    any
  * May block: no
@@ -763,8 +695,9 @@ KVF_API int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *co
 
 /* Asks a job to end early.
  *
- * The job still ends with its one completion: KVF_ERR_CANCELLED, or its true outcome if it was faster.
- * What a cancelled save has left in the buffer is undefined. Cancelling twice or too late is allowed.
+ * The job still ends with its one completion: KVF_ERR_CANCELLED, or its true outcome if it was
+ * faster. What a cancelled save has left in the buffer is undefined. Cancelling twice or too late
+ * is allowed.
  *
  * Thread:    any
  * May block: no
@@ -786,10 +719,10 @@ KVF_API int32_t kvf_job_cancel(kvf_job job);
 KVF_API int32_t kvf_job_release(kvf_job job);
 
 /* ------------------------------------------------------------------------------------------------
- * 5 Memory
+ * 4 Memory
  *
- * Any host memory serves as a buffer. A GPU copies to pinned memory at full speed: that is what the
- * pool hands out, and what kvf_buffer_register() makes of memory of the caller's.
+ * Any host memory serves as a buffer. A GPU copies at full speed to and from pinned memory alone.
+ * Buffers of the pool are pinned; kvf_buffer_register() pins memory of the caller's.
  * --------------------------------------------------------------------------------------------- */
 
 /* Takes a buffer of at least `bytes` from the engine's pool.
@@ -797,20 +730,21 @@ KVF_API int32_t kvf_job_release(kvf_job job);
  * The buffer is page-aligned, and pinned for every CUDA device of the engine. Its content is
  * undefined. The caller owns it until kvf_buffer_free(). Reusing a free buffer of the pool takes
  * microseconds; a new one takes the time to map and pin it. To make reuse likely, sizes are rounded
- * up, by at most a sixteenth and a page; and if the engine has no `pinned_limit`, a free buffer that is
- * larger than that by up to a quarter is used again.
+ * up, by at most a sixteenth and a page; and if the engine has no `pinned_limit`, a free buffer
+ * that is larger than that by up to a quarter is used again.
  *
  * Thread:    any
- * May block: for the time to map and pin memory: about 0.4 seconds a GiB
+ * May block: for the time to map and pin memory: a third of a second a GiB
  * Returns:   KVF_OK; `*buffer` is the address.
  * Errors:    KVF_ERR_PINNED_LIMIT, KVF_ERR_OUT_OF_MEMORY, KVF_ERR_INVALID_ARGUMENT (`bytes` is 0)
  * Since:     0.1 */
 KVF_API int32_t kvf_buffer_alloc(kvf_engine engine, uint64_t bytes, void **buffer);
 
-/* Takes a buffer as kvf_buffer_alloc() does, and writes one line of text into `error` if that fails.
+/* Takes a buffer as kvf_buffer_alloc() does, and writes one line of text into `error` if that
+ * fails.
  *
- * The text says how much is taken of how much, for instance. `error` has room for `error_size` bytes,
- * terminating 0 included; it may be NULL.
+ * The text says how much is taken of how much, for instance. `error` has room for `error_size`
+ * bytes, terminating 0 included; it may be NULL.
  *
  * Thread:    any
  * May block: as kvf_buffer_alloc()
@@ -838,16 +772,16 @@ KVF_API int32_t kvf_buffer_capacity(const void *buffer, uint64_t *bytes);
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; the buffer is no longer the caller's.
- * Errors:    KVF_ERR_BUSY (a job in flight uses it), KVF_ERR_INVALID_ARGUMENT (the address is not that
- *            of an allocated buffer; it may have been freed before)
+ * Errors:    KVF_ERR_BUSY (a job in flight uses it), KVF_ERR_INVALID_ARGUMENT (the address is not
+ *            that of an allocated buffer; it may have been freed before)
  * Since:     0.1 */
 KVF_API int32_t kvf_buffer_free(void *buffer);
 
-/* Pins memory of the caller's for every CUDA device of the engine, so that jobs use it like a buffer of
- * the pool.
+/* Pins memory of the caller's for every CUDA device of the engine, so that jobs use it like a
+ * buffer of the pool.
  *
- * The memory stays the caller's, and must stay mapped until kvf_buffer_unregister(). An engine without
- * a CUDA device registers the memory and pins nothing.
+ * The memory stays the caller's, and must stay mapped until kvf_buffer_unregister(). An engine
+ * without a CUDA device registers the memory and pins nothing.
  *
  * Thread:    any
  * May block: for the time to pin: about 30 milliseconds a GiB of memory that is in use
@@ -864,18 +798,18 @@ KVF_API int32_t kvf_buffer_register(kvf_engine engine, void *buffer, uint64_t by
  * Thread:    any
  * May block: for the time to unpin: about 15 milliseconds a GiB
  * Returns:   KVF_OK; the memory may be unmapped.
- * Errors:    KVF_ERR_BUSY (a job in flight uses it), KVF_ERR_INVALID_ARGUMENT (nothing is registered at
- *            this address), KVF_ERR_DEVICE_LOST (a copy that may name the memory did not end: the
- *            memory stays registered, and should stay mapped)
+ * Errors:    KVF_ERR_BUSY (a job in flight uses it), KVF_ERR_INVALID_ARGUMENT (nothing is
+ *            registered at this address), KVF_ERR_DEVICE_LOST (a copy that may name the memory did
+ *            not end: the memory stays registered, and should stay mapped)
  * Since:     0.1 */
 KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
 
 /* Frees all memory that the engine keeps for later.
  *
- * That is the pool's free buffers; and what the engine has allocated for its own use and does not use
- * now: for each CUDA device up to 63 MiB of pinned memory, `staging_bytes` of device memory for each
- * direction, and the device memory of loads ahead. Memory that has been idle for half a minute is
- * freed without this call.
+ * That is the pool's free buffers; and what the engine has allocated for its own use and does not
+ * use now: for each CUDA device up to 63 MiB of pinned memory, `staging_bytes` of device memory for
+ * each direction, and the device memory of loads ahead. Memory that has been idle for half a minute
+ * is freed without this call.
  *
  * Thread:    any
  * May block: for the time to unpin: about 15 milliseconds a GiB
@@ -885,13 +819,94 @@ KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
 KVF_API int32_t kvf_buffer_trim(kvf_engine engine);
 
 /* ------------------------------------------------------------------------------------------------
+ * 5 Version and status
+ * --------------------------------------------------------------------------------------------- */
+
+#define KVF_VERSION_MAJOR 0
+#define KVF_VERSION_MINOR 1
+#define KVF_VERSION_PATCH 0
+/* The number of the ABI, and the last part of the SONAME. Programs are built for one number. */
+#define KVF_ABI_VERSION 0
+
+/* Tells the release of the library that was loaded.
+ *
+ * Thread:    any
+ * May block: no
+ * Returns:   a static text such as "0.1.0", never NULL.
+ * Errors:    none of its own
+ * Since:     0.1 */
+KVF_API const char *kvf_version(void);
+
+/* Tells the ABI of the library that was loaded.
+ *
+ * Thread:    any
+ * May block: no
+ * Returns:   the KVF_ABI_VERSION that the library was built with.
+ * Errors:    none of its own
+ * Since:     0.1 */
+KVF_API uint32_t kvf_abi_version(void);
+
+/* What a call returns, and what `status` of a completion says. The comments are the texts of
+ * kvf_strerror(). Numbers are never reused. */
+typedef enum kvf_status {
+    KVF_OK = 0,                      /* success */
+    KVF_ERR_INVALID_ARGUMENT = -1,   /* invalid argument */
+    KVF_ERR_INVALID_HANDLE = -2,     /* unknown handle, or its object has been destroyed */
+    KVF_ERR_STRUCT_SIZE = -3,        /* a struct has a wrong size, or unknown fields are set */
+    KVF_ERR_OUT_OF_MEMORY = -4,      /* out of memory */
+    KVF_ERR_PINNED_LIMIT = -5,       /* the engine's limit of pinned memory is reached */
+    KVF_ERR_BUFFER_TOO_SMALL = -6,   /* the buffer is too small */
+    KVF_ERR_BUSY = -7,               /* in use by a job in flight or by another object */
+    KVF_ERR_CLOSED = -8,             /* the engine is closing */
+    KVF_ERR_CANCELLED = -9,          /* the job was cancelled */
+    KVF_ERR_TIMEOUT = -10,           /* timed out */
+    KVF_ERR_FORKED = -11,            /* the handle was made before fork() in the parent process */
+    KVF_ERR_UNSUPPORTED = -12,       /* not supported here */
+    KVF_ERR_NO_DEVICE = -13,         /* no such device */
+    KVF_ERR_DEVICE = -14,            /* the device reported an error */
+    KVF_ERR_DEVICE_LOST = -15,       /* the device is lost; the engine is broken, make a new one */
+    KVF_ERR_UNREACHABLE = -16,       /* memory that no device of the engine can reach */
+    KVF_ERR_SYSTEM = -17,            /* the operating system refused */
+    KVF_ERR_LIBRARY_NOT_FOUND = -18, /* no libllama is loaded in this process */
+    KVF_ERR_LIBRARY_AMBIGUOUS = -19, /* several libllama are loaded: name one */
+    KVF_ERR_TAP = -20,               /* libllama's calls cannot be recorded */
+    KVF_ERR_CONTEXT_FREED = -21,     /* the llama_context has been freed */
+    KVF_ERR_SEQUENCE_RANGE = -22,    /* sequence id out of the context's range */
+    KVF_ERR_SEQUENCE_EMPTY = -23,    /* the sequence is empty */
+    KVF_ERR_STATE_DAMAGED = -24,     /* the state is truncated or its structure is damaged */
+    KVF_ERR_STATE_MISMATCH = -25,    /* the state is of another model or another kind of cache */
+    KVF_ERR_CACHE_FULL = -26,        /* the cache has not enough free cells */
+    KVF_ERR_LLAMA = -27,             /* libllama refused */
+    KVF_ERR_INTERNAL = -28,          /* internal error */
+} kvf_status;
+
+/* Tells the name of a status, such as "KVF_ERR_BUSY".
+ *
+ * Thread:    any
+ * May block: no
+ * Returns:   a static text, never NULL; "KVF_?" for a number that is no status.
+ * Errors:    none of its own
+ * Since:     0.1 */
+KVF_API const char *kvf_status_name(int32_t status);
+
+/* Tells what a status means, in lower case and without a full stop.
+ *
+ * Thread:    any
+ * May block: no
+ * Returns:   a static text, never NULL.
+ * Errors:    none of its own
+ * Since:     0.1 */
+KVF_API const char *kvf_strerror(int32_t status);
+
+/* ------------------------------------------------------------------------------------------------
  * Advanced
  * ------------------------------------------------------------------------------------------------
  * 6 Regions: any memory of the engine's devices
  * --------------------------------------------------------------------------------------------- */
 
-/* `rows` rows of `width` bytes, each `pitch` bytes behind the one before, in device or host memory; and
- * their place in the buffer. One run of bytes has one row; its pitches are not read. Any alignment. */
+/* `rows` rows of `width` bytes, each `pitch` bytes behind the one before, in device or host memory;
+ * and their place in the buffer. One run of bytes has one row; its pitches are not read. Any
+ * alignment. */
 typedef struct kvf_region {
     /* The address of the first row. */
     uint64_t address;
@@ -918,17 +933,19 @@ KVF_API int32_t kvf_regions_size(const kvf_region *regions, uint64_t count, uint
 
 /* Saves regions into `buffer`, asynchronously.
  *
- * The call copies the list of regions. The memory that the regions name must stay valid and unchanged,
- * and the buffer untouched, until the completion. A save of 0 regions completes at once. `options`
- * and `job` may be NULL. If `job` is given, release the handle with kvf_job_release().
+ * The call copies the list of regions. The memory that the regions name must stay valid, and the
+ * buffer untouched, until the completion. Memory that changes meanwhile is saved partly as it was
+ * before and partly as it is afterwards. A save of 0 regions completes at once. `options` and `job`
+ * may be NULL. If `job` is given, release the handle with kvf_job_release().
  *
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; one completion follows.
- * Errors:    KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_UNREACHABLE (a region is in memory that no device of the
- *            engine reaches), KVF_ERR_INVALID_ARGUMENT (a region is malformed; the buffer cannot be
- *            written; `mode` is not 0), KVF_ERR_CLOSED, KVF_ERR_DEVICE_LOST (where the call does not
- *            notice yet that a device is lost, the completion says so), and those of section 7
+ * Errors:    KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_UNREACHABLE (a region is in memory that no device of
+ *            the engine reaches), KVF_ERR_INVALID_ARGUMENT (a region is malformed; the buffer
+ *            cannot be written; `mode` is not 0), KVF_ERR_CLOSED, KVF_ERR_DEVICE_LOST (where the
+ *            call does not notice yet that a device is lost, the completion says so), and those of
+ *            section 7
  * Since:     0.1 */
 KVF_API int32_t kvf_regions_save(kvf_engine engine, const kvf_region *regions, uint64_t count,
                                  void *buffer, uint64_t bytes, const kvf_submit_options *options,
@@ -936,16 +953,16 @@ KVF_API int32_t kvf_regions_save(kvf_engine engine, const kvf_region *regions, u
 
 /* Loads regions from `buffer`, asynchronously.
  *
- * The call copies the list of regions. The memory that the regions name must stay valid and untouched,
- * and the buffer unchanged, until the completion. Regions of one load must not overlap. A load of 0
- * regions completes at once. `options` and `job` may be NULL. If `job` is given, release the handle
- * with kvf_job_release().
+ * The call copies the list of regions. The memory that the regions name must stay valid and
+ * untouched, and the buffer unchanged, until the completion. Regions of one load must not overlap.
+ * A load of 0 regions completes at once. `options` and `job` may be NULL. If `job` is given,
+ * release the handle with kvf_job_release().
  *
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; one completion follows.
- * Errors:    as kvf_regions_save(); KVF_ERR_INVALID_ARGUMENT also if the memory of a region cannot be
- *            written
+ * Errors:    as kvf_regions_save(); KVF_ERR_INVALID_ARGUMENT also if the memory of a region cannot
+ *            be written
  * Since:     0.1 */
 KVF_API int32_t kvf_regions_load(kvf_engine engine, const kvf_region *regions, uint64_t count,
                                  const void *buffer, uint64_t bytes,
@@ -954,32 +971,33 @@ KVF_API int32_t kvf_regions_load(kvf_engine engine, const kvf_region *regions, u
 /* ------------------------------------------------------------------------------------------------
  * 7 CUDA streams
  *
- * With KVF_SUBMIT_FOLLOW_STREAM a transfer begins when the stream has done the work that it holds at
- * the time of the submitting call. A snapshot is copied during its call, so that the call waits for
- * the stream. kvf_job_stream_wait() is for the other direction: a stream waits for a job.
+ * With KVF_SUBMIT_FOLLOW_STREAM a transfer begins when the stream has done the work that it holds
+ * at the time of the submitting call. A snapshot is copied during its call, so that the call waits
+ * for the stream. kvf_job_stream_wait() is for the other direction: a stream waits for a job.
  *
- * The default streams (0, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD) exist once in every CUDA context.
- * A default stream stands for those of the calling thread's current context and of the devices whose
- * memory is moved. Where no device of the engine has its primary context current, it stands for those
- * of all devices of the engine.
+ * The default streams (0, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD) exist once in every CUDA
+ * context. A default stream stands for those of the calling thread's current context and of the
+ * devices whose memory is moved. Where no device of the engine has its primary context current, it
+ * stands for those of all devices of the engine.
  *
  * Submitting calls return KVF_ERR_UNSUPPORTED if the engine has no CUDA device, and
  * KVF_ERR_INVALID_ARGUMENT if no device of the engine knows the stream, or if the stream is being
- * captured into a CUDA graph. The capture goes on unharmed. A default stream is refused, too, while a
- * stream that it waits for is being captured.
+ * captured into a CUDA graph. The capture goes on unharmed. A default stream is refused, too, while
+ * a stream that it waits for is being captured.
  * --------------------------------------------------------------------------------------------- */
 
 /* Makes a CUDA stream (a CUstream or cudaStream_t) wait for a job.
  *
- * Work that the stream is given from now on begins when the job has ended, in whatever way. A default
- * stream stands for several streams, as above; all of them wait.
+ * Work that the stream is given from now on begins when the job has ended, in whatever way. A
+ * default stream stands for several streams, as above; all of them wait.
  *
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK.
- * Errors:    KVF_ERR_UNSUPPORTED (the engine has no CUDA device, or the driver is older than CUDA 11.7),
- *            KVF_ERR_INVALID_ARGUMENT (no device of the engine knows the stream, or the stream is being
- *            captured into a CUDA graph), KVF_ERR_BUSY (1,024 waits are outstanding)
+ * Errors:    KVF_ERR_UNSUPPORTED (the engine has no CUDA device, or the driver is older than CUDA
+ *            11.7), KVF_ERR_INVALID_ARGUMENT (no device of the engine knows the stream, or the
+ *            stream is being captured into a CUDA graph), KVF_ERR_BUSY (1,024 waits are
+ *            outstanding)
  * Since:     0.1 */
 KVF_API int32_t kvf_job_stream_wait(kvf_job job, uint64_t stream);
 

@@ -90,7 +90,7 @@ form_planted() {
     for break in '0,/^ \* May block: no/{//d}' 's/^    KVF_ERR_BUSY = -7,.*/    KVF_ERR_BUSY = -7, KVF_ERR_CLOSED = -8,/' \
         's|^\(    KVF_ERR_BUSY = -7,\).*|\1|' 's|^    KVF_ERR_CLOSED.*|    KVF_ERR_BUSY = -8, /* twice */|' \
         's/^typedef enum kvf_priority {/enum {/' '/^    \/\* A value of kvf_priority\. \*\//d' \
-        's/^ \*   5 Memory /  *   5 Buffers /'; do
+        's/^ \*   4 Memory / *   4 Buffers /'; do
         sed "$break" "$header" >"$work/kvferry.h"
         ! cmp -s "$header" "$work/kvferry.h" || { echo "nothing to break: $break"; return 1; }
         ! form "$work/kvferry.h" >/dev/null || { echo "not noticed: $break"; return 1; }
