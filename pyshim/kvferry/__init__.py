@@ -7,10 +7,11 @@ async with kvferry.Engine() as engine:
 """
 
 from . import sync
+from ._bridge.completions import Completion
+from ._bridge.llm import LlmState
 from ._native import ffi as _ffi
 from ._native import lib as _lib
 from .buffer import Buffer
-from .completions import Completion
 from .devices import Devices
 from .engine import Engine, TraceEvent
 from .errors import (
@@ -37,7 +38,6 @@ from .errors import (
     Unreachable,
 )
 from .llama import Llama, LoadMode, LoadOutcome, SaveMode
-from .llm import LlmState
 from .regions import Region
 from .snapshot import Snapshot
 from .transfer import Priority, Transfer

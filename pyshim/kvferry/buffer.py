@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy
 from numpy.typing import DTypeLike, NDArray
 
+from ._bridge.arguments import HostMemory, check_no_objects, integer, invalid
 from ._native import ffi, lib
-from .arguments import HostMemory, check_no_objects, integer, invalid
 from .errors import ErrorText, check, error
 
 if TYPE_CHECKING:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import anyio.lowlevel
 
+from ._bridge.arguments import HostMemory, Memory, integer
+from ._bridge.completions import Completions, see_through
+from ._bridge.core import Core, describe
+from ._bridge.worker import Call
 from ._native import ffi, lib
-from .arguments import HostMemory, Memory, integer
 from .buffer import Buffer, borrow, pinned, registered
-from .completions import Completions, see_through
-from .core import Core, describe
 from .devices import Devices, engine_devices
 from .errors import ErrorText, check, error
 from .llama import Llama, attach
 from .regions import RegionList, region_list
 from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
-from .worker import Call
 
 if TYPE_CHECKING:
     from ._native import CData

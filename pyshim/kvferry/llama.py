@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import anyio
 import anyio.lowlevel
 
+from ._bridge.arguments import HostMemory, choice, sequence_id
+from ._bridge.completions import Completion, see_through
+from ._bridge.core import Attachment, Core, describe
+from ._bridge.llm import LlmState
+from ._bridge.worker import Call, context_worker
 from ._native import ffi, lib
-from .arguments import HostMemory, choice, sequence_id
 from .buffer import Buffer, borrow
-from .completions import Completion, see_through
-from .core import Attachment, Core, describe
 from .errors import ErrorText, check, error
-from .llm import LlmState
 from .snapshot import Snapshot
 from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
-from .worker import Call, context_worker
 
 if TYPE_CHECKING:
     from . import sync

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from numpy.typing import NDArray
 
-from . import dlpack
+from ._bridge import dlpack
+from ._bridge.arguments import Memory, check_no_objects, integer, invalid
 from ._native import ffi, lib
-from .arguments import Memory, check_no_objects, integer, invalid
 from .errors import check, error
 
 if TYPE_CHECKING:

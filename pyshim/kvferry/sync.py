@@ -24,11 +24,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import engine as asynchronous
+from ._bridge.arguments import HostMemory, Memory, sequence_id
+from ._bridge.claims import claim_for_transfer
+from ._bridge.completions import Completion, completion_of
 from ._native import ffi, lib
-from .arguments import HostMemory, Memory, sequence_id
 from .buffer import Buffer, borrow, pinned, registered
-from .claims import claim_for_transfer
-from .completions import Completion, completion_of
 from .devices import Devices
 from .errors import check, error
 from .llama import LoadMode, SaveMode, load_mode, save_mode
@@ -38,8 +38,8 @@ from .transfer import Priority, SubmitOptions
 
 if TYPE_CHECKING:
     from . import llama as asynchronous_llama
+    from ._bridge.core import Attachment, Core
     from ._native import CData
-    from .core import Attachment, Core
 
 # A signal's handler runs between two waits.
 _WAIT_NS = 50_000_000

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import anyio
 
+from ._bridge.arguments import choice, integer
+from ._bridge.claims import claim_for_transfer
+from ._bridge.completions import Completion, Completions, PendingTransfer, see_through
+from ._bridge.worker import Call
 from ._native import ffi, lib
-from .arguments import choice, integer
 from .buffer import Buffer
-from .claims import claim_for_transfer
-from .completions import Completion, Completions, PendingTransfer, see_through
 from .errors import ErrorText, check, error
-from .worker import Call
 
 if TYPE_CHECKING:
     from ._native import CData

@@ -12,10 +12,10 @@ from pathlib import Path
 import kvferry
 import numpy as np
 import pytest
-from devices import DEVICES
-from event_loops import anyio_backend  # noqa: F401
 from kvferry import sync
-from llama_reference import Context
+from support.devices import DEVICES
+from support.event_loops import anyio_backend  # noqa: F401
+from support.llama_reference import Context
 
 MakeContext = Callable[..., Context]
 

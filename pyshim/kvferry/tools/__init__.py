@@ -1,0 +1,1 @@
+"""The command ``kvferry``: demo, doctor, benchmark, and what they need; programs need none of it."""
