@@ -1,1 +1,1 @@
-"""The command ``kvferry``: demo, doctor, benchmark, and what they need; programs need none of it."""
+"""The command ``kvferry``, with all that it needs. Programs that use kvferry need none of it."""
