@@ -448,7 +448,7 @@ def test_ctrl_c_on_trio_ends_the_program_and_its_jobs(
     async def main() -> None:
         async with kvferry.Engine("host", copy_threads=1) as engine:
             once = Once(signal.SIGINT)
-            module = "engine" if function == "kvf_regions_save" else "completions"
+            module = "engine" if function == "kvf_regions_save" else "_bridge.completions"
             lib: Any = sys.modules[f"kvferry.{module}"].lib  # type: ignore[attr-defined]
             monkeypatch.setattr(f"kvferry.{module}.lib", Calling(lib, function, once))
             async with anyio.create_task_group() as tasks:
