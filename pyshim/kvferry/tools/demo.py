@@ -43,8 +43,8 @@ from .workload import (
     Items,
     cells,
     decoding_threads,
-    percentile,
     prompt,
+    step_percentile,
     submit,
 )
 
@@ -465,12 +465,11 @@ def _median_us(call: Callable[[], object]) -> float:
 
 
 def _both(idle: list[Step], during: list[Step], percent: float) -> dict[str, float | None]:
-    """None where no step fell into a transfer."""
-
-    def of(steps: list[Step]) -> float | None:
-        return percentile([step.ms for step in steps], percent) if steps else None
-
-    return {"idle": of(idle), "during_transfers": of(during)}
+    """None where no step fell beside a transfer."""
+    return {
+        "idle": step_percentile(idle, percent),
+        "during_transfers": step_percentile(during, percent),
+    }
 
 
 def _print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -140,7 +140,12 @@ async def submit(llama: Llama, start: Awaitable[Transfer[T]]) -> tuple[Transfer[
     return transfers[0], recorded_ns
 
 
-def percentile(values: list[float], percent: float) -> float:
-    """By nearest rank; of few values, the 99th is the largest."""
-    ordered = sorted(values)
+def step_percentile(steps: Sequence[Step], percent: float) -> float | None:
+    """A percentile of the steps' milliseconds, by nearest rank; None of no steps.
+
+    Of few steps, the 99th percentile is the longest.
+    """
+    ordered = sorted(step.ms for step in steps)
+    if not ordered:
+        return None
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import kvferry
 import pytest
-from kvferry.tools import bench, libllama
-from kvferry.tools.bench.measurement import Measurement, Reading, Stage, at_least
-from kvferry.tools.table import Progress, table
+from kvferry.tools import libllama
+from kvferry.tools.table import table
 from support.llama_reference import LIBRARY_FOLDER
 from support.unknown_format import NUMBERS, NoMagic, write_libllama
 
@@ -344,45 +343,6 @@ def test_bench_writes_the_figures_that_were_asked_for(tmp_path: Path) -> None:
     assert [line["stage"] for line in report["results"]] == ["V transposed"]
     assert report["results"][0]["value"] > 0
     assert json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_measurement_that_fails_loses_no_other(tmp_path: Path) -> None:
-    class NothingPrepared:
-        name = "stage"
-        nbytes = 0
-        timeline = None
-        pieces = ()
-
-        class decoding:
-            steps = ()
-
-        def known(self, key: str) -> None: ...
-        def drain_trace(self) -> None: ...
-
-    class opened:
-        async def __aenter__(self) -> NothingPrepared:
-            return NothingPrepared()
-
-        async def __aexit__(self, *failure: object) -> None: ...
-
-    async def fails(_: object) -> Reading:
-        raise RuntimeError("out of luck")
-
-    async def works(_: object) -> Reading:
-        return Reading(2.0)
-
-    run = bench._Run(tmp_path, Progress(), only=None)
-    measurements = [Measurement("a", "x", None, fails), Measurement("b", "x", at_least(1), works)]
-
-    await run.stage(Stage("stage", opened, measurements))  # type: ignore[arg-type]
-
-    assert [(each.name, each.error, each.met) for each in run.results] == [
-        ("a", "RuntimeError: out of luck", None),
-        ("b", "", True),
-    ]
-    assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2
 
 
 # ---- config --------------------------------------------------------------------------------------

@@ -193,8 +193,11 @@ class _Run:
 
     def _add(self, line: Result) -> None:
         self.results.append(line)
-        value = line.error or f"{line.value:.4g} {line.unit} {line.limit and f'({line.limit})'}"
-        self._progress.say(f"{line.stage}: {line.name}: {value}")
+        if line.value is None:
+            text = line.error or line.limit
+        else:
+            text = f"{line.value:.4g} {line.unit} {line.limit and f'({line.limit})'}"
+        self._progress.say(f"{line.stage}: {line.name}: {text}")
         # Written each time: a run that is killed leaves what it had.
         report = {
             **self.facts,

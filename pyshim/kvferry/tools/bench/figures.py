@@ -19,11 +19,9 @@ import numpy
 from ...llama import LoadMode
 from ..limits import Direction
 from ..table import ms
-from ..workload import SAVED, percentile
-from .measurement import Goal, Measurement, Reading, at_least
+from ..workload import SAVED, step_percentile
+from .measurement import Goal, Measurement, Reading, at_least, nothing_measured
 from .prepared import SMALL, Beside, Prepared, ended
-
-Measure = Callable[[Prepared], Awaitable[Reading]]
 
 _ROUNDS, _STEPS = 6, 40  # of decoding, alone and beside transfers each
 
@@ -224,19 +222,21 @@ def _beside(
 
 def decode_percentile(direction: Direction, percent: int, goal: Goal | None) -> Measurement:
     def of(beside: Beside) -> Reading:
-        idle = percentile([step.ms for step in beside.idle], percent)
-        during = percentile([step.ms for step in beside.during], percent)
+        idle = step_percentile(beside.idle, percent)
+        during = step_percentile(beside.during, percent)
+        if idle is None:
+            return nothing_measured("no decode step was idle")
+        if during is None:
+            return nothing_measured("no decode step fell beside a transfer")
         text = f"{ms(during)} ms of {len(beside.during)} steps, idle {ms(idle)} ms"
-        first = percentile([step.ms for step in beside.first], percent)
-        text += f"; first steps after recording +{100 * (first / idle - 1):.1f} %"
-        details = {
-            "idle_ms": idle,
-            "during_ms": during,
-            "first_ms": first,
-            "steps": len(beside.during),
-        }
-        if beside.paced:
-            paced = percentile([step.ms for step in beside.paced], percent)
+        details: dict[str, float] = {"idle_ms": idle, "during_ms": during}
+        first = step_percentile(beside.first, percent)
+        if first is not None:
+            details["first_ms"] = first
+            text += f"; first steps after recording +{100 * (first / idle - 1):.1f} %"
+        details["steps"] = len(beside.during)
+        paced = step_percentile(beside.paced, percent)
+        if paced is not None:
             details["raw_paced_ms"] = paced
             text += f"; raw copies at that pace +{100 * (paced / idle - 1):.1f} %"
         return Reading(100 * (during / idle - 1), text, details)

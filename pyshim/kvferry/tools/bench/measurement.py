@@ -33,7 +33,8 @@ def at_most(bound: float) -> Goal:
 
 @dataclass(frozen=True)
 class Reading:
-    value: float
+    value: float | None
+    """None where nothing was measured: then ``limit`` says why."""
     limit: str = ""
     """What it was compared with, and the medians behind a ratio, for people."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class Result:
     unit: str
     goal: str
     met: bool | None
-    """None without a goal, or if the measurement failed."""
+    """None without a goal, if nothing was measured, or if the measurement failed."""
     value: float | None = None
     limit: str = ""
     error: str = ""
@@ -82,11 +83,15 @@ def result(stage: str, measurement: Measurement, reading: Reading) -> Result:
         measurement.name,
         measurement.unit,
         str(goal) if goal else "",
-        goal.met(reading.value) if goal else None,
+        None if goal is None or reading.value is None else goal.met(reading.value),
         reading.value,
         reading.limit,
         details=reading.details,
     )
+
+
+def nothing_measured(why: str) -> Reading:
+    return Reading(None, f"nothing measured: {why}")
 
 
 def failure(stage: str, measurement: Measurement, error: str) -> Result:
