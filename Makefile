@@ -216,7 +216,7 @@ EXAMPLE_MODEL := build/models/small.gguf
 test-c test-install: export KVFERRY_LLAMA_DEV ?= $(CURDIR)/$(BINDINGS_LIB)
 test-c test-install: export KVFERRY_LLAMA_MODEL ?= $(CURDIR)/$(EXAMPLE_MODEL)
 
-$(EXAMPLE_MODEL): pyshim/kvferry/tools/synthetic.py | $(TOOLS)
+$(EXAMPLE_MODEL): $(wildcard pyshim/kvferry/tools/synthetic/*.py) | $(TOOLS)
 	mkdir -p $(@D)
 	PYTHONPATH=pyshim/kvferry/tools python -c 'from synthetic import write_model; write_model("llama", "$@")'
 
@@ -339,7 +339,7 @@ $(GO_LIBRARY): $(TOOLS) $(shell find CMakeLists.txt include cabi -type f)
 	    (echo "// $(CURDIR)"; sha256sum build/go/prefix/include/kvferry.h | sed 's|^|// |') > examples/go/$$package/tree.hxx; \
 	done
 
-$(GO_MODEL): pyshim/kvferry/tools/synthetic.py | $(TOOLS)
+$(GO_MODEL): $(wildcard pyshim/kvferry/tools/synthetic/*.py) | $(TOOLS)
 	mkdir -p $(@D)
 	PYTHONPATH=pyshim/kvferry/tools python -c 'from synthetic import write_model; write_model("llama", "$@", \
 	    layers=12, embedding=512, heads=8, kv_heads=4, head_dim=64, feed_forward=1024, context=8192)'

@@ -12,7 +12,7 @@ import numpy
 from numpy.typing import NDArray
 
 from ._bridge import dlpack
-from ._bridge.arguments import Memory, check_no_objects, integer, invalid
+from ._bridge.arguments import Array, check_no_objects, integer, invalid
 from ._native import ffi, lib
 from .errors import check, error
 
@@ -56,6 +56,9 @@ class Region:
     def native(self) -> _Native:
         return self.address, self.width, self.rows, self.pitch, self.offset, self.buffer_pitch
 
+
+Memory = Array | Region | Sequence[Array | Region]
+"""What ``copy_out`` reads and ``copy_in`` writes: arrays or Regions, not both in one list."""
 
 _Native = tuple[int, int, int, int, int, int]
 """A ``kvf_region``: the fields of a Region, which arrays have too many of to make objects."""

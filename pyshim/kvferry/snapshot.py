@@ -12,7 +12,7 @@ import anyio.to_thread
 from ._bridge import snapshot_file
 from ._bridge.arguments import HostMemory
 from ._bridge.claims import claim_for_snapshot
-from ._bridge.completions import Completion
+from ._bridge.completion import Completion
 from ._bridge.llm import LlmState
 from ._bridge.snapshot_file import Content
 from ._native import ffi, lib

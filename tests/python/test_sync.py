@@ -6,7 +6,6 @@ import _thread
 import gc
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import kvferry
@@ -15,9 +14,8 @@ import pytest
 from kvferry import sync
 from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
+from support.like_contexts import MakeContext
 from support.llama_reference import Context
-
-MakeContext = Callable[..., Context]
 
 SLOW = np.zeros(1 << 28, np.uint8)[::2]  # a second of one thread's work
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Union
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy
 from numpy.typing import NDArray
 
 from .._native import lib
 from ..errors import error
-
-if TYPE_CHECKING:
-    from ..regions import Region
 
 _UINT64_MAX = (1 << 64) - 1
 
@@ -47,9 +44,6 @@ HostMemory = SupportsBuffer | NDArray[Any]
 
 Array = HostMemory | SupportsCudaArray | SupportsDLPack
 """Memory of a device or of the host, with strides or without."""
-
-Memory = Union[Array, "Region", Sequence[Union[Array, "Region"]]]
-"""What ``copy_out`` reads and ``copy_in`` writes: not arrays and Regions in one list, though."""
 
 
 def integer(name: str, value: object, *, least: int = 0, most: int = _UINT64_MAX) -> int:

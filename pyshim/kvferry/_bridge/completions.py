@@ -25,93 +25,17 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 
 from .._native import ffi, lib
 from ..errors import check, error
-
-if TYPE_CHECKING:
-    from .._native import CData
+from .completion import Completion, completion_of
 
 # Completions taken before other tasks get their turn again: about half a millisecond of work.
 _BATCH = 64
-
-
-class Completion(NamedTuple):
-    """How a transfer ended. Times are nanoseconds of ``time.monotonic_ns()``."""
-
-    status: int
-    """``KVF_OK`` (0) or a negative ``kvf_status``."""
-    mode: int
-    """How a sequence's transfer was done: 1 in place, 2 from a snapshot or ahead. Else 0."""
-    bytes: int
-    """Size of the state or of the regions."""
-    fragments: int
-    """Separate pieces of tensor memory that it consists of."""
-    segments: int
-    """What remained of them after joining runs and rows into blocks."""
-    submitted_ns: int
-    started_ns: int
-    """When the first piece began to move; 0 if none did."""
-    finished_ns: int
-    listed_ns: int
-    """Of a sequence's transfer: when libllama had taken cells and listed what to move. Else 0."""
-    recorded_ns: int
-    """Of a sequence's transfer: when it had named the last fragment. Else 0."""
-    detail: str
-    """One line on what went wrong, or ""."""
-
-
-async def see_through(attempt: Callable[[], Awaitable[None]], on_break: Callable[[], None]) -> None:
-    """Awaits ``attempt()`` to its end, also where the awaiting is broken off.
-
-    Cancellation, or what a signal handler raises, calls ``on_break``, and goes on after the end of
-    a second attempt. Cancellation doesn't break that off again; another signal's exception does.
-    """
-    try:
-        await attempt()
-    except GeneratorExit:
-        raise
-    except BaseException as first:
-        try:
-            on_break()
-        finally:
-            on_break()
-        latest = await _last_cancellation_until(attempt)
-        if latest is None or not isinstance(first, anyio.get_cancelled_exc_class()):
-            raise
-        # Of several cancellations the latest counts. Not kept in a variable when raised: its
-        # traceback would keep this frame, the frame the exception, and both the transfer's memory.
-        try:
-            raise latest
-        finally:
-            del latest
-
-
-async def _last_cancellation_until(
-    attempt: Callable[[], Awaitable[None]],
-) -> BaseException | None:
-    """Makes attempts until one ends uncancelled; returns the latest cancellation that came.
-
-    The shield holds off cancel scopes; asyncio's ``Task.cancel()`` comes through it.
-    """
-    latest = None
-    ended = False
-    with anyio.CancelScope(shield=True):
-        while not ended:
-            try:
-                await attempt()
-                ended = True
-            except anyio.get_cancelled_exc_class() as cancellation:
-                latest = cancellation
-    try:
-        return latest
-    finally:
-        del latest  # as above
 
 
 class Pending:
@@ -131,6 +55,9 @@ class PendingTransfer(Pending):
     @property
     def job(self) -> int | None:
         """The job's handle; None if no job has been submitted, or not yet."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
         raise NotImplementedError
 
     def completed(self, completion: Completion) -> None:
@@ -391,19 +318,3 @@ def _is_over(loop: object) -> bool:
 
 def _nothing() -> None:
     pass
-
-
-def completion_of(record: CData) -> Completion:
-    return Completion(
-        record.status,
-        record.mode,
-        record.bytes,
-        record.fragments,
-        record.segments,
-        record.submitted_ns,
-        record.started_ns,
-        record.finished_ns,
-        record.listed_ns,
-        record.recorded_ns,
-        "" if record.status == lib.KVF_OK else ffi.string(record.detail).decode(errors="replace"),
-    )

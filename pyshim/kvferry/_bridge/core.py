@@ -1,75 +1,38 @@
-"""What an engine consists of, and how it is taken down when nobody closed it.
+"""What an engine consists of, and how it is taken down.
 
-Apart from the Engine that programs hold, and without a reference to it, so that this can do its
-work after the Engine has been collected, and at the interpreter's exit.
+Apart from the engine objects that programs hold, and without a reference to them, so that a core
+can do its work after such an object has been collected, and at the interpreter's exit.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import math
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from .._native import ffi, lib
+import anyio.lowlevel
+
+from .._native import lib
 from ..errors import check, error
-from ..transfer import Transfer
+from .attachment import Attachment
 from .completions import Completions
-from .llm import SEQUENCE, LlmObject
-from .worker import Call, Worker, WorkerThread
+from .description import describe
+from .trace import TraceEvent, take_trace
+from .worker import Worker, WorkerThread
 
-if TYPE_CHECKING:
-    from .._native import CData
-    from ..llama import LoadTransfer
+T = TypeVar("T")
 
 # How long an exit or a collection may wait for cancelled transfers and for calls that run. Both
 # end within a piece or a decode step, milliseconds; this is for when something hangs.
 _PATIENCE_SECONDS = 2.0
 
 
-class Attachment:
-    """An engine's attachment to a llama context."""
-
-    def __init__(self, handle: int, address: int, worker: Worker, owner: object) -> None:
-        self.handle = handle
-        self.address = address
-        self.worker = worker
-        self.owner = owner  # a llama_cpp.Llama, which frees the context when it is collected
-        self.llm = LlmObject.of(owner)
-        self.in_flight: dict[Transfer[Any], int] = {}  # and the sequence of each
-        # By sequence; None where it has not got as far as a transfer.
-        self.latest_loads: dict[int, LoadTransfer | None] = {}
-        self.sizes: dict[int, int] = {}  # of sequences' states, as they were last seen
-        self.detaching = False
-        self._end: Call | None = None
-
-    def measure(self, seq: int) -> int:
-        """Size of a sequence's state. On the context's thread."""
-        nbytes = ffi.new("uint64_t *")
-        check(lib.kvf_llama_size(self.handle, seq, nbytes))
-        size: int = nbytes[0]
-        self.sizes[seq] = size
-        return size
-
-    def llm_of(self, seq: int) -> LlmObject | None:
-        """The llama_cpp.Llama that decodes this sequence, and keeps account of it."""
-        return self.llm if seq == SEQUENCE else None
-
-    def end(self) -> Call:
-        """Asks for the detach, as its last call on the context's thread. May be repeated."""
-        self.detaching = True
-        if self._end is None:
-            self._end = self.worker.make(lib.kvf_llama_detach, self.handle)
-        self.worker.ask_for_last(self._end)
-        return self._end
-
-
 class Core:
-    """The handle of the C engine and all that lives and dies with it."""
+    """The handle of the C engine, and all that lives and dies with it."""
 
     def __init__(self, handle: int, completions: Completions) -> None:
         self.handle = handle
@@ -83,21 +46,51 @@ class Core:
         """True in a forked child, which has these objects but none of the threads behind them."""
         return os.getpid() != self._process
 
-    def abandon(self) -> None:
-        """Cancels what is in flight and takes the engine down, within a bounded time.
+    # ---- For callers on an event loop -----------------------------------------------------------
 
-        For finalizers, on any thread. If the time is not enough everything is left as it is, and
-        alive: memory must never be freed under a transfer.
+    async def check_ready(self) -> None:
+        """Refuses what can't be done here, and lets a cancellation that is pending go first.
+
+        Raises Forked, EngineClosed, RuntimeError beside another event loop.
         """
-        if self.closed or self.is_inherited():
-            return
-        self.closed = True
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        if not (self._stop(deadline) and self._detach(deadline)):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
-            return
-        lib.kvf_engine_destroy(self.handle)
-        lib.kvf_queue_destroy(self.completions.queue)
+        self.completions.check_usable()
+        self.completions.check_waitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+
+    async def on_memory_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Makes a call that blocks, with the engine's handle, on a thread of the engine's own."""
+        await self.check_ready()
+        return await self.memory_worker.call(function, self.handle, *arguments)
+
+    # ---- Looking inside -------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What ``kvf_engine_describe`` says. Raises Forked, EngineClosed."""
+        self._check_open()
+        return describe(lib.kvf_engine_describe, self.handle)
+
+    def trace(self) -> list[TraceEvent]:
+        """Takes the recorded pieces. Raises Forked, EngineClosed."""
+        self._check_open()
+        return take_trace(self.handle)
+
+    def _check_open(self) -> None:
+        """An engine that is closing can still be looked into."""
+        self.completions.check_process()
+        if self.closed:
+            raise error(lib.KVF_ERR_CLOSED)
+
+    def text_of(self, attachment: Attachment) -> str:
+        """An attachment of this engine in words, for people."""
+        if not (attachment.detaching or self.closed):
+            condition = in_flight(len(attachment.in_flight))
+        elif attachment in self.attachments and not self.closed:
+            condition = "detaching"
+        else:
+            condition = "detached"
+        return f"at {attachment.address:#x}: {attachment.model}, {condition}"
+
+    # ---- Closing, on this thread ----------------------------------------------------------------
 
     def close(self) -> None:
         """Closes the engine on this thread, once its transfers have ended.
@@ -127,6 +120,24 @@ class Core:
         attachment.worker.stop()
         self.attachments.remove(attachment)
 
+    # ---- Being forgotten ------------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        """Cancels what is in flight and takes the engine down, within a bounded time.
+
+        For finalizers, on any thread. If the time is not enough everything is left as it is, and
+        alive: memory must never be freed under a transfer.
+        """
+        if self.closed or self.is_inherited():
+            return
+        self.closed = True
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        if not (self._stop(deadline) and self._detach_all(deadline)):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+            return
+        lib.kvf_engine_destroy(self.handle)
+        lib.kvf_queue_destroy(self.completions.queue)
+
     def _stop(self, deadline: float) -> bool:
         # First the workers, so that nothing more is submitted.
         for worker in [self.memory_worker, *(each.worker for each in self.attachments)]:
@@ -135,7 +146,7 @@ class Core:
         lib.kvf_engine_cancel(self.handle)
         return self.completions.drain_without_loop(deadline - time.monotonic())
 
-    def _detach(self, deadline: float) -> bool:
+    def _detach_all(self, deadline: float) -> bool:
         # Beside what other engines' attachments run on the context's thread.
         return all(
             each.worker.when_idle(
@@ -145,15 +156,6 @@ class Core:
         )
 
 
-def describe(function: Callable[[int, CData, int, CData], int], handle: int) -> dict[str, Any]:
-    """Calls kvf_engine_describe or kvf_llama_describe."""
-    needed = ffi.new("uint64_t *", 4096)
-    while True:
-        capacity = needed[0]
-        text = ffi.new("char[]", capacity)
-        status = function(handle, text, capacity, needed)
-        if status == lib.KVF_ERR_BUFFER_TOO_SMALL:
-            continue
-        check(status)
-        description: dict[str, Any] = json.loads(ffi.string(text))
-        return description
+def in_flight(count: int) -> str:
+    """How many transfers are in flight, in words."""
+    return f"{count or 'no'} transfer{'s' if count > 1 else ''} in flight"

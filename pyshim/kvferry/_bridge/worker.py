@@ -28,7 +28,8 @@ from typing import Any, TypeVar, cast
 
 from .._native import lib
 from ..errors import error
-from .completions import Completions, PendingCall, see_through
+from .cancellation import see_through
+from .completions import Completions, PendingCall
 
 T = TypeVar("T")
 

@@ -16,15 +16,12 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from .. import Completion, __version__
-from ..devices import Devices
-from ..engine import Engine
+from .. import Devices, Engine, Llama, Priority, __version__
 from ..errors import KvferryError, NoDevice
-from ..llama import Llama
-from ..transfer import Priority
 from .libllama import Context, ContextOptions, Libllama, LlamaError, Model, find
 from .limits import cuda_driver, memcpy_seconds
 from .synthetic import write_model
+from .workload import ended, seconds
 
 _COPIED = 128 << 20
 _HOST_ALONE = "not asked for"  # why an engine of the host has no CUDA device
@@ -367,10 +364,10 @@ async def _through_kvferry(engine: Engine) -> Finding:
         for _ in range(_REPEATS + 1):  # the first touches the buffer
             transfer = await engine.start_copy_out(source, buffer, priority=priority)
             await transfer.wait()
-            saves.append(_seconds(transfer.completion))
+            saves.append(seconds(ended(transfer)))
             transfer = await engine.start_copy_in(source, buffer, priority=priority)
             await transfer.wait()
-            loads.append(_seconds(transfer.completion))
+            loads.append(seconds(ended(transfer)))
         for direction, times in (("save", saves), ("load", loads)):
             speeds[f"{priority} {direction}"] = _COPIED / statistics.median(times[1:]) / 1e9
     found = ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in speeds.items())
@@ -379,8 +376,3 @@ async def _through_kvferry(engine: Engine) -> Finding:
         "the engine copies with, background is one polite thread"
     )
     return Finding("transfers", found, meaning, details={"gb_per_s": speeds})
-
-
-def _seconds(completion: Completion | None) -> float:
-    assert completion is not None
-    return (completion.finished_ns - completion.submitted_ns) / 1e9

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 _memmove = ctypes.CDLL(None).memmove  # called without the interpreter's lock
@@ -252,10 +251,5 @@ class RawCuda:
     def __enter__(self) -> RawCuda:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -12,7 +12,7 @@ from .._bridge.arguments import invalid
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..engine import TraceEvent
+    from .. import TraceEvent
     from .libllama import Step
 
 # Two shades of each colour, so that neighbours can be told apart however narrow they are.

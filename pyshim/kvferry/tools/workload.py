@@ -9,13 +9,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 import anyio.lowlevel
 
-from ..llama import Llama
-from ..transfer import Transfer
+from .. import Completion, Llama, Transfer
 from .libllama import Context, Step
 
 T = TypeVar("T")
@@ -138,6 +137,17 @@ async def submit(llama: Llama, start: Awaitable[Transfer[T]]) -> tuple[Transfer[
         await anyio.lowlevel.checkpoint()  # it has asked for its call
         recorded_ns = await llama.run(time.monotonic_ns)
     return transfers[0], recorded_ns
+
+
+def ended(transfer: Transfer[Any]) -> Completion:
+    """How a transfer that has ended was done."""
+    assert transfer.completion is not None
+    return transfer.completion
+
+
+def seconds(completion: Completion) -> float:
+    """From the submitting call to the completion."""
+    return (completion.finished_ns - completion.submitted_ns) / 1e9
 
 
 def step_percentile(steps: Sequence[Step], percent: float) -> float | None:

@@ -142,12 +142,10 @@ def test_one_engine_may_serve_one_loop_after_another() -> None:
     anyio.run(engine.aclose)
 
 
-@pytest.mark.parametrize("use_uvloop", [False, True])
-@pytest.mark.parametrize("afterwards", ["use", "close"])
-def test_a_loop_that_was_closed_under_waiting_tasks_is_forgotten(
-    use_uvloop: bool, afterwards: str
-) -> None:
-    engine = kvferry.Engine("host", copy_threads=1)
+def waiting_on_a_closed_loop(
+    engine: kvferry.Engine, loop: asyncio.AbstractEventLoop
+) -> list[asyncio.Task[kvferry.Buffer]]:
+    """Tasks that wait for transfers, and whose loop has been closed meanwhile."""
     slow = np.zeros(1 << 26, np.uint8)[::2]
     tasks = []
 
@@ -156,12 +154,24 @@ def test_a_loop_that_was_closed_under_waiting_tasks_is_forgotten(
             tasks.append(asyncio.create_task(engine.copy_out(slow, bytearray(slow.size))))
         await anyio.wait_all_tasks_blocked()
 
+    loop.run_until_complete(start())
+    loop.close()
+    return tasks
+
+
+@pytest.mark.parametrize("use_uvloop", [False, True])
+@pytest.mark.parametrize("afterwards", ["use", "close"])
+def test_a_loop_that_was_closed_under_waiting_tasks_is_forgotten(
+    use_uvloop: bool, afterwards: str
+) -> None:
+    engine = kvferry.Engine("host", copy_threads=1)
+
     async def use() -> None:
         assert (await engine.copy_out(b"anything")).to_bytes() == b"anything"
 
-    loop = uvloop.new_event_loop() if use_uvloop else asyncio.new_event_loop()
-    loop.run_until_complete(start())
-    loop.close()
+    tasks = waiting_on_a_closed_loop(
+        engine, uvloop.new_event_loop() if use_uvloop else asyncio.new_event_loop()
+    )
     if afterwards == "use":
         anyio.run(use, backend="trio")
         anyio.run(use, backend="asyncio")
@@ -176,17 +186,7 @@ def test_a_loop_that_was_closed_under_waiting_tasks_is_forgotten(
 
 def test_tasks_of_a_closed_loop_that_are_collected_first_disturb_nobody() -> None:
     engine = kvferry.Engine("host", copy_threads=1)
-    slow = np.zeros(1 << 26, np.uint8)[::2]
-    tasks = []
-
-    async def start() -> None:
-        for _ in range(3):
-            tasks.append(asyncio.create_task(engine.copy_out(slow, bytearray(slow.size))))
-        await anyio.wait_all_tasks_blocked()
-
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(start())
-    loop.close()
+    tasks = waiting_on_a_closed_loop(engine, asyncio.new_event_loop())
     for task in tasks:
         task._log_destroy_pending = False
     del task

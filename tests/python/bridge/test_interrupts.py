@@ -424,9 +424,9 @@ async def test_what_follows_a_failed_load_is_done_once(
         ahead = await engine.start_copy_out(slow, priority="urgent")
         load = await llama.start_load(snapshot, 2)
         load.cancel()
-        lib: Any = sys.modules["kvferry.llama"].lib  # type: ignore[attr-defined]
+        lib: Any = sys.modules["kvferry.sequence_transfer"].lib  # type: ignore[attr-defined]
         settling = Calling(lib, "kvf_llama_settle", lambda: settled.append(None))
-        monkeypatch.setattr("kvferry.llama.lib", settling)
+        monkeypatch.setattr("kvferry.sequence_transfer.lib", settling)
         monkeypatch.setattr(Worker, "ask_for", interrupted_once)
         with pytest.raises(Interrupt):
             await load.wait()

@@ -249,7 +249,7 @@ def blocking(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def __getattr__(self, name: str) -> Any:
             return getattr(native, name)
 
-    monkeypatch.setattr("kvferry.llama.lib", Forcing())
+    monkeypatch.setattr("kvferry._bridge.attachment.lib", Forcing())
     return {"allow_blocking": True}
 
 

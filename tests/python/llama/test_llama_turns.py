@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import kvferry
@@ -64,14 +65,14 @@ def began_ns(snapshot: kvferry.Snapshot) -> int:
 def next_allocation(engine: kvferry.Engine, monkeypatch: pytest.MonkeyPatch) -> anyio.Event:
     """Set when the engine has allocated a buffer: what needs it is what comes next."""
     allocated = anyio.Event()
-    allocate = engine.allocate
+    on_memory_thread = engine._core.on_memory_thread
 
-    async def noted(nbytes: int) -> kvferry.Buffer:
-        buffer = await allocate(nbytes)
+    async def noted(*call: Any) -> Any:
+        buffer = await on_memory_thread(*call)
         allocated.set()
         return buffer
 
-    monkeypatch.setattr(engine, "allocate", noted)
+    monkeypatch.setattr(engine._core, "on_memory_thread", noted)
     return allocated
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import enum
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import kvferry
@@ -161,12 +160,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.library.call("kvf_engine_cancel", self.handle)
         self.library.call("kvf_engine_destroy", self.handle)
 
@@ -223,12 +217,7 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
 

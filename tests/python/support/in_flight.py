@@ -237,8 +237,17 @@ def pending_copy(source: int, target: int) -> Operation:
     return postpone
 
 
+def decode_one(side: Side, seq: int) -> bytes:
+    """Decodes one token; returns the logits after it."""
+    return side.context.decode(seq, [9]).tobytes()
+
+
+def decode_many(side: Side, seq: int, tokens: int) -> bytes:
+    return side.context.decode(seq, side.context.model.prompt(tokens, seed=5)).tobytes()
+
+
 def decode_fourth(side: Side) -> bytes:
-    return side.context.decode(3, [9]).tobytes()
+    return decode_one(side, 3)
 
 
 # ---- Operations ----------------------------------------------------------------------------------
@@ -246,9 +255,8 @@ def decode_fourth(side: Side) -> bytes:
 
 def decode(side: Side) -> bytes:
     """OTHER, far enough to go on in cells that a sliding window has left."""
-    context = side.context
-    context.seq_rm(SPARE)
-    return context.decode(OTHER, context.model.prompt(20, seed=5)).tobytes()
+    side.context.seq_rm(SPARE)
+    return decode_many(side, OTHER, 20)
 
 
 def decode_several(side: Side) -> bytes:
@@ -258,56 +266,102 @@ def decode_several(side: Side) -> bytes:
 
 
 def decode_own(side: Side) -> bytes:
-    context = side.context
-    return context.decode(OWN, context.model.prompt(10, seed=5)).tobytes()
+    return decode_many(side, OWN, 10)
 
 
 def shift(side: Side) -> bytes:
     """Of OTHER, applied by the decode after it."""
-    context = side.context
-    assert context.seq_rm(OTHER, 0, 4)
-    context.seq_add(OTHER, 4, -1, -4)
-    return context.decode(OTHER, [9]).tobytes()
+    pending_shift(OTHER)(side)
+    return decode_one(side, OTHER)
+
+
+def shift_own(side: Side) -> bytes:
+    pending_shift(OWN)(side)
+    return decode_one(side, OTHER)
 
 
 def divide(side: Side) -> bytes:
-    llama.llama_memory_seq_div(side.context.memory, OTHER, 20, -1, 2)
-    return side.context.decode(SPARE, [9]).tobytes()
+    _divide_positions(side, OTHER)
+    return decode_one(side, SPARE)
+
+
+def divide_own(side: Side) -> bytes:
+    _divide_positions(side, OWN)
+    return decode_one(side, OTHER)
+
+
+def _divide_positions(side: Side, seq: int) -> None:
+    llama.llama_memory_seq_div(side.context.memory, seq, 20, -1, 2)
 
 
 def copy(side: Side) -> bytes:
     """OTHER onto SPARE; between streams by the decode after it."""
-    context = side.context
-    context.seq_cp(OTHER, SPARE)
-    return context.decode(SPARE, [9]).tobytes()
+    pending_copy(OTHER, SPARE)(side)
+    return decode_one(side, SPARE)
 
 
 def copy_own(side: Side) -> bytes:
-    context = side.context
-    context.seq_cp(OWN, SPARE)
-    return context.decode(OTHER, [9]).tobytes()
+    pending_copy(OWN, SPARE)(side)
+    return decode_one(side, OTHER)
+
+
+def copy_onto_own(side: Side) -> bytes:
+    pending_copy(OTHER, OWN)(side)
+    return decode_one(side, SPARE)
 
 
 def remove(side: Side) -> bytes:
-    context = side.context
-    context.seq_rm(OTHER)
-    return context.decode(SPARE, context.model.prompt(100, seed=5)).tobytes()
+    side.context.seq_rm(OTHER)
+    return decode_many(side, SPARE, 100)
 
 
 def remove_a_part(side: Side) -> bytes:
-    context = side.context
-    assert context.seq_rm(OTHER, 30, -1)
-    return context.decode(OTHER, context.model.prompt(30, seed=5)).tobytes()
+    assert side.context.seq_rm(OTHER, 30, -1)
+    return decode_many(side, OTHER, 30)
+
+
+def remove_own(side: Side) -> bytes:
+    side.context.seq_rm(OWN)
+    return decode_many(side, OTHER, 20)
+
+
+def remove_by_kvferry(side: Side) -> bytes:
+    side.remove(OTHER)
+    return decode_one(side, SPARE)
+
+
+def remove_own_by_kvferry(side: Side) -> None:
+    side.remove(OWN)
 
 
 def keep_own(side: Side) -> bytes:
-    context = side.context
-    context.seq_keep(OWN)
-    return context.decode(OTHER, context.model.prompt(100, seed=5)).tobytes()
+    side.context.seq_keep(OWN)
+    return decode_many(side, OTHER, 100)
+
+
+def keep_other(side: Side) -> bytes:
+    side.context.seq_keep(OTHER)
+    return decode_many(side, OTHER, 20)
+
+
+def clear(side: Side) -> bytes:
+    side.context.clear()
+    return decode_many(side, OTHER, 20)
 
 
 def state_get(side: Side) -> bytes:
     return side.context.state_get(OTHER)
+
+
+def state_get_own(side: Side) -> bytes:
+    return side.context.state_get(OWN)
+
+
+def state_get_all(side: Side) -> bytes:
+    context = side.context
+    buffer = (ctypes.c_uint8 * llama.llama_state_get_size(context.pointer))()
+    written = llama.llama_state_get_data(context.pointer, buffer, len(buffer))
+    return bytes(buffer[:written])
 
 
 def state_set(side: Side) -> bytes:
@@ -318,8 +372,18 @@ def state_set(side: Side) -> bytes:
     return context.state_get(SPARE)
 
 
+def state_set_own(side: Side) -> None:
+    context = side.context
+    state = context.state_get(OTHER)
+    assert context.state_set(OWN, state) == len(state)
+
+
 def save(side: Side) -> bytes:
     return side.save(OTHER)
+
+
+def save_own(side: Side) -> bytes:
+    return side.save(OWN)
 
 
 def load(side: Side) -> bytes:
@@ -329,74 +393,8 @@ def load(side: Side) -> bytes:
     return state
 
 
-def remove_by_kvferry(side: Side) -> bytes:
-    side.remove(OTHER)
-    return side.context.decode(SPARE, [9]).tobytes()
-
-
-def save_own(side: Side) -> bytes:
-    return side.save(OWN)
-
-
 def load_own(side: Side) -> None:
     side.load(OWN, side.context.state_get(OTHER))
-
-
-def remove_own_by_kvferry(side: Side) -> None:
-    side.remove(OWN)
-
-
-def remove_own(side: Side) -> bytes:
-    context = side.context
-    context.seq_rm(OWN)
-    return context.decode(OTHER, context.model.prompt(20, seed=5)).tobytes()
-
-
-def shift_own(side: Side) -> bytes:
-    context = side.context
-    assert context.seq_rm(OWN, 0, 4)
-    context.seq_add(OWN, 4, -1, -4)
-    return context.decode(OTHER, [9]).tobytes()
-
-
-def divide_own(side: Side) -> bytes:
-    llama.llama_memory_seq_div(side.context.memory, OWN, 20, -1, 2)
-    return side.context.decode(OTHER, [9]).tobytes()
-
-
-def copy_onto_own(side: Side) -> bytes:
-    context = side.context
-    context.seq_cp(OTHER, OWN)
-    return context.decode(SPARE, [9]).tobytes()
-
-
-def keep_other(side: Side) -> bytes:
-    context = side.context
-    context.seq_keep(OTHER)
-    return context.decode(OTHER, context.model.prompt(20, seed=5)).tobytes()
-
-
-def clear(side: Side) -> bytes:
-    context = side.context
-    context.clear()
-    return context.decode(OTHER, context.model.prompt(20, seed=5)).tobytes()
-
-
-def state_get_own(side: Side) -> bytes:
-    return side.context.state_get(OWN)
-
-
-def state_set_own(side: Side) -> None:
-    context = side.context
-    state = context.state_get(OTHER)
-    assert context.state_set(OWN, state) == len(state)
-
-
-def state_get_all(side: Side) -> bytes:
-    context = side.context
-    buffer = (ctypes.c_uint8 * llama.llama_state_get_size(context.pointer))()
-    written = llama.llama_state_get_data(context.pointer, buffer, len(buffer))
-    return bytes(buffer[:written])
 
 
 OPERATIONS: dict[str, list[Operation]] = {

@@ -39,7 +39,7 @@ OPAQUE = {"deepseek4", "qwen4exp", "qwen4exp-ngrams"}
 """Kinds whose states are in formats that kvferry does not know."""
 
 RECURRENT = {"mamba", "hybrid", "hybrid-iswa", *OPAQUE}
-"""Kinds with a recurrent cell, or what is like one."""
+"""Kinds with a recurrent cell, or something like it: no part of their sequences can be removed."""
 
 ENVELOPE = 64
 """Bytes that kvferry puts behind an opaque state."""

@@ -18,10 +18,10 @@ import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
+from kvferry.tools.libllama.functions import SIGNATURES
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
@@ -173,24 +173,6 @@ ContextParams: Any = _layout()
 """`llama_context_params` as the loaded libllama lays it out."""
 
 
-class _ModelParams(ctypes.Structure):
-    """Passed on as it came: nothing in it shapes a cache."""
-
-    _fields_ = (("everything", ctypes.c_uint8 * 256),)
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.POINTER(ctypes.c_float)),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    )
-
-
 # ---- Functions -----------------------------------------------------------------------------------
 
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -199,38 +181,18 @@ AbortCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 _POINTER, _BYTES, _TEXT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_char_p
 _INT, _SIZE, _BOOL = ctypes.c_int32, ctypes.c_size_t, ctypes.c_bool
 
-# name: (result, arguments)
+# What the command line uses too is declared there; every release has the same prototypes.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    **SIGNATURES,
     "ggml_backend_load_all_from_path": (None, [_TEXT]),
     "llama_log_set": (None, [_LogCallback, _POINTER]),
-    "llama_model_default_params": (_ModelParams, []),
-    "llama_model_load_from_file": (_POINTER, [_TEXT, _ModelParams]),
-    "llama_model_free": (None, [_POINTER]),
-    "llama_model_get_vocab": (_POINTER, [_POINTER]),
-    "llama_model_is_recurrent": (_BOOL, [_POINTER]),
     "llama_model_is_hybrid": (_BOOL, [_POINTER]),
     "llama_model_n_swa": (_INT, [_POINTER]),
-    "llama_vocab_n_tokens": (_INT, [_POINTER]),
     "llama_context_default_params": (ContextParams, []),
     "llama_init_from_model": (_POINTER, [_POINTER, ContextParams]),
-    "llama_free": (None, [_POINTER]),
-    "llama_n_ctx": (ctypes.c_uint32, [_POINTER]),
-    "llama_n_ctx_seq": (ctypes.c_uint32, [_POINTER]),
-    "llama_n_seq_max": (ctypes.c_uint32, [_POINTER]),
-    "llama_n_batch": (ctypes.c_uint32, [_POINTER]),
-    "llama_n_ubatch": (ctypes.c_uint32, [_POINTER]),
-    "llama_n_threads": (_INT, [_POINTER]),
-    "llama_get_memory": (_POINTER, [_POINTER]),
-    "llama_batch_init": (_Batch, [_INT, _INT, _INT]),
-    "llama_batch_free": (None, [_Batch]),
-    "llama_decode": (_INT, [_POINTER, _Batch]),
     "llama_set_abort_callback": (None, [_POINTER, AbortCallback, _POINTER]),
-    "llama_synchronize": (None, [_POINTER]),
     "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), [_POINTER, _INT]),
-    "llama_memory_seq_pos_min": (_INT, [_POINTER, _INT]),
-    "llama_memory_seq_pos_max": (_INT, [_POINTER, _INT]),
     "llama_memory_can_shift": (_BOOL, [_POINTER]),
-    "llama_memory_seq_rm": (_BOOL, [_POINTER, _INT, _INT, _INT]),
     "llama_memory_seq_cp": (None, [_POINTER, _INT, _INT, _INT, _INT]),
     "llama_memory_seq_add": (None, [_POINTER, _INT, _INT, _INT, _INT]),
     "llama_memory_seq_div": (None, [_POINTER, _INT, _INT, _INT, ctypes.c_int]),
@@ -238,8 +200,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_memory_clear": (None, [_POINTER, _BOOL]),
     "llama_state_get_size": (_SIZE, [_POINTER]),
     "llama_state_get_data": (_SIZE, [_POINTER, _BYTES, _SIZE]),
-    "llama_state_set_data": (_SIZE, [_POINTER, _BYTES, _SIZE]),
-    "llama_state_seq_get_size": (_SIZE, [_POINTER, _INT]),
     "llama_state_seq_get_data": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT]),
     "llama_state_seq_set_data": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT]),
 }
@@ -372,12 +332,7 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -474,10 +429,6 @@ class Context:
 
     # Sequences
 
-    def pos_min(self, seq: int) -> int:
-        """The first position of a sequence that the cache holds, -1 for an empty sequence."""
-        return int(llama.llama_memory_seq_pos_min(self.memory, seq))
-
     def pos_max(self, seq: int) -> int:
         """The last position of a sequence, -1 for an empty sequence."""
         return int(llama.llama_memory_seq_pos_max(self.memory, seq))
@@ -533,12 +484,7 @@ class Context:
     def __enter__(self) -> Context:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -28,23 +28,10 @@ import numpy.typing as npt
 class Error(enum.IntEnum):
     """The CUresult numbers that tests ask for."""
 
-    SUCCESS = 0
     INVALID_VALUE = 1
     OUT_OF_MEMORY = 2
-    NOT_INITIALIZED = 3
-    NO_DEVICE = 100
-    INVALID_CONTEXT = 201
     ECC_UNCORRECTABLE = 214
-    ILLEGAL_ADDRESS = 700
-    LAUNCH_FAILED = 719
-    SYSTEM_DRIVER_MISMATCH = 803
     UNKNOWN = 999
-
-
-class Direction(enum.IntEnum):
-    SAVE = 0
-    LOAD = 1
-    DEVICE = 2
 
 
 class CudaError(Exception):
@@ -209,11 +196,8 @@ class SimulatedCuda:
             ("kvfsim_release", None, ()),
             ("kvfsim_wait_held", ctypes.c_int, (number, ctypes.c_uint32)),
             ("kvfsim_lose_device", ctypes.c_int, (ctypes.c_int, ctypes.c_int, ctypes.c_int)),
-            ("kvfsim_begin_capture", None, ()),
-            ("kvfsim_end_capture", None, ()),
             ("kvfsim_count", number, (text,)),
             ("kvfsim_calls", number, (text,)),
-            ("kvfsim_peak_queued", number, (ctypes.c_int, ctypes.c_int)),
             ("kvfsim_write", ctypes.c_int, (number, ctypes.c_void_p, number)),
             ("kvfsim_read", ctypes.c_int, (ctypes.c_void_p, number, number)),
         ):
@@ -261,15 +245,6 @@ class SimulatedCuda:
     ) -> None:
         self._known(self._library.kvfsim_lose_device(device, error, permanent), f"device {device}")
 
-    @contextlib.contextmanager
-    def capture(self) -> Iterator[None]:
-        """As if another thread captured a CUDA graph in global mode."""
-        self._library.kvfsim_begin_capture()
-        try:
-            yield
-        finally:
-            self._library.kvfsim_end_capture()
-
     # ---- Counters
 
     def count(self, counter: str) -> int:
@@ -277,10 +252,6 @@ class SimulatedCuda:
 
     def calls(self, entry_point: str) -> int:
         return self._counter(self._library.kvfsim_calls(entry_point.encode()), entry_point)
-
-    def peak_queued(self, device: int = 0, direction: Direction = Direction.SAVE) -> int:
-        peak = self._library.kvfsim_peak_queued(device, direction)
-        return self._counter(peak, f"device {device}")
 
     # ---- Memory of devices
 
@@ -325,8 +296,8 @@ class SimulatedCuda:
     def context(self, device: int = 0) -> Iterator[int]:
         """A device's primary context, current on this thread; its address.
 
-        It stays retained from the first use on, as a program's that also uses PyTorch would, until
-        release_contexts(): arrays would be gone with it.
+        It stays retained from the first use on, as in a program that also uses PyTorch: arrays
+        would be gone with it.
         """
         self.call("cuInit", 0)
         retained = self._retained.get(device)
@@ -342,12 +313,6 @@ class SimulatedCuda:
 
     # By device, for all objects of the class: there is one driver in a process.
     _retained: ClassVar[dict[int, int]] = {}
-
-    def release_contexts(self) -> None:
-        """Lets go of the contexts that arrays have retained. Close the arrays before."""
-        for device in list(self._retained):
-            del self._retained[device]
-            self.call("cuDevicePrimaryCtxRelease_v2", device)
 
     @staticmethod
     def _known(status: int, name: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from kvferry.tools import libllama
+from kvferry.tools.libllama import parameters
 from support.llama_reference import LIBRARY_FOLDER, ContextParams, keep_log, llama
 
 OPTIONS = libllama.ContextOptions(n_ctx=1024, n_seq_max=4, threads=2, n_batch=300)
@@ -65,13 +66,13 @@ def test_a_layout_that_makes_another_context_is_refused(
     fields = [name for name, _ in library.context_params._fields_]
     earlier = sum(name.startswith("earlier") for name in fields)
     gap = 0 if library.context_params.gap.size else 8
-    library._use_layout(libllama._context_params(earlier, "ctx_type" in fields, gap))
+    library._use_layout(parameters.context_params(earlier, "ctx_type" in fields, gap))
     with pytest.raises(libllama.LlamaError, match="makes another context than was asked for"):
         libllama.Context(model, OPTIONS)
 
 
 def test_defaults_that_fit_no_layout_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(libllama._DEFAULT_FLAGS, "kv_unified", True)
+    monkeypatch.setitem(parameters.DEFAULT_FLAGS, "kv_unified", True)
     with pytest.raises(libllama.LlamaError, match="unknown layout of llama_context_params"):
         libllama.Libllama(libllama.find(LIBRARY_FOLDER))
 

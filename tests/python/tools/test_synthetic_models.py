@@ -14,26 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from kvferry.tools.synthetic import GEOMETRIES, KINDS, write_model
-from support.llama_reference import UNFRAMED, CacheType, Context, Model, Refused, log_lines
+from support.like_contexts import CACHES, LATENT, RECURRENT, MakeContext
+from support.llama_reference import UNFRAMED, CacheType, Model, Refused, log_lines
 
-MakeContext = Callable[..., Context]
 MakeModel = Callable[..., Model]
-
-# Kinds whose cache has keys only; the pinned llama.cpp wants one type for keys and values there.
-LATENT = {"deepseek2", "deepseek32", "deepseek4"}
-# Kinds with a recurrent cell, or what is like one: no part of their sequences can be removed.
-RECURRENT = {"mamba", "hybrid", "hybrid-iswa", "deepseek4", "qwen4exp", "qwen4exp-ngrams"}
-
-CACHES: dict[str, dict[str, Any]] = {
-    "flash": {},
-    "transposed": {"flash_attention": False},
-    "streams": {"kv_unified": False, "n_ctx": 2048},
-    "transposed-streams": {"flash_attention": False, "kv_unified": False, "n_ctx": 2048},
-    "f32": {"type_k": CacheType.F32, "type_v": CacheType.F32},
-    "q8_0": {"type_k": CacheType.Q8_0, "type_v": CacheType.Q8_0},
-    "q4_0": {"type_k": CacheType.Q4_0, "type_v": CacheType.Q4_0},
-    "q8_0-keys-transposed": {"flash_attention": False, "type_k": CacheType.Q8_0},
-}
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_kind_and_cache = pytest.mark.parametrize(

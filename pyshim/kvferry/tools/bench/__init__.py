@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
+from ... import Devices, Engine, __version__
 from ..._bridge.arguments import invalid
-from ...devices import Devices
-from ...engine import Engine
-from ..libllama import Libllama, LlamaError, Model, find
+from ..libllama import Libllama, Model, find
 from ..limits import Direction, RawCuda
-from ..synthetic import write_model
+from ..models import on_gpu, synthetic_model
 from ..table import Progress, table
 from ..timeline import Timeline, draw
 from . import matrix
@@ -56,9 +54,7 @@ async def bench(options: Options, progress: Progress) -> bool:
     async with AsyncExitStack() as stack:
         engine = await stack.enter_async_context(Engine(options.device, trace=True))
         description = engine.describe()
-        gpu = any(each["kind"] == "cuda" for each in description["devices"]) and (
-            options.device == "cuda" or library.offloads
-        )
+        gpu = on_gpu(description, options.device, library)
         models = _Models(library, options.model, gpu, progress)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvferry-bench-"))
         models.folder = Path(folder)
@@ -113,7 +109,10 @@ class _Models:
 
     @asynccontextmanager
     async def open(self, kind: str, sizes: Mapping[str, int]) -> AsyncIterator[Model]:
-        path = Path(self._path) if self._path else self._synthetic(kind, sizes)
+        if self._path:
+            path = Path(self._path)
+        else:
+            path = synthetic_model(self.folder, kind, sizes, self._progress)
         if self._loaded is None or self._loaded[0] != path:
             self.close()
             self._progress.say(f"loading {path.name}")
@@ -124,17 +123,6 @@ class _Models:
         if self._loaded is not None:
             self._loaded[1].close()
             self._loaded = None
-
-    def _synthetic(self, kind: str, sizes: Mapping[str, int]) -> Path:
-        name = "-".join([kind, *(f"{key}{value}" for key, value in sizes.items())])
-        path = self.folder / f"{name}.gguf"
-        if not path.exists():
-            self._progress.say(f"writing a synthetic model ({name})")
-            try:
-                write_model(kind, path, geometry="demo", **sizes)
-            except ImportError as failure:
-                raise LlamaError(f"{failure}; or name a model with --model FILE") from None
-        return path
 
 
 class _Run:

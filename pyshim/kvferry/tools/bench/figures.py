@@ -9,19 +9,18 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 import numpy
 
-from ...llama import LoadMode
+from ... import LoadMode
 from ..limits import Direction
 from ..table import ms
-from ..workload import SAVED, step_percentile
+from ..workload import SAVED, ended, step_percentile
 from .measurement import Goal, Measurement, Reading, at_least, nothing_measured
-from .prepared import SMALL, Beside, Prepared, ended
+from .prepared import SMALL, Beside, Prepared
 
 _ROUNDS, _STEPS = 6, 40  # of decoding, alone and beside transfers each
 
@@ -136,7 +135,7 @@ def both_directions(goal: Goal) -> Measurement:
             save = await prepared.llama.start_save(SAVED, into=prepared.pinned, priority="urgent")
             (await save.wait()).close()  # the next one goes to the same memory
             await load.wait()
-            pair = (ended(save.completion), ended(load.completion))
+            pair = (ended(save), ended(load))
             begin_ns = min(done.started_ns for done in pair)
             ours.append((max(done.finished_ns for done in pair) - begin_ns) / 1e6)
             address = other.numpy().ctypes.data
@@ -162,7 +161,7 @@ def first_byte(goal: Goal) -> Measurement:
         for _ in range(4 * prepared.repeats):
             save = await prepared.llama.start_save(SMALL, into=prepared.pinned, priority="urgent")
             (await save.wait()).close()  # the next one goes to the same memory
-            done = ended(save.completion)
+            done = ended(save)
             times.append((done.started_ns - done.submitted_ns) / 1e3)
             listing.append((done.recorded_ns - done.submitted_ns) / 1e3)
         await prepared.llama.run(prepared.context.remove, SMALL)
@@ -282,7 +281,7 @@ def background_speed(direction: Direction, goal: Goal | None) -> Measurement:
     return Measurement(f"background {direction} beside decoding", "of raw speed", goal, measure)
 
 
-# ---- Memory and the event loop -------------------------------------------------------------------
+# ---- Memory --------------------------------------------------------------------------------------
 
 
 def host_memory(goal: Goal) -> Measurement:
@@ -320,98 +319,6 @@ def device_memory(goal: Goal) -> Measurement:
         return Reading(taken / 2**20, "taken by the first save and load, by cuMemGetInfo")
 
     return Measurement("device memory beyond the cache", "MiB", goal, measure)
-
-
-def longest_stall(goal: Goal) -> Measurement:
-    """How long the event loop was kept from a task that always wants to run."""
-
-    async def measure(prepared: Prepared) -> Reading:
-        idle, busy = await _stalls_of(prepared)
-        text = (
-            f"{busy.long} of {busy.turns:,} turns over {_LONG_MS:g} ms; without transfers "
-            f"{idle.longest_ms:.2f} ms"
-        )
-        return Reading(busy.longest_ms, text, {"idle_longest_ms": idle.longest_ms})
-
-    return Measurement("longest stall of the event loop", "ms", goal, measure)
-
-
-def longest_own_stall(goal: Goal) -> Measurement:
-    """The same in processor time of the loop's thread: what the loop itself is to blame for, on a
-    machine where others preempt it."""
-
-    async def measure(prepared: Prepared) -> Reading:
-        idle, busy = await _stalls_of(prepared)
-        return Reading(busy.longest_own_ms, f"without transfers {idle.longest_own_ms:.2f} ms")
-
-    name = "longest stall of the event loop, its own time"
-    return Measurement(name, "ms", goal, measure)
-
-
-_STALL_BYTES = 256 << 20
-
-
-async def _stalls_of(prepared: Prepared) -> tuple[_Stalls, _Stalls]:
-    """Without transfers, and with saves and loads of 256 MiB one after the other."""
-
-    async def both() -> tuple[_Stalls, _Stalls]:
-        source = numpy.ones(_STALL_BYTES, numpy.uint8)
-        target = await prepared.engine.allocate(_STALL_BYTES)
-        await prepared.engine.copy_out(source, target)
-        await prepared.engine.copy_in(source, target)
-
-        async def transfers() -> None:
-            for _ in range(prepared.repeats):
-                await prepared.engine.copy_out(source, target)
-                await prepared.engine.copy_in(source, target)
-
-        async def nothing() -> None:
-            await anyio.sleep(0.5)
-
-        return await _stalls(nothing), await _stalls(transfers)
-
-    return await prepared.once("stalls", both)
-
-
-_LONG_MS = 0.5
-
-
-@dataclass
-class _Stalls:
-    """The gaps between the turns of a task that always wants one.
-
-    Not a list of them: a million entries, grown and collected, would be the longest stall.
-    """
-
-    turns: int = 0
-    long: int = 0
-    longest_ms: float = 0.0
-    longest_own_ms: float = 0.0
-    """Processor time of the event loop's thread."""
-
-
-async def _stalls(work: Callable[[], Awaitable[None]]) -> _Stalls:
-    stalls = _Stalls()
-    done = anyio.Event()
-
-    async def tick() -> None:
-        last, last_ran = time.perf_counter_ns(), time.thread_time_ns()
-        while not done.is_set():
-            await anyio.lowlevel.checkpoint()
-            now, ran = time.perf_counter_ns(), time.thread_time_ns()
-            gap_ms = (now - last) / 1e6
-            stalls.turns += 1
-            stalls.long += gap_ms > _LONG_MS
-            stalls.longest_ms = max(stalls.longest_ms, gap_ms)
-            stalls.longest_own_ms = max(stalls.longest_own_ms, (ran - last_ran) / 1e6)
-            last, last_ran = now, ran
-
-    gc.collect()
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(tick)
-        await work()
-        done.set()
-    return stalls
 
 
 def same_bytes() -> Measurement:

@@ -7,12 +7,13 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ...engine import Engine
+from ... import Engine
 from ..libllama import Model
 from ..workload import SEQUENCES, Arrangement
-from . import figures
+from . import event_loop, figures
 from .measurement import Goal, Measurement, Stage, at_least, at_most
-from .prepared import Prepared, RawMaker, prepare
+from .prepared import Prepared, prepare
+from .raw import RawMaker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -82,8 +83,8 @@ def host(bench: Bench) -> list[Stage]:
                 figures.against_native("save", None),
                 figures.against_native("load", None),
                 figures.host_memory(at_most(64)),
-                figures.longest_stall(at_most(1)),
-                figures.longest_own_stall(at_most(1)),
+                event_loop.longest_stall(at_most(1)),
+                event_loop.longest_own_stall(at_most(1)),
             ],
         ),
         _stage(
@@ -141,8 +142,8 @@ def cuda(bench: Bench) -> list[Stage]:
                 figures.host_memory(at_most(64)),
                 figures.first_byte(at_most(100)),
                 figures.size_query(at_most(5)),
-                figures.longest_stall(at_most(1)),
-                figures.longest_own_stall(at_most(1)),
+                event_loop.longest_stall(at_most(1)),
+                event_loop.longest_own_stall(at_most(1)),
             ],
         ),
         _stage(

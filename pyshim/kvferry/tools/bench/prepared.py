@@ -15,17 +15,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import anyio
 import numpy
 from numpy.typing import NDArray
 
-from ... import Completion
+from ... import Buffer, Completion, Engine, Llama, LoadMode, TraceEvent
 from ..._native import lib
-from ...buffer import Buffer
-from ...engine import Engine, TraceEvent
-from ...llama import Llama, LoadMode
 from ..libllama import Context, ContextOptions, LlamaError, Model, Step
 from ..limits import Direction, Pace
 from ..timeline import Span, Timeline
@@ -38,14 +35,17 @@ from ..workload import (
     Decoding,
     cells,
     decoding_threads,
+    ended,
     prompt,
+    seconds,
     submit,
 )
+from .raw import Raw, RawMaker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from ...transfer import Priority
+    from ... import Priority
 
 T = TypeVar("T")
 Memory = Literal["pinned", "pageable"]
@@ -54,40 +54,6 @@ _GPU_WARM_UP_TOKENS = 512  # a whole batch: kernels are loaded when they are fir
 _WARM_UP_TOKENS = 32
 SMALL = 3
 """A sequence for small transfers; only where one sequence has a prompt."""
-
-
-class Raw(Protocol):
-    """Copies of as many bytes as a state has, by nothing but copying.
-
-    Buffers that hold the state hold it afterwards too.
-    """
-
-    def save_seconds(self) -> float: ...
-    def load_seconds(self) -> float: ...
-    def both_seconds(self, other: int) -> float:
-        """A save and a load at once; the load from another pinned buffer."""
-
-    def rows_seconds(
-        self, direction: Direction, width: int, pitch: int, copies: int
-    ) -> float | None:
-        """As many bytes in so many copies of rows, ``width`` bytes wide, ``pitch`` bytes apart on
-        the device; None where there is no such copy."""
-
-    @property
-    def paced(self) -> Callable[[Direction, Pace, threading.Event], None] | None:
-        """Copies again and again at that pace until the event is set; None where nothing paces."""
-
-    def close(self) -> None: ...
-
-
-class RawMaker(Protocol):
-    name: str
-
-    def __call__(self, pinned: int, pageable: int, nbytes: int) -> Raw:
-        """For buffers at these addresses, which hold the state."""
-
-    def device_free_bytes(self) -> int | None:
-        """None where there is no device memory."""
 
 
 @dataclass(frozen=True)
@@ -227,10 +193,10 @@ class Prepared:
         if direction == "save":
             save = await self.llama.start_save(SAVED, into=buffer, priority=priority)
             await save.wait()
-            return ended(save.completion)
+            return ended(save)
         load = await self.llama.start_load(buffer, LOADED, priority=priority, mode=mode)
         await load.wait()
-        return ended(load.completion)
+        return ended(load)
 
     def _buffer(self, memory: Memory) -> Any:
         return self.pinned if memory == "pinned" else self.pageable
@@ -327,12 +293,12 @@ class Prepared:
                     start_save = self.llama.start_save(SAVED, into=self.pinned)
                     save, recorded_ns = await submit(self.llama, start_save)
                     (await save.wait()).close()  # the next one goes to the same memory
-                    done = ended(save.completion)
+                    done = ended(save)
                 else:
                     start_load = self.llama.start_load(self.pinned, LOADED)
                     load, recorded_ns = await submit(self.llama, start_load)
                     await load.wait()
-                    done = ended(load.completion)
+                    done = ended(load)
                 spans.append(Span(direction, done.submitted_ns, recorded_ns, done.finished_ns))
                 transfers.append(done)
 
@@ -393,15 +359,6 @@ def own_seconds() -> float:
         except FileNotFoundError:
             pass  # a thread that has ended
     return total / 1e9
-
-
-def seconds(completion: Completion) -> float:
-    return (completion.finished_ns - completion.submitted_ns) / 1e9
-
-
-def ended(completion: Completion | None) -> Completion:
-    assert completion is not None
-    return completion
 
 
 @asynccontextmanager

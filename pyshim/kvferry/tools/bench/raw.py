@@ -4,8 +4,44 @@ from __future__ import annotations
 
 import statistics
 import threading
+from collections.abc import Callable
+from typing import Protocol
 
 from ..limits import Direction, Pace, RawCuda, memcpy_seconds
+
+
+class Raw(Protocol):
+    """Copies of as many bytes as a state has, by nothing but copying.
+
+    Buffers that hold the state hold it afterwards too.
+    """
+
+    def save_seconds(self) -> float: ...
+    def load_seconds(self) -> float: ...
+    def both_seconds(self, other: int) -> float:
+        """A save and a load at once; the load from another pinned buffer."""
+
+    def rows_seconds(
+        self, direction: Direction, width: int, pitch: int, copies: int
+    ) -> float | None:
+        """As many bytes in so many copies of rows, ``width`` bytes wide, ``pitch`` bytes apart on
+        the device; None where there is no such copy."""
+
+    @property
+    def paced(self) -> Callable[[Direction, Pace, threading.Event], None] | None:
+        """Copies again and again at that pace until the event is set; None where nothing paces."""
+
+    def close(self) -> None: ...
+
+
+class RawMaker(Protocol):
+    name: str
+
+    def __call__(self, pinned: int, pageable: int, nbytes: int) -> Raw:
+        """For buffers at these addresses, which hold the state."""
+
+    def device_free_bytes(self) -> int | None:
+        """None where there is no device memory."""
 
 
 class Memcpy:

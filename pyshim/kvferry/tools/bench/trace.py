@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...engine import TraceEvent
+from ... import TraceEvent
 from ..libllama import Step
 
 _LANES = {"decode": 1, "save": 2, "load": 3}

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Sequence
 
-from ._native import lib
+from .._native import lib
 
 Devices = str | Sequence[int]
 """``"auto"``, ``"host"``, ``"cuda"``; ``"cuda:1"``; or ordinals of CUDA devices: ``[0, 2]``."""
