@@ -363,8 +363,10 @@ C_SOURCES := $(shell find include cabi tests bench examples \
     -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' 2>/dev/null)
 GO_SOURCES := $(shell find examples/go tests/install -name '*.go' 2>/dev/null)
 
+MARKDOWN := $(shell git ls-files '*.md' 2>/dev/null)
+
 .PHONY: lint
-lint: lint-python lint-c lint-go
+lint: lint-python lint-c lint-go lint-prose
 
 .PHONY: lint-python
 lint-python: $(TOOLS)
@@ -384,10 +386,16 @@ lint-go: $(GO_LIBRARY)
 	cd examples/go && go vet ./... && cd kvferry && go vet ./...
 endif
 
+# Markdown's lines have one width.
+.PHONY: lint-prose
+lint-prose: $(TOOLS)
+	$(if $(MARKDOWN),mdformat --check $(MARKDOWN))
+
 .PHONY: format
 format: $(TOOLS)
 	ruff format
 	ruff check --fix
+	$(if $(MARKDOWN),mdformat $(MARKDOWN))
 	$(if $(C_SOURCES),clang-format -i $(C_SOURCES))
 ifneq ($(and $(GO_SOURCES),$(shell command -v gofmt)),)
 	gofmt -w $(GO_SOURCES)
