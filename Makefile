@@ -75,6 +75,7 @@ help:
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
+	@echo "make docs      the documentation as a site: build/docs/index.html"
 	@echo "make lint      formatting, linters, types: checks only"
 	@echo "make format    formats all sources"
 	@echo "make tidy      clang-tidy (slow)"
@@ -357,6 +358,21 @@ test-go: go-kvcache build/native/build.ninja
 	cd examples/go && GOGC=1 go test -race -run Sequences ./...
 endif
 
+# ---- Documentation ---------------------------------------------------------------------------------------------------
+
+SITE_TOOLS := .venv/.site
+
+$(SITE_TOOLS): requirements-docs.txt $(TOOLS)
+	python -m pip install --quiet --requirement requirements-docs.txt
+	touch $@
+
+# Strict: a broken link, a missing page or a missing snippet is an error.
+.PHONY: docs
+docs: $(SITE_TOOLS)
+	python tools/check_links.py
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+	@echo "the documentation: build/docs/index.html"
+
 # ---- Formatting, linters, types --------------------------------------------------------------------------------------
 
 C_SOURCES := $(shell find include cabi tests bench examples \
@@ -409,7 +425,7 @@ tidy: build/native/build.ninja
 
 .PHONY: clean
 clean:
-	rm -rf build/native build/asan build/tsan build/python dist $(PACKAGE)
+	rm -rf build/native build/asan build/tsan build/python build/docs dist $(PACKAGE)
 
 .PHONY: distclean
 distclean:
