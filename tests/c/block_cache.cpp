@@ -1,5 +1,5 @@
 // libllama's large blocks: whoever frees one names the size that it asked for, so that is the size of what it is given.
-#include "block_cache.h"
+#include "llama/block_cache.h"
 
 #include "check.hpp"
 

@@ -1,10 +1,10 @@
 // XXH64 as xxHash computes it, and the envelope around a state.
-#include "checksum.h"
+#include "core/checksum.h"
 
 #include <vector>
 
 #include "check.hpp"
-#include "envelope.h"
+#include "llama/envelope.h"
 
 using namespace kvf;
 

@@ -4,7 +4,7 @@
 #include <condition_variable>
 #include <mutex>
 
-#include "engine.h"
+#include "engine/engine.h"
 
 #include "cuda.hpp"
 

@@ -1,6 +1,6 @@
 // Loads ahead on a device that fails when what was brought is moved on, and nothing else is under way: other devices go on, and this
 // one says so.
-#include "engine.h"
+#include "engine/engine.h"
 
 #include "cuda.hpp"
 

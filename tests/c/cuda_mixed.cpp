@@ -5,7 +5,7 @@
 //     test_cuda_mixed [seed [rounds]]
 #include <atomic>
 
-#include "engine.h"
+#include "engine/engine.h"
 
 #include "cuda.hpp"
 

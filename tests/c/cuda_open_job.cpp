@@ -1,6 +1,6 @@
 // A job may move while its submitting call still records the rest. Committed, it completes once; taken back, it
 // moves no more when that returns, and nobody hears of it.
-#include "engine.h"
+#include "engine/engine.h"
 
 #include "cuda.hpp"
 

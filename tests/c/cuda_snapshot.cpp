@@ -1,6 +1,6 @@
 // A snapshot holds what memory held when it was taken, whatever is written there before it has moved; without
 // room for it, it fails and nothing has happened.
-#include "engine.h"
+#include "engine/engine.h"
 
 #include "cuda.hpp"
 

@@ -1,6 +1,6 @@
 // A save by snapshot completes while the device is busy with other work, whether or not the driver frees in the order
 // of streams; and memory that a snapshot has left is there for the next one.
-#include "engine.h"
+#include "engine/engine.h"
 
 #include "cuda.hpp"
 

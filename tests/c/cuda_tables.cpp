@@ -1,6 +1,6 @@
 // Tensors that are fragmented alike are gathered and scattered through one table, which travels to the device once;
 // and the bytes are right, whatever other tables come between.
-#include "engine.h"
+#include "engine/engine.h"
 
 #include "cuda.hpp"
 

@@ -1,5 +1,5 @@
 // Who waits at a fence, and for how long: writers for every transfer, readers for loads.
-#include "fences.h"
+#include "jobs/fences.h"
 
 #include <sys/wait.h>
 #include <unistd.h>

@@ -1,5 +1,5 @@
 // A submission with a callback that comes as its engine is being destroyed, or has been, is refused, and starts no thread.
-#include "engine.h"
+#include "engine/engine.h"
 
 #include <cstdlib>
 

@@ -1,5 +1,5 @@
 // How recorded fragments become few regions, and regions become pieces. (Random ones: fuzz/layout.cpp.)
-#include "layout.h"
+#include "memory/layout.h"
 
 #include "check.hpp"
 #include "coverage.hpp"

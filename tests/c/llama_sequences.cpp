@@ -1,10 +1,10 @@
 // The bookkeeping of a context's transfers: their ends are noted even where there is no memory left.
-#include "llama_sequences.h"
+#include "llama/sequences.h"
 
 #include <new>
 
 #include "check.hpp"
-#include "status.h"
+#include "core/status.h"
 
 using kvf::Direction;
 using kvf::LlamaSequences;

@@ -1,6 +1,6 @@
 // How much memory may be taken, within the machine and within control groups of either version; and what the pool does
 // where it is short. The files that tell are written here.
-#include "memory_limits.h"
+#include "memory/limits.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "memory.h"
+#include "memory/memory.h"
 
 using kvf::AvailableMemory;
 using kvf::MemoryLimits;

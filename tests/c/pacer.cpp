@@ -1,5 +1,5 @@
 // The pace of background copies follows the link: no larger pieces than the wanted share of its speed needs.
-#include "pacer.h"
+#include "cuda/pacer.h"
 
 #include <cstdlib>
 #include <functional>

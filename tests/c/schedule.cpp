@@ -1,5 +1,5 @@
 // Which leg of a device moves next, and what it costs to take one out.
-#include "schedule.h"
+#include "jobs/schedule.h"
 
 #include <deque>
 

@@ -1,5 +1,5 @@
 // The walk through a state reads nothing outside of it, ends, and takes no damaged length for whole.
-#include "formats.h"
+#include "llama/formats.h"
 
 #include "../c/state_writer.hpp"
 #include "input.hpp"

@@ -1,5 +1,5 @@
 // Any order of fragments and regions, cut into any pieces, moves exactly the bytes that were added.
-#include "layout.h"
+#include "memory/layout.h"
 
 #include <vector>
 
