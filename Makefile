@@ -76,7 +76,7 @@ help:
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
 	@echo "make docs      the documentation as a site: build/docs/index.html"
-	@echo "make lint      formatting, linters, types: checks only"
+	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"
 	@echo "make tidy      clang-tidy (slow)"
 	@echo "make setup     only the set-up: .venv, libllama, llama-cpp-python"
@@ -369,7 +369,8 @@ $(SITE_TOOLS): requirements-docs.txt $(TOOLS)
 # Strict: a broken link, a missing page or a missing snippet is an error.
 .PHONY: docs
 docs: $(SITE_TOOLS)
-	python tools/check_links.py
+	python tools/check_pages.py
+	python tools/draw.py --check
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 	@echo "the documentation: build/docs/index.html"
 
@@ -402,9 +403,10 @@ lint-go: $(GO_LIBRARY)
 	cd examples/go && go vet ./... && cd kvferry && go vet ./...
 endif
 
-# Markdown's lines have one width.
+# Plain words, as tools/prose.toml has them; and Markdown's lines of one width.
 .PHONY: lint-prose
 lint-prose: $(TOOLS)
+	python tools/prose.py
 	$(if $(MARKDOWN),mdformat --check $(MARKDOWN))
 
 .PHONY: format

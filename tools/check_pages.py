@@ -1,11 +1,13 @@
-"""Checks the links between the Markdown files of the tree: that files and headings exist.
+"""Checks that the Markdown files of the tree name things that exist.
 
-    python tools/check_links.py             every Markdown file that git knows
-    python tools/check_links.py FILE...     these files
+    python tools/check_pages.py             every Markdown file that git knows but the changelog
+    python tools/check_pages.py FILE...     these files
 
-The site of the documentation has its own check (`mkdocs build --strict`); this one is for people
-who read the files on disk or in a browser of repositories. Prints one line for each broken link;
-fails if there is one. Links to other hosts are not followed.
+These must exist: the files and headings that links lead to (other hosts are not asked), the files
+of this tree whose paths stand in `code`, and the names of the library in `code`: `kvf_something`,
+`KVF_SOMETHING` and `Class::member`. Prints one line for each that does not; fails if there is one.
+The site of the documentation has a check of its links too (`mkdocs build --strict`); this one is
+for people who read the files on disk or in a browser of repositories.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -55,6 +58,36 @@ def links(path: Path) -> Iterator[tuple[int, str]]:
                 yield (token.map or [0])[0] + 1, str(target)
 
 
+# A path of this tree: in one of its folders, and with an ending.
+PATH = re.compile(r"(?:cabi|pyshim|include|docs|tools|tests|examples|bench)/[\w./-]*\w\.\w+")
+NAME = re.compile(r"(?<![\w/.-])(?:kvf_\w+|KVF_\w+|[A-Z]\w+::\w+)(?![\w*])")
+
+
+@cache
+def words_of_sources() -> frozenset[str]:
+    """The words of the library's sources and of its header."""
+    sources = [path for folder in ("cabi", "include") for path in (ROOT / folder).rglob("*.*")]
+    return frozenset(
+        word
+        for path in sources
+        if path.suffix in (".h", ".cpp")
+        for word in re.findall(r"\w+", path.read_text())
+    )
+
+
+def missing_things(path: Path) -> Iterator[tuple[int, str]]:
+    for _, token in inline_tokens(path):
+        for child in token.children or []:
+            if child.type != "code_inline":
+                continue
+            line = (token.map or [0])[0] + 1
+            if PATH.fullmatch(child.content) and not (ROOT / child.content).exists():
+                yield line, f"`{child.content}`: no such file"
+            for name in NAME.findall(child.content):
+                if not words_of_sources().issuperset(name.split("::")):
+                    yield line, f"`{name}`: no such name in the library"
+
+
 def broken_links(path: Path) -> Iterator[tuple[int, str]]:
     for line, link in links(path):
         parts = urlsplit(link)
@@ -77,13 +110,14 @@ def main() -> int:
             stdout=subprocess.PIPE,
             text=True,
         ).stdout
-        paths = [ROOT / name for name in names.split("\0") if name]
-    broken = 0
+        # What the changelog names may be gone.
+        paths = [ROOT / name for name in names.split("\0") if name and name != "CHANGELOG.md"]
+    missing = 0
     for path in paths:
-        for line, text in broken_links(path):
+        for line, text in sorted([*broken_links(path), *missing_things(path)]):
             print(f"{path}:{line}: {text}")
-            broken += 1
-    return 1 if broken else 0
+            missing += 1
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
