@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kvferry
 import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -119,3 +120,11 @@ def test_names_and_paths_that_are_gone_are_found(tmp_path: Path) -> None:
         ["7", "`cabi/gone.cpp`"],
         ["9", "`Job::gone_for_ever`"],
     ]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (TOOLS.parent / "docs" / "reference" / "python.md").read_text().splitlines()
+
+    described = {line.removeprefix("::: kvferry.") for line in page if line.startswith(":::")}
+
+    assert described == set(kvferry.__all__) - {"__version__"}
