@@ -75,7 +75,8 @@ help:
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
-	@echo "make lint      formatting, linters, types: checks only"
+	@echo "make docs      the documentation as a site: build/docs/index.html"
+	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"
 	@echo "make tidy      clang-tidy (slow)"
 	@echo "make setup     only the set-up: .venv, libllama, llama-cpp-python"
@@ -359,14 +360,32 @@ test-go: go-kvcache build/native/build.ninja
 	cd examples/go && GOGC=1 go test -race -run Sequences ./...
 endif
 
+# ---- Documentation ---------------------------------------------------------------------------------------------------
+
+SITE_TOOLS := .venv/.site
+
+$(SITE_TOOLS): requirements-docs.txt $(TOOLS)
+	python -m pip install --quiet --requirement requirements-docs.txt
+	touch $@
+
+# Strict: a broken link, a missing page or a missing snippet is an error.
+.PHONY: docs
+docs: $(SITE_TOOLS)
+	python tools/check_pages.py
+	python tools/draw.py --check
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+	@echo "the documentation: build/docs/index.html"
+
 # ---- Formatting, linters, types --------------------------------------------------------------------------------------
 
 C_SOURCES := $(shell find include cabi tests bench examples \
     -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' 2>/dev/null)
 GO_SOURCES := $(shell find examples/go tests/install -name '*.go' 2>/dev/null)
 
+MARKDOWN := $(shell git ls-files '*.md' 2>/dev/null)
+
 .PHONY: lint
-lint: lint-python lint-c lint-go
+lint: lint-python lint-c lint-go lint-prose
 
 .PHONY: lint-python
 lint-python: $(TOOLS)
@@ -386,10 +405,17 @@ lint-go: $(GO_LIBRARY)
 	cd examples/go && go vet ./... && cd kvferry && go vet ./...
 endif
 
+# Plain words, as tools/prose.toml has them; and Markdown's lines of one width.
+.PHONY: lint-prose
+lint-prose: $(TOOLS)
+	python tools/prose.py
+	$(if $(MARKDOWN),mdformat --check $(MARKDOWN))
+
 .PHONY: format
 format: $(TOOLS)
 	ruff format
 	ruff check --fix
+	$(if $(MARKDOWN),mdformat $(MARKDOWN))
 	$(if $(C_SOURCES),clang-format -i $(C_SOURCES))
 ifneq ($(and $(GO_SOURCES),$(shell command -v gofmt)),)
 	gofmt -w $(GO_SOURCES)
@@ -403,7 +429,7 @@ tidy: build/native/build.ninja
 
 .PHONY: clean
 clean:
-	rm -rf build/native build/asan build/tsan build/python dist $(PACKAGE)
+	rm -rf build/native build/asan build/tsan build/python build/docs dist $(PACKAGE)
 
 .PHONY: distclean
 distclean:
