@@ -61,15 +61,15 @@
  *
  * Words
  * -----
- * state       the bytes that llama_state_seq_get_data() writes for a sequence, bit for bit
- * save, load  a transfer from the device to host memory, and one from host memory to the device
- * buffer      the host memory that a save writes and a load reads
- * job         one submitted transfer. It ends with exactly one completion, whatever happens
- * completion  the report on how a job ended
- * queue       a list of completions with a file descriptor for poll(2)
+ * state       the bytes that llama_state_seq_get_data() writes for a sequence, bit for bit.
+ * save, load  a transfer from the device to host memory, and one from host memory to the device.
+ * buffer      the host memory that a save writes and a load reads.
+ * job         one submitted transfer. It ends with exactly one completion, whatever happens.
+ * completion  the report on how a job ended.
+ * queue       a list of completions with a file descriptor for poll(2).
  * tap         the functions of kvferry that libllama calls in place of ggml's own while kvferry
- *             records which bytes belong to a sequence
- * region      rows of bytes in the memory of a device or of the host, and their place in a buffer
+ *             records which bytes belong to a sequence.
+ * region      rows of bytes in the memory of a device or of the host, and their place in a buffer.
  *
  * Rules that hold for every function
  * ----------------------------------
@@ -122,8 +122,8 @@
  *
  * 1: The function that would end it too early returns KVF_ERR_BUSY instead. An engine's jobs do not
  *    count: kvf_engine_destroy() waits for them.
- * 2: Detach first. kvferry notices a context that is freed all the same: its jobs are cancelled and
- *    waited for, and later calls return KVF_ERR_CONTEXT_FREED.
+ * 2: Detach first. If a context is freed before that, kvferry notices: it cancels the context's
+ *    jobs and waits for them, and later calls return KVF_ERR_CONTEXT_FREED.
  * 3: A job goes on when its handle has been released. A handle stays valid when its job has ended
  *    and the engine has been destroyed.
  * 4: The memory stays the caller's, who frees it after kvf_buffer_unregister().
@@ -219,7 +219,7 @@ KVF_API int32_t kvf_engine_create(const kvf_engine_options *options, kvf_engine 
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; `json` holds the whole text.
- * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set all the same)
+ * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set nevertheless)
  * Since:     0.1 */
 KVF_API int32_t kvf_engine_describe(kvf_engine engine, char *json, uint64_t capacity,
                                     uint64_t *needed);
@@ -495,7 +495,7 @@ KVF_API int32_t kvf_llama_settle(kvf_llama llama);
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; `json` holds the whole text.
- * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set all the same)
+ * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set nevertheless)
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity,
                                    uint64_t *needed);
@@ -573,9 +573,9 @@ typedef enum kvf_priority {
 typedef enum kvf_submit_flags {
     /* Begin when the CUDA stream `stream` has done the work that it holds now: see section 7. */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
-    /* For kvf_llama_load() alone: hand libllama a state that nothing vouches for, because the
-     * format of the cache is not known and the state has no envelope (see kvf_llama_size()).
-     * libllama trusts what it loads: a damaged state may end the process, or leave cells that only
+    /* For kvf_llama_load() alone: hand libllama a state that nothing verifies, because the format of
+     * the cache is not known and the state has no envelope (see kvf_llama_size()). libllama trusts
+     * what it loads: a damaged state may end the process, or leave cells that only
      * llama_memory_clear() frees. */
     KVF_SUBMIT_TRUST_STATE = 2,
 } kvf_submit_flags;
@@ -806,10 +806,10 @@ KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
 
 /* Frees all memory that the engine keeps for later.
  *
- * That is the pool's free buffers; and what the engine has allocated for its own use and does not
- * use now: for each CUDA device up to 63 MiB of pinned memory, `staging_bytes` of device memory for
- * each direction, and the device memory of loads ahead. Memory that has been idle for half a minute
- * is freed without this call.
+ * The engine keeps free buffers of its pool, and memory of its own that it does not use now. The
+ * latter is, for each CUDA device, up to 63 MiB of pinned memory, `staging_bytes` of device memory
+ * for each direction, and the device memory of loads ahead. Memory that has been idle for half a
+ * minute is freed without this call.
  *
  * Thread:    any
  * May block: for the time to unpin: about 15 milliseconds a GiB
