@@ -227,14 +227,14 @@ def tables(seen: dict[str, Seen]) -> str:
         title = "" if table == "library" else table
         lines += [
             f"| {title} | {' | '.join(seen)} |",
-            "|---" * (len(seen) + 1) + "|",
+            "| -- " * (len(seen) + 1) + "|",
             *(
                 f"| {row} | {' | '.join(one[table][row] for one in seen.values())} |"
                 for row in rows
             ),
             "",
         ]
-    return "\n".join(["", *lines])
+    return "\n".join(["", *lines, ""])
 
 
 def main(arguments: Sequence[str]) -> int:

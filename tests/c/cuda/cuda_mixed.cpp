@@ -5,7 +5,7 @@
 //     test_cuda_mixed [seed [rounds]]
 #include <atomic>
 
-#include "engine/engine.h"
+#include "engine/open_job.h"
 
 #include "cuda.hpp"
 

@@ -1,6 +1,6 @@
 // A job may move while its submitting call still records the rest. Committed, it completes once; taken back, it
 // moves no more when that returns, and nobody hears of it.
-#include "engine/engine.h"
+#include "engine/open_job.h"
 
 #include "cuda.hpp"
 
@@ -203,8 +203,8 @@ void others_pass_while_it_waits(Test &&test, const Source &source) {
     submission.buffer_bytes = other.size();
     kvf::Recorded recorded;
     recorded.layouts.emplace_back(source.device(), source.part(1));
-    const auto job =
-        test.engine->submit(std::move(submission), std::move(recorded), test.options, nullptr);
+    const auto job = kvf::submit_job(*test.engine, std::move(submission), std::move(recorded),
+                                     test.options, nullptr);
     kvf_completion completion;
     CHECK(job->wait(60 * SECONDS, &completion) && completion.status == KVF_OK);
     CHECK(test.completions(&completion, 60 * SECONDS) == 1);

@@ -1,5 +1,5 @@
 // A submission with a callback that comes as its engine is being destroyed, or has been, is refused, and starts no thread.
-#include "engine/engine.h"
+#include "engine/open_job.h"
 
 #include <cstdlib>
 
@@ -11,7 +11,7 @@ int32_t submit_with_callback(kvf::Engine &engine) {
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     options.callback = [](const kvf_completion *) {};
     try {
-        engine.submit({}, {}, options, nullptr);
+        kvf::submit_job(engine, {}, {}, options, nullptr);
     } catch (const kvf::Error &error) {
         return error.status;
     }

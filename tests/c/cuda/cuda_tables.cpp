@@ -1,6 +1,6 @@
 // Tensors that are fragmented alike are gathered and scattered through one table, which travels to the device once;
 // and the bytes are right, whatever other tables come between.
-#include "engine/engine.h"
+#include "engine/open_job.h"
 
 #include "cuda.hpp"
 
@@ -60,7 +60,7 @@ std::shared_ptr<kvf::Job> begin(kvf::Engine &engine, Way way, const Fragmented &
     options.priority = priority;
     kvf::Recorded recorded;
     recorded.layouts.emplace_back(1, what.layout(address));
-    return engine.submit(std::move(submission), std::move(recorded), options, nullptr);
+    return kvf::submit_job(engine, std::move(submission), std::move(recorded), options, nullptr);
 }
 
 void finish(const std::shared_ptr<kvf::Job> &job) {
@@ -90,7 +90,7 @@ void small_ones_together(kvf::Engine &engine, uint64_t address) {
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     options.priority = KVF_PRIORITY_URGENT;
     const uint64_t before = driver().simulated() ? driver().calls("cuEventRecord") : 0;
-    finish(engine.submit(std::move(submission), std::move(recorded), options, nullptr));
+    finish(kvf::submit_job(engine, std::move(submission), std::move(recorded), options, nullptr));
     CHECK(!driver().simulated() || driver().calls("cuEventRecord") - before <= 2);
     kvf_buffer_free(buffer);
 }
@@ -111,8 +111,8 @@ void trimmed_meanwhile(kvf::Engine &engine, const Fragmented &what, const Device
     submission.buffer_bytes = layout.bytes;
     driver().set("latency_us", 100'000);
     const uint64_t kernels = driver().calls("cuLaunchKernel");
-    const auto job =
-        engine.submit(std::move(submission), std::move(recorded), KVF_SUBMIT_OPTIONS_INIT, nullptr);
+    const auto job = kvf::submit_job(engine, std::move(submission), std::move(recorded),
+                                     KVF_SUBMIT_OPTIONS_INIT, nullptr);
     while (driver().calls("cuLaunchKernel") == kernels) sleep_ms(1);
     engine.trim();
     finish(job);

@@ -1,6 +1,4 @@
-#include "engine/submission.h"
-
-#include "engine/engine.h"
+#include "engine/open_job.h"
 
 namespace kvf {
 namespace {
@@ -117,6 +115,13 @@ void OpenJob::hand_over(Leg &leg) {
     }
     // The job fails here, or in the device if that is lost. Its legs on other devices may follow a stream: they end now.
     if (job_->stopping()) engine_.stop(*job_);
+}
+
+std::shared_ptr<Job> submit_job(Engine &engine, Submission &&submission, Recorded &&recorded,
+                                const kvf_submit_options &options, kvf_job *handle) {
+    OpenJob open(engine, std::move(submission), options, handle != nullptr);
+    open.commit(std::move(recorded), handle);
+    return open.job();
 }
 
 } // namespace kvf

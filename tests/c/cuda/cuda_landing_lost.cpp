@@ -1,6 +1,6 @@
 // Loads ahead on a device that fails when what was brought is moved on, and nothing else is under way: other devices go on, and this
 // one says so.
-#include "engine/engine.h"
+#include "engine/open_job.h"
 
 #include "cuda.hpp"
 
@@ -56,9 +56,9 @@ int32_t move(kvf::Engine &engine, uint32_t index, const DeviceMemory &device, un
     kvf::Recorded recorded;
     recorded.layouts.emplace_back(index, builder.finish());
     kvf_completion completion;
-    CHECK(
-        engine.submit(std::move(submission), std::move(recorded), KVF_SUBMIT_OPTIONS_INIT, nullptr)
-            ->wait(60 * SECONDS, &completion));
+    CHECK(kvf::submit_job(engine, std::move(submission), std::move(recorded),
+                          KVF_SUBMIT_OPTIONS_INIT, nullptr)
+              ->wait(60 * SECONDS, &completion));
     return completion.status;
 }
 

@@ -4,7 +4,7 @@
 #include <condition_variable>
 #include <mutex>
 
-#include "engine/engine.h"
+#include "engine/open_job.h"
 
 #include "cuda.hpp"
 
@@ -85,7 +85,8 @@ struct Test {
         builder.add(memory + place * kBytes, 0, kBytes);
         kvf::Recorded recorded;
         recorded.layouts.emplace_back(device, builder.finish());
-        return engine->submit(std::move(submission), std::move(recorded), options, nullptr);
+        return kvf::submit_job(*engine, std::move(submission), std::move(recorded), options,
+                               nullptr);
     }
 };
 

@@ -1,6 +1,6 @@
 // A snapshot holds what memory held when it was taken, whatever is written there before it has moved; without
 // room for it, it fails and nothing has happened.
-#include "engine/engine.h"
+#include "engine/open_job.h"
 
 #include "cuda.hpp"
 
@@ -22,7 +22,8 @@ void save_by_snapshot(const std::shared_ptr<kvf::Engine> &engine, const Plan &pl
     recorded.layouts.emplace_back(1, std::move(snapshot.layout));
     submission.keep.push_back(std::move(snapshot.memory));
     const kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-    const auto job = engine->submit(std::move(submission), std::move(recorded), options, nullptr);
+    const auto job =
+        kvf::submit_job(*engine, std::move(submission), std::move(recorded), options, nullptr);
     kvf_completion completion;
     CHECK(job->wait(60 * SECONDS, &completion));
     CHECK_OK(completion.status);

@@ -1,6 +1,6 @@
 // A save by snapshot completes while the device is busy with other work, whether or not the driver frees in the order
 // of streams; and memory that a snapshot has left is there for the next one.
-#include "engine/engine.h"
+#include "engine/open_job.h"
 
 #include "cuda.hpp"
 
@@ -23,7 +23,8 @@ void save_by_snapshot(kvf::Engine &engine, const DeviceMemory &device, const Buf
     recorded.layouts.emplace_back(1, std::move(snapshot.layout));
     submission.keep.push_back(std::move(snapshot.memory));
     const kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-    const auto job = engine.submit(std::move(submission), std::move(recorded), options, nullptr);
+    const auto job =
+        kvf::submit_job(engine, std::move(submission), std::move(recorded), options, nullptr);
     kvf_completion completion;
     CHECK(job->wait(20 * SECONDS, &completion));
     CHECK_OK(completion.status);
@@ -53,7 +54,7 @@ void save_on_a_busy_device(Random &random, bool pools) {
         recorded.layouts.emplace_back(1, whole(device));
         const kvf_submit_options submit = KVF_SUBMIT_OPTIONS_INIT;
         const auto job =
-            engine->submit(std::move(submission), std::move(recorded), submit, nullptr);
+            kvf::submit_job(*engine, std::move(submission), std::move(recorded), submit, nullptr);
         CHECK(job->wait(20 * SECONDS, nullptr));
         CHECK(buffer.holds(content));
         barrier.open();
