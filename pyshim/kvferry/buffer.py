@@ -147,7 +147,7 @@ def _unregister(engine: int, memory: CData) -> None:
 def borrow(memory: HostMemory, name: str, *, writable: bool = False) -> Buffer:
     """Returns the contiguous memory of an object with the buffer protocol, as a Buffer.
 
-    The object can't be resized while that Buffer lives. A Buffer is returned as it is. ``name`` is
+    The object cannot be resized while that Buffer lives. A Buffer is returned as it is. ``name`` is
     the argument's name, for errors. Raises TypeError, InvalidArgument.
     """
     if isinstance(memory, Buffer):
@@ -166,7 +166,7 @@ def borrow(memory: HostMemory, name: str, *, writable: bool = False) -> Buffer:
 
 
 def _fault(memory: HostMemory, writable: bool) -> str:
-    """Why memory can't be borrowed, for the error's text."""
+    """Why memory cannot be borrowed, for the error's text."""
     view = memoryview(memory)  # type: ignore[arg-type]
     if writable and view.readonly:
         return "is read-only"

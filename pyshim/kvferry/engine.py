@@ -35,7 +35,7 @@ class Engine(OpenEngine):
         ``"auto"``: every CUDA device, and the host. ``"host"``: the host alone; the CUDA driver is
         not opened. ``"cuda"``: as ``"auto"``, but NoDevice is raised if there is no CUDA device.
         ``"cuda:0"``, or ordinals such as ``[0, 2]``: these CUDA devices, by the driver's numbers,
-        and the host; NoDevice is raised if one of them can't be used. (Each CUDA device needs a
+        and the host; NoDevice is raised if one of them cannot be used. (Each CUDA device needs a
         context, some hundred MiB of its memory.)
     copy_threads
         The number of threads that copy host memory. 0: by the number of cores, at most 6.
@@ -82,7 +82,7 @@ class Engine(OpenEngine):
         """Pins memory that the caller owns, for every CUDA device, and returns it as a Buffer.
 
         Transfers then use it like memory from the pool. ``memory`` is writable and contiguous, and
-        can't be resized from now on. It stays pinned until the Buffer has been closed, or
+        cannot be resized from now on. It stays pinned until the Buffer has been closed, or
         collected, and its last view is gone, also after the engine has been closed. Takes about
         30 ms a GiB, on a thread of the engine. Without a CUDA device nothing is pinned.
 
@@ -113,16 +113,16 @@ class Engine(OpenEngine):
 
         llm
             A ``llama_cpp.Llama``, a ctypes pointer to a context, or its address. A
-            ``llama_cpp.Llama`` is kept alive; don't close it before ``Llama.detach()``. The tokens
+            ``llama_cpp.Llama`` is kept alive; do not close it before ``Llama.detach()``. The tokens
             that it knows go with sequence 0: a Snapshot has them, a load restores them, ``remove``
             and a load that fails reset them.
         library
             The path, or a part of the path, of the libllama to use where several are loaded. A
             whole path is never ambiguous.
         allow_blocking
-            If libllama's calls can't be recorded, use its blocking calls on a thread of the engine.
-            Then the context must not be used until the transfer has ended; kvferry's calls that
-            would use it raise Busy.
+            If libllama's calls cannot be recorded, use its blocking calls, on a thread of the
+            engine. Then the context must not be used until the transfer has ended; calls of kvferry
+            that would use it raise Busy.
         variant
             Names what states depend on and libllama does not tell, above all adapters. It becomes
             part of the ``fingerprint``, so that states of one variant are refused by another.
@@ -161,7 +161,7 @@ class Engine(OpenEngine):
           or synchronize first. If the arrays name several streams, this raises InvalidArgument:
           make one stream wait for the others and pass it.
         - Arrays that only have ``__dlpack__`` make the followed stream wait for the work on them.
-          That is the legacy default stream where no other array names one.
+          The followed stream is the legacy default stream if no other array names one.
 
         Cancelling: see ``Transfer.wait``. Raises BufferTooSmall, Unreachable, InvalidArgument,
         TypeError, PinnedLimit, Busy (a transfer in flight or a Snapshot uses ``into``),

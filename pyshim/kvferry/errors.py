@@ -80,11 +80,11 @@ class Forked(KvferryError):
 
 
 class NoDevice(KvferryError):
-    """There is no such device, or it can't be used."""
+    """There is no such device, or it cannot be used."""
 
 
 class DeviceLost(KvferryError):
-    """A device has failed. Its engine can't be used any more: make a new one."""
+    """A device has failed. Its engine cannot be used any more: make a new one."""
 
 
 class Unreachable(KvferryError):
@@ -96,7 +96,7 @@ class LibraryNotFound(KvferryError):
 
 
 class TapUnavailable(KvferryError):
-    """This libllama's calls can't be recorded; see ``allow_blocking`` of ``Engine.attach``."""
+    """This libllama's calls cannot be recorded; see ``allow_blocking`` of ``Engine.attach``."""
 
 
 class ContextFreed(KvferryError):

@@ -218,7 +218,7 @@ class Llama:
         the cache. The engine keeps that memory for half a minute, for the next such load. Where
         there is not enough memory, or no CUDA device has the cache, the load is done in place.
 
-        ``trust`` allows a state that kvferry can't check: a state that kvferry has not saved, for
+        ``trust`` allows a state that kvferry cannot check: a state that kvferry has not saved, for
         a cache whose format it does not know (``describe`` says ``"opaque"``). Without ``trust``
         that raises StateDamaged. llama.cpp does not check what it loads: a damaged state may end
         the process, or leave cells that only clearing the memory frees.

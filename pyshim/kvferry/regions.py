@@ -222,7 +222,7 @@ def _cuda_array(source: object, interface: dict[str, Any]) -> _Strided:
 def _numpy_array(array: NDArray[Any]) -> _Strided:
     address = array.__array_interface__["data"][0]
     read_only = not array.flags.writeable
-    # The array keeps its export of the buffer, so that a bytearray can't be resized meanwhile.
+    # The array keeps its export of the buffer, so that a bytearray cannot be resized meanwhile.
     return _Strided(array, address, array.shape, array.strides, array.itemsize, read_only)
 
 
@@ -251,7 +251,7 @@ def _host_array(source: Any) -> NDArray[Any] | None:
     try:
         return numpy.asarray(view)
     except (ValueError, TypeError, NotImplementedError):
-        return numpy.asarray(view.cast("B"))  # a format that numpy doesn't know
+        return numpy.asarray(view.cast("B"))  # a format that numpy does not know
 
 
 def _packed(shape: tuple[int, ...], item: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The ends of things: closing, collecting, exiting and forking, with transfers in flight."""
+"""Closing, collecting, exiting and forking while transfers are in flight."""
 
 import gc
 import os
@@ -272,7 +272,7 @@ def test_a_forked_child_may_leave_its_parents_engine_to_the_collector() -> None:
 
     transfer = anyio.run(start)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: that's the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads is tested here
         child = os.fork()
     if child == 0:
         del transfer, engine

@@ -21,20 +21,20 @@ _UINT64_MAX = (1 << 64) - 1
 
 
 class SupportsBuffer(Protocol):
-    """Has the buffer protocol: bytes, bytearray, mmap, ctypes arrays, Buffer."""
+    """An object with the buffer protocol: bytes, bytearray, mmap, ctypes arrays, Buffer."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
 class SupportsCudaArray(Protocol):
-    """Has the CUDA array interface: arrays of PyTorch, CuPy and Numba."""
+    """An object with the CUDA array interface: arrays of PyTorch, CuPy and Numba."""
 
     @property
     def __cuda_array_interface__(self) -> Any: ...
 
 
 class SupportsDLPack(Protocol):
-    """Has DLPack: arrays of JAX, PyTorch, CuPy and NumPy."""
+    """An object with DLPack: arrays of JAX, PyTorch, CuPy and NumPy."""
 
     def __dlpack__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
@@ -90,7 +90,7 @@ def check_no_objects(memory: object) -> None:
         try:
             text = memoryview(memory).format  # type: ignore[arg-type]
         except (TypeError, BufferError, ValueError):
-            return  # without the buffer protocol, or of a type that it can't describe
+            return  # without the buffer protocol, or of a type that it cannot describe
         # The names of a record's fields stand between colons.
         objects = "O" in re.sub(":[^:]*:", "", text)
     if objects:

@@ -69,7 +69,7 @@ class ManagedTensorVersioned(ctypes.Structure):
 _Struct = type[ManagedTensor] | type[ManagedTensorVersioned]
 
 # By the capsule's name: the struct, and the name for a capsule that a consumer has taken. Python
-# doesn't copy that name, so it must live as long as the module.
+# does not copy that name, so it must live as long as the module.
 _STRUCTS: dict[bytes, tuple[_Struct, bytes]] = {
     b"dltensor_versioned": (ManagedTensorVersioned, b"used_dltensor_versioned"),
     b"dltensor": (ManagedTensor, b"used_dltensor"),
@@ -155,7 +155,7 @@ def lent(source: Any, stream: int | None, *, writable: bool) -> LentArray:
 
     ``stream`` is a CUDA stream (1 and 2 are the default streams) for an array that
     ``is_on_stream``, else None. The array's library makes that stream wait for its own work on the
-    array. Raises InvalidArgument where the memory can't be written.
+    array. Raises InvalidArgument where the memory cannot be written.
     """
     array = LentArray(_capsule(source, stream, writable))
     if writable and array.unwritable:

@@ -131,7 +131,7 @@ class WorkerThread:
         self.lock = threading.RLock()
         """Held while a call runs."""
         self.ident: int | None = None
-        # Those that aren't stopped. A worker whose attachment could not be made is collected.
+        # Those that are not stopped. A worker whose attachment could not be made is collected.
         self.workers: weakref.WeakSet[Worker] = weakref.WeakSet()
         self._name = name
         self._address = address
@@ -144,7 +144,7 @@ class WorkerThread:
     def post(self, call: Call, first: bool) -> None:
         (self._first_calls if first else self._calls).append(call)
         if not self._started:
-            # A daemon, so that the interpreter's exit doesn't wait for it. If an exception
+            # A daemon, so that the interpreter's exit does not wait for it. If an exception
             # interrupts this, another thread may be started, which finds nothing to do.
             threading.Thread(target=self._serve, name=self._name, daemon=True).start()
             self._started = True
@@ -242,7 +242,7 @@ class Worker:
         return result
 
     def check_awaitable(self) -> None:
-        """Raises RuntimeError where waiting for this thread would never end, or can't be done.
+        """Raises RuntimeError where waiting for this thread would never end, or cannot be done.
 
         Code that runs on the thread, and tasks that such code starts on an event loop, would wait
         for themselves. Raises Forked in a forked child.

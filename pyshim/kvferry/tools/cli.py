@@ -164,7 +164,7 @@ def _tokens(text: str) -> int:
 
 
 # Each command imports its module when it runs, so that packages that one command needs and that are
-# missing don't keep the others from working.
+# missing do not keep the others from working.
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ class Finding:
 
 
 async def doctor(llama_lib: str | None, device: Devices, as_json: bool) -> int:
-    """Prints all findings. Returns 0, or 1 if kvferry can't save and load sequences."""
+    """Prints all findings. Returns 0, or 1 if kvferry cannot save and load sequences."""
     opened, unusable = _open(device)
     async with opened as engine:
         findings = [
@@ -76,7 +76,7 @@ def _print(finding: Finding) -> None:
 
 
 def _open(device: Devices) -> tuple[Engine, list[Finding]]:
-    """Opens an engine with at most one GPU; returns findings about GPUs that can't be used.
+    """Opens an engine with at most one GPU; returns findings about GPUs that cannot be used.
 
     One GPU shows whether kvferry works, and each GPU would cost a context in its memory, which
     other programs may need.
@@ -94,7 +94,7 @@ def _open(device: Devices) -> tuple[Engine, list[Finding]]:
 
 
 def _gpus_present() -> int:
-    """Returns how many GPUs the driver shows; 0 if it can't be asked, which is another finding."""
+    """Returns how many GPUs the driver shows; 0 if it cannot be asked, which is another finding."""
     try:
         driver = ctypes.CDLL(cuda_driver())
     except OSError:

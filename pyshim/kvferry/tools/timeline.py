@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .. import TraceEvent
     from .libllama import Step
 
-# Two shades of each colour in turn, so that even narrow neighbours can be told apart.
+# Two shades of each colour in turn, so that even narrow neighbours can be distinguished.
 _STEPS = ("#4c72b0", "#7f9bc9")
 _PIECES = {"save": ("#dd8452", "#eeb38f"), "load": ("#55a868", "#94caa2")}
 _CALL = "#555555"

@@ -81,7 +81,7 @@ class Decoding:
     async def rewind(self) -> None:
         """Removes the decoded tokens, so that the next steps start with a short sequence again.
 
-        Raises LlamaError for a recurrent cache, which can't remove a part of a sequence.
+        Raises LlamaError for a recurrent cache, which cannot remove a part of a sequence.
         """
         await self.llama.run(self.context.shorten, DECODED, len(self.steps) - self._rewound)
         self._rewound = len(self.steps)
@@ -117,7 +117,7 @@ class Decoding:
                 over = True
 
     async def pass_steps(self, count: int) -> None:
-        """Waits for so many steps, inside of ``running``."""
+        """Waits for so many steps, in a ``running`` block."""
         target = len(self.steps) + min(count, self.left)
         while len(self.steps) < target:
             await self._stepped.wait()

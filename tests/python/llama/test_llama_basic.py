@@ -1,6 +1,6 @@
-"""Sequences of a real llama.cpp context from Python: the plain case, and what can go wrong.
+"""Saving and loading sequences of a real llama.cpp context: the plain case, and errors.
 
-The kinds of model and cache that llama.cpp treats differently have tests of their own.
+Other tests have the kinds of models and caches that llama.cpp treats differently.
 """
 
 import random
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 PROMPT_TOKENS = 200
 EMPTY_BYTES = 8 if reference.UNFRAMED else 16
-"""Size of an empty sequence's state: magic and sequence, since b9842; one stream of no cells."""
+"""Size of an empty sequence's state: magic number and sequence (since b9842), an empty stream."""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def llama_model(model: Callable[[str], reference.Model]) -> reference.Model:
 
 @pytest.fixture
 def context(make_context: Callable[..., reference.Context]) -> reference.Context:
-    """With a prompt in sequence 0, and sequences 1 to 3 empty."""
+    """A context with a prompt in sequence 0; sequences 1 to 3 are empty."""
     context = make_context("llama", n_ctx=1024)
     context.decode(0, context.model.prompt(PROMPT_TOKENS))
     return context
@@ -89,7 +89,7 @@ async def test_a_save_that_has_been_started_is_awaited_later(context: reference.
         llama = engine.attach(context.address)
         state = context.state_get(0)
         transfer = await llama.start_save(0, mode="snapshot")
-        await llama.run(context.seq_rm, 0)  # a snapshot doesn't mind
+        await llama.run(context.seq_rm, 0)  # the Snapshot stays as it is
         snapshot = await transfer.wait()
         assert snapshot.to_bytes() == state
         assert transfer.done
@@ -145,7 +145,7 @@ async def test_what_the_program_runs_returns_and_raises_as_it_does(
         llama = engine.attach(context.address)
         assert await llama.run(divmod, 7, 2) == (3, 1)
         assert await llama.run(int, "ff", base=16) == 255
-        # Names that the method could have taken for its own.
+        # Keywords that the method could have as parameters of its own.
         assert await llama.run(dict, self=1, function=2, seq=3) == {
             "self": 1,
             "function": 2,

@@ -1,8 +1,8 @@
-"""llama-cpp-python's own Llama class, as it is: what most Python programs attach.
+"""llama-cpp-python's own Llama class, which most Python programs attach.
 
-Its structs fit one build of libllama each, and no release of it fits the build that the other tests
-use. So these have a process of their own, with the library that `llama_cpp/lib` leads to. That is
-built without CUDA: its caches lie in host memory wherever the tests run.
+Each release of it fits one build of libllama, and none fits the build that the other tests use. So
+these tests run in a process of their own, with the library in `llama_cpp/lib`. That library is
+built without CUDA, so that its caches are in host memory on any machine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_llm(path: Path) -> Iterator[Callable[..., llama_cpp.Llama]]:
-    """`make_llm(**arguments of Llama)`: closed after the test, should it still be there."""
+    """`make_llm(**arguments of Llama)` returns an object that is closed after the test."""
     made: list[weakref.ref[llama_cpp.Llama]] = []
 
     def make(**arguments: Any) -> llama_cpp.Llama:
@@ -62,7 +62,7 @@ def make_llm(path: Path) -> Iterator[Callable[..., llama_cpp.Llama]]:
 
 
 def state_of(llm: llama_cpp.Llama) -> bytes:
-    """By llama.cpp's own call."""
+    """Returns the state of sequence 0 by llama.cpp's own call."""
     size = llama.llama_state_seq_get_size(llm.ctx, 0)
     state = np.empty(size, np.uint8)
     pointer = state.ctypes.data_as(llama.ctypes.POINTER(llama.ctypes.c_uint8))
@@ -71,18 +71,18 @@ def state_of(llm: llama_cpp.Llama) -> bytes:
 
 
 def positions_of(llm: llama_cpp.Llama) -> int:
-    """How many the sequence has, by libllama's account."""
+    """Returns how many positions sequence 0 has in libllama."""
     return llama.llama_memory_seq_pos_max(llama.llama_get_memory(llm.ctx), 0) + 1
 
 
 def logits_of(llm: llama_cpp.Llama) -> bytes:
-    """Those of the last token."""
+    """Returns the logits of the last token."""
     logits = llama.llama_get_logits_ith(llm.ctx, -1)
     return np.ctypeslib.as_array(logits, (llm.n_vocab(),)).tobytes()
 
 
 def test_the_bindings_fit_the_library() -> None:
-    """Else this file would test by luck."""
+    """Otherwise the other tests of this file would mean nothing."""
     assert bindings_fit()
     assert llama_cpp.llama_max_devices() > 0
 
@@ -119,7 +119,7 @@ async def test_saves_beside_decoding_hold_what_was_there_when_they_began(
 ) -> None:
     llm, like = make_llm(), make_llm()
     prompt, rest = llm.tokenize(TEXT * 10), llm.tokenize(TEXT)
-    states = {}  # of a like sequence that is decoded alone, by its length
+    states = {}  # the states of an equal sequence that is decoded alone, with their lengths
     like.eval(prompt)
     states[state_of(like)] = like.n_tokens
     for token in rest:
@@ -141,7 +141,7 @@ async def test_saves_beside_decoding_hold_what_was_there_when_they_began(
             tasks.start_soon(decode)
             while not decoded.is_set():
                 transfer = await model.start_save()
-                await model.run(lambda: None)  # whatever is waiting to be decoded comes first
+                await model.run(lambda: None)  # calls that wait to decode come first
                 lengths.append(states[(await transfer.wait()).to_bytes()])
         assert lengths == sorted(lengths)
         assert len(set(lengths)) > 3
@@ -151,7 +151,7 @@ async def test_saves_beside_decoding_hold_what_was_there_when_they_began(
 async def test_a_completion_goes_on_from_a_loaded_sequence(
     make_llm: Callable[..., llama_cpp.Llama],
 ) -> None:
-    """The class's own way to generate, which takes what its context holds for granted."""
+    """Generates text by the class itself, which trusts what it knows of its context."""
     llm, like = make_llm(), make_llm()
     text = TEXT.decode()
     complete = functools.partial(
@@ -222,7 +222,7 @@ async def test_closing_an_object_under_a_save_ends_the_save(
     much = np.ones(256 << 20, np.uint8)
     async with kvferry.Engine("host") as engine:
         model = engine.attach(llm)
-        # What is in the background waits for what is urgent, so the save is still in flight then.
+        # Background transfers wait for urgent ones, so that the save is still in flight.
         urgent = await engine.start_copy_out(much, np.empty_like(much), priority="urgent")
         save = await model.start_save()
         await model.run(llm.close)
@@ -330,7 +330,7 @@ async def test_scores_that_were_not_saved_are_not_made_up(
 
 
 async def test_a_seed_belongs_to_the_conversation(make_llm: Callable[..., llama_cpp.Llama]) -> None:
-    """As it does for the class's own save_state and load_state."""
+    """As with the class's own save_state and load_state."""
     llm = make_llm(seed=1)
     complete = functools.partial(llm.create_completion, TEXT.decode(), max_tokens=8)
     async with kvferry.Engine("host") as engine:
@@ -364,7 +364,7 @@ async def test_a_file_goes_on_in_another_object(
 async def test_logits_from_before_a_load_are_not_sampled(
     make_llm: Callable[..., llama_cpp.Llama],
 ) -> None:
-    """The object samples at once where the prompt is what it holds, unless it knows better."""
+    """The object samples without a decode if it has exactly the prompt, unless told otherwise."""
     llm, like = make_llm(), make_llm()
 
     def next_token(of: llama_cpp.Llama, prompt: list[int]) -> int:

@@ -1,8 +1,8 @@
-"""Caches whose states are in a format that kvferry does not know: moved whole, guarded by an
-envelope of its own, and refused by that before libllama sees what is damaged.
+"""Caches whose states have a format that kvferry does not know. Their states are moved whole, with
+an envelope that finds damage before libllama sees the state.
 
-On a copy of libllama that begins its states with another number, and on models whose states no
-known format describes. Each case, opaque_states.py has them, is a process of its own.
+Some cases run on a copy of libllama that begins its states with another number, others on models
+whose states no known format describes. Each case runs in a process of its own (opaque_states.py).
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def test_a_format_that_nobody_has_seen(
     which: str,
     case: str,
 ) -> None:
-    # States of 20 MiB take some milliseconds to move; others are damaged again and again.
+    # Moving a state of 20 MiB takes some milliseconds. Other cases load many damaged states.
     geometry = "bench" if case == CANCEL_CASE else "small"
     model = model_path("llama", geometry=geometry)
-    # It has other weights and says so, and its states fit.
+    # A model with other weights and metadata, whose states would be accepted.
     foreign = model_path("llama", geometry=geometry, seed=1, context=8192)
     run_case(case, model, foreign, unknown_libllama(which))
 

@@ -1,4 +1,4 @@
-"""One context, one thread: shared by all attachments, and not to be waited for from inside."""
+"""All attachments to a context share one thread, and code on that thread must not wait for it."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ async def test_a_thread_ends_with_the_last_attachment(context: Context) -> None:
 async def test_an_engine_that_is_forgotten_waits_for_the_thread_it_shares(
     context: Context,
 ) -> None:
-    """Detaching empties sequences, which must not be done beside another attachment's call."""
+    """Detaching empties sequences, and must not run during another attachment's call."""
     began = threading.Event()
     spans: list[float] = []
 
@@ -167,7 +167,7 @@ def calls_from_inside(
 
 
 async def test_awaiting_from_inside_of_run_raises(context: Context) -> None:
-    """By way of the loop, as a callback of the decoding function would do it."""
+    """Starts a task on the event loop, as a callback of the decoding function would do."""
     state = context.state_get(0)
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)

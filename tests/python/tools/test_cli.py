@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and how it ends."""
+"""The command line: its output, its files, and its exit status."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_demo_takes_a_model_of_the_users(tmp_path: Path, model_path: Callable[..
 
 
 def test_demo_stops_when_interrupted(tmp_path: Path) -> None:
-    # Where these tests run in the background of a script, SIGINT is ignored, and that is inherited.
+    # A script's background processes ignore SIGINT, and their children inherit that.
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -307,7 +307,7 @@ def test_doctor_opens_one_gpu_of_several(
     driver = findings["CUDA driver"]
     assert "4 device(s)" in driver["found"]
     assert ("--device cuda:N" in driver["meaning"]) == bool(ordinals)
-    # What could not be used is said, though another GPU could be.
+    # A GPU that cannot be used is reported, although another one can be used.
     assert ("GPU 0" in findings) == bool(failures)
 
 
@@ -326,7 +326,7 @@ def test_doctor_works_without_the_optional_packages() -> None:
 
     assert "Traceback" not in done.stderr
     assert "memcpy" in done.stdout
-    if "no libllama found" in done.stdout:  # else this system has one of its own
+    if "no libllama found" in done.stdout:  # otherwise the system has a libllama
         assert done.returncode == 1
 
 
@@ -349,7 +349,7 @@ def test_bench_writes_the_figures_that_were_asked_for(tmp_path: Path) -> None:
 
 
 def test_config_is_what_a_c_program_needs(tmp_path: Path) -> None:
-    """tests/install/by_pip.sh does more with it, in an empty environment."""
+    """tests/install/by_pip.sh tests more, in an empty environment."""
     source = Path(__file__).parents[2] / "install" / "program.c"
     for more in ([], ["--static"]):
         flags = run("config", "--cflags", "--libs", *more).stdout.split()

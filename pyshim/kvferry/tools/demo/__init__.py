@@ -71,7 +71,7 @@ async def demo(options: Options, progress: Progress) -> bool:
 
 
 def _check_files(options: Options) -> None:
-    """Finds out now, rather than after all the work, that a file can't be written."""
+    """Finds out now, rather than after all the work, that a file cannot be written."""
     for file in (options.json, options.picture):
         if file and not Path(file).parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "no folder to write to", str(Path(file).parent))

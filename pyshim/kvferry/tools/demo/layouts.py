@@ -33,6 +33,6 @@ OTHER_CACHES = [
         "recurrent",
         kind="mamba",
         sizes={"layers": 16, "embedding": 256, "state": 256},
-        most_tokens=64,  # slow to compute, and the state's size doesn't depend on it
+        most_tokens=64,  # slow to compute, and the state's size does not depend on it
     ),
 ]

@@ -171,7 +171,7 @@ class Context:
         return ctypes.string_at(address, 4 * self.model.vocabulary)
 
     def shorten(self, seq: int, tokens: int) -> None:
-        """Removes the last ``tokens`` tokens of a sequence. Raises LlamaError if it can't."""
+        """Removes the last ``tokens`` tokens of a sequence. Raises LlamaError if it cannot."""
         end = self._functions.llama_memory_seq_pos_max(self._memory, seq) + 1
         if not self._functions.llama_memory_seq_rm(self._memory, seq, end - tokens, -1):
             raise LlamaError("this cache can't remove a part of a sequence")
