@@ -229,20 +229,27 @@ async def pass_by(engine: kvferry.Engine, array: DeviceArray) -> bytes:
     return (await engine.copy_out(array, priority="urgent")).to_bytes()
 
 
-@pytest.mark.parametrize("default", [None, 1, 2], ids=["a stream", "legacy", "per thread"])
-async def test_a_save_follows_the_stream_that_the_array_names(
-    cuda: SimulatedCuda, default: int | None
+async def assert_a_save_follows_the_stream(
+    cuda: SimulatedCuda, default: int | None, device: int = 0
 ) -> None:
+    """The stream, a new one or a default one, holds a copy into the array that is saved."""
     before, after = numbers(), -numbers()
-    with cuda.array(before) as array, cuda.array(after) as computed:
+    with cuda.array(before, device) as array, cuda.array(after, device) as computed:
         async with kvferry.Engine("cuda") as engine:
-            with cuda.stream(default) as stream:
+            with cuda.stream(default, device) as stream:
                 stream.hold()
                 stream.copy(array, computed)
                 transfer = await engine.start_copy_out(on_stream(array, stream.handle))
                 assert await pass_by(engine, array) == before.tobytes()
                 stream.release()
                 assert (await transfer.wait()).to_bytes() == after.tobytes()
+
+
+@pytest.mark.parametrize("default", [None, 1, 2], ids=["a stream", "legacy", "per thread"])
+async def test_a_save_follows_the_stream_that_the_array_names(
+    cuda: SimulatedCuda, default: int | None
+) -> None:
+    await assert_a_save_follows_the_stream(cuda, default)
 
 
 async def test_a_load_follows_the_stream_that_the_array_names(cuda: SimulatedCuda) -> None:
@@ -349,17 +356,7 @@ async def test_a_stream_waits_for_a_transfer(cuda: SimulatedCuda, cancelled: boo
 async def test_a_default_stream_is_followed_on_whichever_device_it_holds_work(
     two_devices: SimulatedCuda, default: int
 ) -> None:
-    simulated = two_devices
-    before, after = numbers(), -numbers()
-    with simulated.array(before, device=1) as array, simulated.array(after, device=1) as computed:
-        async with kvferry.Engine("cuda") as engine:
-            with simulated.stream(default, device=1) as stream:
-                stream.hold()
-                stream.copy(array, computed)
-                transfer = await engine.start_copy_out(on_stream(array, stream.handle))
-                assert await pass_by(engine, array) == before.tobytes()
-                stream.release()
-                assert (await transfer.wait()).to_bytes() == after.tobytes()
+    await assert_a_save_follows_the_stream(two_devices, default, device=1)
 
 
 # ---- Sequences: a cache on the host, beside a device --------------------------------------------

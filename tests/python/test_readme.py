@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.programs import run_python
 from support.text_model import write_text_model
 
 ROOT = Path(__file__).parents[2]
@@ -33,17 +32,13 @@ def test_python_example_goes_on_where_the_first_conversation_was(
     write_text_model(tmp_path / "model.gguf")
     (tmp_path / "example.py").write_text(example)
     (tmp_path / "program.py").write_text(PYTHON_PROGRAM)
-    # With llama_cpp's own libllama, which llama_cpp.Llama fits.
-    environment = {key: os.environ[key] for key in os.environ if key != "LLAMA_CPP_LIB_PATH"}
 
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "program.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
+    # With llama_cpp's own libllama, which llama_cpp.Llama fits.
+    done = run_python(
+        *("-W", "error", "program.py"),
+        environment={"LLAMA_CPP_LIB_PATH": None},
+        folder=tmp_path,
         timeout=120,
-        check=False,
     )
 
     assert done.returncode == 0, done.stderr

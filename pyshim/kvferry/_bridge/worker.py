@@ -273,12 +273,6 @@ class Worker:
         """
         return Call(self, function, arguments, after)
 
-    def post(self, function: Callable[..., Any], *arguments: Any, first: bool = False) -> Call:
-        """Asks for a new call and returns at once. See ``ask_for``."""
-        call = self.make(function, *arguments)
-        self.ask_for(call, first=first)
-        return call
-
     def ask_for(self, call: Call, *, first: bool = False) -> None:
         """Asks for a call; ``first`` puts it before all calls that have not begun.
 

@@ -4,8 +4,6 @@ Other tests have the kinds of models and caches that llama.cpp treats differentl
 """
 
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import support.llama_reference as reference
 from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
+from support.programs import run_python
 
 pytestmark = pytest.mark.anyio
 
@@ -313,8 +312,6 @@ def test_the_interpreter_exits_cleanly_with_a_context_attached(
     model_path: Callable[..., Path], backend: str
 ) -> None:
     program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import anyio, kvferry
 import support.llama_reference as reference
 
@@ -329,16 +326,11 @@ async def main():
     for sequence in range(10):
         await llama.start_save(0)
     await llama.start_load(snapshot, 1)
-    llama._attachment.worker.post(context.decode, 2, [1] * 500)
+    worker = llama._attachment.worker
+    worker.ask_for(worker.make(context.decode, 2, [1] * 500))
     print("leaving", flush=True)
 
 anyio.run(main, backend={backend!r})
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python("-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")

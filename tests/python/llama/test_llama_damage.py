@@ -8,8 +8,6 @@ kvferry the target and the other sequences are as they were, and every cell can 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import pytest
 from support.devices import DEVICES
 from support.like_contexts import CACHES, MakeContext
 from support.llama_reference import Context, Refused
+from support.programs import run_python
 from support.state_fields import LAST_POSITION, StateField, state_fields
 
 pytestmark = pytest.mark.anyio
@@ -91,6 +90,13 @@ async def assert_good_load(scene: Scene, llama: kvferry.Llama) -> None:
     await llama.load(await llama.save(TARGET), TARGET)
     await llama.remove(TARGET)
     scene.assert_nothing_lost()
+
+
+def cleared_context(make_context: MakeContext, kind: str, cache: str) -> Context:
+    """Returns a context that kvferry does not know, and whose sequences are empty."""
+    context = make_scene(make_context, kind, cache).context
+    context.clear()
+    return context
 
 
 def cuts(fields: list[StateField]) -> set[int]:
@@ -186,8 +192,7 @@ async def test_a_context_that_has_held_nothing_yet_refuses_them_too(
     has taken cells.
     """
     scene = make_scene(make_context, kind, cache)
-    context = make_scene(make_context, kind, cache).context
-    context.clear()
+    context = cleared_context(make_context, kind, cache)
     seen: set[str] = set()
     async with kvferry.Engine(DEVICES) as engine:
         for field in scene.fields:
@@ -221,9 +226,7 @@ async def test_a_state_whose_cells_lie_in_two_streams_is_refused(
 ) -> None:
     """libllama would load the second stream over the first, with tensor bytes for both."""
     scene = make_scene(make_context, kind, "streams")
-    context = scene.context if known else make_scene(make_context, kind, "streams").context
-    if not known:
-        context.clear()
+    context = scene.context if known else cleared_context(make_context, kind, "streams")
     begins = [field.begin for field in scene.fields if field.name == "attention.cells"]
     first, second = begins[:2]
     twice = scene.state[:second] + scene.state[first:second] + scene.state[second + 4 :]
@@ -246,9 +249,7 @@ async def test_a_state_that_lacks_the_cells_of_one_part_is_refused(
 ) -> None:
     """The structure is valid. libllama accepts it, and then the sequence has cells but no end."""
     scene = make_scene(make_context, kind, "flash")
-    context = scene.context if known else make_scene(make_context, kind, "flash").context
-    if not known:
-        context.clear()
+    context = scene.context if known else cleared_context(make_context, kind, "flash")
     counts = [field for field in scene.fields if field.name.endswith(".cells")]
     ends = [field.begin for field in scene.fields if field.name == "attention.streams"][1:]
     ends += [field.begin for field in scene.fields if field.name == "recurrent.cells"]
@@ -314,14 +315,7 @@ def test_states_damaged_at_random_are_refused(
     if options.get("kv_unified") is False:
         options["n_ctx"] = 4 * CELLS
     arguments = [str(model_path(kind)), kind, json.dumps(options), "0", str(DAMAGES)]
-    done = subprocess.run(
-        [sys.executable, "-m", "support.damage_states", *arguments],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_python("-m", "support.damage_states", *arguments, timeout=120)
     *numbers, last = done.stdout.splitlines() or [""]
     assert done.returncode == 0, f"damage {last}: {done.stderr[-2000:]}"
     assert numbers[-1] == str(DAMAGES - 1)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.llama_reference import LIBRARY_FOLDER
+from support.programs import run_python
 
 PROGRAM = """
 import ctypes, sys
-sys.path.insert(0, {tests!r})
 import anyio, kvferry
 from support import llama_reference
 
@@ -56,15 +53,10 @@ def attached(folder: Path, model_path: Callable[..., Path]) -> Callable[..., str
     returns the path of the libllama that is attached to."""
 
     def attach(library: str | Path, *others: Path) -> str:
-        tests = str(Path(__file__).parents[1])
-        program = PROGRAM.format(tests=tests, model=str(model_path("llama")))
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(library), *map(str, others)],
-            env={**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+        program = PROGRAM.format(model=str(model_path("llama")))
+        done = run_python(
+            *("-c", program, str(library), *map(str, others)),
+            environment={"LLAMA_CPP_LIB_PATH": str(folder)},
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()

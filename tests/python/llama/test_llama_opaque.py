@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 from support.like_contexts import OPAQUE
 from support.llama_reference import LIBRARY_FOLDER
 from support.opaque_states import CASES
+from support.programs import run_python
 from support.unknown_format import NUMBERS
 
 CANCEL_CASE = "a_load_that_is_cancelled_ends_once"
@@ -30,14 +29,10 @@ def run_case(case: str, model: Path, foreign: Path, folder: Path, **options: Any
     if case == STREAM_CASE and "KVFERRY_SIMULATED_CUDA" not in os.environ:
         pytest.skip("KVFERRY_SIMULATED_CUDA is not set")
     arguments = [case, str(model), str(foreign), json.dumps({"n_ctx": 256, **options})]
-    done = subprocess.run(
-        [sys.executable, "-m", "support.opaque_states", *arguments],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)},
-        capture_output=True,
-        text=True,
+    done = run_python(
+        *("-m", "support.opaque_states", *arguments),
+        environment={"LLAMA_CPP_LIB_PATH": str(folder)},
         timeout=120,
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +20,7 @@ from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
 from support.like_contexts import MakeContext
 from support.llama_reference import Context
+from support.programs import run_python
 
 pytestmark = pytest.mark.anyio
 
@@ -237,8 +236,7 @@ def test_a_forked_child_attaches_with_a_thread_of_its_own(
     model_path: Callable[..., Path],
 ) -> None:
     program = f"""
-import sys, os, warnings
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import os, warnings
 import anyio, kvferry
 import support.llama_reference as reference
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -267,7 +265,5 @@ size = anyio.run(main)
 if size is not None:
     anyio.run(in_child, size)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_python("-c", program)
     assert (done.returncode, done.stdout) == (0, "child 0\n"), done.stderr

@@ -13,6 +13,7 @@ import pytest
 from kvferry.tools import libllama
 from kvferry.tools.table import table
 from support.llama_reference import LIBRARY_FOLDER
+from support.programs import run_python
 from support.unknown_format import NUMBERS, NoMagic, write_libllama
 
 FIGURES = {
@@ -36,15 +37,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs kvferry in a process of its own, after the Python statements `first`."""
     code = f"import sys; {first}\nfrom kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
-    changed = {**os.environ, **(environment or {})}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={name: value for name, value in changed.items() if value is not None},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return run_python("-c", code, *arguments, environment=environment, timeout=240)
 
 
 # ---- demo ----------------------------------------------------------------------------------------
@@ -411,26 +404,14 @@ def test_bad_options_are_named(arguments: list[str], complaint: str) -> None:
 
 
 def test_the_package_is_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kvferry", "--version"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python("-m", "kvferry", "--version")
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"kvferry {kvferry.__version__}\n"
 
 
 def test_the_program_is_named_alike_however_it_is_called() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kvferry", "dance"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python("-m", "kvferry", "dance")
 
     assert done.returncode == 2
     assert done.stderr.startswith("usage: kvferry ")

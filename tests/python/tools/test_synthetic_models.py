@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from kvferry.tools.synthetic import GEOMETRIES, KINDS, write_model
 from support.like_contexts import CACHES, LATENT, RECURRENT, MakeContext
 from support.llama_reference import UNFRAMED, CacheType, Model, Refused, log_lines
+from support.programs import run_python
 
 MakeModel = Callable[..., Model]
 
@@ -231,14 +231,7 @@ context = Model({str(model_path(kind))!r}).context()
 context.decode(0, [1, 2, 3])
 {damage}
 """
-    child = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    child = run_python("-c", script)
     assert child.returncode == -signal.SIGABRT, child.stderr
     assert "GGML_ASSERT" in child.stderr
 
