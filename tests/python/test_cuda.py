@@ -647,7 +647,7 @@ async def test_a_load_into_a_dlpack_array(cuda: SimulatedCuda) -> None:
         assert np.array_equal(array.download(), expected)
 
 
-async def test_a_dlpack_array_is_given_back_once_however_its_transfer_ends(
+async def test_a_dlpack_array_is_released_once_however_its_transfer_ends(
     simulated: SimulatedCuda,
 ) -> None:
     host = numbers()

@@ -87,7 +87,7 @@ async def test_thousands_of_cancelled_tasks_leave_nothing_behind() -> None:
         assert outcomes.total() == 2000
 
 
-async def test_a_call_that_has_not_begun_is_taken_back_and_one_that_has_is_awaited() -> None:
+async def test_a_call_that_has_not_begun_is_cancelled_and_one_that_has_is_awaited() -> None:
     async with kvferry.Engine("host") as engine:
         worker = engine._core.memory_worker
         began, release = threading.Event(), threading.Event()

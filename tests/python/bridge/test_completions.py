@@ -90,7 +90,7 @@ async def test_others_are_served_when_a_waiting_task_leaves(leaving: int) -> Non
         assert {0, 1, 2} - {leaving} <= set(served)
 
 
-async def test_a_transfer_that_nobody_waits_for_lets_its_memory_go() -> None:
+async def test_a_transfer_that_nobody_waits_for_releases_its_memory() -> None:
     async with kvferry.Engine("host") as engine:
         target = bytearray(4096)
         await engine.start_copy_out(np.ones(4096, np.uint8), target)

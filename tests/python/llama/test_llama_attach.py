@@ -98,7 +98,7 @@ def write_words(words: dict[int, bytes]) -> None:
             memory.write(word)
 
 
-async def test_slots_that_the_loader_binds_while_the_tap_is_installed_are_taken_back(
+async def test_slots_that_the_loader_binds_while_the_tap_is_installed_are_hooked_again(
     make_context: MakeContext,
 ) -> None:
     """With lazy binding the loader looks a function up, and writes the slot after kvferry has."""

@@ -246,7 +246,7 @@ async def test_a_cancelled_load_is_whole_or_empty_and_a_cancelled_save_leaves_no
     assert context.state_get(0) == state
 
 
-async def test_a_detached_context_is_let_go_and_can_be_attached_again(
+async def test_a_detached_context_is_released_and_can_be_attached_again(
     context: reference.Context,
 ) -> None:
     async with kvferry.Engine(DEVICES) as engine:
