@@ -85,19 +85,3 @@ func TestARefusalSaysMoreThanItsStatus(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
-
-func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
-	for _, options := range []kvferry.EngineOptions{
-		{CopyThreads: -1}, {CopyThreads: 1<<32 + 1}, {PinnedLimit: -1}, {StagingBytes: -1},
-		{CUDADevices: []int{-1}}, {CUDADevices: []int{64}}, {CUDADevices: []int{0}}, // the host alone is asked for
-	} {
-		options.Devices = kvferry.HostOnly
-		engine, err := kvferry.NewEngine(options)
-		if !errors.Is(err, kvferry.ErrInvalidArgument) {
-			t.Errorf("%+v gave %v", options, err)
-		}
-		if err == nil {
-			engine.Close()
-		}
-	}
-}
