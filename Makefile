@@ -365,6 +365,8 @@ endif
 C_SOURCES := $(shell find include cabi tests bench examples \
     -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' 2>/dev/null)
 GO_SOURCES := $(shell find examples/go tests/install -name '*.go' 2>/dev/null)
+STATICCHECK_VERSION := v0.8.2
+STATICCHECK := .venv/.staticcheck-$(STATICCHECK_VERSION)
 
 .PHONY: lint
 lint: lint-python lint-c lint-go
@@ -382,10 +384,18 @@ lint-c: $(TOOLS)
 
 .PHONY: lint-go
 ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)
-lint-go: $(GO_LIBRARY)
+lint-go: $(GO_LIBRARY) $(STATICCHECK)
 	unformatted=$$(gofmt -l $(GO_SOURCES)); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
-	cd examples/go && go vet ./... && cd kvferry && go vet ./...
+	for module in examples/go examples/go/kvferry; do (cd $$module && go vet ./... && staticcheck ./...); done
 endif
+
+# Staticcheck refuses code that wants a newer Go than the one that has built it. So it is built by the Go that builds
+# examples/go, which an older `go` fetches.
+$(STATICCHECK): examples/go/go.mod $(VENV)
+	rm -f .venv/.staticcheck-*
+	cd examples/go && GOTOOLCHAIN=$$(go env GOVERSION) GOBIN=$(CURDIR)/.venv/bin \
+	    go install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION)
+	touch $@
 
 .PHONY: format
 format: $(TOOLS)
