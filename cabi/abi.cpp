@@ -6,8 +6,8 @@
 #include <new>
 #include <utility>
 
-#include "engine.h"
-#include "llama.h"
+#include "engine/open_job.h"
+#include "llama/llama.h"
 
 namespace kvf {
 namespace {
@@ -150,7 +150,7 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
         submission.buffer = static_cast<unsigned char *>(buffer);
         submission.buffer_bytes = needed;
         submission.gate = target->make_gate(options, moved);
-        target->submit(std::move(submission), std::move(recorded), options, job);
+        submit_job(*target, std::move(submission), std::move(recorded), options, job);
         return KVF_OK;
     });
 }
@@ -357,7 +357,7 @@ int32_t kvf_job_cancel(kvf_job job) {
     return guarded([&]() -> int32_t {
         const auto found = find<Job>(job);
         // A job whose engine is gone has ended.
-        if (const auto engine = found->owner.lock()) engine->cancel(*found);
+        if (const auto engine = found->weak_owner.lock()) engine->cancel(*found);
         return KVF_OK;
     });
 }
@@ -366,7 +366,7 @@ int32_t kvf_job_stream_wait(kvf_job job, uint64_t stream) {
     return guarded([&]() -> int32_t {
         const auto found = find<Job>(job);
         // A job whose engine is gone has ended: there is nothing to wait for.
-        if (const auto engine = found->owner.lock()) engine->make_stream_wait(stream, *found);
+        if (const auto engine = found->weak_owner.lock()) engine->make_stream_wait(stream, *found);
         return KVF_OK;
     });
 }

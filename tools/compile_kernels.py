@@ -1,4 +1,4 @@
-"""Compiles cabi/gather.cu to cabi/gather.ptx, or checks that they agree.
+"""Compiles cabi/cuda/gather.cu to cabi/cuda/gather.ptx, or checks that they agree.
 
     python tools/compile_kernels.py            compiles
     python tools/compile_kernels.py --check    fails unless the .ptx is what the source gives
@@ -33,7 +33,7 @@ VERSION = "11.7.99"
 OPTIONS = ("--gpu-architecture=compute_52", "--std=c++14")
 ISA = "6.0"
 
-CABI = Path(__file__).resolve().parent.parent / "cabi"
+CABI = Path(__file__).resolve().parent.parent / "cabi" / "cuda"
 SOURCE = CABI / "gather.cu"
 PTX = CABI / "gather.ptx"
 
@@ -133,7 +133,7 @@ def check(compiler: Path | None, source: bytes, committed: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="compile cabi/gather.cu to cabi/gather.ptx with NVRTC"
+        description="compile cabi/cuda/gather.cu to cabi/cuda/gather.ptx with NVRTC"
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail where they disagree"

@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda_driver_api.h"
+#include "cuda/driver_api.h"
 #include "simulated_cuda.h"
 
 constexpr uint64_t KiB = 1 << 10, MiB = 1 << 20, GiB = 1 << 30;

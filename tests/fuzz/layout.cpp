@@ -1,9 +1,9 @@
 // Any order of fragments and regions, cut into any pieces, moves exactly the bytes that were added.
-#include "layout.h"
+#include "memory/layout.h"
 
 #include <vector>
 
-#include "../c/coverage.hpp"
+#include "coverage.hpp"
 #include "input.hpp"
 
 using namespace kvf;

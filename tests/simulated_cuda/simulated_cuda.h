@@ -31,7 +31,7 @@
 
 #include <stdint.h>
 
-#include "cuda_driver_api.h"
+#include "cuda/driver_api.h"
 
 #define KVFSIM_API __attribute__((visibility("default")))
 

@@ -15,7 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "cuda_driver_api.h"
+#include "cuda/driver_api.h"
 #include "simulated_cuda.h"
 
 namespace simulated {

@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda_driver_api.h"
+#include "cuda/driver_api.h"
 #include "simulated_cuda.h"
 
 namespace {

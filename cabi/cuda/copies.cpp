@@ -1,0 +1,142 @@
+#include "cuda/copies.h"
+
+#include <algorithm>
+
+namespace kvf {
+
+void CudaCopies::send_table(const CudaSlot &slot) const {
+    if (slot.rows_in == CudaRowsIn::Resident) return planner_.resident().send(slot.stream);
+    if (slot.rows_in == CudaRowsIn::Pieces) return;
+    CudaRowTable &table = slot.table->table();
+    table.clear();
+    for (size_t i = 0; i < slot.pieces.size(); ++i) table.add(slot.pieces[i], slot.places[i]);
+    table.send(slot.stream);
+}
+
+void CudaCopies::launch(const CudaSlot &slot, uint32_t blocks) const {
+    const auto launch = [&](const CudaRows &rows) {
+        kernels_->launch(direction_, slot.staging.memory, rows, blocks, slot.stream);
+    };
+    if (slot.rows_in == CudaRowsIn::Table) return launch(slot.table->table().rows());
+    for (size_t i = 0; i < slot.pieces.size(); ++i) {
+        const Piece &piece = slot.pieces[i];
+        launch(slot.rows_in == CudaRowsIn::Resident
+                   ? planner_.resident().rows(piece, slot.places[i])
+                   : CudaRows::of(piece.block, slot.places[i]));
+    }
+}
+
+void CudaCopies::copy(const CudaSlot &slot) const {
+    slot.way == CudaWay::Gather ? copy_gathered(slot) : copy_direct(slot);
+}
+
+// Between the cache and the host.
+void CudaCopies::copy_direct(const CudaSlot &slot) const {
+    const Job &job = *slot.leg->job;
+    unsigned char *packed = slot.bounce ? slot.bounce->memory() : nullptr;
+    for (const Piece &piece : slot.pieces) {
+        if (piece.runs) {
+            const Run run = piece.run(0);
+            copy_run(slot, run.address, job.pinned ? job.buffer + run.offset : packed, run.bytes);
+        } else if (job.pinned) {
+            const kvf_region &block = piece.block;
+            copy_rows(slot, block.address, block.pitch, job.buffer + block.offset,
+                      block.buffer_pitch, block.width, block.rows);
+        } else {
+            const kvf_region &block = piece.block;
+            copy_rows(slot, block.address, block.pitch, packed, block.width, block.width,
+                      block.rows);
+        }
+        packed += piece.bytes;
+    }
+}
+
+// Between staging and the host.
+void CudaCopies::copy_gathered(const CudaSlot &slot) const {
+    const Job &job = *slot.leg->job;
+    const CUdeviceptr staging = slot.staging.memory;
+    if (!job.pinned) return copy_run(slot, staging, slot.bounce->memory(), slot.bytes);
+    // What has one distance between staging and the buffer is one copy, across pieces too.
+    uint64_t place = 0, offset = 0, bytes = 0;
+    bool has_room = false; // before it, for the rest of its line in the host
+    const auto flush = [&] {
+        if (!bytes) return;
+        const auto begin = reinterpret_cast<uint64_t>(job.buffer) + offset;
+        const uint64_t before = has_room ? std::min(begin % CudaPlanner::kHostLine, offset) : 0;
+        copy_run(slot, staging + place - before, job.buffer + offset - before, bytes + before);
+        bytes = 0;
+    };
+    const auto extend = [&](uint64_t next_place, uint64_t next_offset, uint64_t next_bytes,
+                            bool is_first) {
+        const bool follows = bytes && next_place - place == next_offset - offset;
+        if (!follows) {
+            flush();
+            place = next_place;
+            offset = next_offset;
+            has_room = is_first && direction_ == Direction::Load;
+        }
+        bytes = next_place + next_bytes - place;
+    };
+    for (size_t i = 0; i < slot.pieces.size(); ++i) {
+        const Piece &piece = slot.pieces[i];
+        const kvf_region &block = piece.block;
+        uint64_t at = slot.places[i];
+        if (piece.is_packed()) {
+            extend(at, piece.offset(), piece.bytes, true);
+        } else if (piece.runs) {
+            for (uint64_t k = 0; k < piece.count; ++k) {
+                const Run run = piece.run(k);
+                extend(at, run.offset, run.bytes, k == 0);
+                at += run.bytes;
+            }
+        } else if (block.buffer_pitch > max_pitch_) {
+            for (uint64_t k = 0; k < block.rows; ++k) {
+                extend(at, block.offset + k * block.buffer_pitch, block.width, k == 0);
+                at += block.width;
+            }
+        } else {
+            flush();
+            copy_rows(slot, staging + at, block.width, job.buffer + block.offset,
+                      block.buffer_pitch, block.width, block.rows);
+        }
+    }
+    flush();
+}
+
+void CudaCopies::copy_run(const CudaSlot &slot, CUdeviceptr address, unsigned char *host,
+                          uint64_t bytes) const {
+    if (direction_ == Direction::Save) {
+        driver_.check(driver_.cuMemcpyDtoHAsync(host, address, bytes, slot.stream),
+                      "cuMemcpyDtoHAsync");
+    } else {
+        driver_.check(driver_.cuMemcpyHtoDAsync(address, host, bytes, slot.stream),
+                      "cuMemcpyHtoDAsync");
+    }
+}
+
+void CudaCopies::copy_rows(const CudaSlot &slot, CUdeviceptr address, uint64_t pitch,
+                           unsigned char *host, uint64_t host_pitch, uint64_t width,
+                           uint64_t rows) const {
+    if (rows == 1) return copy_run(slot, address, host, width);
+    CUDA_MEMCPY2D copy{};
+    copy.WidthInBytes = width;
+    copy.Height = rows;
+    if (direction_ == Direction::Save) {
+        copy.srcMemoryType = CU_MEMORYTYPE_DEVICE;
+        copy.srcDevice = address;
+        copy.srcPitch = pitch;
+        copy.dstMemoryType = CU_MEMORYTYPE_HOST;
+        copy.dstHost = host;
+        copy.dstPitch = host_pitch;
+    } else {
+        copy.srcMemoryType = CU_MEMORYTYPE_HOST;
+        copy.srcHost = host;
+        copy.srcPitch = host_pitch;
+        copy.dstMemoryType = CU_MEMORYTYPE_DEVICE;
+        copy.dstDevice = address;
+        copy.dstPitch = pitch;
+    }
+    driver_.check(driver_.cuMemcpy2DAsync(&copy, slot.stream), "cuMemcpy2DAsync");
+}
+
+} // namespace kvf

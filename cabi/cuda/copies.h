@@ -1,0 +1,38 @@
+// Queues on a slot's stream what moves its pieces: copies, tables of rows, kernels. All of it may throw what the driver
+// says, and then some may have been queued.
+#pragma once
+
+#include "cuda/planner.h"
+
+namespace kvf {
+
+class CudaCopies {
+public:
+    // `kernels` may be NULL where no slot is staged.
+    CudaCopies(const CudaContext &context, const CudaKernels *kernels, Direction direction,
+               uint64_t max_pitch, const CudaPlanner &planner)
+        : driver_(context.driver()), kernels_(kernels), direction_(direction),
+          max_pitch_(max_pitch), planner_(planner) {}
+
+    // For a slot that is staged: the table that launch() wants, and the kernels between the cache and staging.
+    void send_table(const CudaSlot &slot) const;
+    void launch(const CudaSlot &slot, uint32_t blocks) const;
+    // To the host, or from there: the job's buffer, or the bounce buffer.
+    void copy(const CudaSlot &slot) const;
+
+private:
+    void copy_direct(const CudaSlot &slot) const;
+    void copy_gathered(const CudaSlot &slot) const;
+    void copy_run(const CudaSlot &slot, CUdeviceptr address, unsigned char *host,
+                  uint64_t bytes) const;
+    void copy_rows(const CudaSlot &slot, CUdeviceptr address, uint64_t pitch, unsigned char *host,
+                   uint64_t host_pitch, uint64_t width, uint64_t rows) const;
+
+    const CudaDriver &driver_;
+    const CudaKernels *const kernels_;
+    const Direction direction_;
+    const uint64_t max_pitch_;
+    const CudaPlanner &planner_;
+};
+
+} // namespace kvf

@@ -1,0 +1,49 @@
+// The gather and scatter kernels (gather.cu), loaded into one context.
+#pragma once
+
+#include "cuda/driver.h"
+#include "memory/layout.h"
+
+namespace kvf {
+
+// Rows for a kernel to move: a table in memory that the device reads, and what is added to each row's address and
+// to its place in staging; or, without a table, rows of one width at one pitch.
+struct CudaRows {
+    CUdeviceptr table = 0;
+    uint32_t count = 0;
+    uint64_t address_distance = 0;
+    uint32_t offset_distance = 0;
+    uint64_t pitch = 0;
+    uint32_t width = 0;
+
+    // A block's, one after another in staging from that place on.
+    static CudaRows of(const kvf_region &block, uint64_t place) {
+        CudaRows rows;
+        rows.count = static_cast<uint32_t>(block.rows);
+        rows.address_distance = block.address;
+        rows.offset_distance = static_cast<uint32_t>(place);
+        rows.pitch = block.pitch;
+        rows.width = static_cast<uint32_t>(block.width);
+        return rows;
+    }
+};
+
+class CudaKernels {
+public:
+    // Compiles the PTX for the device. Throws where the driver refuses it.
+    explicit CudaKernels(const CudaContext &context);
+    ~CudaKernels();
+    CudaKernels(const CudaKernels &) = delete;
+    CudaKernels &operator=(const CudaKernels &) = delete;
+
+    // Queues the move of rows between where they are and staging.
+    void launch(Direction direction, CUdeviceptr staging, CudaRows rows, uint32_t blocks,
+                CUstream stream) const;
+
+private:
+    const CudaContext &context_;
+    CUmodule module_ = nullptr;
+    CUfunction gather_ = nullptr, scatter_ = nullptr;
+};
+
+} // namespace kvf

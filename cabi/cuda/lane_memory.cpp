@@ -1,0 +1,112 @@
+#include "cuda/lane_memory.h"
+
+#include <algorithm>
+
+namespace kvf {
+namespace {
+
+constexpr uint64_t kBounce = 4 << 20;
+constexpr uint64_t kLeastBounce = 1 << 20;
+constexpr uint64_t kDeviceGrain = 2 << 20;  // drivers hand device memory out in units of that
+constexpr uint64_t kMostStaging = 64 << 20; // the pieces of a lane have no use for more
+// With less device memory than this, all of it is for staging and tables of rows.
+constexpr uint64_t kLeastForResident = 8 << 20;
+// Of each at most, so that both lanes of a device pin 62 MiB at most: seven bounce buffers, four tables of 512 KiB and
+// one of 1 MiB in each. (A lane has eight slots; those without one of them wait for their turn.)
+constexpr size_t kMostBounces = 7;
+constexpr size_t kMostRows = 4;
+
+size_t most_rows(uint64_t device_bytes) {
+    return std::clamp<uint64_t>(device_bytes / (4 << 20), 1, kMostRows);
+}
+
+uint64_t arena_bytes(uint64_t device_bytes) {
+    if (device_bytes < CudaLaneMemory::kLeastDevice) return 0;
+    uint64_t bytes = device_bytes - most_rows(device_bytes) * CudaRowTable::kBytes;
+    if (device_bytes >= kLeastForResident) bytes -= CudaResidentTable::kBytes;
+    bytes = std::min(bytes, kMostStaging);
+    const uint64_t grain = bytes >= 2 * kDeviceGrain ? kDeviceGrain : CudaArena::kAlignment;
+    return bytes / grain * grain;
+}
+
+} // namespace
+
+CudaBounce::CudaBounce(const CudaContext &context, uint64_t bytes)
+    : context_(context), bytes_(bytes) {
+    const CudaCurrent current(context_);
+    const CudaDriver &driver = context_.driver();
+    void *memory;
+    driver.check(driver.cuMemHostAlloc(&memory, bytes, CU_MEMHOSTALLOC_PORTABLE), "cuMemHostAlloc");
+    memory_ = static_cast<unsigned char *>(memory);
+}
+
+CudaBounce::~CudaBounce() {
+    try {
+        const CudaCurrent current(context_);
+        context_.driver().cuMemFreeHost(memory_);
+    } catch (const Error &) {
+        // The context is gone, and the memory with it.
+    }
+}
+
+CudaLaneMemory::CudaLaneMemory(const CudaContext &context, uint64_t device_bytes)
+    : context_(context), may_stage_(device_bytes >= kLeastDevice),
+      may_reside_(device_bytes >= kLeastForResident), arena_(context, arena_bytes(device_bytes)),
+      bounces_(kMostBounces), rows_(most_rows(device_bytes)), residents_(1),
+      has_staging_(may_stage_), has_resident_(may_reside_) {}
+
+// Tries ever smaller ones.
+bool CudaLaneMemory::ensure_bounce() {
+    return bounces_.ensure([this] {
+        for (uint64_t bytes = kBounce;; bytes /= 2) {
+            try {
+                return std::make_unique<CudaBounce>(context_, bytes);
+            } catch (const Error &error) {
+                if (error.status != KVF_ERR_OUT_OF_MEMORY || bytes / 2 < kLeastBounce) throw;
+            }
+        }
+    });
+}
+
+bool CudaLaneMemory::ensure_rows() {
+    try {
+        return rows_.ensure([this] { return std::make_unique<CudaRowsPlaced>(context_); });
+    } catch (...) {
+        has_staging_.store(false, std::memory_order_relaxed);
+        return true;
+    }
+}
+
+void CudaLaneMemory::allocate_staging() {
+    try {
+        if (!ensure_rows() || !has_staging()) return;
+        arena_.allocate();
+    } catch (...) {
+        // If the device is lost, whatever is done without it will say so.
+        has_staging_.store(false, std::memory_order_relaxed);
+    }
+}
+
+void CudaLaneMemory::allocate_resident() {
+    try {
+        residents_.ensure([this] { return std::make_unique<CudaResident>(context_); });
+    } catch (...) {
+        has_resident_.store(false, std::memory_order_relaxed); // rows travel with each piece
+    }
+}
+
+void CudaLaneMemory::trim() noexcept {
+    bounces_.trim();
+    rows_.trim();
+    residents_.trim();
+    arena_.trim();
+    has_staging_.store(may_stage_, std::memory_order_relaxed);
+    has_resident_.store(may_reside_, std::memory_order_relaxed);
+}
+
+bool CudaLaneMemory::empty() const {
+    return bounces_.empty() && rows_.empty() && residents_.empty() && !arena_.is_allocated() &&
+           has_staging() == may_stage_ && has_resident() == may_reside_;
+}
+
+} // namespace kvf

@@ -1,0 +1,42 @@
+// The host as a device: regions in host memory, copied by a few threads.
+#pragma once
+
+#include <thread>
+#include <vector>
+
+#include "jobs/device.h"
+#include "jobs/schedule.h"
+
+namespace kvf {
+
+class HostDevice final : public Device {
+public:
+    HostDevice(JobOwner &owner, uint32_t threads);
+    ~HostDevice() override { stop(); }
+
+    std::string describe() const override;
+    void submit(Leg &leg) override;
+    void extend(Leg &leg, Layout &&part) override;
+    void finish(Leg &leg) override;
+    void cut_short(Leg &leg) override;
+    void sweep() override;
+    Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
+    void stop() override;
+
+private:
+    void start_threads();
+    void wake(uint32_t priority, uint64_t bytes);
+    bool ask_gates(std::unique_lock<std::mutex> &lock, uint32_t priority);
+    void work(bool background);
+
+    JobOwner &owner_;
+    const uint32_t threads_; // that copy for urgent jobs; one more copies for background jobs
+
+    std::mutex mutex_;
+    std::condition_variable urgent_work_, background_work_;
+    Schedule schedule_;
+    bool stopping_ = false;
+    std::vector<std::thread> workers_; // started with the first leg
+};
+
+} // namespace kvf

@@ -1,0 +1,46 @@
+// The owner of jobs and of the devices that move them: the engine, as jobs and devices see it.
+#pragma once
+
+#include <cstdint>
+#include <list>
+
+#include "kvferry.h"
+
+namespace kvf {
+
+class Job;
+
+// Calls that the dispatch thread is to make. In nodes of a list, so that a job has its own from the beginning, and its
+// end needs no memory.
+struct Callback {
+    kvf_completion_callback function;
+    kvf_completion completion;
+};
+using Callbacks = std::list<Callback>;
+
+// Any thread may call these functions.
+class JobOwner {
+public:
+    virtual ~JobOwner() = default;
+
+    // Marks the job as cancelled, and stops it.
+    virtual void cancel(Job &job) = 0;
+    // The job is stopping: sees to it that its legs end soon. In constant time, however many jobs there are.
+    virtual void stop(Job &job) = 0;
+    // As stop(), for all jobs that are stopping.
+    virtual void stop_all() = 0;
+
+    // What `stream` is given from now on waits until the job has ended.
+    virtual void make_stream_wait(uint64_t stream, Job &job) = 0;
+
+    // Has the callbacks called by the dispatch thread.
+    virtual void dispatch(Callbacks &&callbacks) = 0;
+    // The last call for a job. The owner may be gone when it returns.
+    virtual void job_ended(Job &job) = 0;
+
+    // Records that `device` moved these bytes of the job between these two points in time.
+    virtual void trace(const Job &job, uint64_t begin_ns, uint64_t end_ns, uint64_t bytes,
+                       uint32_t device) = 0;
+};
+
+} // namespace kvf

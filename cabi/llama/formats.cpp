@@ -1,0 +1,460 @@
+#include "llama/formats.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/status.h"
+
+namespace kvf {
+namespace {
+
+// Every format that is known. A new one is a new row, once `make test-builds` has seen it in a real library.
+// (docs/builds.md says what was seen on which build.)
+constexpr StateFormat kFormats[] = {
+    // name, framed, words a cell, words after the layers, seen in
+    {"unframed", false, 0, 0, "b8390"},
+    {"unframed-2d", false, 2, 0, "b8390: M-RoPE"},
+    {"framed", true, 0, 0, "b9842 to v0.5.0"},
+    {"framed-2d", true, 2, 0, "b9842 to b10361: M-RoPE"},
+    {"framed-2d-token", true, 3, 0, "v0.4.0, v0.5.0: M-RoPE"},
+    {"rotated", true, 0, 2, "0.6.0"},
+    {"rotated-2d-token", true, 3, 2, "0.6.0: M-RoPE, n-gram models"},
+};
+
+constexpr uint32_t kMagic = 0xaf143cd8; // io_magic in llama-context.cpp
+constexpr uint32_t kMostStreams = 256;  // LLAMA_MAX_SEQ
+constexpr uint32_t kMostLayers = 4096;  // far above any model
+constexpr uint32_t kMostTypes = 256;    // far above GGML_TYPE_COUNT
+constexpr size_t kMostSections = 8;
+
+class Reader {
+public:
+    Reader(const StateView &state, uint64_t at)
+        : data_(state.data), size_(state.bytes), at_(std::min(at, state.bytes)) {}
+
+    template <class T>
+    bool read(T &value) {
+        if (size_ - at_ < sizeof value) return false;
+        std::memcpy(&value, data_ + at_, sizeof value);
+        at_ += sizeof value;
+        return true;
+    }
+    bool skip(uint64_t bytes) {
+        if (size_ - at_ < bytes) return false;
+        at_ += bytes;
+        return true;
+    }
+    // Skips count * bytes.
+    bool skip(uint64_t count, uint64_t bytes) {
+        uint64_t product;
+        return !__builtin_mul_overflow(count, bytes, &product) && skip(product);
+    }
+    uint64_t at() const { return at_; }
+    uint64_t left() const { return size_ - at_; }
+
+private:
+    const unsigned char *data_;
+    uint64_t size_, at_;
+};
+
+bool has_magic(const StateView &state) {
+    uint32_t magic;
+    return Reader(state, 0).read(magic) && magic == kMagic;
+}
+
+bool plausible(int32_t type) { return type >= 0 && static_cast<uint32_t>(type) < kMostTypes; }
+
+// One way through a state. Where the format leaves something open, it goes back and tries the other; the budget
+// bounds that, so that no state makes it walk for longer than a few times its own length.
+class Walk {
+public:
+    Walk(const StateView &state, const StateFormat &format, const Structure *like)
+        : state_(state), format_(format), like_(like), budget_(1024 + state.bytes / 2) {}
+
+    std::optional<Structure> run() {
+        structure_.format = &format_;
+        structure_.framed = format_.framed;
+        const uint64_t frame = format_.framed ? 2 * sizeof(uint32_t) : 0;
+        if (state_.bytes < frame || !read_sections(Reader(state_, frame))) return std::nullopt;
+        if (structure_.cells() == 0) structure_.format = nullptr;
+        for (const auto &section : structure_.sections) {
+            for (const auto &tensor : section.tensors)
+                structure_.tensor_bytes += section.cells * tensor.row;
+        }
+        return std::move(structure_);
+    }
+
+private:
+    bool spend() {
+        if (budget_ == 0) return false;
+        --budget_;
+        return true;
+    }
+
+    // What is known of the section that comes next; NULL for nothing.
+    const Section *known() const {
+        const size_t index = structure_.sections.size();
+        return like_ && index < like_->sections.size() ? &like_->sections[index] : nullptr;
+    }
+
+    bool read_sections(Reader reader) {
+        const size_t index = structure_.sections.size();
+        if (reader.left() == 0) return like_ ? index == like_->sections.size() : index > 0;
+        if (index == (like_ ? like_->sections.size() : kMostSections)) return false;
+        const Section *known = this->known();
+        if (!known || known->kind == Section::Kind::Attention) {
+            for (const bool has_values : {true, false}) {
+                Reader here = reader;
+                Section section;
+                if (!read_attention(here, has_values, section)) continue;
+                if (go_on(here, std::move(section))) return true;
+            }
+        }
+        if (!known || known->kind == Section::Kind::Recurrent) return read_recurrent(reader);
+        return false;
+    }
+
+    bool go_on(Reader reader, Section &&section) {
+        structure_.sections.push_back(std::move(section));
+        if (read_sections(reader)) return true;
+        structure_.sections.pop_back();
+        return false;
+    }
+
+    bool read_cells(Reader &reader, uint32_t count) {
+        for (uint32_t i = 0; i < count; ++i) {
+            int32_t position, sequence;
+            uint32_t sequences;
+            if (!spend() || !reader.read(position) || !reader.read(sequences)) return false;
+            // A negative position would mark the cell as empty and never be freed again; one near the largest
+            // leaves no next position to decode.
+            if (position < 0 || position > state_.last_position || sequences != 1) return false;
+            if (!reader.skip(format_.cell_words, sizeof(uint32_t)) || !reader.read(sequence))
+                return false;
+        }
+        return true;
+    }
+
+    bool read_tensor(Reader &reader, uint64_t cells, bool transposed, Section &section) {
+        TensorShape shape{};
+        if (!spend() || !reader.read(shape.type) || !plausible(shape.type)) return false;
+        if (transposed) {
+            uint32_t rows;
+            if (!reader.read(shape.element) || !reader.read(rows)) return false;
+            shape.row = uint64_t{shape.element} * rows;
+        } else if (!reader.read(shape.row)) {
+            return false;
+        }
+        section.tensor_at.push_back(reader.at());
+        section.tensors.push_back(shape);
+        return reader.skip(cells, shape.row);
+    }
+
+    bool read_stream(Reader &reader, uint32_t cells, bool has_values, Section &section) {
+        const uint64_t cell_bytes = (3 + format_.cell_words) * sizeof(uint32_t);
+        if (cells > reader.left() / cell_bytes) return false;
+        section.cells = cells;
+        section.cells_at = reader.at();
+        uint32_t transposed;
+        if (!read_cells(reader, cells)) return false;
+        if (!reader.read(transposed) || transposed > 1) return false;
+        if (!reader.read(section.layers) || section.layers > kMostLayers) return false;
+        section.transposed = transposed;
+        section.rotation.resize(format_.rotation_words);
+        for (uint32_t &word : section.rotation) {
+            if (!reader.read(word)) return false;
+        }
+        for (uint32_t layer = 0; layer < section.layers; ++layer) {
+            if (!read_tensor(reader, cells, false, section)) return false;
+        }
+        for (uint32_t layer = 0; has_values && layer < section.layers; ++layer) {
+            if (!read_tensor(reader, cells, section.transposed, section)) return false;
+        }
+        return true;
+    }
+
+    bool read_attention(Reader &reader, bool has_values, Section &section) {
+        if (!reader.read(section.streams) || section.streams == 0) return false;
+        if (section.streams > kMostStreams) return false;
+        for (uint32_t stream = 0; stream < section.streams; ++stream) {
+            uint32_t cells;
+            if (!spend() || !reader.read(cells)) return false;
+            if (cells == 0) continue;
+            // A sequence lies in one stream; a state with two would be loaded twice into the same cells.
+            if (section.cells || !read_stream(reader, cells, has_values, section)) return false;
+        }
+        // Without cells it reads the same with values and without.
+        return section.cells > 0 || has_values;
+    }
+
+    // How many of a recurrent section's layers have tensors only `like` tells, or what comes behind.
+    bool read_recurrent(Reader reader) {
+        Section section;
+        section.kind = Section::Kind::Recurrent;
+        uint32_t cells, transposed;
+        if (!reader.read(cells) || cells > 1)
+            return false; // one cell holds a sequence's whole state
+        section.cells = cells;
+        section.cells_at = reader.at();
+        if (cells) {
+            int32_t position;
+            uint32_t sequences;
+            if (!reader.read(position) || !reader.read(sequences)) return false;
+            if (position < 0 || position > state_.last_position || sequences != 0) return false;
+        }
+        if (!reader.read(transposed) || transposed != 0) return false;
+        if (!reader.read(section.layers) || section.layers > kMostLayers) return false;
+        const uint64_t most = 2 * uint64_t{section.layers};
+        const Section *known = this->known();
+        const uint64_t wanted = known ? known->tensors.size() : most;
+        std::vector<Reader> ends{reader};
+        while (reader.left() > 0 && section.tensors.size() < wanted) {
+            if (!read_tensor(reader, cells, false, section)) break;
+            ends.push_back(reader);
+        }
+        if (known) return ends.size() == wanted + 1 && go_on(ends.back(), std::move(section));
+        const size_t index = structure_.sections.size();
+        structure_.sections.push_back(std::move(section));
+        // The one that leaves the least comes first.
+        for (; !ends.empty() && spend(); ends.pop_back()) {
+            structure_.sections[index].tensors.resize(ends.size() - 1);
+            structure_.sections[index].tensor_at.resize(ends.size() - 1);
+            if (read_sections(ends.back())) return true;
+        }
+        structure_.sections.pop_back();
+        return false;
+    }
+
+    const StateView &state_;
+    const StateFormat &format_;
+    const Structure *const like_;
+    uint64_t budget_; // cells, streams and tensors that may still be read
+    Structure structure_;
+};
+
+class Writer {
+public:
+    template <class T>
+    Writer &add(T value) {
+        const size_t at = bytes.size();
+        bytes.resize(at + sizeof value);
+        std::memcpy(bytes.data() + at, &value, sizeof value);
+        return *this;
+    }
+    void add_zeros(uint64_t count) { bytes.resize(bytes.size() + count); }
+
+    std::vector<unsigned char> bytes;
+};
+
+void write_tensor(Writer &out, const TensorShape &shape) {
+    out.add(shape.type);
+    if (shape.element) {
+        out.add(shape.element).add(static_cast<uint32_t>(shape.row / shape.element));
+    } else {
+        out.add(shape.row);
+    }
+    out.add_zeros(shape.row);
+}
+
+int32_t position_of(const Section &section, const StateFormat &format, const StateView &state,
+                    uint64_t cell) {
+    const uint64_t stride = (3 + format.cell_words) * sizeof(uint32_t);
+    int32_t position;
+    std::memcpy(&position, state.data + section.cells_at + cell * stride, sizeof position);
+    return position;
+}
+
+// As is_masked_swa() of any kind of window would say of a token at `position`, seen from `from`.
+struct Window {
+    int64_t size;
+
+    bool is_outside(int64_t position, int64_t from) const { return from - position >= size; }
+    // Of one kind at least, while the token at `last` still sees it.
+    bool may_leave_after(int64_t position, int64_t last) const {
+        const bool sliding = is_outside(position, last + 1);
+        const bool symmetric = last + 1 - position > size / 2 && last - position <= size / 2;
+        const bool chunked = (last + 1) % size == 0;
+        return sliding || symmetric || chunked;
+    }
+    // Of one kind at least, whether or not the token at `last` sees it.
+    bool may_be_outside_after(int64_t position, int64_t last) const {
+        const bool sliding = is_outside(position, last + 1);
+        const bool symmetric = last + 1 - position > size / 2;
+        const bool chunked = position < (last + 1) / size * size;
+        return sliding || symmetric || chunked;
+    }
+};
+
+// The section that holds a window's cells, if any does. A cache of two kinds of layers has two: that of the window is
+// the last. NULL where there are not two.
+const Section *section_of_window(const Structure &structure) {
+    const Section *last = nullptr;
+    size_t count = 0;
+    for (const Section &section : structure.sections) {
+        if (section.kind != Section::Kind::Attention) continue;
+        last = &section;
+        ++count;
+    }
+    return count > 1 ? last : nullptr;
+}
+
+void add_cells(const Section &section, uint64_t begin, uint64_t end, std::vector<ByteRange> &ranges,
+               size_t tensor) {
+    const TensorShape &shape = section.tensors[tensor];
+    const uint64_t at = section.tensor_at[tensor];
+    if (!shape.element) {
+        ranges.push_back({at + begin * shape.row, at + end * shape.row});
+        return;
+    }
+    for (uint64_t row = 0; row < shape.row / shape.element; ++row) {
+        const uint64_t first = at + row * section.cells * shape.element;
+        ranges.push_back({first + begin * shape.element, first + end * shape.element});
+    }
+}
+
+} // namespace
+
+uint64_t Structure::cells() const {
+    uint64_t most = 0;
+    for (const auto &section : sections) most = std::max(most, section.cells);
+    return most;
+}
+
+bool Structure::has_cells_everywhere() const {
+    return std::all_of(sections.begin(), sections.end(),
+                       [](const Section &section) { return section.cells > 0; });
+}
+
+std::string Structure::kind() const {
+    std::string kind;
+    for (const auto &section : sections) {
+        kind += kind.empty() ? "" : "+";
+        kind += section.kind == Section::Kind::Attention ? "attention" : "recurrent";
+    }
+    return kind;
+}
+
+std::vector<Structure> parse_state_in_every_way(const StateView &state, const Structure *like) {
+    std::vector<Structure> found;
+    const bool framed = has_magic(state);
+    if (like && like->framed != framed) return found;
+    for (const StateFormat &format : kFormats) {
+        if (format.framed != framed) continue;
+        if (like && like->format && like->format != &format) continue;
+        auto structure = Walk(state, format, like).run();
+        if (!structure) continue;
+        // Without cells all formats read the same.
+        const bool settled = !structure->format;
+        found.push_back(std::move(*structure));
+        if (settled) break;
+    }
+    return found;
+}
+
+std::optional<Structure> parse_state(const StateView &state, const Structure *like) {
+    auto found = parse_state_in_every_way(state, like);
+    if (found.empty()) return std::nullopt;
+    return std::move(found.front());
+}
+
+std::vector<unsigned char> make_state_of_one_cell(const Structure &structure) {
+    Writer out;
+    if (structure.framed) out.add(kMagic).add<int32_t>(0);
+    for (const Section &section : structure.sections) {
+        if (section.kind == Section::Kind::Attention) {
+            out.add(section.streams).add<uint32_t>(1);
+            out.add<int32_t>(0).add<uint32_t>(1); // position, number of sequences
+            out.add_zeros(structure.format->cell_words * sizeof(uint32_t));
+            out.add<int32_t>(0); // sequence
+            out.add(uint32_t{section.transposed}).add(section.layers);
+            for (const uint32_t word : section.rotation) out.add(word);
+        } else {
+            out.add<uint32_t>(1).add<int32_t>(0).add<uint32_t>(0);
+            out.add<uint32_t>(0).add(section.layers);
+        }
+        for (const TensorShape &shape : section.tensors) write_tensor(out, shape);
+        if (section.kind == Section::Kind::Attention)
+            out.add_zeros((section.streams - 1) * sizeof(uint32_t));
+    }
+    return std::move(out.bytes);
+}
+
+std::string mismatch(const Structure &state, const Structure &cache) {
+    if (state.kind() != cache.kind()) {
+        return "a state of kind " + state.kind() + " for a cache of kind " + cache.kind();
+    }
+    // libllama reads cells as its own format has them, whatever they were taken for here.
+    if (state.framed != cache.framed ||
+        (state.format && cache.format && state.format != cache.format)) {
+        return "another release of llama.cpp, or another kind of model, wrote it";
+    }
+    for (size_t i = 0; i < state.sections.size(); ++i) {
+        const Section &a = state.sections[i];
+        const Section &b = cache.sections[i];
+        if (a.kind == Section::Kind::Attention && a.streams != b.streams) {
+            return format("%u cache streams instead of %u", a.streams, b.streams);
+        }
+        const bool both_say = a.kind == Section::Kind::Recurrent || (a.cells && b.cells);
+        if (!both_say) continue;
+        if (a.layers != b.layers) {
+            return format("%u layers instead of %u", a.layers, b.layers);
+        }
+        if (a.transposed != b.transposed) {
+            return a.transposed ? "V is transposed (saved without flash attention)"
+                                : "V is not transposed (saved with flash attention)";
+        }
+        if (a.tensors != b.tensors) return "the cache's types or row sizes differ";
+        if (a.rotation != b.rotation) return "its keys or values are rotated differently";
+    }
+    return "";
+}
+
+std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const StateView &state,
+                                             int32_t window_size) {
+    std::vector<ByteRange> ranges;
+    if (window_size <= 0 || !structure.format) return ranges;
+    const Window window{window_size};
+    const Section *const of_window = section_of_window(structure);
+    for (const Section &section : structure.sections) {
+        if (section.kind != Section::Kind::Attention || section.cells == 0) continue;
+        if (section.streams > 1) continue; // each sequence has a stream of its own
+        const auto position = [&](uint64_t cell) {
+            return position_of(section, *structure.format, state, cell);
+        };
+        int32_t first = INT32_MAX, last = 0;
+        for (uint64_t cell = 0; cell < section.cells; ++cell) {
+            first = std::min(first, position(cell));
+            last = std::max(last, position(cell));
+        }
+        const bool has_outside = window.is_outside(first, last);
+        if (has_outside && &section != of_window) continue; // this one keeps every token
+        const bool has_masked = has_outside || !structure.framed;
+        std::vector<ByteRange> cells; // runs of them
+        for (uint64_t cell = 0; cell < section.cells; ++cell) {
+            const bool may_go = has_masked ? window.may_be_outside_after(position(cell), last)
+                                           : window.may_leave_after(position(cell), last);
+            if (!may_go) continue;
+            if (!cells.empty() && cells.back().end == cell) {
+                ++cells.back().end;
+            } else {
+                cells.push_back({cell, cell + 1});
+            }
+        }
+        if (cells.empty()) continue;
+        for (size_t tensor = 0; tensor < section.tensors.size(); ++tensor) {
+            if (!section.tensors[tensor].element) {
+                for (const ByteRange &run : cells)
+                    add_cells(section, run.begin, run.end, ranges, tensor);
+                continue;
+            }
+            const size_t begin = ranges.size();
+            for (const ByteRange &run : cells)
+                add_cells(section, run.begin, run.end, ranges, tensor);
+            std::sort(ranges.begin() + static_cast<ptrdiff_t>(begin), ranges.end(),
+                      [](const ByteRange &a, const ByteRange &b) { return a.begin < b.begin; });
+        }
+    }
+    return ranges;
+}
+
+} // namespace kvf
