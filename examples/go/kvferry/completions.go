@@ -88,8 +88,8 @@ func (c *completions) read() {
 	defer close(c.ended)
 	taken := make([]C.kvf_completion, batch)
 	handles := make([]C.uint64_t, 0, batch)
-	// The descriptor is level-triggered and Go's poller is edge-triggered. That is right because the poller waits only
-	// after the queue has been found empty: a later completion is a new edge.
+	// The descriptor is level-triggered and Go's poller is edge-triggered. No completion is missed, because the poller
+	// waits only after the queue has been found empty: a later completion is a new edge.
 	drain := func(uintptr) bool {
 		for {
 			n := C.kvf_queue_take(c.queue, &taken[0], C.uint64_t(unsafe.Sizeof(taken[0])), batch, 0)

@@ -55,7 +55,7 @@ func Example() {
 	// goes on as before: true
 }
 
-// The lock is any sync.Locker that guards the llama_context. Don't hold it while you call kvferry.
+// The lock is any sync.Locker that guards the llama_context. Do not hold it while you call kvferry.
 func ExampleEngine_Attach() {
 	llama := openContext() // stands for your bindings of llama.cpp
 	defer llama.Close()

@@ -92,7 +92,7 @@ func expectIdle(t *testing.T, engine *kvferry.Engine) {
 	}
 }
 
-// bytesTaken is how many bytes of the pool's buffers have not been given back.
+// bytesTaken is how many bytes of the pool's buffers have not been returned.
 func bytesTaken(tb testing.TB, engine *kvferry.Engine) int64 {
 	pool := stateOf(tb, engine).Pool
 	return pool.Mapped - pool.Free

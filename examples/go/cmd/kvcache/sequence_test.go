@@ -47,7 +47,7 @@ func tokens(n int, seed uint64) []llama.Token {
 }
 
 // newModel opens the model with an engine attached, and `length` tokens in every sequence that is named.
-func newModel(tb testing.TB, sequences, length int, filled ...llama.SeqId) (*model, ferry) {
+func newModel(tb testing.TB, sequences, length int, filled ...llama.SeqId) (*model, kvferryMover) {
 	tb.Helper()
 	m, err := openModel(testModel, sequences, 1024, 1)
 	if err != nil {
@@ -63,7 +63,7 @@ func newModel(tb testing.TB, sequences, length int, filled ...llama.SeqId) (*mod
 			tb.Error(err)
 		}
 	})
-	f, err := newFerry(engine, m)
+	f, err := newKvferryMover(engine, m)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -80,7 +80,7 @@ func newModel(tb testing.TB, sequences, length int, filled ...llama.SeqId) (*mod
 	return m, f
 }
 
-func save(tb testing.TB, f ferry, sequence llama.SeqId) *kvferry.Buffer {
+func save(tb testing.TB, f kvferryMover, sequence llama.SeqId) *kvferry.Buffer {
 	tb.Helper()
 	size, err := f.size(sequence)
 	if err != nil {
@@ -99,7 +99,7 @@ func save(tb testing.TB, f ferry, sequence llama.SeqId) *kvferry.Buffer {
 
 func TestSavedStateIsLlamaCppsOwn(t *testing.T) {
 	m, f := newModel(t, 2, 300, 0)
-	own := plain{m}
+	own := llamaMover{m}
 	size, err := own.size(0)
 	if err != nil {
 		t.Fatal(err)
@@ -483,12 +483,12 @@ func TestLoadLeavesNoHalfOfAStateWhenTheProgramsFunctionPanics(t *testing.T) {
 		}
 	}
 	content := func() []byte { // by llama.cpp's own calls: those of kvferry's would empty the sequence
-		size, err := plain{m}.size(1)
+		size, err := llamaMover{m}.size(1)
 		if err != nil {
 			t.Fatal(err)
 		}
 		bytes := make([]byte, size)
-		if _, err := (plain{m}).saveBytes(1, bytes); err != nil {
+		if _, err := (llamaMover{m}).saveBytes(1, bytes); err != nil {
 			t.Fatal(err)
 		}
 		return bytes
@@ -581,7 +581,7 @@ func TestLlamaClosesUnderLoad(t *testing.T) {
 // Save and load against llama.cpp's own calls, on the same context.
 func BenchmarkSequence(b *testing.B) {
 	m, f := newModel(b, 2, 1000, 0)
-	own := plain{m}
+	own := llamaMover{m}
 	state := save(b, f, 0)
 	memory := make([]byte, state.Len())
 	ctx := context.Background()
