@@ -78,9 +78,9 @@ func (r report) print(out io.Writer) {
 			mebibytes(w.LoadedBytes), w.Seconds)
 	}
 	table.Flush()
-	fmt.Fprintln(out, "\nTimes are medians. Load and save: from when the context was free; held: how long nothing could be decoded for it.\n"+
-		"All ways hold the same turns in the same sequences and put away and bring back in the same order, so hits and\n"+
-		"evictions are the same in every run. First tokens wait for the prompts of others too.")
+	fmt.Fprintln(out, "\nTimes are medians. Load and save begin when the context is free; held is how long nothing can be decoded.\n"+
+		"All ways hold the same turns in the same sequences and in the same order, so hits and evictions are the same in\n"+
+		"every run. A first token waits for the prompts of other turns too.")
 	if r.Check.States == 0 {
 		fmt.Fprintln(out, "\nNo state was in the cache in the end, so none was compared.")
 		return
