@@ -64,7 +64,7 @@ func TestBufferCannotBeClosedWhileATransferUsesIt(t *testing.T) {
 	}
 }
 
-// A buffer's memory that is handed to a transfer as Bytes is refused by the library, not by Go.
+// Go does not know of a transfer that was given the buffer's memory as Bytes: the library refuses to free it.
 func TestBufferWhoseCloseWasRefusedIsGivenBackByTheNextClose(t *testing.T) {
 	engine := newEngine(t)
 	const size = 32 << 20
@@ -109,7 +109,7 @@ func TestBufferWhoseCloseWasRefusedIsGivenBackByTheNextClose(t *testing.T) {
 	}
 }
 
-// While the library is asked whether the buffer can be freed, the Buffer is closed for a moment.
+// The Buffer is closed for a moment, while the library decides whether the memory can be freed.
 func TestACloseThatIsRefusedRefusesNoTransfer(t *testing.T) {
 	engine := newEngine(t)
 	const size = 8 << 20
@@ -288,7 +288,7 @@ func TestBuffersInUseMakeNoRoom(t *testing.T) {
 	}
 }
 
-// A finalizer that does not return holds up all others, Go says.
+// Go runs one finalizer at a time, so one that does not return holds up all others.
 func TestProgramsFinalizerThatHangsHoldsNoBufferUp(t *testing.T) {
 	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly, PinnedLimit: 1 << 20})
 	if err != nil {

@@ -27,7 +27,7 @@ func newEngine(tb testing.TB) *kvferry.Engine {
 	return engine
 }
 
-// newCUDAEngine is one on the simulated driver, which KVFERRY_SIMULATED_CUDA names; without it, on a real one.
+// newCUDAEngine makes an engine on the simulated driver that KVFERRY_SIMULATED_CUDA names, else on the real driver.
 func newCUDAEngine(t *testing.T) *kvferry.Engine {
 	t.Helper()
 	if driver := os.Getenv("KVFERRY_SIMULATED_CUDA"); driver != "" {
@@ -62,7 +62,7 @@ func newBuffer(tb testing.TB, engine *kvferry.Engine, size int) *kvferry.Buffer 
 	return buffer
 }
 
-// engineState is what Engine.Describe says about its use.
+// engineState is a part of what Engine.Describe returns.
 type engineState struct {
 	InFlight int `json:"jobs_in_flight"`
 	Pool     struct{ Mapped, Free int64 }
@@ -82,7 +82,7 @@ func stateOf(tb testing.TB, engine *kvferry.Engine) (state engineState) {
 
 func inFlight(tb testing.TB, engine *kvferry.Engine) int { return stateOf(tb, engine).InFlight }
 
-// expectIdle checks that a call has left no transfer behind. The engine forgets a job a moment after its completion.
+// expectIdle checks that no transfer is in flight. The engine counts a job until a moment after its completion.
 func expectIdle(t *testing.T, engine *kvferry.Engine) {
 	t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); inFlight(t, engine) > 0; time.Sleep(time.Millisecond) {
@@ -92,13 +92,13 @@ func expectIdle(t *testing.T, engine *kvferry.Engine) {
 	}
 }
 
-// bytesTaken is how many bytes of the pool's buffers have not been returned.
+// bytesTaken returns the bytes of the buffers that have not been returned to the pool.
 func bytesTaken(tb testing.TB, engine *kvferry.Engine) int64 {
 	pool := stateOf(tb, engine).Pool
 	return pool.Mapped - pool.Free
 }
 
-// regionsOf describes memory as one run.
+// regionsOf returns one region: all of the memory.
 func regionsOf(memory []byte) []kvferry.Region {
 	return []kvferry.Region{{Address: unsafe.Pointer(unsafe.SliceData(memory)), Width: uint64(len(memory)), Rows: 1}}
 }

@@ -63,8 +63,8 @@ func TestForgottenRegistrationSaysWhereItWasMade(t *testing.T) {
 	}
 }
 
-// A copy that does not end may still write to the memory, so that it stays pinned for ever. Who has closed the Registration
-// has done what can be done.
+// A copy that does not end may still write to the memory, so the memory stays pinned for ever. The program has done what it
+// can when it has closed the Registration.
 func TestRegistrationOfALostDeviceMayBeDropped(t *testing.T) {
 	const child = "KVFERRY_TEST_LOSES"
 	driver := os.Getenv("KVFERRY_SIMULATED_CUDA")

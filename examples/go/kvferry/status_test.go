@@ -13,7 +13,7 @@ import (
 	"example.org/kvferry"
 )
 
-// Every status of the header has its error in Go: the same number, name and text.
+// Each status of the header has an error in Go with the same number, name and text.
 func TestEveryStatusOfTheHeaderIsAnErrorInGo(t *testing.T) {
 	header, err := os.Open("../../../include/kvferry.h")
 	if err != nil {

@@ -58,8 +58,8 @@ func TestContextThatHasEndedSubmitsNothing(t *testing.T) {
 	}
 }
 
-// Everything that can be counted is the same after 10,000 saves and loads at the same time, of which many were cancelled
-// at a random moment.
+// After 10,000 saves and loads at the same time, of which many are cancelled at a random moment, everything that can be
+// counted is as before.
 func TestNothingLeaksUnderRandomCancellation(t *testing.T) {
 	const transfers, size = 10_000, 48 << 10 // the smaller ones are copied at once, by the call
 	goroutines, descriptors := runtime.NumGoroutine(), countDescriptors(t)
