@@ -23,7 +23,7 @@ async def save_and_load(context: Context) -> None:
         # llama_context.
         llama = engine.attach(context.address, library=context.model.library.loaded_as)
 
-        # From here on one thread of kvferry's owns the context, and llama.run runs your code on that
+        # From here on a thread of kvferry's owns the context, and llama.run runs your code on that
         # thread. So nothing is decoded while kvferry reads the context.
         await llama.run(context.decode, [(0, token) for token in PROMPT])
         snapshot = await llama.save(0)
