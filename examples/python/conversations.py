@@ -1,6 +1,8 @@
 """Many conversations over few sequences: the one that was used least recently waits in host memory.
 
-    pip install '.[demo]'                     # in the root of kvferry
+In the root of kvferry:
+
+    pip install '.[demo]'
     python examples/python/conversations.py
 
 Seven users talk to a context that has three sequences. A conversation whose turn it is needs a

@@ -1,6 +1,8 @@
 """A KV cache of PyTorch tensors: one conversation leaves the device, and comes back in another row.
 
-    pip install . torch                       # in the root of kvferry
+In the root of kvferry:
+
+    pip install . torch
     python examples/python/pytorch_cache.py
 
 Without PyTorch the same runs with NumPy arrays, since kvferry takes any array that has the buffer

@@ -1,7 +1,9 @@
 """The smallest save and load: a sequence of llama.cpp leaves the KV cache, and comes back.
 
-pip install '.[demo]'                     # in the root of kvferry
-python examples/python/save_and_load.py
+In the root of kvferry:
+
+    pip install '.[demo]'
+    python examples/python/save_and_load.py
 """
 
 import tempfile
