@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and how it ends."""
+"""The command line: its output, its files, and its exit status."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 from kvferry.tools import libllama
 from kvferry.tools.table import table
 from support.llama_reference import LIBRARY_FOLDER
+from support.programs import run_python
 from support.unknown_format import NUMBERS, NoMagic, write_libllama
 
 FIGURES = {
@@ -36,15 +37,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs kvferry in a process of its own, after the Python statements `first`."""
     code = f"import sys; {first}\nfrom kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
-    changed = {**os.environ, **(environment or {})}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={name: value for name, value in changed.items() if value is not None},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return run_python("-c", code, *arguments, environment=environment, timeout=240)
 
 
 # ---- demo ----------------------------------------------------------------------------------------
@@ -85,7 +78,7 @@ def test_demo_takes_a_model_of_the_users(tmp_path: Path, model_path: Callable[..
 
 
 def test_demo_stops_when_interrupted(tmp_path: Path) -> None:
-    # Where these tests run in the background of a script, SIGINT is ignored, and that is inherited.
+    # A script's background processes ignore SIGINT, and their children inherit that.
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -307,7 +300,7 @@ def test_doctor_opens_one_gpu_of_several(
     driver = findings["CUDA driver"]
     assert "4 device(s)" in driver["found"]
     assert ("--device cuda:N" in driver["meaning"]) == bool(ordinals)
-    # What could not be used is said, though another GPU could be.
+    # A GPU that cannot be used is reported, although another one can be used.
     assert ("GPU 0" in findings) == bool(failures)
 
 
@@ -326,7 +319,7 @@ def test_doctor_works_without_the_optional_packages() -> None:
 
     assert "Traceback" not in done.stderr
     assert "memcpy" in done.stdout
-    if "no libllama found" in done.stdout:  # else this system has one of its own
+    if "no libllama found" in done.stdout:  # otherwise the system has a libllama
         assert done.returncode == 1
 
 
@@ -349,7 +342,7 @@ def test_bench_writes_the_figures_that_were_asked_for(tmp_path: Path) -> None:
 
 
 def test_config_is_what_a_c_program_needs(tmp_path: Path) -> None:
-    """tests/install/by_pip.sh does more with it, in an empty environment."""
+    """tests/install/by_pip.sh tests more, in an empty environment."""
     source = Path(__file__).parents[2] / "install" / "program.c"
     for more in ([], ["--static"]):
         flags = run("config", "--cflags", "--libs", *more).stdout.split()
@@ -411,26 +404,14 @@ def test_bad_options_are_named(arguments: list[str], complaint: str) -> None:
 
 
 def test_the_package_is_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kvferry", "--version"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python("-m", "kvferry", "--version")
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"kvferry {kvferry.__version__}\n"
 
 
 def test_the_program_is_named_alike_however_it_is_called() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kvferry", "dance"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python("-m", "kvferry", "dance")
 
     assert done.returncode == 2
     assert done.stderr.startswith("usage: kvferry ")

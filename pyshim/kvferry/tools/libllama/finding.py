@@ -1,4 +1,4 @@
-"""Where the libllama is that the command line uses."""
+"""Finds the libllama that the command line uses."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Found:
     """A libllama that has not been loaded yet."""
 
     path: str
-    """Of the library; a bare name if the system's loader is to find it."""
+    """The path of the library, or a bare name for the system's loader."""
     source: str
-    """Who named it, for people."""
+    """Where it was found, for people."""
 
 
 def find(folder: str | os.PathLike[str] | None = None) -> Found:
-    """The libllama in ``folder``; else in $KVFERRY_LLAMA_LIB; of llama-cpp-python; of xllamacpp;
-    the system's.
+    """Returns the libllama in ``folder``. Without a folder, returns the first one that is found: in
+    $KVFERRY_LLAMA_LIB, in llama-cpp-python, in xllamacpp, in the system.
 
-    Raises LlamaError with all the places that were looked at.
+    Raises LlamaError if there is none.
     """
     if folder is not None:
         return Found(_in_folder(Path(folder)), "--llama-lib")
@@ -37,9 +37,9 @@ def find(folder: str | os.PathLike[str] | None = None) -> Found:
         try:
             return Found(_in_folder(package / "lib"), "installed llama_cpp")
         except LlamaError:
-            pass  # one without libraries of its own; others may have some
+            pass  # this llama-cpp-python has no libraries; look further
     if (package := _package_folder("xllamacpp")) is not None:
-        # Its extension module has all of llama.cpp in it, and exports that.
+        # Its extension module contains all of llama.cpp, and exports its functions.
         for path in sorted(package.glob("xllamacpp.*so")):
             return Found(str(path), "installed xllamacpp")
     if name := ctypes.util.find_library("llama"):
@@ -51,7 +51,7 @@ def find(folder: str | os.PathLike[str] | None = None) -> Found:
 
 
 def _package_folder(name: str) -> Path | None:
-    # Not imported: importing it would load its libllama, and it may be broken.
+    # The package is not imported: that would load its libllama, which may be broken.
     package = importlib.util.find_spec(name)
     return Path(package.origin).parent if package is not None and package.origin else None
 
