@@ -40,7 +40,7 @@ def header_page(source: str) -> str:
     parts = re.split(r"^(?=/\* -{20,}\n)", source, flags=re.MULTILINE)
     line = 1
     for part in parts:
-        title = re.match(r"/\* -+\n \* ([^:.\n]+)", part)
+        title = re.match(r"/\* -+\n \* (.+?)(?=[:.]\s|\n)", part)
         page.append(f"## {title[1]}" if title else "## Introduction")
         page.append(f'```c linenums="{line}"\n{part.rstrip()}\n```')
         line += part.count("\n")
