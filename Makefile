@@ -217,9 +217,9 @@ EXAMPLE_MODEL := build/models/small.gguf
 test-c test-install: export KVFERRY_LLAMA_DEV ?= $(CURDIR)/$(BINDINGS_LIB)
 test-c test-install: export KVFERRY_LLAMA_MODEL ?= $(CURDIR)/$(EXAMPLE_MODEL)
 
-$(EXAMPLE_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
+$(EXAMPLE_MODEL): $(wildcard pyshim/kvferry/tools/synthetic/*.py) | $(TOOLS)
 	mkdir -p $(@D)
-	PYTHONPATH=pyshim/kvferry python -c 'from synthetic import write_model; write_model("llama", "$@")'
+	PYTHONPATH=pyshim/kvferry/tools python -c 'from synthetic import write_model; write_model("llama", "$@")'
 
 .PHONY: test-c
 test-c: build/native/build.ninja $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
@@ -248,13 +248,14 @@ test-examples: $(TOOLS) $(BINDINGS_HEADERS)
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
-PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py test_llama_in_flight.py test_llama_random.py)
+PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py llama/test_llama_in_flight.py \
+    llama/test_llama_random.py)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
-python -m pytest tests/python/test_llama_cpp_python.py
+python -m pytest tests/python/llama/test_llama_cpp_python.py
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
-    python -m pytest tests/python --ignore tests/python/test_llama_cpp_python.py \
+    python -m pytest tests/python --ignore tests/python/llama/test_llama_cpp_python.py \
     $(addprefix --ignore ,$(PYTHON_TESTS_ON_CUDA)) $(ARGS)
 endef
 
@@ -269,9 +270,10 @@ test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 TESTED_BUILDS := $(NPM_BUILDS) $(WHEEL_BUILD)
 TESTED_STAMPS := $(foreach build,$(TESTED_BUILDS),$(call stamp_of,$(build)))
 # What uses a libllama and fits any of them.
-LLAMA_TESTS := $(filter-out %/test_llama_cpp_python.py,$(wildcard tests/python/test_llama_*.py)) \
-    $(addprefix tests/python/,test_libllama.py test_synthetic_models.py test_snapshot.py test_cli.py)
-QUICK_LLAMA_TESTS := $(addprefix tests/python/,test_libllama.py test_llama_basic.py test_llama_kinds.py)
+LLAMA_TESTS := $(filter-out %/test_llama_cpp_python.py,$(wildcard tests/python/llama/test_*.py)) \
+    $(addprefix tests/python/,test_snapshot.py tools/test_cli.py tools/test_libllama.py tools/test_synthetic_models.py)
+QUICK_LLAMA_TESTS := $(addprefix tests/python/,tools/test_libllama.py llama/test_llama_basic.py \
+    llama/test_llama_kinds.py)
 
 # $(call on_builds,BUILD...,TEST...)
 define on_builds
@@ -338,9 +340,9 @@ $(GO_LIBRARY): $(TOOLS) $(shell find CMakeLists.txt include cabi -type f)
 	    (echo "// $(CURDIR)"; sha256sum build/go/prefix/include/kvferry.h | sed 's|^|// |') > examples/go/$$package/tree.hxx; \
 	done
 
-$(GO_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
+$(GO_MODEL): $(wildcard pyshim/kvferry/tools/synthetic/*.py) | $(TOOLS)
 	mkdir -p $(@D)
-	PYTHONPATH=pyshim/kvferry python -c 'from synthetic import write_model; write_model("llama", "$@", \
+	PYTHONPATH=pyshim/kvferry/tools python -c 'from synthetic import write_model; write_model("llama", "$@", \
 	    layers=12, embedding=512, heads=8, kv_heads=4, head_dim=64, feed_forward=1024, context=8192)'
 
 # Go's race detector watches the C code's callers, GOGC=1 collects whatever is not held, checkptr checks unsafe pointers.
