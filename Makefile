@@ -170,7 +170,7 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # For whoever names no libllama.
-demo bench test-python test-gpu soak: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
+demo bench test-examples test-python test-gpu soak: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
 test-go: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(OTHER_LIB)
 
 .PHONY: demo
@@ -241,9 +241,12 @@ test-tsan: build/tsan/build.ninja
 test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
 	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC)
 
+# The programs of examples/ from the source tree. (Those in Go: test-go.)
 .PHONY: test-examples
-test-examples: $(TOOLS) $(BINDINGS_HEADERS)
+test-examples: export LLAMA_CPP_LIB_PATH = $(KVFERRY_LLAMA_LIB)
+test-examples: $(PACKAGE) $(BINDINGS_HEADERS) $(PYTHON_LLAMA)
 	$(MAKE) -C examples/c run
+	python -m pytest tests/python/test_examples.py
 
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
