@@ -22,8 +22,8 @@ from pathlib import Path
 
 import anyio
 import kvferry
-from kvferry.libllama import Context, ContextOptions, Libllama, Model, find
-from kvferry.synthetic import write_model
+from kvferry.tools.libllama import Context, ContextOptions, Libllama, Model, find
+from kvferry.tools.synthetic import write_model
 
 CONVERSATIONS, SEQUENCES, TURNS = 7, 3, 4
 QUESTION, ANSWER = 20, 8  # tokens

@@ -10,8 +10,8 @@ from pathlib import Path
 import anyio
 import kvferry
 import numpy
-from kvferry.libllama import Context, ContextOptions, Libllama, Model, find
-from kvferry.synthetic import write_model
+from kvferry.tools.libllama import Context, ContextOptions, Libllama, Model, find
+from kvferry.tools.synthetic import write_model
 
 PROMPT = [(7 * index + 1) % 512 for index in range(200)]
 NEXT = 42

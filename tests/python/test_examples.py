@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from devices import DEVICES
 from event_loops import anyio_backend  # noqa: F401
-from kvferry import libllama
+from kvferry.tools import libllama
 from llama_reference import LIBRARY_FOLDER, Context, ContextOptions, Model, keep_log
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "python"
