@@ -18,10 +18,10 @@ import anyio
 import kvferry
 import numpy as np
 import pytest
-from devices import DEVICES
-from event_loops import anyio_backend  # noqa: F401
 from kvferry.tools import libllama
-from llama_reference import LIBRARY_FOLDER, Context, ContextOptions, Model, keep_log
+from support.devices import DEVICES
+from support.event_loops import anyio_backend  # noqa: F401
+from support.llama_reference import LIBRARY_FOLDER, Context, ContextOptions, Model, keep_log
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "python"
 
