@@ -271,11 +271,13 @@ test-examples: $(PACKAGE) $(BINDINGS_HEADERS) $(PYTHON_LLAMA)
 	$(MAKE) -C examples/c run
 	python -m pytest tests/python/test_examples.py
 
+SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
-PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py llama/test_llama_in_flight.py \
-    llama/test_llama_random.py)
+LLAMA_TESTS_ON_CUDA := $(addprefix tests/python/llama/,test_llama_in_flight.py test_llama_random.py)
+PYTHON_TESTS_ON_CUDA := tests/python/test_cuda.py $(LLAMA_TESTS_ON_CUDA)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
@@ -286,7 +288,7 @@ export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
 endef
 
 .PHONY: test-python
-test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+test-python: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(run_python_tests)
@@ -296,7 +298,7 @@ test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 TESTED_BUILDS := $(NPM_BUILDS) $(WHEEL_BUILD)
 TESTED_STAMPS := $(foreach build,$(TESTED_BUILDS),$(call stamp_of,$(build)))
 # What uses a libllama and fits any of them.
-LLAMA_TESTS := $(filter-out %/test_llama_cpp_python.py,$(wildcard tests/python/llama/test_*.py)) \
+LLAMA_TESTS := $(filter-out $(LLAMA_TESTS_ON_CUDA) %/test_llama_cpp_python.py,$(wildcard tests/python/llama/test_*.py)) \
     $(addprefix tests/python/,test_snapshot.py tools/test_cli.py tools/test_libllama.py tools/test_synthetic_models.py)
 QUICK_LLAMA_TESTS := $(addprefix tests/python/,tools/test_libllama.py llama/test_llama_basic.py \
     llama/test_llama_kinds.py)
@@ -314,15 +316,21 @@ endef
 BUILDS_TABLE = python tests/python/builds_table.py $(TESTED_BUILDS:%=$(BUILDS)/%)
 
 .PHONY: test-builds
-test-builds: $(PACKAGE) $(TESTED_STAMPS)
+test-builds: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
+test-builds: $(PACKAGE) $(TESTED_STAMPS) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(call on_builds,$(TESTED_BUILDS),$(LLAMA_TESTS))
+	$(call on_builds,$(TESTED_BUILDS),$(LLAMA_TESTS_ON_CUDA))
 	$(BUILDS_TABLE) --check
 
 # The whole on one build, and once more on another with test-python; a part of it on the others.
 .PHONY: test-builds-quick
-test-builds-quick: $(PACKAGE) $(TESTED_STAMPS)
+test-builds-quick: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
+test-builds-quick: $(PACKAGE) $(TESTED_STAMPS) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(call on_builds,$(filter-out $(PYTHON_BUILD) $(OTHER_BUILD),$(TESTED_BUILDS)),$(QUICK_LLAMA_TESTS))
 	$(call on_builds,$(OTHER_BUILD),$(LLAMA_TESTS))
+	$(call on_builds,$(OTHER_BUILD),$(LLAMA_TESTS_ON_CUDA))
 	$(BUILDS_TABLE) --check
 
 # Into docs/builds.md.
@@ -332,7 +340,7 @@ builds-table: $(PACKAGE) $(TESTED_STAMPS)
 
 # What test-python does with fixed seeds for some seconds, for as long as wanted: ARGS="--hours 2", ARGS="--steps 10000".
 .PHONY: soak
-soak: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+soak: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
@@ -377,7 +385,7 @@ ifeq ($(shell command -v go),)
 test-go:
 	@echo "Go tests skipped: no Go installed"
 else
-test-go: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+test-go: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 test-go: go-kvcache build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	cd examples/go && go vet ./... && go test ./...

@@ -142,6 +142,8 @@ class Walk:
         # Sequences onto which the next decode copies another stream. Until then their states are of
         # bytes that were left there, and that a cancelled load has not written.
         self._copy_pending: set[int] = set()
+        # The sequences of the streams that it reads.
+        self._copy_sources: set[int] = set()
 
     def __enter__(self) -> Walk:
         try:
@@ -219,6 +221,15 @@ class Walk:
         """Sequences that no transfer holds."""
         return [seq for seq in SEQUENCES if seq not in self._in_flight]
 
+    def _loadable(self) -> list[int]:
+        """Resting sequences whose stream the next decode neither reads nor overwrites.
+
+        llama.cpp copies a stream as it finds it at the next decode: a state that was loaded into
+        the target meanwhile is lost, and one that was loaded into the source is copied instead.
+        """
+        pending = self._copy_pending | self._copy_sources
+        return [seq for seq in self._resting() if seq not in pending]
+
     def _holding_cells(self, seqs: list[int]) -> list[int]:
         return [seq for seq in seqs if self.like.pos_max(seq) >= 0]
 
@@ -285,6 +296,7 @@ class Walk:
             like = {}
         self._shift_pending.clear()
         self._copy_pending.clear()
+        self._copy_sources.clear()
         if not like:
             self._note("refused")
         if ours.keys() != like.keys():
@@ -339,6 +351,7 @@ class Walk:
         self._forget_edits(target)
         if self.can.streams:
             self._copy_pending.add(target)
+            self._copy_sources.add(source)
         else:
             self._shared |= {source, target}
         if source in self._shift_pending:
@@ -445,7 +458,7 @@ class Walk:
             raise failure
 
     def _load(self) -> None:
-        seq = self._any(self._resting())
+        seq = self._any(self._loadable())
         if seq is None or not self._attachments or not self._states:
             return
         self._load_state(seq, self._random.choice(self._states))
@@ -466,10 +479,10 @@ class Walk:
         """Load a state behind cells that are then free, and go on with another sequence: llama.cpp
         looks for cells there, and comes to those of the load.
         """
-        resting = self._resting()
-        if len(resting) < 3 or not self._attachments:
+        free = self._loadable()
+        if len(free) < 3 or not self._attachments:
             return
-        first, loaded, other = self._random.sample(resting, 3)
+        first, loaded, other = self._random.sample(free, 3)
         self._note(f"{loaded} behind {first}, then {other}")
         for context in self._both():
             context.seq_rm(first)
@@ -489,7 +502,7 @@ class Walk:
             self._decode_tokens([other] * (few + self._random.choice((1, 4, 20))))
 
     def _load_by_llama_cpp(self) -> None:
-        seq = self._any(self._resting())
+        seq = self._any(self._loadable())
         if seq is None or not self._states:
             return
         self._note(f"{seq}")
@@ -585,7 +598,8 @@ class Walk:
                 raise
         else:
             raise Unequal("a damaged state was accepted")
-        if self.ours.pos_max(seq) == -1:
+        # A window that has lost all its cells has no last position, though other layers hold cells.
+        if self.ours.pos_max(seq) == -1 and self.like.pos_max(seq) != -1:
             self.like.seq_rm(seq)
             self._forget_edits(seq)
 
