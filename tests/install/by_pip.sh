@@ -41,18 +41,20 @@ if ! command -v go >/dev/null; then
 fi
 echo "-- kvferry config --cgo"
 # As it comes to somebody else: what `make go-kvcache` leaves in the tree is not part of it.
-mkdir -p go/kvferry program
-cp -r "$source"/examples/go/kvferry/. go/kvferry
-find go/kvferry -name kvferry.pc -delete -o -name tree.hxx -delete
+package=tree/examples/go/kvferry
+mkdir -p $package program
+cp -r "$source"/examples/go/kvferry/. $package
+find $package -name kvferry.pc -delete -o -name tree.hxx -delete
 cp "$here/program.go" program/main.go
 cd program
-cat >go.mod <<'MODULE'
+cat >go.mod <<MODULE
 module program
 go 1.22
 require example.org/kvferry v0.0.0
-replace example.org/kvferry => ../go/kvferry
+replace example.org/kvferry => ../$package
 MODULE
 eval "$(kvferry config --cgo)"
 export GOFLAGS=-mod=mod GOCACHE=$work/cache # Go would not notice that pkg-config answers otherwise than before
 go build -o program . && ./program
 readelf --dynamic program | grep -q "RUNPATH.*$(kvferry config --prefix)/lib"
+"$here/go_page.sh" "$source/docs/how-to/go.md" "$work/tree"
