@@ -7,6 +7,7 @@
 
 #include "core/json.h"
 #include "core/thread.h"
+#include "cuda/pinner.h"
 #include "host/device.h"
 
 namespace kvf {
@@ -102,16 +103,16 @@ bool Locator::on_cuda(uint64_t address, uint32_t &device) {
         device = known_device_;
         return true;
     }
-    CudaPlace place{};
-    if (!cuda_place(usable(engine_.cuda_), address, place)) return false;
+    const auto allocation = find_allocation(usable(engine_.cuda_), address);
+    if (!allocation) return false;
     for (size_t i = 0; i < engine_.cuda_.size(); ++i) {
-        if (engine_.cuda_[i]->ordinal() != place.ordinal) continue;
-        known_ = place;
+        if (engine_.cuda_[i]->ordinal() != allocation->ordinal) continue;
+        known_ = *allocation;
         device = known_device_ = static_cast<uint32_t>(i + 1); // after the host
         return true;
     }
     throw Error(KVF_ERR_UNREACHABLE,
-                format("CUDA device %d is not among the engine's", place.ordinal));
+                format("CUDA device %d is not among the engine's", allocation->ordinal));
 }
 
 // A driver refuses a copy from one allocation into another, and what it makes of one across addresses that nothing is
