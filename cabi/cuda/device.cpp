@@ -10,16 +10,17 @@ constexpr uint64_t kStagingBytes = 32 << 20; // for each direction
 } // namespace
 
 CudaDevice::CudaDevice(JobOwner &owner, std::shared_ptr<const CudaContext> context, uint32_t index,
-                       uint64_t staging_bytes, uint32_t copy_threads)
+                       uint64_t staging_bytes, std::shared_ptr<CudaPinnedBudget> budget,
+                       uint32_t copy_threads)
     : context_(std::move(context)), staging_bytes_(staging_bytes ? staging_bytes : kStagingBytes),
-      copy_threads_(copy_threads), ahead_(*context_, copy_threads_) {
+      budget_(std::move(budget)), copy_threads_(copy_threads), ahead_(*context_, copy_threads_) {
     try {
         kernels_ = std::make_unique<CudaKernels>(*context_);
     } catch (const Error &error) {
         no_kernels_ = kvf::describe(error); // slower, and right all the same
     }
     const int max_pitch = context_->attribute(CU_DEVICE_ATTRIBUTE_MAX_PITCH);
-    const CudaLane::Limits limits{staging_bytes_, static_cast<uint64_t>(max_pitch)};
+    const CudaLane::Limits limits{staging_bytes_, static_cast<uint64_t>(max_pitch), *budget_};
     save_ = std::make_unique<CudaLane>(owner, *context_, kernels_.get(), copy_threads_, nullptr,
                                        index, Direction::Save, limits);
     load_ = std::make_unique<CudaLane>(owner, *context_, kernels_.get(), copy_threads_, &ahead_,

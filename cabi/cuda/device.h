@@ -4,7 +4,8 @@
 //
 //     driver_api, driver            the driver's functions, opened at run time
 //     context, pinner, allocation   a device's context; pinning host memory; whose memory a pointer names
-//     memory, free_list, arena      memory that the library takes for itself, kept for reuse, and handed out in segments
+//     memory, arena, free_list,
+//         pinned_budget             memory that the library takes for itself, handed out in segments, or kept for reuse
 //     kernels, tables               the gather and scatter kernels, and the rows that they move
 //     lane_memory, slot             what a piece needs while it moves
 //     planner, copies               which pieces, which way, where in staging; and what the driver is told
@@ -26,8 +27,14 @@ namespace kvf {
 
 class CudaDevice final : public Device {
 public:
+    // So much may all devices of an engine pin together, beside CudaLaneMemory::kLeastPinned for each lane: two devices have
+    // all that they can use.
+    static constexpr uint64_t kPinnedBudget =
+        4 * (CudaLaneMemory::kMostPinned - CudaLaneMemory::kLeastPinned);
+
     CudaDevice(JobOwner &owner, std::shared_ptr<const CudaContext> context, uint32_t index,
-               uint64_t staging_bytes, uint32_t copy_threads);
+               uint64_t staging_bytes, std::shared_ptr<CudaPinnedBudget> budget,
+               uint32_t copy_threads);
     ~CudaDevice() override;
 
     void check_usable() override;
@@ -55,6 +62,7 @@ private:
     std::unique_ptr<CudaKernels> kernels_;
     std::string no_kernels_; // why there are none
     const uint64_t staging_bytes_;
+    const std::shared_ptr<CudaPinnedBudget> budget_;
     Crew copy_threads_;
     CudaAheadPool ahead_;
     std::unique_ptr<CudaLane> save_, load_;

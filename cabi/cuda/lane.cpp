@@ -39,7 +39,7 @@ CudaLane::CudaLane(JobOwner &owner, const CudaContext &context, const CudaKernel
                    Limits limits)
     : owner_(owner), context_(context), driver_(context.driver()), copy_threads_(copy_threads),
       ahead_(ahead), device_(device), direction_(direction),
-      memory_(context, kernels ? limits.staging_bytes : 0),
+      memory_(context, limits.pinned, kernels ? limits.staging_bytes : 0),
       planner_(direction, memory_, limits.max_pitch),
       copies_(context, kernels, direction, limits.max_pitch, planner_), pace_(direction) {
     const CudaCurrent current(context_);
@@ -103,7 +103,7 @@ void CudaLane::pump() {
     }
     using Next = CudaLaneSchedule::Next;
     for (;;) {
-        bool progress = move_on();
+        bool progress = poll_slots();
         progress |= queue_copies();
         progress |= refill();
         progress |= schedule_.ask_streams(pieces_ > 0);
@@ -147,7 +147,7 @@ void CudaLane::wait_for_pieces() {
 }
 
 // Moves pieces on whose current step has ended. Returns true if there was one.
-bool CudaLane::move_on() {
+bool CudaLane::poll_slots() {
     bool progress = false;
     for (CudaSlot &slot : slots_) {
         switch (slot.stage) {
@@ -164,7 +164,7 @@ bool CudaLane::move_on() {
             progress = true;
             break;
         case Stage::Copying:
-        case Stage::Finishing: progress |= look_at_stream(slot); break;
+        case Stage::Finishing: progress |= poll_stream(slot); break;
         }
     }
     return progress;
@@ -318,7 +318,7 @@ void CudaLane::queue_copy(CudaSlot &slot) {
 uint32_t CudaLane::kernel_blocks() const { return urgent_ ? kUrgentBlocks : kBackgroundBlocks; }
 
 // Moves a piece on if the device has done what its stage waits for. Returns false if it has not.
-bool CudaLane::look_at_stream(CudaSlot &slot) {
+bool CudaLane::poll_stream(CudaSlot &slot) {
     const bool copying = slot.stage == Stage::Copying;
     const CUresult result =
         broken() ? CUDA_SUCCESS : driver_.cuEventQuery(copying ? slot.copied : slot.finished);

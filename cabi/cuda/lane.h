@@ -32,6 +32,7 @@ public:
     struct Limits {
         uint64_t staging_bytes; // of device memory, over all slots
         uint64_t max_pitch;     // of a two-dimensional copy
+        CudaPinnedBudget &pinned;
     };
     // `kernels` may be NULL: rows are then copied one by one. The lane trims `ahead`, which may be NULL, when it has been
     // idle.
@@ -68,7 +69,7 @@ private:
 
     // The pump's loop.
     void pump();
-    bool move_on();
+    bool poll_slots();
     bool queue_copies();
     bool refill();
     void trim_idle();
@@ -84,7 +85,7 @@ private:
     void start_host_copy(CudaSlot &slot, Stage stage);
     bool may_queue(const CudaSlot &slot) const;
     void queue_copy(CudaSlot &slot);
-    bool look_at_stream(CudaSlot &slot);
+    bool poll_stream(CudaSlot &slot);
     void leave_queue(const CudaSlot &slot);
     void note_pace(const CudaSlot &slot);
     void after_device(CudaSlot &slot);

@@ -5,18 +5,11 @@
 namespace kvf {
 namespace {
 
-constexpr uint64_t kBounce = 4 << 20;
-constexpr uint64_t kLeastBounce = 1 << 20;
 constexpr uint64_t kMostStaging = 64 << 20; // the pieces of a lane have no use for more
 // With less device memory than this, all of it is for staging and tables of rows.
 constexpr uint64_t kLeastForResident = 8 << 20;
-// So many at most that both lanes of a device pin 62 MiB at most: each lane has seven bounce buffers, four tables of
-// 512 KiB and one of 1 MiB. (A lane has eight slots; those without a bounce buffer or table wait for one.)
-constexpr size_t kMostBounces = 7;
-constexpr size_t kMostRows = 4;
-
 size_t most_rows(uint64_t device_bytes) {
-    return std::clamp<uint64_t>(device_bytes / (4 << 20), 1, kMostRows);
+    return std::clamp<uint64_t>(device_bytes / (4 << 20), 1, CudaLaneMemory::kMostRows);
 }
 
 uint64_t arena_bytes(uint64_t device_bytes) {
@@ -31,28 +24,23 @@ uint64_t arena_bytes(uint64_t device_bytes) {
 
 } // namespace
 
-CudaLaneMemory::CudaLaneMemory(const CudaContext &context, uint64_t device_bytes)
+CudaLaneMemory::CudaLaneMemory(const CudaContext &context, CudaPinnedBudget &budget,
+                               uint64_t device_bytes)
     : context_(context), may_stage_(device_bytes >= kLeastDevice),
       may_reside_(device_bytes >= kLeastForResident), arena_(context, arena_bytes(device_bytes)),
-      bounces_(kMostBounces), rows_(most_rows(device_bytes)), residents_(1),
+      bounces_(budget, kMostBounces, kBounce, kLeastBounce),
+      rows_(budget, most_rows(device_bytes), CudaRowTable::kBytes, CudaRowTable::kBytes),
+      residents_(budget, 1, CudaResidentTable::kBytes, CudaResidentTable::kBytes),
       has_staging_(may_stage_), has_resident_(may_reside_) {}
 
-// Tries ever smaller bounce buffers.
 bool CudaLaneMemory::allocate_bounce() {
-    return bounces_.ensure([this] {
-        for (uint64_t bytes = kBounce;; bytes /= 2) {
-            try {
-                return std::make_unique<CudaPinnedMemory>(context_, bytes);
-            } catch (const Error &error) {
-                if (error.status != KVF_ERR_OUT_OF_MEMORY || bytes / 2 < kLeastBounce) throw;
-            }
-        }
-    });
+    return bounces_.ensure(
+        [this](uint64_t bytes) { return std::make_unique<CudaPinnedMemory>(context_, bytes); });
 }
 
 bool CudaLaneMemory::allocate_rows() {
     try {
-        return rows_.ensure([this] { return std::make_unique<CudaRowTable>(context_); });
+        return rows_.ensure([this](uint64_t) { return std::make_unique<CudaRowTable>(context_); });
     } catch (...) {
         has_staging_.store(false, std::memory_order_relaxed);
         return true;
@@ -71,7 +59,8 @@ void CudaLaneMemory::allocate_staging() {
 
 void CudaLaneMemory::allocate_resident() {
     try {
-        residents_.ensure([this] { return std::make_unique<CudaResidentTable>(context_); });
+        residents_.ensure(
+            [this](uint64_t) { return std::make_unique<CudaResidentTable>(context_); });
     } catch (...) {
         has_resident_.store(false, std::memory_order_relaxed); // rows travel with each piece
     }

@@ -18,8 +18,18 @@ class CudaLaneMemory {
 public:
     static constexpr uint64_t kLeastDevice = 2 << 20;
 
+    // Pinned at most: seven bounce buffers of 4 MiB, four tables of 512 KiB and one of 1 MiB. (A lane has eight slots; those
+    // without a bounce buffer or a table wait for one.)
+    static constexpr size_t kMostBounces = 7, kMostRows = 4;
+    static constexpr uint64_t kBounce = 4 << 20, kLeastBounce = 1 << 20;
+    static constexpr uint64_t kMostPinned =
+        kMostBounces * kBounce + kMostRows * CudaRowTable::kBytes + CudaResidentTable::kBytes;
+    // What each lane may pin whatever the budget has left: one of each, as small as can be.
+    static constexpr uint64_t kLeastPinned =
+        kLeastBounce + CudaRowTable::kBytes + CudaResidentTable::kBytes;
+
     // `device_bytes` of device memory at most; with less than kLeastDevice there is none, and no staging.
-    CudaLaneMemory(const CudaContext &context, uint64_t device_bytes);
+    CudaLaneMemory(const CudaContext &context, CudaPinnedBudget &budget, uint64_t device_bytes);
 
     // Each returns NULL, or no segment, where none is free. Then the allocate function below makes one, or tells that one
     // in use has to be waited for.

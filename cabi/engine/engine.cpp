@@ -52,6 +52,7 @@ void Engine::open_cuda(const kvf_engine_options &options) {
     const auto note = [this](int ordinal, const std::string &why) {
         no_cuda_ += format("%sdevice %d: ", no_cuda_.empty() ? "" : "; ", ordinal) + why;
     };
+    const auto pinned = std::make_shared<CudaPinnedBudget>(CudaDevice::kPinnedBudget);
     const uint64_t named = options.cuda_devices;
     for (int ordinal = count; ordinal < 64; ++ordinal) {
         if (named >> ordinal & 1) note(ordinal, format("the CUDA driver shows %d", count));
@@ -61,9 +62,9 @@ void Engine::open_cuda(const kvf_engine_options &options) {
         if (named && !is_named) continue;
         try {
             auto context = std::make_shared<const CudaContext>(driver, ordinal);
-            devices_.push_back(std::make_unique<CudaDevice>(*this, context,
-                                                            static_cast<uint32_t>(devices_.size()),
-                                                            options.staging_bytes, copy_threads));
+            devices_.push_back(
+                std::make_unique<CudaDevice>(*this, context, static_cast<uint32_t>(devices_.size()),
+                                             options.staging_bytes, pinned, copy_threads));
             cuda_.push_back(std::move(context));
         } catch (const Error &error) {
             note(ordinal, kvf::describe(error));
