@@ -78,6 +78,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "README.md": ("index.md", text_of("README.md")),
     "CONTRIBUTING.md": ("contributing.md", text_of("CONTRIBUTING.md")),
     "CHANGELOG.md": ("changelog.md", text_of("CHANGELOG.md")),
+    "examples/README.md": ("examples.md", text_of("examples/README.md")),
     "examples/go/README.md": ("how-to/go-kvcache.md", text_of("examples/go/README.md")),
     HEADER: ("reference/c.md", lambda: header_page((ROOT / HEADER).read_text())),
     GO_PACKAGE: ("reference/go.md", go_page),
