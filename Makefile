@@ -79,6 +79,7 @@ help:
 	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"
 	@echo "make tidy      clang-tidy (slow)"
+	@echo "make dist      the files of a release, checked, in dist/"
 	@echo "make setup     only the set-up: .venv, libllama, llama-cpp-python"
 	@echo "make clean     removes what was built; make distclean also what was fetched"
 	@echo "ARGS=...       more arguments for the program behind a target: make test-python ARGS='-k cancel'"
@@ -167,6 +168,26 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 	    --config-settings=build-dir=build/python .
 	touch $@
 
+# ---- The files of a release ------------------------------------------------------------------------------------------
+
+# The oldest systems that the wheel has to run on (CMakeLists.txt says how). auditwheel refuses a wheel that does not, and
+# otherwise only renames it; it may find that the wheel runs on older ones yet.
+PLATFORM := manylinux_2_28_x86_64
+DIST := dist/.checked
+
+.PHONY: dist
+dist: $(DIST)
+
+# The wheel is built from the source distribution, which so shows that it is complete.
+$(DIST): $(TOOLS) $(PACKAGE_SOURCES)
+	rm -rf dist
+	python -m build --no-isolation --sdist --outdir dist >/dev/null
+	python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/built dist/kvferry-*.tar.gz
+	auditwheel repair --plat $(PLATFORM) --wheel-dir dist dist/built/kvferry-*.whl
+	rm -r dist/built
+	python -m twine check --strict dist/kvferry-*
+	touch $@
+
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # For whoever names no libllama.
@@ -236,10 +257,12 @@ test-tsan: build/tsan/build.ninja
 	cmake --build build/tsan --parallel $(JOBS)
 	$(FIXED_LAYOUT) $(CTEST) --test-dir build/tsan $(ARGS)
 
-# The package by pip, as a newcomer installs it, and the programs of examples/ from there. (By CMake: test-c.)
+# The package by pip, as a newcomer installs it, and the programs of examples/ from there. (By CMake: test-c.) And the files
+# of a release, on every Python that they are for.
 .PHONY: test-install
-test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
-	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC)
+test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL) $(DIST)
+	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC) dist/kvferry-*.whl
+	tests/install/release.sh dist
 
 # The programs of examples/ from the source tree. (Those in Go: test-go.)
 .PHONY: test-examples

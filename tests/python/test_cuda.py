@@ -397,7 +397,7 @@ async def test_a_snapshot_is_taken_after_the_streams_work(
             0,
             buffer,
             stream=stream.handle,
-            mode=c_interface.Mode.SNAPSHOT,
+            mode=c_interface.SaveMode.SNAPSHOT,
         )
         await anyio.sleep(0.05)
         assert not save.done()

@@ -11,6 +11,18 @@ import (
 	"example.org/kvferry"
 )
 
+func TestRegionsIgnoreTheModesOfSequences(t *testing.T) {
+	engine := newEngine(t)
+	from, to := pattern(100, 1), newBuffer(t, engine, 100)
+	modes := []kvferry.Option{kvferry.WithMode(kvferry.Snapshot), kvferry.Ahead()}
+	if _, err := engine.SaveRegions(context.Background(), regionsOf(from), to, modes...); err != nil {
+		t.Error(err)
+	}
+	if _, err := engine.LoadRegions(context.Background(), regionsOf(from), to, modes...); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestRegionsComeBackAsTheyWere(t *testing.T) {
 	engine := newEngine(t)
 	// Rows of 3 KiB at a pitch of 4 KiB, packed in the buffer.

@@ -24,7 +24,7 @@ func TestEveryStatusOfTheHeaderIsAnErrorInGo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	entry := regexp.MustCompile(`^\s+X\((ERR_\w+), (-\d+), "(.*)"\)`)
+	entry := regexp.MustCompile(`^\s+KVF_(ERR_\w+) = (-\d+), +/\* (.*) \*/$`)
 	found := 0
 	for lines := bufio.NewScanner(header); lines.Scan(); {
 		match := entry.FindStringSubmatch(lines.Text())

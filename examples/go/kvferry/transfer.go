@@ -87,8 +87,11 @@ func (w *waiter) prepare(r request, cancellable bool) {
 	s := &w.submission
 	s.operation, s.owner, s.sequence = r.operation, r.owner, C.int32_t(r.sequence)
 	s.buffer, s.bytes, s.count = C.uint64_t(uintptr(start)), C.uint64_t(len(r.memory)), C.uint64_t(len(r.regions))
-	s.priority, s.mode, s.flags, s.stream = r.priority, r.saveMode, r.flags, r.stream
-	if r.operation == C.KVGO_LOAD_SEQUENCE {
+	s.priority, s.mode, s.flags, s.stream = r.priority, 0, r.flags, r.stream
+	switch r.operation {
+	case C.KVGO_SAVE_SEQUENCE:
+		s.mode = r.saveMode
+	case C.KVGO_LOAD_SEQUENCE:
 		s.mode = r.loadMode
 		s.flags |= r.loadFlags
 	}

@@ -16,7 +16,8 @@ class Completion(NamedTuple):
     status: int
     """``KVF_OK`` (0) or a negative ``kvf_status``."""
     mode: int
-    """The mode of a sequence's transfer: 1 in place, 2 snapshot or ahead. 0 for regions."""
+    """How a sequence's transfer was done: a ``KVF_SAVE_*`` (1 in place, 2 from a snapshot) or a
+    ``KVF_LOAD_*`` (16 in place, 17 ahead). Else 0."""
     bytes: int
     """Size of the state or of the regions."""
     fragments: int

@@ -262,7 +262,7 @@ def test_a_context_that_is_freed_ends_its_transfers_first(
         buffer = ctypes.create_string_buffer(state, len(state))
         submit = attachment.load if transfer == "load" else attachment.save
         hold = ByUrgentCopies(engine) if holding(context) == "queue" else ByStream(stream)
-        job = submit(OWN, buffer, mode=c_interface.Mode.IN_PLACE, **hold.options)
+        job = submit(OWN, buffer, mode=c_interface.IN_PLACE[transfer], **hold.options)
         context.close()
         assert job.done
         assert job.wait() == "KVF_ERR_CANCELLED"
@@ -291,7 +291,9 @@ def test_a_snapshot_forbids_nothing(
 ) -> None:
     """The call waits for the stream, and has taken the snapshot when it returns."""
     ours, like = alike(kind, "flash")
-    outcome = beside_a_transfer(cuda, ours, like, "save", operation, mode=c_interface.Mode.SNAPSHOT)
+    outcome = beside_a_transfer(
+        cuda, ours, like, "save", operation, mode=c_interface.SaveMode.SNAPSHOT
+    )
     assert outcome.differences == []
     assert outcome.status == "KVF_OK"
 

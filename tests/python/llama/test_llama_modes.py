@@ -24,8 +24,7 @@ OVERWRITTEN = {"gemma3", "mamba", "hybrid", "hybrid-iswa"}
 
 LARGE_TOKENS = 48 * LARGER
 
-# As `KVF_SAVE_*` in a completion.
-IN_PLACE, SNAPSHOT, AHEAD = 1, 2, 2
+IN_PLACE, SNAPSHOT = lib.KVF_SAVE_IN_PLACE, lib.KVF_SAVE_SNAPSHOT
 
 
 @pytest.fixture
@@ -167,7 +166,9 @@ async def test_a_load_ahead_leaves_what_llama_cpps_own_does(
                 await transfer.wait()
                 assert transfer.completion is not None
                 ahead = ON_GPU and kind not in OPAQUE
-                assert transfer.completion.mode == (AHEAD if ahead else IN_PLACE)
+                assert transfer.completion.mode == (
+                    lib.KVF_LOAD_AHEAD if ahead else lib.KVF_LOAD_IN_PLACE
+                )
                 assert ours.state_get(2) == like.state_get(2)
         await llama.load(snapshot, 2, mode="in_place")
         assert ours.state_get(2) == like.state_get(2)

@@ -90,10 +90,20 @@ class Devices(enum.IntEnum):
     CUDA = 2
 
 
-class Mode(enum.IntEnum):
+class SaveMode(enum.IntEnum):
     AUTO = 0
     IN_PLACE = 1
     SNAPSHOT = 2
+
+
+class LoadMode(enum.IntEnum):
+    AUTO = 0
+    IN_PLACE = 16
+    AHEAD = 17
+
+
+IN_PLACE = {"save": SaveMode.IN_PLACE, "load": LoadMode.IN_PLACE}
+"""By the kind of the transfer."""
 
 
 FOLLOW_STREAM = 1

@@ -141,7 +141,7 @@ def beside_a_transfer(
     operation: Operation,
     *,
     before: Operation = lambda side: None,
-    mode: int = c_interface.Mode.IN_PLACE,
+    mode: int | None = None,
     release_at_node: int = 0,
     held: Literal["stream", "queue"] = "stream",
     patience: float = PATIENCE,
@@ -181,7 +181,8 @@ def beside_a_transfer(
             state = ctypes.create_string_buffer(len(saved))
             submit = attachment.save
         with released_after(patience, hold) as waited:
-            job = submit(OWN, state, mode=mode, **hold.options)
+            chosen = c_interface.IN_PLACE[transfer] if mode is None else mode
+            job = submit(OWN, state, mode=chosen, **hold.options)
         assert not job.done or waited.is_set()
 
         def move_now() -> None:

@@ -41,8 +41,9 @@ KINDS = (
 
 SEQUENCES = range(4)
 STATES_KEPT = 6
+LOAD_MODES = tuple(c_interface.LoadMode)
 
-IN_PLACE, SNAPSHOT, AHEAD = 1, 2, 2
+IN_PLACE, SNAPSHOT = c_interface.SaveMode.IN_PLACE, c_interface.SaveMode.SNAPSHOT
 
 PATIENCE = 0.03
 """Seconds after which held transfers are released, because a call may be waiting for them."""
@@ -465,7 +466,7 @@ class Walk:
 
     def _load_state(self, seq: int, state: bytes) -> None:
         buffer = ctypes.create_string_buffer(state, len(state))
-        failure = self._start("load", seq, state, buffer, self._random.choice((0, IN_PLACE, AHEAD)))
+        failure = self._start("load", seq, state, buffer, self._random.choice(LOAD_MODES))
         read = self.like.state_set(seq, state)
         self._forget_edits(seq)
         if (read == len(state)) != (failure is None):

@@ -1,16 +1,18 @@
 """The command line: its output, its files, and its exit status."""
 
+import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import kvferry
 import pytest
-from kvferry.tools import libllama
+from kvferry.tools import extra_packages, libllama
 from kvferry.tools.table import table
 from support.llama_reference import LIBRARY_FOLDER
 from support.programs import run_python
@@ -136,6 +138,36 @@ llama.Llama.start_load = fails
     last = done.stderr.splitlines()[-1]
     assert last == "kvferry demo: error: the device reported an error: on purpose"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        (("xllamacpp", "gguf", "matplotlib"), "no libllama found"),
+        (("gguf", "matplotlib"), "or name a model with --model FILE"),
+    ],
+)
+def test_demo_names_the_one_command_that_installs_what_it_needs(
+    missing: Sequence[str], said: str, tmp_path: Path
+) -> None:
+    here = None if "xllamacpp" in missing else str(LIBRARY_FOLDER)
+    done = run(
+        *("demo", "--tokens", "16", "--picture", str(tmp_path / "demo.png")),
+        first=f"sys.modules.update(dict.fromkeys({('llama_cpp', *missing)}))\n"
+        "import ctypes.util; ctypes.util.find_library = lambda name: None",
+        environment={libllama.ENVIRONMENT_VARIABLE: here},
+    )
+
+    [*_, last] = done.stderr.splitlines()
+    assert (done.returncode, last.startswith("kvferry demo: error: ")) == (2, True)
+    assert f"pip install {' '.join(missing)}" in last
+    assert said in last
+
+
+def test_the_command_names_the_packages_of_the_extra_demo() -> None:
+    requirements = importlib.metadata.requires("kvferry") or []
+    extra = [each for each in requirements if re.search("extra == .demo.", each)]
+    assert {re.split(r"[^\w-]", each)[0] for each in extra} == set(extra_packages.PACKAGES)
 
 
 # ---- doctor --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+from ..extra_packages import LIBLLAMA, install_command
 from .errors import LlamaError
 
 ENVIRONMENT_VARIABLE = "KVFERRY_LLAMA_LIB"
@@ -38,15 +39,16 @@ def find(folder: str | os.PathLike[str] | None = None) -> Found:
             return Found(_in_folder(package / "lib"), "installed llama_cpp")
         except LlamaError:
             pass  # this llama-cpp-python has no libraries; look further
-    if (package := _package_folder("xllamacpp")) is not None:
+    if (package := _package_folder(LIBLLAMA)) is not None:
         # Its extension module contains all of llama.cpp, and exports its functions.
-        for path in sorted(package.glob("xllamacpp.*so")):
-            return Found(str(path), "installed xllamacpp")
+        for path in sorted(package.glob(f"{LIBLLAMA}.*so")):
+            return Found(str(path), f"installed {LIBLLAMA}")
     if name := ctypes.util.find_library("llama"):
         return Found(name, "the system's libraries")
     raise LlamaError(
         "no libllama found: name its folder with --llama-lib DIR or "
-        f"{ENVIRONMENT_VARIABLE}, or get a prebuilt one: pip install xllamacpp"
+        f"{ENVIRONMENT_VARIABLE}, or get a prebuilt one, and what `kvferry demo` needs besides: "
+        f"{install_command(libllama=True)}"
     )
 
 
