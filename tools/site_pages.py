@@ -33,12 +33,12 @@ def header_page(source: str) -> str:
         "# C reference",
         f"This is `{HEADER}`, whole and unchanged, a heading for each of its sections.",
     ]
-    # A section begins with a comment whose first line is a rule and whose second line is its title.
+    # A section begins with a comment whose first line is a rule; its titles stand below rules.
     parts = re.split(r"^(?=/\* -{20,}\n)", source, flags=re.MULTILINE)
     line = 1
     for part in parts:
-        title = re.match(r"/\* -+\n \* (.+?)(?=[:.]\s|\n)", part)
-        page.append(f"## {title[1]}" if title else "## Introduction")
+        titles = re.findall(r"-{20,}\n \* (.+?)(?=[:.]\s|\n)", part.partition("*/")[0])
+        page.append(f"## {': '.join(titles) or 'Introduction'}")
         page.append(f'```c linenums="{line}"\n{part.rstrip()}\n```')
         line += part.count("\n")
     return "\n\n".join(page) + "\n"
