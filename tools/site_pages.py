@@ -37,7 +37,8 @@ def header_page(source: str) -> str:
     parts = re.split(r"^(?=/\* -{20,}\n)", source, flags=re.MULTILINE)
     line = 1
     for part in parts:
-        titles = re.findall(r"-{20,}\n \* (.+?)(?=[:.]\s|\n)", part.partition("*/")[0])
+        banner = part.partition("*/")[0] if part.startswith("/* --") else ""
+        titles = re.findall(r"-{20,}\n \* (.+?)(?=[:.]\s|\n)", banner)
         page.append(f"## {': '.join(titles) or 'Introduction'}")
         page.append(f'```c linenums="{line}"\n{part.rstrip()}\n```')
         line += part.count("\n")
