@@ -122,7 +122,7 @@
  *
  * 1: The function that would end it too early returns KVF_ERR_BUSY instead. An engine's jobs do not
  *    count: kvf_engine_destroy() waits for them.
- * 2: Detach first. kvferry notices a context that is freed all the same: its jobs are cancelled and
+ * 2: Detach first. kvferry notices a context that is freed before: its jobs are cancelled and
  *    waited for, and later calls return KVF_ERR_CONTEXT_FREED.
  * 3: A job goes on when its handle has been released. A handle stays valid when its job has ended
  *    and the engine has been destroyed.
@@ -219,7 +219,7 @@ KVF_API int32_t kvf_engine_create(const kvf_engine_options *options, kvf_engine 
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; `json` holds the whole text.
- * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set all the same)
+ * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set then, too)
  * Since:     0.1 */
 KVF_API int32_t kvf_engine_describe(kvf_engine engine, char *json, uint64_t capacity,
                                     uint64_t *needed);
@@ -495,7 +495,7 @@ KVF_API int32_t kvf_llama_settle(kvf_llama llama);
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; `json` holds the whole text.
- * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set all the same)
+ * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set then, too)
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity,
                                    uint64_t *needed);
@@ -573,8 +573,8 @@ typedef enum kvf_priority {
 typedef enum kvf_submit_flags {
     /* Begin when the CUDA stream `stream` has done the work that it holds now: see section 7. */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
-    /* For kvf_llama_load() alone: hand libllama a state that nothing vouches for, because the
-     * format of the cache is not known and the state has no envelope (see kvf_llama_size()).
+    /* For kvf_llama_load() alone: hand libllama a state that cannot be checked, because the format
+     * of the cache is not known and the state has no envelope (see kvf_llama_size()).
      * libllama trusts what it loads: a damaged state may end the process, or leave cells that only
      * llama_memory_clear() frees. */
     KVF_SUBMIT_TRUST_STATE = 2,
