@@ -453,22 +453,22 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  * | operation                                       | load in flight | save in place in flight |
  * |-------------------------------------------------|----------------|-------------------------|
  * | llama_decode of other sequences                 | yes, 1         | yes, 1                  |
- * | llama_decode of this one                        | no             | plain attention alone   |
+ * | llama_decode of this one                        | yes, 3         | yes, 3                  |
  * | llama_memory_seq_add, _div of another           | yes, 2         | yes, 2                  |
- * | llama_memory_seq_add, _div of this one          | no             | no                      |
+ * | llama_memory_seq_add, _div of this one          | yes, 2         | yes, 2                  |
  * | llama_memory_seq_cp between others              | yes, 2         | yes, 2                  |
  * | llama_memory_seq_cp of this one onto another    | no             | yes, 2                  |
- * | llama_memory_seq_cp onto this one               | no             | no                      |
+ * | llama_memory_seq_cp onto this one               | yes, 3         | yes, 3                  |
  * | llama_memory_seq_rm of another                  | yes            | yes                     |
- * | llama_memory_seq_rm of this one                 | no             | no                      |
+ * | llama_memory_seq_rm of this one                 | yes, 3         | yes, 3                  |
  * | llama_memory_seq_keep of this one               | yes            | yes                     |
- * | llama_memory_seq_keep of another                | no             | no                      |
- * | llama_memory_clear                              | no             | no                      |
+ * | llama_memory_seq_keep of another                | yes, 3         | yes, 3                  |
+ * | llama_memory_clear                              | yes, 3         | yes, 3                  |
  * | llama_state_seq_get_data of another             | yes, 1         | yes                     |
  * | llama_state_seq_get_data of this one            | waits          | yes                     |
  * | llama_state_get_data                            | waits          | yes                     |
  * | llama_state_seq_set_data into another           | yes, 1         | yes, 1                  |
- * | llama_state_seq_set_data into this one          | no             | no                      |
+ * | llama_state_seq_set_data into this one          | yes, 3         | yes, 3                  |
  * | kvf_llama_load of another                       | yes, 1         | yes, 1                  |
  * | kvf_llama_save, _remove of another              | yes            | yes                     |
  * | kvf_llama_save of this one                      | KVF_ERR_BUSY   | yes                     |
@@ -479,8 +479,13 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  *    cell; a transfer that follows a stream keeps decoding and loads off a sliding window; llama.cpp's own state calls
  *    wait where cells of both lie between each other.
  * 2: the next llama_decode waits for the transfer, because it rewrites keys of all sequences, or a whole stream.
- * "no": bytes are lost or mixed, and nobody notices; clearing the memory mends the context. libllama does not tell of
- * these calls before their harm is done. (Clear, remove and load through kvferry instead: it refuses.)
+ * 3: the next llama_decode, kvf_llama_save or kvf_llama_load waits for the transfer if this sequence is no longer what it
+ *    was: its first or its last position is another one; or (from llama.cpp v0.5.0 on, in a cache with one kind of
+ *    attention cells and no sliding window) the decode is about to write cells that the transfer moves. Two changes are
+ *    not noticed elsewhere, and then bytes are lost: cells removed from the middle of the sequence, and cells removed
+ *    and decoded anew by one batch that ends at the same position. libllama does not tell of them.
+ * "no": the copy shares its cells with this sequence where the cache is unified, and libllama does not tell which
+ *    sequences share cells. A decode of the copy reads cells that have not been loaded yet.
  *
  * Waiting is in the call itself (of 2 in llama_decode), on the context's thread. A transfer that follows a stream must
  * therefore not depend on what that thread does later. */

@@ -325,6 +325,14 @@ bool Structure::has_cells_everywhere() const {
                        [](const Section &section) { return section.cells > 0; });
 }
 
+bool Structure::has_one_attention_first() const {
+    const auto is_attention = [](const Section &section) {
+        return section.kind == Section::Kind::Attention;
+    };
+    return !sections.empty() && is_attention(sections[0]) &&
+           std::count_if(sections.begin(), sections.end(), is_attention) == 1;
+}
+
 std::string Structure::kind() const {
     std::string kind;
     for (const auto &section : sections) {

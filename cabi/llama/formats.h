@@ -58,6 +58,8 @@ struct Structure {
 
     uint64_t cells() const;
     bool has_cells_everywhere() const;
+    // One section of attention, and that the first.
+    bool has_one_attention_first() const;
     // "attention", "attention+recurrent" ...
     std::string kind() const;
 };

@@ -217,7 +217,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     sequences_->note_tensors(recorder.tensors());
     recorded.bytes = written;
     if (in_place) {
-        fence->raise(recorder.memory(), close);
+        fence->raise(enclosure(Direction::Save, sequence, recorder, close));
         move_now(Direction::Save, state, written, recorder.take_early(), nullptr);
     }
     if (open) return open->commit(std::move(recorded), job);
@@ -332,7 +332,7 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
     check_recorded_whole(*state.structure, recorded);
     learn(*state.structure);
     recorded.bytes = view.bytes;
-    fence->raise(recorder.memory(), close);
+    fence->raise(enclosure(Direction::Load, sequence, recorder, close));
     move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
     // What was not known before: the device has nothing of the cache.
     if (landing && !devices_.count(device)) open->job()->mode = KVF_LOAD_IN_PLACE;
@@ -369,6 +369,38 @@ bool Llama::guard_window(const Structure &structure, const StateView &view, Reco
     if (gate) return !ranges.empty();
     recorder.set_early(std::move(ranges));
     return false;
+}
+
+// What has to stay as it is until the transfer that was recorded has ended.
+Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder &recorder,
+                           bool close) const {
+    Enclosure enclosure;
+    enclosure.memory = recorder.memory();
+    enclosure.close = close;
+    enclosure.context = context_;
+    enclosure.is_disturbed = watch(direction, sequence);
+    // Of several kinds of attention cells the graph does not tell which rows it means; and the cells that leave a window
+    // have been moved already.
+    if (structure_ && window_ == 0 && structure_->has_one_attention_first()) {
+        enclosure.rows = recorder.first_tensor();
+        enclosure.row_bytes = structure_->sections[0].tensors[0].row;
+    }
+    return enclosure;
+}
+
+// Says whether the sequence has been changed since, as far as its first and last position tell.
+std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const {
+    const llama_memory memory = api_.get_memory(context_);
+    const auto first_position = api_.memory_seq_pos_min;
+    const auto last_position = api_.memory_seq_pos_max;
+    // A window's first cells go to other sequences in the course of things.
+    const bool keeps_first = window_ == 0;
+    const bool may_append = direction == Direction::Save && appends_only_;
+    return [=, first = first_position(memory, sequence), last = last_position(memory, sequence)] {
+        const int32_t now = last_position(memory, sequence);
+        if (may_append ? now < last : now != last) return true;
+        return keeps_first && first_position(memory, sequence) != first;
+    };
 }
 
 // Moves what must not be moved later, while the caller waits. Throws where it did not end well.
@@ -449,6 +481,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     check_usable();
     engine_->check(options); // what is wrong with them must not cost a sequence its cells
     if (tap_) tap_->take_back_slots();
+    Fence::wait_for_disturbed(context_);
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");

@@ -59,6 +59,9 @@ private:
     std::shared_ptr<Landing> make_landing(uint32_t mode, uint64_t bytes, uint32_t &device);
     bool guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
                       const Gate *gate) const;
+    Enclosure enclosure(Direction direction, int32_t sequence, const Recorder &recorder,
+                        bool close) const;
+    std::function<bool()> watch(Direction direction, int32_t sequence) const;
     void move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
                   Gate *gate);
     void complete(Submission &&submission, Recorded &&recorded, const kvf_submit_options &options,

@@ -352,6 +352,36 @@ def remove_own(side: Side) -> bytes:
     return context.decode(OTHER, context.model.prompt(20, seed=5)).tobytes()
 
 
+def decode_own_anew(side: Side) -> bytes:
+    """As many tokens as before: the first and the last position tell nothing."""
+    context = side.context
+    context.seq_rm(OWN)
+    return context.decode(OWN, context.model.prompt(40, seed=5)).tobytes()
+
+
+def decode_another_end_of_own(side: Side) -> bytes:
+    """A longer one than before, as if tokens had only been appended."""
+    context = side.context
+    assert context.seq_rm(OWN, 20, -1)
+    return context.decode(OWN, context.model.prompt(30, seed=5)).tobytes()
+
+
+def remove_within_own(side: Side) -> bytes:
+    context = side.context
+    assert context.seq_rm(OWN, 10, 20)
+    return context.decode(OTHER, context.model.prompt(20, seed=5)).tobytes()
+
+
+def load_within_own(side: Side) -> bytes:
+    """SPARE gets cells that OWN has lost."""
+    state = side.save(OTHER)
+    context = side.context
+    context.seq_rm(SPARE)
+    assert context.seq_rm(OWN, 1, 39)
+    side.load(SPARE, state)
+    return context.state_get(SPARE)
+
+
 def shift_own(side: Side) -> bytes:
     context = side.context
     assert context.seq_rm(OWN, 0, 4)
