@@ -417,6 +417,30 @@ std::string mismatch(const Structure &state, const Structure &cache) {
     return "";
 }
 
+bool positions_agree(const Structure &structure, const StateView &state) {
+    const auto positions_in_order = [&](const Section &section) {
+        std::vector<int32_t> positions(section.cells);
+        for (uint64_t cell = 0; cell < section.cells; ++cell)
+            positions[cell] = position_of(section, *structure.format, state, cell);
+        std::sort(positions.begin(), positions.end());
+        return positions;
+    };
+    const Section *first = nullptr;
+    std::vector<int32_t> all;
+    for (const Section &section : structure.sections) {
+        if (section.kind != Section::Kind::Attention) continue;
+        if (!first) {
+            first = &section;
+            continue;
+        }
+        if (section.cells == 0) continue;
+        if (all.empty()) all = positions_in_order(*first);
+        const auto these = positions_in_order(section);
+        if (!std::includes(all.begin(), all.end(), these.begin(), these.end())) return false;
+    }
+    return true;
+}
+
 std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const StateView &state,
                                              int32_t window_size) {
     std::vector<ByteRange> ranges;

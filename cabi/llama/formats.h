@@ -86,6 +86,12 @@ std::vector<unsigned char> make_state_of_one_cell(const Structure &structure);
 // can. Sections without cells say less, and are compared by what they say.
 std::string mismatch(const Structure &state, const Structure &cache);
 
+// Whether each attention section has no other positions than the first one. libllama keeps every token of a sequence in
+// the cells of the first, and of a window it removes some: so do its states, whatever has been removed, shifted or
+// copied. (It does not keep recurrent cells at the last of these positions: llama_memory_seq_cp() of a part of a
+// sequence copies that part of the attention cells, and the recurrent cell as it is.)
+bool positions_agree(const Structure &structure, const StateView &state);
+
 // A range of bytes of a state.
 struct ByteRange {
     uint64_t begin, end;

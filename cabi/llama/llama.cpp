@@ -579,7 +579,14 @@ Structure Llama::examine_known(const StateView &view) const {
     // libllama takes such a state, and then has a sequence that is empty in one part and takes cells in another.
     if (lacks_cells(*structure))
         throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+    check_positions(*structure, view);
     return std::move(*structure);
+}
+
+// libllama would take it, and then go on with some layers where others have not been.
+void Llama::check_positions(const Structure &structure, const StateView &view) const {
+    if (!positions_agree_ || positions_agree(structure, view)) return;
+    throw Error(KVF_ERR_STATE_DAMAGED, "its parts have cells at different positions");
 }
 
 // The last position of a sequence has a cell in every part of the memory, but for a window from which it has been
@@ -610,6 +617,7 @@ Structure Llama::examine_first(int32_t sequence, const StateView &view) {
         if (!candidate.has_cells_everywhere()) {
             throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
         }
+        check_positions(candidate, view);
         if (!takes_format_of(sequence, candidate)) continue;
         learn(candidate);
         return std::move(candidate);
@@ -794,6 +802,7 @@ void Llama::learn_structure(int32_t sequence) {
             throw Error(KVF_ERR_TAP, "libllama moved tensor bytes in a way that was not recorded");
         return learn_that_opaque();
     }
+    if (!empty && !positions_agree(found.front(), metadata->view())) positions_agree_ = false;
     learn(found.front());
 }
 

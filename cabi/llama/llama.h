@@ -44,6 +44,7 @@ private:
     Incoming examine_opaque(const unsigned char *state, uint64_t bytes, uint32_t flags) const;
     Structure examine_first(int32_t sequence, const StateView &view);
     Structure examine_known(const StateView &view) const;
+    void check_positions(const Structure &structure, const StateView &view) const;
     bool lacks_cells(const Structure &structure) const;
     bool takes_format_of(int32_t sequence, const Structure &candidate);
     bool writes_as(int32_t sequence, const Structure &candidate);
@@ -125,6 +126,7 @@ private:
     enum class States { Unseen, Known, Opaque };
     std::atomic<States> states_{States::Unseen};
     std::optional<Structure> structure_; // unless opaque; without cells while unseen
+    bool positions_agree_ = true;        // in the states that this libllama has written
     uint64_t empty_bytes_ = 0;           // of the state of an empty sequence; 0: not seen
 
     // Looked at by describe(), on any thread; so is whether there is a tap.
