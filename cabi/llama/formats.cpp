@@ -21,10 +21,11 @@ constexpr StateFormat kFormats[] = {
     {"rotated-2d-token", true, 3, 2, "0.6.0: M-RoPE, n-gram models"},
 };
 
-constexpr uint32_t kMagic = 0xaf143cd8; // io_magic in llama-context.cpp
-constexpr uint32_t kMostStreams = 256;  // LLAMA_MAX_SEQ
-constexpr uint32_t kMostLayers = 4096;  // far above any model
-constexpr uint32_t kMostTypes = 256;    // far above GGML_TYPE_COUNT
+constexpr uint32_t kMagic = 0xaf143cd8;                // io_magic in llama-context.cpp
+constexpr uint64_t kFrameBytes = 2 * sizeof(uint32_t); // that, and the sequence
+constexpr uint32_t kMostStreams = 256;                 // LLAMA_MAX_SEQ
+constexpr uint32_t kMostLayers = 4096;                 // far above any model
+constexpr uint32_t kMostTypes = 256;                   // far above GGML_TYPE_COUNT
 constexpr size_t kMostSections = 8;
 
 class Reader {
@@ -74,7 +75,7 @@ public:
     std::optional<Structure> run() {
         structure_.format = &format_;
         structure_.framed = format_.framed;
-        const uint64_t frame = format_.framed ? 2 * sizeof(uint32_t) : 0;
+        const uint64_t frame = format_.framed ? kFrameBytes : 0;
         if (state_.bytes < frame || !read_sections(Reader(state_, frame))) return std::nullopt;
         if (structure_.cells() == 0) structure_.format = nullptr;
         for (const auto &section : structure_.sections) {
@@ -363,6 +364,10 @@ std::optional<Structure> parse_state(const StateView &state, const Structure *li
     auto found = parse_state_in_every_way(state, like);
     if (found.empty()) return std::nullopt;
     return std::move(found.front());
+}
+
+bool is_frame_alone(const StateView &state) {
+    return state.bytes == kFrameBytes && has_magic(state);
 }
 
 std::vector<unsigned char> make_state_of_one_cell(const Structure &structure) {

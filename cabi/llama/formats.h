@@ -79,6 +79,10 @@ std::optional<Structure> parse_state(const StateView &state, const Structure *li
 std::vector<Structure> parse_state_in_every_way(const StateView &state,
                                                 const Structure *like = nullptr);
 
+// Whether the state is a frame around nothing. libllama writes that where the context's memory is that of another
+// context (llama_context_params.ctx_other, from 0.6.0 on).
+bool is_frame_alone(const StateView &state);
+
 // A state of one cell at position 0 of the same kind of cache, with tensor bytes of zero.
 std::vector<unsigned char> make_state_of_one_cell(const Structure &structure);
 

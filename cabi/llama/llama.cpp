@@ -782,6 +782,11 @@ std::optional<Llama::Metadata> Llama::record_metadata(int32_t sequence) {
 void Llama::learn_structure(int32_t sequence) {
     const auto metadata = record_metadata(sequence);
     if (!metadata) return;
+    if (is_frame_alone(metadata->view())) {
+        throw Error(KVF_ERR_UNSUPPORTED,
+                    "the context uses the cells of another context, which saves and loads "
+                    "them: attach to that one");
+    }
     const bool empty = !holds_cells(sequence);
     auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
     // libllama calls a sequence empty of which only the window is. Such a one tells nothing.
