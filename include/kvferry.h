@@ -292,7 +292,10 @@ enum {
 
 enum {
     /* The transfer begins when the work that `stream` holds at the time of the call has been done. A save by
-     * snapshot copies aside during the call, which therefore waits for that work. (Of the default streams, 0,
+     * snapshot copies aside during the call, which therefore waits for that work; so does kvf_llama_load() where the
+     * stream may be writing the state: it reads the state's metadata in a buffer of pinned memory, and all of a state
+     * with an envelope. (A stream that fills pageable memory, by a host function, must be waited for before the
+     * call.) (Of the default streams, 0,
      * CU_STREAM_LEGACY and CU_STREAM_PER_THREAD, every context has one. Followed are that of the calling
      * thread's current context and those of the devices whose memory is moved; where no device of the engine
      * has its primary context current, those of all its devices.) A stream that is being captured into a CUDA
@@ -441,6 +444,11 @@ KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacit
  * libllama writes this cache (kvf_llama_describe() says "format": "opaque"), 64 bytes follow: the envelope, with length,
  * checksum and the model's fingerprint. kvf_llama_load() verifies it there, since nothing else can tell a damaged state
  * from a whole one. Such a cache is saved and loaded while the caller waits.
+ *
+ * These checks guard against damage, not against forgery: the checksum (XXH64) has no key, so anybody can seal a state;
+ * and of a state without an envelope the structure is checked, not the tensor bytes. A program that takes states from
+ * strangers must authenticate them itself before each load: by a keyed MAC or a signature over all bytes, made by whoever
+ * saved the state. Otherwise a stranger decides what libllama reads, and what the model is made to remember.
  * Errors: KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED. */
 KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *bytes);
 

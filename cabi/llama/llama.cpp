@@ -277,6 +277,8 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     const auto *const given = static_cast<const unsigned char *>(buffer);
     if (states_ == States::Unseen) learn_structure_of_any();
+    // What the stream still writes must not be read before.
+    if (submission.gate && may_be_written_by_stream(buffer, bytes)) submission.gate->wait();
     // An envelope is verified here, which reads the whole state.
     const bool sealed = is_opaque() || Envelope::is_on(given, bytes);
     if (sealed && submission.gate) submission.gate->wait();
@@ -508,6 +510,12 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
         sequences->end(transfer, status);
     };
     return submission;
+}
+
+// A copy engine or a kernel that a stream has been given writes to pinned memory alone.
+bool Llama::may_be_written_by_stream(const void *buffer, uint64_t bytes) const {
+    const auto pinner = engine_->pinner();
+    return pinner && pinner->is_pinned(buffer, bytes);
 }
 
 // A context that was freed and noticed, or whose memory is plainly something else by now. (The latter

@@ -35,6 +35,7 @@ private:
         std::optional<Structure> structure; // nothing where the cache is opaque
     };
 
+    bool may_be_written_by_stream(const void *buffer, uint64_t bytes) const;
     void check_usable();
     void check_devices();
     void check_sequence(int32_t sequence, bool must_hold_cells);

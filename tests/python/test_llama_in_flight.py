@@ -7,7 +7,9 @@ sequences, and no more than that.
 
 from __future__ import annotations
 
+import concurrent.futures as cf
 import ctypes
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -458,3 +460,31 @@ def test_a_sequence_that_is_to_be_copied_is_loaded_before(
         cuda, ours, like, "load", decode_fourth, before=pending_copy(OWN, SPARE)
     )
     assert outcome.differences == []
+
+
+@pytest.mark.parametrize("flags", [0, c_interface.FORCE_BLOCKING], ids=["tap", "blocking"])
+def test_a_load_reads_a_state_when_its_stream_has_written_it(
+    cuda: SimulatedCuda, make_context: MakeContext, flags: int
+) -> None:
+    """A copy to pinned memory that the stream still has to do, and that nothing has sealed."""
+    context = make_context("llama")
+    live_alike(context)
+    state = context.state_get(OWN)
+    library = c_interface.Library(c_interface.LIBRARY)
+    with (
+        library.engine() as engine,
+        cuda.stream() as stream,
+        engine.attach(context.address, flags) as attachment,
+        engine.allocate(len(state)) as buffer,
+        cf.ThreadPoolExecutor(1) as pool,
+    ):
+        ctypes.memset(buffer, 0xFF, len(state))
+        stream.hold()
+        job = pool.submit(attachment.load, SPARE, buffer, stream=stream.handle)
+        time.sleep(0.05)
+        waited = not job.done()
+        ctypes.memmove(buffer, state, len(state))
+        stream.release()
+        assert job.result(20).wait() == "KVF_OK"
+        assert waited
+        assert context.pos_max(SPARE) == 39
