@@ -6,7 +6,7 @@
 #include <new>
 #include <utility>
 
-#include "engine/engine.h"
+#include "engine/open_job.h"
 #include "llama/llama.h"
 
 namespace kvf {
@@ -150,7 +150,7 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
         submission.buffer = static_cast<unsigned char *>(buffer);
         submission.buffer_bytes = needed;
         submission.gate = target->make_gate(options, moved);
-        target->submit(std::move(submission), std::move(recorded), options, job);
+        submit_job(*target, std::move(submission), std::move(recorded), options, job);
         return KVF_OK;
     });
 }

@@ -153,13 +153,6 @@ std::shared_ptr<Gate> Engine::make_gate(const kvf_submit_options &options, Devic
     return follow_stream(cuda_, options.stream, moved);
 }
 
-std::shared_ptr<Job> Engine::submit(Submission &&submission, Recorded &&recorded,
-                                    const kvf_submit_options &options, kvf_job *handle) {
-    OpenJob open(*this, std::move(submission), options, handle != nullptr);
-    open.commit(std::move(recorded), handle);
-    return open.job();
-}
-
 std::shared_ptr<Job> Engine::make_job(Submission &submission, const kvf_submit_options &options) {
     auto job = std::make_shared<Job>();
     job->direction = submission.direction;

@@ -57,9 +57,6 @@ public:
     void check(const kvf_submit_options &options) const;
     // Behind what the options say that a submission of memory of these devices follows; NULL for nothing.
     std::shared_ptr<Gate> make_gate(const kvf_submit_options &options, DeviceSet moved) const;
-    // Lets a job in and starts it. The handle is published only if `job` is not NULL.
-    std::shared_ptr<Job> submit(Submission &&submission, Recorded &&recorded,
-                                const kvf_submit_options &options, kvf_job *job);
     void cancel(Job &job) override;
     void stop(Job &job) override;
     void stop_all() override;

@@ -1,13 +1,10 @@
-// A submission on its way to becoming a job: what a submitting call knows beforehand, what it records, and
-// the job while that is still going on.
+// What a submitting call knows of a transfer beforehand, and what it learns while it records.
 #pragma once
 
 #include "jobs/fences.h"
 #include "jobs/job.h"
 
 namespace kvf {
-
-class Engine;
 
 // What is known before anything is recorded.
 struct Submission {
@@ -35,36 +32,6 @@ struct Recorded {
     uint64_t segments = 0;
     uint64_t listed_ns = 0;
     uint64_t recorded_ns = 0;
-};
-
-// A job in flight whose submitting call still records what it consists of. What is added moves at once.
-class OpenJob {
-public:
-    // Lets the job in. Its handle can be found from now on if `with_handle`.
-    OpenJob(Engine &engine, Submission &&submission, const kvf_submit_options &options,
-            bool with_handle);
-    // Takes the job back, unless it was committed: waits for the pieces under way, and nobody is told.
-    ~OpenJob();
-    OpenJob(const OpenJob &) = delete;
-    OpenJob &operator=(const OpenJob &) = delete;
-
-    const std::shared_ptr<Job> &job() const { return job_; }
-
-    void add(uint32_t device, Layout &&layout);
-    // Brings the buffer to a landing on the device meanwhile: what is committed for that device is moved from there.
-    void approach(uint32_t device, std::shared_ptr<Landing> landing);
-    // This is all: the job will complete. Where it throws, it will not.
-    void commit(Recorded &&recorded, kvf_job *handle);
-
-private:
-    Leg &make_leg(uint32_t device, Layout &&layout);
-    Leg *leg_on(uint32_t device) const;
-    void hand_over(Leg &leg);
-
-    Engine &engine_;
-    const std::shared_ptr<Job> job_;
-    const bool with_handle_;
-    bool committed_ = false;
 };
 
 } // namespace kvf

@@ -227,11 +227,11 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
         submission.mode = KVF_SAVE_IN_PLACE;
         kvf_submit_options urgent = options;
         urgent.priority = KVF_PRIORITY_URGENT;
-        engine_->submit(std::move(submission), std::move(recorded), urgent, job)
+        submit_job(*engine_, std::move(submission), std::move(recorded), urgent, job)
             ->wait(KVF_FOREVER, nullptr);
         return;
     }
-    engine_->submit(std::move(submission), std::move(recorded), options, job);
+    submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
 }
 
 // Where the format is not known, nothing is known of what may be done to the cache meanwhile either: the bytes are
@@ -341,7 +341,7 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
     if (open) {
         open->commit(std::move(recorded), job);
     } else {
-        engine_->submit(std::move(submission), std::move(recorded), options, job);
+        submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
     }
 }
 
@@ -421,7 +421,7 @@ void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes,
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     options.priority = KVF_PRIORITY_URGENT;
     kvf_completion done;
-    engine_->submit(std::move(submission), std::move(recorded), options, nullptr)
+    submit_job(*engine_, std::move(submission), std::move(recorded), options, nullptr)
         ->wait(KVF_FOREVER, &done);
     if (done.status != KVF_OK) throw Error(done.status, done.detail);
 }
@@ -429,7 +429,7 @@ void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes,
 // A job that has nothing left to move.
 void Llama::complete(Submission &&submission, Recorded &&recorded,
                      const kvf_submit_options &options, kvf_job *job) {
-    engine_->submit(std::move(submission), std::move(recorded), options, job);
+    submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
 }
 
 // Where a load ahead is brought, and to which device. NULL where it is done in place.

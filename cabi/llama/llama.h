@@ -4,7 +4,7 @@
 #include <set>
 
 #include "core/crew.h"
-#include "engine/engine.h"
+#include "engine/open_job.h"
 #include "llama/formats.h"
 #include "llama/sequences.h"
 #include "llama/tap.h"

@@ -1,8 +1,8 @@
 // The walk through a state reads nothing outside of it, ends, and takes no damaged length for whole.
 #include "llama/formats.h"
 
-#include "../c/state_writer.hpp"
 #include "input.hpp"
+#include "state_writer.hpp"
 
 using namespace kvf;
 

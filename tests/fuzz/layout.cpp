@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../c/coverage.hpp"
+#include "coverage.hpp"
 #include "input.hpp"
 
 using namespace kvf;

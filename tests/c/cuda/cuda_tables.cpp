@@ -1,0 +1,203 @@
+// Tensors that are fragmented alike are gathered and scattered through one table, which travels to the device once;
+// and the bytes are right, whatever other tables come between.
+#include "engine/open_job.h"
+
+#include "cuda.hpp"
+
+namespace {
+
+constexpr uint64_t kTensors = 12, kCells = 3000, kRow = 260;
+constexpr uint64_t kTensorBytes = 4 * kCells * kRow; // with the cells of others
+
+// Cells of one sequence at random places of `tensors` tensors, as libllama names them.
+struct Fragmented {
+    std::vector<uint64_t> cells;
+    uint64_t tensors = kTensors;
+
+    explicit Fragmented(Random &random) {
+        for (uint64_t cell = 0; cells.size() < kCells; cell += 1 + random() % 4)
+            cells.push_back(cell);
+    }
+    uint64_t bytes() const { return tensors * (4 + kCells * kRow); }
+
+    template <class Function>
+    void for_each(Function &&function) const { // tensor, place in memory, place in the buffer
+        uint64_t offset = 0;
+        for (uint64_t tensor = 0; tensor < tensors; ++tensor) {
+            offset += 4; // libllama's metadata
+            for (const uint64_t cell : cells) {
+                function(tensor, tensor * kTensorBytes + cell * kRow, offset);
+                offset += kRow;
+            }
+        }
+    }
+    kvf::Layout layout(uint64_t address) const {
+        kvf::LayoutBuilder builder;
+        uint64_t last = 0;
+        for_each([&](uint64_t tensor, uint64_t place, uint64_t offset) {
+            if (tensor != last) builder.begin_tensor();
+            last = tensor;
+            builder.add(address + place, offset, kRow);
+        });
+        return builder.finish();
+    }
+    void model(Way way, Bytes &memory, Bytes &buffer) const {
+        for_each([&](uint64_t, uint64_t place, uint64_t offset) {
+            const auto m = memory.begin() + static_cast<std::ptrdiff_t>(place);
+            const auto b = buffer.begin() + static_cast<std::ptrdiff_t>(offset);
+            way == Way::Save ? std::copy_n(m, kRow, b) : std::copy_n(b, kRow, m);
+        });
+    }
+};
+
+std::shared_ptr<kvf::Job> begin(kvf::Engine &engine, Way way, const Fragmented &what,
+                                uint64_t address, unsigned char *buffer, uint32_t priority) {
+    kvf::Submission submission;
+    submission.direction = way == Way::Save ? kvf::Direction::Save : kvf::Direction::Load;
+    submission.buffer = buffer;
+    submission.buffer_bytes = what.bytes();
+    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
+    options.priority = priority;
+    kvf::Recorded recorded;
+    recorded.layouts.emplace_back(1, what.layout(address));
+    return kvf::submit_job(engine, std::move(submission), std::move(recorded), options, nullptr);
+}
+
+void finish(const std::shared_ptr<kvf::Job> &job) {
+    kvf_completion completion;
+    CHECK(job->wait(60 * SECONDS, &completion));
+    CHECK_OK(completion.status);
+}
+
+// Small tensors share one slot: an event for the table, and one for the copies.
+void small_ones_together(kvf::Engine &engine, uint64_t address) {
+    constexpr uint64_t kSmall = 16, kRuns = 64, kBytes = 256;
+    kvf::LayoutBuilder builder;
+    uint64_t offset = 0;
+    for (uint64_t tensor = 0; tensor < kSmall; ++tensor, offset += 12) {
+        builder.begin_tensor();
+        for (uint64_t at = 0, gap = 2, i = 0; i < kRuns; at += gap, gap = 5 - gap, ++i) {
+            builder.add(address + tensor * MiB / 4 + at * kBytes, offset, kBytes);
+            offset += kBytes;
+        }
+    }
+    kvf::Recorded recorded;
+    recorded.layouts.emplace_back(1, builder.finish());
+    kvf::Submission submission;
+    submission.buffer = static_cast<unsigned char *>(engine.pool().alloc(offset));
+    submission.buffer_bytes = offset;
+    unsigned char *const buffer = submission.buffer;
+    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
+    options.priority = KVF_PRIORITY_URGENT;
+    const uint64_t before = driver().simulated() ? driver().calls("cuEventRecord") : 0;
+    finish(kvf::submit_job(engine, std::move(submission), std::move(recorded), options, nullptr));
+    CHECK(!driver().simulated() || driver().calls("cuEventRecord") - before <= 2);
+    kvf_buffer_free(buffer);
+}
+
+// What was given back while staging was in use is had again.
+void trimmed_meanwhile(kvf::Engine &engine, const Fragmented &what, const DeviceMemory &device) {
+    if (!driver().simulated()) return;
+    constexpr uint64_t kNarrow = 512, kRows = 4000; // gathered without a table
+    auto *a = static_cast<unsigned char *>(engine.pool().alloc(what.bytes()));
+    auto *b = static_cast<unsigned char *>(engine.pool().alloc(kRows * kNarrow));
+    kvf::Recorded recorded;
+    recorded.layouts.emplace_back(1, kvf::Layout{});
+    kvf::Layout &layout = recorded.layouts.back().second;
+    layout.blocks.push_back({device.address(), kNarrow, kRows, 2 * kNarrow, 0, kNarrow});
+    layout.bytes = kRows * kNarrow;
+    kvf::Submission submission;
+    submission.buffer = b;
+    submission.buffer_bytes = layout.bytes;
+    driver().set("latency_us", 100'000);
+    const uint64_t kernels = driver().calls("cuLaunchKernel");
+    const auto job = kvf::submit_job(engine, std::move(submission), std::move(recorded),
+                                     KVF_SUBMIT_OPTIONS_INIT, nullptr);
+    while (driver().calls("cuLaunchKernel") == kernels) sleep_ms(1);
+    engine.trim();
+    finish(job);
+    driver().set("latency_us", 0);
+    const uint64_t before = driver().count("bytes_load");
+    finish(begin(engine, Way::Save, what, device.address(), a, KVF_PRIORITY_URGENT));
+    CHECK(driver().count("bytes_load") - before <= kCells * sizeof(kvferry_row));
+    kvf_buffer_free(a);
+    kvf_buffer_free(b);
+}
+
+} // namespace
+
+int main() {
+    Random random(8);
+    const Context context;
+    Bytes memory = random_bytes(random, kTensors * kTensorBytes);
+    const DeviceMemory device(memory), second(memory);
+    const Holdings holdings;
+    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
+    options.devices = KVF_DEVICES_CUDA;
+    auto engine = std::make_shared<kvf::Engine>(options);
+    const Fragmented one(random), other(random);
+
+    for (const uint32_t priority : {KVF_PRIORITY_BACKGROUND, KVF_PRIORITY_URGENT}) {
+        for (const bool pinned : {true, false}) {
+            const auto memory_of = [&](uint64_t bytes) {
+                Bytes pageable(pinned ? 0 : bytes);
+                return std::pair(pinned ? engine->pool().alloc(bytes) : nullptr,
+                                 std::move(pageable));
+            };
+            auto [pool_a, pageable_a] = memory_of(one.bytes());
+            auto [pool_b, pageable_b] = memory_of(other.bytes());
+            auto *a = pinned ? static_cast<unsigned char *>(pool_a) : pageable_a.data();
+            auto *b = pinned ? static_cast<unsigned char *>(pool_b) : pageable_b.data();
+
+            // Alone, the table is sent once.
+            std::fill_n(a, one.bytes(), 0xAA);
+            const uint64_t before = driver().simulated() ? driver().count("bytes_load") : 0;
+            finish(begin(*engine, Way::Save, one, device.address(), a, priority));
+            if (driver().simulated()) {
+                const uint64_t sent = driver().count("bytes_load") - before;
+                CHECK(sent <= kCells * sizeof(kvferry_row));
+            }
+            Bytes expected(one.bytes(), 0xAA);
+            one.model(Way::Save, memory, expected);
+            CHECK(std::equal(expected.begin(), expected.end(), a));
+
+            // Two at once, with tables of their own, in either direction.
+            for (int round = 0; round < 3; ++round) {
+                std::fill_n(a, one.bytes(), 0xAA);
+                std::fill_n(b, other.bytes(), 0xAA);
+                const auto first = begin(*engine, Way::Save, one, device.address(), a, priority);
+                finish(begin(*engine, Way::Save, other, device.address(), b, priority));
+                finish(first);
+                CHECK(std::equal(expected.begin(), expected.end(), a));
+                Bytes expected_b(other.bytes(), 0xAA);
+                other.model(Way::Save, memory, expected_b);
+                CHECK(std::equal(expected_b.begin(), expected_b.end(), b));
+
+                const Bytes new_a = random_bytes(random, one.bytes()),
+                            new_b = random_bytes(random, other.bytes());
+                std::copy(new_a.begin(), new_a.end(), a);
+                std::copy(new_b.begin(), new_b.end(), b);
+                Bytes changed = memory, buffer_a = new_a, buffer_b = new_b, changed_second = memory;
+                second.write(memory);
+                const auto load = begin(*engine, Way::Load, one, device.address(), a, priority);
+                finish(begin(*engine, Way::Load, other, second.address(), b, priority));
+                finish(load);
+                one.model(Way::Load, changed, buffer_a);
+                other.model(Way::Load, changed_second, buffer_b);
+                CHECK(device.read() == changed);
+                CHECK(second.read() == changed_second);
+                device.write(memory);
+            }
+            if (pinned) {
+                kvf_buffer_free(a);
+                kvf_buffer_free(b);
+            }
+        }
+    }
+    small_ones_together(*engine, device.address());
+    trimmed_meanwhile(*engine, one, device);
+    engine->close();
+    engine.reset();
+    holdings.check_same();
+    return 0;
+}
