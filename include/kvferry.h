@@ -424,8 +424,8 @@ typedef struct kvf_submit_options kvf_submit_options;
  * kvf_job_release().
  *
  * Thread:    the context's
- * May block: where note 3 of the table says so; with KVF_SAVE_SNAPSHOT, until the copy has been made
- *            (and before that, with KVF_SUBMIT_FOLLOW_STREAM, until the stream has done its work);
+ * May block: where note 3 of the table says so; with KVF_SAVE_SNAPSHOT, until the copy has been
+ *            made (before that, with KVF_SUBMIT_FOLLOW_STREAM, until the stream has done its work);
  *            with an opaque cache, until the bytes have been moved; with a sliding window saved in
  *            place, until the few cells have been moved that other sequences may take
  * Returns:   KVF_OK; one completion follows.
@@ -453,8 +453,8 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
  * Thread:    the context's
  * May block: where notes 1 and 3 of the table say so; with an opaque cache, until the bytes have
  *            been moved; with a sliding window, until the few cells have been moved that other
- *            sequences may take; with KVF_SUBMIT_FOLLOW_STREAM and a buffer of pinned memory or a state in an
- *            envelope, until the stream has done its work
+ *            sequences may take; with KVF_SUBMIT_FOLLOW_STREAM and a buffer of pinned memory or a
+ *            state in an envelope, until the stream has done its work
  * Returns:   KVF_OK; one completion follows.
  * Errors:    The sequence is as it was: KVF_ERR_STATE_DAMAGED (truncated, damaged, or without the
  *            envelope that this cache needs), KVF_ERR_STATE_MISMATCH (the state is of another
