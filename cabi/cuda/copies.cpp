@@ -37,10 +37,11 @@ void CudaCopies::copy_direct(const CudaSlot &slot) const {
     for (const Piece &piece : slot.pieces) {
         if (piece.runs) {
             const Run run = piece.run(0);
-            copy_run(slot, run.address, job.pinned ? job.buffer + run.offset : packed, run.bytes);
-        } else if (job.pinned) {
+            copy_run(slot, run.address,
+                     job.request.pinned ? job.request.buffer + run.offset : packed, run.bytes);
+        } else if (job.request.pinned) {
             const kvf_region &block = piece.block;
-            copy_rows(slot, block.address, block.pitch, job.buffer + block.offset,
+            copy_rows(slot, block.address, block.pitch, job.request.buffer + block.offset,
                       block.buffer_pitch, block.width, block.rows);
         } else {
             const kvf_region &block = piece.block;
@@ -55,15 +56,16 @@ void CudaCopies::copy_direct(const CudaSlot &slot) const {
 void CudaCopies::copy_gathered(const CudaSlot &slot) const {
     const Job &job = *slot.leg->job;
     const CUdeviceptr staging = slot.staging.memory;
-    if (!job.pinned) return copy_run(slot, staging, slot.bounce->memory(), slot.bytes);
+    if (!job.request.pinned) return copy_run(slot, staging, slot.bounce->memory(), slot.bytes);
     // What has one distance between staging and the buffer is one copy, across pieces too.
     uint64_t place = 0, offset = 0, bytes = 0;
     bool has_room = false; // before it, for the rest of its line in the host
     const auto flush = [&] {
         if (!bytes) return;
-        const auto begin = reinterpret_cast<uint64_t>(job.buffer) + offset;
+        const auto begin = reinterpret_cast<uint64_t>(job.request.buffer) + offset;
         const uint64_t before = has_room ? std::min(begin % CudaPlanner::kHostLine, offset) : 0;
-        copy_run(slot, staging + place - before, job.buffer + offset - before, bytes + before);
+        copy_run(slot, staging + place - before, job.request.buffer + offset - before,
+                 bytes + before);
         bytes = 0;
     };
     const auto extend = [&](uint64_t next_place, uint64_t next_offset, uint64_t next_bytes,
@@ -96,7 +98,7 @@ void CudaCopies::copy_gathered(const CudaSlot &slot) const {
             }
         } else {
             flush();
-            copy_rows(slot, staging + at, block.width, job.buffer + block.offset,
+            copy_rows(slot, staging + at, block.width, job.request.buffer + block.offset,
                       block.buffer_pitch, block.width, block.rows);
         }
     }

@@ -28,8 +28,8 @@ public:
 
 CudaDevice::CudaDevice(JobOwner &owner, std::shared_ptr<const CudaContext> context, uint32_t index,
                        uint64_t staging_bytes, uint32_t copy_threads)
-    : context_(std::move(context)), staging_bytes_(staging_bytes ? staging_bytes : kStagingBytes),
-      crew_(copy_threads) {
+    : Device(index), context_(std::move(context)),
+      staging_bytes_(staging_bytes ? staging_bytes : kStagingBytes), crew_(copy_threads) {
     try {
         kernels_ = std::make_unique<CudaKernels>(*context_);
     } catch (const Error &error) {

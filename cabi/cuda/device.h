@@ -19,11 +19,11 @@ public:
         lane(leg.direction).extend(leg, std::move(part));
     }
     void finish(Leg &leg) override { lane(leg.direction).finish(leg); }
-    void expect(Direction direction) override { lane(direction).expect(); }
+    void announce(Direction direction) override { lane(direction).announce(); }
     void cut_short(Leg &leg) override { lane(leg.direction).cut_short(leg); }
-    void sweep() override {
-        save_->sweep();
-        load_->sweep();
+    void cut_short_stopping() override {
+        save_->cut_short_stopping();
+        load_->cut_short_stopping();
     }
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
     std::shared_ptr<Landing> make_landing(uint64_t bytes) override {
@@ -44,7 +44,7 @@ private:
     std::unique_ptr<CudaKernels> kernels_;
     std::string no_kernels_; // why they are missing
     uint64_t staging_bytes_;
-    Crew crew_;
+    ThreadPool crew_;
     std::unique_ptr<CudaLandings> landings_; // with kernels only
     std::unique_ptr<CudaLane> save_, load_;
 

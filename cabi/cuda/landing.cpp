@@ -166,7 +166,7 @@ void CudaLandings::One::work() noexcept {
             } catch (const std::bad_alloc &) {
                 job_->fail(KVF_ERR_OUT_OF_MEMORY, "");
             }
-            if (job_->stopping()) job_->owner->stop(*job_); // the rest of it need not be brought
+            if (job_->stopping()) job_->cut_short(); // the rest of it need not be brought
         }
         moved = here;
         if (!arrived) continue;
@@ -176,7 +176,7 @@ void CudaLandings::One::work() noexcept {
             job = std::move(job_);
         }
         give_back();
-        job->let_go();
+        job->end_work();
         return;
     }
 }
@@ -287,7 +287,7 @@ void CudaLandings::One::give_back() noexcept {
     landings_.idle_.push_back(std::move(field_)); // there is room
 }
 
-CudaLandings::CudaLandings(const CudaContext &context, const CudaKernels &kernels, Crew &crew)
+CudaLandings::CudaLandings(const CudaContext &context, const CudaKernels &kernels, ThreadPool &crew)
     : context_(context), kernels_(kernels), crew_(crew) {}
 
 CudaLandings::~CudaLandings() { trim(); }

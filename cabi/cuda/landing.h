@@ -4,7 +4,7 @@
 #include <mutex>
 #include <vector>
 
-#include "core/crew.h"
+#include "core/thread_pool.h"
 #include "cuda/tables.h"
 #include "jobs/job.h"
 
@@ -14,7 +14,7 @@ namespace kvf {
 class CudaLandings {
 public:
     // `kernels` must not be NULL. The crew moves what has arrived.
-    CudaLandings(const CudaContext &context, const CudaKernels &kernels, Crew &crew);
+    CudaLandings(const CudaContext &context, const CudaKernels &kernels, ThreadPool &crew);
     ~CudaLandings();
     CudaLandings(const CudaLandings &) = delete;
     CudaLandings &operator=(const CudaLandings &) = delete;
@@ -36,7 +36,7 @@ private:
 
     const CudaContext &context_;
     const CudaKernels &kernels_;
-    Crew &crew_;
+    ThreadPool &crew_;
     mutable std::mutex mutex_;
     std::vector<std::unique_ptr<Field>> idle_;
     size_t made_ = 0; // idle or not

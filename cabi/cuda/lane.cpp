@@ -41,7 +41,7 @@ void relax() {
 } // namespace
 
 CudaLane::CudaLane(JobOwner &owner, const CudaContext &context, const CudaKernels *kernels,
-                   Crew &crew, CudaLandings *landings, uint32_t device, Direction direction,
+                   ThreadPool &crew, CudaLandings *landings, uint32_t device, Direction direction,
                    Limits limits)
     : owner_(owner), context_(context), driver_(context.driver()), crew_(crew), landings_(landings),
       device_(device), direction_(direction), memory_(context, kernels ? limits.staging_bytes : 0),
@@ -124,7 +124,7 @@ void CudaLane::finish(Leg &leg) {
 }
 
 // Waking the pump takes several times as long as queuing a copy: it may wake while the leg is recorded.
-void CudaLane::expect() {
+void CudaLane::announce() {
     std::lock_guard lock(mutex_);
     expected_until_ns_ = now_ns() + kExpectNs;
     work_.notify_one();
@@ -139,11 +139,11 @@ void CudaLane::cut_short(Leg &leg) {
     leg.job->leg_ended(leg);
 }
 
-void CudaLane::sweep() {
-    LegLine ended;
+void CudaLane::cut_short_stopping() {
+    LegList ended;
     {
         std::lock_guard lock(mutex_);
-        schedule_.sweep(ended);
+        schedule_.cut_short_stopping(ended);
     }
     for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
 }
@@ -291,7 +291,7 @@ bool CudaLane::retire() {
             if (result != CUDA_SUCCESS && now_ns() - slot.queued_ns > stuck_ns()) {
                 context_.give_up();
                 for (CudaSlot &other : slots_) {
-                    if (other.leg && other.leg->job->memory) other.leg->job->memory->haunt();
+                    if (other.leg) other.leg->job->mark_buffer_lost();
                 }
                 break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
                 break;
@@ -426,7 +426,7 @@ bool CudaLane::obtain(Lack lack, const std::shared_ptr<Job> &job) {
     } catch (const Error &error) {
         job->fail(error.status, error.detail);
         if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
-        owner_.stop(*job); // its leg here, and those on other devices, end
+        job->cut_short(); // its leg here, and those on other devices, end
         return true;
     }
 }
@@ -449,7 +449,7 @@ void CudaLane::prepare(CudaSlot &slot) {
         copies_.send_table(slot);
         if (direction_ == Direction::Save) copies_.launch(slot, kernel_blocks());
     }
-    if (direction_ == Direction::Load && !job.pinned) crew_copies(slot, Stage::Filling);
+    if (direction_ == Direction::Load && !job.request.pinned) crew_copies(slot, Stage::Filling);
 }
 
 uint32_t CudaLane::kernel_blocks() const { return urgent_ ? kUrgentBlocks : kBackgroundBlocks; }
@@ -458,7 +458,7 @@ uint32_t CudaLane::kernel_blocks() const { return urgent_ ? kUrgentBlocks : kBac
 void CudaLane::crew_copies(CudaSlot &slot, Stage stage) {
     slot.crew_done.store(false, std::memory_order_relaxed);
     slot.stage = stage;
-    crew_.add([this, &slot, buffer = slot.leg->job->buffer] {
+    crew_.add([this, &slot, buffer = slot.leg->job->request.buffer] {
         unsigned char *packed = slot.bounce->memory();
         for (const Piece &piece : slot.pieces) {
             copy_packed(piece, packed, buffer, direction_);
@@ -493,7 +493,8 @@ void CudaLane::leave_queue(const CudaSlot &slot) {
 // The device has done its part.
 void CudaLane::after_device(CudaSlot &slot) {
     Job &job = *slot.leg->job;
-    if (direction_ == Direction::Load || job.pinned || job.stopping()) return end_piece(slot);
+    if (direction_ == Direction::Load || job.request.pinned || job.stopping())
+        return end_piece(slot);
     attempt(slot, [&] { crew_copies(slot, Stage::Draining); });
 }
 
@@ -508,7 +509,7 @@ void CudaLane::end_piece(CudaSlot &slot) {
     slot.leg = nullptr;
     --pieces_;
     std::unique_lock lock(mutex_);
-    const bool ended = schedule_.give_back(leg);
+    const bool ended = schedule_.piece_ended(leg);
     lock.unlock();
     if (ended) job.leg_ended(leg);
 }
@@ -547,7 +548,7 @@ void CudaLane::fail_piece(CudaSlot &slot, const Error &error) {
     Job &job = *slot.leg->job;
     job.fail(error.status, error.detail);
     if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
-    owner_.stop(job); // the rest of the job, on other devices too, need not be moved
+    job.cut_short(); // the rest of the job, on other devices too, need not be moved
     if (slot.stage == Stage::Copying) leave_queue(slot);
     // What the stream holds already may still touch the buffer: the piece ends when that has ended.
     if (!broken() && driver_.cuEventRecord(slot.finished, slot.stream) == CUDA_SUCCESS) {
@@ -574,7 +575,7 @@ void CudaLane::break_down(const Error &error) {
             if (slot.leg) slot.leg->job->fail(KVF_ERR_DEVICE_LOST, error.detail);
         }
     }
-    owner_.stop_all(); // on other devices too
+    owner_.cut_short_stopping(); // on other devices too
 }
 
 } // namespace kvf

@@ -20,7 +20,7 @@
 #include <memory>
 #include <thread>
 
-#include "core/crew.h"
+#include "core/thread_pool.h"
 #include "cuda/copies.h"
 #include "cuda/landing.h"
 #include "cuda/pacer.h"
@@ -36,8 +36,9 @@ public:
     };
     // `kernels` may be NULL: rows are then copied one by one. What `landings` keep goes when the lane has been idle; NULL:
     // there are none.
-    CudaLane(JobOwner &owner, const CudaContext &context, const CudaKernels *kernels, Crew &crew,
-             CudaLandings *landings, uint32_t device, Direction direction, Limits limits);
+    CudaLane(JobOwner &owner, const CudaContext &context, const CudaKernels *kernels,
+             ThreadPool &crew, CudaLandings *landings, uint32_t device, Direction direction,
+             Limits limits);
     ~CudaLane();
     CudaLane(const CudaLane &) = delete;
     CudaLane &operator=(const CudaLane &) = delete;
@@ -46,9 +47,9 @@ public:
     void submit(Leg &leg);
     void extend(Leg &leg, Layout &&part);
     void finish(Leg &leg);
-    void expect();
+    void announce();
     void cut_short(Leg &leg);
-    void sweep();
+    void cut_short_stopping();
     // Gives back to the system what memory no piece uses at the moment. (A lane that has been idle does so itself.)
     void trim() { memory_.trim(); }
     void stop();
@@ -95,7 +96,7 @@ private:
     JobOwner &owner_;
     const CudaContext &context_;
     const CudaDriver &driver_;
-    Crew &crew_;
+    ThreadPool &crew_;
     CudaLandings *const landings_;
     const uint32_t device_;
     const Direction direction_;

@@ -33,7 +33,7 @@ bool CudaPlanner::is_worth_waiting(const Leg &leg) const {
 
 CudaPlanner::Lack CudaPlanner::lend(CudaSlot &slot, const Leg &leg, bool urgent,
                                     uint64_t most_bytes) {
-    if (!leg.job->pinned && !(slot.bounce = memory_.take_bounce())) return Lack::Bounce;
+    if (!leg.job->request.pinned && !(slot.bounce = memory_.take_bounce())) return Lack::Bounce;
     if (slot.way != CudaWay::Gather) return Lack::Nothing;
     // Urgent pieces share staging by two: one is copied while the kernel has the other. In the background a piece is
     // made ready behind those in the queue.
@@ -124,7 +124,7 @@ uint64_t CudaPlanner::place(const CudaSlot &slot, const Job &job, const Piece &p
     const bool is_first = slot.places.empty();
     const Piece *last = is_first ? nullptr : &slot.pieces[slot.places.size() - 1];
     const uint64_t end = is_first ? 0 : slot.places.back() + last->bytes;
-    if (direction_ == Direction::Save || !job.pinned) return end;
+    if (direction_ == Direction::Save || !job.request.pinned) return end;
     if (last && last->is_packed()) {
         const uint64_t gap = piece.offset() - (last->offset() + last->bytes);
         if (gap <= kBridge) return end + gap;
@@ -148,7 +148,8 @@ CudaWay CudaPlanner::way_of(const Leg &leg, bool urgent) const {
     const kvf_region *block = leg.parts.block();
     if (!block) return memory_.has_staging() ? CudaWay::Gather : CudaWay::Run;
     if (block->rows == 1 || block->width >= kUrgentBytes) return CudaWay::Run;
-    const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);
+    const uint64_t pitch =
+        std::max(block->pitch, leg.job->request.pinned ? block->buffer_pitch : 0);
     const bool is_direct = block->width >= kNarrow && pitch <= max_pitch_;
     if (is_direct && !(urgent && is_read_badly(*leg.job, *block))) return CudaWay::Block;
     if (memory_.has_staging() && block->width <= kLongRun) return CudaWay::Gather;
@@ -157,10 +158,10 @@ CudaWay CudaPlanner::way_of(const Leg &leg, bool urgent) const {
 
 // Rows that are loaded faster through staging.
 bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &block) const {
-    if (direction_ == Direction::Save || !job.pinned || block.width >= kWide ||
+    if (direction_ == Direction::Save || !job.request.pinned || block.width >= kWide ||
         block.buffer_pitch != block.width || block.width * block.rows < kLeastRegular)
         return false;
-    const uint64_t begin = reinterpret_cast<uint64_t>(job.buffer) + block.offset;
+    const uint64_t begin = reinterpret_cast<uint64_t>(job.request.buffer) + block.offset;
     return (begin | block.width) % kHostLine != 0;
 }
 

@@ -199,7 +199,7 @@ void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
     collect();
     // They tell whose the stream is, before it is made to wait: a driver takes a wait for a stream of another
     // context than the current one.
-    StreamEvents events = record_events(contexts_, handle, job.devices);
+    StreamEvents events = record_events(contexts_, handle, job.devices());
     if (free_.size() < events.size()) throw Error(KVF_ERR_BUSY, "too many streams wait for jobs");
     std::list<Wait> placed;
     std::vector<std::atomic<uint32_t> *> words;
@@ -227,7 +227,7 @@ void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
                 throw;
             }
         }
-        job.raise_at_end(words);
+        job.signal_at_end(words);
     } catch (...) {
         // What waits already goes on.
         for (auto *word : words) word->store(1, std::memory_order_release);

@@ -21,7 +21,7 @@ public:
     virtual void advance(uint64_t offset) noexcept = 0;
     // The leg has ended: all of it is here, or the job is stopping.
     virtual void arrive() noexcept = 0;
-    // Where the parts belong; called once. Ends with one job->let_go(): when they are there, or when the job is
+    // Where the parts belong; called once. Ends with one job->end_work(): when they are there, or when the job is
     // stopping and nothing of this is under way.
     virtual void land(std::shared_ptr<Job> job, Layout &&layout) noexcept = 0;
 };

@@ -273,7 +273,7 @@ void *Pool::alloc(uint64_t bytes) {
 
 void Pool::take_back(KnownMemory &memory) {
     std::lock_guard lock(mutex_);
-    if (memory.haunted.load(std::memory_order_relaxed)) {
+    if (memory.lost.load(std::memory_order_relaxed)) {
         lost_ += memory.bytes; // nobody else shall have it
         return;
     }

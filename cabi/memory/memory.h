@@ -38,10 +38,10 @@ struct KnownMemory {
     uint64_t begin = 0;
     uint64_t bytes = 0;
     bool pinned = false;
-    std::atomic<bool> haunted{false}; // a copy that did not end may still touch it
-    std::shared_ptr<Pool> pool;       // of a pool buffer
-    std::shared_ptr<Pinner> pinner;   // of a registered range that is pinned
-    std::atomic<uint32_t> users{0};   // jobs in flight
+    std::atomic<bool> lost{false};  // a copy that did not end may still touch it
+    std::shared_ptr<Pool> pool;     // of a pool buffer
+    std::shared_ptr<Pinner> pinner; // of a registered range that is pinned
+    std::atomic<uint32_t> users{0}; // jobs in flight
 };
 
 // A job's claim on the known memory that its buffer lies in: while it lives, the memory can be neither
@@ -58,7 +58,7 @@ public:
 
     bool pinned() const { return pinned_; }
     // A copy that names it did not end, and may at any time.
-    void haunt() { memory_->haunted.store(true, std::memory_order_relaxed); }
+    void mark_lost() { memory_->lost.store(true, std::memory_order_relaxed); }
 
 private:
     std::shared_ptr<KnownMemory> memory_;

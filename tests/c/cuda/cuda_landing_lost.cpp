@@ -45,7 +45,7 @@ int32_t load(kvf::Engine &engine, const DeviceMemory &device, unsigned char *buf
 
 int32_t move(kvf::Engine &engine, uint32_t index, const DeviceMemory &device, unsigned char *buffer,
              kvf::Direction direction) {
-    kvf::Locator locate(engine); // as for a list of regions
+    kvf::Locator locate = engine.locator(); // as for a list of regions
     CHECK(locate(device.address(), kRowBytes).device == index);
     kvf::Submission submission;
     submission.direction = direction;
