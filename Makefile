@@ -75,7 +75,8 @@ help:
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
-	@echo "make lint      formatting, linters, types: checks only"
+	@echo "make docs      the documentation as a site: build/docs/index.html"
+	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"
 	@echo "make tidy      clang-tidy (slow)"
 	@echo "make setup     only the set-up: .venv, libllama, llama-cpp-python"
@@ -169,7 +170,7 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # For whoever names no libllama.
-demo bench test-python test-gpu soak: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
+demo bench test-examples test-python test-gpu soak: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
 test-go: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(OTHER_LIB)
 
 .PHONY: demo
@@ -216,9 +217,9 @@ EXAMPLE_MODEL := build/models/small.gguf
 test-c test-install: export KVFERRY_LLAMA_DEV ?= $(CURDIR)/$(BINDINGS_LIB)
 test-c test-install: export KVFERRY_LLAMA_MODEL ?= $(CURDIR)/$(EXAMPLE_MODEL)
 
-$(EXAMPLE_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
+$(EXAMPLE_MODEL): $(wildcard pyshim/kvferry/tools/synthetic/*.py) | $(TOOLS)
 	mkdir -p $(@D)
-	PYTHONPATH=pyshim/kvferry python -c 'from synthetic import write_model; write_model("llama", "$@")'
+	PYTHONPATH=pyshim/kvferry/tools python -c 'from synthetic import write_model; write_model("llama", "$@")'
 
 .PHONY: test-c
 test-c: build/native/build.ninja $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
@@ -240,25 +241,31 @@ test-tsan: build/tsan/build.ninja
 test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
 	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC)
 
+# The programs of examples/ from the source tree. (Those in Go: test-go.)
 .PHONY: test-examples
-test-examples: $(TOOLS) $(BINDINGS_HEADERS)
+test-examples: export LLAMA_CPP_LIB_PATH = $(KVFERRY_LLAMA_LIB)
+test-examples: $(PACKAGE) $(BINDINGS_HEADERS) $(PYTHON_LLAMA)
 	$(MAKE) -C examples/c run
+	python -m pytest tests/python/test_examples.py
+
+SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
 
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
-PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py test_llama_in_flight.py test_llama_random.py)
+LLAMA_TESTS_ON_CUDA := $(addprefix tests/python/llama/,test_llama_in_flight.py test_llama_random.py)
+PYTHON_TESTS_ON_CUDA := tests/python/test_cuda.py $(LLAMA_TESTS_ON_CUDA)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
-python -m pytest tests/python/test_llama_cpp_python.py
+python -m pytest tests/python/llama/test_llama_cpp_python.py
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
-    python -m pytest tests/python --ignore tests/python/test_llama_cpp_python.py \
+    python -m pytest tests/python --ignore tests/python/llama/test_llama_cpp_python.py \
     $(addprefix --ignore ,$(PYTHON_TESTS_ON_CUDA)) $(ARGS)
 endef
 
 .PHONY: test-python
-test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+test-python: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(run_python_tests)
@@ -268,9 +275,10 @@ test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 TESTED_BUILDS := $(NPM_BUILDS) $(WHEEL_BUILD)
 TESTED_STAMPS := $(foreach build,$(TESTED_BUILDS),$(call stamp_of,$(build)))
 # What uses a libllama and fits any of them.
-LLAMA_TESTS := $(filter-out %/test_llama_cpp_python.py,$(wildcard tests/python/test_llama_*.py)) \
-    $(addprefix tests/python/,test_libllama.py test_synthetic_models.py test_snapshot.py test_cli.py)
-QUICK_LLAMA_TESTS := $(addprefix tests/python/,test_libllama.py test_llama_basic.py test_llama_kinds.py)
+LLAMA_TESTS := $(filter-out $(LLAMA_TESTS_ON_CUDA) %/test_llama_cpp_python.py,$(wildcard tests/python/llama/test_*.py)) \
+    $(addprefix tests/python/,test_snapshot.py tools/test_cli.py tools/test_libllama.py tools/test_synthetic_models.py)
+QUICK_LLAMA_TESTS := $(addprefix tests/python/,tools/test_libllama.py llama/test_llama_basic.py \
+    llama/test_llama_kinds.py)
 
 # $(call on_builds,BUILD...,TEST...)
 define on_builds
@@ -285,15 +293,21 @@ endef
 BUILDS_TABLE = python tests/python/builds_table.py $(TESTED_BUILDS:%=$(BUILDS)/%)
 
 .PHONY: test-builds
-test-builds: $(PACKAGE) $(TESTED_STAMPS)
+test-builds: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
+test-builds: $(PACKAGE) $(TESTED_STAMPS) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(call on_builds,$(TESTED_BUILDS),$(LLAMA_TESTS))
+	$(call on_builds,$(TESTED_BUILDS),$(LLAMA_TESTS_ON_CUDA))
 	$(BUILDS_TABLE) --check
 
 # The whole on one build, and once more on another with test-python; a part of it on the others.
 .PHONY: test-builds-quick
-test-builds-quick: $(PACKAGE) $(TESTED_STAMPS)
+test-builds-quick: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
+test-builds-quick: $(PACKAGE) $(TESTED_STAMPS) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(call on_builds,$(filter-out $(PYTHON_BUILD) $(OTHER_BUILD),$(TESTED_BUILDS)),$(QUICK_LLAMA_TESTS))
 	$(call on_builds,$(OTHER_BUILD),$(LLAMA_TESTS))
+	$(call on_builds,$(OTHER_BUILD),$(LLAMA_TESTS_ON_CUDA))
 	$(BUILDS_TABLE) --check
 
 # Into docs/builds.md.
@@ -303,7 +317,7 @@ builds-table: $(PACKAGE) $(TESTED_STAMPS)
 
 # What test-python does with fixed seeds for some seconds, for as long as wanted: ARGS="--hours 2", ARGS="--steps 10000".
 .PHONY: soak
-soak: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+soak: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
@@ -337,9 +351,9 @@ $(GO_LIBRARY): $(TOOLS) $(shell find CMakeLists.txt include cabi -type f)
 	    (echo "// $(CURDIR)"; sha256sum build/go/prefix/include/kvferry.h | sed 's|^|// |') > examples/go/$$package/tree.hxx; \
 	done
 
-$(GO_MODEL): pyshim/kvferry/synthetic.py | $(TOOLS)
+$(GO_MODEL): $(wildcard pyshim/kvferry/tools/synthetic/*.py) | $(TOOLS)
 	mkdir -p $(@D)
-	PYTHONPATH=pyshim/kvferry python -c 'from synthetic import write_model; write_model("llama", "$@", \
+	PYTHONPATH=pyshim/kvferry/tools python -c 'from synthetic import write_model; write_model("llama", "$@", \
 	    layers=12, embedding=512, heads=8, kv_heads=4, head_dim=64, feed_forward=1024, context=8192)'
 
 # Go's race detector watches the C code's callers, GOGC=1 collects whatever is not held, checkptr checks unsafe pointers.
@@ -348,7 +362,7 @@ ifeq ($(shell command -v go),)
 test-go:
 	@echo "Go tests skipped: no Go installed"
 else
-test-go: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+test-go: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 test-go: go-kvcache build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	cd examples/go && go vet ./... && go test ./...
@@ -357,14 +371,32 @@ test-go: go-kvcache build/native/build.ninja
 	cd examples/go && GOGC=1 go test -race -run Sequences ./...
 endif
 
+# ---- Documentation ---------------------------------------------------------------------------------------------------
+
+SITE_TOOLS := .venv/.site
+
+$(SITE_TOOLS): requirements-docs.txt $(TOOLS)
+	python -m pip install --quiet --requirement requirements-docs.txt
+	touch $@
+
+# Strict: a broken link, a missing page or a missing snippet is an error.
+.PHONY: docs
+docs: $(SITE_TOOLS)
+	python tools/check_pages.py
+	python tools/draw.py --check
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+	@echo "the documentation: build/docs/index.html"
+
 # ---- Formatting, linters, types --------------------------------------------------------------------------------------
 
 C_SOURCES := $(shell find include cabi tests bench examples \
     -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' 2>/dev/null)
 GO_SOURCES := $(shell find examples/go tests/install -name '*.go' 2>/dev/null)
 
+MARKDOWN := $(shell git ls-files '*.md' 2>/dev/null)
+
 .PHONY: lint
-lint: lint-python lint-c lint-go
+lint: lint-python lint-c lint-go lint-prose
 
 .PHONY: lint-python
 lint-python: $(TOOLS)
@@ -384,10 +416,17 @@ lint-go: $(GO_LIBRARY)
 	cd examples/go && go vet ./... && cd kvferry && go vet ./...
 endif
 
+# Plain words, as tools/prose.toml has them; and Markdown's lines of one width.
+.PHONY: lint-prose
+lint-prose: $(TOOLS)
+	python tools/prose.py
+	$(if $(MARKDOWN),mdformat --check $(MARKDOWN))
+
 .PHONY: format
 format: $(TOOLS)
 	ruff format
 	ruff check --fix
+	$(if $(MARKDOWN),mdformat $(MARKDOWN))
 	$(if $(C_SOURCES),clang-format -i $(C_SOURCES))
 ifneq ($(and $(GO_SOURCES),$(shell command -v gofmt)),)
 	gofmt -w $(GO_SOURCES)
@@ -401,7 +440,7 @@ tidy: build/native/build.ninja
 
 .PHONY: clean
 clean:
-	rm -rf build/native build/asan build/tsan build/python dist $(PACKAGE)
+	rm -rf build/native build/asan build/tsan build/python build/docs dist $(PACKAGE)
 
 .PHONY: distclean
 distclean:

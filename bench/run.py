@@ -1,8 +1,8 @@
 """Runs the benchmark that documentation quotes: `make bench`, or this file with the same arguments.
 
-The benchmark itself is `kvferry bench` and lives in the package (pyshim/kvferry/bench), so that
-users can measure their own machines. This adds what only developers have: a folder under build/,
-and the commit that was measured.
+The benchmark itself is `kvferry bench` and lives in the package (pyshim/kvferry/tools/bench), so
+that users can measure their own machines. This adds what only developers have: a folder under
+build/, and the commit that was measured.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvferry.cli import main
+from kvferry.tools.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "bench"

@@ -11,6 +11,13 @@ import re
 import sys
 from pathlib import Path
 
+import mdformat
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
 ROOT = Path(__file__).parent.parent
 HEADER = ROOT / "include" / "kvferry.h"
 PAGE = ROOT / "docs" / "async.md"
@@ -20,16 +27,19 @@ END = "<!-- The end. -->\n"
 
 
 def comment() -> str:
-    """The comment with the table, without what makes it one."""
+    """The comment with the table, without the marks of a comment; its notes become a list."""
     found = re.search(rf"/\* {TITLE}\n(.*?) \*/", HEADER.read_text(), re.DOTALL)
     if found is None:
         raise SystemExit(f"{HEADER}: no comment begins with '{TITLE}'")
     lines = [line.removeprefix(" *").removeprefix(" ") for line in found[1].splitlines()]
-    return "\n".join(lines[1:]).strip() + "\n"
+    notes = re.sub(r'^(\d|"no"): ', r"- \1: ", "\n".join(lines[1:]).strip(), flags=re.MULTILINE)
+    return notes + "\n"
 
 
 def section() -> str:
-    return f"## {TITLE}\n\n{comment()}"
+    """The page's section, laid out as .mdformat.toml has it for all Markdown."""
+    layout = tomllib.loads((ROOT / ".mdformat.toml").read_text())
+    return mdformat.text(f"## {TITLE}\n\n{comment()}", options=layout, extensions={"gfm", "mkdocs"})
 
 
 def main() -> int:

@@ -7,12 +7,15 @@ async with kvferry.Engine() as engine:
 """
 
 from . import sync
+from ._bridge.completion import Completion
+from ._bridge.devices import Devices
+from ._bridge.llm import LlmState
+from ._bridge.submission import LoadMode, Priority, SaveMode
+from ._bridge.trace import TraceEvent
 from ._native import ffi as _ffi
 from ._native import lib as _lib
 from .buffer import Buffer
-from .completions import Completion
-from .devices import Devices
-from .engine import Engine, TraceEvent
+from .engine import Engine
 from .errors import (
     BufferTooSmall,
     Busy,
@@ -36,11 +39,11 @@ from .errors import (
     TransferCancelled,
     Unreachable,
 )
-from .llama import Llama, LoadMode, LoadOutcome, SaveMode
-from .llm import LlmState
+from .llama import Llama
 from .regions import Region
+from .sequence_transfer import LoadOutcome
 from .snapshot import Snapshot
-from .transfer import Priority, Transfer
+from .transfer import Transfer
 
 __all__ = [
     "Buffer",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 from numpy.typing import DTypeLike, NDArray
 
+from ._bridge.arguments import HostMemory, check_no_objects, integer, invalid
 from ._native import ffi, lib
-from .arguments import HostMemory, check_no_objects, integer, invalid
 from .errors import ErrorText, check, error
 
 if TYPE_CHECKING:
@@ -93,12 +92,7 @@ class Buffer:
     def __enter__(self: Self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -131,6 +125,11 @@ def registered(engine: int, memory: HostMemory) -> Buffer:
     check(lib.kvf_buffer_register(engine, borrowed.memory, borrowed.nbytes))
     unregister = functools.partial(_unregister, engine)
     return Buffer(ffi.gc(borrowed.memory, unregister), borrowed.nbytes)
+
+
+def trim(engine: int) -> None:
+    """Gives the idle memory of the engine with this handle back to the system. Blocks."""
+    check(lib.kvf_buffer_trim(engine))
 
 
 _never_unmapped: list[CData] = []

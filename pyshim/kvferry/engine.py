@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import anyio.lowlevel
-
-from ._native import ffi, lib
-from .arguments import HostMemory, Memory, integer
-from .buffer import Buffer, borrow, pinned, registered
-from .completions import Completions, see_through
-from .core import Core, describe
-from .devices import Devices, engine_devices
-from .errors import ErrorText, check, error
-from .llama import Llama, attach
-from .regions import RegionList, region_list
-from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
-from .worker import Call
+from ._bridge.arguments import HostMemory
+from ._bridge.cancellation import see_through
+from ._bridge.devices import Devices
+from ._bridge.open_engine import OpenEngine
+from ._bridge.submission import Priority, SubmitOptions
+from ._bridge.trace import TraceEvent
+from ._bridge.worker import Call
+from ._native import lib
+from .buffer import Buffer, borrow, pinned, registered, trim
+from .errors import check
+from .llama import Llama
+from .regions import Memory, RegionList, region_list
+from .transfer import Transfer, carried_out
 
 if TYPE_CHECKING:
     from ._native import CData
 
-_UINT32_MAX = (1 << 32) - 1
 
-
-class TraceEvent(NamedTuple):
-    """One piece that moved. Times are nanoseconds of ``time.monotonic_ns()``."""
-
-    job: int
-    begin_ns: int
-    end_ns: int
-    bytes: int
-    device: int
-    """Index into ``describe()["devices"]``."""
-    direction: Literal["save", "load"]
-
-
-class Engine:
+class Engine(OpenEngine):
     """Moves memory between devices and the host beside whatever else they do.
 
     ``async with kvferry.Engine() as engine: ...``, or ``await engine.aclose()`` at the end. Use an
@@ -74,38 +58,13 @@ class Engine:
         staging_bytes: int = 0,
         trace: bool = False,
     ) -> None:
-        kind, cuda_devices = engine_devices(devices)
-        text = ErrorText()
-        options = ffi.new(
-            "kvf_engine_options *",
-            {
-                "size": ffi.sizeof("kvf_engine_options"),
-                "devices": kind,
-                "cuda_devices": cuda_devices,
-                "flags": lib.KVF_ENGINE_TRACE if trace else 0,
-                "copy_threads": integer("copy_threads", copy_threads, most=_UINT32_MAX),
-                "pinned_limit": integer("pinned_limit", pinned_limit),
-                "staging_bytes": integer("staging_bytes", staging_bytes),
-                "error": text.buffer,
-                "error_size": ffi.sizeof(text.buffer),
-            },
+        super().__init__(
+            devices,
+            copy_threads=copy_threads,
+            pinned_limit=pinned_limit,
+            staging_bytes=staging_bytes,
+            trace=trace,
         )
-        self._devices = devices
-        completions = Completions()
-        completions.owner = weakref.ref(self)
-        handle = ffi.new("kvf_engine *")
-        try:
-            completions.open()
-            check(lib.kvf_engine_create(options, handle), text)
-            core = Core(handle[0], completions)
-            # Called when this object is collected unclosed, or by atexit.
-            self._finalizer = weakref.finalize(self, core.abandon)
-            self._core = core
-        except BaseException:
-            if handle[0]:
-                lib.kvf_engine_destroy(handle[0])
-            completions.destroy()
-            raise
         self._destroyed: Call | None = None  # the last call of all
 
     # ---- Memory ---------------------------------------------------------------------------------
@@ -116,10 +75,7 @@ class Engine:
         Microseconds where the pool has some to use again; new memory takes a third of a second for
         each GiB, on a thread of the engine's own. Raises PinnedLimit.
         """
-        self._core.completions.check_usable()
-        self._core.completions.check_waitable()
-        await anyio.lowlevel.checkpoint_if_cancelled()
-        return await self._core.memory_worker.call(pinned, self._core.handle, nbytes)
+        return await self._core.on_memory_thread(pinned, nbytes)
 
     async def register(self, memory: HostMemory) -> Buffer:
         """Pins memory of the caller's for every CUDA device, so that transfers use it like the
@@ -132,10 +88,7 @@ class Engine:
 
         Raises Busy where it overlaps what is registered already, InvalidArgument, OutOfMemory.
         """
-        self._core.completions.check_usable()
-        self._core.completions.check_waitable()
-        await anyio.lowlevel.checkpoint_if_cancelled()
-        return await self._core.memory_worker.call(registered, self._core.handle, memory)
+        return await self._core.on_memory_thread(registered, memory)
 
     async def trim(self) -> None:
         """Gives idle memory back to the system now: the pool's free buffers, and what the engine
@@ -143,13 +96,7 @@ class Engine:
 
         What has lain idle for half a minute goes by itself.
         """
-        self._core.completions.check_usable()
-        self._core.completions.check_waitable()
-        await anyio.lowlevel.checkpoint_if_cancelled()
-        await self._core.memory_worker.call(self._trim)
-
-    def _trim(self) -> None:
-        check(lib.kvf_buffer_trim(self._core.handle))
+        await self._core.on_memory_thread(trim)
 
     # ---- llama.cpp ------------------------------------------------------------------------------
 
@@ -175,8 +122,10 @@ class Engine:
 
         Raises LibraryNotFound, TapUnavailable, ContextFreed.
         """
-        self._core.completions.check_usable()
-        return attach(self, self._core, llm, library, allow_blocking, variant)
+        attachment = self._attach(
+            llm, library=library, allow_blocking=allow_blocking, variant=variant
+        )
+        return Llama(self, self._core, attachment)
 
     # ---- Regions --------------------------------------------------------------------------------
 
@@ -223,9 +172,7 @@ class Engine:
         after_stream: int | None = None,
     ) -> Transfer[Buffer]:
         """As ``copy_out``, but returns as soon as the transfer has been submitted."""
-        self._core.completions.check_usable()
-        self._core.completions.check_waitable()
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        await self._core.check_ready()
         regions = region_list(source, writable=False, after_stream=after_stream)
         if into is None:
             buffer = await self.allocate(regions.nbytes)
@@ -263,9 +210,7 @@ class Engine:
         after_stream: int | None = None,
     ) -> Transfer[Buffer]:
         """As ``copy_in``, but returns as soon as the transfer has been submitted."""
-        self._core.completions.check_usable()
-        self._core.completions.check_waitable()
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        await self._core.check_ready()
         regions = region_list(target, writable=True, after_stream=after_stream)
         buffer = borrow(data, "data")
         regions.check_fits(buffer.nbytes)
@@ -312,51 +257,18 @@ class Engine:
             raise
         return transfer
 
-    def close_without_loop(self) -> None:
-        """As ``aclose``, on this thread. For engines whose transfers nobody awaits (sync.py)."""
-        if not self._core.closed:
-            self._core.close()
-            self._finalizer.detach()
-
     # ---- Looking inside -------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """Devices, why a device is missing, memory in use, the tap."""
-        return describe(lib.kvf_engine_describe, self._handle())
+        return self._core.describe()
 
     def trace(self) -> list[TraceEvent]:
         """Takes the recorded pieces, oldest first; the engine keeps the last 65,536.
 
         Needs ``Engine(trace=True)``.
         """
-        handle = self._handle()
-        capacity = 4096
-        records = ffi.new("kvf_trace_event[]", capacity)
-        events: list[TraceEvent] = []
-        while True:
-            count = check(
-                lib.kvf_engine_trace(handle, records, ffi.sizeof("kvf_trace_event"), capacity)
-            )
-            for index in range(count):
-                record = records[index]
-                events.append(
-                    TraceEvent(
-                        record.job,
-                        record.begin_ns,
-                        record.end_ns,
-                        record.bytes,
-                        record.device,
-                        "load" if record.direction else "save",
-                    )
-                )
-            if count < capacity:
-                return events
-
-    def _handle(self) -> int:
-        self._core.completions.check_process()
-        if self._core.closed:
-            raise error(lib.KVF_ERR_CLOSED)
-        return self._core.handle
+        return self._core.trace()
 
     # ---- Closing --------------------------------------------------------------------------------
 
@@ -392,7 +304,7 @@ class Engine:
             await core.completions.until_ended(transfer)
         # Each worker's last call is its own end.
         for attachment in list(core.attachments):
-            await core.completions.until_ended(attachment.end())
+            await core.completions.until_ended(attachment.ask_for_detach())
         if self._destroyed is None:
             self._destroyed = core.memory_worker.make(lib.kvf_engine_destroy, core.handle)
         core.memory_worker.ask_for_last(self._destroyed)
@@ -415,15 +327,3 @@ class Engine:
     ) -> None:
         # A body that failed has no use for what it left in flight.
         await self.aclose(cancel=exception is not None)
-
-    def __repr__(self) -> str:
-        core: Core | None = getattr(self, "_core", None)
-        if core is None:
-            return "<Engine that could not be made>"
-        condition = "closed" if core.closed else in_flight(len(core.completions.transfers()))
-        return f"<Engine {self._devices!r}, {condition}>"
-
-    def __del__(self) -> None:
-        core = getattr(self, "_core", None)
-        if core is not None and not core.closed and not core.is_inherited():
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)

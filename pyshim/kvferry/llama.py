@@ -2,75 +2,46 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import math
 from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
 import anyio.lowlevel
 
-from ._native import ffi, lib
-from .arguments import HostMemory, choice, sequence_id
-from .buffer import Buffer, borrow
-from .completions import Completion, see_through
-from .core import Attachment, Core, describe
-from .errors import ErrorText, check, error
-from .llm import LlmState
+from . import sync
+from ._bridge.arguments import HostMemory, sequence_id
+from ._bridge.attachment import Attachment
+from ._bridge.cancellation import see_through
+from ._bridge.core import Core
+from ._bridge.submission import (
+    LoadMode,
+    Priority,
+    SaveMode,
+    SubmitOptions,
+    load_mode,
+    save_mode,
+)
+from ._bridge.worker import Call
+from ._native import lib
+from .buffer import Buffer, borrow, pinned
+from .errors import check
+from .sequence_transfer import (
+    LoadOutcome,
+    LoadTransfer,
+    Misfit,
+    PooledSaveTransfer,
+    SaveTransfer,
+    SequenceTransfer,
+)
 from .snapshot import Snapshot
-from .transfer import Priority, SubmitOptions, Transfer, carried_out, in_flight
-from .worker import Call, context_worker
+from .transfer import Transfer, carried_out
 
 if TYPE_CHECKING:
-    from . import sync
     from ._native import CData
-    from .engine import Engine
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-SaveMode = Literal["auto", "in_place", "snapshot"]
-"""``in_place`` moves bytes straight from the cache: until the save has ended, the sequence must not
-be removed, shifted, divided or copied onto, nor decoded if it is recurrent or sliding-window.
-``snapshot`` copies them aside first: the sequence is free as soon as the save has been started.
-``auto`` is ``snapshot`` where decoding the sequence would overwrite what is being saved, else
-``in_place``."""
-
-_SAVE_MODES: dict[str, int] = {
-    "auto": lib.KVF_SAVE_AUTO,
-    "in_place": lib.KVF_SAVE_IN_PLACE,
-    "snapshot": lib.KVF_SAVE_SNAPSHOT,
-}
-
-LoadMode = Literal["auto", "in_place", "ahead"]
-"""``ahead`` brings the bytes to device memory of their own while llama.cpp still takes cells.
-``auto`` is ``in_place``: straight to the cache."""
-
-_LOAD_MODES: dict[str, int] = {
-    "auto": lib.KVF_LOAD_AUTO,
-    "in_place": lib.KVF_LOAD_IN_PLACE,
-    "ahead": lib.KVF_LOAD_AHEAD,
-}
-
-
-def save_mode(mode: SaveMode) -> int:
-    return choice("mode", mode, _SAVE_MODES)
-
-
-def load_mode(mode: LoadMode) -> int:
-    return choice("mode", mode, _LOAD_MODES)
-
-
-LoadOutcome = Literal["in_flight", "loaded", "unchanged", "empty"]
-"""What ``Llama.load_outcome`` tells of the latest load into a sequence.
-
-- ``in_flight``: it has not ended; the sequence must not be used.
-- ``loaded``: the sequence holds the state.
-- ``unchanged``: it was cancelled before it began, or refused before it cost anything; the sequence
-  holds what it held before.
-- ``empty``: it was cancelled, or failed, after it had begun; the sequence is empty."""
 
 
 class Llama:
@@ -86,14 +57,16 @@ class Llama:
     the thread would wait for itself. That raises RuntimeError.
     """
 
-    def __init__(self, engine: Engine, core: Core, attachment: Attachment, variant: str) -> None:
+    def __init__(self, engine: object, core: Core, attachment: Attachment) -> None:
+        """For kvferry itself. ``engine`` lives as long as this object."""
         self._engine = engine
         self._core = core
         self._attachment = attachment
-        self._variant = variant
-        description = self.describe()
-        self._model: str = description["model"]
-        self.fingerprint: str = description["fingerprint"]
+        self._latest_loads: dict[int, LoadTransfer | None] = {}
+        """By sequence; None for a load that was refused or cancelled before it was submitted."""
+
+    @property
+    def fingerprint(self) -> str:
         """Identity of the model, with the ``variant`` that ``attach`` was given.
 
         A hash of what libllama tells of the model: its description, size, number of parameters and
@@ -103,6 +76,7 @@ class Llama:
         is ``variant``. Nor does it cover types, streams and layout of the cache: a state says them
         itself, and a load refuses one of another cache, likewise with StateMismatch.
         """
+        return self._attachment.fingerprint
 
     # ---- The context's thread -------------------------------------------------------------------
 
@@ -112,7 +86,7 @@ class Llama:
         ``await llama.run(llm.eval, tokens)``. Transfers that are urgent go before it while it waits
         for its turn. A cancelled task waits for its end if it has begun.
         """
-        self._check_usable()
+        self._attachment.check_usable()
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         call = functools.partial(function, *arguments, **keywords)
@@ -121,9 +95,7 @@ class Llama:
     @property
     def sync(self) -> sync.Llama:
         """The same in calls that block, for code on the context's thread: see ``kvferry.sync``."""
-        from . import sync
-
-        return sync.Llama(self, self._core, self._attachment)
+        return sync.Llama(self._engine, self._core, self._attachment)
 
     # ---- Size -----------------------------------------------------------------------------------
 
@@ -133,14 +105,11 @@ class Llama:
         Blocks while the context's thread is at work, for up to a decode step: in an event loop
         that must not stall prefer ``size_async``. Raises SequenceRange, ContextFreed.
         """
-        self._check_usable()
-        seq = sequence_id(seq)
-        with self._attachment.worker.exclusive():
-            return self._attachment.measure(seq)
+        return self._attachment.size(seq)
 
     async def size_async(self, seq: int = 0) -> int:
         """As ``size``, on the context's thread."""
-        self._check_usable()
+        self._attachment.check_usable()
         return await self._attachment.worker.call(self._attachment.measure, sequence_id(seq))
 
     # ---- Save -----------------------------------------------------------------------------------
@@ -176,7 +145,7 @@ class Llama:
         mode: SaveMode = "auto",
     ) -> Transfer[Snapshot]:
         """As ``save``, but returns as soon as the sequence's layout has been captured."""
-        self._check_usable()
+        self._attachment.check_usable()
         seq = sequence_id(seq)
         number = save_mode(mode)
         self._attachment.worker.check_awaitable()
@@ -184,7 +153,7 @@ class Llama:
         first = priority == "urgent"
         if into is not None:
             buffer = borrow(into, "into", writable=True)
-            transfer = SaveTransfer(self._core, self._attachment, seq, buffer, self.fingerprint)
+            transfer = SaveTransfer(self._attachment, seq, buffer)
             await self._submit(transfer, lib.kvf_llama_save, buffer, priority, number, first)
             return transfer
         # Pinning new memory takes long, so not on the context's thread. That is why the size has to
@@ -195,14 +164,15 @@ class Llama:
             if expected is None:
                 expected = await attachment.worker.call(attachment.measure, seq, first=first)
                 first = measured = True  # it has had its turn
+            nbytes = expected + expected // 16 + 65536
             try:
-                buffer = await self._engine.allocate(expected + expected // 16 + 65536)
+                buffer = await self._core.on_memory_thread(pinned, nbytes)
             except MemoryError:
                 if measured:
                     raise
                 expected = None  # it may have been larger then
                 continue
-            transfer = PooledSaveTransfer(self._core, attachment, seq, buffer, self.fingerprint)
+            transfer = PooledSaveTransfer(attachment, seq, buffer)
             try:
                 await self._submit(transfer, lib.kvf_llama_save, buffer, priority, number, first)
             except Misfit as misfit:
@@ -251,7 +221,7 @@ class Llama:
             if not isinstance(state, Snapshot):
                 raise TypeError("only a Snapshot can be verified")
             seq = sequence_id(seq)
-            self._attachment.latest_loads[seq] = None
+            self._latest_loads[seq] = None
             await state.verify()
         await carried_out(self.start_load(state, seq, priority=priority, mode=mode, trust=trust))
 
@@ -265,16 +235,18 @@ class Llama:
         trust: bool = False,
     ) -> Transfer[None]:
         """As ``load``, but returns as soon as the cells of the sequence have been taken."""
-        self._check_usable()
+        self._attachment.check_usable()
         seq = sequence_id(seq)
         number = load_mode(mode)
-        self._attachment.latest_loads[seq] = None
+        self._latest_loads[seq] = None
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         buffer = borrow(state, "state")
-        self._check_fingerprint(state)
-        llm_state = state.llm if isinstance(state, Snapshot) else None
-        transfer = LoadTransfer(self._core, self._attachment, seq, buffer, llm_state)
+        llm_state = None
+        if isinstance(state, Snapshot):
+            self._attachment.check_fingerprint(state.fingerprint)
+            llm_state = state.llm
+        transfer = LoadTransfer(self._attachment, seq, buffer, llm_state, self._latest_loads)
         flags = lib.KVF_SUBMIT_TRUST_STATE if trust else 0
         first = priority == "urgent"
         await self._submit(
@@ -288,15 +260,11 @@ class Llama:
         Of the loads that were asked for through this object. After one that was cancelled, ask
         before the next await: another task may load too.
         """
-        loads = self._attachment.latest_loads
+        loads = self._latest_loads
         if seq not in loads:
             return None
         transfer = loads[seq]
         return "unchanged" if transfer is None else transfer.outcome
-
-    def _check_fingerprint(self, state: object) -> None:
-        if isinstance(state, Snapshot) and state.fingerprint not in (None, self.fingerprint):
-            raise error(lib.KVF_ERR_STATE_MISMATCH, f"{state.fingerprint}, here {self.fingerprint}")
 
     async def _submit(
         self,
@@ -345,45 +313,25 @@ class Llama:
 
     async def remove(self, seq: int) -> None:
         """Empties a sequence, once the transfers of it that are in flight have ended."""
-        self._check_usable()
+        self._attachment.check_usable()
         seq = sequence_id(seq)
         self._attachment.worker.check_awaitable()
         transfers = self._attachment.in_flight
         while waited_for := [each for each, of in transfers.items() if of == seq]:
             await self._core.completions.until_ended(waited_for[0])
         # No await in between: what is asked for from now on comes later on the context's thread.
-        await self._attachment.worker.call(self._remove, seq)
-
-    def _remove(self, seq: int) -> None:
-        check(lib.kvf_llama_remove(self._attachment.handle, seq))
-        if (llm := self._attachment.llm_of(seq)) is not None:
-            llm.reset()
+        await self._attachment.worker.call(self._attachment.remove, seq)
 
     # ---- Looking inside -------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """Library and build, model, fingerprint and what that covers, kind of cache, default save
         mode, counters of the tap."""
-        self._check_usable()
-        description = describe(lib.kvf_llama_describe, self._attachment.handle)
-        if self._variant:
-            description["fingerprint"] += f"/{self._variant}"
-            description["fingerprint_covers"].append("variant")
-        return description
-
-    def _check_usable(self) -> None:
-        self._core.completions.check_usable()
-        if self._attachment.detaching:
-            raise error(lib.KVF_ERR_CLOSED, "detached")
-        if self._attachment.owner is not None and _address(self._attachment.owner) is None:
-            raise error(lib.KVF_ERR_CONTEXT_FREED)
+        self._attachment.check_usable()
+        return self._attachment.describe()
 
     def __repr__(self) -> str:
-        attachment = self._attachment
-        condition = in_flight(len(attachment.in_flight))
-        if attachment.detaching or self._core.closed:
-            condition = "detached" if attachment not in self._core.attachments else "detaching"
-        return f"<Llama at {attachment.address:#x}: {self._model}, {condition}>"
+        return f"<Llama {self._core.text_of(self._attachment)}>"
 
     # ---- Detaching ------------------------------------------------------------------------------
 
@@ -407,7 +355,7 @@ class Llama:
             await core.completions.until_ended(transfer)
         if attachment not in core.attachments:
             return  # detached before, or by closing the engine
-        end = attachment.end()
+        end = attachment.ask_for_detach()
         await core.completions.until_ended(end)
         if attachment in core.attachments:
             core.attachments.remove(attachment)
@@ -416,219 +364,5 @@ class Llama:
     async def __aenter__(self) -> Llama:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.detach()
-
-
-class SequenceTransfer(Transfer[T]):
-    """A save or a load of one sequence."""
-
-    def __init__(
-        self,
-        core: Core,
-        attachment: Attachment,
-        seq: int,
-        buffer: Buffer,
-        result: Callable[[Completion], T],
-        *,
-        writes_buffer: bool,
-    ) -> None:
-        super().__init__(core.completions, buffer, None, result, writes_buffer=writes_buffer)
-        self._attachment = attachment
-        self.seq = seq
-        self._llm = attachment.llm_of(seq)
-        self._llm_state: LlmState | None = None
-
-    def expect(self) -> None:
-        self._attachment.in_flight[self] = self.seq
-        super().expect()
-
-    def about_to_begin(self) -> None:
-        """The submitting call comes next. For the context's thread."""
-
-    def refused(self) -> None:
-        """The submitting call has failed. For the context's thread."""
-
-    def follow_up(self, completion: Completion) -> Call | None:
-        self._attachment.in_flight.pop(self, None)
-        return None
-
-    def withdrawn(self) -> None:
-        super().withdrawn()
-        self._attachment.in_flight.pop(self, None)
-
-    def _let_go(self) -> None:
-        super()._let_go()
-        self._llm_state = None
-
-
-class SaveTransfer(SequenceTransfer[Snapshot]):
-    """A save of one sequence."""
-
-    def __init__(
-        self, core: Core, attachment: Attachment, seq: int, buffer: Buffer, fingerprint: str
-    ) -> None:
-        memory = buffer.memory
-        super().__init__(
-            core,
-            attachment,
-            seq,
-            buffer,
-            lambda done: self._snapshot(memory, done),
-            writes_buffer=True,
-        )
-        self._fingerprint = fingerprint
-
-    def _subject(self) -> str:
-        return f"that saves sequence {self.seq}"
-
-    def about_to_begin(self) -> None:
-        if self._llm is not None:
-            self._llm_state = self._llm.state()
-
-    def _snapshot(self, memory: CData, done: Completion) -> Snapshot:
-        return Snapshot(
-            memory,
-            done.bytes,
-            fingerprint=self._fingerprint,
-            completion=done,
-            llm=self._llm_state,
-        )
-
-
-class Misfit(Exception):
-    """The buffer that a sequence was to be saved into is too small for it, or far too large."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.size = size
-        """Of the state, in bytes."""
-
-
-class PooledSaveTransfer(SaveTransfer):
-    """A save into a buffer that was allocated before anybody looked at the sequence."""
-
-    def about_to_begin(self) -> None:
-        size = self._attachment.measure(self.seq)
-        if not size <= self._nbytes <= 2 * size + 131072:
-            raise Misfit(size)
-        super().about_to_begin()
-
-
-class LoadTransfer(SequenceTransfer[None]):
-    """A load of one sequence."""
-
-    _refusal_left_nothing = False
-
-    def __init__(
-        self,
-        core: Core,
-        attachment: Attachment,
-        seq: int,
-        buffer: Buffer,
-        llm_state: LlmState | None,
-    ) -> None:
-        super().__init__(core, attachment, seq, buffer, lambda _: None, writes_buffer=False)
-        self._llm_state = llm_state
-
-    def _subject(self) -> str:
-        return f"that loads sequence {self.seq}"
-
-    def expect(self) -> None:
-        self._attachment.latest_loads[self.seq] = self
-        super().expect()
-
-    def follow_up(self, completion: Completion) -> Call | None:
-        super().follow_up(completion)
-        worker = self._attachment.worker
-        if worker.stopped:
-            return None  # detaching settles too
-        # Made before anything else runs on the context's thread, whether or not somebody waits for
-        # this transfer.
-        if completion.status != lib.KVF_OK:
-            return worker.make(self._settle)
-        if self._llm is not None:
-            return worker.make(self._llm.restore, self._llm_state)
-        return None
-
-    def _settle(self) -> None:
-        """Frees the cells, which were taken and are without their bytes."""
-        lib.kvf_llama_settle(self._attachment.handle)
-        if self._llm is not None:
-            self._llm.reset()
-
-    def refused(self) -> None:
-        # Which refusals empty the sequence is the C library's business. It says of an empty one
-        # that there is nothing to save, before it says that a byte is too little room.
-        status = lib.kvf_llama_save(
-            self._attachment.handle, self.seq, ffi.new("uint8_t[1]"), 1, ffi.NULL, ffi.NULL
-        )
-        self._refusal_left_nothing = status == lib.KVF_ERR_SEQUENCE_EMPTY
-        if self._refusal_left_nothing and self._llm is not None:
-            self._llm.reset()
-
-    @property
-    def outcome(self) -> LoadOutcome:
-        if not self.ended:
-            return "in_flight"
-        if self.completion is None:
-            return "empty" if self._refusal_left_nothing else "unchanged"
-        return "loaded" if self.completion.status == lib.KVF_OK else "empty"
-
-
-def attach(
-    engine: Engine,
-    core: Core,
-    llm: object,
-    library: str | None,
-    allow_blocking: bool,
-    variant: str,
-) -> Llama:
-    """``Engine.attach``."""
-    address = _address(llm)
-    if not address:
-        raise error(lib.KVF_ERR_CONTEXT_FREED)
-    text = ErrorText()
-    name = ffi.NULL if library is None else ffi.new("char[]", library.encode())
-    options = ffi.new(
-        "kvf_llama_options *",
-        {
-            "size": ffi.sizeof("kvf_llama_options"),
-            "flags": lib.KVF_LLAMA_ALLOW_BLOCKING if allow_blocking else 0,
-            "library": name,
-            "error": text.buffer,
-            "error_size": ffi.sizeof(text.buffer),
-        },
-    )
-    handle = ffi.new("kvf_llama *")
-    context = ffi.cast("struct llama_context *", address)
-    owner = None if isinstance(llm, int) else llm
-    worker = context_worker(address, core.completions)
-    try:
-        # Other attachments may be using the context.
-        with worker.exclusive():
-            check(lib.kvf_llama_attach(core.handle, context, options, handle), text)
-        attachment = Attachment(handle[0], address, worker, owner)
-        llama = Llama(engine, core, attachment, variant)
-    except BaseException:
-        if handle[0]:
-            worker.when_idle(functools.partial(lib.kvf_llama_detach, handle[0]), math.inf)
-        worker.stop()
-        raise
-    core.attachments.append(attachment)  # from now on, closing the engine detaches
-    return llama
-
-
-def _address(llm: object) -> int | None:
-    """The address of the context; None if it has been freed, as far as Python can tell."""
-    context = getattr(llm, "ctx", llm)  # llama_cpp.Llama.ctx, None after Llama.close()
-    if context is None or isinstance(context, int):
-        return context
-    if isinstance(context, (ctypes.c_void_p, ctypes._Pointer)):
-        return ctypes.cast(context, ctypes.c_void_p).value
-    raise TypeError(f"a llama_cpp.Llama, a ctypes pointer or an address, not {type(llm).__name__}")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from numpy.typing import NDArray
 
-from . import dlpack
+from ._bridge import dlpack
+from ._bridge.arguments import Array, check_no_objects, integer, invalid
 from ._native import ffi, lib
-from .arguments import Memory, check_no_objects, integer, invalid
 from .errors import check, error
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class Region:
     def native(self) -> _Native:
         return self.address, self.width, self.rows, self.pitch, self.offset, self.buffer_pitch
 
+
+Memory = Array | Region | Sequence[Array | Region]
+"""What ``copy_out`` reads and ``copy_in`` writes: arrays or Regions, not both in one list."""
 
 _Native = tuple[int, int, int, int, int, int]
 """A ``kvf_region``: the fields of a Region, which arrays have too many of to make objects."""

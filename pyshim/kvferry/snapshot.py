@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
-from . import snapshot_file
+from ._bridge import snapshot_file
+from ._bridge.arguments import HostMemory
+from ._bridge.claims import claim_for_snapshot
+from ._bridge.completion import Completion
+from ._bridge.llm import LlmState
+from ._bridge.snapshot_file import Content
 from ._native import ffi, lib
-from .arguments import HostMemory
 from .buffer import Buffer, borrow
-from .claims import claim_for_snapshot
-from .completions import Completion
 from .errors import error
-from .llm import LlmState
-from .snapshot_file import Content
 
 if TYPE_CHECKING:
     from ._native import CData

@@ -20,37 +20,45 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import engine as asynchronous
+from ._bridge.arguments import HostMemory, sequence_id
+from ._bridge.attachment import Attachment
+from ._bridge.claims import claim_for_transfer
+from ._bridge.completion import Completion, completion_of
+from ._bridge.core import Core
+from ._bridge.devices import Devices
+from ._bridge.open_engine import OpenEngine
+from ._bridge.submission import (
+    LoadMode,
+    Priority,
+    SaveMode,
+    SubmitOptions,
+    load_mode,
+    save_mode,
+)
+from ._bridge.trace import TraceEvent
 from ._native import ffi, lib
-from .arguments import HostMemory, Memory, sequence_id
-from .buffer import Buffer, borrow, pinned, registered
-from .claims import claim_for_transfer
-from .completions import Completion, completion_of
-from .devices import Devices
+from .buffer import Buffer, borrow, pinned, registered, trim
 from .errors import check, error
-from .llama import LoadMode, SaveMode, load_mode, save_mode
-from .regions import RegionList, region_list
+from .regions import Memory, RegionList, region_list
 from .snapshot import Snapshot
-from .transfer import Priority, SubmitOptions
 
 if TYPE_CHECKING:
-    from . import llama as asynchronous_llama
     from ._native import CData
-    from .core import Attachment, Core
 
 # A signal's handler runs between two waits.
 _WAIT_NS = 50_000_000
 _FOREVER = -1  # KVF_FOREVER, a macro that cffi does not see
 
 
-class Engine:
+class Engine(OpenEngine):
     """Moves memory between devices and the host. Close it, or use it in a ``with`` statement.
 
     Arguments are those of ``kvferry.Engine``. For use from any thread.
     """
+
+    _name = "kvferry.sync.Engine"
 
     def __init__(
         self,
@@ -61,7 +69,7 @@ class Engine:
         staging_bytes: int = 0,
         trace: bool = False,
     ) -> None:
-        self._engine = asynchronous.Engine(
+        super().__init__(
             devices,
             copy_threads=copy_threads,
             pinned_limit=pinned_limit,
@@ -79,7 +87,7 @@ class Engine:
 
     def trim(self) -> None:
         """As ``kvferry.Engine.trim``."""
-        check(lib.kvf_buffer_trim(self._handle()))
+        trim(self._handle())
 
     def attach(
         self,
@@ -90,9 +98,10 @@ class Engine:
         variant: str = "",
     ) -> Llama:
         """As ``kvferry.Engine.attach``. Decode while no call on this attachment is under way."""
-        return self._engine.attach(
+        attachment = self._attach(
             llm, library=library, allow_blocking=allow_blocking, variant=variant
-        ).sync
+        )
+        return Llama(self, self._core, attachment)
 
     def copy_out(
         self,
@@ -150,35 +159,29 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """As ``kvferry.Engine.describe``."""
-        return self._engine.describe()
+        return self._core.describe()
 
-    def trace(self) -> list[asynchronous.TraceEvent]:
+    def trace(self) -> list[TraceEvent]:
         """As ``kvferry.Engine.trace``."""
-        return self._engine.trace()
+        return self._core.trace()
 
     def close(self) -> None:
         """Detaches the engine's contexts and closes it, once its transfers have ended.
 
         Snapshots and buffers stay valid. Closing twice is allowed.
         """
-        self._engine.close_without_loop()
+        if not self._core.closed:
+            self._core.close()
+            self._finalizer.detach()
 
     def _handle(self) -> int:
-        self._engine._core.completions.check_usable()
-        return self._engine._core.handle
-
-    def __repr__(self) -> str:
-        return f"<kvferry.sync.Engine of {self._engine!r}>"
+        self._core.completions.check_usable()
+        return self._core.handle
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -189,20 +192,20 @@ class Llama:
     the transfer has been submitted. A call from that thread itself goes on at once.
     """
 
-    def __init__(self, llama: asynchronous_llama.Llama, core: Core, attachment: Attachment) -> None:
-        """For kvferry itself."""
-        self._llama = llama
+    def __init__(self, engine: object, core: Core, attachment: Attachment) -> None:
+        """For kvferry itself. ``engine`` lives as long as this object."""
+        self._engine = engine
         self._core = core
         self._attachment = attachment
 
     @property
     def fingerprint(self) -> str:
         """As ``kvferry.Llama.fingerprint``."""
-        return self._llama.fingerprint
+        return self._attachment.fingerprint
 
     def size(self, seq: int = 0) -> int:
         """As ``kvferry.Llama.size``."""
-        return self._llama.size(seq)
+        return self._attachment.size(seq)
 
     def save(
         self,
@@ -214,7 +217,7 @@ class Llama:
         timeout: float | None = None,
     ) -> Snapshot:
         """As ``kvferry.Llama.save``."""
-        self._llama._check_usable()
+        self._attachment.check_usable()
         seq = sequence_id(seq)
         options = SubmitOptions(None, 0, priority, mode=save_mode(mode))
         attachment = self._attachment
@@ -223,7 +226,7 @@ class Llama:
             until_submitted.enter_context(attachment.worker.exclusive())
             # Nobody decodes meanwhile, so that the size is right.
             if into is None:
-                buffer = pinned(self._core.handle, self._llama.size(seq))
+                buffer = pinned(self._core.handle, attachment.measure(seq))
             else:
                 buffer = borrow(into, "into", writable=True)
             memory = buffer.memory
@@ -251,7 +254,7 @@ class Llama:
         timeout: float | None = None,
     ) -> None:
         """As ``kvferry.Llama.load``."""
-        self._llama._check_usable()
+        self._attachment.check_usable()
         seq = sequence_id(seq)
         options = SubmitOptions(None, 0, priority, mode=load_mode(mode))
         buffer = borrow(state, "state")
@@ -262,7 +265,10 @@ class Llama:
             if not isinstance(state, Snapshot):
                 raise TypeError("only a Snapshot can be verified")
             state.verify_sync()
-        self._llama._check_fingerprint(state)
+        llm_state = None
+        if isinstance(state, Snapshot):
+            attachment.check_fingerprint(state.fingerprint)
+            llm_state = state.llm
 
         def submit(native: CData, job: CData) -> int:
             with attachment.worker.exclusive():
@@ -279,18 +285,19 @@ class Llama:
             raise
         if llm is not None:
             with attachment.worker.exclusive():
-                llm.restore(state.llm if isinstance(state, Snapshot) else None)
+                llm.restore(llm_state)
 
     def remove(self, seq: int) -> None:
         """Empties a sequence. Raises Busy while a transfer of it is in flight."""
-        self._llama._check_usable()
+        self._attachment.check_usable()
         seq = sequence_id(seq)
         with self._attachment.worker.exclusive():
-            self._llama._remove(seq)
+            self._attachment.remove(seq)
 
     def describe(self) -> dict[str, Any]:
         """As ``kvferry.Llama.describe``."""
-        return self._llama.describe()
+        self._attachment.check_usable()
+        return self._attachment.describe()
 
     def detach(self) -> None:
         """Detaches, once the attachment's transfers have ended; then the context may be freed.
@@ -300,17 +307,12 @@ class Llama:
         self._core.detach(self._attachment)
 
     def __repr__(self) -> str:
-        return f"<kvferry.sync.Llama of {self._llama!r}>"
+        return f"<kvferry.sync.Llama {self._core.text_of(self._attachment)}>"
 
     def __enter__(self) -> Llama:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
 

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 
+from ._bridge.arguments import integer
+from ._bridge.cancellation import see_through
+from ._bridge.claims import claim_for_transfer
+from ._bridge.completion import Completion
+from ._bridge.completions import Completions, PendingTransfer
+from ._bridge.worker import Call
 from ._native import ffi, lib
-from .arguments import choice, integer
 from .buffer import Buffer
-from .claims import claim_for_transfer
-from .completions import Completion, Completions, PendingTransfer, see_through
-from .errors import ErrorText, check, error
-from .worker import Call
+from .errors import check, error
 
 if TYPE_CHECKING:
     from ._native import CData
 
 T = TypeVar("T")
-
-Priority = Literal["background", "urgent"]
-"""``background`` is paced, so that decoding beside it hardly notices; ``urgent`` is as fast as the
-link, and goes before background transfers. Within a priority the oldest transfer goes first. On a
-context's thread an urgent transfer also begins before what ``Llama.run`` was asked to run and has
-not begun."""
-
-_PRIORITIES: dict[str, int] = {
-    "background": lib.KVF_PRIORITY_BACKGROUND,
-    "urgent": lib.KVF_PRIORITY_URGENT,
-}
 
 
 class Transfer(PendingTransfer, Generic[T]):
@@ -217,38 +208,3 @@ async def carried_out(start: Coroutine[Any, Any, Transfer[T]]) -> T:
         if not transfer.ended:
             await transfer.abort()
         raise
-
-
-def in_flight(count: int) -> str:
-    """How many transfers are in flight, in words."""
-    return f"{count or 'no'} transfer{'s' if count > 1 else ''} in flight"
-
-
-class SubmitOptions:
-    """A ``kvf_submit_options`` with room for the error text."""
-
-    def __init__(
-        self,
-        completions: Completions | None,
-        token: int,
-        priority: Priority,
-        *,
-        mode: int = 0,
-        flags: int = 0,
-        after_stream: int | None = None,
-    ) -> None:
-        self.text = ErrorText()
-        self.options: CData = ffi.new(
-            "kvf_submit_options *",
-            {
-                "size": ffi.sizeof("kvf_submit_options"),
-                "priority": choice("priority", priority, _PRIORITIES),
-                "queue": 0 if completions is None else completions.queue,
-                "user_data": token,
-                "mode": mode,
-                "flags": flags | (0 if after_stream is None else lib.KVF_SUBMIT_FOLLOW_STREAM),
-                "stream": after_stream or 0,
-                "error": self.text.buffer,
-                "error_size": ffi.sizeof(self.text.buffer),
-            },
-        )

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds programs from an installed tree, in every way that it offers, and runs them: by pkg-config and by CMake, with the
-# shared and with the static library. The programs are program.c and, where a libllama with its headers is named,
-# examples/c/sequences.c.
+# shared and with the static library; by pkg-config with clang too, where it is installed. The programs are program.c and,
+# where a libllama with its headers is named, examples/c/sequences.c.
 #     build_from.sh ROOT CMAKE CC
 # KVFERRY_LLAMA_DEV: a folder with libllama.so and include/llama.h. KVFERRY_LLAMA_MODEL: a GGUF.
 set -euo pipefail
@@ -25,16 +25,24 @@ check() {
     test "$kind" = "$3" || { echo "it is linked with the $kind library"; exit 1; }
 }
 
-pkg_config() { # shared|static [OPTION]
-    $cc $flags $(pkg-config $2 --cflags kvferry) "$here/program.c" -o "$work/program_$1" $(pkg-config $2 --libs kvferry)
-    check "pkg-config $2" "$work/program_$1" "$1"
-    test -n "$llama" || return 0
-    $cc $flags -I"$llama/include" $(pkg-config $2 --cflags kvferry) "$here/../../examples/c/sequences.c" \
-        -o "$work/sequences_$1" -L"$llama" -lllama -lggml -Wl,--allow-shlib-undefined $(pkg-config $2 --libs kvferry)
-    check "pkg-config $2, sequences.c" "$work/sequences_$1" "$1" "$KVFERRY_LLAMA_MODEL" "$llama"
+compilers=("$cc")
+! command -v clang >/dev/null || compilers+=(clang)
+
+pkg_config() { # shared|static [OPTION] PACKAGE: what pkg-config says is all that the linker is told
+    local kind=$1 compiler
+    shift
+    for compiler in "${compilers[@]}"; do
+        $compiler $flags $(pkg-config --cflags "$@") "$here/program.c" -o "$work/program_$kind" $(pkg-config --libs "$@")
+        check "$compiler, pkg-config $*" "$work/program_$kind" "$kind"
+        test -n "$llama" || continue
+        $compiler $flags -I"$llama/include" $(pkg-config --cflags "$@") "$here/../../examples/c/sequences.c" \
+            -o "$work/sequences_$kind" -L"$llama" -lllama -lggml -Wl,--allow-shlib-undefined $(pkg-config --libs "$@")
+        check "$compiler, pkg-config $*, sequences.c" "$work/sequences_$kind" "$kind" "$KVFERRY_LLAMA_MODEL" "$llama"
+    done
 }
 
-pkg_config shared ""
+pkg_config shared kvferry
+pkg_config static kvferry-static
 
 configure() { # VERSION FOLDER
     "$cmake" -S "$here/project" -B "$work/$2" -DCMAKE_C_COMPILER="$cc" -Dkvferry_ROOT="$root" -Dwanted_version="$1" \
@@ -51,6 +59,6 @@ done
 
 # Where there is no shared library, the linker takes the static one.
 mkdir "$work/aside" && mv "$lib"/libkvferry.so* "$work/aside"
-pkg_config static --static
+pkg_config static --static kvferry
 mv "$work/aside"/* "$lib"
 test -n "$llama" || echo "examples/c/sequences.c: skipped, KVFERRY_LLAMA_DEV names no libllama"

@@ -11,7 +11,7 @@ mv "$work/first" "$work/moved"
 root=$work/moved
 lib=$(dirname "$(find "$root" -name libkvferry.so)")
 
-for file in include/kvferry.h "${lib#"$root"/}"/{libkvferry.so,libkvferry.a,pkgconfig/kvferry.pc} \
+for file in include/kvferry.h "${lib#"$root"/}"/{libkvferry.so,libkvferry.a,pkgconfig/kvferry.pc,pkgconfig/kvferry-static.pc} \
     "${lib#"$root"/}"/cmake/kvferry/kvferry-{config,config-version,targets}.cmake; do
     test -e "$root/$file" || { echo "not installed: $file"; exit 1; }
 done

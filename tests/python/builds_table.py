@@ -35,7 +35,7 @@ Seen = dict[str, dict[str, str]]
 
 def see(folder: str) -> Seen:
     os.environ["LLAMA_CPP_LIB_PATH"] = folder
-    from kvferry.synthetic import KINDS
+    from kvferry.tools.synthetic import KINDS
 
     looks = {"format": _format, "moved": _moved, "damaged": _damaged}
     seen: Seen = {"library": _library(), **{table: {} for table in looks}}
@@ -47,8 +47,8 @@ def see(folder: str) -> Seen:
 
 
 def _library() -> dict[str, str]:
-    from kvferry import libllama
-    from llama_reference import LAYOUTS, LIBRARY_FOLDER, ContextParams, keep_log
+    from kvferry.tools import libllama
+    from support.llama_reference import LAYOUTS, LIBRARY_FOLDER, ContextParams, keep_log
 
     [layout] = [builds for builds, one in LAYOUTS.items() if one is ContextParams]
     ggml = libllama.Libllama(libllama.find(LIBRARY_FOLDER)).build.rpartition("ggml ")[2]
@@ -63,7 +63,7 @@ def _library() -> dict[str, str]:
 def _in_a_context(kind: str, cache: str, look: Callable[..., Any]) -> str:
     """The outcome of `look`; without such a kind in this libllama, that."""
     import anyio
-    from llama_reference import Refused
+    from support.llama_reference import Refused
 
     with _contexts(kind, cache) as make:
         try:
@@ -86,9 +86,9 @@ class _contexts:
         import contextlib
         import tempfile
 
-        from kvferry.synthetic import write_model
-        from like_contexts import CACHES as OPTIONS
-        from llama_reference import Model, model_sizes
+        from kvferry.tools.synthetic import write_model
+        from support.like_contexts import CACHES as OPTIONS
+        from support.llama_reference import Model, model_sizes
 
         self._stack = contextlib.ExitStack()
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -149,7 +149,7 @@ async def _moved(make: Callable[[], Any]) -> str:
 
 async def _moved_to(source: Any, ours: Any, like: Any) -> str:
     import kvferry
-    from like_contexts import by_llama_cpp
+    from support.like_contexts import by_llama_cpp
 
     state, before = source.state_get(0), ours.state_get(TARGET)
     async with kvferry.Engine("host") as engine:
@@ -227,14 +227,14 @@ def tables(seen: dict[str, Seen]) -> str:
         title = "" if table == "library" else table
         lines += [
             f"| {title} | {' | '.join(seen)} |",
-            "|---" * (len(seen) + 1) + "|",
+            "| -- " * (len(seen) + 1) + "|",
             *(
                 f"| {row} | {' | '.join(one[table][row] for one in seen.values())} |"
                 for row in rows
             ),
             "",
         ]
-    return "\n".join(["", *lines])
+    return "\n".join(["", *lines, ""])
 
 
 def main(arguments: Sequence[str]) -> int:

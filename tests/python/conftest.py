@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from llama_reference import Context, Model
-    from simulated_cuda import SimulatedCuda
+    from support.llama_reference import Context, Model
+    from support.simulated_cuda import SimulatedCuda
 
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`model_path(kind, **arguments of write_model)`: a synthetic model, written once a session."""
-    from kvferry.synthetic import write_model
-    from llama_reference import BUILD, fits, model_sizes
+    from kvferry.tools.synthetic import write_model
+    from support.llama_reference import BUILD, fits, model_sizes
 
     folder = tmp_path_factory.mktemp("models")
     written: dict[object, Path] = {}
@@ -38,7 +38,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def model(model_path: Callable[..., Path]) -> Iterator[Callable[..., Model]]:
     """`model(kind, **arguments of write_model)`: the same, loaded once and shared by all tests."""
-    from llama_reference import Model
+    from support.llama_reference import Model
 
     loaded: dict[Path, Model] = {}
 
@@ -58,8 +58,8 @@ def unknown_libllama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     """`unknown_libllama(which of unknown_format.NUMBERS)`: the folder of a libllama, for a process
     of its own, that writes a format that nobody has seen. Made once a session.
     """
-    from llama_reference import BUILD, LIBRARY_FOLDER
-    from unknown_format import NUMBERS, NoMagic, write_libllama
+    from support.llama_reference import BUILD, LIBRARY_FOLDER
+    from support.unknown_format import NUMBERS, NoMagic, write_libllama
 
     written: dict[str, Path] = {}
 
@@ -83,7 +83,7 @@ def make_context(model: Callable[..., Model]) -> Iterator[Callable[..., Context]
 
     A kind stands for its small model with the default seed.
     """
-    from llama_reference import ContextOptions
+    from support.llama_reference import ContextOptions
 
     with contextlib.ExitStack() as contexts:
 
@@ -98,8 +98,8 @@ def make_context(model: Callable[..., Model]) -> Iterator[Callable[..., Context]
 def driver() -> Iterator[SimulatedCuda]:
     """The CUDA driver, of which kvferry has seen nothing else in this process."""
     import anyio
-    from cuda_driver import driver_under_test, open_driver
-    from devices import ON_GPU
+    from support.cuda_driver import driver_under_test, open_driver
+    from support.devices import ON_GPU
 
     driver = driver_under_test()
     with pytest.MonkeyPatch.context() as patch, driver.context():
@@ -114,7 +114,7 @@ def driver() -> Iterator[SimulatedCuda]:
 @pytest.fixture
 def cuda(driver: SimulatedCuda) -> Iterator[SimulatedCuda]:
     """The driver; the test may leave nothing in it."""
-    from devices import ON_GPU
+    from support.devices import ON_GPU
 
     if ON_GPU:
         yield driver
@@ -129,7 +129,7 @@ def cuda(driver: SimulatedCuda) -> Iterator[SimulatedCuda]:
 
 @pytest.fixture
 def simulated(cuda: SimulatedCuda) -> SimulatedCuda:
-    from devices import ON_GPU
+    from support.devices import ON_GPU
 
     if ON_GPU:
         pytest.skip("needs the simulated driver")

@@ -20,12 +20,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import anyio
-from cuda_driver import driver_under_test, open_driver
-from kvferry.synthetic import write_model
-from like_contexts import CACHES, LATENT
-from llama_reference import ContextOptions, Model
-from random_walk import KINDS, Abilities, Walk, cache_options
-from simulated_cuda import SimulatedCuda
+from kvferry.tools.synthetic import write_model
+from support.cuda_driver import driver_under_test, open_driver
+from support.like_contexts import CACHES, LATENT
+from support.llama_reference import ContextOptions, Model
+from support.random_walk import KINDS, Abilities, Walk, cache_options
+from support.simulated_cuda import SimulatedCuda
 
 
 def names(known: Sequence[str], given: str) -> list[str]:

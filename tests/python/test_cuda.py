@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
-import c_interface
 import kvferry
 import numpy as np
 import pytest
-from cuda_driver import NEEDS_CUDA
-from devices import ON_GPU
-from dlpack_arrays import LibraryArray
-from event_loops import anyio_backend  # noqa: F401
-from kvferry import dlpack
+from kvferry._bridge import dlpack
 from numpy.typing import NDArray
-from simulated_cuda import DeviceArray, Error, SimulatedCuda
+from support import c_interface
+from support.cuda_driver import NEEDS_CUDA
+from support.devices import ON_GPU
+from support.dlpack_arrays import LibraryArray
+from support.event_loops import anyio_backend  # noqa: F401
+from support.simulated_cuda import DeviceArray, Error, SimulatedCuda
 
 pytestmark = [
     pytest.mark.anyio,

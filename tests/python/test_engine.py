@@ -7,8 +7,8 @@ import anyio
 import kvferry
 import numpy as np
 import pytest
-from event_loops import anyio_backend  # noqa: F401
 from kvferry._native import ffi, lib
+from support.event_loops import anyio_backend  # noqa: F401
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,7 @@ import anyio
 import kvferry
 import numpy as np
 import pytest
-from event_loops import anyio_backend  # noqa: F401
+from support.event_loops import anyio_backend  # noqa: F401
 
 SLOW = np.zeros(1 << 28, np.uint8)[::2]
 """128 Mi rows of one byte: a copy of it is in flight for a while."""

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from text_model import write_text_model
+from support.text_model import write_text_model
 
 ROOT = Path(__file__).parents[2]
 

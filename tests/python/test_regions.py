@@ -11,11 +11,11 @@ from typing import Any
 import kvferry
 import numpy as np
 import pytest
-from dlpack_arrays import BFLOAT16, LibraryArray
-from event_loops import anyio_backend  # noqa: F401
-from kvferry import dlpack
+from kvferry._bridge import dlpack
 from kvferry.regions import region_list
 from numpy.typing import NDArray
+from support.dlpack_arrays import BFLOAT16, LibraryArray
+from support.event_loops import anyio_backend  # noqa: F401
 
 pytestmark = pytest.mark.anyio
 

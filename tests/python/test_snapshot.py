@@ -14,8 +14,8 @@ from pathlib import Path
 import kvferry
 import numpy as np
 import pytest
-from event_loops import anyio_backend  # noqa: F401
 from kvferry import Snapshot
+from support.event_loops import anyio_backend  # noqa: F401
 
 pytestmark = pytest.mark.anyio
 

@@ -6,18 +6,16 @@ import _thread
 import gc
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import kvferry
 import numpy as np
 import pytest
-from devices import DEVICES
-from event_loops import anyio_backend  # noqa: F401
 from kvferry import sync
-from llama_reference import Context
-
-MakeContext = Callable[..., Context]
+from support.devices import DEVICES
+from support.event_loops import anyio_backend  # noqa: F401
+from support.like_contexts import MakeContext
+from support.llama_reference import Context
 
 SLOW = np.zeros(1 << 28, np.uint8)[::2]  # a second of one thread's work
 

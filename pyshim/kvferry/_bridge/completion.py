@@ -1,0 +1,52 @@
+"""How a transfer ended, as the C library reports it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from .._native import ffi, lib
+
+if TYPE_CHECKING:
+    from .._native import CData
+
+
+class Completion(NamedTuple):
+    """How a transfer ended. Times are nanoseconds of ``time.monotonic_ns()``."""
+
+    status: int
+    """``KVF_OK`` (0) or a negative ``kvf_status``."""
+    mode: int
+    """How a sequence's transfer was done: 1 in place, 2 from a snapshot or ahead. Else 0."""
+    bytes: int
+    """Size of the state or of the regions."""
+    fragments: int
+    """Separate pieces of tensor memory that it consists of."""
+    segments: int
+    """What remained of them after joining runs and rows into blocks."""
+    submitted_ns: int
+    started_ns: int
+    """When the first piece began to move; 0 if none did."""
+    finished_ns: int
+    listed_ns: int
+    """Of a sequence's transfer: when libllama had taken cells and listed what to move. Else 0."""
+    recorded_ns: int
+    """Of a sequence's transfer: when it had named the last fragment. Else 0."""
+    detail: str
+    """One line on what went wrong, or ""."""
+
+
+def completion_of(record: CData) -> Completion:
+    """Reads a ``kvf_completion``."""
+    return Completion(
+        record.status,
+        record.mode,
+        record.bytes,
+        record.fragments,
+        record.segments,
+        record.submitted_ns,
+        record.started_ns,
+        record.finished_ns,
+        record.listed_ns,
+        record.recorded_ns,
+        "" if record.status == lib.KVF_OK else ffi.string(record.detail).decode(errors="replace"),
+    )

@@ -1,0 +1,210 @@
+"""Which contexts are prepared, and what is measured in each: the tables of the two devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ... import Engine
+from ..libllama import Model
+from ..workload import SEQUENCES, Arrangement
+from . import event_loop, figures
+from .measurement import Goal, Measurement, Stage, at_least, at_most
+from .prepared import Prepared, prepare
+from .raw import RawMaker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+OpenModel = Callable[[str, Mapping[str, int]], AbstractAsyncContextManager[Model]]
+"""Of a kind and of sizes that differ from the geometry "demo"; or the user's own in any case."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    engine: Engine
+    open_model: OpenModel
+    make_raw: RawMaker
+    tokens: int | None
+    real_model: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a stage's context."""
+
+    name: str
+    tokens: int
+    arrangement: Arrangement = "alone"
+    flash_attention: bool = True
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    steps: int = 0
+    """Most single tokens decoded in one go."""
+    repeats: int = 10
+
+
+def _stage(bench: Bench, shape: Shape, measurements: list[Measurement]) -> Stage:
+    @asynccontextmanager
+    async def open_() -> AsyncIterator[Prepared]:
+        async with (
+            bench.open_model("llama", shape.sizes) as model,
+            prepare(
+                shape.name,
+                bench.engine,
+                model,
+                bench.make_raw,
+                arrangement=shape.arrangement,
+                tokens=bench.tokens or shape.tokens,
+                flash_attention=shape.flash_attention,
+                steps=shape.steps,
+                repeats=shape.repeats,
+            ) as prepared,
+        ):
+            yield prepared
+
+    return Stage(shape.name, open_, measurements)
+
+
+def host(bench: Bench) -> list[Stage]:
+    """Memory to memory. The goals of the project's first issue."""
+    # 4 MiB a token: 1 GiB after 256 tokens, for the attention's cost is tokens times bytes.
+    wide = {"layers": 64, "heads": 128, "kv_heads": 128, "embedding": 32, "feed_forward": 32}
+    return [
+        _stage(
+            bench,
+            Shape("contiguous", 256, sizes=wide, repeats=5),
+            [
+                figures.same_bytes(),
+                figures.size_query(at_most(5)),
+                figures.of_raw("save", at_least(0.9)),
+                figures.of_raw("load", at_least(0.9)),
+                figures.against_native("save", None),
+                figures.against_native("load", None),
+                figures.host_memory(at_most(64)),
+                event_loop.longest_stall(at_most(1)),
+                event_loop.longest_own_stall(at_most(1)),
+            ],
+        ),
+        _stage(
+            bench,
+            Shape("V transposed", 512, flash_attention=False, repeats=5),
+            [
+                figures.same_bytes(),
+                figures.against_native("save", None),
+                figures.against_native("load", None),
+            ],
+        ),
+        _stage(
+            bench,
+            Shape("four in turn", 256, "in turn", repeats=9),
+            [
+                figures.same_bytes(),
+                figures.size_query(at_most(5)),
+                figures.against_native("save", at_least(1)),
+                figures.against_native("load", at_least(1)),
+            ],
+        ),
+        _stage(
+            bench,
+            Shape("8B geometry", 512, steps=100, repeats=5),
+            [
+                figures.decode_loss("save", None),
+                figures.decode_percentile("save", 50, None),
+                figures.decode_percentile("save", 99, None),
+                figures.background_speed("save", None),
+                figures.decode_loss("load", None),
+                figures.background_speed("load", None),
+            ],
+        ),
+    ]
+
+
+def cuda(bench: Bench) -> list[Stage]:
+    """The table of the project's CUDA issue: goals for an H200 and a state of 1 GiB."""
+    tokens = 8192
+    steps = 100
+    prefill = at_least(20) if bench.real_model else None
+    return [
+        _stage(
+            bench,
+            Shape("contiguous", tokens, steps=steps),
+            [
+                *_common(0.98, 0.98, beyond=1, native=1),
+                figures.pageable_against_native("save", at_least(2.5)),
+                figures.pageable_against_native("load", at_least(4)),
+                *_beside_decoding(p50=3, p99=8, speed=0.95),
+                figures.against_prefill(prefill),
+                figures.against_prefill(prefill, "ahead"),
+                figures.both_directions(at_least(1.7)),
+                figures.device_memory(at_most(64)),
+                figures.host_memory(at_most(64)),
+                figures.first_byte(at_most(100)),
+                figures.size_query(at_most(5)),
+                event_loop.longest_stall(at_most(1)),
+                event_loop.longest_own_stall(at_most(1)),
+            ],
+        ),
+        _stage(
+            bench,
+            Shape("V transposed", tokens, flash_attention=False, steps=20),
+            _common(0.98, 0.98, native=12),
+        ),
+        _stage(
+            bench,
+            Shape("four in turn", tokens, "in turn", steps=steps),
+            [
+                *_common(0.98, 0.98, beyond=15, native=150, interleaved=SEQUENCES),
+                *_beside_decoding(p50=4, p99=9, speed=0.88),
+                figures.device_memory(at_most(64)),
+                figures.host_memory(at_most(64)),
+            ],
+        ),
+        _stage(
+            bench,
+            Shape("at random", tokens, "at random", steps=steps),
+            [
+                *_common(0.98, 0.97, native=150),
+                *_beside_decoding(p50=4, p99=9, speed=0.88),
+                figures.device_memory(at_most(64)),
+            ],
+        ),
+    ]
+
+
+def _common(
+    save: float,
+    load: float,
+    *,
+    native: float,
+    beyond: float | None = None,
+    interleaved: int = 1,
+) -> list[Measurement]:
+    goal: Goal | None = at_most(beyond) if beyond is not None else None
+    return [
+        figures.same_bytes(),
+        figures.of_raw("save", at_least(save), interleaved),
+        figures.of_raw("load", at_least(load), interleaved),
+        figures.beyond_raw("save", goal),
+        figures.beyond_raw("load", goal),
+        figures.against_native("save", at_least(native)),
+        figures.against_native("load", at_least(native)),
+        # With as much device memory beside the cache as the state has bytes.
+        figures.beyond_raw("load", goal, "ahead"),
+        figures.against_native("load", at_least(native), "ahead"),
+    ]
+
+
+def _beside_decoding(*, p50: float, p99: float, speed: float) -> list[Measurement]:
+    return [
+        measurement
+        for direction in ("save", "load")
+        for measurement in (
+            figures.decode_percentile(direction, 50, at_most(p50)),
+            figures.decode_percentile(direction, 99, at_most(p99)),
+            figures.background_speed(direction, at_least(speed)),
+            figures.decode_loss(direction, None),
+            figures.pacing_cost(direction, at_most(0.6)),
+        )
+    ]

@@ -1,0 +1,104 @@
+"""The pictures of the bench, 1200 pixels wide: bars per layout, and decode steps with and without
+transfers. (The timeline is drawn by ``kvferry.tools.timeline``.)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..table import ms
+
+# Each way of moving a state, and its colour.
+WAYS = {
+    "raw copy": "#b8b8b8",
+    "kvferry, urgent": "#4c72b0",
+    "kvferry, ahead": "#8aa6d6",
+    "llama.cpp, pinned": "#dd8452",
+    "llama.cpp, pageable": "#eeb38f",
+}
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Milliseconds of a layout's save or load, by way; a way that failed is missing."""
+
+    label: str
+    ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Milliseconds of decode steps."""
+
+    label: str
+    idle: Sequence[float]
+    during: Sequence[float]
+
+
+def draw_bars(bars: Sequence[Bars], path: Path, *, heading: str) -> None:
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(
+        figsize=(12, 1.4 + 0.95 * len(bars)), dpi=100, layout="constrained"
+    )
+    height = 0.8 / len(WAYS)
+    for way, colour in WAYS.items():
+        shown = [(index, bar.ms[way]) for index, bar in enumerate(bars) if way in bar.ms]
+        positions = []
+        for index, _ in shown:  # without a gap where a way is missing
+            ways = [each for each in WAYS if each in bars[index].ms]
+            positions.append(index + (ways.index(way) - (len(ways) - 1) / 2) * height)
+        drawn = axis.barh(
+            positions, [value for _, value in shown], height * 0.92, color=colour, label=way
+        )
+        axis.bar_label(
+            drawn, [f"{ms(value)} ms" for _, value in shown], padding=4, fontsize=9, color="#333333"
+        )
+    axis.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=10)
+    axis.set_ylim(len(bars) - 0.45, -0.55)
+    # From microseconds to seconds: only the powers of ten can be compared by eye.
+    axis.set_xscale("log")
+    smallest = min(value for bar in bars for value in bar.ms.values())
+    largest = max(value for bar in bars for value in bar.ms.values())
+    axis.set_xlim(smallest / 3, largest * 2.5)
+    axis.set_xlabel("milliseconds, logarithmic: shorter is better", fontsize=10)
+    axis.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(WAYS), fontsize=9, frameon=False
+    )
+    axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def draw_latencies(latencies: Sequence[Latencies], path: Path, *, heading: str) -> None:
+    """The share of steps that took at most so long; the two curves agree where nothing is lost."""
+    from matplotlib import pyplot
+
+    columns = min(3, len(latencies))
+    rows = -(-len(latencies) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(12, 4.0 * rows), dpi=100, squeeze=False, layout="constrained"
+    )
+    for unused in axes.flat[len(latencies) :]:
+        unused.set_axis_off()
+    for axis, each in zip(axes.flat, latencies, strict=False):
+        curves = (("alone", each.idle, "#4c72b0"), ("beside transfers", each.during, "#dd8452"))
+        for label, values, colour in curves:
+            ordered = sorted(values)
+            shares = [100 * (index + 1) / len(ordered) for index in range(len(ordered))]
+            axis.step(ordered, shares, where="post", color=colour, label=label, linewidth=1.8)
+        axis.set_title(each.label, fontsize=10.5, loc="left")
+        axis.set_xlabel("milliseconds a decode step", fontsize=10)
+        axis.set_ylim(0, 101)
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(loc="lower right", fontsize=9, frameon=False)
+    for first in axes[:, 0]:
+        first.set_ylabel("% of steps at most so long", fontsize=10)
+    figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -1,0 +1,107 @@
+"""``kvferry demo``: the main job at small scale, against llama.cpp's own calls.
+
+For each layout of a cache, two contexts are made alike. In the first, kvferry saves sequence 0 and
+loads it into sequence 2 while sequence 1 decodes. In the second, the same tokens are decoded in the
+same order, and llama.cpp's own blocking calls save and load at the same points. So the same state
+lies in the same cells of both, and everything has to agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ... import Devices, Engine, __version__
+from ..libllama import Libllama, LlamaError, Model, find
+from ..models import on_gpu, synthetic_model
+from ..table import Progress
+from ..timeline import Timeline, check_kind
+from ..workload import decoding_threads
+from .comparison import compare
+from .layouts import LAYOUTS, OTHER_CACHES
+from .report import cpu, print_table, write_figures, write_picture
+from .script import REPEATS
+
+
+@dataclass(frozen=True)
+class Options:
+    llama_lib: str | None = None
+    model: str | None = None
+    json: str | None = None
+    picture: str | None = None
+    tokens: int | None = None
+    device: Devices = "auto"
+
+
+async def demo(options: Options, progress: Progress) -> bool:
+    """Runs all layouts, prints their table, and writes the files that were asked for.
+
+    Returns True if every layout was bit-identical. Raises LlamaError, KvferryError and OSError.
+    """
+    _check_files(options)
+    library = Libllama(find(options.llama_lib))
+    progress.say(f"libllama: {library.path} ({library.source}; {library.build})")
+    async with Engine(options.device, trace=True) as engine:
+        description = engine.describe()
+        devices = description["devices"]
+        progress.say(f"engine: {', '.join(device['name'] for device in devices)}")
+        gpu = on_gpu(description, options.device, library)
+        rows, timelines = await _run(options, library, engine, gpu, progress)
+
+    cores, threads = len(os.sched_getaffinity(0)), decoding_threads()
+    print_table(rows, cores, threads, gpu)
+    if options.picture:
+        write_picture(timelines, Path(options.picture), progress)
+    if options.json:
+        report = {
+            "kvferry": __version__,
+            "libllama": {"path": library.path, "build": library.build, "source": library.source},
+            "machine": {"cpu": cpu(), "cores": cores, "decoding_threads": threads},
+            "devices": devices,
+            "model": options.model or "synthetic",
+            "repeats": REPEATS,
+            "layouts": rows,
+        }
+        write_figures(report, Path(options.json), progress)
+    return all(row["bit_identical"] for row in rows)
+
+
+def _check_files(options: Options) -> None:
+    """Finds out now, rather than after all the work, that a file can't be written."""
+    for file in (options.json, options.picture):
+        if file and not Path(file).parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "no folder to write to", str(Path(file).parent))
+    if options.picture:
+        check_kind(Path(options.picture))
+
+
+async def _run(
+    options: Options, library: Libllama, engine: Engine, gpu: bool, progress: Progress
+) -> tuple[list[dict[str, Any]], list[Timeline]]:
+    """The rows and the timelines of all layouts that the model allows."""
+    tokens = options.tokens or (4096 if gpu else 512)
+    rows: list[dict[str, Any]] = []
+    timelines: list[Timeline] = []
+    with tempfile.TemporaryDirectory(prefix="kvferry-demo-") as folder:
+        for layout in LAYOUTS if options.model else [*LAYOUTS, *OTHER_CACHES]:
+            path = options.model or synthetic_model(
+                Path(folder), layout.kind, layout.sizes, progress
+            )
+            try:
+                with Model(library, path, gpu=gpu) as model:
+                    row, timeline = await compare(layout, model, engine, tokens, progress)
+            except LlamaError as failure:
+                if options.model is None:
+                    raise
+                # Some models need flash attention, or are too large for four sequences.
+                progress.say(f"{layout.name}: not with this model: {failure}")
+                continue
+            rows.append(row)
+            timelines.append(timeline)
+    if not rows:
+        raise LlamaError("this model could be run in none of the layouts")
+    return rows, timelines

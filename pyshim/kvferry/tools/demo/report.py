@@ -1,0 +1,88 @@
+"""What the demonstration prints and writes."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from ..table import Progress, mib, ms, table
+from ..timeline import Timeline, draw
+from .script import REPEATS
+
+
+def print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool) -> None:
+    header = [
+        "\nlayout",
+        "state\nMiB",
+        "\nfragments",
+        "size\nµs",
+        "submit\nms",
+        "save ms\nkvferry",
+        "\nllama.cpp",
+        "load ms\nkvferry",
+        "\nllama.cpp",
+        "prefill\nms",
+        "decode step ms: idle\np50/p99",
+        "beside\np50/p99",
+        "bit_\nidentical",
+    ]
+
+    def steps(row: dict[str, Any], when: str) -> str:
+        if not row["decode_steps"][when]:
+            return "-"  # the transfers were too short to meet one
+        return f"{ms(row['decode_p50_ms'][when])}/{ms(row['decode_p99_ms'][when])}"
+
+    lines = [
+        [
+            row["layout"],
+            mib(row["state_bytes"]),
+            f"{row['fragments']:,}",
+            f"{row['size_query_us']:.0f}",
+            ms(row["submit_ms"]),
+            ms(row["save_ms"]),
+            ms(row["native_save_ms"]),
+            ms(row["load_ms"]),
+            ms(row["native_load_ms"]),
+            ms(row["prefill_ms"]),
+            steps(row, "idle"),
+            steps(row, "during_transfers"),
+            str(row["bit_identical"]).lower(),
+        ]
+        for row in rows
+    ]
+    print(f"\n{table(header, lines)}\n", flush=True)
+    print(
+        f"Medians of {REPEATS}. Saves and loads alone on the machine, kvferry's urgent, from the "
+        "call to the completion.\n'beside': decode steps of another sequence while kvferry saves "
+        "and loads in the background.\nprefill: all prompts of the layout."
+    )
+    if not gpu:
+        print(
+            "The cache lies in host memory here: a transfer is a copy from memory to memory by the "
+            f"same {cores} cores\nthat decode ({threads} of them). It shows that the bytes are "
+            "right and that decoding goes on, not what a GPU gains."
+        )
+
+
+def write_figures(report: dict[str, Any], path: Path, progress: Progress) -> None:
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    progress.say(f"figures: {path}")
+
+
+def write_picture(timelines: list[Timeline], path: Path, progress: Progress) -> None:
+    try:
+        draw(timelines, path, heading="kvferry demo: decoding goes on while a sequence is moved")
+    except ImportError:
+        progress.say("no picture: pip install matplotlib")
+        return
+    progress.say(f"picture: {path}")
+
+
+def cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")

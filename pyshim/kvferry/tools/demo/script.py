@@ -1,0 +1,35 @@
+"""What both contexts of a layout do alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from ..libllama import Context
+from ..workload import LOADED, Items
+
+REPEATS = 5
+"""Of every timed save and load; the figures are medians."""
+
+SPARE = 320
+"""Most tokens that sequence 1 grows by."""
+
+_SIZE_QUERIES = 50
+
+Event = int | Literal["save", "load"]
+"""Something that happened to a context: the number of a decode step, or a transfer."""
+
+
+def next_token(context: Context) -> Items:
+    return [(LOADED, 1 % context.model.vocabulary)]
+
+
+def median_us(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(_SIZE_QUERIES):
+        begin = time.monotonic_ns()
+        call()
+        times.append(time.monotonic_ns() - begin)
+    return statistics.median(times) / 1e3

@@ -1,0 +1,71 @@
+"""``llama_context_params``, whose layout differs from release to release."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+GGML_TYPE_F16 = 1
+
+# GGML_DEFAULT_N_THREADS, which stands in llama_context_default_params() since there is one.
+_DEFAULT_THREADS = 4
+
+# What llama.cpp sets the flags to, in their order.
+DEFAULT_FLAGS = {
+    "embeddings": False,
+    "offload_kqv": True,
+    "no_perf": True,
+    "op_offload": True,
+    "swa_full": True,
+    "kv_unified": False,
+}
+
+
+def context_params(earlier: int, has_type: bool, gap: int) -> type[ctypes.Structure]:
+    """``llama_context_params`` with so many fields between n_seq_max and n_threads, and so many
+    bytes between the abort callback and the flags.
+
+    Releases differ there (n_rs_seq, n_outputs_max, n_outputs_max_per_seq; eight bytes before the
+    flags in 0.6.0-dev), and in whether a ctx_type follows the threads.
+    """
+    u32, i32, f32, pointer = ctypes.c_uint32, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+    fields: list[tuple[str, Any]] = [
+        *((name, u32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max")),
+        *((f"earlier_{index}", u32) for index in range(earlier)),
+        ("n_threads", i32),
+        ("n_threads_batch", i32),
+        *([("ctx_type", i32)] if has_type else []),
+        *((f"{name}_type", i32) for name in ("rope_scaling", "pooling", "attention", "flash_attn")),
+        ("rope_freq_base", f32),
+        ("rope_freq_scale", f32),
+        *((f"yarn_{index}", f32) for index in range(4)),
+        ("yarn_orig_ctx", u32),
+        ("defrag_thold", f32),
+        ("cb_eval", pointer),
+        ("cb_eval_user_data", pointer),
+        ("type_k", i32),
+        ("type_v", i32),
+        ("abort_callback", pointer),
+        ("abort_callback_data", pointer),
+        ("gap", ctypes.c_uint8 * gap),
+        *((name, ctypes.c_bool) for name in DEFAULT_FLAGS),
+        # Samplers, another context, and what later releases append: passed on as it came.
+        ("later", ctypes.c_uint8 * 258),
+    ]
+    return type("llama_context_params", (ctypes.Structure,), {"_fields_": fields})
+
+
+def is_plausible(defaults: Any) -> bool:
+    """Whether a layout makes sense of the library's own defaults."""
+    undecided = ("rope_scaling_type", "pooling_type", "attention_type", "flash_attn_type")
+    return (
+        (defaults.n_threads, defaults.n_threads_batch) == (_DEFAULT_THREADS, _DEFAULT_THREADS)
+        and getattr(defaults, "ctx_type", 0) == 0
+        and all(getattr(defaults, name) == -1 for name in undecided)
+        and (defaults.rope_freq_base, defaults.rope_freq_scale) == (0, 0)
+        and (defaults.type_k, defaults.type_v) == (GGML_TYPE_F16, GGML_TYPE_F16)
+        and not (defaults.cb_eval or defaults.cb_eval_user_data)
+        and not (defaults.abort_callback or defaults.abort_callback_data)
+        and not any(defaults.gap)
+        and all(getattr(defaults, name) == value for name, value in DEFAULT_FLAGS.items())
+    )

@@ -1,0 +1,62 @@
+"""Writing a synthetic model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from .geometry import GEOMETRIES, Geometry
+from .kinds import KINDS
+from .layers import describe_ends
+from .model_file import ModelFile
+
+
+def write_model(
+    kind: str,
+    path: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    geometry: str | Geometry = "small",
+    **sizes: int,
+) -> Path:
+    """Write a model of `kind` to `path` and return the path.
+
+    `geometry` is one of `GEOMETRIES` or a `Geometry`; `sizes` replace single fields of it.  The
+    same arguments give the same file; another `seed` gives other weights in the same layout: a
+    model whose states fit but mean something else.
+
+    Raises ValueError for an unknown kind, geometry or size, and ImportError without the gguf
+    package.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of model {kind!r}; there are {', '.join(KINDS)}")
+    if isinstance(geometry, str):
+        if geometry not in GEOMETRIES:
+            raise ValueError(f"unknown geometry {geometry!r}; there are {', '.join(GEOMETRIES)}")
+        geometry = GEOMETRIES[geometry]
+    unknown = sizes.keys() - {field.name for field in dataclasses.fields(Geometry)}
+    if unknown:
+        raise ValueError(f"unknown sizes: {', '.join(sorted(unknown))}")
+    geometry = dataclasses.replace(geometry, **sizes)
+
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            "writing a synthetic model needs the gguf package: pip install gguf"
+        ) from error
+
+    architecture, describe = KINDS[kind]
+    path = Path(path)
+    # A reader must never see half a model, so that an interrupted run leaves nothing to be reused.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        model = ModelFile(gguf, partial, architecture, seed)
+        describe_ends(model, geometry)
+        describe(model, geometry)
+        model.write()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

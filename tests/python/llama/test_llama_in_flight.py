@@ -1,0 +1,415 @@
+"""What may be done to a context while a transfer of one of its sequences is in flight.
+
+The transfer follows a stream that is held (in_flight.py), so that it surely is in flight. Whatever
+is allowed must leave what llama.cpp's own calls leave, bit for bit; what is forbidden may spoil
+sequences, and no more than that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from support import c_interface
+from support.cuda_driver import NEEDS_CUDA
+from support.devices import ON_GPU
+from support.holds import ByStream, ByUrgentCopies
+from support.in_flight import (
+    OPERATIONS,
+    OTHER,
+    OWN,
+    PATIENCE,
+    SPARE,
+    Ferried,
+    Kind,
+    Operation,
+    Side,
+    beside_a_transfer,
+    decode,
+    decode_fourth,
+    decode_several,
+    divide,
+    divide_own,
+    live_alike,
+    load,
+    moves_at_once,
+    pending_copy,
+    pending_shift,
+    remove_a_part,
+    save,
+    shares_a_window,
+    shift,
+    shift_own,
+    state_get,
+    state_get_all,
+    state_get_own,
+    state_set,
+)
+from support.like_contexts import CACHES, MakeContext
+from support.llama_reference import Context, Model
+from support.simulated_cuda import SimulatedCuda
+
+pytestmark = NEEDS_CUDA
+
+HOST_ONLY = pytest.mark.skipif(ON_GPU, reason="the queue holds transfers on the host alone")
+CPU_ONLY = pytest.mark.skipif(ON_GPU, reason="only a CPU's graph can be halted at a node")
+
+ATTENTION = ("llama", "deepseek2", "deepseek32", "qwen2vl")
+WINDOW = ("gemma3", "hybrid-iswa")
+RECURRENT = ("mamba", "hybrid", "hybrid-iswa")
+
+KINDS = [
+    *[("llama", cache) for cache in ("flash", "transposed", "streams", "q8_0")],
+    *[("gemma3", cache) for cache in ("flash", "transposed", "streams", "q8_0")],
+    *[(kind, cache) for kind in ("deepseek2", "qwen2vl") for cache in ("flash", "streams")],
+    ("deepseek32", "flash"),
+    ("mamba", "flash"),
+    *[(kind, cache) for kind in ("hybrid", "hybrid-iswa") for cache in ("flash", "streams")],
+]
+"""The kinds of model and cache, one for each way in which an operation may go wrong."""
+
+
+Alike = Callable[[str, str], tuple[Context, Context]]
+
+
+@pytest.fixture
+def alike(make_context: MakeContext, model: Callable[..., Model]) -> Alike:
+    """Makes two contexts of a kind of model and cache."""
+
+    def make(kind: str, cache: str) -> tuple[Context, Context]:
+        # Of fewer layers its states are so small that submitting them moves them.
+        chosen = model(kind, layers=16) if kind in WINDOW else model(kind)
+        return make_context(chosen, **CACHES[cache]), make_context(chosen, **CACHES[cache])
+
+    return make
+
+
+# ---- The table in kvferry.h ----------------------------------------------------------------------
+
+
+def table_of_the_header() -> dict[str, dict[Kind, str]]:
+    """By operation and transfer: what is allowed."""
+    header = Path(__file__).parents[3] / "include" / "kvferry.h"
+    _, text = header.read_text().split("What may be done while a transfer is in flight")
+    rows = [
+        [cell.strip() for cell in line.strip(" *|").split("|")]
+        for line in text.split("*/")[0].splitlines()
+        if line.startswith(" * | ")
+    ]
+    assert rows[0] == ["operation", "load in flight", "save in place in flight"]
+    return {operation: {"load": load, "save": save} for operation, load, save in rows[1:]}
+
+
+TABLE = table_of_the_header()
+FREES = "llama_free"
+
+
+def rule(transfer: Kind, row: str, kind: str) -> str:
+    """What a cell of the table says of this kind of model: "yes", "no", "waits" or a status."""
+    cell = TABLE[row][transfer]
+    if cell == "plain attention alone":
+        return "yes" if kind in ATTENTION else "no"
+    return cell.split(",")[0]
+
+
+# What llama.cpp b10361 can't do at all: of M-RoPE it says so; the others end the process.
+UNSHIFTABLE = ("qwen2vl", "deepseek32", *RECURRENT)
+
+
+def can(operation: Operation, kind: str) -> bool:
+    """Whether llama.cpp knows this operation for this kind of model."""
+    if operation in (shift, divide, shift_own, divide_own):
+        return kind not in UNSHIFTABLE
+    # A recurrent cell is kept whole or not at all.
+    return operation is not remove_a_part or kind not in RECURRENT
+
+
+def may_wait(operation: Operation, kind: str, cache: str) -> bool:
+    """Whether the operation, or the decode that is a part of it, may wait for the transfer."""
+    if operation in (shift, divide):
+        return True
+    if operation in (state_get, state_set) and "transposed" in cache:
+        return True  # cells of one sequence lie between those of another
+    if operation is state_set and kind in WINDOW:
+        return True  # it may get a cell of the window
+    decodes = operation not in (state_get, state_get_own, state_get_all, state_set, save, load)
+    return decodes and kind in RECURRENT
+
+
+def holding(context: Context) -> Literal["stream", "queue"]:
+    """How a transfer is held that shall not wait itself. The queue holds transfers on the host."""
+    return "queue" if moves_at_once(context) and not ON_GPU else "stream"
+
+
+def cells(*rules: str) -> list[Any]:
+    """The cells of the table that say so, as parameters: transfer, operation, kind, cache."""
+    transfers: list[Kind] = ["load", "save"]
+    return [
+        pytest.param(transfer, operation, kind, cache, id=f"{transfer}-{name}-{kind}-{cache}")
+        for transfer in transfers
+        for row, operations in OPERATIONS.items()
+        for operation in operations
+        for kind, cache in KINDS
+        if rule(transfer, row, kind) in rules and can(operation, kind)
+        # Where nothing is asserted of bytes, one cache is enough.
+        if "yes" in rules or cache == "flash"
+        for name in [operation.__name__]
+    ]
+
+
+def test_every_row_of_the_table_is_tested() -> None:
+    assert TABLE.keys() == {*OPERATIONS, FREES}
+    for operation in OPERATIONS:
+        for transfer in TABLE[operation]:
+            rules = {rule(transfer, operation, kind) for kind, _ in KINDS}
+            assert rules <= {"yes", "no", "waits", "KVF_ERR_BUSY"}
+
+
+@pytest.mark.parametrize(("transfer", "operation", "kind", "cache"), cells("yes", "waits"))
+def test_what_is_allowed_beside_a_transfer_is_done_as_by_llama_cpp(
+    cuda: SimulatedCuda,
+    alike: Alike,
+    transfer: Kind,
+    operation: Operation,
+    kind: str,
+    cache: str,
+) -> None:
+    ours, like = alike(kind, cache)
+    [row] = [row for row, operations in OPERATIONS.items() if operation in operations]
+    waits = rule(transfer, row, kind) == "waits"
+    held = holding(ours)
+    # A transfer that follows a stream keeps tokens and loads off a window.
+    off_a_window = held == "stream" and shares_a_window(ours)
+    may = waits or off_a_window or may_wait(operation, kind, cache)
+    outcome = beside_a_transfer(
+        cuda,
+        ours,
+        like,
+        transfer,
+        operation,
+        held=held,
+        # Others would wait until the test's time is over.
+        patience=PATIENCE if may else 20,
+    )
+    assert outcome.differences == []
+    assert outcome.status == "KVF_OK"
+    assert may or not outcome.waited
+    assert outcome.waited or not waits
+
+
+@pytest.mark.parametrize(("transfer", "operation", "kind", "cache"), cells("no"))
+def test_what_is_forbidden_beside_a_transfer_spoils_sequences_and_no_more(
+    cuda: SimulatedCuda,
+    alike: Alike,
+    transfer: Kind,
+    operation: Operation,
+    kind: str,
+    cache: str,
+) -> None:
+    ours, like = alike(kind, cache)
+    outcome = beside_a_transfer(cuda, ours, like, transfer, operation)
+    assert outcome.status == "KVF_OK"
+    for context in (ours, like):
+        context.clear()
+    # A cleared cache forgets what was spoiled.
+    logits = [context.decode(OWN, context.model.prompt(40)) for context in (ours, like)]
+    assert logits[0].tobytes() == logits[1].tobytes()
+    assert ours.state_get(OWN) == like.state_get(OWN)
+
+
+@pytest.mark.parametrize(("transfer", "operation", "kind", "cache"), cells("KVF_ERR_BUSY"))
+def test_what_is_refused_beside_a_transfer_changes_nothing(
+    cuda: SimulatedCuda,
+    alike: Alike,
+    transfer: Kind,
+    operation: Operation,
+    kind: str,
+    cache: str,
+) -> None:
+    def attempt(side: Side) -> None:
+        if isinstance(side, Ferried):
+            with pytest.raises(c_interface.Failure, match="KVF_ERR_BUSY"):
+                operation(side)
+
+    ours, like = alike(kind, cache)
+    outcome = beside_a_transfer(cuda, ours, like, transfer, attempt, held=holding(ours))
+    assert outcome.differences == []
+    assert outcome.status == "KVF_OK"
+
+
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize(("kind", "cache"), [one for one in KINDS if one[1] == "flash"])
+def test_a_context_that_is_freed_ends_its_transfers_first(
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str, transfer: Kind
+) -> None:
+    context, _ = alike(kind, cache)
+    live_alike(context)
+    state = context.state_get(OWN)
+    library = c_interface.Library(c_interface.LIBRARY)
+    with (
+        library.engine(copy_threads=1) as engine,
+        cuda.stream() as stream,
+        engine.attach(context.address) as attachment,
+    ):
+        buffer = ctypes.create_string_buffer(state, len(state))
+        submit = attachment.load if transfer == "load" else attachment.save
+        hold = ByUrgentCopies(engine) if holding(context) == "queue" else ByStream(stream)
+        job = submit(OWN, buffer, mode=c_interface.Mode.IN_PLACE, **hold.options)
+        context.close()
+        assert job.done
+        assert job.wait() == "KVF_ERR_CANCELLED"
+        hold.release()
+
+
+SNAPSHOT_ALLOWS = [
+    operation
+    for row, operations in OPERATIONS.items()
+    for operation in operations
+    if rule("save", row, "gemma3") == "no"
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation"),
+    [
+        (kind, operation)
+        for kind in ("llama", "gemma3", "hybrid")
+        for operation in SNAPSHOT_ALLOWS
+        if can(operation, kind)
+    ],
+)
+def test_a_snapshot_forbids_nothing(
+    cuda: SimulatedCuda, alike: Alike, kind: str, operation: Operation
+) -> None:
+    """It has been taken when the call returns, which waits for the stream."""
+    ours, like = alike(kind, "flash")
+    outcome = beside_a_transfer(cuda, ours, like, "save", operation, mode=c_interface.Mode.SNAPSHOT)
+    assert outcome.differences == []
+    assert outcome.status == "KVF_OK"
+
+
+# ---- The faults one by one -----------------------------------------------------------------------
+
+UNIFIED = [cache for cache, options in CACHES.items() if options.get("kv_unified", True)]
+SEPARATE = [cache for cache in CACHES if cache not in UNIFIED]
+
+SHIFTED = [
+    *[(kind, cache) for kind in ("llama", "gemma3") for cache in CACHES],
+    *[("deepseek2", cache) for cache in ("flash", "transposed", "streams")],
+]
+"""What llama.cpp can shift at all."""
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("shifted", [OTHER, OWN], ids=["of another sequence", "of its own"])
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize(("kind", "cache"), SHIFTED)
+def test_no_byte_moves_while_a_shift_rewrites_the_keys(
+    cuda: SimulatedCuda,
+    alike: Alike,
+    kind: str,
+    cache: str,
+    transfer: Kind,
+    shifted: int,
+) -> None:
+    """llama.cpp applies a pending shift at its next decode, to all keys of the cache: those that
+    need not be shifted are turned by zero. Here it is halted behind its first operation. Quantised
+    keys lie outside of the cache at that moment: what is loaded now is lost.
+    """
+    ours, like = alike(kind, cache)
+    outcome = beside_a_transfer(
+        cuda,
+        ours,
+        like,
+        transfer,
+        decode_fourth,
+        before=pending_shift(shifted),
+        release_at_node=1,
+    )
+    assert outcome.differences == []
+    assert outcome.waited
+
+
+@pytest.mark.parametrize(
+    ("operation", "held"),
+    [
+        (decode, "stream"),
+        (state_set, "stream"),
+        (load, "stream"),
+        pytest.param(decode, "queue", marks=HOST_ONLY),
+        pytest.param(state_set, "queue", marks=HOST_ONLY),
+        pytest.param(load, "queue", marks=HOST_ONLY),
+    ],
+)
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize("kind", WINDOW)
+@pytest.mark.parametrize("cache", UNIFIED)
+def test_no_cell_of_a_window_that_is_being_moved_goes_to_another_sequence(
+    cuda: SimulatedCuda,
+    alike: Alike,
+    kind: str,
+    cache: str,
+    transfer: Kind,
+    operation: Operation,
+    held: Literal["stream", "queue"],
+) -> None:
+    """A state has the cells that the window shows to the last token. llama.cpp takes for others
+    what the window hides from the next one.
+    """
+    ours, like = alike(kind, cache)
+    outcome = beside_a_transfer(cuda, ours, like, transfer, operation, held=held)
+    assert outcome.differences == []
+
+
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize("cache", ["flash", "streams"])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_a_recurrent_cell_that_llama_cpp_moves_keeps_its_bytes(
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str, transfer: Kind
+) -> None:
+    """Sequences that are decoded in one batch get neighbouring cells. Whoever is in the way goes to
+    another cell, and the graph copies its state there: a load still goes to the old one, where
+    another sequence is by then.
+    """
+    ours, like = alike(kind, cache)
+    outcome = beside_a_transfer(cuda, ours, like, transfer, decode_several)
+    assert outcome.differences == []
+
+
+@pytest.mark.parametrize(("kind", "cache"), SHIFTED)
+def test_a_sequence_is_saved_as_it_was_before_its_pending_shift(
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str
+) -> None:
+    ours, like = alike(kind, cache)
+    outcome = beside_a_transfer(cuda, ours, like, "save", decode_fourth, before=pending_shift(OWN))
+    assert outcome.differences == []
+
+
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize("cache", SEPARATE)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "hybrid", "deepseek2"])
+def test_a_sequence_onto_which_another_is_to_be_copied_is_moved_before(
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str, transfer: Kind
+) -> None:
+    """llama.cpp copies between streams at its next decode, over whatever has been loaded since."""
+    ours, like = alike(kind, cache)
+    outcome = beside_a_transfer(
+        cuda, ours, like, transfer, decode_fourth, before=pending_copy(OTHER, OWN)
+    )
+    assert outcome.differences == []
+
+
+@pytest.mark.parametrize("cache", SEPARATE)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "hybrid", "deepseek2"])
+def test_a_sequence_that_is_to_be_copied_is_loaded_before(
+    cuda: SimulatedCuda, alike: Alike, kind: str, cache: str
+) -> None:
+    """llama.cpp's copy is then one of what has been loaded; so is ours."""
+    ours, like = alike(kind, cache)
+    outcome = beside_a_transfer(
+        cuda, ours, like, "load", decode_fourth, before=pending_copy(OWN, SPARE)
+    )
+    assert outcome.differences == []

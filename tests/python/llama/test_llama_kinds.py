@@ -1,0 +1,163 @@
+"""Every kind of model and cache is saved and loaded as by llama.cpp's own calls, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+
+import kvferry
+import pytest
+from kvferry.tools.synthetic import GEOMETRIES, KINDS
+from support import c_interface
+from support.devices import DEVICES
+from support.like_contexts import (
+    CACHES,
+    LATENT,
+    OPAQUE,
+    MakeContext,
+    assert_moved_as_by_llama_cpp,
+    by_llama_cpp,
+)
+from support.llama_reference import Context
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """One is enough: what is moved does not depend on who waits for it."""
+    return "asyncio"
+
+
+def contiguous(context: Context) -> None:
+    # Longer than a sliding window, so that a part of it has been masked.
+    context.decode(0, context.model.prompt(2 * GEOMETRIES["small"].window))
+
+
+def in_turn(context: Context) -> None:
+    context.decode_in_turn([0, 1, 3], 20)
+
+
+def at_random(context: Context) -> None:
+    context.decode_at_random([0, 1, 3], 40)
+    # What is loaded has to find its cells between those of others.
+    context.seq_rm(1)
+
+
+HISTORIES = [contiguous, in_turn, at_random]
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [
+        (kind, cache)
+        for kind in KINDS
+        for cache in CACHES
+        if not (kind in LATENT and cache == "q8_0-keys-transposed")
+    ],
+)
+async def test_a_sequence_is_moved_as_by_llama_cpp(
+    make_context: MakeContext, kind: str, cache: str, history: Callable[[Context], None]
+) -> None:
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    history(ours)
+    history(like)
+    await assert_moved_as_by_llama_cpp(ours, like, 0, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_guard_of_a_kind_is_known_once_it_has_cells(
+    make_context: MakeContext, kind: str
+) -> None:
+    context = make_context(kind)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        context.decode(0, context.model.prompt(20))
+        await llama.save(0)
+        said = llama.describe()
+    assert (said["format"] == "opaque") == (kind in OPAQUE)
+    assert said["guarded_by"] == ("envelope" if kind in OPAQUE else "structure")
+
+
+@pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_loaded_sequence_replaces_what_was_there(
+    make_context: MakeContext, kind: str, cache: str
+) -> None:
+    ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
+    for context in (ours, like):
+        context.decode_in_turn([0, 1, 2], 20)
+        context.decode(2, context.model.prompt(50))
+    await assert_moved_as_by_llama_cpp(ours, like, 0, 2)
+    await assert_moved_as_by_llama_cpp(ours, like, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "hybrid-iswa"])
+async def test_a_window_kept_whole_is_moved_as_by_llama_cpp(
+    make_context: MakeContext, kind: str
+) -> None:
+    ours, like = (make_context(kind, swa_full=True) for _ in range(2))
+    for context in (ours, like):
+        context.decode_in_turn([0, 1], 50)
+    await assert_moved_as_by_llama_cpp(ours, like, 0, 2)
+
+
+@pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_state_goes_from_one_context_to_another(
+    make_context: MakeContext, kind: str, cache: str
+) -> None:
+    """Saved in one context and loaded into a fresh one, which has never seen a cell before."""
+    source, ours, like = (make_context(kind, **CACHES[cache]) for _ in range(3))
+    source.decode_in_turn([0, 1], 20)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(source.address)
+        snapshot = await llama.save(0)
+        state = by_llama_cpp(llama, snapshot)
+        llama = engine.attach(ours.address)
+        assert llama.fingerprint == snapshot.fingerprint
+        await llama.load(snapshot, 0)
+    like.state_set(0, state)
+    assert ours.state_get(0) == like.state_get(0)
+    assert ours.decode(0, [7]).tobytes() == like.decode(0, [7]).tobytes()
+
+
+async def test_a_sequence_that_fills_its_cache_is_moved_as_by_llama_cpp(
+    make_context: MakeContext,
+) -> None:
+    ours, like = (make_context("llama", kv_unified=False, n_ctx=1024) for _ in range(2))
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(ours.address)
+        for context in (ours, like):
+            context.decode(0, context.model.prompt(256))
+        snapshot = await llama.save(0)
+        await llama.load(snapshot, 3)
+        like.state_set(3, snapshot.to_bytes())
+        assert ours.state_get(3) == like.state_get(3)
+        assert ours.pos_max(3) == 255
+
+
+@pytest.mark.parametrize("flags", [0, c_interface.FORCE_BLOCKING], ids=["tap", "blocking"])
+def test_a_sequence_of_which_only_the_window_is_empty_does_not_hide_the_format(
+    make_context: MakeContext, flags: int
+) -> None:
+    """libllama calls it empty, and writes the cells that older tokens have in the other layers."""
+    whole = make_context("gemma3")
+    whole.decode(1, whole.model.prompt(60, seed=1))
+    state = whole.state_get(1)
+    ours = make_context("gemma3", n_ctx=1024, n_batch=32, n_ubatch=32)
+    for seed in range(20):
+        ours.decode(0, ours.model.prompt(32, seed=seed))
+    assert ours.seq_rm(0, 5, -1)
+    assert ours.pos_max(0) == -1
+    library = c_interface.Library(c_interface.LIBRARY)
+    with (
+        library.engine(devices=c_interface.Devices.HOST) as engine,
+        engine.attach(ours.address, flags) as attachment,
+    ):
+        buffer = ctypes.create_string_buffer(state, len(state))
+        assert attachment.load(1, buffer).wait() == "KVF_OK"
+        assert json.loads(attachment.describe())["guarded_by"] == "structure"
+    assert ours.state_get(1) == state

@@ -1,0 +1,285 @@
+"""The C functions for llama.cpp sequences, one by one, without what the package builds on them.
+
+For what the package does not let a test do: following streams, several attachments to one
+context, or several copies of the library in one process.
+
+    library = Library(LIBRARY)
+    with library.engine() as engine, engine.attach(context.address) as attachment:
+        job = attachment.save(0, buffer, stream=stream.handle)
+        assert job.wait() == "KVF_OK"
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from pathlib import Path
+from typing import Any
+
+import kvferry
+
+LIBRARY = Path(kvferry.__file__).parent / "lib" / "libkvferry.so.0"
+"""The library that the package itself uses."""
+
+u32, u64, text = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_char_p
+
+
+class EngineOptions(ctypes.Structure):
+    _fields_ = (
+        ("size", u32),
+        ("devices", u32),
+        ("flags", u32),
+        ("copy_threads", u32),
+        ("pinned_limit", u64),
+        ("staging_bytes", u64),
+        ("error", text),
+        ("error_size", u64),
+    )
+
+
+class LlamaOptions(ctypes.Structure):
+    _fields_ = (
+        ("size", u32),
+        ("flags", u32),
+        ("library", text),
+        ("error", text),
+        ("error_size", u64),
+    )
+
+
+class SubmitOptions(ctypes.Structure):
+    _fields_ = (
+        ("size", u32),
+        ("priority", u32),
+        ("queue", u64),
+        ("callback", ctypes.c_void_p),
+        ("user_data", u64),
+        ("mode", u32),
+        ("flags", u32),
+        ("error", text),
+        ("error_size", u64),
+        ("stream", u64),
+    )
+
+
+class Region(ctypes.Structure):
+    _fields_ = (
+        ("address", u64),
+        ("width", u64),
+        ("rows", u64),
+        ("pitch", u64),
+        ("offset", u64),
+        ("buffer_pitch", u64),
+    )
+
+
+class Completion(ctypes.Structure):
+    _fields_ = (
+        ("job", u64),
+        ("user_data", u64),
+        ("status", ctypes.c_int32),
+        ("mode", u32),
+        ("numbers", u64 * 6),
+        ("detail", ctypes.c_char * 128),
+        ("more_numbers", u64 * 2),
+    )
+
+
+class Devices(enum.IntEnum):
+    HOST = 1
+    CUDA = 2
+
+
+class Mode(enum.IntEnum):
+    AUTO = 0
+    IN_PLACE = 1
+    SNAPSHOT = 2
+
+
+FOLLOW_STREAM = 1
+TRUST_STATE = 2
+FORCE_BLOCKING = 2
+
+
+class Failure(Exception):
+    """A call returned an error; `name` is its status."""
+
+    def __init__(self, name: str, why: str = "") -> None:
+        super().__init__(f"{name}: {why}")
+        self.name = name
+
+
+class Library:
+    """A copy of libkvferry."""
+
+    def __init__(self, path: Path) -> None:
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.kvf_status_name.restype = text
+
+    def status_name(self, status: int) -> str:
+        name: bytes = self.functions.kvf_status_name(ctypes.c_int32(status))
+        return name.decode()
+
+    def call(self, function: str, *arguments: Any, error: Any = None) -> int:
+        status: int = getattr(self.functions, function)(*arguments)
+        if status < 0:
+            why = error.value.decode() if error is not None else ""
+            raise Failure(self.status_name(status), why)
+        return status
+
+    def engine(self, devices: Devices = Devices.CUDA, copy_threads: int = 0) -> Engine:
+        return Engine(self, devices, copy_threads)
+
+
+class Engine:
+    def __init__(self, library: Library, devices: Devices, copy_threads: int = 0) -> None:
+        self.library = library
+        error = ctypes.create_string_buffer(256)
+        options = EngineOptions(
+            size=ctypes.sizeof(EngineOptions),
+            devices=devices,
+            copy_threads=copy_threads,
+            error=ctypes.addressof(error),
+            error_size=len(error),
+        )
+        self.handle = u64()
+        library.call(
+            "kvf_engine_create", ctypes.byref(options), ctypes.byref(self.handle), error=error
+        )
+
+    def attach(self, context: int, flags: int = 0) -> Attachment:
+        return Attachment(self, context, flags)
+
+    def cancel(self) -> None:
+        self.library.call("kvf_engine_cancel", self.handle)
+
+    def save_regions(self, regions: ctypes.Array[Region], into: Any, **options: Any) -> Job:
+        arguments = (self.handle, regions, u64(len(regions)))
+        return _submit(self.library, "kvf_regions_save", *arguments, buffer=into, **options)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.call("kvf_engine_cancel", self.handle)
+        self.library.call("kvf_engine_destroy", self.handle)
+
+
+class Attachment:
+    def __init__(self, engine: Engine, context: int, flags: int) -> None:
+        self.engine = engine
+        self.library = engine.library
+        error = ctypes.create_string_buffer(256)
+        options = LlamaOptions(
+            size=ctypes.sizeof(LlamaOptions),
+            flags=flags,
+            error=ctypes.addressof(error),
+            error_size=len(error),
+        )
+        self.handle = u64()
+        self.library.call(
+            "kvf_llama_attach",
+            engine.handle,
+            ctypes.c_void_p(context),
+            ctypes.byref(options),
+            ctypes.byref(self.handle),
+            error=error,
+        )
+
+    def size(self, sequence: int) -> int:
+        nbytes = u64()
+        self.library.call("kvf_llama_size", self.handle, sequence, ctypes.byref(nbytes))
+        return nbytes.value
+
+    def save(self, sequence: int, into: Any, **options: Any) -> Job:
+        return self._submit("kvf_llama_save", sequence, into, **options)
+
+    def load(self, sequence: int, state: Any, **options: Any) -> Job:
+        return self._submit("kvf_llama_load", sequence, state, **options)
+
+    def _submit(self, function: str, sequence: int, buffer: Any, **options: Any) -> Job:
+        return _submit(self.library, function, self.handle, sequence, buffer=buffer, **options)
+
+    def remove(self, sequence: int) -> None:
+        self.library.call("kvf_llama_remove", self.handle, sequence)
+
+    def settle(self) -> int:
+        return self.library.call("kvf_llama_settle", self.handle)
+
+    def describe(self) -> str:
+        json = ctypes.create_string_buffer(8192)
+        self.library.call("kvf_llama_describe", self.handle, json, u64(len(json)), None)
+        return json.value.decode()
+
+    def detach(self) -> None:
+        self.library.call("kvf_llama_detach", self.handle)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def _submit(
+    library: Library,
+    function: str,
+    *arguments: Any,
+    buffer: Any,
+    stream: int | None = None,
+    mode: int = 0,
+    priority: int = 0,
+    trust: bool = False,
+) -> Job:
+    error = ctypes.create_string_buffer(256)
+    options = SubmitOptions(
+        size=ctypes.sizeof(SubmitOptions),
+        priority=priority,
+        mode=mode,
+        flags=(0 if stream is None else FOLLOW_STREAM) | (TRUST_STATE if trust else 0),
+        stream=stream or 0,
+        error=ctypes.addressof(error),
+        error_size=len(error),
+    )
+    job = u64()
+    library.call(
+        function,
+        *arguments,
+        buffer,
+        u64(len(buffer)),
+        ctypes.byref(options),
+        ctypes.byref(job),
+        error=error,
+    )
+    return Job(library, job, buffer)
+
+
+class Job:
+    """A transfer; it keeps its buffer."""
+
+    def __init__(self, library: Library, handle: ctypes.c_uint64, buffer: Any) -> None:
+        self.library = library
+        self.handle = handle
+        self._buffer = buffer
+        self.detail = ""
+
+    @property
+    def done(self) -> bool:
+        return self.library.call("kvf_job_poll", self.handle, None, u64(0)) == 1
+
+    def cancel(self) -> None:
+        self.library.call("kvf_job_cancel", self.handle)
+
+    def wait(self, timeout: float = 20) -> str:
+        """How it ended. Once: the handle is released."""
+        completion = Completion()
+        self.library.call(
+            "kvf_job_wait",
+            self.handle,
+            ctypes.c_int64(int(timeout * 1e9)),
+            ctypes.byref(completion),
+            u64(ctypes.sizeof(completion)),
+        )
+        self.library.call("kvf_job_release", self.handle)
+        self.detail = completion.detail.decode()
+        return self.library.status_name(completion.status)

@@ -1,0 +1,62 @@
+"""The CUDA driver under test: the simulated one, or with KVFERRY_TEST_GPU=1 that of a real GPU.
+
+A test module that asks for the fixtures `driver`, `cuda` or `simulated` (conftest.py) carries the
+mark `NEEDS_CUDA`. Such modules share a process, because kvferry opens the driver once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import kvferry
+import pytest
+from numpy.typing import NDArray
+
+from support.devices import ON_GPU
+from support.simulated_cuda import SimulatedCuda
+
+NEEDS_CUDA = pytest.mark.skipif(
+    not ON_GPU and "KVFERRY_SIMULATED_CUDA" not in os.environ,
+    reason="needs KVFERRY_SIMULATED_CUDA, or a GPU and KVFERRY_TEST_GPU=1",
+)
+
+
+class RealCuda(SimulatedCuda):
+    """The real driver, as far as it can do what the simulated one does."""
+
+    def __init__(self) -> None:
+        self.path = "libcuda.so.1"
+        self._library = ctypes.CDLL(self.path)
+
+    def free_word(self, word: ctypes.c_void_p, device: int) -> None:
+        """A real driver frees pinned memory only when no stream waits any more: it is left."""
+
+    def write(self, address: int, values: NDArray[Any]) -> None:
+        with self.context():
+            self.call(
+                "cuMemcpyHtoD_v2",
+                ctypes.c_uint64(address),
+                ctypes.c_void_p(values.ctypes.data),
+                ctypes.c_size_t(values.nbytes),
+            )
+
+    def read(self, values: NDArray[Any], address: int) -> None:
+        with self.context():
+            self.call(
+                "cuMemcpyDtoH_v2",
+                ctypes.c_void_p(values.ctypes.data),
+                ctypes.c_uint64(address),
+                ctypes.c_size_t(values.nbytes),
+            )
+
+
+def driver_under_test() -> SimulatedCuda:
+    return RealCuda() if ON_GPU else SimulatedCuda(os.environ["KVFERRY_SIMULATED_CUDA"])
+
+
+async def open_driver() -> None:
+    """Let kvferry open the driver."""
+    async with kvferry.Engine("cuda"):
+        pass

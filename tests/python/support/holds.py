@@ -1,0 +1,120 @@
+"""Ways to keep a transfer in flight until a test lets it go."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from support import c_interface
+from support.simulated_cuda import Stream
+
+
+class Releasable(Protocol):
+    def release(self) -> None:
+        """May come twice, from any thread."""
+
+
+class Hold(Releasable, Protocol):
+    """What is submitted with `options` does not move until `release`."""
+
+    options: dict[str, Any]
+
+    def holds(self, nbytes: int) -> bool:
+        """Whether it holds a transfer of so many bytes."""
+
+
+class NoHold:
+    """It moves at once."""
+
+    def __init__(self, priority: int = 0) -> None:
+        self.options: dict[str, Any] = {"priority": priority}
+
+    def holds(self, nbytes: int) -> bool:
+        return False
+
+    def release(self) -> None:
+        pass
+
+
+class ByStream:
+    """By a stream that it follows. What the submitting call moves itself waits as well."""
+
+    def __init__(self, stream: Stream, priority: int = 0) -> None:
+        self._stream = stream
+        self.options: dict[str, Any] = {"stream": stream.handle, "priority": priority}
+        stream.hold()
+
+    def holds(self, nbytes: int) -> bool:
+        return True
+
+    def release(self) -> None:
+        self._stream.release()
+
+
+class ByUrgentCopies:
+    """By a copy of some seconds in the same engine, which has one copy thread: background jobs on
+    host memory wait while anything urgent is to be copied. What the submitting call moves itself
+    moves at once.
+    """
+
+    _PIECE = 4 << 20
+    _PIECES = 5000
+
+    def __init__(self, engine: c_interface.Engine) -> None:
+        self.options: dict[str, Any] = {"priority": 0}
+        pieces = [ctypes.create_string_buffer(self._PIECE) for _ in range(3)]
+        # Not in turn, so that they don't become rows of a region.
+        choose = random.Random(0)
+        regions = (c_interface.Region * self._PIECES)()
+        for region in regions:
+            region.address = ctypes.addressof(choose.choice(pieces[1:]))
+            region.width = self._PIECE
+            region.rows = 1
+        self._pieces = pieces
+        self._job: c_interface.Job | None = engine.save_regions(regions, pieces[0], priority=1)
+        self._lock = threading.Lock()
+
+    def holds(self, nbytes: int) -> bool:
+        # What is smaller is copied by the call that submits it.
+        return nbytes > 32 << 10
+
+    def release(self) -> None:
+        with self._lock:
+            job, self._job = self._job, None
+            if job:
+                job.cancel()
+                job.wait()
+
+
+@contextmanager
+def released_after(seconds: float, *holds: Releasable) -> Iterator[threading.Event]:
+    """Release holds after a while, if what happens meanwhile waits for that. Gives an event that
+    says so.
+    """
+    waited = threading.Event()
+
+    def release() -> None:
+        waited.set()
+        for hold in holds:
+            hold.release()
+
+    timer = threading.Timer(seconds, release)
+    timer.start()
+    try:
+        yield waited
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.0005)

@@ -1,0 +1,72 @@
+"""Two contexts with one history: kvferry works on the one, llama.cpp's own calls on the other.
+
+Like must be compared with like. A state has the id of its sequence in its header and in every cell
+of an attention cache, and with `kv_unified` off its place among the streams; and the same state in
+other cells gives other logits, since sums are then taken in another order. What is decoded, edited
+and loaded in the same order in two contexts alike lies in the same cells, so that not one byte may
+differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import kvferry
+import numpy as np
+
+from support.devices import DEVICES
+from support.llama_reference import CacheType, Context
+
+MakeContext = Callable[..., Context]
+
+CACHES: dict[str, dict[str, Any]] = {
+    "flash": {},
+    "transposed": {"flash_attention": False},
+    "streams": {"kv_unified": False, "n_ctx": 2048},
+    "transposed-streams": {"flash_attention": False, "kv_unified": False, "n_ctx": 2048},
+    "f32": {"type_k": CacheType.F32, "type_v": CacheType.F32},
+    "q8_0": {"type_k": CacheType.Q8_0, "type_v": CacheType.Q8_0},
+    "q4_0": {"type_k": CacheType.Q4_0, "type_v": CacheType.Q4_0},
+    "q8_0-keys-transposed": {"flash_attention": False, "type_k": CacheType.Q8_0},
+}
+"""The ways in which llama.cpp lays out a cache, as changes of `ContextOptions`."""
+
+LATENT = {"deepseek2", "deepseek32", "deepseek4"}
+"""Kinds whose cache has keys only; b10361 wants one type for keys and values there."""
+
+OPAQUE = {"deepseek4", "qwen4exp", "qwen4exp-ngrams"}
+"""Kinds whose states are in formats that kvferry does not know."""
+
+RECURRENT = {"mamba", "hybrid", "hybrid-iswa", *OPAQUE}
+"""Kinds with a recurrent cell, or something like it: no part of their sequences can be removed."""
+
+ENVELOPE = 64
+"""Bytes that kvferry puts behind an opaque state."""
+
+
+def by_llama_cpp(llama: kvferry.Llama, snapshot: kvferry.Snapshot) -> bytes:
+    """What llama.cpp's own call would have saved: without the envelope of an opaque state."""
+    saved = snapshot.to_bytes()
+    return saved[:-ENVELOPE] if llama.describe()["guarded_by"] == "envelope" else saved
+
+
+async def assert_moved_as_by_llama_cpp(
+    ours: Context, like: Context, source: int, target: int
+) -> None:
+    """Saves `source` and loads it into `target`, in `ours` with kvferry, in `like` without."""
+    state = like.state_get(source)
+    assert ours.state_get(source) == state
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(ours.address)
+        snapshot = await llama.save(source)
+        assert llama.size(source) == snapshot.nbytes
+        assert by_llama_cpp(llama, snapshot) == state
+
+        assert like.state_set(target, state) == len(state)
+        loaded = like.state_get(target)
+        await llama.load(snapshot, target)
+        assert by_llama_cpp(llama, await llama.save(target)) == loaded
+    assert ours.state_get(target) == loaded
+    for seq in (target, source):
+        assert np.array_equal(ours.decode(seq, [7]), like.decode(seq, [7]))

@@ -1,0 +1,120 @@
+"""Pages of the documentation's site that are made from other files of the tree.
+
+A hook of mkdocs (mkdocs.yml names it). Files outside of docs/ become pages, and links between
+these files and the pages in docs/ are rewritten, so that a link works on disk and on the site.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from mkdocs.plugins import get_plugin_logger
+from mkdocs.structure.files import File
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+HEADER = "include/kvferry.h"
+GO_PACKAGE = "examples/go/kvferry"
+
+log = get_plugin_logger("site_pages")
+
+
+def header_page(source: str) -> str:
+    """The header, a heading for each of its sections."""
+    page = [
+        "# C reference",
+        f"This is `{HEADER}`, whole and unchanged, a heading for each of its sections.",
+    ]
+    # A section begins with a comment whose first line is a rule and whose second line is its title.
+    parts = re.split(r"^(?=/\* -{20,}\n)", source, flags=re.MULTILINE)
+    line = 1
+    for part in parts:
+        title = re.match(r"/\* -+\n \* ([^:.\n]+)", part)
+        page.append(f"## {title[1]}" if title else "## Introduction")
+        page.append(f'```c linenums="{line}"\n{part.rstrip()}\n```')
+        line += part.count("\n")
+    return "\n\n".join(page) + "\n"
+
+
+def go_page() -> str:
+    """What `go doc` says of the Go package."""
+    page = ["# Go reference"]
+    if shutil.which("go") is None:
+        page.append(
+            f"No Go was installed where this site was built. `go doc -all` in `{GO_PACKAGE}` shows "
+            "this page."
+        )
+    else:
+        text = subprocess.run(
+            ["go", "doc", "-all"],
+            cwd=ROOT / GO_PACKAGE,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        page.append(f"This is what `go doc -all` prints in `{GO_PACKAGE}`.")
+        # Its sections: CONSTANTS, VARIABLES, FUNCTIONS, TYPES.
+        for part in re.split(r"^(?=[A-Z]{5,}\n\n)", text, flags=re.MULTILINE):
+            title = re.match(r"[A-Z]{5,}\n\n", part)
+            page.append(f"## {title[0].strip().capitalize() if title else 'Package'}")
+            page.append(f"```go\n{part.removeprefix(title[0] if title else '').rstrip()}\n```")
+    return "\n\n".join(page) + "\n"
+
+
+def text_of(path: str) -> Callable[[], str]:
+    return (ROOT / path).read_text
+
+
+# Which file of the tree is which page.
+PAGES: dict[str, tuple[str, Callable[[], str]]] = {
+    "README.md": ("index.md", text_of("README.md")),
+    "CONTRIBUTING.md": ("contributing.md", text_of("CONTRIBUTING.md")),
+    "CHANGELOG.md": ("changelog.md", text_of("CHANGELOG.md")),
+    "examples/go/README.md": ("how-to/go-kvcache.md", text_of("examples/go/README.md")),
+    HEADER: ("reference/c.md", lambda: header_page((ROOT / HEADER).read_text())),
+    GO_PACKAGE: ("reference/go.md", go_page),
+}
+SOURCES = {page: source for source, (page, _) in PAGES.items()}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for page, content in PAGES.values():
+        files.append(File.generated(config, page, content=content()))
+    return files
+
+
+LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))")
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leads links of files to the pages that these files are on the site."""
+    here = page.file.src_uri
+    folder = Path(SOURCES.get(here, f"docs/{here}")).parent
+
+    def link(found: re.Match[str]) -> str:
+        parts = urlsplit(found[0])
+        if parts.scheme or not parts.path:
+            return found[0]
+        target = os.path.normpath(folder / parts.path)
+        if target in PAGES:
+            destination = PAGES[target][0]
+        elif target.startswith("docs/"):
+            destination = target.removeprefix("docs/")
+        else:
+            log.warning(f"{folder}: the link '{found[0]}' leads to a file that is no page")
+            return found[0]
+        relative = os.path.relpath(destination, Path(here).parent)
+        return parts._replace(path=relative).geturl()
+
+    return LINK.sub(link, markdown)
