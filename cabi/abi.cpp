@@ -8,6 +8,8 @@
 
 #include "engine/open_job.h"
 #include "llama/llama.h"
+#include "memory/layout_builder.h"
+#include "memory/registration.h"
 
 namespace kvf {
 namespace {

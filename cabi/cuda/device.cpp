@@ -1,6 +1,7 @@
 #include "cuda/device.h"
 
 #include "core/json.h"
+#include "memory/layout_builder.h"
 
 namespace kvf {
 namespace {

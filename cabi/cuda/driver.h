@@ -8,7 +8,7 @@
 
 #include "core/status.h"
 #include "cuda/driver_api.h"
-#include "memory/memory.h"
+#include "memory/pinner.h"
 
 namespace kvf {
 

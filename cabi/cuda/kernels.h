@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/driver.h"
-#include "memory/layout.h"
+#include "memory/pieces.h"
 
 namespace kvf {
 

@@ -4,6 +4,8 @@
 #include <new>
 #include <thread>
 
+#include "memory/layout_builder.h"
+
 namespace kvf {
 namespace {
 

@@ -7,6 +7,7 @@
 
 #include "core/thread.h"
 #include "memory/copy.h"
+#include "memory/idle.h"
 
 namespace kvf {
 namespace {

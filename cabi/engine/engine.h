@@ -11,6 +11,7 @@
 #include "engine/jobs_in_flight.h"
 #include "engine/locator.h"
 #include "engine/trace.h"
+#include "memory/pool.h"
 
 namespace kvf {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/device.h"
-#include "memory/memory.h"
+#include "memory/pages.h"
 
 namespace kvf {
 

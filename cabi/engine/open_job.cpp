@@ -1,5 +1,7 @@
 #include "engine/open_job.h"
 
+#include "memory/pages.h"
+
 namespace kvf {
 namespace {
 

@@ -15,7 +15,7 @@
 #include "jobs/gate.h"
 #include "jobs/owner.h"
 #include "jobs/queue.h"
-#include "memory/memory.h"
+#include "memory/registry.h"
 
 namespace kvf {
 

@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "jobs/landing.h"
-#include "memory/layout.h"
+#include "memory/pieces.h"
 
 namespace kvf {
 

@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 

@@ -1,6 +1,7 @@
 // Loads ahead: the bytes are brought to the device before it is known where they belong, and moved on within it. All of
 // them, whenever the layout comes; nothing where the job ends otherwise; and the memory is kept for the next, or goes.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 

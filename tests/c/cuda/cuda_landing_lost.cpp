@@ -1,6 +1,7 @@
 // Loads ahead on a device that fails when what was brought is moved on, and nothing else is under way: other devices go on, and this
 // one says so.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 

@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 

@@ -1,6 +1,7 @@
 // A job may move while its submitting call still records the rest. Committed, it completes once; taken back, it
 // moves no more when that returns, and nobody hears of it.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 

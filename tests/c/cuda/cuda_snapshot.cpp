@@ -1,6 +1,7 @@
 // A snapshot holds what memory held when it was taken, whatever is written there before it has moved; without
 // room for it, it fails and nothing has happened.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 

@@ -1,6 +1,7 @@
 // A save by snapshot completes while the device is busy with other work, whether or not the driver frees in the order
 // of streams; and memory that a snapshot has left is there for the next one.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 

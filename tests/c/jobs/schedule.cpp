@@ -4,6 +4,7 @@
 #include <deque>
 
 #include "check.hpp"
+#include "memory/layout_builder.h"
 
 using kvf::Direction;
 using kvf::GateCheck;
