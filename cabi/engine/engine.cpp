@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "core/json.h"
+#include "cuda/pinner.h"
 #include "host/device.h"
 
 namespace kvf {
@@ -56,6 +57,7 @@ void Engine::open_cuda(const kvf_engine_options &options) {
     const CUresult result = driver->cuDeviceGetCount(&count);
     if (result != CUDA_SUCCESS) no_cuda_ = kvf::describe(driver->error(result, "cuDeviceGetCount"));
     if (result == CUDA_SUCCESS && count == 0) no_cuda_ = "the CUDA driver shows no device";
+    const auto pinned = std::make_shared<CudaPinnedBudget>(CudaDevice::kPinnedBudget);
     const uint64_t named = options.cuda_devices;
     for (int ordinal = count; ordinal < 64; ++ordinal) {
         if (named >> ordinal & 1) note_no_cuda(ordinal, format("the CUDA driver shows %d", count));
@@ -65,9 +67,9 @@ void Engine::open_cuda(const kvf_engine_options &options) {
         if (named && !is_named) continue;
         try {
             auto context = std::make_shared<const CudaContext>(driver, ordinal);
-            devices_.push_back(
-                std::make_unique<CudaDevice>(*this, context, static_cast<uint32_t>(devices_.size()),
-                                             options.staging_bytes, cuda_copy_threads(options)));
+            devices_.push_back(std::make_unique<CudaDevice>(
+                *this, context, static_cast<uint32_t>(devices_.size()), options.staging_bytes,
+                pinned, cuda_copy_threads(options)));
             cuda_.push_back(std::move(context));
         } catch (const Error &error) {
             note_no_cuda(ordinal, kvf::describe(error));

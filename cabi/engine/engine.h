@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cuda/device.h"
-#include "cuda/stream.h"
+#include "cuda/stream_waits.h"
 #include "engine/dispatcher.h"
 #include "engine/jobs_in_flight.h"
 #include "engine/locator.h"

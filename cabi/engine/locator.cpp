@@ -7,16 +7,16 @@ bool Locator::on_cuda(uint64_t address, uint32_t &device) {
         device = known_device_;
         return true;
     }
-    CudaPlace place{};
-    if (!cuda_place(usable(contexts_), address, place)) return false;
+    const auto allocation = find_allocation(usable(contexts_), address);
+    if (!allocation) return false;
     for (size_t i = 0; i < contexts_.size(); ++i) {
-        if (contexts_[i]->ordinal() != place.ordinal) continue;
-        known_ = place;
+        if (contexts_[i]->ordinal() != allocation->ordinal) continue;
+        known_ = *allocation;
         device = known_device_ = static_cast<uint32_t>(i + 1); // after the host
         return true;
     }
     throw Error(KVF_ERR_UNREACHABLE,
-                format("CUDA device %d is not among the engine's", place.ordinal));
+                format("CUDA device %d is not among the engine's", allocation->ordinal));
 }
 
 // A driver refuses a copy from one allocation into another. What it does with a copy across addresses that nothing is

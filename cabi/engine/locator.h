@@ -1,7 +1,8 @@
 // Finds which device an address belongs to.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/allocation.h"
+#include "jobs/device.h"
 #include "memory/pages.h"
 
 namespace kvf {
@@ -29,7 +30,7 @@ private:
 
     const CudaContexts &contexts_;
     MappedCheck mapped_;
-    CudaPlace known_{}; // of the device below
+    CudaAllocation known_{}; // of the device below
     uint32_t known_device_ = 0;
     uint64_t neighbours_begin_ = 0, neighbours_end_ = 0; // ranges without a gap between them
 };

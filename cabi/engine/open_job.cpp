@@ -66,26 +66,26 @@ void OpenJob::add(uint32_t device, Layout &&layout) {
     hand_over(make_leg(device, std::move(layout)));
 }
 
-void OpenJob::approach(uint32_t device, std::shared_ptr<Landing> landing) {
-    Leg &leg = make_leg(device, landing->approach());
+void OpenJob::stage(uint32_t device, std::shared_ptr<LoadAhead> load_ahead) {
+    Leg &leg = make_leg(device, load_ahead->staging_layout());
     leg.parts.close();
-    leg.landing = std::move(landing);
+    leg.load_ahead = std::move(load_ahead);
     hand_over(leg);
 }
 
 void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     // What may throw comes first.
     const size_t open = job_->legs().size();
-    const Leg *const ahead = leg_with_landing();
-    const std::shared_ptr<Landing> landing = ahead ? ahead->landing : nullptr;
-    Layout landed;
-    const std::vector<Leg *> complete = add_rest(std::move(recorded.layouts), landed);
+    const Leg *const ahead = leg_with_load_ahead();
+    const std::shared_ptr<LoadAhead> load_ahead = ahead ? ahead->load_ahead : nullptr;
+    Layout staged;
+    const std::vector<Leg *> complete = add_rest(std::move(recorded.layouts), staged);
     committed_ = true;
     job_->commit(recorded);
     if (handle) *handle = job_->handle;
-    if (landing) {
-        job_->begin_work();
-        landing->land(job_, std::move(landed));
+    if (load_ahead) {
+        job_->begin_work(); // the copies within the device
+        load_ahead->place(job_, std::move(staged));
     }
     for (size_t i = 0; i < open; ++i) {
         Leg &leg = *job_->legs()[i];
@@ -95,9 +95,9 @@ void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     job_->end_work();
 }
 
-// Adds to legs what has not been added yet. Returns the new legs, which are complete. What belongs to a landing becomes
-// `landed`.
-std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Layout &landed) {
+// Adds to legs what has not been added yet. Returns the new legs, which are complete. The layout of what is staged becomes
+// `staged`.
+std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Layout &staged) {
     std::vector<Leg *> complete;
     complete.reserve(layouts.size());
     for (auto &[device, layout] : layouts) {
@@ -106,8 +106,8 @@ std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Layout &landed) {
         if (!leg) {
             complete.push_back(&make_leg(device, std::move(layout)));
             complete.back()->parts.close();
-        } else if (leg->landing) {
-            landed = std::move(layout);
+        } else if (leg->load_ahead) {
+            staged = std::move(layout);
         } else {
             leg->device.extend(*leg, std::move(layout));
         }
@@ -122,9 +122,9 @@ Leg *OpenJob::leg_on(uint32_t device) const {
     return nullptr;
 }
 
-const Leg *OpenJob::leg_with_landing() const {
+const Leg *OpenJob::leg_with_load_ahead() const {
     for (const auto &leg : job_->legs()) {
-        if (leg->landing) return leg.get();
+        if (leg->load_ahead) return leg.get();
     }
     return nullptr;
 }

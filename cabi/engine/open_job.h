@@ -22,16 +22,16 @@ public:
     const std::shared_ptr<Job> &job() const { return job_; }
 
     void add(uint32_t device, Layout &&layout);
-    // Brings the buffer to a landing on the device meanwhile: what is committed for that device is moved from there.
-    void approach(uint32_t device, std::shared_ptr<Landing> landing);
+    // Stages the buffer on the device, ahead of its layout: what is committed for that device is copied from there.
+    void stage(uint32_t device, std::shared_ptr<LoadAhead> load_ahead);
     // Nothing will be added: the job will complete. Where this throws, the job will not.
     void commit(Recorded &&recorded, kvf_job *handle);
 
 private:
     Leg &make_leg(uint32_t device, Layout &&layout);
     Leg *leg_on(uint32_t device) const;
-    const Leg *leg_with_landing() const;
-    std::vector<Leg *> add_rest(Layouts &&layouts, Layout &landed);
+    const Leg *leg_with_load_ahead() const;
+    std::vector<Leg *> add_rest(Layouts &&layouts, Layout &staged);
     void hand_over(Leg &leg);
 
     Engine &engine_;

@@ -72,7 +72,7 @@ void Job::commit(const JobRecord &record) noexcept {
 
 void Job::leg_ended(Leg &leg) {
     const std::shared_ptr<Job> alive = std::move(leg.job);
-    if (const std::shared_ptr<Landing> landing = leg.landing) landing->arrive();
+    if (const std::shared_ptr<LoadAhead> load_ahead = leg.load_ahead) load_ahead->staging_ended();
     end_work();
 }
 
@@ -117,7 +117,7 @@ void Job::release_resources() {
     if (resources_.on_end) resources_.on_end(completion_.status);
     resources_.on_end = nullptr;
     resources_.memory.reset();
-    for (const auto &leg : legs_) leg->landing.reset();
+    for (const auto &leg : legs_) leg->load_ahead.reset();
     resources_.keep_alive.clear();
     resources_.gate.reset();
 }

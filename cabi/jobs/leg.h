@@ -5,7 +5,7 @@
 #include <map>
 #include <memory>
 
-#include "jobs/landing.h"
+#include "jobs/load_ahead.h"
 #include "memory/pieces.h"
 
 namespace kvf {
@@ -25,8 +25,8 @@ struct Leg {
     const Direction direction; // the job's
     // From Device::submit() to Job::leg_ended(): keeps the job alive.
     std::shared_ptr<Job> job;
-    // Where the leg goes, if not to the addresses of its parts. Set before Device::submit().
-    std::shared_ptr<Landing> landing;
+    // The load ahead that the leg stages; NULL for any other leg. Set before Device::submit().
+    std::shared_ptr<LoadAhead> load_ahead;
 
     // The rest belongs to the device's schedule, and is guarded by the device's lock.
     Parts parts;

@@ -1,4 +1,4 @@
-"""Device memory, on the simulated CUDA driver; on a real GPU with KVFERRY_TEST_GPU=1."""
+"""Transfers of device memory: on the simulated CUDA driver, or on a GPU with KVFERRY_TEST_GPU=1."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ pytestmark = [
 def two_devices(simulated: SimulatedCuda) -> Iterator[SimulatedCuda]:
     simulated.set(devices=2)
     yield simulated
-    let_go_of_second_device(simulated)
+    release_second_device(simulated)
 
 
-def let_go_of_second_device(driver: SimulatedCuda) -> None:
+def release_second_device(driver: SimulatedCuda) -> None:
     if driver._retained.pop(1, None):
         driver.call("cuDevicePrimaryCtxRelease_v2", 1)
 
@@ -160,7 +160,7 @@ async def test_arrays_of_the_device_and_of_the_host_travel_together(cuda: Simula
 async def test_arrays_of_many_allocations_travel_together(
     cuda: SimulatedCuda, columns: slice
 ) -> None:
-    """Of neighbours equal parts look like rows of one array; yet no copy may span two of them."""
+    """Equal parts of neighbours look like rows of one array, but no copy may span two arrays."""
     if not ON_GPU:
         cuda.set(guard_pages=0)
     hosts = np.random.default_rng(3).integers(0, 256, (16, 2 << 20), np.uint8)
@@ -218,31 +218,38 @@ async def test_what_is_wrong_is_said(cuda: SimulatedCuda) -> None:
 
 
 def on_stream(array: DeviceArray, stream: int | None) -> View:
-    """The array as a library shows it whose work on it is queued on that stream."""
+    """Returns the array as a library describes it that has queued work on that stream."""
     shown = View(array, *[np.empty(array.shape, array.dtype)] * 2)
     shown.__cuda_array_interface__["stream"] = stream
     return shown
 
 
 async def pass_by(engine: kvferry.Engine, array: DeviceArray) -> bytes:
-    """What a transfer that follows nothing finds in the array, after it has overtaken others."""
+    """Returns what a transfer without a stream reads from the array; it overtakes others."""
     return (await engine.copy_out(array, priority="urgent")).to_bytes()
 
 
-@pytest.mark.parametrize("default", [None, 1, 2], ids=["a stream", "legacy", "per thread"])
-async def test_a_save_follows_the_stream_that_the_array_names(
-    cuda: SimulatedCuda, default: int | None
+async def assert_a_save_follows_the_stream(
+    cuda: SimulatedCuda, default: int | None, device: int = 0
 ) -> None:
+    """The stream, a new one or a default one, holds a copy into the array that is saved."""
     before, after = numbers(), -numbers()
-    with cuda.array(before) as array, cuda.array(after) as computed:
+    with cuda.array(before, device) as array, cuda.array(after, device) as computed:
         async with kvferry.Engine("cuda") as engine:
-            with cuda.stream(default) as stream:
+            with cuda.stream(default, device) as stream:
                 stream.hold()
                 stream.copy(array, computed)
                 transfer = await engine.start_copy_out(on_stream(array, stream.handle))
                 assert await pass_by(engine, array) == before.tobytes()
                 stream.release()
                 assert (await transfer.wait()).to_bytes() == after.tobytes()
+
+
+@pytest.mark.parametrize("default", [None, 1, 2], ids=["a stream", "legacy", "per thread"])
+async def test_a_save_follows_the_stream_that_the_array_names(
+    cuda: SimulatedCuda, default: int | None
+) -> None:
+    await assert_a_save_follows_the_stream(cuda, default)
 
 
 async def test_a_load_follows_the_stream_that_the_array_names(cuda: SimulatedCuda) -> None:
@@ -298,7 +305,7 @@ async def test_arrays_of_several_streams_need_one_stream(cuda: SimulatedCuda) ->
                     await engine.copy_out(both)
                 packed = await engine.copy_out(both, after_stream=one.handle)
                 assert packed.to_bytes() == host.tobytes() * 2
-            # No stream, and twice the same, are not several.
+            # Arrays without a stream, or with the same one, do not name several streams.
             same = [on_stream(first, 1), on_stream(second, None), on_stream(second, 1)]
             assert (await engine.copy_out(same)).nbytes == 3 * host.nbytes
 
@@ -340,7 +347,7 @@ async def test_a_stream_waits_for_a_transfer(cuda: SimulatedCuda, cancelled: boo
                     await transfer.wait()
                 waiting.synchronize()
                 assert np.array_equal(reader.download(), before if cancelled else after)
-                # One that has ended is not waited for.
+                # The stream does not wait for a transfer that has ended.
                 transfer.stream_wait(waiting.handle)
                 waiting.synchronize()
 
@@ -349,17 +356,7 @@ async def test_a_stream_waits_for_a_transfer(cuda: SimulatedCuda, cancelled: boo
 async def test_a_default_stream_is_followed_on_whichever_device_it_holds_work(
     two_devices: SimulatedCuda, default: int
 ) -> None:
-    simulated = two_devices
-    before, after = numbers(), -numbers()
-    with simulated.array(before, device=1) as array, simulated.array(after, device=1) as computed:
-        async with kvferry.Engine("cuda") as engine:
-            with simulated.stream(default, device=1) as stream:
-                stream.hold()
-                stream.copy(array, computed)
-                transfer = await engine.start_copy_out(on_stream(array, stream.handle))
-                assert await pass_by(engine, array) == before.tobytes()
-                stream.release()
-                assert (await transfer.wait()).to_bytes() == after.tobytes()
+    await assert_a_save_follows_the_stream(two_devices, default, device=1)
 
 
 # ---- Sequences: a cache on the host, beside a device --------------------------------------------
@@ -369,7 +366,7 @@ async def test_a_default_stream_is_followed_on_whichever_device_it_holds_work(
 def sequences(
     simulated: SimulatedCuda, make_context: Callable[..., Any]
 ) -> Iterator[tuple[c_interface.Attachment, Any]]:
-    """An attachment and its context; its sequence 0 has cells."""
+    """An attachment and its context, whose sequence 0 has cells."""
     context = make_context("llama")
     context.decode(0, context.model.prompt(100))
     library = c_interface.Library(c_interface.LIBRARY)
@@ -382,7 +379,7 @@ def room_for(attachment: c_interface.Attachment, sequence: int) -> Any:
 
 
 def passed_calls(attachment: c_interface.Attachment) -> int:
-    """How many calls libllama has made past the recording."""
+    """Returns how many calls of libllama were not recorded."""
     passed: int = json.loads(attachment.describe())["passed_calls"]
     return passed
 
@@ -400,7 +397,7 @@ async def test_a_snapshot_is_taken_after_the_streams_work(
             0,
             buffer,
             stream=stream.handle,
-            mode=c_interface.Mode.SNAPSHOT,
+            mode=c_interface.SaveMode.SNAPSHOT,
         )
         await anyio.sleep(0.05)
         assert not save.done()
@@ -430,7 +427,7 @@ async def test_on_a_lost_device_libllama_copies_nothing_itself(
     passed = passed_calls(attachment)
     buffer = room_for(attachment, 0)
 
-    # Whoever asks the driver whose a tensor is, learns that the device is lost.
+    # Asking the driver where a tensor is reports that the device is lost.
     simulated.fail("cuPointerGetAttributes", nth, Error.ECC_UNCORRECTABLE, forever=True)
     with pytest.raises(c_interface.Failure, match="KVF_ERR_DEVICE_LOST"):
         attachment.save(0, buffer)
@@ -482,7 +479,7 @@ async def test_attachments_to_one_context_know_of_each_others_transfers(
                 attempt()
         load.cancel()
         assert load.wait() == "KVF_ERR_CANCELLED"
-        # Its cells are without their bytes: nobody is to save them.
+        # Its cells do not have their bytes: no save may read them.
         with pytest.raises(c_interface.Failure, match="KVF_ERR_SEQUENCE_EMPTY"):
             other.save(1, room_for(other, 0))
         assert one.settle() == 0
@@ -597,7 +594,7 @@ async def test_a_dlpack_array_is_saved_after_its_librarys_work(
 async def test_an_interface_that_names_no_stream_is_asked_for_one_by_dlpack(
     cuda: SimulatedCuda,
 ) -> None:
-    """As PyTorch's tensors: both protocols, and version 2 of the interface."""
+    """An array with both protocols, and version 2 of the interface, as PyTorch's tensors have."""
     before, after = numbers(), -numbers()
     with cuda.array(before) as array, cuda.array(after) as computed:
         async with kvferry.Engine("cuda") as engine:
@@ -627,7 +624,7 @@ async def test_dlpack_arrays_join_the_stream_that_is_followed(cuda: SimulatedCud
                     (stream.handle, stream.handle, None),
                     (stream.handle, 1, stream.handle),
                     (2, None, 2),
-                    (1, None, 0),  # DLPack doesn't know CUDA's other name of the legacy stream
+                    (1, None, 0),  # CUDA also calls the legacy stream 0, DLPack does not
                 ]:
                     shown = LibraryArray(host, array.address, device=(dlpack.CUDA, 0))
                     both = [shown, on_stream(array, named)]
@@ -650,7 +647,7 @@ async def test_a_load_into_a_dlpack_array(cuda: SimulatedCuda) -> None:
         assert np.array_equal(array.download(), expected)
 
 
-async def test_a_dlpack_array_is_given_back_once_however_its_transfer_ends(
+async def test_a_dlpack_array_is_released_once_however_its_transfer_ends(
     simulated: SimulatedCuda,
 ) -> None:
     host = numbers()
@@ -740,17 +737,17 @@ async def test_a_lost_device_is_an_exception_of_its_own(simulated: SimulatedCuda
                 await engine.copy_out(array)
             assert [d.get("broken") for d in engine.describe()["devices"]] == [None, False, True]
             assert (await engine.copy_out(other)).to_bytes() == host.tobytes()
-        # The test's own context of the device is as lost as the engine's.
+        # The test's own context of the device is lost too.
         with pytest.raises(Exception, match="214"):
             array.close()
-    let_go_of_second_device(simulated)
+    release_second_device(simulated)
 
 
 # ---- With PyTorch and transformers ---------------------------------------------------------------
 
 
 def missing_for_transformers() -> str:
-    """Why the test below cannot run here, or ""."""
+    """Returns why the test below cannot run here, or ""."""
     for module in ("torch", "transformers"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
@@ -760,7 +757,7 @@ def missing_for_transformers() -> str:
 
 
 def cache_tensors(cache: Any) -> list[Any]:
-    """The keys and values of a DynamicCache, whatever its version calls them."""
+    """Returns the keys and values of a DynamicCache, whose names depend on the version."""
     if hasattr(cache, "layers"):
         return [t for layer in cache.layers for t in (layer.keys, layer.values)]
     return [*cache.key_cache, *cache.value_cache]
@@ -791,7 +788,7 @@ async def test_a_transformers_cache_is_saved_beside_decoding_and_loaded_back() -
         return logits
 
     def decode_another() -> int:
-        """Another request, decoded until told to stop; how many tokens."""
+        """Decodes another request until told to stop; returns the number of tokens."""
         cache, tokens = DynamicCache(), torch.randint(1000, (1, 64), device="cuda")
         count = 0
         while not stop:
@@ -822,7 +819,7 @@ async def test_a_transformers_cache_is_saved_beside_decoding_and_loaded_back() -
     assert decoded > 0
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
-    # What comes next is what would have come.
+    # The next token is the one that the request would have got.
     untouched = DynamicCache()
     step(untouched, prompt)
     assert torch.equal(step(cache, token), step(untouched, token))
