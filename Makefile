@@ -79,6 +79,7 @@ help:
 	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"
 	@echo "make tidy      clang-tidy (slow)"
+	@echo "make dist      the files of a release, checked, in dist/"
 	@echo "make setup     only the set-up: .venv, libllama, llama-cpp-python"
 	@echo "make clean     removes what was built; make distclean also what was fetched"
 	@echo "ARGS=...       more arguments for the program behind a target: make test-python ARGS='-k cancel'"
@@ -167,6 +168,26 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 	    --config-settings=build-dir=build/python .
 	touch $@
 
+# ---- The files of a release ------------------------------------------------------------------------------------------
+
+# The oldest systems that the wheel has to run on (CMakeLists.txt says how). auditwheel refuses a wheel that does not, and
+# otherwise only renames it; it may find that the wheel runs on older ones yet.
+PLATFORM := manylinux_2_28_x86_64
+DIST := dist/.checked
+
+.PHONY: dist
+dist: $(DIST)
+
+# The wheel is built from the source distribution, which so shows that it is complete.
+$(DIST): $(TOOLS) $(PACKAGE_SOURCES)
+	rm -rf dist
+	python -m build --no-isolation --sdist --outdir dist >/dev/null
+	python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/built dist/kvferry-*.tar.gz
+	auditwheel repair --plat $(PLATFORM) --wheel-dir dist dist/built/kvferry-*.whl
+	rm -r dist/built
+	python -m twine check --strict dist/kvferry-*
+	touch $@
+
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # For whoever names no libllama.
@@ -236,10 +257,12 @@ test-tsan: build/tsan/build.ninja
 	cmake --build build/tsan --parallel $(JOBS)
 	$(FIXED_LAYOUT) $(CTEST) --test-dir build/tsan $(ARGS)
 
-# The package by pip, as a newcomer installs it, and the programs of examples/ from there. (By CMake: test-c.)
+# The package by pip, as a newcomer installs it, and the programs of examples/ from there. (By CMake: test-c.) And the files
+# of a release, on every Python that they are for.
 .PHONY: test-install
-test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
-	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC)
+test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL) $(DIST)
+	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC) dist/kvferry-*.whl
+	tests/install/release.sh dist
 
 # The programs of examples/ from the source tree. (Those in Go: test-go.)
 .PHONY: test-examples
@@ -254,7 +277,7 @@ SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
 LLAMA_TESTS_ON_CUDA := $(addprefix tests/python/llama/,test_llama_in_flight.py test_llama_random.py)
-PYTHON_TESTS_ON_CUDA := tests/python/test_cuda.py $(LLAMA_TESTS_ON_CUDA)
+PYTHON_TESTS_ON_CUDA := tests/python/cuda $(LLAMA_TESTS_ON_CUDA)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
@@ -392,6 +415,8 @@ docs: $(SITE_TOOLS)
 C_SOURCES := $(shell find include cabi tests bench examples \
     -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' 2>/dev/null)
 GO_SOURCES := $(shell find examples/go tests/install -name '*.go' 2>/dev/null)
+STATICCHECK_VERSION := v0.8.2
+STATICCHECK := .venv/.staticcheck-$(STATICCHECK_VERSION)
 
 MARKDOWN := $(shell git ls-files '*.md' 2>/dev/null)
 
@@ -411,10 +436,18 @@ lint-c: $(TOOLS)
 
 .PHONY: lint-go
 ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)
-lint-go: $(GO_LIBRARY)
+lint-go: $(GO_LIBRARY) $(STATICCHECK)
 	unformatted=$$(gofmt -l $(GO_SOURCES)); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
-	cd examples/go && go vet ./... && cd kvferry && go vet ./...
+	for module in examples/go examples/go/kvferry; do (cd $$module && go vet ./... && staticcheck ./...); done
 endif
+
+# Staticcheck refuses code that wants a newer Go than the one that has built it. So it is built by the Go that builds
+# examples/go, which an older `go` fetches.
+$(STATICCHECK): examples/go/go.mod $(VENV)
+	rm -f .venv/.staticcheck-*
+	cd examples/go && GOTOOLCHAIN=$$(go env GOVERSION) GOBIN=$(CURDIR)/.venv/bin \
+	    go install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION)
+	touch $@
 
 # Plain words, as tools/prose.toml has them; and Markdown's lines of one width.
 .PHONY: lint-prose

@@ -1,43 +1,42 @@
-// Device memory that a lane stages pieces in: one allocation, handed out in segments. A few large segments for urgent
-// jobs, for each copy costs the engine some microseconds; several small ones where jobs are paced.
+// The device memory that a lane stages pieces in: one allocation, handed out in segments. Urgent jobs get a few large
+// segments, since each copy costs the copy engine some microseconds; paced jobs get several small ones.
 #pragma once
 
 #include <array>
 #include <mutex>
 
-#include "cuda/driver.h"
+#include "cuda/memory.h"
 
 namespace kvf {
 
-struct CudaStaging {
-    CUdeviceptr memory = 0; // aligned as kAlignment; 0: none
+struct CudaSegment {
+    CUdeviceptr address = 0; // a multiple of CudaArena::kAlignment; 0: no segment
     uint64_t bytes = 0;
-    explicit operator bool() const { return memory != 0; }
+    explicit operator bool() const { return address != 0; }
 };
 
-// One thread takes and gives back; any thread may trim.
+// One thread acquires and releases segments; any thread may trim.
 class CudaArena {
 public:
     static constexpr uint64_t kAlignment = 512;
     static constexpr uint64_t kLeast = 256 << 10; // less is of no use
 
-    // `bytes` at most. Takes nothing yet.
+    // `bytes` at most. Allocates nothing yet.
     CudaArena(const CudaContext &context, uint64_t bytes) : context_(context), most_(bytes) {}
-    ~CudaArena() { trim(); }
     CudaArena(const CudaArena &) = delete;
     CudaArena &operator=(const CudaArena &) = delete;
 
-    // Has the memory from the driver: less where that is short. Throws where there is less than kLeast.
+    // Allocates the memory, less where the device is short of it. Throws where there is less than kLeast.
     void allocate();
     bool is_allocated() const { return bytes() > 0; }
     uint64_t bytes() const {
         std::lock_guard lock(mutex_);
-        return bytes_;
+        return memory_.bytes();
     }
-    // `least` to `most` bytes, what is free first; none where no gap is as large.
-    CudaStaging take(uint64_t least, uint64_t most);
-    void put_back(CudaStaging staging) noexcept;
-    // Gives the memory back to the system, unless some of it is in use.
+    // Returns the first free segment of `least` bytes or more, cut to `most`; none where no gap is that large.
+    CudaSegment acquire(uint64_t least, uint64_t most);
+    void release(CudaSegment segment) noexcept;
+    // Frees the memory, unless some of it is in use.
     void trim() noexcept;
 
 private:
@@ -46,9 +45,8 @@ private:
     const CudaContext &context_;
     const uint64_t most_;
     mutable std::mutex mutex_;
-    CUdeviceptr memory_ = 0;
-    uint64_t bytes_ = 0;
-    std::array<CudaStaging, kSegments> segments_; // in the order of their addresses
+    CudaDeviceMemory memory_;
+    std::array<CudaSegment, kSegments> segments_; // in use, in the order of their addresses
     size_t count_ = 0;
 };
 

@@ -3,11 +3,28 @@
 #include <algorithm>
 
 namespace kvf {
+namespace {
+
+// Bytes that have one distance between staging and the buffer, which one copy moves, across pieces too.
+struct Stretch {
+    uint64_t place = 0;  // in staging
+    uint64_t offset = 0; // in the buffer
+    uint64_t bytes = 0;
+
+    // Adds bytes that have the same distance. Returns false for others.
+    bool extend(uint64_t next_place, uint64_t next_offset, uint64_t next_bytes) {
+        if (bytes == 0 || next_place - place != next_offset - offset) return false;
+        bytes = next_place + next_bytes - place;
+        return true;
+    }
+};
+
+} // namespace
 
 void CudaCopies::send_table(const CudaSlot &slot) const {
     if (slot.rows_in == CudaRowsIn::Resident) return planner_.resident().send(slot.stream);
     if (slot.rows_in == CudaRowsIn::Pieces) return;
-    CudaRowTable &table = slot.table->table();
+    CudaRowTable &table = *slot.table;
     table.clear();
     for (size_t i = 0; i < slot.pieces.size(); ++i) table.add(slot.pieces[i], slot.places[i]);
     table.send(slot.stream);
@@ -15,9 +32,9 @@ void CudaCopies::send_table(const CudaSlot &slot) const {
 
 void CudaCopies::launch(const CudaSlot &slot, uint32_t blocks) const {
     const auto launch = [&](const CudaRows &rows) {
-        kernels_->launch(direction_, slot.staging.memory, rows, blocks, slot.stream);
+        kernels_->launch(direction_, slot.staging.address, rows, blocks, slot.stream);
     };
-    if (slot.rows_in == CudaRowsIn::Table) return launch(slot.table->table().rows());
+    if (slot.rows_in == CudaRowsIn::Table) return launch(slot.table->rows());
     for (size_t i = 0; i < slot.pieces.size(); ++i) {
         const Piece &piece = slot.pieces[i];
         launch(slot.rows_in == CudaRowsIn::Resident
@@ -33,17 +50,16 @@ void CudaCopies::copy(const CudaSlot &slot) const {
 // Between the cache and the host.
 void CudaCopies::copy_direct(const CudaSlot &slot) const {
     const Job &job = *slot.leg->job;
-    unsigned char *packed = slot.bounce ? slot.bounce->memory() : nullptr;
+    unsigned char *packed = slot.bounce ? slot.bounce->data() : nullptr;
     for (const Piece &piece : slot.pieces) {
+        const kvf_region &block = piece.block;
         if (piece.runs) {
             const Run run = piece.run(0);
             copy_run(slot, run.address, job.pinned ? job.buffer + run.offset : packed, run.bytes);
         } else if (job.pinned) {
-            const kvf_region &block = piece.block;
             copy_rows(slot, block.address, block.pitch, job.buffer + block.offset,
                       block.buffer_pitch, block.width, block.rows);
         } else {
-            const kvf_region &block = piece.block;
             copy_rows(slot, block.address, block.pitch, packed, block.width, block.width,
                       block.rows);
         }
@@ -54,44 +70,38 @@ void CudaCopies::copy_direct(const CudaSlot &slot) const {
 // Between staging and the host.
 void CudaCopies::copy_gathered(const CudaSlot &slot) const {
     const Job &job = *slot.leg->job;
-    const CUdeviceptr staging = slot.staging.memory;
-    if (!job.pinned) return copy_run(slot, staging, slot.bounce->memory(), slot.bytes);
-    // What has one distance between staging and the buffer is one copy, across pieces too.
-    uint64_t place = 0, offset = 0, bytes = 0;
-    bool has_room = false; // before it, for the rest of its line in the host
+    const CUdeviceptr staging = slot.staging.address;
+    if (!job.pinned) return copy_run(slot, staging, slot.bounce->data(), slot.bytes);
+    Stretch stretch;
     const auto flush = [&] {
-        if (!bytes) return;
-        const auto begin = reinterpret_cast<uint64_t>(job.buffer) + offset;
-        const uint64_t before = has_room ? std::min(begin % CudaPlanner::kHostLine, offset) : 0;
-        copy_run(slot, staging + place - before, job.buffer + offset - before, bytes + before);
-        bytes = 0;
+        if (stretch.bytes == 0) return;
+        copy_run(slot, staging + stretch.place, job.buffer + stretch.offset, stretch.bytes);
+        stretch.bytes = 0;
     };
-    const auto extend = [&](uint64_t next_place, uint64_t next_offset, uint64_t next_bytes,
-                            bool is_first) {
-        const bool follows = bytes && next_place - place == next_offset - offset;
-        if (!follows) {
-            flush();
-            place = next_place;
-            offset = next_offset;
-            has_room = is_first && direction_ == Direction::Load;
-        }
-        bytes = next_place + next_bytes - place;
+    const auto add = [&](uint64_t place, uint64_t offset, uint64_t bytes, bool is_first) {
+        if (stretch.extend(place, offset, bytes)) return;
+        flush();
+        // Pieces that are loaded have room in staging for what precedes them on their line in the host.
+        const auto begin = reinterpret_cast<uint64_t>(job.buffer) + offset;
+        const bool has_room = is_first && direction_ == Direction::Load;
+        const uint64_t before = has_room ? std::min(begin % CudaPlanner::kHostLine, offset) : 0;
+        stretch = {place - before, offset - before, bytes + before};
     };
     for (size_t i = 0; i < slot.pieces.size(); ++i) {
         const Piece &piece = slot.pieces[i];
         const kvf_region &block = piece.block;
         uint64_t at = slot.places[i];
         if (piece.is_packed()) {
-            extend(at, piece.offset(), piece.bytes, true);
+            add(at, piece.offset(), piece.bytes, true);
         } else if (piece.runs) {
             for (uint64_t k = 0; k < piece.count; ++k) {
                 const Run run = piece.run(k);
-                extend(at, run.offset, run.bytes, k == 0);
+                add(at, run.offset, run.bytes, k == 0);
                 at += run.bytes;
             }
         } else if (block.buffer_pitch > max_pitch_) {
             for (uint64_t k = 0; k < block.rows; ++k) {
-                extend(at, block.offset + k * block.buffer_pitch, block.width, k == 0);
+                add(at, block.offset + k * block.buffer_pitch, block.width, k == 0);
                 at += block.width;
             }
         } else {

@@ -1,5 +1,5 @@
-// Queues on a slot's stream what moves its pieces: copies, tables of rows, kernels. All of it may throw what the driver
-// says, and then some may have been queued.
+// Queues on a slot's stream what moves its pieces: copies, tables of rows, kernels. Each function may throw what the driver
+// says, after it has queued a part of that.
 #pragma once
 
 #include "cuda/planner.h"
@@ -14,10 +14,11 @@ public:
         : driver_(context.driver()), kernels_(kernels), direction_(direction),
           max_pitch_(max_pitch), planner_(planner) {}
 
-    // For a slot that is staged: the table that launch() wants, and the kernels between the cache and staging.
+    // For a slot that is staged: send_table() sends the table that launch() needs; launch() moves the rows between the
+    // cache and staging.
     void send_table(const CudaSlot &slot) const;
     void launch(const CudaSlot &slot, uint32_t blocks) const;
-    // To the host, or from there: the job's buffer, or the bounce buffer.
+    // Copies between the device and the host, where the pieces are in the job's buffer or in the bounce buffer.
     void copy(const CudaSlot &slot) const;
 
 private:

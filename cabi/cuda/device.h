@@ -1,15 +1,40 @@
-// A CUDA device: its context, a pump for each direction, and the copies aside that snapshots need.
+// A CUDA device: its context, a pump for each direction, loads ahead and snapshots.
+//
+// The room, from the bottom up:
+//
+//     driver_api, driver            the driver's functions, opened at run time
+//     context, pinner, allocation   a device's context; pinning host memory; whose memory a pointer names
+//     memory, arena, free_list,
+//         pinned_budget             memory that the library takes for itself, handed out in segments, or kept for reuse
+//     kernels, tables               the gather and scatter kernels, and the rows that they move
+//     lane_memory, slot             what a piece needs while it moves
+//     planner, copies               which pieces, which way, where in staging; and what the driver is told
+//     pacer, pace                   how large background copies are, and how many are queued
+//     lane_schedule, lane           which leg moves next; the pump
+//     ahead_memory, placer,
+//         load_ahead                loads ahead
+//     snapshots                     copies aside, for saves of caches that change
+//     device                        all of these as a device of the engine's
+//     stream_events, stream_waits   jobs that follow a caller's stream, and streams that wait for jobs
 #pragma once
 
 #include "cuda/lane.h"
+#include "cuda/load_ahead.h"
+#include "cuda/snapshots.h"
 #include "jobs/device.h"
 
 namespace kvf {
 
 class CudaDevice final : public Device {
 public:
+    // So much may all devices of an engine pin together, beside CudaLaneMemory::kLeastPinned for each lane: two devices have
+    // all that they can use.
+    static constexpr uint64_t kPinnedBudget =
+        4 * (CudaLaneMemory::kMostPinned - CudaLaneMemory::kLeastPinned);
+
     CudaDevice(JobOwner &owner, std::shared_ptr<const CudaContext> context, uint32_t index,
-               uint64_t staging_bytes, uint32_t copy_threads);
+               uint64_t staging_bytes, std::shared_ptr<CudaPinnedBudget> budget,
+               uint32_t copy_threads);
     ~CudaDevice() override;
 
     void check_usable() override;
@@ -21,54 +46,27 @@ public:
     void finish(Leg &leg) override { lane(leg.direction).finish(leg); }
     void expect(Direction direction) override { lane(direction).expect(); }
     void cut_short(Leg &leg) override { lane(leg.direction).cut_short(leg); }
-    void sweep() override {
-        save_->sweep();
-        load_->sweep();
+    void sweep() override;
+    Snapshot snapshot(const Layout &layout, unsigned char *) override {
+        return snapshots_->take(layout);
     }
-    Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
-    std::shared_ptr<Landing> make_landing(uint64_t bytes) override {
-        return landings_ ? landings_->make(bytes) : nullptr;
-    }
+    std::shared_ptr<LoadAhead> make_load_ahead(uint64_t bytes) override;
     void trim() override;
     void stop() override;
 
 private:
-    class SnapshotMemory;
-
-    CUdeviceptr allocate_snapshot(uint64_t bytes);
-    void leave_snapshot(CUdeviceptr address) noexcept;
-    void free_snapshots() noexcept;
     CudaLane &lane(Direction direction) { return direction == Direction::Save ? *save_ : *load_; }
+    uint64_t pinned_bytes() const;
 
     const std::shared_ptr<const CudaContext> context_;
     std::unique_ptr<CudaKernels> kernels_;
-    std::string no_kernels_; // why they are missing
-    uint64_t staging_bytes_;
-    Crew crew_;
-    std::unique_ptr<CudaLandings> landings_; // with kernels only
+    std::string no_kernels_; // why there are none
+    const uint64_t staging_bytes_;
+    const std::shared_ptr<CudaPinnedBudget> budget_;
+    Crew copy_threads_;
+    CudaAheadPool ahead_;
     std::unique_ptr<CudaLane> save_, load_;
-
-    std::mutex snapshot_mutex_; // one snapshot is taken at a time
-    CUstream snapshot_stream_ = nullptr;
-    bool stream_ordered_ = false; // their memory is taken and freed in the order of the stream
-    std::mutex left_mutex_;
-    std::vector<CUdeviceptr> left_;      // what has been moved: to be freed
-    std::atomic<uint32_t> snapshots_{0}; // that have been allocated and not freed
-    std::mutex freeing_mutex_;           // held while some is freed
-    CUdeviceptr snapshot_table_ = 0;
-    std::unique_ptr<CudaRowTable> snapshot_rows_;
-    std::atomic<uint64_t> snapshot_pinned_{0}; // bytes of it
+    std::unique_ptr<CudaSnapshots> snapshots_;
 };
-
-// What a device pointer belongs to, and whether a pointer is one.
-struct CudaPlace {
-    int ordinal;
-    uint64_t begin, end; // of the allocation, as far as the driver tells
-    // All of it is memory, as cuMemAlloc gives it. (That such memory can be shared with another process in the old way
-    // tells.) Else it may be addresses that were set aside for cuMemMap, and some have nothing behind them.
-    bool in_one_piece;
-};
-// False for memory that is not a device's. Throws where the driver does not tell.
-bool cuda_place(const CudaContext &context, uint64_t address, CudaPlace &place);
 
 } // namespace kvf

@@ -20,12 +20,7 @@ CudaKernels::CudaKernels(const CudaContext &context) : context_(context) {
 }
 
 CudaKernels::~CudaKernels() {
-    try {
-        const CudaCurrent current(context_);
-        context_.driver().cuModuleUnload(module_);
-    } catch (const Error &) {
-        // The context is gone, and the module with it.
-    }
+    context_.clean_up([this](const CudaDriver &driver) { driver.cuModuleUnload(module_); });
 }
 
 void CudaKernels::launch(Direction direction, CUdeviceptr staging, CudaRows rows, uint32_t blocks,

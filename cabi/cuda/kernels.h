@@ -1,13 +1,13 @@
 // The gather and scatter kernels (gather.cu), loaded into one context.
 #pragma once
 
-#include "cuda/driver.h"
+#include "cuda/context.h"
 #include "memory/layout.h"
 
 namespace kvf {
 
-// Rows for a kernel to move: a table in memory that the device reads, and what is added to each row's address and
-// to its place in staging; or, without a table, rows of one width at one pitch.
+// Rows that a kernel moves: either a table in device memory, with what is added to each row's address and to its place in
+// staging; or, without a table, rows of one width at one pitch.
 struct CudaRows {
     CUdeviceptr table = 0;
     uint32_t count = 0;
@@ -16,7 +16,7 @@ struct CudaRows {
     uint64_t pitch = 0;
     uint32_t width = 0;
 
-    // A block's, one after another in staging from that place on.
+    // The rows of a block, which lie one after another in staging from `place` on.
     static CudaRows of(const kvf_region &block, uint64_t place) {
         CudaRows rows;
         rows.count = static_cast<uint32_t>(block.rows);
@@ -36,7 +36,7 @@ public:
     CudaKernels(const CudaKernels &) = delete;
     CudaKernels &operator=(const CudaKernels &) = delete;
 
-    // Queues the move of rows between where they are and staging.
+    // Queues a kernel that moves the rows between the cache and staging.
     void launch(Direction direction, CUdeviceptr staging, CudaRows rows, uint32_t blocks,
                 CUstream stream) const;
 

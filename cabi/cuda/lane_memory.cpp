@@ -5,72 +5,42 @@
 namespace kvf {
 namespace {
 
-constexpr uint64_t kBounce = 4 << 20;
-constexpr uint64_t kLeastBounce = 1 << 20;
-constexpr uint64_t kDeviceGrain = 2 << 20;  // drivers hand device memory out in units of that
 constexpr uint64_t kMostStaging = 64 << 20; // the pieces of a lane have no use for more
 // With less device memory than this, all of it is for staging and tables of rows.
 constexpr uint64_t kLeastForResident = 8 << 20;
-// Of each at most, so that both lanes of a device pin 62 MiB at most: seven bounce buffers, four tables of 512 KiB and
-// one of 1 MiB in each. (A lane has eight slots; those without one of them wait for their turn.)
-constexpr size_t kMostBounces = 7;
-constexpr size_t kMostRows = 4;
-
 size_t most_rows(uint64_t device_bytes) {
-    return std::clamp<uint64_t>(device_bytes / (4 << 20), 1, kMostRows);
+    return std::clamp<uint64_t>(device_bytes / (4 << 20), 1, CudaLaneMemory::kMostRows);
 }
 
 uint64_t arena_bytes(uint64_t device_bytes) {
+    constexpr uint64_t kGrain = CudaDeviceMemory::kGrain;
     if (device_bytes < CudaLaneMemory::kLeastDevice) return 0;
     uint64_t bytes = device_bytes - most_rows(device_bytes) * CudaRowTable::kBytes;
     if (device_bytes >= kLeastForResident) bytes -= CudaResidentTable::kBytes;
     bytes = std::min(bytes, kMostStaging);
-    const uint64_t grain = bytes >= 2 * kDeviceGrain ? kDeviceGrain : CudaArena::kAlignment;
+    const uint64_t grain = bytes >= 2 * kGrain ? kGrain : CudaArena::kAlignment;
     return bytes / grain * grain;
 }
 
 } // namespace
 
-CudaBounce::CudaBounce(const CudaContext &context, uint64_t bytes)
-    : context_(context), bytes_(bytes) {
-    const CudaCurrent current(context_);
-    const CudaDriver &driver = context_.driver();
-    void *memory;
-    driver.check(driver.cuMemHostAlloc(&memory, bytes, CU_MEMHOSTALLOC_PORTABLE), "cuMemHostAlloc");
-    memory_ = static_cast<unsigned char *>(memory);
-}
-
-CudaBounce::~CudaBounce() {
-    try {
-        const CudaCurrent current(context_);
-        context_.driver().cuMemFreeHost(memory_);
-    } catch (const Error &) {
-        // The context is gone, and the memory with it.
-    }
-}
-
-CudaLaneMemory::CudaLaneMemory(const CudaContext &context, uint64_t device_bytes)
+CudaLaneMemory::CudaLaneMemory(const CudaContext &context, CudaPinnedBudget &budget,
+                               uint64_t device_bytes)
     : context_(context), may_stage_(device_bytes >= kLeastDevice),
       may_reside_(device_bytes >= kLeastForResident), arena_(context, arena_bytes(device_bytes)),
-      bounces_(kMostBounces), rows_(most_rows(device_bytes)), residents_(1),
+      bounces_(budget, kMostBounces, kBounce, kLeastBounce),
+      rows_(budget, most_rows(device_bytes), CudaRowTable::kBytes, CudaRowTable::kBytes),
+      residents_(budget, 1, CudaResidentTable::kBytes, CudaResidentTable::kBytes),
       has_staging_(may_stage_), has_resident_(may_reside_) {}
 
-// Tries ever smaller ones.
-bool CudaLaneMemory::ensure_bounce() {
-    return bounces_.ensure([this] {
-        for (uint64_t bytes = kBounce;; bytes /= 2) {
-            try {
-                return std::make_unique<CudaBounce>(context_, bytes);
-            } catch (const Error &error) {
-                if (error.status != KVF_ERR_OUT_OF_MEMORY || bytes / 2 < kLeastBounce) throw;
-            }
-        }
-    });
+bool CudaLaneMemory::allocate_bounce() {
+    return bounces_.ensure(
+        [this](uint64_t bytes) { return std::make_unique<CudaPinnedMemory>(context_, bytes); });
 }
 
-bool CudaLaneMemory::ensure_rows() {
+bool CudaLaneMemory::allocate_rows() {
     try {
-        return rows_.ensure([this] { return std::make_unique<CudaRowsPlaced>(context_); });
+        return rows_.ensure([this](uint64_t) { return std::make_unique<CudaRowTable>(context_); });
     } catch (...) {
         has_staging_.store(false, std::memory_order_relaxed);
         return true;
@@ -79,17 +49,18 @@ bool CudaLaneMemory::ensure_rows() {
 
 void CudaLaneMemory::allocate_staging() {
     try {
-        if (!ensure_rows() || !has_staging()) return;
+        if (!allocate_rows() || !has_staging()) return;
         arena_.allocate();
     } catch (...) {
-        // If the device is lost, whatever is done without it will say so.
+        // Pieces go without staging. If the device is lost, their copies will say so.
         has_staging_.store(false, std::memory_order_relaxed);
     }
 }
 
 void CudaLaneMemory::allocate_resident() {
     try {
-        residents_.ensure([this] { return std::make_unique<CudaResident>(context_); });
+        residents_.ensure(
+            [this](uint64_t) { return std::make_unique<CudaResidentTable>(context_); });
     } catch (...) {
         has_resident_.store(false, std::memory_order_relaxed); // rows travel with each piece
     }

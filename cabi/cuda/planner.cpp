@@ -7,21 +7,27 @@ namespace kvf {
 namespace {
 
 // A shorter stretch of the irregular rest, or a smaller block, is not worth a launch of its own.
-constexpr uint64_t kLeastResident = 64;
+constexpr uint64_t kLeastResident = 64; // runs
 constexpr uint64_t kLeastRegular = 512 << 10;
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
 constexpr uint64_t kNarrow = 1024;
-// Rows of this width are read well wherever they begin: one line more each hardly matters. (An H200: rows of 2 KiB at
-// offsets that are not multiples of a line were loaded at 0.966 of the raw speed, others at 0.990.)
+// Rows of this width are read well wherever they begin, since one line more hardly matters. (An H200 loaded rows of 2 KiB
+// at offsets that are not multiples of a line at 0.966 of the raw speed, others at 0.990.)
 constexpr uint64_t kWide = 8 << 10;
-// Between pieces that are loaded through staging so many bytes are copied along, rather than that a copy ends there:
-// libllama's metadata between two tensors are 12.
+// Where the gap between two pieces that are loaded through staging is no larger than this, one copy moves both and the gap:
+// libllama writes 12 bytes of metadata between two tensors.
 constexpr uint64_t kBridge = 256;
-// For one piece in staging: what lies before it on its first line in the host, and what aligns it.
+// What a piece may need in staging beside its bytes: the beginning of its first line in the host, and alignment.
 constexpr uint64_t kPieceRoom = 2 * CudaPlanner::kHostLine;
 static_assert(kBridge <= kPieceRoom && CudaPlanner::kHostLine <= CudaArena::kAlignment);
 constexpr uint64_t kLeastSegment = 128 << 10;
 static_assert(kLeastSegment >= kLongRun + kPieceRoom && 2 * kLeastSegment <= CudaArena::kLeast);
+
+// Where the pieces that have their places in staging end.
+uint64_t end_in_staging(const CudaSlot &slot) {
+    const size_t count = slot.places.size();
+    return count ? slot.places.back() + slot.pieces[count - 1].bytes : 0;
+}
 
 } // namespace
 
@@ -31,13 +37,23 @@ bool CudaPlanner::is_worth_waiting(const Leg &leg) const {
            way_of(leg, true) == CudaWay::Gather;
 }
 
-CudaPlanner::Lack CudaPlanner::lend(CudaSlot &slot, const Leg &leg, bool urgent,
-                                    uint64_t most_bytes) {
-    if (!leg.job->pinned && !(slot.bounce = memory_.take_bounce())) return Lack::Bounce;
-    if (slot.way != CudaWay::Gather) return Lack::Nothing;
-    // Urgent pieces share staging by two: one is copied while the kernel has the other. In the background a piece is
-    // made ready behind those in the queue.
+CudaPlanner::Missing CudaPlanner::acquire_memory(CudaSlot &slot, const Leg &leg, bool urgent,
+                                                 uint64_t most_bytes) {
+    if (!leg.job->pinned && !(slot.bounce = memory_.acquire_bounce())) return Missing::Bounce;
+    if (slot.way != CudaWay::Gather) return Missing::Nothing;
+    slot.rows_in = CudaRowsIn::Table;
+    Missing missing = acquire_staging(slot, leg, urgent, most_bytes);
+    if (missing == Missing::Nothing) missing = acquire_rows(slot, leg);
+    if (missing != Missing::Nothing) release_memory(slot);
+    return missing;
+}
+
+// Urgent pieces share staging by two: one is copied while the kernel has the other. In the background a piece is made
+// ready behind those in the queue.
+CudaPlanner::Missing CudaPlanner::acquire_staging(CudaSlot &slot, const Leg &leg, bool urgent,
+                                                  uint64_t most_bytes) {
     const uint64_t all = memory_.staging_bytes();
+    if (all == 0) return Missing::Staging;
     uint64_t wanted = urgent ? std::min(most_bytes, leg.parts.left()) : most_bytes;
     if (slot.bounce) wanted = std::min(wanted, slot.bounce->bytes()); // more slots instead
     wanted += kMostPieces * kPieceRoom;
@@ -45,34 +61,36 @@ CudaPlanner::Lack CudaPlanner::lend(CudaSlot &slot, const Leg &leg, bool urgent,
         std::clamp(wanted, kLeastSegment, std::max(all / (urgent ? 2 : 4), kLeastSegment));
     const uint64_t least =
         urgent ? std::clamp(most, kLeastSegment, std::max(all / 4, kLeastSegment)) : most;
-    slot.rows_in = CudaRowsIn::Table;
-    Lack lack = Lack::Nothing;
-    if (all == 0) {
-        lack = Lack::Staging;
-    } else if (!(slot.staging = memory_.take_staging(least, most))) {
-        lack = Lack::Segment;
-    } else if (is_regular(leg.parts)) {
-        slot.rows_in = CudaRowsIn::Pieces;
-    } else if (is_for_resident(leg) && !resident_ && !(resident_ = memory_.take_resident()) &&
-               memory_.has_resident()) {
-        lack = Lack::Resident;
-    } else if (acquire_resident(leg)) {
-        slot.rows_in = CudaRowsIn::Resident;
-    } else if (!(slot.table = memory_.take_rows())) {
-        lack = Lack::Table;
-    }
-    if (lack != Lack::Nothing) give_back(slot);
-    return lack;
+    slot.staging = memory_.acquire_staging(least, most);
+    return slot.staging ? Missing::Nothing : Missing::Segment;
 }
 
-void CudaPlanner::give_back(CudaSlot &slot) {
-    if (slot.staging && slot.rows_in == CudaRowsIn::Resident) {
-        resident_->table().release();
-        if (!resident_->table().in_use()) memory_.put_back(std::move(resident_));
+// Decides where the kernel finds the slot's rows.
+CudaPlanner::Missing CudaPlanner::acquire_rows(CudaSlot &slot, const Leg &leg) {
+    if (is_regular(leg.parts)) {
+        slot.rows_in = CudaRowsIn::Pieces;
+        return Missing::Nothing;
     }
-    memory_.put_back(std::exchange(slot.staging, {}));
-    memory_.put_back(std::move(slot.table));
-    memory_.put_back(std::move(slot.bounce));
+    if (is_for_resident(leg) && !resident_) {
+        resident_ = memory_.acquire_resident();
+        if (!resident_ && memory_.has_resident()) return Missing::Resident;
+    }
+    if (acquire_resident(leg)) {
+        slot.rows_in = CudaRowsIn::Resident;
+        return Missing::Nothing;
+    }
+    slot.table = memory_.acquire_rows();
+    return slot.table ? Missing::Nothing : Missing::Table;
+}
+
+void CudaPlanner::release_memory(CudaSlot &slot) {
+    if (slot.staging && slot.rows_in == CudaRowsIn::Resident) {
+        resident_->release();
+        if (!resident_->in_use()) memory_.release(std::move(resident_));
+    }
+    memory_.release(std::exchange(slot.staging, {}));
+    memory_.release(std::move(slot.table));
+    memory_.release(std::move(slot.bounce));
 }
 
 void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
@@ -84,28 +102,13 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
     slot.pieces.clear();
     slot.places.clear();
     slot.bytes = 0;
-    uint64_t end = 0; // in staging
     do {
-        uint64_t bytes = most - slot.bytes;
-        if (slot.way == CudaWay::Gather) {
-            const uint64_t room = slot.staging.bytes - end;
-            bytes = std::min(bytes, room - std::min(room, kPieceRoom));
-        }
-        if (const kvf_region *block = parts.block()) {
-            if (slot.way == CudaWay::Run) bytes = std::min(bytes, block->width);
-            if (slot.way == CudaWay::Gather) {
-                if (!slot.pieces.empty() && block->width > bytes) break;
-                if (slot.rows_in == CudaRowsIn::Table)
-                    bytes = std::min(bytes, block->width * rows_left);
-            }
-        } else if (!slot.pieces.empty() && bytes < std::min(kLongRun, parts.left())) {
-            break; // the next run might not fit
-        }
+        const uint64_t bytes = room_for_next(slot, parts, most, rows_left);
+        if (bytes == 0) break;
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
         if (slot.way != CudaWay::Gather) continue;
         slot.places.push_back(place(slot, *leg.job, piece));
-        end = slot.places.back() + piece.bytes;
         if (parts.empty()) break;
         if (slot.rows_in == CudaRowsIn::Pieces) {
             if (!is_regular(parts)) break;
@@ -118,15 +121,38 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
              slot.pieces.size() < kMostPieces && way_of(leg, urgent) == slot.way);
 }
 
-// Where the next piece belongs in staging: behind the one before it. What comes from the host at such a distance from it
-// as it has there, if that is short; else so that a copy may begin with what lies before it on its line in the host.
+// The most bytes that the slot can take as its next piece; 0 where it should take none.
+uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, uint64_t most,
+                                    uint64_t rows_left) const {
+    const bool is_first = slot.pieces.empty(), is_gathered = slot.way == CudaWay::Gather;
+    uint64_t bytes = most - slot.bytes;
+    if (is_gathered) {
+        const uint64_t room = slot.staging.bytes - end_in_staging(slot);
+        bytes = std::min(bytes, room - std::min(room, kPieceRoom));
+    }
+    const kvf_region *block = parts.block();
+    if (!block) {
+        const bool might_not_fit = bytes < std::min(kLongRun, parts.left());
+        return !is_first && might_not_fit ? 0 : bytes;
+    }
+    if (slot.way == CudaWay::Run) return std::min(bytes, block->width);
+    if (is_gathered && !is_first && block->width > bytes) return 0;
+    if (is_gathered && slot.rows_in == CudaRowsIn::Table) {
+        return std::min(bytes, block->width * rows_left);
+    }
+    return bytes;
+}
+
+// Where the next piece goes in staging: behind the one before it. A piece that is loaded keeps a short distance from the
+// one before it as it has that in the host, so that one copy moves both; else it leaves room for the line of the host that
+// it begins in.
 uint64_t CudaPlanner::place(const CudaSlot &slot, const Job &job, const Piece &piece) const {
-    const bool is_first = slot.places.empty();
-    const Piece *last = is_first ? nullptr : &slot.pieces[slot.places.size() - 1];
-    const uint64_t end = is_first ? 0 : slot.places.back() + last->bytes;
+    const size_t count = slot.places.size(); // of the pieces before it
+    const uint64_t end = end_in_staging(slot);
     if (direction_ == Direction::Save || !job.pinned) return end;
-    if (last && last->is_packed()) {
-        const uint64_t gap = piece.offset() - (last->offset() + last->bytes);
+    if (count > 0 && slot.pieces[count - 1].is_packed()) {
+        const Piece &last = slot.pieces[count - 1];
+        const uint64_t gap = piece.offset() - (last.offset() + last.bytes);
         if (gap <= kBridge) return end + gap;
     }
     return (end + kHostLine - 1) / kHostLine * kHostLine + kHostLine;
@@ -136,11 +162,11 @@ bool CudaPlanner::is_for_resident(const Leg &leg) {
     return !leg.parts.block() && leg.parts.runs_left() >= kLeastResident;
 }
 
-// Whether the next of the irregular rest can refer to the resident table. If so, that is acquired.
+// Acquires the resident table for the next piece of the irregular rest. Returns false where that piece cannot use it.
 bool CudaPlanner::acquire_resident(const Leg &leg) {
     if (!is_for_resident(leg) || !resident_) return false;
-    if (resident_->table().acquire(leg.parts.span().table)) return true;
-    if (!resident_->table().in_use()) memory_.put_back(std::move(resident_));
+    if (resident_->acquire(leg.parts.span().table)) return true;
+    if (!resident_->in_use()) memory_.release(std::move(resident_));
     return false;
 }
 
@@ -155,7 +181,7 @@ CudaWay CudaPlanner::way_of(const Leg &leg, bool urgent) const {
     return pitch <= max_pitch_ ? CudaWay::Block : CudaWay::Run;
 }
 
-// Rows that are loaded faster through staging.
+// Whether a block is loaded faster through staging.
 bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &block) const {
     if (direction_ == Direction::Save || !job.pinned || block.width >= kWide ||
         block.buffer_pitch != block.width || block.width * block.rows < kLeastRegular)
@@ -164,7 +190,7 @@ bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &block) const {
     return (begin | block.width) % kHostLine != 0;
 }
 
-// What comes next is a block that is worth a launch of its own.
+// Whether the next piece is of a block that is worth a launch of its own.
 bool CudaPlanner::is_regular(const Parts &parts) {
     const kvf_region *block = parts.block();
     return block && block->width * block->rows >= kLeastRegular;

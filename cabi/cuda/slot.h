@@ -1,4 +1,4 @@
-// What a lane moves at a time: pieces of one leg, with a stream of their own and the memory that they borrow.
+// What a lane moves at a time: pieces of one leg, with a stream of their own and the memory that they use.
 #pragma once
 
 #include <atomic>
@@ -15,19 +15,19 @@ constexpr size_t kCudaWays = 3;
 
 // Where a kernel finds its rows.
 enum class CudaRowsIn {
-    Pieces,   // each piece is a block, and needs no table
+    Pieces,   // each piece is a block and needs no table
     Resident, // each piece is of the resident table
-    Table,    // all are in a table of the slot's own
+    Table,    // all pieces are in a table of the slot's own
 };
 
 struct CudaSlot {
     enum class Stage {
         Idle,
-        Filling,   // the crew copies in
-        Ready,     // its copy may be queued
-        Copying,   // its copy is queued or under way
-        Finishing, // waits for what else its stream holds
-        Draining,  // the crew copies out
+        Filling,   // copy threads fill the bounce buffer
+        Ready,     // the copy may be queued
+        Copying,   // the copy is queued or under way
+        Finishing, // the stream still holds something else, which must end
+        Draining,  // copy threads empty the bounce buffer
     };
 
     Stage stage = Stage::Idle;
@@ -36,18 +36,21 @@ struct CudaSlot {
 
     Leg *leg = nullptr;
     CudaWay way = CudaWay::Run;
-    std::vector<Piece> pieces; // of one way; small ones together, since each copy has its price
-    uint64_t bytes = 0;        // of them
-    CudaRowsIn rows_in = CudaRowsIn::Table; // where the way is Gather; and then:
-    std::vector<uint64_t> places;           // of the pieces in staging
+    // All of one way. Small pieces go together, since each copy costs the copy engine some microseconds.
+    std::vector<Piece> pieces;
+    uint64_t bytes = 0; // of all pieces
 
-    // Borrowed, where it is needed.
-    CudaStaging staging;
-    std::unique_ptr<CudaRowsPlaced> table;
-    std::unique_ptr<CudaBounce> bounce; // for a pageable buffer
+    // Where the way is Gather.
+    CudaRowsIn rows_in = CudaRowsIn::Table;
+    std::vector<uint64_t> places; // of the pieces in staging
 
-    uint32_t epoch = 0; // of the pacer's
-    std::atomic<bool> crew_done{false};
+    // The lane's, while the slot needs them.
+    CudaSegment staging;
+    std::unique_ptr<CudaRowTable> table;
+    std::unique_ptr<CudaPinnedMemory> bounce; // for a pageable buffer
+
+    uint32_t epoch = 0; // of the pacer, when the pieces were taken
+    std::atomic<bool> host_copied{false};
     uint64_t begin_ns = 0, queued_ns = 0;
 };
 

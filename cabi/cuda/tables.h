@@ -1,11 +1,12 @@
-// Tables of rows for the gather and scatter kernels: written in pinned memory, read by the kernels from device
-// memory. (Read through the link, they would keep a kernel waiting on its multiprocessors while the link is full of
-// our own copies.)
+// Tables of rows for the gather and scatter kernels. The host writes a table in pinned memory, and the kernels read a copy
+// of it in device memory. (Kernels that read the table through the link would wait for it while the link is full of our
+// own copies, and keep their multiprocessors.)
 #pragma once
 
 #include <memory>
 
 #include "cuda/kernels.h"
+#include "cuda/memory.h"
 
 namespace kvf {
 
@@ -13,63 +14,74 @@ namespace kvf {
 class CudaRowTable {
 public:
     static constexpr uint32_t kRows = 32768;
-    static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row);
+    static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row); // in either memory
 
-    // `place` is device memory for as many rows, which stays the caller's.
-    CudaRowTable(const CudaContext &context, CUdeviceptr place, uint32_t rows = kRows);
-    ~CudaRowTable();
+    // `memory` is device memory of the caller's for `rows` rows, which outlives the table; 0: the table has its own.
+    explicit CudaRowTable(const CudaContext &context, CUdeviceptr memory = 0,
+                          uint32_t rows = kRows);
     CudaRowTable(const CudaRowTable &) = delete;
     CudaRowTable &operator=(const CudaRowTable &) = delete;
 
-    // The rows of a piece that begins at that place in staging, where they follow one another; or of a whole table of
-    // runs, each at its distance from the first in the buffer. What was launched with the table before must have ended.
+    // Empties the table. What was launched with it before must have ended.
     void clear() { count_ = 0; }
+    // Adds the rows of a piece that lies in staging at `place`, one row after another.
     void add(const Piece &piece, uint64_t place);
+    // Adds all runs of a table, each at its distance from the first one in the buffer.
     void add(const RunTable &table);
-
-    // The runs of a piece, each at its distance from the first in the buffer. False if they are too far apart for that.
+    // Adds the runs of a piece, each at its distance from the first one in the buffer. Returns false if they are too far
+    // apart for a table.
     bool add_as_in_buffer(const Piece &piece);
 
     // Queues the copy of the table to the device.
     void send(CUstream stream) const;
-    // What was sent; to be launched on the same stream.
+    // The rows that were sent, for a launch on the same stream.
     CudaRows rows() const {
         CudaRows rows;
-        rows.table = place_;
+        rows.table = memory_;
         rows.count = count_;
         return rows;
     }
 
+    uint64_t pinned_bytes() const { return pinned_.bytes(); }
+
 private:
-    const CudaContext &context_;
-    const CUdeviceptr place_;
-    kvferry_row *rows_ = nullptr;
+    void add(uint64_t address, uint64_t offset, uint64_t bytes) {
+        rows_[count_++] = {address, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes)};
+    }
+
+    const CudaDriver &driver_;
+    const CudaDeviceMemory own_;
+    const CUdeviceptr memory_;
+    const CudaPinnedMemory pinned_;
+    kvferry_row *const rows_; // in pinned_
     uint32_t count_ = 0;
 };
 
-// A table of runs that stays on the device while pieces refer to it: the tensors of a cache share one, so that it
-// travels once and not once a piece. While nobody uses it, it may be changed for another.
+// A table of runs that stays on the device while pieces refer to it. The tensors of a cache share one, so that it travels
+// once and not once for each piece. It can be exchanged for another while nobody uses it.
 class CudaResidentTable {
 public:
     static constexpr uint32_t kRows = 65536;
-    static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row);
+    static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row); // in either memory
 
-    // `place` is device memory of kBytes, which stays the caller's.
-    CudaResidentTable(const CudaContext &context, CUdeviceptr place);
+    // `memory` is kBytes of device memory of the caller's, which outlive the table; 0: the table has its own.
+    explicit CudaResidentTable(const CudaContext &context, CUdeviceptr memory = 0);
     ~CudaResidentTable();
     CudaResidentTable(const CudaResidentTable &) = delete;
     CudaResidentTable &operator=(const CudaResidentTable &) = delete;
 
-    // False if it has another table, which is in use, or if this one does not fit. A true is followed by one release(),
-    // when what was launched with the table has ended.
+    // Adds a user of the table of runs. Returns false if another one is resident and in use, or if this one does not fit.
+    // Each true is followed by one release(), when what was launched with the table has ended.
     bool acquire(const std::shared_ptr<const RunTable> &table);
     void release() { --users_; }
     bool in_use() const { return users_ > 0; }
 
-    // What the stream is given from now on finds the table that was acquired.
+    // Makes what the stream is given from now on find the acquired table: copies it if that has not been done.
     void send(CUstream stream);
-    // The rows of a piece of it that begins at that place in staging.
+    // The rows of a piece of the acquired table, which lies in staging at `place`.
     CudaRows rows(const Piece &piece, uint64_t place) const;
+
+    uint64_t pinned_bytes() const { return rows_.pinned_bytes(); }
 
 private:
     const CudaContext &context_;

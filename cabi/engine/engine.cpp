@@ -7,6 +7,7 @@
 
 #include "core/json.h"
 #include "core/thread.h"
+#include "cuda/pinner.h"
 #include "host/device.h"
 
 namespace kvf {
@@ -51,6 +52,7 @@ void Engine::open_cuda(const kvf_engine_options &options) {
     const auto note = [this](int ordinal, const std::string &why) {
         no_cuda_ += format("%sdevice %d: ", no_cuda_.empty() ? "" : "; ", ordinal) + why;
     };
+    const auto pinned = std::make_shared<CudaPinnedBudget>(CudaDevice::kPinnedBudget);
     const uint64_t named = options.cuda_devices;
     for (int ordinal = count; ordinal < 64; ++ordinal) {
         if (named >> ordinal & 1) note(ordinal, format("the CUDA driver shows %d", count));
@@ -60,9 +62,9 @@ void Engine::open_cuda(const kvf_engine_options &options) {
         if (named && !is_named) continue;
         try {
             auto context = std::make_shared<const CudaContext>(driver, ordinal);
-            devices_.push_back(std::make_unique<CudaDevice>(*this, context,
-                                                            static_cast<uint32_t>(devices_.size()),
-                                                            options.staging_bytes, copy_threads));
+            devices_.push_back(
+                std::make_unique<CudaDevice>(*this, context, static_cast<uint32_t>(devices_.size()),
+                                             options.staging_bytes, pinned, copy_threads));
             cuda_.push_back(std::move(context));
         } catch (const Error &error) {
             note(ordinal, kvf::describe(error));
@@ -102,16 +104,16 @@ bool Locator::on_cuda(uint64_t address, uint32_t &device) {
         device = known_device_;
         return true;
     }
-    CudaPlace place{};
-    if (!cuda_place(usable(engine_.cuda_), address, place)) return false;
+    const auto allocation = find_allocation(usable(engine_.cuda_), address);
+    if (!allocation) return false;
     for (size_t i = 0; i < engine_.cuda_.size(); ++i) {
-        if (engine_.cuda_[i]->ordinal() != place.ordinal) continue;
-        known_ = place;
+        if (engine_.cuda_[i]->ordinal() != allocation->ordinal) continue;
+        known_ = *allocation;
         device = known_device_ = static_cast<uint32_t>(i + 1); // after the host
         return true;
     }
     throw Error(KVF_ERR_UNREACHABLE,
-                format("CUDA device %d is not among the engine's", place.ordinal));
+                format("CUDA device %d is not among the engine's", allocation->ordinal));
 }
 
 // A driver refuses a copy from one allocation into another, and what it makes of one across addresses that nothing is

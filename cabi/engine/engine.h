@@ -5,8 +5,9 @@
 #include <thread>
 #include <unordered_set>
 
+#include "cuda/allocation.h"
 #include "cuda/device.h"
-#include "cuda/stream.h"
+#include "cuda/stream_waits.h"
 #include "engine/submission.h"
 
 namespace kvf {
@@ -35,7 +36,7 @@ private:
 
     const Engine &engine_;
     MappedCheck mapped_;
-    CudaPlace known_{}; // of the device below
+    CudaAllocation known_{}; // of the device below
     uint32_t known_device_ = 0;
     uint64_t neighbours_begin_ = 0, neighbours_end_ = 0; // ranges without a gap between them
 };

@@ -42,10 +42,10 @@ void OpenJob::add(uint32_t device, Layout &&layout) {
     hand_over(make_leg(device, std::move(layout)));
 }
 
-void OpenJob::approach(uint32_t device, std::shared_ptr<Landing> landing) {
-    Leg &leg = make_leg(device, landing->approach());
+void OpenJob::stage(uint32_t device, std::shared_ptr<LoadAhead> load_ahead) {
+    Leg &leg = make_leg(device, load_ahead->staging_layout());
     leg.parts.close();
-    leg.landing = std::move(landing);
+    leg.load_ahead = std::move(load_ahead);
     hand_over(leg);
 }
 
@@ -59,16 +59,16 @@ void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     std::vector<Leg *> complete;
     complete.reserve(recorded.layouts.size());
     const size_t open = job_->legs.size();
-    std::shared_ptr<Landing> landing;
+    std::shared_ptr<LoadAhead> load_ahead;
     for (const auto &leg : job_->legs) {
-        if (leg->landing) landing = leg->landing;
+        if (leg->load_ahead) load_ahead = leg->load_ahead;
     }
-    Layout landed;
+    Layout staged;
     for (auto &[device, layout] : recorded.layouts) {
         if (layout.empty()) continue;
         if (Leg *leg = leg_on(device)) {
-            if (leg->landing) {
-                landed = std::move(layout);
+            if (leg->load_ahead) {
+                staged = std::move(layout);
                 continue;
             }
             engine_.device(device).extend(*leg, std::move(layout));
@@ -79,9 +79,9 @@ void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     }
     committed_ = true;
     if (handle) *handle = job_->handle;
-    if (landing) {
-        job_->expect_leg(); // of a kind: what is moved from there
-        landing->land(job_, std::move(landed));
+    if (load_ahead) {
+        job_->expect_leg(); // the copies within the device hold the job as a leg does
+        load_ahead->place(job_, std::move(staged));
     }
     for (size_t i = 0; i < open; ++i) engine_.device(job_->legs[i]->device).finish(*job_->legs[i]);
     for (Leg *leg : complete) hand_over(*leg);

@@ -20,8 +20,8 @@ public:
     const std::shared_ptr<Job> &job() const { return job_; }
 
     void add(uint32_t device, Layout &&layout);
-    // Brings the buffer to a landing on the device meanwhile: what is committed for that device is moved from there.
-    void approach(uint32_t device, std::shared_ptr<Landing> landing);
+    // Stages the buffer on the device, ahead of its layout: what is committed for that device is copied from there.
+    void stage(uint32_t device, std::shared_ptr<LoadAhead> load_ahead);
     // This is all: the job will complete. Where it throws, it will not.
     void commit(Recorded &&recorded, kvf_job *handle);
 

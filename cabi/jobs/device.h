@@ -44,8 +44,9 @@ public:
     };
     virtual Snapshot snapshot(const Layout &layout, unsigned char *buffer) = 0;
 
-    // For a state of `bytes` that is to be loaded ahead. NULL where there is no room for it, or where that is not done.
-    virtual std::shared_ptr<Landing> make_landing(uint64_t bytes) {
+    // Returns device memory for a state of `bytes` that is to be loaded ahead; NULL where there is no room for it, or
+    // where the device loads nothing ahead.
+    virtual std::shared_ptr<LoadAhead> make_load_ahead(uint64_t bytes) {
         (void)bytes;
         return nullptr;
     }

@@ -58,7 +58,7 @@ Leg *Job::leg(size_t index) {
 
 void Job::leg_ended(Leg &leg) {
     const std::shared_ptr<Job> alive = std::move(leg.job);
-    if (const std::shared_ptr<Landing> landing = leg.landing) landing->arrive();
+    if (const std::shared_ptr<LoadAhead> ahead = leg.load_ahead) ahead->staging_ended();
     let_go();
 }
 
@@ -91,7 +91,7 @@ void Job::end() {
     if (on_end) on_end(completion.status);
     on_end = nullptr;
     memory.reset();
-    for (const auto &leg : legs) leg->landing.reset();
+    for (const auto &leg : legs) leg->load_ahead.reset();
     keep.clear();
     gate.reset();
     JobOwner *const last = owner;

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "core/handle.h"
-#include "jobs/landing.h"
+#include "jobs/load_ahead.h"
 #include "jobs/owner.h"
 #include "jobs/queue.h"
 #include "memory/layout.h"
@@ -58,8 +58,8 @@ struct Leg {
 
     // The rest belongs to the device's schedule, and is guarded by its lock.
     Parts parts;
-    std::shared_ptr<Landing>
-        landing; // where it goes, if not to the place of its parts; set before it is a device's
+    // The load ahead that the leg stages; NULL for any other leg. Set before the leg is a device's.
+    std::shared_ptr<LoadAhead> load_ahead;
     uint32_t in_flight = 0;  // pieces handed out and not given back
     LegLine *line = nullptr; // of the schedule's, in which it stands; NULL: in none
     LegLine::iterator place; // there

@@ -316,11 +316,11 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
     const bool close = guard_window(*state.structure, view, recorder, gate.get());
     std::optional<OpenJob> open;
     uint32_t device = Engine::kHost;
-    const auto landing = make_landing(options.mode, view.bytes, device);
-    submission.mode = landing ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
-    if (landing) {
+    const auto load_ahead = make_load_ahead(options.mode, view.bytes, device);
+    submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
+    if (load_ahead) {
         open.emplace(*engine_, std::move(submission), options, job != nullptr);
-        open->approach(device, landing);
+        open->stage(device, load_ahead);
     } else {
         move_while_recording(recorder, open, submission, options, job != nullptr);
     }
@@ -337,7 +337,7 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
     fence->raise(enclosure(Direction::Load, sequence, recorder, close));
     move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
     // What was not known before: the device has nothing of the cache.
-    if (landing && !devices_.count(device)) open->job()->mode = KVF_LOAD_IN_PLACE;
+    if (load_ahead && !devices_.count(device)) open->job()->mode = KVF_LOAD_IN_PLACE;
     if (open) {
         open->commit(std::move(recorded), job);
     } else {
@@ -432,8 +432,8 @@ void Llama::complete(Submission &&submission, Recorded &&recorded,
     submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
 }
 
-// Where a load ahead is brought, and to which device. NULL where it is done in place.
-std::shared_ptr<Landing> Llama::make_landing(uint32_t mode, uint64_t bytes, uint32_t &device) {
+// Returns device memory to load a state ahead, and on which device it is. NULL where the load is done in place.
+std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device) {
     if (mode != KVF_LOAD_AHEAD) return nullptr;
     std::set<uint32_t> devices(devices_);
     devices.erase(Engine::kHost);
@@ -441,7 +441,7 @@ std::shared_ptr<Landing> Llama::make_landing(uint32_t mode, uint64_t bytes, uint
     if (devices_.empty() && engine_->device_count() == 2) devices.insert(1);
     if (devices.size() != 1) return nullptr;
     device = *devices.begin();
-    return engine_->device(device).make_landing(bytes);
+    return engine_->device(device).make_load_ahead(bytes);
 }
 
 void Llama::remove(int32_t sequence) {

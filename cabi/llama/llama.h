@@ -58,7 +58,7 @@ private:
                        const kvf_submit_options &options, kvf_job *job);
     void load_opaque(int32_t sequence, const Incoming &state, Submission &&submission,
                      const kvf_submit_options &options, kvf_job *job);
-    std::shared_ptr<Landing> make_landing(uint32_t mode, uint64_t bytes, uint32_t &device);
+    std::shared_ptr<LoadAhead> make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device);
     bool guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
                       const Gate *gate) const;
     Enclosure enclosure(Direction direction, int32_t sequence, const Recorder &recorder,

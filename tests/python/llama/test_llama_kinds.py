@@ -1,4 +1,4 @@
-"""Every kind of model and cache is saved and loaded as by llama.cpp's own calls, bit for bit."""
+"""All kinds of models and caches are saved and loaded as by llama.cpp's own calls, bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """One is enough: what is moved does not depend on who waits for it."""
+    """One event loop is enough: the bytes that are moved do not depend on it."""
     return "asyncio"
 
 
@@ -42,7 +42,7 @@ def in_turn(context: Context) -> None:
 
 def at_random(context: Context) -> None:
     context.decode_at_random([0, 1, 3], 40)
-    # What is loaded has to find its cells between those of others.
+    # The loaded sequence must find cells between those of others.
     context.seq_rm(1)
 
 
@@ -110,7 +110,7 @@ async def test_a_window_kept_whole_is_moved_as_by_llama_cpp(
 async def test_a_state_goes_from_one_context_to_another(
     make_context: MakeContext, kind: str, cache: str
 ) -> None:
-    """Saved in one context and loaded into a fresh one, which has never seen a cell before."""
+    """Saves in one context and loads into a new one, which has never had a cell."""
     source, ours, like = (make_context(kind, **CACHES[cache]) for _ in range(3))
     source.decode_in_turn([0, 1], 20)
     async with kvferry.Engine(DEVICES) as engine:
@@ -233,7 +233,7 @@ async def test_a_sequence_that_fills_its_cache_is_moved_as_by_llama_cpp(
 def test_a_sequence_of_which_only_the_window_is_empty_does_not_hide_the_format(
     make_context: MakeContext, flags: int
 ) -> None:
-    """libllama calls it empty, and writes the cells that older tokens have in the other layers."""
+    """libllama says that it is empty, but writes the cells of older tokens in the other layers."""
     whole = make_context("gemma3")
     whole.decode(1, whole.model.prompt(60, seed=1))
     state = whole.state_get(1)

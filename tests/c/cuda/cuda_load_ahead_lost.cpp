@@ -26,11 +26,11 @@ int32_t load(kvf::Engine &engine, const DeviceMemory &device, unsigned char *buf
     submission.buffer = buffer;
     submission.buffer_bytes = kState;
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-    const auto landing = engine.device(1).make_landing(kState);
-    CHECK(landing);
+    const auto load_ahead = engine.device(1).make_load_ahead(kState);
+    CHECK(load_ahead);
     kvf::OpenJob open(engine, std::move(submission), options, false);
     const uint64_t brought = driver().count("bytes_load");
-    open.approach(1, landing);
+    open.stage(1, load_ahead);
     // All of it has been brought, and the lane rests.
     while (driver().count("bytes_load") - brought < kState) sleep_ms(1);
     sleep_ms(50);

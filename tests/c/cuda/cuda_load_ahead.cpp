@@ -115,11 +115,11 @@ void load(Test &test, Random &random, const unsigned char *buffer, int64_t wait_
     test.state.model(expected, Bytes(buffer, buffer + test.state.bytes));
     std::shared_ptr<kvf::Job> job;
     {
-        const auto landing = test.device.make_landing(test.state.bytes);
-        CHECK(landing);
+        const auto load_ahead = test.device.make_load_ahead(test.state.bytes);
+        CHECK(load_ahead);
         kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
         job = open.job();
-        open.approach(1, landing);
+        open.stage(1, load_ahead);
         if (wait_ms) sleep_ms(wait_ms);
         open.commit(test.recorded(), nullptr);
     }
@@ -131,7 +131,7 @@ void load(Test &test, Random &random, const unsigned char *buffer, int64_t wait_
 void load_nothing(Test &test, const unsigned char *buffer) {
     kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
     const auto job = open.job();
-    open.approach(1, test.device.make_landing(test.state.bytes));
+    open.stage(1, test.device.make_load_ahead(test.state.bytes));
     open.commit({}, nullptr);
     CHECK_OK(end_of(job).status);
 }
@@ -145,7 +145,7 @@ void give_up(Test &test, Random &random, const unsigned char *buffer) {
         {
             kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
             job = open.job();
-            open.approach(1, test.device.make_landing(test.state.bytes));
+            open.stage(1, test.device.make_load_ahead(test.state.bytes));
             if (i % 3 == 1) job->cancel();
             if (i % 2 == 0) sleep_ms(i % 4);
             if (i % 3 != 0) open.commit(test.recorded(), nullptr);
@@ -168,19 +168,19 @@ void keep_and_let_go(Test &test, Random &random, const unsigned char *buffer) {
     load(test, random, buffer, 0);
     CHECK(d.count("device_bytes") == kept && d.calls("cuMemAlloc") == calls);
     // One that is too small for the next goes, at once where there would not be enough memory.
-    auto larger = test.device.make_landing(4 * test.state.bytes);
+    auto larger = test.device.make_load_ahead(4 * test.state.bytes);
     CHECK(larger && d.count("device_bytes") >= before + 4 * test.state.bytes);
     while (d.count("device_bytes") >= before + 4 * test.state.bytes + 4 * MiB) sleep_ms(1);
     larger.reset(); // kept
     d.set("device_limit", before + 16 * test.state.bytes + 8 * MiB);
-    larger = test.device.make_landing(16 * test.state.bytes);
+    larger = test.device.make_load_ahead(16 * test.state.bytes);
     CHECK(larger);
     larger.reset();
     test.engine->trim();
     while (d.count("device_bytes") != before) sleep_ms(1); // the crew may free some of it
 
     d.set("device_limit", d.count("device_bytes") + test.state.bytes / 2);
-    CHECK(!test.device.make_landing(test.state.bytes));
+    CHECK(!test.device.make_load_ahead(test.state.bytes));
     d.set("device_limit", UINT64_MAX);
 }
 
@@ -195,10 +195,10 @@ void fail(Test &test, Random &random, const unsigned char *buffer) {
             const uint64_t calls = d.calls(name);
             int32_t status = KVF_OK;
             try {
-                const auto landing = test.device.make_landing(test.state.bytes);
+                const auto load_ahead = test.device.make_load_ahead(test.state.bytes);
                 kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
                 const auto job = open.job();
-                open.approach(1, landing);
+                open.stage(1, load_ahead);
                 open.commit(test.recorded(), nullptr);
                 status = end_of(job).status;
             } catch (const kvf::Error &error) {

@@ -1,0 +1,139 @@
+// A free list of things that hold pinned memory: what a lane has used is kept for the pieces that follow.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "core/status.h"
+#include "cuda/pinned_budget.h"
+
+namespace kvf {
+
+// One thread acquires and releases items; any thread may trim.
+template <class Item>
+class CudaFreeList {
+public:
+    // `count` items at most, of `most_bytes` each, or down to `least_bytes` where memory is short. They are charged to the
+    // budget, but for `least_bytes`: so that there is always one item, whatever other lists have taken.
+    CudaFreeList(CudaPinnedBudget &budget, size_t count, uint64_t most_bytes, uint64_t least_bytes)
+        : budget_(budget), count_(count), most_bytes_(most_bytes), least_bytes_(least_bytes) {
+        free_.reserve(count);
+    }
+    ~CudaFreeList() { trim(); }
+    CudaFreeList(const CudaFreeList &) = delete;
+    CudaFreeList &operator=(const CudaFreeList &) = delete;
+
+    // Returns NULL if no item is free.
+    std::unique_ptr<Item> acquire() {
+        std::lock_guard lock(mutex_);
+        if (free_.empty()) return nullptr;
+        auto item = std::move(free_.back());
+        free_.pop_back();
+        ++used_;
+        return item;
+    }
+    void release(std::unique_ptr<Item> item) noexcept {
+        std::lock_guard lock(mutex_);
+        --used_;
+        free_.push_back(std::move(item)); // there is room
+    }
+    // Makes an item with `make(bytes)` unless one is free. Returns true if one is free now, false if one in use has to be
+    // waited for. Throws what `make` throws where there is no item at all.
+    template <class Make>
+    bool ensure(Make &&make) {
+        {
+            std::lock_guard lock(mutex_);
+            if (!free_.empty()) return true;
+            if (used_ > 0 && (is_scarce_ || used_ == count_)) return false;
+        }
+        for (uint64_t bytes = most_bytes_;; bytes /= 2) {
+            try {
+                add(bytes, make);
+                return true;
+            } catch (const Error &error) {
+                if (error.status == KVF_ERR_OUT_OF_MEMORY && bytes / 2 >= least_bytes_) continue;
+                if (error.status == KVF_ERR_DEVICE_LOST || !note_scarce()) throw;
+            } catch (const std::bad_alloc &) {
+                if (!note_scarce()) throw Error(KVF_ERR_OUT_OF_MEMORY);
+            }
+            return false;
+        }
+    }
+    // Destroys the free items.
+    void trim() noexcept {
+        for (;;) {
+            std::unique_ptr<Item> item; // is destroyed without the lock
+            {
+                std::lock_guard lock(mutex_);
+                is_scarce_ = false;
+                if (free_.empty()) return;
+                item = std::move(free_.back());
+                free_.pop_back();
+            }
+            const uint64_t bytes = item->pinned_bytes();
+            item.reset();
+            uncharge(bytes);
+        }
+    }
+    // Whether there is no item, free or in use.
+    bool empty() const {
+        std::lock_guard lock(mutex_);
+        return free_.empty() && used_ == 0;
+    }
+    uint64_t pinned_bytes() const {
+        std::lock_guard lock(mutex_);
+        return pinned_bytes_;
+    }
+
+private:
+    // Without the lock while the driver allocates, since that takes its time.
+    template <class Make>
+    void add(uint64_t bytes, Make &make) {
+        charge(bytes);
+        try {
+            std::unique_ptr<Item> made = make(bytes);
+            std::lock_guard lock(mutex_);
+            free_.push_back(std::move(made)); // there is room
+        } catch (...) {
+            uncharge(bytes);
+            throw;
+        }
+    }
+
+    // What so many pinned bytes are charged with.
+    uint64_t charge_of(uint64_t bytes) const { return bytes - std::min(bytes, least_bytes_); }
+    // Throws KVF_ERR_OUT_OF_MEMORY where the budget has no more.
+    void charge(uint64_t bytes) {
+        std::lock_guard lock(mutex_);
+        if (!budget_.acquire(charge_of(pinned_bytes_ + bytes) - charge_of(pinned_bytes_))) {
+            throw Error(KVF_ERR_OUT_OF_MEMORY, "other devices use the pinned memory");
+        }
+        pinned_bytes_ += bytes;
+    }
+    void uncharge(uint64_t bytes) noexcept {
+        std::lock_guard lock(mutex_);
+        const uint64_t before = charge_of(pinned_bytes_);
+        pinned_bytes_ -= bytes;
+        budget_.release(before - charge_of(pinned_bytes_));
+    }
+
+    // No more items could be made. Returns false if there is none at all.
+    bool note_scarce() {
+        std::lock_guard lock(mutex_);
+        return is_scarce_ = used_ > 0;
+    }
+
+    CudaPinnedBudget &budget_;
+    const size_t count_;
+    const uint64_t most_bytes_, least_bytes_;
+    mutable std::mutex mutex_;
+    std::vector<std::unique_ptr<Item>> free_;
+    size_t used_ = 0;
+    bool is_scarce_ = false; // no more are made before the next trim()
+    uint64_t pinned_bytes_ = 0;
+};
+
+} // namespace kvf

@@ -1,0 +1,102 @@
+// The schedule of a lane, its lock, and what wakes the lane's pump: shared by the pump, by those who submit and cancel, and
+// by the copy threads.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+
+#include "jobs/schedule.h"
+
+namespace kvf {
+
+class CudaLaneSchedule {
+public:
+    // ---- Any thread. Job::leg_ended() is called here where it has to be. ----
+
+    // Takes a leg in. `before` is called first, under the lock; where it throws, the leg has not been taken in.
+    template <class Function>
+    void add(Leg &leg, Function &&before);
+    void extend(Leg &leg, Layout &&part);
+    void finish(Leg &leg);
+    void cut_short(Leg &leg);
+    void sweep();
+    // A leg is about to come. Waking the pump takes several times as long as queuing a copy: it may wake meanwhile.
+    void expect();
+    // The pump shall end when the schedule is empty.
+    void stop();
+    // Copy threads have filled or emptied a bounce buffer: sets `flag` and wakes the pump.
+    void host_copy_ended(std::atomic<bool> &flag);
+
+    // ---- The pump ----
+
+    // Locks the schedule. What has come until now counts as seen.
+    std::unique_lock<std::mutex> look();
+    std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
+    // With the lock.
+    Schedule &legs() { return legs_; }
+    // Without it.
+    void piece_ended(Leg &leg);
+    uint64_t bytes_taken(const Leg &leg);
+
+    // Asks some of the streams that legs follow whether they are done. Without the lock, so that nobody who submits or
+    // cancels waits for the driver's answers. Returns true if a leg may begin now.
+    bool ask_streams(bool is_moving);
+
+    // Something moves. Streams that have to be asked again are asked soon.
+    void note_progress() { gated_since_ns_ = 0; }
+    // Waits for the end of a copy by the copy threads, a millisecond at most.
+    void wait_for_host_copy();
+    // Waits for something that was not there at the last look(), so long at most.
+    void wait_for_arrival(uint64_t ns);
+
+    enum class Next {
+        Look, // something may move
+        Spin, // a leg is expected any moment
+        Rest, // nothing has come for idle_ns()
+        End,  // the pump shall end
+    };
+    // Waits until there is something to do, while no piece is under way; for idle_ns() at most if `may_rest`.
+    Next wait(bool may_rest);
+
+private:
+    void wait_for_streams(std::unique_lock<std::mutex> &lock);
+    bool has_arrival() const { return arrivals_ != seen_arrivals_; }
+
+    std::mutex mutex_;
+    std::condition_variable work_;
+    Schedule legs_;
+    bool stopping_ = false;
+    bool host_copy_ended_ = false;   // since the pump last waited for one
+    uint64_t expected_until_ns_ = 0; // a leg is expected
+    uint64_t arrivals_ = 0;          // of legs and of their parts
+    uint64_t seen_arrivals_ = 0;     // at the last look()
+
+    // The pump's own: when it asks streams.
+    bool follows_streams_ = false; // some leg does, as of the last look()
+    std::array<bool, 2>
+        all_asked_{};       // by priority: every stream, since the pump last waited for them
+    uint64_t asked_ns_ = 0; // when it last asked some
+    // How long asking has taken since the pump last waited for streams, while nothing moved.
+    uint64_t asking_ns_ = 0;
+    // Since when there have been legs of which none could begin; 0: some can, or there are none.
+    uint64_t gated_since_ns_ = 0;
+};
+
+template <class Function>
+void CudaLaneSchedule::add(Leg &leg, Function &&before) {
+    bool ended = false;
+    {
+        std::lock_guard lock(mutex_);
+        before();
+        legs_.add(leg);
+        // Who stopped the job before its leg came did not find the leg.
+        if (leg.job->stopping()) ended = legs_.cut_short(leg);
+        ++arrivals_;
+        work_.notify_one();
+    }
+    if (ended) leg.job->leg_ended(leg);
+}
+
+} // namespace kvf

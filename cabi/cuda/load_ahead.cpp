@@ -1,0 +1,106 @@
+#include "cuda/load_ahead.h"
+
+#include <algorithm>
+#include <new>
+
+namespace kvf {
+
+// Nothing can fail once there is memory, which has to be released.
+CudaLoadAhead::CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels,
+                             CudaAheadPool &pool, Crew &copy_threads, uint64_t bytes)
+    : context_(context), pool_(pool), copy_threads_(copy_threads), bytes_(bytes),
+      placer_(context, kernels), memory_(pool.acquire(bytes)) {}
+
+Layout CudaLoadAhead::staging_layout() const {
+    LayoutBuilder builder;
+    builder.add(memory_->address(), 0, bytes_);
+    return builder.finish();
+}
+
+void CudaLoadAhead::staged_up_to(uint64_t offset) noexcept {
+    update([&] { staged_ = std::max(staged_, offset); });
+}
+
+void CudaLoadAhead::staging_ended() noexcept {
+    update([&] {
+        staged_ = bytes_;
+        staging_ended_ = true;
+    });
+}
+
+void CudaLoadAhead::place(std::shared_ptr<Job> job, Layout &&layout) noexcept {
+    update([&] {
+        job_ = std::move(job);
+        placer_.begin(*memory_, std::move(layout));
+    });
+}
+
+// Makes a change that the task has to look at, and starts a task if there is none and something can be placed.
+template <class Function>
+void CudaLoadAhead::update(Function &&change) noexcept {
+    {
+        std::lock_guard lock(mutex_);
+        change();
+        if (has_task_ || !job_) return;
+        has_task_ = true;
+    }
+    try {
+        copy_threads_.add([self = shared_from_this()] { self->run_task(); });
+    } catch (const std::exception &) {
+        run_task(); // there is no memory for a task
+    }
+}
+
+void CudaLoadAhead::run_task() noexcept {
+    for (uint64_t placed = 0;;) {
+        uint64_t staged;
+        bool ended;
+        {
+            std::lock_guard lock(mutex_);
+            staged = staged_;
+            ended = staging_ended_;
+            if (staged <= placed && !ended) {
+                has_task_ = false;
+                return;
+            }
+        }
+        place_up_to(staged);
+        if (ended) return finish();
+        placed = staged;
+    }
+}
+
+void CudaLoadAhead::place_up_to(uint64_t offset) noexcept {
+    if (job_->stopping()) {
+        job_->owner->stop(*job_);
+        return;
+    }
+    try {
+        const CudaCurrent current(context_);
+        placer_.place_up_to(offset);
+    } catch (const Error &error) {
+        if (error.status == KVF_ERR_DEVICE_LOST) context_.note_lost();
+        job_->fail(error.status, error.detail);
+    } catch (const std::bad_alloc &) {
+        job_->fail(KVF_ERR_OUT_OF_MEMORY, "");
+    }
+    if (job_->stopping()) job_->owner->stop(*job_); // the rest of it need not be staged
+}
+
+void CudaLoadAhead::finish() noexcept {
+    std::shared_ptr<Job> job;
+    {
+        std::lock_guard lock(mutex_);
+        job = std::move(job_);
+    }
+    release_memory();
+    job->let_go();
+}
+
+void CudaLoadAhead::release_memory() noexcept {
+    if (!memory_) return;
+    placer_.end();
+    pool_.release(std::move(memory_));
+}
+
+} // namespace kvf

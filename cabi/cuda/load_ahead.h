@@ -1,0 +1,53 @@
+// A load ahead on a CUDA device.
+#pragma once
+
+#include <memory>
+#include <mutex>
+
+#include "core/crew.h"
+#include "cuda/placer.h"
+#include "jobs/job.h"
+
+namespace kvf {
+
+// Two threads report what they know, in any order: the pump how much has been staged, the submitting call where the bytes
+// belong. A task of the copy threads copies to its place whatever both allow. So when the last piece has been staged, all
+// but that piece is in its place.
+class CudaLoadAhead final : public LoadAhead, public std::enable_shared_from_this<CudaLoadAhead> {
+public:
+    // For a state of `bytes`. Must not outlive the pool.
+    CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels, CudaAheadPool &pool,
+                  Crew &copy_threads, uint64_t bytes);
+    ~CudaLoadAhead() override { release_memory(); }
+    // Whether the device had room for the state. Without, no other function may be called.
+    bool has_memory() const { return memory_ != nullptr; }
+
+    Layout staging_layout() const override;
+    void staged_up_to(uint64_t offset) noexcept override;
+    void staging_ended() noexcept override;
+    void place(std::shared_ptr<Job> job, Layout &&layout) noexcept override;
+
+private:
+    template <class Function>
+    void update(Function &&change) noexcept;
+    void run_task() noexcept;
+    void place_up_to(uint64_t offset) noexcept;
+    void finish() noexcept;
+    void release_memory() noexcept;
+
+    const CudaContext &context_;
+    CudaAheadPool &pool_;
+    Crew &copy_threads_;
+    const uint64_t bytes_;
+
+    std::mutex mutex_;
+    uint64_t staged_ = 0; // all bytes before it in the buffer
+    bool staging_ended_ = false;
+    bool has_task_ = false;    // which will look at the two above again
+    std::shared_ptr<Job> job_; // from place() until the task has finished
+
+    CudaPlacer placer_; // the task's own, after place()
+    std::unique_ptr<CudaAheadMemory> memory_;
+};
+
+} // namespace kvf

@@ -1,0 +1,22 @@
+// Pins host memory for the copy engines of all CUDA devices at once.
+#pragma once
+
+#include "cuda/context.h"
+#include "memory/memory.h"
+
+namespace kvf {
+
+class CudaPinner final : public Pinner {
+public:
+    explicit CudaPinner(CudaContexts contexts) : contexts_(std::move(contexts)) {}
+    void pin(void *memory, uint64_t bytes) override;
+    // Returns false once a context has been given up: its copy that did not end may use the range, and the driver might
+    // wait for that copy for ever.
+    bool unpin(void *memory, uint64_t bytes) noexcept override;
+    bool is_pinned(const void *memory, uint64_t bytes) const override;
+
+private:
+    const CudaContexts contexts_;
+};
+
+} // namespace kvf

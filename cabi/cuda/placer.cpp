@@ -1,0 +1,137 @@
+#include "cuda/placer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+namespace kvf {
+namespace {
+
+constexpr uint64_t kPiece = 16 << 20;
+constexpr uint32_t kBlocks = 128; // of a kernel's grid; on an H100 more were slower
+constexpr std::chrono::microseconds kPoll{10};
+
+// Where a piece ends in the buffer.
+uint64_t end_in_buffer(const Piece &piece) {
+    if (!piece.runs) {
+        const kvf_region &block = piece.block;
+        return block.offset + (block.rows - 1) * block.buffer_pitch + block.width;
+    }
+    uint64_t end = 0;
+    for (uint64_t i = piece.is_packed() ? piece.count - 1 : 0; i < piece.count; ++i) {
+        const Run run = piece.run(i);
+        end = std::max(end, run.offset + run.bytes);
+    }
+    return end;
+}
+
+} // namespace
+
+void CudaPlacer::begin(CudaAheadMemory &memory, Layout &&layout) {
+    memory_ = &memory;
+    layout_ = std::move(layout);
+    cursor_ = Cursor(layout_);
+}
+
+void CudaPlacer::end() noexcept {
+    if (holds_resident_) memory_->resident().release();
+    holds_resident_ = false;
+}
+
+void CudaPlacer::place_up_to(uint64_t offset) {
+    try {
+        while (take_next() && end_in_buffer(next_) <= offset) {
+            copy(next_);
+            next_ = {};
+        }
+    } catch (...) {
+        try {
+            if (!context_.given_up()) synchronize(); // what was queued must not outlive this call
+        } catch (const Error &) {
+            // Nothing is under way any more.
+        }
+        throw;
+    }
+    synchronize();
+}
+
+bool CudaPlacer::take_next() {
+    if (next_.bytes == 0 && !cursor_.at_end()) next_ = cursor_.next(kPiece, CudaRowTable::kRows);
+    return next_.bytes > 0;
+}
+
+void CudaPlacer::copy(const Piece &piece) {
+    const kvf_region &block = piece.block;
+    if (piece.runs) {
+        copy_runs(piece);
+    } else if (block.rows > 1 && piece.is_packed()) {
+        scatter(CudaRows::of(block, 0), block.offset);
+    } else {
+        for (uint64_t i = 0; i < block.rows; ++i) {
+            copy_run(block.address + i * block.pitch, block.offset + i * block.buffer_pitch,
+                     block.width);
+        }
+    }
+}
+
+void CudaPlacer::copy_runs(const Piece &piece) {
+    if (scatter_resident(piece) || scatter_rows(piece)) return;
+    for (uint64_t i = 0; i < piece.count; ++i) {
+        const Run run = piece.run(i);
+        copy_run(run.address, run.offset, run.bytes);
+    }
+}
+
+// Places the runs through the resident table. Returns false for a table of runs that cannot be resident.
+bool CudaPlacer::scatter_resident(const Piece &piece) {
+    CudaResidentTable &table = memory_->resident();
+    bool acquired = table.acquire(*piece.table);
+    if (!acquired && holds_resident_) {
+        synchronize(); // what was launched with the table that is resident ends
+        table.release();
+        holds_resident_ = false;
+        acquired = table.acquire(*piece.table);
+    }
+    if (!acquired) return false;
+    if (holds_resident_) table.release(); // one of two
+    holds_resident_ = true;
+    table.send(memory_->stream());
+    scatter(table.rows(piece, 0), piece.offset());
+    return true;
+}
+
+// Places the runs through a table that is written for this piece. Returns false for runs that are too far apart.
+bool CudaPlacer::scatter_rows(const Piece &piece) {
+    CudaRowTable &rows = memory_->rows();
+    synchronize(); // the piece before this one may use the table
+    rows.clear();
+    if (!rows.add_as_in_buffer(piece)) return false;
+    rows.send(memory_->stream());
+    scatter(rows.rows(), piece.offset());
+    return true;
+}
+
+void CudaPlacer::copy_run(CUdeviceptr to, uint64_t offset, uint64_t bytes) {
+    driver_.check(
+        driver_.cuMemcpyDtoDAsync(to, memory_->address() + offset, bytes, memory_->stream()),
+        "cuMemcpyDtoDAsync");
+}
+
+void CudaPlacer::scatter(const CudaRows &rows, uint64_t offset) {
+    kernels_.launch(Direction::Load, memory_->address() + offset, rows, kBlocks, memory_->stream());
+}
+
+void CudaPlacer::synchronize() {
+    const uint64_t begin = now_ns();
+    for (;;) {
+        const CUresult result = driver_.cuStreamQuery(memory_->stream());
+        if (result != CUDA_ERROR_NOT_READY) return driver_.check(result, "cuStreamQuery");
+        if (now_ns() - begin > stuck_ns()) {
+            context_.give_up();
+            throw Error(KVF_ERR_DEVICE_LOST, "a copy did not end");
+        }
+        std::this_thread::sleep_for(kPoll);
+    }
+}
+
+} // namespace kvf

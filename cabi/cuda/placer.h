@@ -1,0 +1,41 @@
+// Copies a state from the device memory that it was staged in to its places in the cache, within the device.
+#pragma once
+
+#include "cuda/ahead_memory.h"
+
+namespace kvf {
+
+// For one thread at a time.
+class CudaPlacer {
+public:
+    CudaPlacer(const CudaContext &context, const CudaKernels &kernels)
+        : context_(context), driver_(context.driver()), kernels_(kernels) {}
+
+    // Where the state's bytes are, and where they belong. The memory outlives the placer or its next end().
+    void begin(CudaAheadMemory &memory, Layout &&layout);
+    // Copies all pieces whose bytes lie before `offset` in the buffer, and waits for the copies.
+    void place_up_to(uint64_t offset);
+    // No more is copied: lets the memory go. Does nothing where nothing has begun.
+    void end() noexcept;
+
+private:
+    bool take_next();
+    void copy(const Piece &piece);
+    void copy_runs(const Piece &piece);
+    bool scatter_resident(const Piece &piece);
+    bool scatter_rows(const Piece &piece);
+    void copy_run(CUdeviceptr to, uint64_t offset, uint64_t bytes);
+    void scatter(const CudaRows &rows, uint64_t offset);
+    void synchronize();
+
+    const CudaContext &context_;
+    const CudaDriver &driver_;
+    const CudaKernels &kernels_;
+    CudaAheadMemory *memory_ = nullptr;
+    Layout layout_;
+    Cursor cursor_;
+    Piece next_; // taken from the cursor and not copied yet; bytes == 0: none
+    bool holds_resident_ = false;
+};
+
+} // namespace kvf
