@@ -26,7 +26,7 @@
 #include "llama/api.h"
 #include "llama/block_cache.h"
 #include "llama/formats.h"
-#include "memory/layout.h"
+#include "memory/layout_builder.h"
 
 namespace kvf {
 

@@ -1,6 +1,7 @@
 // Loads ahead: the bytes are brought to the device before it is known where they belong, and moved on within it. All of
 // them, whenever the layout comes; nothing where the job ends otherwise; and the memory is kept for the next, or goes.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 
@@ -146,12 +147,12 @@ void give_up(Test &test, Random &random, const unsigned char *buffer) {
             kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
             job = open.job();
             open.stage(1, test.device.make_load_ahead(test.state.bytes));
-            if (i % 3 == 1) job->cancel();
+            if (i % 3 == 1) job->fail(KVF_ERR_CANCELLED, "");
             if (i % 2 == 0) sleep_ms(i % 4);
             if (i % 3 != 0) open.commit(test.recorded(), nullptr);
         }
-        if (i % 3 == 2) job->cancel();
-        test.engine->stop(*job);
+        if (i % 3 == 2) job->fail(KVF_ERR_CANCELLED, "");
+        job->cut_short();
         const int32_t status = end_of(job).status;
         CHECK(status == KVF_ERR_CANCELLED || (i % 3 == 2 && status == KVF_OK));
         if (i % 3 < 2) CHECK(test.memory.read() == before);

@@ -1,6 +1,7 @@
 // Loads ahead on a device that fails when what was brought is moved on, and nothing else is under way: other devices go on, and this
 // one says so.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 
@@ -45,7 +46,7 @@ int32_t load(kvf::Engine &engine, const DeviceMemory &device, unsigned char *buf
 
 int32_t move(kvf::Engine &engine, uint32_t index, const DeviceMemory &device, unsigned char *buffer,
              kvf::Direction direction) {
-    kvf::Locator locate(engine); // as for a list of regions
+    kvf::Locator locate = engine.locator(); // as for a list of regions
     CHECK(locate(device.address(), kRowBytes).device == index);
     kvf::Submission submission;
     submission.direction = direction;

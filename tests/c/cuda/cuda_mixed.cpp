@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 
@@ -143,7 +144,7 @@ private:
             builder.begin_tensor();
             if (i % at_once == 0) open.add(1, builder.take());
             pause();
-            if (chance(20)) engine_->cancel(*open.job());
+            if (chance(20)) open.job()->cancel();
         }
         const std::shared_ptr<kvf::Job> job = open.job();
         if (chance(8)) return KVF_ERR_CANCELLED; // and takes it back

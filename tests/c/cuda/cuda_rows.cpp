@@ -2,6 +2,7 @@
 // and while they are still being recorded: urgent loads take them through staging without a table, whole lines of the host
 // at a time, and nothing beside them is touched.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 

@@ -1,6 +1,7 @@
 // A snapshot holds what memory held when it was taken, whatever is written there before it has moved; without
 // room for it, it fails and nothing has happened.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 
@@ -20,7 +21,7 @@ void save_by_snapshot(const std::shared_ptr<kvf::Engine> &engine, const Plan &pl
     submission.buffer_bytes = buffer.bytes();
     kvf::Recorded recorded;
     recorded.layouts.emplace_back(1, std::move(snapshot.layout));
-    submission.keep.push_back(std::move(snapshot.memory));
+    submission.keep_alive.push_back(std::move(snapshot.memory));
     const kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     const auto job =
         kvf::submit_job(*engine, std::move(submission), std::move(recorded), options, nullptr);

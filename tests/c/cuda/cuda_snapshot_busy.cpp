@@ -1,6 +1,7 @@
 // A save by snapshot completes while the device is busy with other work, whether or not the driver frees in the order
 // of streams; and memory that a snapshot has left is there for the next one.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 
@@ -21,7 +22,7 @@ void save_by_snapshot(kvf::Engine &engine, const DeviceMemory &device, const Buf
     submission.buffer_bytes = buffer.bytes();
     kvf::Recorded recorded;
     recorded.layouts.emplace_back(1, std::move(snapshot.layout));
-    submission.keep.push_back(std::move(snapshot.memory));
+    submission.keep_alive.push_back(std::move(snapshot.memory));
     const kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     const auto job =
         kvf::submit_job(engine, std::move(submission), std::move(recorded), options, nullptr);

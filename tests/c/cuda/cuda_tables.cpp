@@ -1,6 +1,7 @@
 // Tensors that are fragmented alike are gathered and scattered through one table, which travels to the device once;
 // and the bytes are right, whatever other tables come between.
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 #include "cuda.hpp"
 
