@@ -482,7 +482,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     settle();
     check_usable();
     engine_->check(options); // what is wrong with them must not cost a sequence its cells
-    if (tap_) tap_->take_back_slots();
+    if (tap_) tap_->renew_slots();
     Fence::wait_for_disturbed(context_);
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {

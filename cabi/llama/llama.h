@@ -6,6 +6,7 @@
 #include "core/thread_pool.h"
 #include "engine/open_job.h"
 #include "llama/formats.h"
+#include "llama/recorder.h"
 #include "llama/sequences.h"
 #include "llama/tap.h"
 
