@@ -277,7 +277,7 @@ SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
 LLAMA_TESTS_ON_CUDA := $(addprefix tests/python/llama/,test_llama_in_flight.py test_llama_random.py)
-PYTHON_TESTS_ON_CUDA := tests/python/test_cuda.py $(LLAMA_TESTS_ON_CUDA)
+PYTHON_TESTS_ON_CUDA := tests/python/cuda $(LLAMA_TESTS_ON_CUDA)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)

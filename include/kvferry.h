@@ -122,7 +122,7 @@
  *
  * 1: The function that would end it too early returns KVF_ERR_BUSY instead. An engine's jobs do not
  *    count: kvf_engine_destroy() waits for them.
- * 2: Detach first. kvferry notices a context that is freed all the same: its jobs are cancelled and
+ * 2: Detach first. kvferry notices a context that is freed before: its jobs are cancelled and
  *    waited for, and later calls return KVF_ERR_CONTEXT_FREED.
  * 3: A job goes on when its handle has been released. A handle stays valid when its job has ended
  *    and the engine has been destroyed.
@@ -219,7 +219,7 @@ KVF_API int32_t kvf_engine_create(const kvf_engine_options *options, kvf_engine 
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; `json` holds the whole text.
- * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set all the same)
+ * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set then, too)
  * Since:     0.1 */
 KVF_API int32_t kvf_engine_describe(kvf_engine engine, char *json, uint64_t capacity,
                                     uint64_t *needed);
@@ -313,6 +313,12 @@ KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *contex
  * verifies the envelope, because nothing else tells a damaged state from a whole one. Such a cache
  * is saved and loaded during the submitting call.
  *
+ * These checks guard against damage, not against forgery. The checksum (XXH64) has no key: anybody
+ * can make a valid envelope. Of a state without an envelope kvferry checks the structure, not the
+ * tensor bytes. A program that takes states from strangers must authenticate them before each load,
+ * by a keyed MAC or a signature over all bytes. Otherwise a stranger decides what libllama reads,
+ * and what the model remembers.
+ *
  * Thread:    the context's
  * May block: no
  * Returns:   KVF_OK; `*bytes` is the size.
@@ -331,22 +337,22 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  * | operation                                       | load in flight | save in place in flight |
  * |-------------------------------------------------|----------------|-------------------------|
  * | llama_decode of other sequences                 | yes, 1         | yes, 1                  |
- * | llama_decode of this one                        | no             | plain attention alone   |
+ * | llama_decode of this one                        | yes, 3         | yes, 3                  |
  * | llama_memory_seq_add, _div of another           | yes, 2         | yes, 2                  |
- * | llama_memory_seq_add, _div of this one          | no             | no                      |
+ * | llama_memory_seq_add, _div of this one          | yes, 2         | yes, 2                  |
  * | llama_memory_seq_cp between others              | yes, 2         | yes, 2                  |
  * | llama_memory_seq_cp of this one onto another    | no             | yes, 2                  |
- * | llama_memory_seq_cp onto this one               | no             | no                      |
+ * | llama_memory_seq_cp onto this one               | yes, 3         | yes, 3                  |
  * | llama_memory_seq_rm of another                  | yes            | yes                     |
- * | llama_memory_seq_rm of this one                 | no             | no                      |
+ * | llama_memory_seq_rm of this one                 | yes, 3         | yes, 3                  |
  * | llama_memory_seq_keep of this one               | yes            | yes                     |
- * | llama_memory_seq_keep of another                | no             | no                      |
- * | llama_memory_clear                              | no             | no                      |
+ * | llama_memory_seq_keep of another                | yes, 3         | yes, 3                  |
+ * | llama_memory_clear                              | yes, 3         | yes, 3                  |
  * | llama_state_seq_get_data of another             | yes, 1         | yes                     |
  * | llama_state_seq_get_data of this one            | waits          | yes                     |
  * | llama_state_get_data                            | waits          | yes                     |
  * | llama_state_seq_set_data into another           | yes, 1         | yes, 1                  |
- * | llama_state_seq_set_data into this one          | no             | no                      |
+ * | llama_state_seq_set_data into this one          | yes, 3         | yes, 3                  |
  * | kvf_llama_load of another                       | yes, 1         | yes, 1                  |
  * | kvf_llama_save, _remove of another              | yes            | yes                     |
  * | kvf_llama_save of this one                      | KVF_ERR_BUSY   | yes                     |
@@ -359,10 +365,14 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  *    sequences lie between each other.
  * 2: The next llama_decode waits for the transfer, because that decode rewrites the keys of all
  *    sequences, or a whole stream.
- * "no": Bytes are lost or mixed, and nobody notices. kvferry cannot refuse these calls, because
- * libllama does not tell of them before the harm is done. llama_memory_clear repairs the context.
- * To remove or load a sequence, call kvf_llama_remove or kvf_llama_load instead: they return
- * KVF_ERR_BUSY.
+ * 3: The next llama_decode, kvf_llama_save or kvf_llama_load waits for the transfer if this sequence
+ *    has changed. kvferry notices a change of the sequence's first or last position. From llama.cpp
+ *    v0.5.0 on, in a cache with one kind of attention and no sliding window, kvferry also notices
+ *    that a decode is about to write cells that the transfer moves. Elsewhere two changes go
+ *    unnoticed, and bytes are lost: cells are removed from the middle of the sequence; or cells are
+ *    removed and one batch, which ends at the same position, decodes them anew.
+ * "no": Where the cache is unified, the copy shares its cells with this sequence. libllama does not
+ *    tell which sequences share cells: a decode of the copy reads cells that have not been loaded yet.
  *
  * A call that waits blocks the context's thread. A transfer that follows a stream must therefore
  * not depend on work that this thread submits later. */
@@ -442,8 +452,8 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
  * Thread:    the context's
  * May block: where note 1 of the table says so; with an opaque cache, until the bytes have been
  *            moved; with a sliding window, until the few cells have been moved that other sequences
- *            may take; with KVF_SUBMIT_FOLLOW_STREAM and a state in an envelope, until the stream
- *            has done its work
+ *            may take; with KVF_SUBMIT_FOLLOW_STREAM and a buffer of pinned memory or a state in an
+ *            envelope, until the stream has done its work
  * Returns:   KVF_OK; one completion follows.
  * Errors:    The sequence is as it was: KVF_ERR_STATE_DAMAGED (truncated, damaged, or without the
  *            envelope that this cache needs), KVF_ERR_STATE_MISMATCH (the state is of another
@@ -495,7 +505,7 @@ KVF_API int32_t kvf_llama_settle(kvf_llama llama);
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; `json` holds the whole text.
- * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set all the same)
+ * Errors:    KVF_ERR_BUFFER_TOO_SMALL (`*needed` is set then, too)
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity,
                                    uint64_t *needed);
@@ -573,8 +583,8 @@ typedef enum kvf_priority {
 typedef enum kvf_submit_flags {
     /* Begin when the CUDA stream `stream` has done the work that it holds now: see section 7. */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
-    /* For kvf_llama_load() alone: hand libllama a state that nothing vouches for, because the
-     * format of the cache is not known and the state has no envelope (see kvf_llama_size()).
+    /* For kvf_llama_load() alone: hand libllama a state that cannot be checked, because the format
+     * of the cache is not known and the state has no envelope (see kvf_llama_size()).
      * libllama trusts what it loads: a damaged state may end the process, or leave cells that only
      * llama_memory_clear() frees. */
     KVF_SUBMIT_TRUST_STATE = 2,
@@ -973,7 +983,10 @@ KVF_API int32_t kvf_regions_load(kvf_engine engine, const kvf_region *regions, u
  *
  * With KVF_SUBMIT_FOLLOW_STREAM a transfer begins when the stream has done the work that it holds
  * at the time of the submitting call. A snapshot is copied during its call, so that the call waits
- * for the stream. kvf_job_stream_wait() is for the other direction: a stream waits for a job.
+ * for the stream. kvf_llama_load() reads the state's metadata during the call: if the buffer is
+ * pinned memory, which the stream may still be writing, the call waits for the stream, too. A
+ * stream may fill pageable memory by a host function; wait for such a stream before the call.
+ * kvf_job_stream_wait() is for the other direction: a stream waits for a job.
  *
  * The default streams (0, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD) exist once in every CUDA
  * context. A default stream stands for those of the calling thread's current context and of the

@@ -33,12 +33,13 @@ def header_page(source: str) -> str:
         "# C reference",
         f"This is `{HEADER}`, whole and unchanged, a heading for each of its sections.",
     ]
-    # A section begins with a comment whose first line is a rule and whose second line is its title.
+    # A section begins with a comment whose first line is a rule; its titles stand below rules.
     parts = re.split(r"^(?=/\* -{20,}\n)", source, flags=re.MULTILINE)
     line = 1
     for part in parts:
-        title = re.match(r"/\* -+\n \* (.+?)(?=[:.]\s|\n)", part)
-        page.append(f"## {title[1]}" if title else "## Introduction")
+        banner = part.partition("*/")[0] if part.startswith("/* --") else ""
+        titles = re.findall(r"-{20,}\n \* (.+?)(?=[:.]\s|\n)", banner)
+        page.append(f"## {': '.join(titles) or 'Introduction'}")
         page.append(f'```c linenums="{line}"\n{part.rstrip()}\n```')
         line += part.count("\n")
     return "\n\n".join(page) + "\n"
@@ -78,6 +79,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "README.md": ("index.md", text_of("README.md")),
     "CONTRIBUTING.md": ("contributing.md", text_of("CONTRIBUTING.md")),
     "CHANGELOG.md": ("changelog.md", text_of("CHANGELOG.md")),
+    "examples/README.md": ("examples.md", text_of("examples/README.md")),
     "examples/go/README.md": ("how-to/go-kvcache.md", text_of("examples/go/README.md")),
     HEADER: ("reference/c.md", lambda: header_page((ROOT / HEADER).read_text())),
     GO_PACKAGE: ("reference/go.md", go_page),

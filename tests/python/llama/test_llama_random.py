@@ -16,7 +16,7 @@ pytestmark = NEEDS_CUDA
 STEPS = 150
 
 WALKS = [
-    # These walks find faults that have been mended, if the mends are removed: a pending shift
+    # These walks find faults that have been repaired, if the repairs are removed: a pending shift
     # rewrites all keys, recurrent cells are moved, other sequences take cells of a window.
     *[("llama", "q8_0", seed) for seed in (2, 3)],
     ("llama", "q4_0", 4),

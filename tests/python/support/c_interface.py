@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,18 @@ class Engine:
 
     def cancel(self) -> None:
         self.library.call("kvf_engine_cancel", self.handle)
+
+    @contextmanager
+    def allocate(self, nbytes: int) -> Iterator[Any]:
+        """Pinned memory of the engine's pool."""
+        address = ctypes.c_void_p()
+        self.library.call(
+            "kvf_buffer_alloc", self.handle, ctypes.c_uint64(nbytes), ctypes.byref(address)
+        )
+        try:
+            yield (ctypes.c_uint8 * nbytes).from_address(address.value or 0)
+        finally:
+            self.library.call("kvf_buffer_free", address)
 
     def save_regions(self, regions: ctypes.Array[Region], into: Any, **options: Any) -> Job:
         arguments = (self.handle, regions, u64(len(regions)))

@@ -60,3 +60,9 @@ async def open_driver() -> None:
     """Makes kvferry open the driver."""
     async with kvferry.Engine("cuda"):
         pass
+
+
+def release_second_device(driver: SimulatedCuda) -> None:
+    """Releases the context that the simulated driver's second device has got."""
+    if driver._retained.pop(1, None):
+        driver.call("cuDevicePrimaryCtxRelease_v2", 1)

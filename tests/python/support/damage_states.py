@@ -9,6 +9,7 @@ process ends, the last number is the damage to look at: run again with it as FIR
 
 from __future__ import annotations
 
+import collections
 import json
 import random
 import sys
@@ -58,12 +59,19 @@ def damaged(state: bytes, fields: list[StateField], chance: random.Random) -> by
 
 class Judge:
     """Knows which states must be accepted: those that differ from a good state only in bytes of
-    tensors, ids of sequences, and positions after which decoding can continue.
+    tensors, ids of sequences, and positions after which decoding can continue. Attention sections
+    after the first have no positions that the first has not.
     """
 
     def __init__(self, state: bytes, fields: list[StateField]) -> None:
         self._bytes = len(state)
         self._positions = [field for field in fields if field.name.endswith(".position")]
+        self._attentions: list[list[StateField]] = []
+        for field in fields:
+            if field.name == "attention.streams":
+                self._attentions.append([])
+            elif field.name == "attention.cell.position":
+                self._attentions[-1].append(field)
         free = (".data", ".sequence", ".x", ".y", ".token", ".position")
         self._fixed = [
             (field.begin, field.end, state[field.begin : field.end])
@@ -76,7 +84,15 @@ class Judge:
             len(state) == self._bytes
             and all(state[begin:end] == value for begin, end, value in self._fixed)
             and all(0 <= field.read(state) <= LAST_POSITION for field in self._positions)
+            and self._sections_agree(state)
         )
+
+    def _sections_agree(self, state: bytes) -> bool:
+        first, *others = (
+            collections.Counter(field.read(state) for field in section)
+            for section in self._attentions or [[]]
+        )
+        return all(other <= first for other in others)
 
 
 class Loader:

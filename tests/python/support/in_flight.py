@@ -328,6 +328,23 @@ def remove_own(side: Side) -> bytes:
     return decode_many(side, OTHER, 20)
 
 
+def remove_within_own(side: Side) -> bytes:
+    assert side.context.seq_rm(OWN, 10, 20)
+    return decode_many(side, OTHER, 20)
+
+
+def decode_own_anew(side: Side) -> bytes:
+    """As many tokens as before: the first and the last position tell nothing."""
+    side.context.seq_rm(OWN)
+    return decode_many(side, OWN, 40)
+
+
+def decode_another_end_of_own(side: Side) -> bytes:
+    """A longer one than before, as if tokens had only been appended."""
+    assert side.context.seq_rm(OWN, 20, -1)
+    return decode_many(side, OWN, 30)
+
+
 def remove_by_kvferry(side: Side) -> bytes:
     side.remove(OTHER)
     return decode_one(side, SPARE)
@@ -394,6 +411,15 @@ def load(side: Side) -> bytes:
     side.context.seq_rm(SPARE)
     side.load(SPARE, state)
     return state
+
+
+def load_within_own(side: Side) -> bytes:
+    """SPARE gets cells that OWN has lost."""
+    state = side.save(OTHER)
+    side.context.seq_rm(SPARE)
+    assert side.context.seq_rm(OWN, 1, 39)
+    side.load(SPARE, state)
+    return side.context.state_get(SPARE)
 
 
 def load_own(side: Side) -> None:

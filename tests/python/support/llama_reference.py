@@ -58,6 +58,9 @@ UNFRAMED = BUILD in {"b8179", "b8390"}
 """Whether states are those of builds before b9842: they do not begin with a magic number and a
 sequence, and contain the cells that a sliding window has masked."""
 
+NAMES_ROWS = BUILD not in {"b8179", "b8390", "b9842", "b10068", "b10361", "v0.4.0"}
+"""The graph that this one computes has a name for the numbers of the rows that it writes."""
+
 
 _UNFIT = {
     "deepseek32": ("b8179", "b8390"),
