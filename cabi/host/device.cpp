@@ -38,24 +38,16 @@ std::string HostDevice::describe() const {
 
 void HostDevice::start_threads() {
     // Goes on where it stopped if the system refused a thread the last time.
-    workers_.reserve(threads_ + 1); // a thread that has been started must find its place
+    workers_.reserve(threads_ + 1); // no thread that was started may be lost for want of memory
     while (workers_.size() <= threads_) {
-        const bool background = workers_.empty();
-        workers_.push_back(start_thread([this, background] { work(background); }));
+        const uint32_t priority = workers_.empty() ? KVF_PRIORITY_BACKGROUND : KVF_PRIORITY_URGENT;
+        workers_.push_back(start_thread([this, priority] { work(priority); }));
     }
 }
 
 void HostDevice::submit(Leg &leg) {
     if (leg.parts.is_closed() && leg.parts.bytes() <= kCopyAtOnce && !leg.job->gate()) {
-        Job &job = *leg.job;
-        const uint64_t begin_ns = now_ns();
-        job.note_started(begin_ns);
-        while (!leg.parts.empty() && !job.stopping()) {
-            copy_piece(leg.parts.next(kUrgentPiece, kRunsPerPiece), job.request.buffer,
-                       job.request.direction);
-        }
-        owner_.trace(job, begin_ns, now_ns(), leg.parts.bytes(), index);
-        job.leg_ended(leg);
+        copy_at_once(leg);
         return;
     }
     bool ended = false;
@@ -63,11 +55,23 @@ void HostDevice::submit(Leg &leg) {
         std::lock_guard lock(mutex_);
         if (workers_.size() <= threads_) start_threads();
         schedule_.add(leg);
-        // A job that was asked to stop before its leg came was not found then.
+        // A job that was asked to stop before its leg was added did not find the leg then.
         if (leg.job->stopping()) ended = schedule_.cut_short(leg);
         wake(leg.job->request.priority, leg.parts.bytes());
     }
     if (ended) leg.job->leg_ended(leg);
+}
+
+void HostDevice::copy_at_once(Leg &leg) {
+    Job &job = *leg.job;
+    const uint64_t begin_ns = now_ns();
+    job.note_started(begin_ns);
+    while (!leg.parts.empty() && !job.stopping()) {
+        copy_piece(leg.parts.next(kUrgentPiece, kRunsPerPiece), job.request.buffer,
+                   job.request.direction);
+    }
+    owner_.trace(job, begin_ns, now_ns(), leg.parts.bytes(), index);
+    job.leg_ended(leg);
 }
 
 void HostDevice::extend(Leg &leg, Layout &&part) {
@@ -84,14 +88,12 @@ void HostDevice::finish(Leg &leg) {
     leg.job->leg_ended(leg);
 }
 
-// There is so much more to copy.
+// There are `bytes` more to copy.
 void HostDevice::wake(uint32_t priority, uint64_t bytes) {
-    if (priority == KVF_PRIORITY_BACKGROUND) {
-        background_work_.notify_one();
-    } else if (bytes > kUrgentPiece) {
-        urgent_work_.notify_all(); // everybody may help with a long one
+    if (priority == KVF_PRIORITY_URGENT && bytes > kUrgentPiece) {
+        urgent_work_.notify_all(); // every thread may help with several pieces
     } else {
-        urgent_work_.notify_one();
+        work_of(priority).notify_one();
     }
 }
 
@@ -99,7 +101,7 @@ void HostDevice::cut_short(Leg &leg) {
     {
         std::lock_guard lock(mutex_);
         const bool ended = schedule_.cut_short(leg);
-        background_work_.notify_one(); // it may have been held back by this leg
+        background_work_.notify_one(); // this leg may have held background work back
         if (!ended) return;
     }
     leg.job->leg_ended(leg);
@@ -115,76 +117,78 @@ void HostDevice::cut_short_stopping() {
     for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
 }
 
-// Asks some of the streams that legs follow whether they are done. Without the lock, which is held before and after:
-// nobody who submits or cancels shall wait for it. True if all of them have been asked by now.
+void HostDevice::work(uint32_t priority) {
+    name_thread("kvf-host");
+    if (priority == KVF_PRIORITY_BACKGROUND) {
+        setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kBackgroundNice);
+    }
+    auto ask_again = std::chrono::steady_clock::now();
+    std::unique_lock lock(mutex_);
+    for (;;) {
+        // A stream that a job follows does not tell when it is done. It is asked again and again, beside other work too.
+        bool all_asked = true;
+        if (schedule_.has_following(priority) && std::chrono::steady_clock::now() >= ask_again) {
+            all_asked = ask_gates(lock, priority);
+            if (all_asked) ask_again = std::chrono::steady_clock::now() + kGatePoll;
+        }
+        const bool held_back = is_held_back(priority);
+        if (Leg *leg = held_back ? nullptr : schedule_.front(priority)) {
+            move_piece(lock, *leg);
+            continue;
+        }
+        if (stopping_) return;
+        if (held_back || !schedule_.has_following(priority)) {
+            work_of(priority).wait(lock);
+        } else if (all_asked) {
+            work_of(priority).wait_until(lock, ask_again);
+        }
+    }
+}
+
+// Background work waits while there is anything urgent to copy.
+bool HostDevice::is_held_back(uint32_t priority) {
+    return priority == KVF_PRIORITY_BACKGROUND && schedule_.front(KVF_PRIORITY_URGENT);
+}
+
+// Asks some of the streams that legs follow whether they are done. Unlocks meanwhile: nobody who submits or cancels may
+// have to wait for that. True if all of them have been asked by now.
 bool HostDevice::ask_gates(std::unique_lock<std::mutex> &lock, uint32_t priority) {
     GateCheck check;
     const bool all = schedule_.next_gates(priority, check);
     lock.unlock();
     check.run();
     lock.lock();
-    // Several may have become ready: they are everybody's.
+    // Several legs may have become ready, and every thread may move them.
     if (schedule_.admit(priority, check) && priority == KVF_PRIORITY_URGENT) {
         urgent_work_.notify_all();
     }
     return all;
 }
 
-void HostDevice::work(bool background) {
-    name_thread("kvf-host");
-    if (background) {
-        setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kBackgroundNice);
+// Copies the next piece of a leg. Unlocks meanwhile.
+void HostDevice::move_piece(std::unique_lock<std::mutex> &lock, Leg &leg) {
+    Job &job = *leg.job;
+    const bool background = job.request.priority == KVF_PRIORITY_BACKGROUND;
+    Piece piece;
+    schedule_.take(leg, [&] {
+        piece = leg.parts.next(background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
+    });
+    if (!background && !schedule_.front(KVF_PRIORITY_URGENT)) background_work_.notify_one();
+    lock.unlock();
+    const uint64_t begin_ns = now_ns();
+    job.note_started(begin_ns);
+    if (!job.stopping()) {
+        copy_piece(piece, job.request.buffer, job.request.direction);
+        owner_.trace(job, begin_ns, now_ns(), piece.bytes, index);
     }
-    const uint32_t priority = background ? KVF_PRIORITY_BACKGROUND : KVF_PRIORITY_URGENT;
-    std::condition_variable &arrived = background ? background_work_ : urgent_work_;
-
-    auto ask_again = std::chrono::steady_clock::now();
-    std::unique_lock lock(mutex_);
-    for (;;) {
-        // A job that follows a stream announces nothing when its turn has come: the stream is asked again and again,
-        // beside other work too.
-        bool all_asked = true;
-        if (schedule_.has_following(priority) && std::chrono::steady_clock::now() >= ask_again) {
-            all_asked = ask_gates(lock, priority);
-            if (all_asked) ask_again = std::chrono::steady_clock::now() + kGatePoll;
-        }
-        // Background work waits while there is anything urgent to copy.
-        const bool held_back = background && schedule_.front(KVF_PRIORITY_URGENT);
-        Leg *leg = held_back ? nullptr : schedule_.front(priority);
-        if (!leg) {
-            if (stopping_) return;
-            if (held_back || !schedule_.has_following(priority)) {
-                arrived.wait(lock);
-            } else if (all_asked) {
-                arrived.wait_until(lock, ask_again);
-            }
-            continue;
-        }
-        Piece piece;
-        schedule_.take(*leg, [&] {
-            piece = leg->parts.next(background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
-        });
-        if (!background && !schedule_.front(KVF_PRIORITY_URGENT)) background_work_.notify_one();
-        Job &job = *leg->job;
-        lock.unlock();
-
-        const uint64_t begin_ns = now_ns();
-        job.note_started(begin_ns);
-        if (!job.stopping()) {
-            copy_piece(piece, job.request.buffer, job.request.direction);
-            owner_.trace(job, begin_ns, now_ns(), piece.bytes, index);
-        }
-
-        lock.lock();
-        if (schedule_.piece_ended(*leg)) {
-            lock.unlock();
-            job.leg_ended(*leg);
-            lock.lock();
-        }
-    }
+    lock.lock();
+    if (!schedule_.piece_ended(leg)) return;
+    lock.unlock();
+    job.leg_ended(leg);
+    lock.lock();
 }
 
-// The buffer is as near as any other host memory: one copy is the whole save.
+// The buffer is host memory, too: one copy is the whole save.
 Device::Snapshot HostDevice::snapshot(const Layout &layout, unsigned char *buffer) {
     Cursor cursor(layout);
     while (!cursor.at_end()) {

@@ -26,8 +26,14 @@ public:
 private:
     void start_threads();
     void wake(uint32_t priority, uint64_t bytes);
+    std::condition_variable &work_of(uint32_t priority) {
+        return priority == KVF_PRIORITY_BACKGROUND ? background_work_ : urgent_work_;
+    }
+    void copy_at_once(Leg &leg);
+    void work(uint32_t priority);
+    bool is_held_back(uint32_t priority);
     bool ask_gates(std::unique_lock<std::mutex> &lock, uint32_t priority);
-    void work(bool background);
+    void move_piece(std::unique_lock<std::mutex> &lock, Leg &leg);
 
     JobOwner &owner_;
     const uint32_t threads_; // that copy for urgent jobs; one more copies for background jobs
