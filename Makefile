@@ -79,6 +79,7 @@ help:
 	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"
 	@echo "make tidy      clang-tidy (slow)"
+	@echo "make dist      the files of a release, checked, in dist/"
 	@echo "make setup     only the set-up: .venv, libllama, llama-cpp-python"
 	@echo "make clean     removes what was built; make distclean also what was fetched"
 	@echo "ARGS=...       more arguments for the program behind a target: make test-python ARGS='-k cancel'"
@@ -167,6 +168,26 @@ $(PACKAGE): $(TOOLS) $(PACKAGE_SOURCES)
 	    --config-settings=build-dir=build/python .
 	touch $@
 
+# ---- The files of a release ------------------------------------------------------------------------------------------
+
+# The oldest systems that the wheel has to run on (CMakeLists.txt says how). auditwheel refuses a wheel that does not, and
+# otherwise only renames it; it may find that the wheel runs on older ones yet.
+PLATFORM := manylinux_2_28_x86_64
+DIST := dist/.checked
+
+.PHONY: dist
+dist: $(DIST)
+
+# The wheel is built from the source distribution, which so shows that it is complete.
+$(DIST): $(TOOLS) $(PACKAGE_SOURCES)
+	rm -rf dist
+	python -m build --no-isolation --sdist --outdir dist >/dev/null
+	python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/built dist/kvferry-*.tar.gz
+	auditwheel repair --plat $(PLATFORM) --wheel-dir dist dist/built/kvferry-*.whl
+	rm -r dist/built
+	python -m twine check --strict dist/kvferry-*
+	touch $@
+
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # For whoever names no libllama.
@@ -236,10 +257,12 @@ test-tsan: build/tsan/build.ninja
 	cmake --build build/tsan --parallel $(JOBS)
 	$(FIXED_LAYOUT) $(CTEST) --test-dir build/tsan $(ARGS)
 
-# The package by pip, as a newcomer installs it, and the programs of examples/ from there. (By CMake: test-c.)
+# The package by pip, as a newcomer installs it, and the programs of examples/ from there. (By CMake: test-c.) And the files
+# of a release, on every Python that they are for.
 .PHONY: test-install
-test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL)
-	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC)
+test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL) $(DIST)
+	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC) dist/kvferry-*.whl
+	tests/install/release.sh dist
 
 # The programs of examples/ from the source tree. (Those in Go: test-go.)
 .PHONY: test-examples
@@ -248,11 +271,13 @@ test-examples: $(PACKAGE) $(BINDINGS_HEADERS) $(PYTHON_LLAMA)
 	$(MAKE) -C examples/c run
 	python -m pytest tests/python/test_examples.py
 
+SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+
 # Three processes, because one opens the CUDA driver once, and holds one libllama: what runs on the simulated driver; what
 # llama-cpp-python's own class is needed for, on the libllama that it fits; and the rest, which uses the bindings' functions
 # alone, on the newer one.
-PYTHON_TESTS_ON_CUDA := $(addprefix tests/python/,test_cuda.py llama/test_llama_in_flight.py \
-    llama/test_llama_random.py)
+LLAMA_TESTS_ON_CUDA := $(addprefix tests/python/llama/,test_llama_in_flight.py test_llama_random.py)
+PYTHON_TESTS_ON_CUDA := tests/python/cuda $(LLAMA_TESTS_ON_CUDA)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
@@ -263,7 +288,7 @@ export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
 endef
 
 .PHONY: test-python
-test-python: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+test-python: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(run_python_tests)
@@ -273,7 +298,7 @@ test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 TESTED_BUILDS := $(NPM_BUILDS) $(WHEEL_BUILD)
 TESTED_STAMPS := $(foreach build,$(TESTED_BUILDS),$(call stamp_of,$(build)))
 # What uses a libllama and fits any of them.
-LLAMA_TESTS := $(filter-out %/test_llama_cpp_python.py,$(wildcard tests/python/llama/test_*.py)) \
+LLAMA_TESTS := $(filter-out $(LLAMA_TESTS_ON_CUDA) %/test_llama_cpp_python.py,$(wildcard tests/python/llama/test_*.py)) \
     $(addprefix tests/python/,test_snapshot.py tools/test_cli.py tools/test_libllama.py tools/test_synthetic_models.py)
 QUICK_LLAMA_TESTS := $(addprefix tests/python/,tools/test_libllama.py llama/test_llama_basic.py \
     llama/test_llama_kinds.py)
@@ -291,15 +316,21 @@ endef
 BUILDS_TABLE = python tests/python/builds_table.py $(TESTED_BUILDS:%=$(BUILDS)/%)
 
 .PHONY: test-builds
-test-builds: $(PACKAGE) $(TESTED_STAMPS)
+test-builds: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
+test-builds: $(PACKAGE) $(TESTED_STAMPS) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(call on_builds,$(TESTED_BUILDS),$(LLAMA_TESTS))
+	$(call on_builds,$(TESTED_BUILDS),$(LLAMA_TESTS_ON_CUDA))
 	$(BUILDS_TABLE) --check
 
 # The whole on one build, and once more on another with test-python; a part of it on the others.
 .PHONY: test-builds-quick
-test-builds-quick: $(PACKAGE) $(TESTED_STAMPS)
+test-builds-quick: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
+test-builds-quick: $(PACKAGE) $(TESTED_STAMPS) build/native/build.ninja
+	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(call on_builds,$(filter-out $(PYTHON_BUILD) $(OTHER_BUILD),$(TESTED_BUILDS)),$(QUICK_LLAMA_TESTS))
 	$(call on_builds,$(OTHER_BUILD),$(LLAMA_TESTS))
+	$(call on_builds,$(OTHER_BUILD),$(LLAMA_TESTS_ON_CUDA))
 	$(BUILDS_TABLE) --check
 
 # Into docs/builds.md.
@@ -309,7 +340,7 @@ builds-table: $(PACKAGE) $(TESTED_STAMPS)
 
 # What test-python does with fixed seeds for some seconds, for as long as wanted: ARGS="--hours 2", ARGS="--steps 10000".
 .PHONY: soak
-soak: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+soak: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
@@ -354,7 +385,7 @@ ifeq ($(shell command -v go),)
 test-go:
 	@echo "Go tests skipped: no Go installed"
 else
-test-go: export KVFERRY_SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.so
+test-go: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 test-go: go-kvcache build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	cd examples/go && go vet ./... && go test ./...
@@ -384,6 +415,8 @@ docs: $(SITE_TOOLS)
 C_SOURCES := $(shell find include cabi tests bench examples \
     -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' 2>/dev/null)
 GO_SOURCES := $(shell find examples/go tests/install -name '*.go' 2>/dev/null)
+STATICCHECK_VERSION := v0.8.2
+STATICCHECK := .venv/.staticcheck-$(STATICCHECK_VERSION)
 
 MARKDOWN := $(shell git ls-files '*.md' 2>/dev/null)
 
@@ -403,10 +436,18 @@ lint-c: $(TOOLS)
 
 .PHONY: lint-go
 ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)
-lint-go: $(GO_LIBRARY)
+lint-go: $(GO_LIBRARY) $(STATICCHECK)
 	unformatted=$$(gofmt -l $(GO_SOURCES)); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
-	cd examples/go && go vet ./... && cd kvferry && go vet ./...
+	for module in examples/go examples/go/kvferry; do (cd $$module && go vet ./... && staticcheck ./...); done
 endif
+
+# Staticcheck refuses code that wants a newer Go than the one that has built it. So it is built by the Go that builds
+# examples/go, which an older `go` fetches.
+$(STATICCHECK): examples/go/go.mod $(VENV)
+	rm -f .venv/.staticcheck-*
+	cd examples/go && GOTOOLCHAIN=$$(go env GOVERSION) GOBIN=$(CURDIR)/.venv/bin \
+	    go install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION)
+	touch $@
 
 # Plain words, as tools/prose.toml has them; and Markdown's lines of one width.
 .PHONY: lint-prose

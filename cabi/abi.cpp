@@ -68,7 +68,7 @@ Options read_options(const Options *given) {
     return options;
 }
 
-// Where a failing call may write its text; nowhere if the options are too short or malformed for it.
+// Where a failing call may write its text. Nowhere if the options are too short to say so, or malformed.
 template <class Options>
 std::pair<char *, uint64_t> error_place(const Options *given) {
     constexpr size_t end = offsetof(Options, error_size) + sizeof given->error_size;
@@ -81,17 +81,35 @@ void require(const T *pointer, const char *name) {
     if (!pointer) throw Error(KVF_ERR_INVALID_ARGUMENT, std::string(name) + " is NULL");
 }
 
-void check_submit(const kvf_submit_options &options, uint32_t flags = KVF_SUBMIT_FOLLOW_STREAM) {
+void check_submit(const kvf_submit_options &options, uint32_t flags) {
     if (options.priority > KVF_PRIORITY_URGENT) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "no such priority");
     }
-    if (options.mode > KVF_SAVE_SNAPSHOT)
-        throw Error(KVF_ERR_INVALID_ARGUMENT, "no such save mode");
     if (options.flags & ~flags) throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
 }
 
-// A text for a caller who asks twice: for its length, and for itself.
-int32_t give_text(const std::string &text, char *buffer, uint64_t capacity, uint64_t *needed) {
+// Loads have modes of other numbers, so that a mode meant for one of them is never taken for one of the other.
+void check_save_mode(uint32_t mode) {
+    switch (mode) {
+    case KVF_SAVE_AUTO:
+    case KVF_SAVE_IN_PLACE:
+    case KVF_SAVE_SNAPSHOT: return;
+    default: throw Error(KVF_ERR_INVALID_ARGUMENT, format("%u is no mode of a save", mode));
+    }
+}
+
+void check_load_mode(uint32_t mode) {
+    switch (mode) {
+    case KVF_LOAD_AUTO:
+    case KVF_LOAD_IN_PLACE:
+    case KVF_LOAD_AHEAD: return;
+    default: throw Error(KVF_ERR_INVALID_ARGUMENT, format("%u is no mode of a load", mode));
+    }
+}
+
+// Writes a text into the caller's buffer, cut to fit, and the bytes that the whole needs. Callers ask twice: for the
+// size, then for the text.
+int32_t write_text(const std::string &text, char *buffer, uint64_t capacity, uint64_t *needed) {
     if (needed) *needed = text.size() + 1;
     if (capacity) require(buffer, "json");
     copy_text(text, buffer, capacity);
@@ -106,7 +124,8 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
         Submission submission;
         submission.submitted_ns = now_ns();
         const auto options = read_options(given);
-        check_submit(options);
+        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
+        if (options.mode) throw Error(KVF_ERR_INVALID_ARGUMENT, "regions have no mode");
         const auto target = find<Engine>(engine);
         const uint64_t needed = regions_size(regions, count);
         if (needed > bytes) {
@@ -200,7 +219,7 @@ int32_t kvf_engine_create(const kvf_engine_options *given, kvf_engine *engine) {
 
 int32_t kvf_engine_describe(kvf_engine engine, char *json, uint64_t capacity, uint64_t *needed) {
     return guarded(
-        [&] { return give_text(find<Engine>(engine)->describe(), json, capacity, needed); });
+        [&] { return write_text(find<Engine>(engine)->describe(), json, capacity, needed); });
 }
 
 int32_t kvf_engine_cancel(kvf_engine engine) {
@@ -422,7 +441,7 @@ int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
 
 int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacity, uint64_t *needed) {
     return guarded(
-        [&] { return give_text(find<Llama>(llama)->describe(), json, capacity, needed); });
+        [&] { return write_text(find<Llama>(llama)->describe(), json, capacity, needed); });
 }
 
 int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *bytes) {
@@ -438,7 +457,8 @@ int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, uint64_t
     const auto [error, error_size] = error_place(given);
     return guarded(error, error_size, [&]() -> int32_t {
         const auto options = read_options(given);
-        check_submit(options);
+        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
+        check_save_mode(options.mode);
         find<Llama>(llama)->save(sequence, buffer, bytes, options, job);
         return KVF_OK;
     });
@@ -450,6 +470,7 @@ int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer, ui
     return guarded(error, error_size, [&]() -> int32_t {
         const auto options = read_options(given);
         check_submit(options, KVF_SUBMIT_FOLLOW_STREAM | KVF_SUBMIT_TRUST_STATE);
+        check_load_mode(options.mode);
         find<Llama>(llama)->load(sequence, buffer, bytes, options, job);
         return KVF_OK;
     });

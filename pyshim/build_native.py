@@ -18,7 +18,7 @@ import cffi
 
 def declarations(header: Path, compiler: str) -> str:
     """The header as cffi reads it: no includes, no macros, no attributes."""
-    # Without __GNUC__ the header leaves out the visibility attributes, which cffi doesn't know.
+    # Without __GNUC__ the header leaves out the visibility attributes, which cffi does not know.
     # No system header is included under KVF_CDEF, so nothing else misses it.
     command = [
         *shlex.split(compiler),

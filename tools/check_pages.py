@@ -58,8 +58,8 @@ def links(path: Path) -> Iterator[tuple[int, str]]:
                 yield (token.map or [0])[0] + 1, str(target)
 
 
-# A path of this tree: in one of its folders, and with an ending.
-PATH = re.compile(r"(?:cabi|pyshim|include|docs|tools|tests|examples|bench)/[\w./-]*\w\.\w+")
+# A path in one of the tree's folders.
+PATH = re.compile(r"(?:cabi|pyshim|include|docs|tools|tests|examples|bench)/[\w./-]+")
 NAME = re.compile(r"(?<![\w/.-])(?:kvf_\w+|KVF_\w+|[A-Z]\w+::\w+)(?![\w*])")
 
 

@@ -54,18 +54,22 @@ def paragraphs(text: str, first_line: int = 1) -> Iterator[Passage]:
 
 
 def blocks(comment: str, line: int) -> Iterator[Passage]:
-    """The paragraphs of a comment without its marks. What is indented by four is code."""
+    """The paragraphs of a comment without its marks, and the entries of its lists of words.
+
+    A line that is indented by four is code. An entry is a word, two blanks or more, and a text.
+    """
     paragraph: list[str] = []
     begin = line
     for number, text in enumerate([*comment.splitlines(), ""], line):
         content = text.strip()
         is_code = text.startswith("    ") or content.startswith(("|", "---", "==="))
+        starts_entry = re.match(r"\S.{,30}?\S {2,}\S", content)
+        if paragraph and (starts_entry or is_code or not content):
+            yield Passage(begin, CODE_SPAN.sub("`code`", "\n".join(paragraph)))
+            paragraph = []
         if content and not is_code:
             begin = begin if paragraph else number
             paragraph.append(content)
-        elif paragraph:
-            yield Passage(begin, CODE_SPAN.sub("`code`", "\n".join(paragraph)))
-            paragraph = []
 
 
 def c_comments(text: str) -> Iterator[tuple[int, int]]:

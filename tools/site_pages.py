@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ ROOT = Path(__file__).parent.parent
 HEADER = "include/kvferry.h"
 GO_PACKAGE = "examples/go/kvferry"
 
-log = get_plugin_logger("site_pages")
-
 
 def header_page(source: str) -> str:
     """The header, a heading for each of its sections."""
@@ -36,12 +33,13 @@ def header_page(source: str) -> str:
         "# C reference",
         f"This is `{HEADER}`, whole and unchanged, a heading for each of its sections.",
     ]
-    # A section begins with a comment whose first line is a rule and whose second line is its title.
+    # A section begins with a comment whose first line is a rule; its titles stand below rules.
     parts = re.split(r"^(?=/\* -{20,}\n)", source, flags=re.MULTILINE)
     line = 1
     for part in parts:
-        title = re.match(r"/\* -+\n \* ([^:.\n]+)", part)
-        page.append(f"## {title[1]}" if title else "## Introduction")
+        banner = part.partition("*/")[0] if part.startswith("/* --") else ""
+        titles = re.findall(r"-{20,}\n \* (.+?)(?=[:.]\s|\n)", banner)
+        page.append(f"## {': '.join(titles) or 'Introduction'}")
         page.append(f'```c linenums="{line}"\n{part.rstrip()}\n```')
         line += part.count("\n")
     return "\n\n".join(page) + "\n"
@@ -81,6 +79,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "README.md": ("index.md", text_of("README.md")),
     "CONTRIBUTING.md": ("contributing.md", text_of("CONTRIBUTING.md")),
     "CHANGELOG.md": ("changelog.md", text_of("CHANGELOG.md")),
+    "examples/README.md": ("examples.md", text_of("examples/README.md")),
     "examples/go/README.md": ("how-to/go-kvcache.md", text_of("examples/go/README.md")),
     HEADER: ("reference/c.md", lambda: header_page((ROOT / HEADER).read_text())),
     GO_PACKAGE: ("reference/go.md", go_page),
@@ -94,27 +93,33 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))")
+# Text, target: of a link or a picture.
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads links of files to the pages that these files are on the site."""
+    """Leads links of files to the pages that these files are on the site.
+
+    A file of the tree that is no page has no address on the site: of its link the text remains.
+    """
     here = page.file.src_uri
     folder = Path(SOURCES.get(here, f"docs/{here}")).parent
 
     def link(found: re.Match[str]) -> str:
-        parts = urlsplit(found[0])
+        mark, text, target = found.groups()
+        parts = urlsplit(target)
         if parts.scheme or not parts.path:
             return found[0]
-        target = os.path.normpath(folder / parts.path)
-        if target in PAGES:
-            destination = PAGES[target][0]
-        elif target.startswith("docs/"):
-            destination = target.removeprefix("docs/")
+        path = os.path.normpath(folder / parts.path)
+        if path in PAGES:
+            destination = PAGES[path][0]
+        elif path.startswith("docs/"):
+            destination = path.removeprefix("docs/")
+        elif (ROOT / path).exists():
+            return text
         else:
-            log.warning(f"{folder}: the link '{found[0]}' leads to a file that is no page")
-            return found[0]
+            return found[0]  # mkdocs says that it leads nowhere
         relative = os.path.relpath(destination, Path(here).parent)
-        return parts._replace(path=relative).geturl()
+        return f"{mark}[{text}]({parts._replace(path=relative).geturl()})"
 
     return LINK.sub(link, markdown)

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -27,6 +28,30 @@ struct MemoryRange {
 // or loaded.
 enum class Access { Read, Write, WriteRows };
 
+// The numbers of the rows that a graph is about to write, where the graph tells them. They count from the beginning of
+// the tensor that is written.
+struct RowNumbers {
+    const int64_t *numbers = nullptr;
+    uint64_t count = 0;
+};
+
+// What a fence stands around.
+struct Enclosure {
+    // In order and apart.
+    std::vector<MemoryRange> memory;
+    // Also stops whoever writes rows of tokens anywhere in this memory.
+    bool close = false;
+    // The rows of one tensor that the transfer moves, in order and apart, and the bytes of one such row. Whoever writes
+    // one of these rows waits. Empty, and 0: not known.
+    std::vector<MemoryRange> rows = {};
+    uint64_t row_bytes = 0;
+    // Whether something has been done to the sequence that is moved, so that rows of others may be its own by now. Then
+    // the fence is close from there on. Called by whoever is about to write rows of the same context. May be empty.
+    std::function<bool()> is_disturbed = {};
+    // Tells whose memory this is: the context.
+    const void *context = nullptr;
+};
+
 // The fence of one transfer. It stands from raise() to lower(), or to its end.
 class Fence {
 public:
@@ -35,8 +60,7 @@ public:
     Fence(const Fence &) = delete;
     Fence &operator=(const Fence &) = delete;
 
-    // Around these ranges, which must be in order and apart. `close` also stops who writes rows of tokens.
-    void raise(std::vector<MemoryRange> ranges, bool close = false);
+    void raise(Enclosure enclosure);
     void lower() noexcept;
 
     // True if any fence stands, or any close one. Cheap.
@@ -44,17 +68,20 @@ public:
     static bool any_close() { return close_count_.load(std::memory_order_acquire) > 0; }
     // The memory within which all fences are.
     static MemoryRange extent();
-    // Waits for the transfers that the access would disturb: a write waits for saves and loads, a read for loads, and
-    // writing rows for close fences.
-    static void wait(MemoryRange range, Access access);
+    // Waits for the transfers that the access would disturb: a write waits for saves and loads, a read for loads.
+    // Writing rows waits for close fences, and for those whose rows are among the numbers.
+    static void wait(MemoryRange range, Access access, RowNumbers rows = {});
+    // Waits for the transfers that move one of these rows. In order and apart.
+    static void wait_for_rows(const std::vector<MemoryRange> &rows);
+    // Waits for the transfers of this context whose sequences are disturbed.
+    static void wait_for_disturbed(const void *context);
 
 private:
     friend struct FenceLine;
     static inline std::atomic<uint32_t> count_{0}, close_count_{0}; // of those that stand
     const Direction direction_;
-    std::vector<MemoryRange> ranges_; // guarded by the line's lock
+    Enclosure enclosure_; // guarded by the line's lock
     bool standing_ = false;
-    bool close_ = false;
 };
 
 } // namespace kvf

@@ -138,6 +138,7 @@ LlamaApi find_llama(const char *wanted) {
     need(api.get_model, "llama_get_model");
     need(api.get_memory, "llama_get_memory");
     need(api.memory_seq_rm, "llama_memory_seq_rm");
+    need(api.memory_seq_pos_min, "llama_memory_seq_pos_min");
     need(api.memory_seq_pos_max, "llama_memory_seq_pos_max");
     need(api.n_ctx, "llama_n_ctx");
     want(api.n_ctx_seq, "llama_n_ctx_seq");
@@ -165,6 +166,7 @@ LlamaApi find_llama(const char *wanted) {
     need(api.ggml.graph_compute, "ggml_backend_sched_graph_compute_async");
     need(api.ggml.graph_n_nodes, "ggml_graph_n_nodes");
     need(api.ggml.graph_node, "ggml_graph_node");
+    need(api.ggml.graph_get_tensor, "ggml_graph_get_tensor");
     need(api.ggml.nbytes, "ggml_nbytes");
     need(api.ggml.op_desc, "ggml_op_desc");
     need(api.ggml.abort, "ggml_abort");

@@ -33,6 +33,7 @@ struct GgmlApi {
     int (*graph_compute)(ggml_backend_sched *, ggml_cgraph *) = nullptr;     // asynchronous
     int (*graph_n_nodes)(ggml_cgraph *) = nullptr;
     ggml_tensor *(*graph_node)(ggml_cgraph *, int) = nullptr;
+    ggml_tensor *(*graph_get_tensor)(const ggml_cgraph *, const char *) = nullptr; // by its name
     size_t (*nbytes)(const ggml_tensor *) = nullptr;
     const char *(*op_desc)(const ggml_tensor *) = nullptr;
     void (*abort)(const char *, int, const char *, ...) = nullptr;
@@ -52,6 +53,7 @@ struct LlamaApi {
     const llama_model *(*get_model)(const llama_context *) = nullptr;
     llama_memory (*get_memory)(const llama_context *) = nullptr;
     bool (*memory_seq_rm)(llama_memory, int32_t, int32_t, int32_t) = nullptr;
+    int32_t (*memory_seq_pos_min)(llama_memory, int32_t) = nullptr;
     int32_t (*memory_seq_pos_max)(llama_memory, int32_t) = nullptr;
     uint32_t (*n_ctx)(const llama_context *) = nullptr;
     uint32_t (*n_ctx_seq)(const llama_context *) = nullptr; // NULL in older libraries

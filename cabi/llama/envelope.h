@@ -2,7 +2,7 @@
 //
 // Where no known format describes a cache's states (formats.h), a damaged one cannot be told from a whole one by its
 // structure. So kvferry puts an envelope behind each state that it saves there, and verifies it before libllama sees
-// the state again. The state itself stays what libllama wrote, from its first byte on. Words are little-endian.
+// the state again. The checksum has no key: it tells damage, and no forgery. The state itself stays what libllama wrote, from its first byte on. Words are little-endian.
 #pragma once
 
 #include <cstdint>

@@ -21,10 +21,11 @@ constexpr StateFormat kFormats[] = {
     {"rotated-2d-token", true, 3, 2, "0.6.0: M-RoPE, n-gram models"},
 };
 
-constexpr uint32_t kMagic = 0xaf143cd8; // io_magic in llama-context.cpp
-constexpr uint32_t kMostStreams = 256;  // LLAMA_MAX_SEQ
-constexpr uint32_t kMostLayers = 4096;  // far above any model
-constexpr uint32_t kMostTypes = 256;    // far above GGML_TYPE_COUNT
+constexpr uint32_t kMagic = 0xaf143cd8;                // io_magic in llama-context.cpp
+constexpr uint64_t kFrameBytes = 2 * sizeof(uint32_t); // that, and the sequence
+constexpr uint32_t kMostStreams = 256;                 // LLAMA_MAX_SEQ
+constexpr uint32_t kMostLayers = 4096;                 // far above any model
+constexpr uint32_t kMostTypes = 256;                   // far above GGML_TYPE_COUNT
 constexpr size_t kMostSections = 8;
 
 class Reader {
@@ -74,7 +75,7 @@ public:
     std::optional<Structure> run() {
         structure_.format = &format_;
         structure_.framed = format_.framed;
-        const uint64_t frame = format_.framed ? 2 * sizeof(uint32_t) : 0;
+        const uint64_t frame = format_.framed ? kFrameBytes : 0;
         if (state_.bytes < frame || !read_sections(Reader(state_, frame))) return std::nullopt;
         if (structure_.cells() == 0) structure_.format = nullptr;
         for (const auto &section : structure_.sections) {
@@ -325,6 +326,14 @@ bool Structure::has_cells_everywhere() const {
                        [](const Section &section) { return section.cells > 0; });
 }
 
+bool Structure::has_one_attention_first() const {
+    const auto is_attention = [](const Section &section) {
+        return section.kind == Section::Kind::Attention;
+    };
+    return !sections.empty() && is_attention(sections[0]) &&
+           std::count_if(sections.begin(), sections.end(), is_attention) == 1;
+}
+
 std::string Structure::kind() const {
     std::string kind;
     for (const auto &section : sections) {
@@ -355,6 +364,10 @@ std::optional<Structure> parse_state(const StateView &state, const Structure *li
     auto found = parse_state_in_every_way(state, like);
     if (found.empty()) return std::nullopt;
     return std::move(found.front());
+}
+
+bool is_frame_alone(const StateView &state) {
+    return state.bytes == kFrameBytes && has_magic(state);
 }
 
 std::vector<unsigned char> make_state_of_one_cell(const Structure &structure) {
@@ -407,6 +420,30 @@ std::string mismatch(const Structure &state, const Structure &cache) {
         if (a.rotation != b.rotation) return "its keys or values are rotated differently";
     }
     return "";
+}
+
+bool positions_agree(const Structure &structure, const StateView &state) {
+    const auto positions_in_order = [&](const Section &section) {
+        std::vector<int32_t> positions(section.cells);
+        for (uint64_t cell = 0; cell < section.cells; ++cell)
+            positions[cell] = position_of(section, *structure.format, state, cell);
+        std::sort(positions.begin(), positions.end());
+        return positions;
+    };
+    const Section *first = nullptr;
+    std::vector<int32_t> all;
+    for (const Section &section : structure.sections) {
+        if (section.kind != Section::Kind::Attention) continue;
+        if (!first) {
+            first = &section;
+            continue;
+        }
+        if (section.cells == 0) continue;
+        if (all.empty()) all = positions_in_order(*first);
+        const auto these = positions_in_order(section);
+        if (!std::includes(all.begin(), all.end(), these.begin(), these.end())) return false;
+    }
+    return true;
 }
 
 std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const StateView &state,

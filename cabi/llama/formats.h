@@ -58,6 +58,8 @@ struct Structure {
 
     uint64_t cells() const;
     bool has_cells_everywhere() const;
+    // One section of attention, and that the first.
+    bool has_one_attention_first() const;
     // "attention", "attention+recurrent" ...
     std::string kind() const;
 };
@@ -77,12 +79,22 @@ std::optional<Structure> parse_state(const StateView &state, const Structure *li
 std::vector<Structure> parse_state_in_every_way(const StateView &state,
                                                 const Structure *like = nullptr);
 
+// Whether the state is a frame around nothing. libllama writes that where the context's memory is that of another
+// context (llama_context_params.ctx_other, from 0.6.0 on).
+bool is_frame_alone(const StateView &state);
+
 // A state of one cell at position 0 of the same kind of cache, with tensor bytes of zero.
 std::vector<unsigned char> make_state_of_one_cell(const Structure &structure);
 
 // Why a state with structure `state` cannot belong to a cache whose states look like `cache`; "" if it
 // can. Sections without cells say less, and are compared by what they say.
 std::string mismatch(const Structure &state, const Structure &cache);
+
+// Whether each attention section has no other positions than the first one. libllama keeps every token of a sequence in
+// the cells of the first, and of a window it removes some: so do its states, whatever has been removed, shifted or
+// copied. (It does not keep recurrent cells at the last of these positions: llama_memory_seq_cp() of a part of a
+// sequence copies that part of the attention cells, and the recurrent cell as it is.)
+bool positions_agree(const Structure &structure, const StateView &state);
 
 // A range of bytes of a state.
 struct ByteRange {

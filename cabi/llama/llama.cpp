@@ -217,7 +217,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
     sequences_->note_tensors(recorder.tensors());
     recorded.bytes = written;
     if (in_place) {
-        fence->raise(recorder.memory(), close);
+        fence->raise(enclosure(Direction::Save, sequence, recorder, close));
         move_now(Direction::Save, state, written, recorder.take_early(), nullptr);
     }
     if (open) return open->commit(std::move(recorded), job);
@@ -277,6 +277,8 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     const auto *const given = static_cast<const unsigned char *>(buffer);
     if (states_ == States::Unseen) learn_structure_of_any();
+    // What the stream still writes must not be read before.
+    if (submission.gate && may_be_written_by_stream(buffer, bytes)) submission.gate->wait();
     // An envelope is verified here, which reads the whole state.
     const bool sealed = is_opaque() || Envelope::is_on(given, bytes);
     if (sealed && submission.gate) submission.gate->wait();
@@ -332,7 +334,7 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
     check_recorded_whole(*state.structure, recorded);
     learn(*state.structure);
     recorded.bytes = view.bytes;
-    fence->raise(recorder.memory(), close);
+    fence->raise(enclosure(Direction::Load, sequence, recorder, close));
     move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
     // What was not known before: the device has nothing of the cache.
     if (load_ahead && !devices_.count(device)) open->job()->mode = KVF_LOAD_IN_PLACE;
@@ -369,6 +371,38 @@ bool Llama::guard_window(const Structure &structure, const StateView &view, Reco
     if (gate) return !ranges.empty();
     recorder.set_early(std::move(ranges));
     return false;
+}
+
+// What has to stay as it is until the transfer that was recorded has ended.
+Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder &recorder,
+                           bool close) const {
+    Enclosure enclosure;
+    enclosure.memory = recorder.memory();
+    enclosure.close = close;
+    enclosure.context = context_;
+    enclosure.is_disturbed = watch(direction, sequence);
+    // Of several kinds of attention cells the graph does not tell which rows it means; and the cells that leave a window
+    // have been moved already.
+    if (structure_ && window_ == 0 && structure_->has_one_attention_first()) {
+        enclosure.rows = recorder.first_tensor();
+        enclosure.row_bytes = structure_->sections[0].tensors[0].row;
+    }
+    return enclosure;
+}
+
+// Says whether the sequence has been changed since, as far as its first and last position tell.
+std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const {
+    const llama_memory memory = api_.get_memory(context_);
+    const auto first_position = api_.memory_seq_pos_min;
+    const auto last_position = api_.memory_seq_pos_max;
+    // A window's first cells go to other sequences in the course of things.
+    const bool keeps_first = window_ == 0;
+    const bool may_append = direction == Direction::Save && appends_only_;
+    return [=, first = first_position(memory, sequence), last = last_position(memory, sequence)] {
+        const int32_t now = last_position(memory, sequence);
+        if (may_append ? now < last : now != last) return true;
+        return keeps_first && first_position(memory, sequence) != first;
+    };
 }
 
 // Moves what must not be moved later, while the caller waits. Throws where it did not end well.
@@ -449,6 +483,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     check_usable();
     engine_->check(options); // what is wrong with them must not cost a sequence its cells
     if (tap_) tap_->take_back_slots();
+    Fence::wait_for_disturbed(context_);
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
@@ -475,6 +510,12 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
         sequences->end(transfer, status);
     };
     return submission;
+}
+
+// A copy engine or a kernel that a stream has been given writes to pinned memory alone.
+bool Llama::may_be_written_by_stream(const void *buffer, uint64_t bytes) const {
+    const auto pinner = engine_->pinner();
+    return pinner && pinner->is_pinned(buffer, bytes);
 }
 
 // A context that was freed and noticed, or whose memory is plainly something else by now. (The latter
@@ -546,7 +587,14 @@ Structure Llama::examine_known(const StateView &view) const {
     // libllama takes such a state, and then has a sequence that is empty in one part and takes cells in another.
     if (lacks_cells(*structure))
         throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+    check_positions(*structure, view);
     return std::move(*structure);
+}
+
+// libllama would take it, and then go on with some layers where others have not been.
+void Llama::check_positions(const Structure &structure, const StateView &view) const {
+    if (!positions_agree_ || positions_agree(structure, view)) return;
+    throw Error(KVF_ERR_STATE_DAMAGED, "its parts have cells at different positions");
 }
 
 // The last position of a sequence has a cell in every part of the memory, but for a window from which it has been
@@ -577,6 +625,7 @@ Structure Llama::examine_first(int32_t sequence, const StateView &view) {
         if (!candidate.has_cells_everywhere()) {
             throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
         }
+        check_positions(candidate, view);
         if (!takes_format_of(sequence, candidate)) continue;
         learn(candidate);
         return std::move(candidate);
@@ -741,6 +790,11 @@ std::optional<Llama::Metadata> Llama::record_metadata(int32_t sequence) {
 void Llama::learn_structure(int32_t sequence) {
     const auto metadata = record_metadata(sequence);
     if (!metadata) return;
+    if (is_frame_alone(metadata->view())) {
+        throw Error(KVF_ERR_UNSUPPORTED,
+                    "the context uses the cells of another context, which saves and loads "
+                    "them: attach to that one");
+    }
     const bool empty = !holds_cells(sequence);
     auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
     // libllama calls a sequence empty of which only the window is. Such a one tells nothing.
@@ -761,6 +815,7 @@ void Llama::learn_structure(int32_t sequence) {
             throw Error(KVF_ERR_TAP, "libllama moved tensor bytes in a way that was not recorded");
         return learn_that_opaque();
     }
+    if (!empty && !positions_agree(found.front(), metadata->view())) positions_agree_ = false;
     learn(found.front());
 }
 

@@ -35,6 +35,7 @@ private:
         std::optional<Structure> structure; // nothing where the cache is opaque
     };
 
+    bool may_be_written_by_stream(const void *buffer, uint64_t bytes) const;
     void check_usable();
     void check_devices();
     void check_sequence(int32_t sequence, bool must_hold_cells);
@@ -44,6 +45,7 @@ private:
     Incoming examine_opaque(const unsigned char *state, uint64_t bytes, uint32_t flags) const;
     Structure examine_first(int32_t sequence, const StateView &view);
     Structure examine_known(const StateView &view) const;
+    void check_positions(const Structure &structure, const StateView &view) const;
     bool lacks_cells(const Structure &structure) const;
     bool takes_format_of(int32_t sequence, const Structure &candidate);
     bool writes_as(int32_t sequence, const Structure &candidate);
@@ -59,6 +61,9 @@ private:
     std::shared_ptr<LoadAhead> make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device);
     bool guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
                       const Gate *gate) const;
+    Enclosure enclosure(Direction direction, int32_t sequence, const Recorder &recorder,
+                        bool close) const;
+    std::function<bool()> watch(Direction direction, int32_t sequence) const;
     void move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
                   Gate *gate);
     void complete(Submission &&submission, Recorded &&recorded, const kvf_submit_options &options,
@@ -122,6 +127,7 @@ private:
     enum class States { Unseen, Known, Opaque };
     std::atomic<States> states_{States::Unseen};
     std::optional<Structure> structure_; // unless opaque; without cells while unseen
+    bool positions_agree_ = true;        // in the states that this libllama has written
     uint64_t empty_bytes_ = 0;           // of the state of an empty sequence; 0: not seen
 
     // Looked at by describe(), on any thread; so is whether there is a tap.

@@ -210,16 +210,26 @@ std::optional<Access> access_of(const ggml_tensor *node, const GgmlApi &ggml) {
     return Access::Write; // shifts, moves of recurrent cells
 }
 
+// The rows of keys that decoding is about to write, in a cache of one kind of attention. Releases before v0.5.0 do not
+// name this input of the graph. libllama itself writes it before it computes, so it lies in host memory.
+RowNumbers rows_to_be_written(const ggml_cgraph *graph, const GgmlApi &ggml) {
+    const ggml_tensor *const input = ggml.graph_get_tensor(graph, "attn_inp_k_idxs");
+    if (!input) return {};
+    return {static_cast<const int64_t *>(ggml.get_data(input)),
+            ggml.nbytes(input) / sizeof(int64_t)};
+}
+
 void wait_before_computing(ggml_cgraph *graph, const GgmlApi &ggml) {
     if (!Fence::any()) return;
     const MemoryRange extent = Fence::extent();
     const int count = ggml.graph_n_nodes(graph);
+    const RowNumbers rows = rows_to_be_written(graph, ggml);
     for (int i = 0; i < count; ++i) {
         const ggml_tensor *const node = ggml.graph_node(graph, i);
         if (reinterpret_cast<uint64_t>(ggml.get_data(node)) >= extent.end) continue;
         const MemoryRange range = range_of(node, ggml);
         if (range.end <= extent.begin) continue;
-        if (const auto access = access_of(node, ggml)) Fence::wait(range, *access);
+        if (const auto access = access_of(node, ggml)) Fence::wait(range, *access, rows);
     }
 }
 
@@ -532,6 +542,26 @@ Tap::Counters Tap::counters() const {
             library_->passed_through.load(std::memory_order_relaxed)};
 }
 
+namespace {
+
+// In order, and those that touch as one.
+std::vector<MemoryRange> joined(std::vector<MemoryRange> ranges) {
+    std::sort(ranges.begin(), ranges.end(),
+              [](const MemoryRange &a, const MemoryRange &b) { return a.begin < b.begin; });
+    size_t kept = 0;
+    for (const MemoryRange &range : ranges) {
+        if (kept > 0 && range.begin <= ranges[kept - 1].end) {
+            ranges[kept - 1].end = std::max(ranges[kept - 1].end, range.end);
+        } else {
+            ranges[kept++] = range;
+        }
+    }
+    ranges.resize(kept);
+    return ranges;
+}
+
+} // namespace
+
 Recording::Recording(Recorder &recorder) { recording = &recorder; }
 Recording::~Recording() { recording = nullptr; }
 
@@ -572,6 +602,7 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
 // Where ranges are early, or other transfers keep loads off cells. What follows in the buffer is recorded later, so that
 // early ranges are met in order.
 void Recorder::add_with_care(uint64_t address, uint64_t place, uint64_t bytes) {
+    if (tensors_.size() == 1) first_tensor_.push_back({address, address + bytes});
     // The cell may have been one of a transfer that follows a stream, and that transfer still needs it.
     if (direction_ == Direction::Load && Fence::any_close())
         Fence::wait({address, address + bytes}, Access::WriteRows);
@@ -592,13 +623,15 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
                             const GgmlApi &ggml) {
     if (!listed_ns_) listed_ns_ = now_ns();
     LayoutBuilder *const former = builder_;
+    if (tensors_.size() == 1) end_first_tensor();
     tensor_ = tensor;
     tensor_address_ = reinterpret_cast<uint64_t>(ggml.get_data(tensor));
     tensors_.push_back(tensor_address_);
     if (reached_.begin < reached_.end) memory_.push_back(reached_);
     reached_ = {UINT64_MAX, 0};
     // Fences around this context's memory are raised by the thread that records.
-    is_plain_ = early_.empty() && !(direction_ == Direction::Load && Fence::any_close());
+    is_plain_ = tensors_.size() > 1 && early_.empty() &&
+                !(direction_ == Direction::Load && Fence::any_close());
     const int64_t device = locate_(tensor_address_ + offset, bytes);
     if (former) former->begin_tensor();
     if (early_builder_) early_builder_->begin_tensor();
@@ -612,6 +645,13 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
     }
 }
 
+// Before any of its bytes may move: where the sequence of another transfer has lost cells meanwhile, a load may have been
+// given these.
+void Recorder::end_first_tensor() {
+    first_tensor_ = joined(std::move(first_tensor_));
+    if (direction_ == Direction::Load && Fence::any()) Fence::wait_for_rows(first_tensor_);
+}
+
 Recorded Recorder::finish() {
     if (failure_) {
         try {
@@ -620,6 +660,7 @@ Recorded Recorder::finish() {
             throw Error(KVF_ERR_OUT_OF_MEMORY, "while recording the layout");
         }
     }
+    if (tensors_.size() == 1) end_first_tensor();
     Recorded result;
     result.listed_ns = listed_ns_;
     result.recorded_ns = now_ns();
@@ -645,21 +686,12 @@ Recorded Recorder::finish() {
     return result;
 }
 
+std::vector<MemoryRange> Recorder::first_tensor() const { return first_tensor_; }
+
 std::vector<MemoryRange> Recorder::memory() const {
     std::vector<MemoryRange> ranges(memory_);
     if (reached_.begin < reached_.end) ranges.push_back(reached_);
-    std::sort(ranges.begin(), ranges.end(),
-              [](const MemoryRange &a, const MemoryRange &b) { return a.begin < b.begin; });
-    size_t kept = 0;
-    for (const MemoryRange &range : ranges) {
-        if (kept > 0 && range.begin <= ranges[kept - 1].end) {
-            ranges[kept - 1].end = std::max(ranges[kept - 1].end, range.end);
-        } else {
-            ranges[kept++] = range;
-        }
-    }
-    ranges.resize(kept);
-    return ranges;
+    return joined(std::move(ranges));
 }
 
 } // namespace kvf

@@ -63,6 +63,9 @@ public:
     const std::vector<uint64_t> &tensors() const { return tensors_; }
     // The memory that was recorded: for each tensor, from its first fragment to its last. In order, and apart.
     std::vector<MemoryRange> memory() const;
+    // What was recorded of the first tensor, if the engine moves it: the rows of the keys of one layer, where the cache
+    // has attention. In order, and apart.
+    std::vector<MemoryRange> first_tensor() const;
 
     // The text of the assertion that failed in libllama, or "".
     const std::string &abort_text() const { return abort_text_; }
@@ -87,7 +90,8 @@ private:
     Layouts early_layouts_;
     std::vector<MemoryRange> memory_;    // of each former tensor
     MemoryRange reached_{UINT64_MAX, 0}; // of the present one
-    bool is_plain_ = true;               // what is recorded of it needs no care
+    std::vector<MemoryRange> first_tensor_;
+    bool is_plain_ = true; // what is recorded of it needs no care
     const ggml_tensor *tensor_ = nullptr;
     uint64_t tensor_address_ = 0;
     uint64_t direct_fragments_ = 0, direct_bytes_ = 0; // copied by the original call
@@ -101,6 +105,7 @@ private:
 
     void begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t bytes,
                       const GgmlApi &ggml);
+    void end_first_tensor();
     void add_with_care(uint64_t address, uint64_t place, uint64_t bytes);
 };
 

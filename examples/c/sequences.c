@@ -1,9 +1,12 @@
-/* Saves a sequence while another one is decoded, loads it into a third, and goes on from there.
+/* Saves a sequence while another one is decoded, loads it into a third one, and decodes that.
  *
  *     sequences MODEL.gguf FOLDER-OF-LIBLLAMA
  *
- * Twice: with the completion queue's descriptor in poll(2), as a program with an event loop would do,
- * and with a callback. In the end llama.cpp's own calls do the same, and everything is compared. */
+ * The sequence is saved twice. The program learns that the first save is complete from poll(2), as a
+ * program with an event loop does, and the second one calls a function. At the end llama.cpp's own
+ * calls save and load the same sequence, and the program compares the states and the logits.
+ *
+ * All calls of llama.cpp and of kvf_llama_* are made by one thread: the one that runs main(). */
 #include <ggml-backend.h>
 #include <kvferry.h>
 #include <llama.h>
@@ -27,11 +30,12 @@ static void check(int32_t status, const char *what) {
 
 /* ---- llama.cpp --------------------------------------------------------------------------------- */
 
+static struct llama_model *model;
 static struct llama_context *context;
 static int32_t vocabulary;
 static llama_pos next_position[SEQUENCES];
 
-/* Decodes `count` tokens of one sequence; the logits of the last one are asked for. */
+/* Appends `count` tokens to a sequence, and computes the logits of the last one. */
 static void decode(llama_seq_id sequence, int32_t count) {
     struct llama_batch batch = llama_batch_init(count, 0, 1);
     for (int32_t i = 0; i < count; ++i) {
@@ -55,15 +59,14 @@ static void no_log(enum ggml_log_level level, const char *text, void *user_data)
 static void open_model(const char *model_file, const char *folder) {
     llama_log_set(no_log, NULL);
     ggml_backend_load_all_from_path(folder);
-    struct llama_model *model =
-        llama_model_load_from_file(model_file, llama_model_default_params());
-    if (!model) fail(model_file, "is no model that llama.cpp can load");
+    model = llama_model_load_from_file(model_file, llama_model_default_params());
+    if (!model) fail(model_file, "llama.cpp cannot load this model");
     struct llama_context_params params = llama_context_default_params();
     params.n_ctx = 4 * PROMPT_TOKENS;
     params.n_batch = PROMPT_TOKENS;
     params.n_seq_max = SEQUENCES;
     params.kv_unified = true;
-    /* Its threads spin while they wait for each other: they need processors of their own. */
+    /* llama.cpp's threads spin while they wait for each other, so leave processors for kvferry's. */
     const long processors = sysconf(_SC_NPROCESSORS_ONLN);
     params.n_threads = params.n_threads_batch = processors > 2 ? (int32_t)processors / 2 : 1;
     context = llama_init_from_model(model, params);
@@ -75,12 +78,13 @@ static void open_model(const char *model_file, const char *folder) {
 
 static void report(const kvf_completion *done, const char *how, int steps) {
     check(done->status, done->detail[0] ? done->detail : how);
-    printf("%s: %.1f MiB in %.2f ms, %d decode steps of another sequence beside it\n", how,
+    printf("%s: %.1f MiB in %.2f ms, %d decode steps of another sequence meanwhile\n", how,
            (double)done->bytes / (1 << 20), (double)(done->finished_ns - done->submitted_ns) / 1e6,
            steps);
 }
 
-/* With a queue: one descriptor tells of any number of jobs, beside whatever else is waited for. */
+/* With a queue: its descriptor becomes readable when a job has completed, however many jobs there are.
+ * A program waits for it together with its other descriptors. */
 static void save_with_poll(kvf_llama llama, void *state, uint64_t bytes) {
     kvf_queue queue;
     check(kvf_queue_create(&queue), "kvf_queue_create");
@@ -100,7 +104,8 @@ static void save_with_poll(kvf_llama llama, void *state, uint64_t bytes) {
     check(kvf_queue_destroy(queue), "kvf_queue_destroy");
 }
 
-/* With a callback, which comes on a thread of the engine's and should only pass the news on. */
+/* With a callback: a thread of the engine calls it, and the next completion waits until it returns. So
+ * it should only pass the completion on to a thread of yours. */
 static kvf_completion called_with;
 static atomic_bool called;
 
@@ -121,7 +126,7 @@ static void save_with_callback(kvf_llama llama, void *state, uint64_t bytes) {
     report(&called_with, "save, callback", steps);
 }
 
-/* A load has to be over before the sequence is decoded: here it is simply waited for. */
+/* A sequence must not be decoded before its load is complete. Here the program waits for the job. */
 static void load(kvf_llama llama, const void *state, uint64_t bytes) {
     kvf_submit_options submit = KVF_SUBMIT_OPTIONS_INIT;
     submit.priority = KVF_PRIORITY_URGENT;
@@ -133,10 +138,11 @@ static void load(kvf_llama llama, const void *state, uint64_t bytes) {
     report(&done, "load", 0);
 }
 
-/* ---- the same, compared ------------------------------------------------------------------------ */
+/* ---- Comparing with llama.cpp's own calls ------------------------------------------------------ */
 
-/* A copy of the logits after the loaded sequence's next token. The sequence is empty afterwards. */
-static float *go_on_from_loaded(void) {
+/* Decodes the next token of the loaded sequence, and empties the sequence. Returns a copy of the
+ * token's logits, which the caller frees. */
+static float *logits_after_load(void) {
     next_position[LOADED] = PROMPT_TOKENS;
     decode(LOADED, 1);
     const size_t bytes = sizeof(float) * (size_t)vocabulary;
@@ -167,7 +173,7 @@ int main(int count, char **arguments) {
     kvf_llama llama;
     if (kvf_llama_attach(engine, context, &options, &llama) < 0) fail("kvf_llama_attach", error);
 
-    uint64_t bytes; /* known before anything is moved */
+    uint64_t bytes; /* of the state; this call moves none of them */
     check(kvf_llama_size(llama, SAVED, &bytes), "kvf_llama_size");
     void *polled, *called_back;
     check(kvf_buffer_alloc(engine, bytes, &polled), "kvf_buffer_alloc");
@@ -185,18 +191,20 @@ int main(int count, char **arguments) {
     if (llama_state_seq_set_data(context, theirs, bytes, LOADED) != bytes) {
         fail("llama_state_seq_set_data", "failed");
     }
-    float *their_logits = go_on_from_loaded();
+    float *their_logits = logits_after_load();
     load(llama, polled, bytes);
-    float *our_logits = go_on_from_loaded();
+    float *our_logits = logits_after_load();
     compare("logits after the load", our_logits, their_logits, sizeof(float) * (size_t)vocabulary);
 
     free(our_logits);
     free(their_logits);
     free(theirs);
+    /* Detach before the context is freed and the engine is destroyed. */
     check(kvf_llama_detach(llama), "kvf_llama_detach");
     check(kvf_buffer_free(polled), "kvf_buffer_free");
     check(kvf_buffer_free(called_back), "kvf_buffer_free");
     check(kvf_engine_destroy(engine), "kvf_engine_destroy");
     llama_free(context);
+    llama_model_free(model);
     return 0;
 }

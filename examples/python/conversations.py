@@ -1,6 +1,8 @@
 """Many conversations over few sequences: the one that was used least recently waits in host memory.
 
-    pip install '.[demo]'                     # in the root of kvferry
+In the root of kvferry:
+
+    pip install '.[demo]'
     python examples/python/conversations.py
 
 Seven users talk to a context that has three sequences. A conversation whose turn it is needs a
@@ -8,9 +10,9 @@ sequence. If none is free, the conversation that has been idle for longest is sa
 sequence changes hands. When a saved conversation goes on, it is loaded into whichever sequence is
 free then. Other conversations are decoded meanwhile.
 
-One user leaves in the middle of an answer. A cancelled task may be at any `await` below, so between
-two of them the books are always right: a sequence belongs to one conversation or to none, and a
-conversation is in a sequence, in a snapshot, or (before its first turn) empty.
+One user leaves in the middle of an answer. The task is then cancelled, and that may happen at any
+`await` below. So at each of them the records are right: a sequence belongs to one conversation or
+to none, and a conversation is in a sequence, in a snapshot, or (before its first turn) empty.
 """
 
 import random
@@ -22,8 +24,8 @@ from pathlib import Path
 
 import anyio
 import kvferry
-from kvferry.libllama import Context, ContextOptions, Libllama, Model, find
-from kvferry.synthetic import write_model
+from kvferry.tools.libllama import Context, ContextOptions, Libllama, Model, find
+from kvferry.tools.synthetic import write_model
 
 CONVERSATIONS, SEQUENCES, TURNS = 7, 3, 4
 QUESTION, ANSWER = 20, 8  # tokens
@@ -42,8 +44,8 @@ class Conversation:
 class Sequences:
     """Gives sequences to conversations.
 
-    Use it on one event loop. A turn needs one sequence, and no more turns are let in than there
-    are sequences; so whoever has been let in finds one that is free, or idle.
+    Use it on one event loop. A turn needs one sequence, and there are never more turns at a time
+    than sequences. So a turn that begins finds a sequence that is free, or one that is idle.
     """
 
     def __init__(self, llama: kvferry.Llama, count: int) -> None:
@@ -54,7 +56,7 @@ class Sequences:
 
     @asynccontextmanager
     async def turn(self, conversation: Conversation) -> AsyncIterator[int]:
-        """Waits until the conversation is in a sequence, which is its own inside of the block."""
+        """Waits until the conversation is in a sequence, which belongs to it in the block."""
         async with self._turns, conversation.lock:
             if conversation.seq is None:
                 await self._bring_back(conversation)
@@ -77,8 +79,8 @@ class Sequences:
                 await self._llama.load(conversation.snapshot, seq, priority="urgent")
                 conversation.loads += 1
         except BaseException:
-            # Cancelled, or failed. What is in the sequence now belongs to nobody; the snapshot is
-            # as it was.
+            # Cancelled, or failed. The content of the sequence belongs to nobody now; the snapshot
+            # is as it was.
             self._free.append(seq)
             raise
         conversation.seq, conversation.snapshot = seq, None
@@ -87,7 +89,7 @@ class Sequences:
         """A sequence that belongs to nobody."""
         if self._free:
             return self._free.pop()
-        # A locked one has a turn that is about to begin, or is being saved for another turn.
+        # A locked conversation is about to begin a turn, or is being saved for another turn.
         victim = next(each for each in self._idle if not each.lock.locked())
         victim.lock.acquire_nowait()
         try:
@@ -138,8 +140,8 @@ class User:
     def _decode(self, seq: int, tokens: list[int], who: str) -> int:
         """Runs on the context's thread. Returns the most likely next token.
 
-        What has been decoded is written down here rather than by the task, which may be cancelled
-        as soon as this has begun: so the transcript is what the sequence holds.
+        This writes the transcript, rather than the task, which may be cancelled as soon as this
+        has begun. So the transcript always says what the sequence holds.
         """
         self._context.decode([(seq, token) for token in tokens])
         if self.transcript and self.transcript[-1][0] == who:

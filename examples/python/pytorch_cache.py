@@ -1,6 +1,8 @@
 """A KV cache of PyTorch tensors: one conversation leaves the device, and comes back in another row.
 
-    pip install . torch                       # in the root of kvferry
+In the root of kvferry:
+
+    pip install . torch
     python examples/python/pytorch_cache.py
 
 Without PyTorch the same runs with NumPy arrays, since kvferry takes any array that has the buffer
@@ -43,7 +45,7 @@ def fill(tensor: Any, row: int, seed: int) -> None:
 
 
 def attend(keys: Any, values: Any, row: int) -> list[float]:
-    """What the first head of a layer gives for one query: to see that the cache is what it was."""
+    """The attention of one query in the first head: it shows whether the cache is as it was."""
     k, v = to_numpy(keys[row, 0, :TOKENS]), to_numpy(values[row, 0, :TOKENS])
     scores = k @ numpy.ones(WIDTH, numpy.float32) / math.sqrt(WIDTH)
     weights = numpy.exp(scores - scores.max())
@@ -58,8 +60,8 @@ def to_numpy(tensor: Any) -> numpy.ndarray[Any, Any]:
 def used_part(cache: list[tuple[Any, Any]], row: int) -> list[Any]:
     """The tensors that hold a conversation: views with strides, no copies.
 
-    kvferry copies each run of memory where it is: for each head, TOKENS x WIDTH numbers side by
-    side. In the buffer the tensors lie one after the other, without gaps.
+    kvferry copies each contiguous run of memory, here TOKENS x WIDTH numbers of each head. In the
+    buffer the tensors lie one after the other, without gaps.
     """
     parts = [tensor[row, :, :TOKENS] for layer in cache for tensor in layer]
     if torch is None or ON_CUDA:

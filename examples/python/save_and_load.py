@@ -1,7 +1,9 @@
 """The smallest save and load: a sequence of llama.cpp leaves the KV cache, and comes back.
 
-pip install '.[demo]'                     # in the root of kvferry
-python examples/python/save_and_load.py
+In the root of kvferry:
+
+    pip install '.[demo]'
+    python examples/python/save_and_load.py
 """
 
 import tempfile
@@ -10,8 +12,8 @@ from pathlib import Path
 import anyio
 import kvferry
 import numpy
-from kvferry.libllama import Context, ContextOptions, Libllama, Model, find
-from kvferry.synthetic import write_model
+from kvferry.tools.libllama import Context, ContextOptions, Libllama, Model, find
+from kvferry.tools.synthetic import write_model
 
 PROMPT = [(7 * index + 1) % 512 for index in range(200)]
 NEXT = 42
@@ -23,8 +25,8 @@ async def save_and_load(context: Context) -> None:
         # llama_context.
         llama = engine.attach(context.address, library=context.model.library.loaded_as)
 
-        # From here on the context belongs to one thread of kvferry's, and llama.run is how your
-        # code gets there. So nothing is decoded while kvferry reads the context.
+        # From here on a thread of kvferry's owns the context, and llama.run runs your code on that
+        # thread. So nothing is decoded while kvferry reads the context.
         await llama.run(context.decode, [(0, token) for token in PROMPT])
         snapshot = await llama.save(0)
         print(f"saved {len(PROMPT)} tokens: {snapshot.nbytes} bytes")

@@ -1,4 +1,4 @@
-"""Moves the KV cache of a running language model between the accelerator and host memory.
+"""Moves the KV cache of a running language model between a device and host memory.
 
 async with kvferry.Engine() as engine:
     llama = engine.attach(llm)              # a llama_cpp.Llama, or the address of a context

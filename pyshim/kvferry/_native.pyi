@@ -59,12 +59,15 @@ class _Lib:
     KVF_SUBMIT_FOLLOW_STREAM: int
     KVF_SUBMIT_TRUST_STATE: int
     KVF_LLAMA_ALLOW_BLOCKING: int
+    KVF_LLAMA_FORCE_BLOCKING: int
     KVF_SAVE_AUTO: int
     KVF_SAVE_IN_PLACE: int
     KVF_SAVE_SNAPSHOT: int
     KVF_LOAD_AUTO: int
     KVF_LOAD_IN_PLACE: int
     KVF_LOAD_AHEAD: int
+    KVF_DIRECTION_SAVE: int
+    KVF_DIRECTION_LOAD: int
 
     def kvf_version(self) -> CData: ...
     def kvf_abi_version(self) -> int: ...

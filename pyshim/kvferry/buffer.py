@@ -19,28 +19,31 @@ Self = TypeVar("Self", bound="Buffer")
 
 
 class Buffer:
-    """A run of bytes: pinned memory from an engine's pool, or memory of the caller's.
+    """A run of bytes: pinned memory from an engine's pool, or memory that the caller owns.
 
-    Registered memory is the caller's, and pinned until this has been closed, or dropped, and the
-    last view of it is gone.
+    ``view``, ``numpy()``, ``numpy.asarray(buffer)`` and, from Python 3.12 on,
+    ``memoryview(buffer)`` give access to the bytes without a copy. Such views keep the memory
+    alive.
 
-    Its bytes are reached through ``view``, ``numpy()``, ``numpy.asarray(buffer)`` and, from Python
-    3.12 on, ``memoryview(buffer)``; none of them copies. Views keep the memory alive: pool memory
-    goes back to its pool once it has been closed, or dropped, and the last view of it is gone. It
-    may outlive its engine.
+    Memory from the pool returns to the pool when the Buffer has been closed, or collected, and its
+    last view is gone. Memory that was registered stays pinned for the same time. Both may outlive
+    the engine.
+
+    Any thread may read and write the bytes. ``close`` is for the thread that uses the engine.
     """
 
     _writable = True
 
     def __init__(self, memory: CData, nbytes: int) -> None:
-        """For kvferry itself: programs use ``Engine.allocate`` or pass memory of theirs."""
-        self._memory: CData | None = memory  # whatever refers to this keeps the memory alive
+        """For kvferry itself: programs use ``Engine.allocate``, or pass their own memory."""
+        self._memory: CData | None = memory  # a reference to this object keeps the memory alive
         self._nbytes = nbytes
         self.transfers: set[object] = set()
-        """Those in flight that were given this object; for kvferry itself."""
+        """The transfers in flight that use this object. For kvferry itself."""
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes. ``len(buffer)`` is the same."""
         return self._nbytes
 
     def __len__(self) -> int:
@@ -48,24 +51,24 @@ class Buffer:
 
     @property
     def jobs(self) -> int:
-        """How many transfers in flight use this object."""
+        """How many transfers in flight use this Buffer."""
         return len(self.transfers)
 
     @property
     def memory(self) -> CData:
-        """The address, for the C library."""
+        """The address, for the C library. Raises KvferryError if this has been closed."""
         if self._memory is None:
             raise error(lib.KVF_ERR_INVALID_HANDLE, f"this {type(self).__name__} has been closed")
         return self._memory
 
     @property
     def view(self) -> memoryview:
-        """The bytes, as a memoryview."""
+        """The bytes as a memoryview, read-only for a Snapshot."""
         view = memoryview(ffi.buffer(self.memory, self._nbytes))
         return view if self._writable else view.toreadonly()
 
     def numpy(self) -> NDArray[numpy.uint8]:
-        """The bytes, as an array of uint8."""
+        """Returns the bytes as an array of uint8, without a copy."""
         return numpy.asarray(self.view)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
@@ -80,11 +83,11 @@ class Buffer:
         return self.view
 
     def to_bytes(self) -> bytes:
-        """A copy of the bytes."""
+        """Returns a copy of the bytes."""
         return self.view.tobytes()
 
     def close(self) -> None:
-        """Lets go of the memory. Closing twice is allowed. Raises Busy while a transfer uses it."""
+        """Releases the memory. Closing twice is allowed. Raises Busy while a transfer uses this."""
         if self.transfers:
             raise error(lib.KVF_ERR_BUSY)
         self._memory = None
@@ -107,8 +110,8 @@ class Buffer:
 def pinned(engine: int, nbytes: int) -> Buffer:
     """Takes a buffer from the pool of the engine with this handle.
 
-    Blocks: microseconds where the pool has one to use again, else as long as mapping and pinning
-    takes, a third of a second for 1 GiB.
+    Blocks: some microseconds if the pool has a free buffer, else until new memory has been mapped
+    and pinned, a third of a second for each GiB.
     """
     nbytes = integer("nbytes", nbytes)
     address = ffi.new("void **")
@@ -120,7 +123,7 @@ def pinned(engine: int, nbytes: int) -> Buffer:
 
 
 def registered(engine: int, memory: HostMemory) -> Buffer:
-    """Pins memory of the caller's. Blocks: about 30 ms a GiB."""
+    """Pins memory that the caller owns. Blocks, for about 30 ms a GiB."""
     borrowed = borrow(memory, "memory", writable=True)
     check(lib.kvf_buffer_register(engine, borrowed.memory, borrowed.nbytes))
     unregister = functools.partial(_unregister, engine)
@@ -137,14 +140,15 @@ _never_unmapped: list[CData] = []
 
 def _unregister(engine: int, memory: CData) -> None:
     if lib.kvf_buffer_unregister(engine, memory) == lib.KVF_ERR_DEVICE_LOST:
-        # A copy that did not end may still write there, so that the memory must stay.
+        # A copy that has not ended may still write there: the memory must never be unmapped.
         _never_unmapped.append(memory)
 
 
 def borrow(memory: HostMemory, name: str, *, writable: bool = False) -> Buffer:
-    """The contiguous memory of an object with the buffer protocol, which can't be resized then.
+    """Returns the contiguous memory of an object with the buffer protocol, as a Buffer.
 
-    ``name`` is that of the argument, for errors.
+    The object cannot be resized while that Buffer lives. A Buffer is returned as it is. ``name`` is
+    the argument's name, for errors. Raises TypeError, InvalidArgument.
     """
     if isinstance(memory, Buffer):
         if writable and not memory._writable:
@@ -162,7 +166,7 @@ def borrow(memory: HostMemory, name: str, *, writable: bool = False) -> Buffer:
 
 
 def _fault(memory: HostMemory, writable: bool) -> str:
-    """What keeps its memory from being borrowed."""
+    """Why memory cannot be borrowed, for the error's text."""
     view = memoryview(memory)  # type: ignore[arg-type]
     if writable and view.readonly:
         return "is read-only"

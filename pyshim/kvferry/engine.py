@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ._bridge.arguments import HostMemory
-from ._bridge.cancellation import see_through
+from ._bridge.cancellation import await_to_end
 from ._bridge.devices import Devices
 from ._bridge.open_engine import OpenEngine
 from ._bridge.submission import Priority, SubmitOptions
@@ -18,35 +18,36 @@ from .buffer import Buffer, borrow, pinned, registered, trim
 from .errors import check
 from .llama import Llama
 from .regions import Memory, RegionList, region_list
-from .transfer import Transfer, carried_out
+from .transfer import Transfer, start_and_wait
 
 if TYPE_CHECKING:
     from ._native import CData
 
 
 class Engine(OpenEngine):
-    """Moves memory between devices and the host beside whatever else they do.
+    """Moves memory between devices and the host while both do other work.
 
-    ``async with kvferry.Engine() as engine: ...``, or ``await engine.aclose()`` at the end. Use an
-    engine from one event loop at a time, and from that loop's thread; asyncio, uvloop and trio.
+    Use it as ``async with kvferry.Engine() as engine: ...``, or call ``await engine.aclose()`` in
+    the end. Use an engine from one event loop at a time (asyncio, uvloop or trio), and only on the
+    thread of that loop.
 
     devices
-        ``"auto"``: every CUDA device, and the host. ``"host"``: the CUDA driver is not touched.
-        ``"cuda"``: NoDevice is raised where there is none. ``"cuda:0"``, or ordinals such as
-        ``[0, 2]``: the host and these CUDA devices, as the driver counts them; others are not
-        touched, and NoDevice is raised where one of these can't be used. (Each CUDA device costs a
+        ``"auto"``: every CUDA device, and the host. ``"host"``: the host alone; the CUDA driver is
+        not opened. ``"cuda"``: as ``"auto"``, but NoDevice is raised if there is no CUDA device.
+        ``"cuda:0"``, or ordinals such as ``[0, 2]``: these CUDA devices, by the driver's numbers,
+        and the host; NoDevice is raised if one of them cannot be used. (Each CUDA device needs a
         context, some hundred MiB of its memory.)
     copy_threads
-        Threads that copy host memory; 0: by the number of cores, 6 at most.
+        The number of threads that copy host memory. 0: by the number of cores, at most 6.
     pinned_limit
-        Most bytes of the buffer pool; 0: no limit.
+        The most bytes that the buffer pool may have. 0: no limit.
     staging_bytes
-        Most device memory used per device and direction; 0: 32 MiB.
+        The most device memory used for each device and direction. 0: 32 MiB.
     trace
-        Record every piece moved, for ``trace()``.
+        Records every piece that is moved, for ``trace()``.
 
-    Making one starts its threads at once, and CUDA if the process hasn't: then it takes a few
-    hundred milliseconds, so make it before serving.
+    The constructor blocks: it starts the engine's threads, and CUDA if the process has not used it,
+    which takes a few hundred milliseconds. So make an engine before serving.
     """
 
     def __init__(
@@ -70,31 +71,31 @@ class Engine(OpenEngine):
     # ---- Memory ---------------------------------------------------------------------------------
 
     async def allocate(self, nbytes: int) -> Buffer:
-        """Takes pinned memory from the pool. Its content is undefined.
+        """Returns pinned memory from the pool. Its content is undefined.
 
-        Microseconds where the pool has some to use again; new memory takes a third of a second for
-        each GiB, on a thread of the engine's own. Raises PinnedLimit.
+        Takes some microseconds if the pool has a free buffer. New memory takes a third of a second
+        for each GiB, on a thread of the engine. Raises PinnedLimit, OutOfMemory, EngineClosed.
         """
         return await self._core.on_memory_thread(pinned, nbytes)
 
     async def register(self, memory: HostMemory) -> Buffer:
-        """Pins memory of the caller's for every CUDA device, so that transfers use it like the
-        pool's.
+        """Pins memory that the caller owns, for every CUDA device, and returns it as a Buffer.
 
-        ``memory`` is writable and contiguous, and can't be resized from now on. The Buffer that
-        this returns is that memory; it stays pinned until the Buffer has been closed, or dropped,
-        and whatever uses it is gone, after the engine has been closed too. Takes about 30 ms a GiB,
-        on a thread of the engine's own. Without a CUDA device nothing is pinned.
+        Transfers then use it like memory from the pool. ``memory`` is writable and contiguous, and
+        cannot be resized from now on. It stays pinned until the Buffer has been closed, or
+        collected, and its last view is gone, also after the engine has been closed. Takes about
+        30 ms a GiB, on a thread of the engine. Without a CUDA device nothing is pinned.
 
-        Raises Busy where it overlaps what is registered already, InvalidArgument, OutOfMemory.
+        Raises Busy (part of it is registered already), InvalidArgument, TypeError, OutOfMemory,
+        EngineClosed.
         """
         return await self._core.on_memory_thread(registered, memory)
 
     async def trim(self) -> None:
-        """Gives idle memory back to the system now: the pool's free buffers, and what the engine
-        has pinned and allocated on devices for its own use and does not need at the moment.
+        """Returns idle memory to the system now: the free buffers of the pool, and the pinned and
+        device memory of the engine that no transfer uses.
 
-        What has lain idle for half a minute goes by itself.
+        Without this call, memory returns to the system after half a minute without use.
         """
         await self._core.on_memory_thread(trim)
 
@@ -108,19 +109,25 @@ class Engine(OpenEngine):
         allow_blocking: bool = False,
         variant: str = "",
     ) -> Llama:
-        """Attaches to a llama context: a ``llama_cpp.Llama``, a ctypes pointer, or its address.
+        """Attaches to a llama context. Call this while no other thread uses the context.
 
-        A Llama object is kept alive; don't close it before ``Llama.detach()``. What it knows of its
-        conversation goes with the sequence: a Snapshot carries it, a load restores it, and
-        ``remove`` and a load that fails reset it. Attach while no other thread uses the context.
-        ``library`` is the path, or part of it, of the libllama to use when several are loaded; a
-        whole path is never ambiguous. ``allow_blocking``: where libllama's calls can't be recorded,
-        use its blocking calls on a thread of the engine's; the context must then rest until the
-        transfer has ended, and what would touch it meanwhile raises Busy. ``variant`` names what
-        states depend on and libllama doesn't tell, adapters above all: it becomes part of the
-        ``fingerprint``, so that states go only between attachments of the same variant.
+        llm
+            A ``llama_cpp.Llama``, a ctypes pointer to a context, or its address. A
+            ``llama_cpp.Llama`` is kept alive; do not close it before ``Llama.detach()``. The tokens
+            that it knows go with sequence 0: a Snapshot has them, a load restores them, ``remove``
+            and a load that fails reset them.
+        library
+            The path, or a part of the path, of the libllama to use where several are loaded. A
+            whole path is never ambiguous.
+        allow_blocking
+            If libllama's calls cannot be recorded, use its blocking calls, on a thread of the
+            engine. Then the context must not be used until the transfer has ended; calls of kvferry
+            that would use it raise Busy.
+        variant
+            Names what states depend on and libllama does not tell, above all adapters. It becomes
+            part of the ``fingerprint``, so that states of one variant are refused by another.
 
-        Raises LibraryNotFound, TapUnavailable, ContextFreed.
+        Raises LibraryNotFound, TapUnavailable, ContextFreed, EngineClosed.
         """
         attachment = self._attach(
             llm, library=library, allow_blocking=allow_blocking, variant=variant
@@ -137,29 +144,30 @@ class Engine(OpenEngine):
         priority: Priority = "background",
         after_stream: int | None = None,
     ) -> Buffer:
-        """Saves device or host memory into a buffer, and returns the buffer.
+        """Saves device or host memory into a buffer; returns the buffer when all is moved.
 
-        ``source`` is an array (the buffer protocol, ``__cuda_array_interface__`` or
+        ``source`` is an array (with the buffer protocol, ``__cuda_array_interface__`` or
         ``__dlpack__``; with strides or without), a list of arrays, which are packed one after the
-        other, a ``Region`` or a list of those. ``into`` is writable contiguous memory, or None for
-        pinned memory.
+        other, a ``Region`` or a list of Regions. ``into`` is writable contiguous memory, or None
+        for pinned memory from the pool. The source must not be written until this returns.
 
-        What writes the source must have been done. The transfer sees to it by following a CUDA
-        stream: it begins when the work has been done that the stream holds when the transfer is
-        submitted. ``after_stream`` is that stream's handle, such as PyTorch's
-        ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams, of
-        the arrays' devices at least (kvferry.h says which). Without one,
-        - the stream that arrays name in ``__cuda_array_interface__`` is followed. CuPy's and
-          Numba's name theirs; PyTorch's and JAX's none, so pass one or synchronize before. If
-          arrays name several this raises InvalidArgument: make one wait for the others and pass
-          it;
-        - arrays that have ``__dlpack__`` alone make the stream that is followed wait for the work
-          on them; it is the legacy default stream where no other array names one.
+        The transfer can follow a CUDA stream: it begins when the work is done that the stream holds
+        when the transfer is submitted. ``after_stream`` is the handle of that stream, such as
+        PyTorch's ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams,
+        at least those of the arrays' devices (kvferry.h says which). Without ``after_stream``:
 
-        The source must not be written meanwhile. Cancelling: see ``Transfer.wait``.
-        Raises BufferTooSmall, Unreachable, InvalidArgument, TypeError.
+        - The transfer follows the stream that the arrays name in ``__cuda_array_interface__``.
+          Arrays of CuPy and Numba name theirs. Arrays of PyTorch and JAX name none: pass a stream,
+          or synchronize first. If the arrays name several streams, this raises InvalidArgument:
+          make one stream wait for the others and pass it.
+        - Arrays that only have ``__dlpack__`` make the followed stream wait for the work on them.
+          The followed stream is the legacy default stream if no other array names one.
+
+        Cancelling: see ``Transfer.wait``. Raises BufferTooSmall, Unreachable, InvalidArgument,
+        TypeError, PinnedLimit, Busy (a transfer in flight or a Snapshot uses ``into``),
+        EngineClosed.
         """
-        return await carried_out(
+        return await start_and_wait(
             self.start_copy_out(source, into, priority=priority, after_stream=after_stream)
         )
 
@@ -171,7 +179,7 @@ class Engine(OpenEngine):
         priority: Priority = "background",
         after_stream: int | None = None,
     ) -> Transfer[Buffer]:
-        """As ``copy_out``, but returns as soon as the transfer has been submitted."""
+        """As ``copy_out``, but returns when the transfer has been submitted."""
         await self._core.check_ready()
         regions = region_list(source, writable=False, after_stream=after_stream)
         if into is None:
@@ -188,16 +196,18 @@ class Engine(OpenEngine):
         priority: Priority = "background",
         after_stream: int | None = None,
     ) -> None:
-        """Loads contiguous ``data`` into device or host memory: the way back from ``copy_out``.
+        """Loads contiguous ``data`` into device or host memory: the reverse of ``copy_out``.
 
-        ``data`` has as many bytes as arrays have together; a Region takes its part of it.
-        ``target`` and ``after_stream`` are as for ``copy_out``; the target must be writable, and
-        what reads or writes it must have been done. DLPack before version 1 doesn't tell whether an
-        array is writable, so that it is refused. If this fails or is cancelled, part of the
-        target may have been written. To give a stream its work on the target before the load has
-        ended, see ``Transfer.stream_wait``.
+        Returns when all is moved. ``target`` and ``after_stream`` are as for ``copy_out``. Arrays
+        take all of ``data``, which must have as many bytes as they have together; a Region takes
+        its own part. The target must be writable, and must not be read or written until this
+        returns. An array with DLPack before version 1 is refused, because it does not say whether
+        it is writable. If this fails or is cancelled, part of the target may have been written.
+
+        To give a stream its work on the target before the load has ended, see
+        ``Transfer.stream_wait``. Raises as ``copy_out``.
         """
-        await carried_out(
+        await start_and_wait(
             self.start_copy_in(target, data, priority=priority, after_stream=after_stream)
         )
 
@@ -209,7 +219,7 @@ class Engine(OpenEngine):
         priority: Priority = "background",
         after_stream: int | None = None,
     ) -> Transfer[Buffer]:
-        """As ``copy_in``, but returns as soon as the transfer has been submitted."""
+        """As ``copy_in``, but returns when the transfer has been submitted."""
         await self._core.check_ready()
         regions = region_list(target, writable=True, after_stream=after_stream)
         buffer = borrow(data, "data")
@@ -260,25 +270,29 @@ class Engine(OpenEngine):
     # ---- Looking inside -------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Devices, why a device is missing, memory in use, the tap."""
+        """Returns the devices, why a device is missing, the memory in use, the state of the tap.
+
+        Raises EngineClosed.
+        """
         return self._core.describe()
 
     def trace(self) -> list[TraceEvent]:
-        """Takes the recorded pieces, oldest first; the engine keeps the last 65,536.
+        """Takes the recorded pieces, oldest first. The engine keeps the latest 65,536.
 
-        Needs ``Engine(trace=True)``.
+        Needs ``Engine(trace=True)``; else there are none. Raises EngineClosed.
         """
         return self._core.trace()
 
     # ---- Closing --------------------------------------------------------------------------------
 
     async def aclose(self, *, cancel: bool = False) -> None:
-        """Closes the engine, and detaches its llama contexts.
+        """Closes the engine, and detaches its llama contexts. Returns when all threads have ended.
 
-        From now on, new transfers raise EngineClosed. Those in flight end as they would, or are
-        cancelled if ``cancel`` is set or the task that waits here is; the tasks that wait for them
-        learn their true outcome (EngineClosed if the closing cut them short). Snapshots and buffers
-        stay valid. Closing twice is allowed. In a forked child it does nothing: the parent closes.
+        New transfers raise EngineClosed from now on. Transfers in flight go on to their end;
+        ``cancel`` cancels them, as does cancelling the task that waits here. Tasks that wait for a
+        transfer get its true outcome, or EngineClosed if the closing has cancelled it. Snapshots
+        and buffers stay valid. Closing twice is allowed. In a forked child this does nothing: the
+        engine belongs to the parent.
         """
         core = self._core
         if core.is_inherited():
@@ -290,13 +304,14 @@ class Engine(OpenEngine):
         core.completions.closing = True
         if cancel:
             self._cancel()
-        await see_through(self._take_down, self._cancel)
+        await await_to_end(self._take_down, self._cancel)
 
     def _cancel(self) -> None:
         lib.kvf_engine_cancel(self._core.handle)
 
     async def _take_down(self) -> None:
-        """Waits for what is in flight, then ends all threads. May be broken off and begun again."""
+        """Waits for what is in flight, then ends all threads. May be called again after an
+        interruption."""
         core = self._core
         if core.closed:
             return
@@ -325,5 +340,5 @@ class Engine(OpenEngine):
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # A body that failed has no use for what it left in flight.
+        # A body that has failed does not need the transfers that it has left in flight.
         await self.aclose(cancel=exception is not None)

@@ -1,7 +1,6 @@
-"""The exceptions of kvferry: one per status of the C library that a program would want to catch.
+"""The exceptions of kvferry: one for each status of the C library that a program may want to catch.
 
-Where Python has a name of its own for what happened, they are that too: ValueError, MemoryError,
-TimeoutError.
+Some are Python's own exceptions too: ValueError, MemoryError, TimeoutError.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from ._native import ffi, lib
 class KvferryError(Exception):
     """A kvferry call or transfer failed.
 
-    ``str(error)`` is the text of the C library, with details where there are any.
+    ``str(error)`` is the C library's text for the status, followed by ``detail``.
     """
 
     status: int
     """The negative ``kvf_status``."""
     detail: str
-    """One line on what went wrong in this case, or ""."""
+    """One line that says what went wrong in this case, or ""."""
 
     def __init__(self, status: int, detail: str = "") -> None:
         super().__init__(status, detail)
@@ -46,34 +45,34 @@ class OutOfMemory(KvferryError, MemoryError):
 
 
 class PinnedLimit(KvferryError, MemoryError):
-    """The engine's limit of pinned memory is reached."""
+    """The engine's ``pinned_limit`` is reached."""
 
 
 class BufferTooSmall(KvferryError, ValueError):
-    """The buffer given is smaller than what is to be written into it."""
+    """The buffer is too small for the bytes of the transfer."""
 
 
 class Busy(KvferryError):
-    """In use by a transfer in flight, or by another object."""
+    """A transfer in flight, or another object, uses the buffer, sequence or object."""
 
 
 class EngineClosed(KvferryError):
-    """The engine, or this attachment, is closing or closed."""
+    """The engine or the attachment is closing, or has been closed."""
 
 
 class TransferCancelled(KvferryError):
     """The transfer was ended early by ``Transfer.cancel()``.
 
-    A task that is cancelled gets its framework's own cancellation, never this.
+    A task that is cancelled gets the cancellation of its event loop, never this.
     """
 
 
 class TimedOut(KvferryError, TimeoutError):
-    """It was not done in time."""
+    """The transfer did not end within the ``timeout``, and was cancelled."""
 
     def __init__(self, status: int, detail: str = "") -> None:
         super().__init__(status, detail)
-        self.errno = errno.ETIMEDOUT  # not the status, which OSError takes for one
+        self.errno = errno.ETIMEDOUT  # OSError has taken the status for an errno
 
 
 class Forked(KvferryError):
@@ -81,15 +80,15 @@ class Forked(KvferryError):
 
 
 class NoDevice(KvferryError):
-    """There is no such device, or it can't be used."""
+    """There is no such device, or it cannot be used."""
 
 
 class DeviceLost(KvferryError):
-    """The device is lost; the engine is broken: make a new one."""
+    """A device has failed. Its engine cannot be used any more: make a new one."""
 
 
 class Unreachable(KvferryError):
-    """Memory that no device of the engine can reach."""
+    """No device of the engine can reach this memory."""
 
 
 class LibraryNotFound(KvferryError):
@@ -97,7 +96,7 @@ class LibraryNotFound(KvferryError):
 
 
 class TapUnavailable(KvferryError):
-    """The calls of this libllama can't be recorded: see ``allow_blocking`` of ``Engine.attach``."""
+    """This libllama's calls cannot be recorded; see ``allow_blocking`` of ``Engine.attach``."""
 
 
 class ContextFreed(KvferryError):
@@ -150,12 +149,12 @@ _CLASSES: dict[int, type[KvferryError]] = {
 
 
 def error(status: int, detail: str = "") -> KvferryError:
-    """The exception for a status, of the class that stands for it."""
+    """Returns the exception for a status, to be raised."""
     return _CLASSES.get(status, KvferryError)(status, detail)
 
 
 class ErrorText:
-    """Room for the line of text that some C functions write when they fail."""
+    """Memory for the line of text that some C functions write when they fail."""
 
     __slots__ = ("buffer",)
 
@@ -163,18 +162,18 @@ class ErrorText:
         self.buffer = ffi.new("char[]", 256)
 
     def detail(self, status: int) -> str:
-        """What it says beyond the status's own text, with which it begins."""
+        """Returns the line without the status's own text, with which it begins."""
         line = ffi.string(self.buffer).decode(errors="replace")
         return line.removeprefix(strerror(status)).removeprefix(": ")
 
 
 def strerror(status: int) -> str:
-    """What a status means, in lower case."""
+    """Returns the C library's text for a status."""
     return ffi.string(lib.kvf_strerror(status)).decode()
 
 
 def check(status: int, text: ErrorText | None = None) -> int:
-    """Passes a count or KVF_OK on; raises for a negative status."""
+    """Returns a count or KVF_OK; raises the exception for a negative status."""
     if status < 0:
         raise error(status, text.detail(status) if text else "")
     return status

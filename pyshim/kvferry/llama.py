@@ -12,79 +12,82 @@ import anyio.lowlevel
 from . import sync
 from ._bridge.arguments import HostMemory, sequence_id
 from ._bridge.attachment import Attachment
-from ._bridge.cancellation import see_through
+from ._bridge.cancellation import await_to_end
 from ._bridge.core import Core
 from ._bridge.submission import (
     LoadMode,
     Priority,
     SaveMode,
-    SubmitOptions,
     load_mode,
     save_mode,
 )
-from ._bridge.worker import Call
 from ._native import lib
-from .buffer import Buffer, borrow, pinned
+from .buffer import borrow, pinned
 from .errors import check
 from .sequence_transfer import (
     LoadOutcome,
     LoadTransfer,
-    Misfit,
     PooledSaveTransfer,
     SaveTransfer,
-    SequenceTransfer,
+    WrongSize,
 )
 from .snapshot import Snapshot
-from .transfer import Transfer, carried_out
+from .transfer import Transfer, start_and_wait
 
 if TYPE_CHECKING:
-    from ._native import CData
+    pass
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Llama:
-    """An attachment to a llama context; made by ``Engine.attach``.
+    """An attachment to a llama context, made by ``Engine.attach``.
 
-    Whatever touches the context runs on one thread of its own: what kvferry captures, and the
-    program's own code, decoding above all, through ``run``. All attachments to a context share that
-    thread, those of other engines too. A program that decodes elsewhere must see to it that
-    nothing of these objects is being started, settled or measured meanwhile; transfers that have
-    been started may go on.
+    Everything that touches the context runs on one thread, which belongs to the context: the
+    recording of transfers, and the program's own code, above all decoding, through ``run``. All
+    attachments to a context share that thread, those of other engines too. While a program decodes
+    on another thread, no method of these objects may run; transfers that have been started may
+    go on.
 
-    What ``run`` runs, and the tasks that it starts, must not await this object or close its engine:
-    the thread would wait for itself. That raises RuntimeError.
+    Code that ``run`` runs, and tasks that such code starts, must not await methods of this object
+    or close its engine: the thread would wait for itself. Doing so raises RuntimeError.
+
+    All methods are for the thread of the event loop.
     """
 
     def __init__(self, engine: object, core: Core, attachment: Attachment) -> None:
-        """For kvferry itself. ``engine`` lives as long as this object."""
+        """For kvferry itself. This object keeps ``engine`` alive."""
         self._engine = engine
         self._core = core
         self._attachment = attachment
         self._latest_loads: dict[int, LoadTransfer | None] = {}
-        """By sequence; None for a load that was refused or cancelled before it was submitted."""
+        """By sequence. None: the load was refused or cancelled before it was submitted."""
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the model, with the ``variant`` that ``attach`` was given.
+        """Identifies the model, together with the ``variant`` that was passed to ``attach``.
 
-        A hash of what libllama tells of the model: its description, size, number of parameters and
-        metadata. A load refuses a Snapshot of another one with StateMismatch. It does not cover
-        what libllama doesn't tell: weights (two models that differ in nothing else have one
-        fingerprint), adapters, control vectors, the context's own settings of RoPE; for those there
-        is ``variant``. Nor does it cover types, streams and layout of the cache: a state says them
-        itself, and a load refuses one of another cache, likewise with StateMismatch.
+        A hash of the model's description, size, number of parameters and metadata. A load refuses
+        a Snapshot with another fingerprint, with StateMismatch.
+
+        The hash does not cover what libllama does not tell: weights (two models that differ in
+        nothing else have the same fingerprint), adapters, control vectors, the context's RoPE
+        settings. Use ``variant`` for those. It does not cover types, streams and layout of the
+        cache either: a state contains them, and a load refuses a state of another cache, also with
+        StateMismatch.
         """
         return self._attachment.fingerprint
 
     # ---- The context's thread -------------------------------------------------------------------
 
     async def run(self, function: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs) -> T:
-        """Runs the program's own code on the context's thread, in turn with everything else there.
+        """Runs a function on the context's thread; returns its result or raises its exception.
 
-        ``await llama.run(llm.eval, tokens)``. Transfers that are urgent go before it while it waits
-        for its turn. A cancelled task waits for its end if it has begun.
+        For instance ``await llama.run(llm.eval, tokens)``. Calls run in the order in which they
+        were asked for, except that urgent transfers go before calls that have not begun. If the
+        task is cancelled, a call that has not begun is not made; a call that has begun is waited
+        for. Raises EngineClosed, ContextFreed.
         """
         self._attachment.check_usable()
         self._attachment.worker.check_awaitable()
@@ -94,16 +97,20 @@ class Llama:
 
     @property
     def sync(self) -> sync.Llama:
-        """The same in calls that block, for code on the context's thread: see ``kvferry.sync``."""
+        """The same attachment with calls that block, for code on the context's thread.
+
+        See ``kvferry.sync``.
+        """
         return sync.Llama(self._engine, self._core, self._attachment)
 
     # ---- Size -----------------------------------------------------------------------------------
 
     def size(self, seq: int = 0) -> int:
-        """Size of a sequence's state in bytes; moves none of it. A few bytes if it is empty.
+        """Returns the size of a sequence's state in bytes; a few bytes if the sequence is empty.
 
-        Blocks while the context's thread is at work, for up to a decode step: in an event loop
-        that must not stall prefer ``size_async``. Raises SequenceRange, ContextFreed.
+        Reads no tensor. Blocks until the context's thread has ended its current call, at most a
+        decode step: prefer ``size_async`` where the event loop must not stall. Raises
+        SequenceRange, EngineClosed, ContextFreed.
         """
         return self._attachment.size(seq)
 
@@ -122,19 +129,21 @@ class Llama:
         priority: Priority = "background",
         mode: SaveMode = "auto",
     ) -> Snapshot:
-        """Saves a sequence. The sequence stays as it is.
+        """Saves a sequence, and returns its state when all bytes have been moved.
 
-        ``into`` is writable contiguous memory of the caller's, of at least ``size`` bytes, which
-        then belongs to the snapshot, until that is closed or dropped; or None for pinned memory.
-        What may be done to the sequence meanwhile depends on ``mode``. A plain attention cache may
-        be decoded further.
+        The sequence stays as it is. ``mode`` says what may be done to it meanwhile; a sequence in a
+        plain attention cache may be decoded further. ``into`` is writable contiguous memory of at
+        least ``size`` bytes, which belongs to the Snapshot until that is closed or collected; or
+        None for pinned memory from the pool.
 
-        Cancelling the task cancels the transfer, waits for its end, and drops what was saved.
-        Raises SequenceRange, SequenceEmpty, BufferTooSmall, PinnedLimit, Busy (a load into the
-        sequence is in flight; or ``into`` is used by a transfer in flight, or by a Snapshot),
-        EngineClosed, ContextFreed.
+        If the task is cancelled, the transfer is cancelled too; the cancellation goes on after the
+        transfer has ended, and nothing is saved.
+
+        Raises SequenceRange, SequenceEmpty, BufferTooSmall, PinnedLimit, EngineClosed,
+        ContextFreed, and Busy (a load into the sequence is in flight; or a transfer in flight or a
+        Snapshot uses ``into``).
         """
-        return await carried_out(self.start_save(seq, into=into, priority=priority, mode=mode))
+        return await start_and_wait(self.start_save(seq, into=into, priority=priority, mode=mode))
 
     async def start_save(
         self,
@@ -144,7 +153,7 @@ class Llama:
         priority: Priority = "background",
         mode: SaveMode = "auto",
     ) -> Transfer[Snapshot]:
-        """As ``save``, but returns as soon as the sequence's layout has been captured."""
+        """As ``save``, but returns when the layout of the sequence has been recorded."""
         self._attachment.check_usable()
         seq = sequence_id(seq)
         number = save_mode(mode)
@@ -154,10 +163,10 @@ class Llama:
         if into is not None:
             buffer = borrow(into, "into", writable=True)
             transfer = SaveTransfer(self._attachment, seq, buffer)
-            await self._submit(transfer, lib.kvf_llama_save, buffer, priority, number, first)
+            await transfer.submit(lib.kvf_llama_save, priority, number, first=first)
             return transfer
-        # Pinning new memory takes long, so not on the context's thread. That is why the size has to
-        # be known before: it is taken from the last save, and looked at again on the thread.
+        # Pinning new memory takes long, and must not keep the context's thread busy. So the buffer
+        # is allocated first, by the size of the last save, and the size is checked on the thread.
         attachment = self._attachment
         expected, measured = attachment.sizes.get(seq), False
         while True:
@@ -170,13 +179,13 @@ class Llama:
             except MemoryError:
                 if measured:
                     raise
-                expected = None  # it may have been larger then
+                expected = None  # the sequence may be smaller now
                 continue
             transfer = PooledSaveTransfer(attachment, seq, buffer)
             try:
-                await self._submit(transfer, lib.kvf_llama_save, buffer, priority, number, first)
-            except Misfit as misfit:
-                expected = misfit.size
+                await transfer.submit(lib.kvf_llama_save, priority, number, first=first)
+            except WrongSize as wrong:
+                expected = wrong.size
                 first = measured = True  # likewise
                 continue
             return transfer
@@ -193,29 +202,29 @@ class Llama:
         verify: bool = False,
         trust: bool = False,
     ) -> None:
-        """Loads a state into a sequence, replacing what that held.
+        """Loads a state into a sequence, in place of what the sequence held.
 
-        ``state`` is a Snapshot, or contiguous memory that holds a state and nothing else. The
-        sequence must not be used until this returns. ``verify`` compares a Snapshot's checksum
-        first.
+        Returns when all bytes have been moved; the sequence must not be used before. ``state`` is a
+        Snapshot, or contiguous memory that holds a state and nothing else. ``verify`` first
+        compares the checksum of a Snapshot.
 
-        If this raises, ``load_outcome`` tells what the sequence holds: what it held before, where
-        the load was refused (StateMismatch, StateDamaged) or cancelled before it had cost anything;
-        the state, where the load was faster than its cancellation; else nothing.
+        If this raises, ``load_outcome`` tells what the sequence holds. A load that was refused
+        (StateMismatch, StateDamaged), or cancelled before it began, leaves it as it was. A load
+        that failed, or was cancelled, after it had begun leaves it empty. A load that had ended
+        before it could be cancelled leaves the loaded state.
 
-        With ``mode="ahead"`` the bytes go to device memory of their own at once, while llama.cpp
-        still takes cells and lists fragments, and from there to their places: sooner done, for as
-        much device memory as the state has bytes, which is kept for the next such load for half a
-        minute. Where there is not as much, or no CUDA device has the cache, and with ``"in_place"``
-        and ``"auto"``, they go straight to the cache.
+        ``mode="ahead"`` is faster, and takes as much extra device memory as the state has bytes:
+        the bytes go there while llama.cpp still takes cells and lists fragments, and from there to
+        the cache. The engine keeps that memory for half a minute, for the next such load. Where
+        there is not enough memory, or no CUDA device has the cache, the load is done in place.
 
-        ``trust`` hands llama.cpp a state that nothing vouches for: one that kvferry has not saved,
-        for a cache whose format it does not know (``describe`` says ``"opaque"``). Without it such
-        a state is StateDamaged. llama.cpp trusts what it loads: a damaged state may end the
-        process, or leave cells that only clearing the memory frees.
+        ``trust`` allows a state that kvferry cannot check: a state that kvferry has not saved, for
+        a cache whose format it does not know (``describe`` says ``"opaque"``). Without ``trust``
+        that raises StateDamaged. llama.cpp does not check what it loads: a damaged state may end
+        the process, or leave cells that only clearing the memory frees.
 
-        Raises StateMismatch and StateDamaged, CacheFull, SequenceRange, Busy (a transfer of this
-        sequence is in flight), EngineClosed, ContextFreed.
+        Raises StateMismatch, StateDamaged, CacheFull, SequenceRange, EngineClosed, ContextFreed,
+        and Busy (a transfer of this sequence is in flight).
         """
         if verify:
             if not isinstance(state, Snapshot):
@@ -223,7 +232,7 @@ class Llama:
             seq = sequence_id(seq)
             self._latest_loads[seq] = None
             await state.verify()
-        await carried_out(self.start_load(state, seq, priority=priority, mode=mode, trust=trust))
+        await start_and_wait(self.start_load(state, seq, priority=priority, mode=mode, trust=trust))
 
     async def start_load(
         self,
@@ -234,7 +243,7 @@ class Llama:
         mode: LoadMode = "auto",
         trust: bool = False,
     ) -> Transfer[None]:
-        """As ``load``, but returns as soon as the cells of the sequence have been taken."""
+        """As ``load``, but returns when llama.cpp has taken the cells and named all fragments."""
         self._attachment.check_usable()
         seq = sequence_id(seq)
         number = load_mode(mode)
@@ -249,16 +258,14 @@ class Llama:
         transfer = LoadTransfer(self._attachment, seq, buffer, llm_state, self._latest_loads)
         flags = lib.KVF_SUBMIT_TRUST_STATE if trust else 0
         first = priority == "urgent"
-        await self._submit(
-            transfer, lib.kvf_llama_load, buffer, priority, number, first, flags=flags
-        )
+        await transfer.submit(lib.kvf_llama_load, priority, number, first=first, flags=flags)
         return transfer
 
     def load_outcome(self, seq: int) -> LoadOutcome | None:
-        """What has become of the latest load into a sequence; None if there has been none.
+        """Returns the outcome of this object's latest load into a sequence; None if there was none.
 
-        Of the loads that were asked for through this object. After one that was cancelled, ask
-        before the next await: another task may load too.
+        After a load that was cancelled, call this before the next ``await``: another task may begin
+        a load meanwhile.
         """
         loads = self._latest_loads
         if seq not in loads:
@@ -266,67 +273,27 @@ class Llama:
         transfer = loads[seq]
         return "unchanged" if transfer is None else transfer.outcome
 
-    async def _submit(
-        self,
-        transfer: SequenceTransfer[Any],
-        function: Callable[[int, int, CData, int, CData, CData], int],
-        buffer: Buffer,
-        priority: Priority,
-        mode: int,
-        first: bool,
-        flags: int = 0,
-    ) -> None:
-        handle, seq, completions = self._attachment.handle, transfer.seq, self._core.completions
-        worker = self._attachment.worker
-        options = SubmitOptions(completions, transfer.token, priority, mode=mode, flags=flags)
-        memory, nbytes = buffer.memory, buffer.nbytes
-
-        def submit() -> None:
-            transfer.about_to_begin()
-            status = function(handle, seq, memory, nbytes, options.options, transfer.job_place)
-            if status < 0:
-                transfer.refused()
-            check(status, options.text)
-
-        def submitted(_: Call) -> None:
-            transfer.submitted()
-
-        call = worker.make(submit, after=submitted)
-        try:
-            transfer.expect()
-            worker.ask_for(call, first=first)
-            await worker.outcome(call)
-        except GeneratorExit:
-            raise
-        except BaseException:
-            # Refused, cancelled, or a signal handler has raised: before the call, under it or
-            # after it. Taken back if the thread has not begun with it, else its job is cancelled.
-            try:
-                call.take_back()
-            finally:
-                call.take_back()
-            if not transfer.ended:
-                await transfer.abort()
-            raise
-
     # ---- Remove ---------------------------------------------------------------------------------
 
     async def remove(self, seq: int) -> None:
-        """Empties a sequence, once the transfers of it that are in flight have ended."""
+        """Empties a sequence, after its transfers in flight have ended.
+
+        Raises SequenceRange, EngineClosed, ContextFreed.
+        """
         self._attachment.check_usable()
         seq = sequence_id(seq)
         self._attachment.worker.check_awaitable()
         transfers = self._attachment.in_flight
         while waited_for := [each for each, of in transfers.items() if of == seq]:
             await self._core.completions.until_ended(waited_for[0])
-        # No await in between: what is asked for from now on comes later on the context's thread.
+        # No await in between: a transfer that is started from now on comes later on the thread.
         await self._attachment.worker.call(self._attachment.remove, seq)
 
     # ---- Looking inside -------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Library and build, model, fingerprint and what that covers, kind of cache, default save
-        mode, counters of the tap."""
+        """Returns library and build, model, fingerprint and what it covers, kind and format of the
+        cache, default save mode, counters of the tap."""
         self._attachment.check_usable()
         return self._attachment.describe()
 
@@ -336,20 +303,21 @@ class Llama:
     # ---- Detaching ------------------------------------------------------------------------------
 
     async def detach(self) -> None:
-        """Detaches once its transfers have ended; then the context may be freed.
+        """Detaches after the attachment's transfers have ended; then the context may be freed.
 
-        Cancelling the task that waits here cancels the transfers. Closing the engine detaches too.
+        If the waiting task is cancelled, the transfers are cancelled too. Closing the engine
+        detaches as well.
         """
         self._attachment.worker.check_awaitable()
         self._attachment.detaching = True
-        await see_through(self._take_down, self._cancel)
+        await await_to_end(self._take_down, self._cancel)
 
     def _cancel(self) -> None:
         for transfer in self._attachment.in_flight:
             transfer.cancel()
 
     async def _take_down(self) -> None:
-        """Waits for what is in flight, then detaches. May be broken off and begun again."""
+        """Waits for the transfers in flight, then detaches. May be interrupted and called again."""
         core, attachment = self._core, self._attachment
         for transfer in list(attachment.in_flight):
             await core.completions.until_ended(transfer)

@@ -1,4 +1,4 @@
-"""From arrays to the regions that the C library moves: rows of equal width at an equal pitch."""
+"""Regions, which are rows of equal width at an equal pitch; and how arrays become regions."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 class Region:
     """``rows`` rows of ``width`` bytes in device or host memory, and their place in a buffer.
 
-    All in bytes. With one row, pitches are not read. The caller keeps the memory alive.
+    All numbers but ``rows`` are bytes. With one row, pitches are ignored. The caller keeps the
+    memory alive until the transfer has ended. Raises TypeError, InvalidArgument.
     """
 
     address: int
-    """Of the first row."""
+    """Address of the first row."""
     width: int
     rows: int = 1
     pitch: int = 0
-    """From row to row in memory."""
+    """From the start of a row to the start of the next, in memory."""
     offset: int = 0
-    """Of the first row in the buffer."""
+    """Offset of the first row in the buffer."""
     buffer_pitch: int = 0
-    """From row to row in the buffer."""
+    """From the start of a row to the start of the next, in the buffer."""
 
     def __post_init__(self) -> None:
         integer("address", self.address, least=1)
@@ -54,6 +55,7 @@ class Region:
         )
 
     def native(self) -> _Native:
+        """For kvferry itself."""
         return self.address, self.width, self.rows, self.pitch, self.offset, self.buffer_pitch
 
 
@@ -61,24 +63,27 @@ Memory = Array | Region | Sequence[Array | Region]
 """What ``copy_out`` reads and ``copy_in`` writes: arrays or Regions, not both in one list."""
 
 _Native = tuple[int, int, int, int, int, int]
-"""A ``kvf_region``: the fields of a Region, which arrays have too many of to make objects."""
+"""A ``kvf_region``: the numbers of a Region. Arrays can have too many regions to make objects."""
 
 
 @dataclass(frozen=True)
 class RegionList:
-    """Regions as the C library takes them, the buffer they need, and what keeps their memory."""
+    """Regions as the C library takes them, and what belongs to them."""
 
     regions: CData
     count: int
     nbytes: int
+    """Size of the buffer that they need."""
     packed: bool
-    """Whether they fill that buffer without gaps: arrays do, Regions have places of their own."""
+    """Whether they fill that buffer without gaps. Arrays do; Regions have offsets."""
     owner: object
+    """Keeps the memory alive."""
     stream: int | None
-    """The CUDA stream that their transfer has to follow."""
+    """The CUDA stream that the transfer must follow."""
 
     def check_fits(self, nbytes: int) -> None:
-        """Refuses more data than these arrays take. (Too little, the C library refuses.)"""
+        """Raises InvalidArgument for more data than arrays take. (Too little is the C library's to
+        refuse.)"""
         if self.packed and nbytes > self.nbytes:
             raise invalid(f"the target takes {self.nbytes} bytes, {nbytes} were given")
 
@@ -86,11 +91,12 @@ class RegionList:
 def region_list(memory: Memory, *, writable: bool, after_stream: int | None = None) -> RegionList:
     """Describes an array, a sequence of arrays, a Region or a sequence of Regions.
 
-    Arrays are packed one after the other, each in C order. ``writable`` memory is for loads.
-    ``after_stream``: the stream to follow, whatever streams the arrays name.
+    Arrays are packed one after the other, each in C order. Pass ``writable`` for a load.
+    ``after_stream`` is the stream to follow, whatever streams the arrays name. Raises TypeError,
+    InvalidArgument, Unreachable.
     """
     sources: Sequence[object] = memory if isinstance(memory, (list, tuple)) else [memory]
-    # Each is asked once, and all before the first DLPack array: that wants to know the stream.
+    # Each array is asked once, and before the first __dlpack__ call: that needs the stream.
     interfaces = [getattr(source, "__cuda_array_interface__", None) for source in sources]
     if after_stream is None:
         stream = _named_stream(interfaces)
@@ -108,8 +114,8 @@ def region_list(memory: Memory, *, writable: bool, after_stream: int | None = No
             array = _cuda_array(source, interface)
             silent = "stream" not in interface and hasattr(source, "__dlpack__")
             if silent and dlpack.is_on_stream(source):
-                # Version 2 of the interface (PyTorch's) names no stream. Asked by DLPack,
-                # the library makes ours wait for its work.
+                # Version 2 of the interface (PyTorch's) names no stream. Through DLPack the library
+                # makes our stream wait for its work.
                 stream = stream or _LEGACY_STREAM
                 owners.append(dlpack.lent(source, stream, writable=False))
         elif (host := _host_array(source)) is not None:
@@ -117,7 +123,7 @@ def region_list(memory: Memory, *, writable: bool, after_stream: int | None = No
         elif not dlpack.is_on_stream(source):
             array = _lent_array(dlpack.lent(source, None, writable=writable))
         else:
-            # DLPack's name for the legacy default stream is 1 alone; CUDA's are 0 and 1.
+            # DLPack calls the legacy default stream 1; CUDA calls it 0 or 1.
             stream = stream or _LEGACY_STREAM
             array = _lent_array(dlpack.lent(source, stream, writable=writable))
         if writable:
@@ -138,9 +144,9 @@ _LEGACY_STREAM = 1  # CU_STREAM_LEGACY
 
 
 def _named_stream(interfaces: Iterable[Any]) -> int | None:
-    """The stream whose work must be done before any of the arrays is used; None: nothing to do.
+    """Returns the stream that the arrays name, or None. Raises InvalidArgument for several streams.
 
-    https://nvidia.github.io/numba-cuda/user/cuda_array_interface.html says what may be named.
+    https://nvidia.github.io/numba-cuda/user/cuda_array_interface.html defines the entry.
     """
     named = {interface.get("stream") for interface in interfaces if interface is not None}
     streams = sorted(named - {None})
@@ -157,7 +163,10 @@ def _named_stream(interfaces: Iterable[Any]) -> int | None:
 
 @dataclass(frozen=True)
 class _Strided:
-    """The memory of an array, which lives as long as ``owner``. Sizes and strides are bytes."""
+    """The memory of an array, which lives as long as ``owner``.
+
+    ``shape`` counts elements; ``item`` (an element's size) and ``strides`` are bytes.
+    """
 
     owner: object
     address: int
@@ -180,10 +189,11 @@ class _Strided:
             raise error(lib.KVF_ERR_INVALID_ARGUMENT, "elements of the target share memory")
 
     def regions(self, offset: int) -> Iterator[_Native]:
-        """As few as its strides allow: the inner dimensions become rows, the outer are walked."""
+        """As few regions as the strides allow: inner dimensions become rows, one region for each
+        index of the outer ones."""
         if self.nbytes == 0:
             return
-        # A dimension of one element has no stride to speak of.
+        # The stride of a dimension with one element means nothing.
         outer = [(n, step) for n, step in zip(self.shape, self.strides, strict=True) if n > 1]
         width = self.item
         while outer and outer[-1][1] == width:
@@ -212,7 +222,7 @@ def _cuda_array(source: object, interface: dict[str, Any]) -> _Strided:
 def _numpy_array(array: NDArray[Any]) -> _Strided:
     address = array.__array_interface__["data"][0]
     read_only = not array.flags.writeable
-    # The array holds the export of its buffer: a bytearray can't be resized under it.
+    # The array keeps its export of the buffer, so that a bytearray cannot be resized meanwhile.
     return _Strided(array, address, array.shape, array.strides, array.itemsize, read_only)
 
 
@@ -222,14 +232,14 @@ def _lent_array(array: dlpack.LentArray) -> _Strided:
 
 
 def _host_array(source: Any) -> NDArray[Any] | None:
-    """The memory of `source` as an array, never a copy of it; None if it has to be lent."""
+    """Returns the memory of ``source`` as an array, never a copy; None if only DLPack gives it."""
     check_no_objects(source)
     if isinstance(source, numpy.ndarray):
         return source
     try:
         view = memoryview(source)
     except (TypeError, BufferError) as refusal:
-        # Both, because JAX's arrays have the buffer protocol, and refuse it for bfloat16.
+        # BufferError too: JAX's arrays have the buffer protocol, but refuse it for bfloat16.
         if hasattr(source, "__dlpack__"):
             return None
         if isinstance(refusal, BufferError):
@@ -241,7 +251,7 @@ def _host_array(source: Any) -> NDArray[Any] | None:
     try:
         return numpy.asarray(view)
     except (ValueError, TypeError, NotImplementedError):
-        return numpy.asarray(view.cast("B"))  # a format that numpy doesn't know
+        return numpy.asarray(view.cast("B"))  # a format that numpy does not know
 
 
 def _packed(shape: tuple[int, ...], item: int) -> tuple[int, ...]:

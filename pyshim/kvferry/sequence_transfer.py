@@ -1,4 +1,4 @@
-"""Saves and loads of one sequence, from before the submitting call to after the completion."""
+"""Saves and loads of one sequence, from the submitting call to what follows the completion."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from ._bridge.attachment import Attachment
 from ._bridge.completion import Completion
 from ._bridge.llm import LlmState
+from ._bridge.submission import Priority, SubmitOptions
 from ._bridge.worker import Call
 from ._native import ffi, lib
 from .buffer import Buffer
+from .errors import check
 from .snapshot import Snapshot
 from .transfer import Transfer
 
@@ -20,13 +22,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LoadOutcome = Literal["in_flight", "loaded", "unchanged", "empty"]
-"""What ``Llama.load_outcome`` tells of the latest load into a sequence.
+"""What ``Llama.load_outcome`` returns for the latest load into a sequence.
 
-- ``in_flight``: it has not ended; the sequence must not be used.
-- ``loaded``: the sequence holds the state.
-- ``unchanged``: it was cancelled before it began, or refused before it cost anything; the sequence
-  holds what it held before.
-- ``empty``: it was cancelled, or failed, after it had begun; the sequence is empty."""
+- ``in_flight``: the load has not ended; the sequence must not be used.
+- ``loaded``: the sequence holds the loaded state.
+- ``unchanged``: the load was refused, or cancelled before it began; the sequence is as it was.
+- ``empty``: the load failed, or was cancelled, after it had begun; the sequence is empty."""
 
 
 class SequenceTransfer(Transfer[T]):
@@ -53,11 +54,61 @@ class SequenceTransfer(Transfer[T]):
         self._attachment.in_flight[self] = self.seq
         super().expect()
 
-    def about_to_begin(self) -> None:
-        """The submitting call comes next. For the context's thread."""
+    async def submit(
+        self,
+        function: Callable[[int, int, CData, int, CData, CData], int],
+        priority: Priority,
+        mode: int,
+        *,
+        first: bool,
+        flags: int = 0,
+    ) -> None:
+        """Makes the submitting call, ``kvf_llama_save`` or ``kvf_llama_load``, on the context's
+        thread; ``first`` before other calls that wait there.
 
-    def refused(self) -> None:
-        """The submitting call has failed. For the context's thread."""
+        When this raises, whatever the reason, the transfer is not in flight any more.
+        """
+        assert self._buffer is not None
+        attachment, worker = self._attachment, self._attachment.worker
+        options = SubmitOptions(worker.completions, self.token, priority, mode=mode, flags=flags)
+        memory, nbytes = self._buffer.memory, self._buffer.nbytes
+
+        def submit() -> None:
+            self.before_submit()
+            status = function(
+                attachment.handle, self.seq, memory, nbytes, options.options, self.job_place
+            )
+            if status < 0:
+                self.submit_failed()
+            check(status, options.text)
+
+        def submitted(_: Call) -> None:
+            self.submitted()
+
+        call = worker.make(submit, after=submitted)
+        try:
+            self.expect()
+            worker.ask_for(call, first=first)
+            await worker.outcome(call)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # The call has failed; or a cancellation or a signal handler has interrupted this,
+            # before, during or after the call. A call that has not begun is cancelled, else its
+            # job.
+            try:
+                call.cancel()
+            finally:
+                call.cancel()
+            if not self.ended:
+                await self.abort()
+            raise
+
+    def before_submit(self) -> None:
+        """The submitting call follows. For the context's thread."""
+
+    def submit_failed(self) -> None:
+        """The submitting call has returned an error. For the context's thread."""
 
     def follow_up(self, completion: Completion) -> Call | None:
         self._attachment.in_flight.pop(self, None)
@@ -67,8 +118,8 @@ class SequenceTransfer(Transfer[T]):
         super().withdrawn()
         self._attachment.in_flight.pop(self, None)
 
-    def _let_go(self) -> None:
-        super()._let_go()
+    def _drop_memory(self) -> None:
+        super()._drop_memory()
         self._llm_state = None
 
 
@@ -84,7 +135,7 @@ class SaveTransfer(SequenceTransfer[Snapshot]):
     def _subject(self) -> str:
         return f"that saves sequence {self.seq}"
 
-    def about_to_begin(self) -> None:
+    def before_submit(self) -> None:
         if self._llm is not None:
             self._llm_state = self._llm.state()
 
@@ -98,29 +149,32 @@ class SaveTransfer(SequenceTransfer[Snapshot]):
         )
 
 
-class Misfit(Exception):
-    """The buffer that a sequence was to be saved into is too small for it, or far too large."""
+class WrongSize(Exception):
+    """The buffer for a save is too small for the sequence, or far too large."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.size = size
-        """Of the state, in bytes."""
+        """Size of the state in bytes."""
 
 
 class PooledSaveTransfer(SaveTransfer):
-    """A save into a buffer that was allocated before anybody looked at the sequence."""
+    """A save into a pool buffer that was allocated by the size of an earlier state.
 
-    def about_to_begin(self) -> None:
+    The submitting call raises WrongSize if the sequence does not fit it.
+    """
+
+    def before_submit(self) -> None:
         size = self._attachment.measure(self.seq)
         if not size <= self._nbytes <= 2 * size + 131072:
-            raise Misfit(size)
-        super().about_to_begin()
+            raise WrongSize(size)
+        super().before_submit()
 
 
 class LoadTransfer(SequenceTransfer[None]):
     """A load of one sequence."""
 
-    _refusal_left_nothing = False
+    _failure_left_nothing = False
 
     def __init__(
         self,
@@ -130,7 +184,7 @@ class LoadTransfer(SequenceTransfer[None]):
         llm_state: LlmState | None,
         latest_loads: dict[int, LoadTransfer | None],
     ) -> None:
-        """It enters ``latest_loads`` when its submission has been asked for."""
+        """``submit`` enters it into ``latest_loads``."""
         super().__init__(attachment, seq, buffer, lambda _: None, writes_buffer=False)
         self._llm_state = llm_state
         self._latest_loads = latest_loads
@@ -146,9 +200,9 @@ class LoadTransfer(SequenceTransfer[None]):
         super().follow_up(completion)
         worker = self._attachment.worker
         if worker.stopped:
-            return None  # detaching settles too
-        # Made before anything else runs on the context's thread, whether or not somebody waits for
-        # this transfer.
+            return None  # the detach settles too
+        # This call is the next one on the context's thread, whether or not a task waits for this
+        # transfer.
         if completion.status != lib.KVF_OK:
             return worker.make(self._settle)
         if self._llm is not None:
@@ -156,19 +210,19 @@ class LoadTransfer(SequenceTransfer[None]):
         return None
 
     def _settle(self) -> None:
-        """Frees the cells, which were taken and are without their bytes."""
+        """Frees the cells that were taken for the state, whose bytes are not there."""
         lib.kvf_llama_settle(self._attachment.handle)
         if self._llm is not None:
             self._llm.reset()
 
-    def refused(self) -> None:
-        # Which refusals empty the sequence is the C library's business. It says of an empty one
-        # that there is nothing to save, before it says that a byte is too little room.
+    def submit_failed(self) -> None:
+        # Only the C library knows which refusals empty the sequence. For an empty one, a save fails
+        # with SEQUENCE_EMPTY, before it would fail because one byte is too small a buffer.
         status = lib.kvf_llama_save(
             self._attachment.handle, self.seq, ffi.new("uint8_t[1]"), 1, ffi.NULL, ffi.NULL
         )
-        self._refusal_left_nothing = status == lib.KVF_ERR_SEQUENCE_EMPTY
-        if self._refusal_left_nothing and self._llm is not None:
+        self._failure_left_nothing = status == lib.KVF_ERR_SEQUENCE_EMPTY
+        if self._failure_left_nothing and self._llm is not None:
             self._llm.reset()
 
     @property
@@ -176,5 +230,5 @@ class LoadTransfer(SequenceTransfer[None]):
         if not self.ended:
             return "in_flight"
         if self.completion is None:
-            return "empty" if self._refusal_left_nothing else "unchanged"
+            return "empty" if self._failure_left_nothing else "unchanged"
         return "loaded" if self.completion.status == lib.KVF_OK else "empty"

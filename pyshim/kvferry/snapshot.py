@@ -1,4 +1,4 @@
-"""A saved sequence."""
+"""The saved state of a sequence."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Snapshot(Buffer):
-    """The state of one sequence, as ``llama_state_seq_get_data`` would write it, bit for bit.
+    """The state of one sequence, bit for bit as ``llama_state_seq_get_data`` would write it.
 
-    Read-only. It knows which model it came from (``fingerprint``), and once it has been sealed, its
-    checksum.
+    A read-only Buffer. While it lives, its memory is refused as a target with Busy. Methods whose
+    names end in ``_sync`` block; the others do their work on a thread, for an event loop.
     """
 
     _writable = False
@@ -45,16 +45,16 @@ class Snapshot(Buffer):
         super().__init__(memory, nbytes)
         self._claim: object = claim_for_snapshot(memory, nbytes)
         self.fingerprint = fingerprint
-        """``Llama.fingerprint`` of where it came from, which says what that covers. None: unknown,
-        and not checked when it is loaded."""
+        """The ``Llama.fingerprint`` of the attachment that saved it. None if it is unknown: then
+        a load does not check it."""
         self.sealed = checksum
-        """CRC-32 as of ``seal()``, or as it came with a file; None if it has not been sealed."""
+        """The CRC-32 from ``seal()`` or from the file; None if it has not been sealed."""
         self.completion = completion
-        """How the save went; None for a state that came from elsewhere."""
+        """How the save ended; None for a state that this process has not saved."""
         self.llm = llm
-        """What the ``llama_cpp.Llama`` knew that it was saved from; None if it was no such object.
-
-        A load into an attachment to such an object makes it know that again."""
+        """What the attached ``llama_cpp.Llama`` knew when its sequence was saved; None if the
+        attachment was made with something else. A load into an attachment to such an object gives
+        it that knowledge."""
 
     @classmethod
     def from_bytes(
@@ -64,7 +64,8 @@ class Snapshot(Buffer):
         fingerprint: str | None = None,
         llm: LlmState | None = None,
     ) -> Snapshot:
-        """Wraps a state that comes from elsewhere. Borrows the memory, without a copy."""
+        """Returns a Snapshot of a state that kvferry has not saved. Borrows the memory, without a
+        copy."""
         borrowed = borrow(state, "state")
         return cls(borrowed.memory, borrowed.nbytes, fingerprint=fingerprint, llm=llm)
 
@@ -78,11 +79,11 @@ class Snapshot(Buffer):
         return tokens + sealed + super()._condition()
 
     def checksum(self) -> int:
-        """The CRC-32 of the bytes as they are now. Takes about a second for each 1 to 3 GiB."""
+        """Returns the CRC-32 of the bytes as they are now. Blocks: a second for 1 to 3 GiB."""
         return zlib.crc32(self.view)
 
     async def seal(self) -> int:
-        """Computes the checksum, on a thread, and keeps it for ``verify``, files and loads."""
+        """Computes the checksum on a thread, keeps it for ``verify`` and files, and returns it."""
         return await anyio.to_thread.run_sync(self.seal_sync)
 
     def seal_sync(self) -> int:
@@ -91,9 +92,9 @@ class Snapshot(Buffer):
         return self.sealed
 
     async def verify(self) -> None:
-        """Compares the bytes with the checksum, on a thread.
+        """Compares the bytes with the checksum from ``seal``, on a thread.
 
-        Raises StateDamaged if they differ, ValueError if the snapshot was never sealed.
+        Raises StateDamaged if they differ, ValueError if the Snapshot was never sealed.
         """
         await anyio.to_thread.run_sync(self.verify_sync)
 
@@ -105,11 +106,12 @@ class Snapshot(Buffer):
             raise error(lib.KVF_ERR_STATE_DAMAGED, "the checksum is wrong")
 
     async def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Writes state, fingerprint, checksum (seals it if need be) and ``llm``, on a thread.
+        """Writes state, fingerprint, checksum and ``llm`` to a file, on a thread.
 
-        A file that is there already is replaced once the new one is whole on the disk, so that a
-        process or machine that ends meanwhile leaves the one or the other (and maybe, beside it, a
-        ``.partial`` file). Raises OSError; then the old file is as it was.
+        Seals the Snapshot if it is not sealed. An existing file is replaced when the new one is
+        completely on the disk: if the process or the machine ends meanwhile, the path has the old
+        or the new file (and maybe a ``.partial`` file beside it). Raises OSError; then the old file
+        is unchanged.
         """
         await anyio.to_thread.run_sync(self.to_file_sync, path)
 
@@ -121,10 +123,10 @@ class Snapshot(Buffer):
 
     @classmethod
     async def from_file(cls, path: str | os.PathLike[str]) -> Snapshot:
-        """Reads what ``to_file`` wrote, on a thread, into ordinary memory.
+        """Reads a file of ``to_file`` into ordinary memory, on a thread; returns the Snapshot.
 
-        Raises StateDamaged if it is no such file or is truncated. The state's checksum is read, not
-        compared: that is what ``verify()`` and ``load(verify=True)`` are for.
+        Raises OSError, and StateDamaged if it is no such file or is truncated. The checksum is
+        read, but not compared: ``verify()`` and ``load(verify=True)`` do that.
         """
         return await anyio.to_thread.run_sync(cls.from_file_sync, path)
 

@@ -1,17 +1,17 @@
-"""The same for programs without an event loop, and for code that runs on a context's thread.
+"""Transfers without an event loop, and for code that runs on a context's thread.
 
 with kvferry.sync.Engine() as engine:
     llama = engine.attach(llm)              # a llama_cpp.Llama, or the address of a context
     snapshot = llama.save(seq=0)
     llama.load(snapshot, seq=1)
 
-Each call returns when it is done; a transfer is urgent, since somebody waits for it. In an
-asynchronous program ``await llama.run(...)`` brings code to the context's thread, and there
-``llama.sync`` is the way to save and to load: what is awaited would wait for that thread.
+Each call returns when the transfer has ended. Transfers are urgent by default, since the caller
+waits for them. In an asynchronous program, ``await llama.run(...)`` runs code on the context's
+thread; that code saves and loads with ``llama.sync``, because awaiting would wait for that thread.
 
-KeyboardInterrupt, and whatever else a signal handler raises, cancels the transfer that is waited
-for, and goes on after its end. ``timeout`` is in seconds: after that the transfer is cancelled, and
-TimedOut is raised after its end, unless it was done by then.
+KeyboardInterrupt, and any exception that a signal handler raises, cancels the transfer and is
+raised after the transfer has ended. ``timeout`` is in seconds: then the transfer is cancelled, and
+TimedOut is raised after it has ended, unless it has succeeded meanwhile.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .snapshot import Snapshot
 if TYPE_CHECKING:
     from ._native import CData
 
-# A signal's handler runs between two waits.
+# Signal handlers run between two waits of this length.
 _WAIT_NS = 50_000_000
 _FOREVER = -1  # KVF_FOREVER, a macro that cffi does not see
 
@@ -55,7 +55,7 @@ _FOREVER = -1  # KVF_FOREVER, a macro that cffi does not see
 class Engine(OpenEngine):
     """Moves memory between devices and the host. Close it, or use it in a ``with`` statement.
 
-    Arguments are those of ``kvferry.Engine``. For use from any thread.
+    The arguments are those of ``kvferry.Engine``. Any thread may call any method.
     """
 
     _name = "kvferry.sync.Engine"
@@ -97,7 +97,7 @@ class Engine(OpenEngine):
         allow_blocking: bool = False,
         variant: str = "",
     ) -> Llama:
-        """As ``kvferry.Engine.attach``. Decode while no call on this attachment is under way."""
+        """As ``kvferry.Engine.attach``. No thread may decode during a call on the attachment."""
         attachment = self._attach(
             llm, library=library, allow_blocking=allow_blocking, variant=variant
         )
@@ -155,7 +155,7 @@ class Engine(OpenEngine):
 
         options = SubmitOptions(None, 0, priority, after_stream=regions.stream)
         writing = function is lib.kvf_regions_save
-        _carry_out(submit, options, buffer, timeout, writing=writing)
+        _submit_and_wait(submit, options, buffer, timeout, writing=writing)
 
     def describe(self) -> dict[str, Any]:
         """As ``kvferry.Engine.describe``."""
@@ -166,7 +166,7 @@ class Engine(OpenEngine):
         return self._core.trace()
 
     def close(self) -> None:
-        """Detaches the engine's contexts and closes it, once its transfers have ended.
+        """Closes the engine after its transfers have ended, and detaches its contexts.
 
         Snapshots and buffers stay valid. Closing twice is allowed.
         """
@@ -186,14 +186,15 @@ class Engine(OpenEngine):
 
 
 class Llama:
-    """An attachment to a llama context: made by ``Engine.attach``, or ``kvferry.Llama.sync``.
+    """An attachment to a llama context, made by ``Engine.attach`` or ``kvferry.Llama.sync``.
 
-    Each call waits until the context's thread makes no other, and keeps it from making one until
-    the transfer has been submitted. A call from that thread itself goes on at once.
+    Each call waits until the context's thread has ended its current call, and keeps the thread from
+    beginning another one until the transfer has been submitted. A call on that thread does not
+    wait. Any thread may call any method.
     """
 
     def __init__(self, engine: object, core: Core, attachment: Attachment) -> None:
-        """For kvferry itself. ``engine`` lives as long as this object."""
+        """For kvferry itself. This object keeps ``engine`` alive."""
         self._engine = engine
         self._core = core
         self._attachment = attachment
@@ -224,7 +225,7 @@ class Llama:
         llm = attachment.llm_of(seq)
         with ExitStack() as until_submitted:
             until_submitted.enter_context(attachment.worker.exclusive())
-            # Nobody decodes meanwhile, so that the size is right.
+            # No thread decodes meanwhile, so that the size stays right.
             if into is None:
                 buffer = pinned(self._core.handle, attachment.measure(seq))
             else:
@@ -238,7 +239,7 @@ class Llama:
                         attachment.handle, seq, memory, buffer.nbytes, native, job
                     )
 
-            done = _carry_out(submit, options, buffer, timeout, writing=True)
+            done = _submit_and_wait(submit, options, buffer, timeout, writing=True)
         return Snapshot(
             memory, done.bytes, fingerprint=self.fingerprint, completion=done, llm=llm_state
         )
@@ -277,7 +278,7 @@ class Llama:
                 )
 
         try:
-            _carry_out(submit, options, buffer, timeout, writing=False)
+            _submit_and_wait(submit, options, buffer, timeout, writing=False)
         except BaseException:
             with attachment.worker.exclusive():
                 if lib.kvf_llama_settle(attachment.handle) >= 0 and llm is not None:
@@ -288,7 +289,7 @@ class Llama:
                 llm.restore(llm_state)
 
     def remove(self, seq: int) -> None:
-        """Empties a sequence. Raises Busy while a transfer of it is in flight."""
+        """As ``kvferry.Llama.remove``, but raises Busy while a transfer of it is in flight."""
         self._attachment.check_usable()
         seq = sequence_id(seq)
         with self._attachment.worker.exclusive():
@@ -300,9 +301,9 @@ class Llama:
         return self._attachment.describe()
 
     def detach(self) -> None:
-        """Detaches, once the attachment's transfers have ended; then the context may be freed.
+        """Detaches after the attachment's transfers have ended; then the context may be freed.
 
-        Raises Busy where ``await`` started some of them: then the asynchronous ``detach`` is right.
+        Raises Busy if tasks of an event loop wait for such transfers: use ``kvferry.Llama.detach``.
         """
         self._core.detach(self._attachment)
 
@@ -316,7 +317,7 @@ class Llama:
         self.detach()
 
 
-def _carry_out(
+def _submit_and_wait(
     submit: Callable[[CData, CData], int],
     options: SubmitOptions,
     buffer: Buffer,
@@ -324,14 +325,14 @@ def _carry_out(
     *,
     writing: bool,
 ) -> Completion:
-    """Submits a transfer and waits for its end; whatever is raised, it is not in flight then.
+    """Submits a transfer and waits for its end. When this raises, it is not in flight any more.
 
-    Raises Busy where something else in this process uses the buffer.
+    Raises Busy if something else in this process uses the buffer.
     """
     claim = claim_for_transfer(buffer.memory, buffer.nbytes, writing=writing)
     deadline = math.inf if timeout is None else time.monotonic() + timeout
-    # The C library writes the handle here: that a job was made is known also where an exception
-    # breaks in between the call and whatever follows it.
+    # The C library writes the job's handle here, so that the handle is known even if an exception
+    # interrupts what follows the submitting call.
     job = ffi.new("kvf_job *")
     try:
         buffer.transfers.add(claim)
@@ -339,7 +340,7 @@ def _carry_out(
         done, timed_out = _wait(job[0], deadline)
     except BaseException:
         if job[0]:
-            _end(job[0])
+            _cancel_and_wait(job[0])
         raise
     finally:
         if job[0]:
@@ -353,7 +354,7 @@ def _carry_out(
 
 
 def _wait(job: int, deadline: float) -> tuple[Completion, bool]:
-    """How the job ended, and whether it was cancelled since the time was up."""
+    """Returns how the job ended, and whether it was cancelled because the time was up."""
     record = ffi.new("kvf_completion *")
     timed_out = False
     while True:
@@ -368,12 +369,12 @@ def _wait(job: int, deadline: float) -> tuple[Completion, bool]:
             return completion_of(record), timed_out
 
 
-def _end(job: int) -> None:
-    """Cancels a job and waits for its end: memory must not be freed under it."""
+def _cancel_and_wait(job: int) -> None:
+    """Cancels a job and waits for its end: its memory must not be freed before."""
     lib.kvf_job_cancel(job)
     while True:
         try:
             lib.kvf_job_wait(job, _FOREVER, ffi.NULL, 0)
         except KeyboardInterrupt:
-            continue  # the first one is being raised already, and this takes milliseconds
+            continue  # another exception is being raised already, and this takes milliseconds
         return

@@ -1,4 +1,4 @@
-"""One transfer in flight, as a Python program sees it."""
+"""A transfer that has been submitted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import anyio
 
 from ._bridge.arguments import integer
-from ._bridge.cancellation import see_through
+from ._bridge.cancellation import await_to_end
 from ._bridge.claims import claim_for_transfer
 from ._bridge.completion import Completion
 from ._bridge.completions import Completions, PendingTransfer
@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 class Transfer(PendingTransfer, Generic[T]):
-    """A transfer that has been submitted. It ends exactly once, whoever waits for it, or nobody.
+    """A transfer that has been submitted. It ends exactly once, whether or not a task waits for it.
 
-    The memory that it uses is kept alive until then. For use from the event loop's thread.
+    The memory that it uses is kept alive until then. For the event loop's thread.
     """
 
     completion: Completion | None = None
-    """How it ended; None while it is in flight."""
+    """How it ended; None while it is in flight, or if it was never submitted."""
 
     def __init__(
         self,
@@ -41,9 +41,10 @@ class Transfer(PendingTransfer, Generic[T]):
         *,
         writes_buffer: bool,
     ) -> None:
-        """``source`` is kept alive too. ``result`` is made when the transfer has succeeded.
+        """For kvferry itself. ``source`` is an object to keep alive until the end. ``result`` makes
+        the result of a transfer that has succeeded.
 
-        Raises Busy where something else in this process uses the buffer.
+        Raises Busy if something else in this process uses the buffer.
         """
         super().__init__()
         self._completions = completions
@@ -51,14 +52,14 @@ class Transfer(PendingTransfer, Generic[T]):
         self._source = source
         self._make_result: Callable[[Completion], T] | None = result
         self._result: T | None = None
-        self._aftermath: Call | None = None
+        self._following_call: Call | None = None
         self._cancel_requested = False
         self._nbytes = buffer.nbytes
-        # The C library writes the handle here: that a job was made is known also where an exception
-        # breaks in between the call and whatever follows it.
+        # The C library writes the job's handle here, so that the handle is known even if an
+        # exception interrupts what follows the submitting call.
         self.job_place: CData = ffi.new("kvf_job *")
         self.token = completions.new_token()
-        completions.pick_up()
+        completions.take_unattended()
         self._claim: object = claim_for_transfer(
             buffer.memory, buffer.nbytes, writing=writes_buffer
         )
@@ -69,24 +70,25 @@ class Transfer(PendingTransfer, Generic[T]):
 
     @property
     def done(self) -> bool:
-        """True once it has ended, and a task of this program has seen it: ``wait`` won't sleep."""
+        """True if it has ended and its completion has been taken: then ``wait`` does not sleep."""
         return self.ended
 
     def cancel(self) -> None:
-        """Asks it to end early. A request: ``wait`` tells how it really ended."""
+        """Requests that it ends early, and returns at once. ``wait`` tells how it ended."""
         self._cancel_requested = True
         job = self.job
         if job is not None:
             lib.kvf_job_cancel(job)
 
     def stream_wait(self, stream: int) -> None:
-        """Makes a CUDA stream wait: what it is given from now on begins when this has ended.
+        """Makes a CUDA stream wait until this transfer has ended, in whatever way.
 
-        Ended in whatever way: ``wait`` tells. ``stream`` is a handle, such as PyTorch's
-        ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams, of
-        the arrays' devices at least. Returns at once. Raises InvalidArgument (no device of the
-        engine knows the stream), Busy (1,024 waits are outstanding), KvferryError (no CUDA device,
-        or a driver older than 11.7).
+        Work that the stream is given from now on begins after that. ``stream`` is a handle, such as
+        PyTorch's ``Stream.cuda_stream`` or CuPy's ``Stream.ptr``; 1 and 2 are the default streams,
+        at least those of the arrays' devices. Returns at once.
+
+        Raises InvalidArgument (no device of the engine knows the stream), Busy (1,024 waits are
+        outstanding), KvferryError (no CUDA device, or a driver older than 11.7).
         """
         stream = integer("stream", stream)
         if not self.ended:
@@ -94,17 +96,18 @@ class Transfer(PendingTransfer, Generic[T]):
             check(lib.kvf_job_stream_wait(self.job, stream))
 
     async def wait(self) -> T:
-        """Waits until it has ended; returns its result, or raises what went wrong.
+        """Waits until it has ended; returns its result, or raises the error that ended it.
 
-        Cancelling a task that waits here cancels the transfer, waits for its true end, and then
-        lets the cancellation go on. So does KeyboardInterrupt, and whatever else a signal handler
-        raises, the first time. Several tasks may wait.
+        If the waiting task is cancelled, the transfer is cancelled too; the cancellation goes on
+        after the transfer has ended. The same is true of KeyboardInterrupt, and of any exception
+        that a signal handler raises, the first time. Several tasks may wait.
 
-        Raises TransferCancelled after ``cancel``, EngineClosed if the engine was closed around it.
+        Raises TransferCancelled after ``cancel``, EngineClosed if closing the engine has cancelled
+        it.
         """
         if not self.ended:
             self._completions.check_waitable()
-        await see_through(self._until_over, self.cancel)
+        await await_to_end(self._until_over, self.cancel)
         if self.completion is None:
             raise error(lib.KVF_ERR_CLOSED)
         status = self.completion.status
@@ -113,14 +116,14 @@ class Transfer(PendingTransfer, Generic[T]):
             status = lib.KVF_ERR_CLOSED
         if status != lib.KVF_OK:
             raise error(status, self.completion.detail)
-        if self._aftermath is not None and self._aftermath.failure is not None:
-            raise self._aftermath.failure
+        if self._following_call is not None and self._following_call.failure is not None:
+            raise self._following_call.failure
         return cast(T, self._result)
 
     async def _until_over(self) -> None:
         await self._completions.until_ended(self)
-        if self._aftermath is not None:
-            await self._completions.until_ended(self._aftermath)
+        if self._following_call is not None:
+            await self._completions.until_ended(self._following_call)
 
     def __repr__(self) -> str:
         return f"<Transfer {self._subject()}{self._condition()}>"
@@ -137,16 +140,16 @@ class Transfer(PendingTransfer, Generic[T]):
             return ", done"
         return f": {error(self.completion.status, self.completion.detail)}"
 
-    # ---- Called by whoever submits it -----------------------------------------------------------
+    # ---- For the submitting code ----------------------------------------------------------------
 
     def expect(self) -> None:
-        """Makes ready for a submitting call. Whatever comes of it, ``submitted`` must follow."""
+        """Call this before the submitting call, and ``submitted`` after it, whatever it returns."""
         assert self._buffer is not None
         self._buffer.transfers.add(self)
         self._completions.expect(self)
 
     def submitted(self) -> None:
-        """The submitting call has ended, or won't be made. May be repeated."""
+        """The submitting call has ended, or will not be made. May be repeated."""
         job = self.job
         if job is None:
             self._completions.withdraw(self)
@@ -156,12 +159,12 @@ class Transfer(PendingTransfer, Generic[T]):
             lib.kvf_job_cancel(job)
 
     async def abort(self) -> None:
-        """Cancels it, and waits for its end whatever cancellation says."""
+        """Cancels it, and waits for its end even if this task is cancelled."""
         self.cancel()
         with anyio.CancelScope(shield=True):
-            await see_through(self._until_over, self.cancel)
+            await await_to_end(self._until_over, self.cancel)
 
-    # ---- Called by the bridge -------------------------------------------------------------------
+    # ---- For the bridge -------------------------------------------------------------------------
 
     def completed(self, completion: Completion) -> None:
         self.completion = completion
@@ -169,22 +172,22 @@ class Transfer(PendingTransfer, Generic[T]):
             lib.kvf_job_release(self.job)
         if completion.status == lib.KVF_OK and self._make_result is not None:
             self._result = self._make_result(completion)
-        if self._aftermath is None:
-            self._aftermath = self.follow_up(completion)
-        if self._aftermath is not None:
-            # Asked for again where an exception has broken in, and made once all the same.
-            self._aftermath.worker.ask_for(self._aftermath, first=True)
-        self._let_go()
+        if self._following_call is None:
+            self._following_call = self.follow_up(completion)
+        if self._following_call is not None:
+            # Asked for again if an exception has interrupted this; it is made only once.
+            self._following_call.worker.ask_for(self._following_call, first=True)
+        self._drop_memory()
 
     def withdrawn(self) -> None:
-        self._let_go()
+        self._drop_memory()
 
     def follow_up(self, completion: Completion) -> Call | None:
-        """A call, not yet asked for, that has to end too before ``wait`` returns."""
+        """Returns a call, not asked for yet, whose end ``wait`` waits for too; or None."""
         return None
 
-    def _let_go(self) -> None:
-        # A transfer that is kept must not keep the memory of what it has moved.
+    def _drop_memory(self) -> None:
+        # A program may keep this object: then it must not keep the memory alive.
         if self._buffer is not None:
             self._buffer.transfers.discard(self)
         self._make_result = None
@@ -193,10 +196,10 @@ class Transfer(PendingTransfer, Generic[T]):
         self._claim = None
 
 
-async def carried_out(start: Coroutine[Any, Any, Transfer[T]]) -> T:
-    """Awaits the start of a transfer, and then its end.
+async def start_and_wait(start: Coroutine[Any, Any, Transfer[T]]) -> T:
+    """Awaits the start of a transfer and then its end; returns its result.
 
-    Whatever breaks this off, it isn't in flight any more when this raises.
+    When this raises, whatever the reason, the transfer is not in flight any more.
     """
     transfer = await start
     try:

@@ -45,6 +45,9 @@ soname_planted() {
     ! soname "$work/kvferry.h"
 }
 
+# The program of the header's introduction. $1: header
+quick_start() { sed -n '/^ \* Quick start$/,/^ \* Words$/s/^ \*     //p' "$1"; }
+
 # The header alone, in every language that it promises, with all warnings as errors. $1: its folder
 header() {
     local use='
@@ -53,7 +56,11 @@ header() {
 kvf_engine_options engine_options = KVF_ENGINE_OPTIONS_INIT;
 kvf_submit_options submit_options = KVF_SUBMIT_OPTIONS_INIT;
 kvf_llama_options llama_options = KVF_LLAMA_OPTIONS_INIT;
-int64_t forever = KVF_FOREVER;'
+int64_t forever = KVF_FOREVER;
+void quick_start(struct llama_context *context);
+void quick_start(struct llama_context *context) {
+'"$(quick_start "$1/kvferry.h")"'
+}'
     local warnings='-Wall -Wextra -Wpedantic -Werror -Wshadow -Wconversion -Wundef'
     echo "$use" >"$work/use.c" && cp "$work/use.c" "$work/use.cpp"
     local standard
@@ -71,6 +78,36 @@ header_planted() {
         sed "s/^KVF_API const char \*kvf_version/$break\n&/" "$header" >"$work/kvferry.h"
         ! header "$work" 2>/dev/null || { echo "not noticed: $break"; return 1; }
     done
+    sed 's/^ \*     kvf_llama_attach(engine,/ *     kvf_llama_attach(/' "$header" >"$work/kvferry.h"
+    ! header "$work" 2>/dev/null || { echo "not noticed: a quick start that does not compile"; return 1; }
+}
+
+# Comments of functions, enumerators, fields: each there, in one form. $1: header
+form() { python3 "$here/header.py" form "$1"; }
+
+form_planted() {
+    local break
+    for break in '0,/^ \* May block: no/{//d}' 's/^    KVF_ERR_BUSY = -7,.*/    KVF_ERR_BUSY = -7, KVF_ERR_CLOSED = -8,/' \
+        's|^\(    KVF_ERR_BUSY = -7,\).*|\1|' 's|^    KVF_ERR_CLOSED.*|    KVF_ERR_BUSY = -8, /* twice */|' \
+        's/^typedef enum kvf_priority {/enum {/' '/^    \/\* A value of kvf_priority\. \*\//d' \
+        's/^ \*   4 Memory / *   4 Buffers /'; do
+        sed "$break" "$header" >"$work/kvferry.h"
+        ! cmp -s "$header" "$work/kvferry.h" || { echo "nothing to break: $break"; return 1; }
+        ! form "$work/kvferry.h" >/dev/null || { echo "not noticed: $break"; return 1; }
+    done
+}
+
+# Every number and offset stands in numbers.c, every function in the map, and none besides. $1: header
+complete() { python3 "$here/header.py" complete "$1" "$here/numbers.c" "$map"; }
+
+complete_planted() {
+    local break
+    for break in 's|^    KVF_ERR_BUSY = -7,.*|&\n    KVF_ERR_NEW = -99, /* new */|' \
+        's|^    uint32_t copy_threads;|&\n    uint32_t more;|' 's/^KVF_API int32_t kvf_job_cancel(/KVF_API int32_t kvf_job_end(/'; do
+        sed "$break" "$header" >"$work/kvferry.h"
+        ! cmp -s "$header" "$work/kvferry.h" || { echo "nothing to break: $break"; return 1; }
+        ! complete "$work/kvferry.h" >/dev/null || { echo "not noticed: $break"; return 1; }
+    done
 }
 
 # Numbers and offsets that programs have compiled in. $1: folder of the header
@@ -78,8 +115,8 @@ numbers() { $cc -std=c11 -Wall -Werror -I "$1" -fsyntax-only "$here/numbers.c"; 
 
 numbers_planted() {
     local break
-    for break in 's/X(ERR_BUSY, -7,/X(ERR_BUSY, -70,/' 's/KVF_PRIORITY_URGENT = 1/KVF_PRIORITY_URGENT = 2/' \
-        's/^    uint32_t devices; .*/    uint64_t devices;/' 's/^    char detail\[128\].*/    char detail[64];/'; do
+    for break in 's/KVF_ERR_BUSY = -7,/KVF_ERR_BUSY = -70,/' 's/KVF_PRIORITY_URGENT = 1/KVF_PRIORITY_URGENT = 2/' \
+        's/^    uint32_t devices;/    uint64_t devices;/' 's/^    char detail\[128\];/    char detail[64];/'; do
         sed "$break" "$header" >"$work/kvferry.h"
         ! cmp -s "$header" "$work/kvferry.h" || { echo "nothing to break: $break"; return 1; }
         ! numbers "$work" 2>/dev/null || { echo "not noticed: $break"; return 1; }
@@ -119,6 +156,10 @@ soname) soname "$header" ;;
 soname_planted) soname_planted ;;
 header) header "$source/include" ;;
 header_planted) header_planted ;;
+form) form "$header" ;;
+form_planted) form_planted ;;
+complete) complete "$header" ;;
+complete_planted) complete_planted ;;
 numbers) numbers "$source/include" ;;
 numbers_planted) numbers_planted ;;
 abidiff) need_abidiff; abidiff_ "$baseline" ;;

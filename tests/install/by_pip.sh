@@ -1,8 +1,9 @@
 #!/bin/bash
-# `pip install .` alone, in an empty virtual environment: the package works, and is enough for C and Go too.
-#     by_pip.sh SOURCE PYTHON CMAKE CC
+# `pip install .` alone, in an empty virtual environment: the package works, and is enough for C and Go too. It has the same
+# files as the wheel of the release, which was built from the source distribution.
+#     by_pip.sh SOURCE PYTHON CMAKE CC WHEEL
 set -euo pipefail
-source=$1 python=$2 cmake=$3 cc=$4
+source=$1 python=$2 cmake=$3 cc=$4 wheel=$(realpath "$5")
 here=$source/tests/install
 work=$(mktemp -d)
 trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
@@ -14,24 +15,13 @@ cd "$work" # not where the sources are
 PATH=$work/venv/bin:$PATH
 
 echo "-- Python $(python -c 'import platform; print(platform.python_version())')"
-python - <<'PROGRAM'
-import anyio, kvferry, numpy
-assert "site-packages" in kvferry.__file__, kvferry.__file__
-
-async def main():
-    async with kvferry.Engine("host") as engine:
-        source = numpy.arange(100_000, dtype=numpy.uint8)
-        saved = await engine.copy_out(source[::2])
-        target = numpy.zeros(50_000, numpy.uint8)
-        await engine.copy_in(target, saved)
-        assert (target == source[::2]).all()
-
-anyio.run(main)
-PROGRAM
+python "$here/program.py"
 kvferry --version
 kvferry doctor >doctor || test $? = 1 # no libllama is here, or one of the system's
 grep -q 'transfers.*GB/s' doctor
 test -e "$(kvferry config --prefix)/py.typed"
+diff <(python -m zipfile --list "$wheel" | sed -n 's|^\(kvferry/[^ ]*[^ /]\) .*|\1|p' | sort) \
+    <(python -m pip show --files kvferry | sed -n '/__pycache__/d; s|^  kvferry/|kvferry/|p' | sort)
 
 echo "-- kvferry config"
 flags="-std=c11 -Wall -Wextra -Wpedantic -Werror"
@@ -51,18 +41,20 @@ if ! command -v go >/dev/null; then
 fi
 echo "-- kvferry config --cgo"
 # As it comes to somebody else: what `make go-kvcache` leaves in the tree is not part of it.
-mkdir -p go/kvferry program
-cp -r "$source"/examples/go/kvferry/. go/kvferry
-find go/kvferry -name kvferry.pc -delete -o -name tree.hxx -delete
+package=tree/examples/go/kvferry
+mkdir -p $package program
+cp -r "$source"/examples/go/kvferry/. $package
+find $package -name kvferry.pc -delete -o -name tree.hxx -delete
 cp "$here/program.go" program/main.go
 cd program
-cat >go.mod <<'MODULE'
+cat >go.mod <<MODULE
 module program
 go 1.22
 require example.org/kvferry v0.0.0
-replace example.org/kvferry => ../go/kvferry
+replace example.org/kvferry => ../$package
 MODULE
 eval "$(kvferry config --cgo)"
 export GOFLAGS=-mod=mod GOCACHE=$work/cache # Go would not notice that pkg-config answers otherwise than before
 go build -o program . && ./program
 readelf --dynamic program | grep -q "RUNPATH.*$(kvferry config --prefix)/lib"
+GOFLAGS="" "$here/go_page.sh" "$source/docs/how-to/go.md" "$work/tree"

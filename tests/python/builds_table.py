@@ -1,12 +1,12 @@
-"""What is seen on each libllama: the tables of docs/builds.md.
+"""Tries kvferry on each libllama, and prints the tables of docs/builds.md.
 
     python builds_table.py [--write | --check] FOLDER...
 
-Each folder holds one libllama.  The tables are printed; with --check it is an error if those of the
-page differ, with --write the page gets them.
+Each folder has one libllama. With --check it is an error if the tables of the page differ; with
+--write they are written into the page.
 
-A process holds one libllama, and what libllama should not have been shown may end it.  So each
-folder has a process of its own, which is started as `builds_table.py --one FOLDER`.
+Each folder is tried in a process of its own (`builds_table.py --one FOLDER`), because a process has
+only one libllama, and because a damaged state that reaches libllama may end the process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CACHES = ["flash", "transposed", "streams"]
 """Of `like_contexts.CACHES`: those whose states differ in more than the width of their rows."""
 
 Seen = dict[str, dict[str, str]]
-"""Table, row: what was seen."""
+"""What was seen, by table and row."""
 
 
 # ---- In the process of one libllama --------------------------------------------------------------
@@ -61,7 +61,7 @@ def _library() -> dict[str, str]:
 
 
 def _in_a_context(kind: str, cache: str, look: Callable[..., Any]) -> str:
-    """The outcome of `look`; without such a kind in this libllama, that."""
+    """Returns the outcome of `look`, or that this libllama does not have the kind."""
     import anyio
     from support.llama_reference import Refused
 
@@ -77,7 +77,7 @@ def _in_a_context(kind: str, cache: str, look: Callable[..., Any]) -> str:
 
 
 class _contexts:
-    """Makes contexts of one kind of model and cache, and frees them."""
+    """Makes contexts of one kind of model and cache, and frees them at the end."""
 
     def __init__(self, kind: str, cache: str) -> None:
         self._kind, self._cache = kind, cache
@@ -118,7 +118,7 @@ async def _tap(make: Callable[[], Any]) -> str:
 
 
 async def _format(make: Callable[[], Any]) -> str:
-    """What kvferry calls the format of a state with cells."""
+    """Returns kvferry's name for the format of a state with cells."""
     import kvferry
 
     context = make()
@@ -133,8 +133,8 @@ TARGET = 2
 
 
 async def _moved(make: Callable[[], Any]) -> str:
-    """A sequence, out of a context and into another: where something else stands in its place, and
-    where nothing has ever been."""
+    """Moves a sequence into two other contexts: one where the target has other content, and one
+    that has never had a cell."""
     source = make()
     source.decode_in_turn([0, 1, 3], 40)
     outcomes = []
@@ -174,7 +174,7 @@ async def _moved_to(source: Any, ours: Any, like: Any) -> str:
 
 
 async def _damaged(make: Callable[[], Any]) -> str:
-    """States of a wrong length, over a sequence in use."""
+    """Loads states of a wrong length into a sequence in use."""
     import kvferry
 
     source, ours = make(), make()
@@ -197,7 +197,7 @@ async def _damaged(make: Callable[[], Any]) -> str:
 
 
 def _left(context: Any, before: bytes) -> str:
-    """What a refused load left of its target."""
+    """Returns what a refused load has left of its target."""
     if context.state_get(TARGET) == before:
         return "nothing lost"
     return "sequence emptied" if context.pos_max(TARGET) == -1 else "SEQUENCE CHANGED"
@@ -207,7 +207,7 @@ def _left(context: Any, before: bytes) -> str:
 
 
 def see_all(folders: Sequence[str]) -> dict[str, Seen]:
-    """By the name of each folder."""
+    """Returns what was seen, by the name of each folder."""
     seen: dict[str, Seen] = {}
     for folder in folders:
         child = subprocess.run(

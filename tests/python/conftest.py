@@ -1,4 +1,4 @@
-"""Models and contexts of the real libllama for every test that asks for them."""
+"""Fixtures: models and contexts of the real libllama, and the CUDA driver under test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`model_path(kind, **arguments of write_model)`: a synthetic model, written once a session."""
+    """`model_path(kind, **arguments of write_model)` returns the path of a synthetic model, which
+    is written once a session."""
     from kvferry.tools.synthetic import write_model
     from support.llama_reference import BUILD, fits, model_sizes
 
@@ -37,7 +38,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def model(model_path: Callable[..., Path]) -> Iterator[Callable[..., Model]]:
-    """`model(kind, **arguments of write_model)`: the same, loaded once and shared by all tests."""
+    """`model(kind, **arguments of write_model)` returns a synthetic model, which is loaded once and
+    shared by all tests."""
     from support.llama_reference import Model
 
     loaded: dict[Path, Model] = {}
@@ -55,8 +57,8 @@ def model(model_path: Callable[..., Path]) -> Iterator[Callable[..., Model]]:
 
 @pytest.fixture(scope="session")
 def unknown_libllama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`unknown_libllama(which of unknown_format.NUMBERS)`: the folder of a libllama, for a process
-    of its own, that writes a format that nobody has seen. Made once a session.
+    """`unknown_libllama(key of unknown_format.NUMBERS)` returns the folder of a libllama that
+    writes an unknown format. It is made once a session, and is for a process of its own.
     """
     from support.llama_reference import BUILD, LIBRARY_FOLDER
     from support.unknown_format import NUMBERS, NoMagic, write_libllama
@@ -65,7 +67,7 @@ def unknown_libllama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
     def folder(which: str) -> Path:
         if which not in written:
-            # Under the name of the build, by which tests know what it can do.
+            # The folder has the name of the build, because tests look up there what it can do.
             path = tmp_path_factory.mktemp(which) / BUILD
             try:
                 write_libllama(path, LIBRARY_FOLDER, NUMBERS[which])
@@ -79,9 +81,8 @@ def unknown_libllama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 @pytest.fixture
 def make_context(model: Callable[..., Model]) -> Iterator[Callable[..., Context]]:
-    """`make_context(kind or model, **ContextOptions)`: a context that is freed after the test.
-
-    A kind stands for its small model with the default seed.
+    """`make_context(kind or model, **ContextOptions)` returns a context, which is freed after the
+    test. A kind means its small model with the default seed.
     """
     from support.llama_reference import ContextOptions
 
@@ -96,15 +97,15 @@ def make_context(model: Callable[..., Model]) -> Iterator[Callable[..., Context]
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[SimulatedCuda]:
-    """The CUDA driver, of which kvferry has seen nothing else in this process."""
+    """The CUDA driver under test, the only one that kvferry opens in this process."""
     import anyio
     from support.cuda_driver import driver_under_test, open_driver
     from support.devices import ON_GPU
 
     driver = driver_under_test()
     with pytest.MonkeyPatch.context() as patch, driver.context():
-        # Set only while kvferry opens the driver, which it does once: other programs that tests
-        # start are to find what there is.
+        # Set only while kvferry opens the driver, which it does once. Programs that tests start
+        # must find the machine's own driver.
         if not ON_GPU:
             patch.setenv("KVFERRY_CUDA_DRIVER", driver.path)
         anyio.run(open_driver)
@@ -113,7 +114,7 @@ def driver() -> Iterator[SimulatedCuda]:
 
 @pytest.fixture
 def cuda(driver: SimulatedCuda) -> Iterator[SimulatedCuda]:
-    """The driver; the test may leave nothing in it."""
+    """The driver under test; fails a test that leaves something in the simulated one."""
     from support.devices import ON_GPU
 
     if ON_GPU:

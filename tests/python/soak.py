@@ -1,11 +1,11 @@
-"""Random walks (random_walk.py) for as long as wanted: `make soak`.
+"""Runs random walks (random_walk.py) for as long as wanted: `make soak`.
 
     make soak ARGS="--steps 10000"                     every kind and cache, one seed
     make soak ARGS="--hours 3"                         new seeds until the time is over
     make soak ARGS="--kinds gemma3,mamba --seeds 1,2"  these alone
 
-Prints a line for each walk: what was done, how often.  A walk that finds a difference is printed
-with its last steps, and ends the soak with status 1.
+Prints a line for each walk, with the number of each operation. If a walk finds a difference, its
+last steps are printed, and the soak ends with status 1.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def every_walk(
     further = itertools.count(max(given) + 1) if options.hours is not None else ()
     for seed in itertools.chain(given, further):
         for kind, cache in itertools.product(kinds, caches):
-            # Where there are keys only, llama.cpp wants one type for both.
+            # With keys alone, llama.cpp requires the same type for keys and values.
             if not (kind in LATENT and cache == "q8_0-keys-transposed"):
                 yield seed, (kind, cache)
 
@@ -62,7 +62,7 @@ def every_walk(
 def walk(
     cuda: SimulatedCuda, model: Model, kind: str, cache: str, seed: int, steps: int
 ) -> tuple[str, bool]:
-    """What to print, and whether all was equal."""
+    """Returns what to print, and whether all was equal."""
     began = time.monotonic()
     options = ContextOptions(**cache_options(cache))
     failure = ""

@@ -1,4 +1,4 @@
-"""The engine's options, its account of itself, its memory, and the texts of its errors."""
+"""The engine's options, its description, its memory, and the texts of its errors."""
 
 import gc
 from typing import Any
@@ -147,7 +147,7 @@ def test_each_status_has_an_exception_with_the_librarys_text(status: int) -> Non
 
 
 async def test_memory_comes_back_without_the_help_of_the_collector() -> None:
-    """No reference cycle keeps a buffer: not after success, not after errors or cancellation."""
+    """No reference cycle keeps a buffer after success, errors or cancellation."""
     source = np.zeros(1 << 20, np.uint8)
     async with kvferry.Engine("host", pinned_limit=4 << 20) as engine:
         gc.collect()

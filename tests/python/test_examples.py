@@ -4,11 +4,8 @@ with what llama.cpp does by its own calls."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +15,11 @@ import anyio
 import kvferry
 import numpy as np
 import pytest
-from devices import DEVICES
-from event_loops import anyio_backend  # noqa: F401
-from kvferry import libllama
-from llama_reference import LIBRARY_FOLDER, Context, ContextOptions, Model, keep_log
+from kvferry.tools import libllama
+from support.devices import DEVICES
+from support.event_loops import anyio_backend  # noqa: F401
+from support.llama_reference import LIBRARY_FOLDER, Context, ContextOptions, Model, keep_log
+from support.programs import run_python
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "python"
 
@@ -30,13 +28,10 @@ def run(name: str, first: str = "") -> str:
     """Runs a program in a process of its own, after the statements `first`. Returns its output."""
     program = EXAMPLES / name
     code = f"{first}\nimport runpy; runpy.run_path({str(program)!r}, run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *(["-c", code] if first else [str(program)])],
-        env={**os.environ, "KVFERRY_LLAMA_LIB": str(LIBRARY_FOLDER)},
-        capture_output=True,
-        text=True,
+    done = run_python(
+        *("-W", "error", *(["-c", code] if first else [str(program)])),
+        environment={"KVFERRY_LLAMA_LIB": str(LIBRARY_FOLDER)},
         timeout=120,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,9 +1,8 @@
-"""The ends of things: closing, collecting, exiting and forking, with transfers in flight."""
+"""Closing, collecting, exiting and forking while transfers are in flight."""
 
 import gc
 import os
 import subprocess
-import sys
 import textwrap
 import threading
 import warnings
@@ -13,6 +12,7 @@ import kvferry
 import numpy as np
 import pytest
 from support.event_loops import anyio_backend  # noqa: F401
+from support.programs import run_python
 
 SLOW = np.zeros(1 << 28, np.uint8)[::2]
 """128 Mi rows of one byte: a copy of it is in flight for a while."""
@@ -163,13 +163,7 @@ def test_a_closed_engine_is_collected_without_a_warning() -> None:
 
 
 def run_program(text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-X", "dev", "-c", PREAMBLE + textwrap.dedent(text)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run_python("-X", "dev", "-c", PREAMBLE + textwrap.dedent(text))
 
 
 PREAMBLE = """
@@ -207,8 +201,8 @@ def test_the_interpreter_exits_cleanly_while_a_worker_is_at_work() -> None:
 
         async def main():
             worker = engine._core.memory_worker
-            worker.post(time.sleep, 0.3)
-            worker.post(time.sleep, 100)
+            worker.ask_for(worker.make(time.sleep, 0.3))
+            worker.ask_for(worker.make(time.sleep, 100))
 
         engine = kvferry.Engine("host")
         asyncio.run(main())
@@ -272,7 +266,7 @@ def test_a_forked_child_may_leave_its_parents_engine_to_the_collector() -> None:
 
     transfer = anyio.run(start)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: that's the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads is tested here
         child = os.fork()
     if child == 0:
         del transfer, engine

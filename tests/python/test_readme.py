@@ -1,15 +1,14 @@
-"""The README's examples, as they stand there."""
+"""Runs the README's examples."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.programs import run_python
 from support.text_model import write_text_model
 
 ROOT = Path(__file__).parents[2]
@@ -26,24 +25,20 @@ def test_python_example_goes_on_where_the_first_conversation_was(
     package = importlib.util.find_spec("llama_cpp")
     assert package is not None
     assert package.origin is not None
-    # libggml looks for its backends in the current folder too. (Those of a llama-cpp-python that
-    # was built from its sources are part of libggml.)
+    # libggml looks for its backends in the current folder too. (In a llama-cpp-python that was
+    # built from its sources, the backends are parts of libggml.)
     for backend in (Path(package.origin).parent / "lib").glob("libggml-*.so"):
         (tmp_path / backend.name).symlink_to(backend.resolve())
     write_text_model(tmp_path / "model.gguf")
     (tmp_path / "example.py").write_text(example)
     (tmp_path / "program.py").write_text(PYTHON_PROGRAM)
-    # With the libllama that llama_cpp.Llama fits: its own.
-    environment = {key: os.environ[key] for key in os.environ if key != "LLAMA_CPP_LIB_PATH"}
 
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "program.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
+    # With llama_cpp's own libllama, which llama_cpp.Llama fits.
+    done = run_python(
+        *("-W", "error", "program.py"),
+        environment={"LLAMA_CPP_LIB_PATH": None},
+        folder=tmp_path,
         timeout=120,
-        check=False,
     )
 
     assert done.returncode == 0, done.stderr
@@ -52,7 +47,7 @@ def test_python_example_goes_on_where_the_first_conversation_was(
     )
 
 
-# Runs the example, and holds what its object has in the end against one that was never saved.
+# Runs the example, and compares its object in the end with an object that was never saved.
 PYTHON_PROGRAM = """
 import runpy
 
@@ -105,6 +100,6 @@ def test_c_example_compiles(example: str, tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    """Else the tests above would hold nothing."""
+    """Otherwise the tests above would test nothing."""
     assert len(examples("python")) == 1
     assert len(examples("c")) == 1

@@ -1,4 +1,4 @@
-"""copy_out and copy_in: every kind of memory that they take, and what they refuse."""
+"""copy_out and copy_in: all kinds of memory that they take, and what they refuse."""
 
 import array
 import ctypes
@@ -98,7 +98,7 @@ async def test_anything_with_the_buffer_protocol_will_do() -> None:
 
 
 class CudaArray:
-    """What PyTorch and CuPy show of an array, here in host memory."""
+    """An array with the interface of PyTorch's and CuPy's arrays, but in host memory."""
 
     def __init__(self, array: NDArray[np.int16]) -> None:
         self._array = array
@@ -122,7 +122,7 @@ async def test_the_cuda_array_interface_is_understood(name: str) -> None:
 
 
 class OnlyDLPack:
-    """An array of NumPy's that offers no other protocol than DLPack."""
+    """An array of NumPy that has no other protocol than DLPack."""
 
     def __init__(self, array: NDArray[np.int16], *, old: bool) -> None:
         self._array = array
@@ -218,7 +218,7 @@ async def test_a_dlpack_array_that_is_not_understood_is_refused(
 
 async def test_a_dlpack_capsule_is_used_once() -> None:
     class Forgetful(LibraryArray):
-        """Gives the same capsule again."""
+        """An array that returns the same capsule again."""
 
         def __dlpack__(self, **request: Any) -> object:
             return self.capsule or super().__dlpack__(**request)
@@ -235,7 +235,7 @@ async def test_an_array_that_refuses_the_buffer_protocol_is_asked_for_dlpack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(source: object) -> memoryview:
-        """As JAX does for bfloat16. (Python code can't have the protocol before 3.12.)"""
+        """JAX does so for bfloat16. (Before Python 3.12, Python code cannot have the protocol.)"""
         raise BufferError("no such type in the buffer protocol")
 
     monkeypatch.setattr("kvferry.regions.memoryview", refuse, raising=False)

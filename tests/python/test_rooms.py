@@ -1,4 +1,4 @@
-"""Which part of the package may use which: imports point one way only."""
+"""Imports in the package point one way only: from each room to those on which it stands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOMS = [
 
 
 def modules() -> dict[str, Path]:
-    """The files of the package, by the names of the modules below it; "" for the package itself."""
+    """Returns the package's files by the names of modules in it; "" is the package itself."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -32,9 +32,9 @@ MODULES = modules()
 
 
 def imports(module: str) -> set[str]:
-    """What a module imports of the package, anywhere in its text: in functions and for types too.
+    """Returns the modules of the package that a module imports, in functions and for types too.
 
-    ``from . import name`` imports a module of that name, else something of the package.
+    ``from . import name`` imports the module of that name if there is one, else the package.
     """
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
@@ -71,7 +71,6 @@ def test_no_room_uses_one_that_stands_on_it() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     uses = {module: imports(module) & MODULES.keys() for module in MODULES}
-    # The package's own names are those of its modules: what imports them imports these.
     while leaves := [module for module, used in uses.items() if not used]:
         for leaf in leaves:
             del uses[leaf]
@@ -81,7 +80,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_every_room_is_there() -> None:
-    """Else the table would speak of rooms that have been renamed."""
+    """Otherwise the table could name rooms that have been renamed."""
     names = {module.split(".")[0] for module in MODULES} | {"_native"}
     for _, listed in ROOMS:
         assert set(listed) - {"*"} <= names

@@ -1,4 +1,4 @@
-"""Snapshots: views, checksums, files. (Saving and loading them: test_llama_basic.py.)"""
+"""Views, checksums and files of Snapshots. (test_llama_basic.py saves and loads them.)"""
 
 import errno
 import gc
@@ -46,7 +46,7 @@ def test_a_snapshot_has_the_buffer_protocol() -> None:
 
 def test_views_outlive_the_snapshot() -> None:
     class Memory(bytearray):
-        """Can be referred to weakly, unlike a bytearray."""
+        """Memory that has weak references, unlike a bytearray."""
 
     memory = Memory(STATE)
     freed = weakref.ref(memory)
@@ -159,7 +159,7 @@ async def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 async def test_a_file_is_whole_until_the_new_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written aside and synced, then put in place, then the folder is synced."""
+    """It is written under another name and synced, then renamed, then the folder is synced."""
     path = tmp_path / "state"
     await Snapshot.from_bytes(STATE, fingerprint="old").to_file(path)
     old = path.read_bytes()

@@ -17,7 +17,7 @@ from support.event_loops import anyio_backend  # noqa: F401
 from support.like_contexts import MakeContext
 from support.llama_reference import Context
 
-SLOW = np.zeros(1 << 28, np.uint8)[::2]  # a second of one thread's work
+SLOW = np.zeros(1 << 28, np.uint8)[::2]  # one thread copies it in about a second
 
 
 def make_prompted(make_context: MakeContext, kind: str = "llama") -> Context:
@@ -27,7 +27,7 @@ def make_prompted(make_context: MakeContext, kind: str = "llama") -> Context:
 
 
 def as_loaded(make_context: MakeContext, kind: str, state: bytes, seq: int) -> bytes:
-    """The state of a sequence that llama.cpp itself has loaded: ids of sequences differ."""
+    """Returns the state after llama.cpp's own load: it has the id of the target sequence."""
     like = make_context(kind)
     like.state_set(seq, state)
     return like.state_get(seq)
@@ -235,7 +235,7 @@ async def test_detaching_under_an_awaited_transfer_is_refused(make_context: Make
     context = make_prompted(make_context)
     async with kvferry.Engine("host", copy_threads=1) as engine:
         llama = engine.attach(context.address)
-        # What is in the background waits for what is urgent.
+        # Background transfers wait for urgent ones.
         urgent = await engine.start_copy_out(SLOW, priority="urgent")
         transfer = await llama.start_save(0)
         with pytest.raises(kvferry.Busy):

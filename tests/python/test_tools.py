@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import kvferry
 import pytest
+from support.programs import run_python
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def findings(tool: str, path: Path) -> list[str]:
     """What a tool says of one file, line by line; it fails if it says anything."""
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / tool), str(path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(str(TOOLS / tool), str(path))
     assert done.stderr == ""
     found = done.stdout.splitlines()
     assert done.returncode == (1 if found else 0)

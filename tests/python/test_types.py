@@ -1,4 +1,4 @@
-"""What a type checker says of programs that use kvferry."""
+"""Type checkers accept right programs that use kvferry, and refuse wrong ones."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """The codes of mypy's errors, by the statement that they are about; from one run for all."""
+    """The codes of mypy's errors, by statement. mypy runs once for all statements."""
     folder = tmp_path_factory.mktemp("programs")
     statements = {f"program_{index}.py": each for index, each in enumerate([*RIGHT, *WRONG])}
     for name, statement in statements.items():

@@ -16,14 +16,14 @@ import (
 
 const small = 4096 // bytes of a small save
 
-// reportCPU tells how much processor time a job took in all threads, C's included. The time per job alone says little
+// reportCPU reports how much processor time a job took in all threads, C's included. The time per job alone says little
 // on a machine where several threads share the cores.
 func reportCPU(b *testing.B, before time.Duration) {
 	b.ReportMetric(float64(baseline.CPU()-before)/float64(b.N), "cpu-ns/op")
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "saves/s")
 }
 
-// benchmarkSaves saves 4 KiB from memory of C's into buffers of the engine's, from `depth` goroutines.
+// benchmarkSaves saves 4 KiB of C's memory into buffers of the engine, on `depth` goroutines.
 func benchmarkSaves(b *testing.B, ctx context.Context, depth int, goMemory bool) {
 	engine := newEngine(b)
 	sources := baseline.Alloc(depth * small)
@@ -71,7 +71,7 @@ func benchmarkSaves(b *testing.B, ctx context.Context, depth int, goMemory bool)
 	reportCPU(b, cpu)
 }
 
-// One job after the other: what is measured is how long a program waits for a completion.
+// BenchmarkSaveOneByOne measures how long a program waits for a completion: there is one job after the other.
 func BenchmarkSaveOneByOne(b *testing.B) {
 	cancellable, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -80,7 +80,7 @@ func BenchmarkSaveOneByOne(b *testing.B) {
 	b.Run("Go/cancellable", func(b *testing.B) { benchmarkSaves(b, cancellable, 1, false) })
 }
 
-// Many jobs in flight: what is measured is the work that a job costs.
+// BenchmarkSaveMany measures how much work a job is: many jobs are in flight.
 func BenchmarkSaveMany(b *testing.B) {
 	const depth = 256
 	cancellable, cancel := context.WithCancel(context.Background())
@@ -100,8 +100,8 @@ func benchmarkC(b *testing.B, depth int) {
 	reportCPU(b, cpu)
 }
 
-// From the end of a job to the goroutine that runs again. The engine copies little host memory at once, in the call; more of it
-// is copied by a thread, and the goroutine has to be woken.
+// BenchmarkCompletionToGoroutine measures the time from the end of a job until the goroutine runs again. The engine copies
+// little host memory during the call. A thread copies more, and then the goroutine must be woken.
 func BenchmarkCompletionToGoroutine(b *testing.B) {
 	b.Run("4KiB", func(b *testing.B) { benchmarkLatency(b, small) })
 	b.Run("64KiB", func(b *testing.B) { benchmarkLatency(b, 64<<10) })

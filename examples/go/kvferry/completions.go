@@ -13,34 +13,35 @@ import (
 	"unsafe"
 )
 
-// How many completions one call takes from the queue.
+// batch is how many completions one call takes from the queue, at most.
 const batch = 256
 
-// completions is a queue of the C library and the one goroutine that reads it. It waits for the queue's descriptor
-// in Go's own poller, as a goroutine that waits for a socket does: no thread stands in C, and C calls no Go.
+// completions is a queue of the C library and the one goroutine that reads it. That goroutine waits for the queue's
+// descriptor in Go's poller, as it would for a socket: no thread waits in C, and C never calls Go.
 type completions struct {
 	queue  C.kvf_queue
-	file   *os.File // a duplicate of the queue's descriptor: os.File wants to close what it polls
+	file   *os.File // a duplicate of the queue's descriptor, because os.File closes the descriptor that it polls
 	ended  chan struct{}
 	closed atomic.Bool
 
-	// Every waiter there has ever been, by its token; and those that are free, the last used first.
+	// Every waiter that was ever made. A waiter's token is its index.
 	waiters atomic.Pointer[[]*waiter]
 	mutex   sync.Mutex
-	free    []*waiter
+	free    []*waiter // the last used one is taken first
 }
 
-// waiter is the place where one transfer waits. It is used again and again: nothing is allocated per job.
+// waiter is where one transfer waits for its completion. It is used again for later transfers, so that a transfer
+// allocates nothing.
 type waiter struct {
 	submission C.kvgo_submission
 	pinner     runtime.Pinner
-	memory     []byte // what C works on, so that it stays reachable
-	keepsJob   bool   // the job's handle is released by the transfer itself
+	memory     []byte // keeps the memory reachable that C works on
+	keepsJob   bool   // the transfer itself releases the job's handle
 
-	// What C does in between is invisible to Go's memory model: this flag orders what the submitter has written
-	// before what the reader reads. The channel orders the way back.
+	// True from before the submission until the completion. Go's memory model does not see that C calls lie between what
+	// the submitter writes and what the reader reads: this flag orders the two. The channel orders the way back.
 	armed  atomic.Bool
-	done   chan struct{} // holds one
+	done   chan struct{} // has room for one
 	status C.int32_t
 	result Completion
 	detail string
@@ -65,7 +66,7 @@ func newCompletions() (*completions, error) {
 		return fail(&Error{Status: ErrSystem, Detail: "fcntl: " + errno.Error()})
 	}
 	c.file = os.NewFile(duplicate, "kvferry queue")
-	if err := c.file.SetReadDeadline(time.Time{}); err != nil { // it is not in the poller
+	if err := c.file.SetReadDeadline(time.Time{}); err != nil { // the poller does not have the file
 		c.file.Close()
 		return fail(&Error{Status: ErrSystem, Detail: err.Error()})
 	}
@@ -73,7 +74,7 @@ func newCompletions() (*completions, error) {
 	return c, nil
 }
 
-// close ends the reader and gives the queue back. No job may be in flight.
+// close ends the reader and destroys the queue. No job may be in flight.
 func (c *completions) close() error {
 	c.closed.Store(true)
 	C.kvf_queue_wake(c.queue)
@@ -82,12 +83,13 @@ func (c *completions) close() error {
 	return check(C.kvf_queue_destroy(c.queue))
 }
 
+// read passes completions to their waiters until close.
 func (c *completions) read() {
 	defer close(c.ended)
 	taken := make([]C.kvf_completion, batch)
 	handles := make([]C.uint64_t, 0, batch)
-	// The descriptor is level-triggered and Go's poller edge-triggered. They fit each other because the poller is
-	// asked to wait only after the queue has been found empty: what comes later is a new edge.
+	// The descriptor is level-triggered and Go's poller is edge-triggered. No completion is missed, because the poller
+	// waits only after the queue has been found empty: a later completion is a new edge.
 	drain := func(uintptr) bool {
 		for {
 			n := C.kvf_queue_take(c.queue, &taken[0], C.uint64_t(unsafe.Sizeof(taken[0])), batch, 0)
@@ -116,7 +118,7 @@ func (c *completions) read() {
 	}
 }
 
-// complete hands a completion to the one who waits for it. True if its job has a handle that the reader must release.
+// complete passes a completion to the transfer that waits. It returns whether the reader must release the job's handle.
 func (w *waiter) complete(completion *C.kvf_completion) bool {
 	if !w.armed.Swap(false) {
 		panic("kvferry: a job has completed twice")
@@ -142,10 +144,11 @@ func (w *waiter) complete(completion *C.kvf_completion) bool {
 		w.detail = goString(completion.detail[:])
 	}
 	toRelease := w.submission.wants_job != 0 && !w.keepsJob
-	w.done <- struct{}{} // from here on w is somebody else's
+	w.done <- struct{}{} // from here on w may belong to another transfer
 	return toRelease
 }
 
+// get returns a waiter that no transfer uses.
 func (c *completions) get() *waiter {
 	c.mutex.Lock()
 	defer c.mutex.Unlock()
@@ -158,12 +161,13 @@ func (c *completions) get() *waiter {
 	w := &waiter{done: make(chan struct{}, 1)}
 	w.submission.queue = C.uint64_t(c.queue)
 	w.submission.token = C.uint64_t(len(waiters))
-	// Appended beyond what a reader of the older slice sees.
+	// The reader may hold the older slice, which ends before the new element.
 	waiters = append(waiters, w)
 	c.waiters.Store(&waiters)
 	return w
 }
 
+// put makes a waiter free again.
 func (c *completions) put(w *waiter) {
 	w.pinner.Unpin()
 	w.memory = nil

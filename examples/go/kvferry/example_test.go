@@ -10,7 +10,173 @@ import (
 	"example.org/kvferry"
 )
 
-// Memory that something else writes rows into is saved, changed, and loaded again.
+// A conversation leaves the KV cache for host memory, and comes back into another sequence.
+func Example() {
+	// This stands for the bindings of llama.cpp that you use. kvferry needs the address of the llama_context, and the
+	// lock that your program holds around llama_decode.
+	llama := openContext()
+	defer llama.Close()
+	llama.Decode(0, 3, 1, 4, 1, 5, 9, 2, 6)
+
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer engine.Close()
+	model, err := engine.Attach(llama.Address, &llama.Lock, kvferry.AttachOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer model.Close() // before the context is freed and the engine is closed
+
+	sequence := model.Sequence(0)
+	size, err := sequence.Size()
+	if err != nil {
+		log.Fatal(err)
+	}
+	state, err := engine.NewBuffer(size) // pinned memory
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer state.Close()
+	if _, err := sequence.Save(context.Background(), state); err != nil {
+		log.Fatal(err)
+	}
+	expected := llama.Decode(0, 5)
+	if err := sequence.Remove(); err != nil { // its cells are free for others
+		log.Fatal(err)
+	}
+
+	if _, err := model.Sequence(2).Load(context.Background(), state); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("goes on as before:", llama.Decode(2, 5) == expected)
+	// Output:
+	// goes on as before: true
+}
+
+// The lock is any sync.Locker that guards the llama_context. Do not hold it while you call kvferry.
+func ExampleEngine_Attach() {
+	llama := openContext() // stands for your bindings of llama.cpp
+	defer llama.Close()
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer engine.Close()
+
+	model, err := engine.Attach(llama.Address, &llama.Lock, kvferry.AttachOptions{})
+	if errors.Is(err, kvferry.ErrLibraryNotFound) {
+		log.Fatal("load libllama before you attach: ", err)
+	} else if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("closing the engine now:", engine.Close())
+	if err := model.Close(); err != nil { // waits for transfers, and detaches
+		log.Fatal(err)
+	}
+	fmt.Println("closing it after that:", engine.Close())
+	// Output:
+	// closing the engine now: in use by a job in flight or by another object: a llama context is attached
+	// closing it after that: <nil>
+}
+
+// Save blocks its goroutine only: other goroutines decode other sequences meanwhile. A context.Context ends a save
+// early.
+func ExampleSequence_Save() {
+	llama := openContext() // stands for your bindings of llama.cpp
+	defer llama.Close()
+	llama.Decode(0, 3, 1, 4, 1, 5, 9, 2, 6)
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer engine.Close()
+	model, err := engine.Attach(llama.Address, &llama.Lock, kvferry.AttachOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer model.Close()
+
+	sequence := model.Sequence(0)
+	size, err := sequence.Size()
+	if err != nil {
+		log.Fatal(err)
+	}
+	state := make([]byte, size) // a Buffer of the engine is faster on a GPU
+	saved := make(chan error)
+	go func() {
+		completion, err := sequence.Save(context.Background(), kvferry.Bytes(state))
+		if err == nil && completion.Bytes != int64(size) {
+			err = errors.New("the sequence has grown")
+		}
+		saved <- err
+	}()
+	for token := range int32(10) {
+		llama.Decode(1, token) // in the meantime
+	}
+	fmt.Println("saved:", <-saved)
+
+	ended, cancel := context.WithCancelCause(context.Background())
+	cancel(errors.New("the user has left"))
+	_, err = sequence.Save(ended, kvferry.Bytes(state))
+	fmt.Println(err)
+	fmt.Println(errors.Is(err, kvferry.ErrCancelled))
+
+	_, err = model.Sequence(2).Save(context.Background(), kvferry.Bytes(state))
+	fmt.Println(errors.Is(err, kvferry.ErrSequenceEmpty))
+	// Output:
+	// saved: <nil>
+	// the job was cancelled: the user has left
+	// true
+	// true
+}
+
+// A load that somebody waits for is urgent. A state that is refused leaves the sequence as it was.
+func ExampleSequence_Load() {
+	llama := openContext() // stands for your bindings of llama.cpp
+	defer llama.Close()
+	llama.Decode(0, 3, 1, 4, 1, 5, 9, 2, 6)
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer engine.Close()
+	model, err := engine.Attach(llama.Address, &llama.Lock, kvferry.AttachOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer model.Close()
+	size, err := model.Sequence(0).Size()
+	if err != nil {
+		log.Fatal(err)
+	}
+	buffer, err := engine.NewBuffer(2 * size) // has room for a longer state too
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer buffer.Close()
+	state := buffer.Slice(0, size)
+	if _, err := model.Sequence(0).Save(context.Background(), state); err != nil {
+		log.Fatal(err)
+	}
+	expected := llama.Decode(0, 5)
+
+	target := model.Sequence(1)
+	if _, err := target.Load(context.Background(), state, kvferry.WithPriority(kvferry.Urgent)); err != nil {
+		log.Fatal(err)
+	}
+
+	// What is not a state, byte for byte, is refused before llama.cpp sees it.
+	_, err = target.Load(context.Background(), buffer)
+	fmt.Println("refused:", errors.Is(err, kvferry.ErrStateDamaged))
+	fmt.Println("goes on as before:", llama.Decode(1, 5) == expected)
+	// Output:
+	// refused: true
+	// goes on as before: true
+}
+
+// Any memory of a device or of the host can be saved and loaded, here bytes of a text.
 func ExampleEngine_SaveRegions() {
 	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly})
 	if err != nil {
@@ -44,7 +210,7 @@ func ExampleEngine_SaveRegions() {
 	// onexxxtwoxxxthree
 }
 
-// A Buffer is pinned memory of the engine's.
+// A Buffer is pinned memory of the engine. PinnedLimit bounds all buffers together.
 func ExampleEngine_NewBuffer() {
 	engine, err := kvferry.NewEngine(kvferry.EngineOptions{PinnedLimit: 1 << 20, Devices: kvferry.HostOnly})
 	if err != nil {

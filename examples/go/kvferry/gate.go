@@ -2,17 +2,19 @@ package kvferry
 
 import "sync/atomic"
 
-// gate counts who is inside, lets nobody in once it is closing, and lets the closer wait until it is empty. Unlike
-// a sync.WaitGroup it may be entered while somebody waits, and unlike a sync.RWMutex it costs one atomic addition.
+// gate counts the users of an object. Once it is closing it refuses new users, and close waits until the last one has
+// left. Unlike a sync.WaitGroup it may be entered while close waits, and unlike a sync.RWMutex entering costs one atomic
+// addition.
 type gate struct {
-	state atomic.Int64 // who is inside, and gateClosing
-	left  chan struct{}
+	state atomic.Int64  // the number of users, and gateClosing
+	left  chan struct{} // has room for one: the last user has left a closing gate
 }
 
 const gateClosing = 1 << 62
 
 func newGate() gate { return gate{left: make(chan struct{}, 1)} }
 
+// enter adds a user. It returns false, and adds none, if the gate is closing or closed.
 func (g *gate) enter() bool {
 	if g.state.Add(1)&gateClosing != 0 {
 		g.leave()
@@ -21,16 +23,17 @@ func (g *gate) enter() bool {
 	return true
 }
 
+// leave removes a user.
 func (g *gate) leave() {
 	if g.state.Add(-1) == gateClosing {
 		select {
 		case g.left <- struct{}{}:
-		default: // somebody has said so already
+		default: // it has been said already
 		}
 	}
 }
 
-// close lets nobody in any more and waits for those inside. Must be called once.
+// close refuses new users and waits until those inside have left. It must be called only once.
 func (g *gate) close() {
 	g.state.Add(gateClosing)
 	for g.state.Load() != gateClosing {
@@ -38,10 +41,11 @@ func (g *gate) close() {
 	}
 }
 
-// tryClose closes an empty gate. False where somebody is inside.
+// tryClose closes the gate if it has no user, and returns whether it did.
 func (g *gate) tryClose() bool { return g.state.CompareAndSwap(0, gateClosing) }
 
-// reopen takes tryClose back.
+// reopen reverts tryClose.
 func (g *gate) reopen() { g.state.Add(-gateClosing) }
 
+// closed returns whether the gate is closing or closed.
 func (g *gate) closed() bool { return g.state.Load()&gateClosing != 0 }

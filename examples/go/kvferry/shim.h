@@ -1,5 +1,5 @@
-// What crosses from Go to C: one call a job, with one flat struct of numbers. It holds no pointer, so that Go's
-// runtime has nothing to check, and the memory that its addresses name has been pinned before.
+// Go submits a job by one call of C, with one flat struct of numbers. The struct holds no pointer, so that Go's runtime
+// has nothing to check. Go has pinned the memory that its addresses name.
 #pragma once
 
 #include <kvferry.h>
@@ -7,14 +7,14 @@
 enum { KVGO_SAVE_REGIONS, KVGO_LOAD_REGIONS, KVGO_SAVE_SEQUENCE, KVGO_LOAD_SEQUENCE };
 
 typedef struct kvgo_submission {
-    uint64_t owner; // kvf_engine or kvf_llama
+    uint64_t owner; // a kvf_engine for regions, a kvf_llama for a sequence
     uint64_t queue;
-    uint64_t token;
+    uint64_t token; // the completion's user_data
     uint64_t buffer;
     uint64_t bytes;
     uint64_t count; // regions
     uint64_t stream;
-    uint64_t job; // out, where a handle is wanted
+    uint64_t job; // out, if wants_job
     int32_t sequence;
     uint32_t operation;
     uint32_t priority;

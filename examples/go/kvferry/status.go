@@ -8,12 +8,8 @@ import (
 	"strings"
 )
 
-// Status is what a kvferry call or transfer answers when it does not succeed. Each is an error that errors.Is
-// finds in what this package returns:
-//
-//	if errors.Is(err, kvferry.ErrCacheFull) { ... }
-//
-// Numbers, names and texts are those of the C library.
+// Status is why a call or a transfer did not succeed. Each Status is an error that errors.Is finds in the errors of this
+// package, as in errors.Is(err, kvferry.ErrCacheFull). Numbers, names and texts are those of the C library.
 type Status int32
 
 const (
@@ -47,21 +43,23 @@ const (
 	ErrInternal         Status = C.KVF_ERR_INTERNAL
 )
 
-// Error is what the status means, as kvf_strerror says it.
+// Error returns what the status means, as kvf_strerror does.
 func (s Status) Error() string { return C.GoString(C.kvf_strerror(C.int32_t(s))) }
 
-// Name is the status's name in C, such as "KVF_ERR_BUSY".
+// Name returns the status's name in C, such as "KVF_ERR_BUSY".
 func (s Status) Name() string { return C.GoString(C.kvf_status_name(C.int32_t(s))) }
 
-// Error is a failed call or transfer: its status, and where there is more to say, one line of it.
+// Error is a call or a transfer that has failed.
 type Error struct {
 	Status Status
-	Detail string // or ""
-	// Why the context that a cancelled transfer was given ended; nil otherwise. errors.Is finds it too:
-	// context.Canceled, context.DeadlineExceeded, or the caller's own cause.
+	// Detail is one line of text that says more than the status, or "".
+	Detail string
+	// Cause is why the context.Context of a cancelled transfer ended: context.Canceled, context.DeadlineExceeded, or the
+	// caller's own cause. errors.Is finds it too. It is nil in other errors, and where Engine.Cancel was called.
 	Cause error
 }
 
+// Error returns the status's text, the detail and the cause.
 func (e *Error) Error() string {
 	text := e.Status.Error()
 	if e.Detail != "" {
@@ -73,7 +71,7 @@ func (e *Error) Error() string {
 	return text
 }
 
-// Unwrap gives the status and the cause to errors.Is and errors.As.
+// Unwrap returns the status and the cause, for errors.Is and errors.As.
 func (e *Error) Unwrap() []error {
 	if e.Cause == nil {
 		return []error{e.Status}
@@ -81,7 +79,7 @@ func (e *Error) Unwrap() []error {
 	return []error{e.Status, e.Cause}
 }
 
-// failure makes the error for a status from the text that C wrote, which begins with the status's own.
+// failure makes an error of a status and the text that C wrote. The text begins with the status's own text.
 func failure(status C.int32_t, text []C.char) *Error {
 	err := &Error{Status: Status(status)}
 	if line := goString(text); line != "" {
@@ -90,6 +88,7 @@ func failure(status C.int32_t, text []C.char) *Error {
 	return err
 }
 
+// check returns the error of a negative status, else nil.
 func check(status C.int32_t) error {
 	if status < 0 {
 		return &Error{Status: Status(status)}
@@ -101,7 +100,7 @@ func cancelled(ctx context.Context) *Error {
 	return &Error{Status: ErrCancelled, Cause: context.Cause(ctx)}
 }
 
-// goString reads a text that ends with a 0, or with the array that holds it.
+// goString reads a text that ends with a 0, or with the end of its array.
 func goString(text []C.char) string {
 	bytes := make([]byte, 0, len(text))
 	for _, c := range text {

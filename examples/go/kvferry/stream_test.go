@@ -5,77 +5,11 @@ import (
 	"context"
 	"errors"
 	"os"
-	"strings"
-	"sync"
 	"testing"
-	"time"
 
 	"example.org/kvferry"
 	"example.org/kvferry/internal/baseline"
 )
-
-const legacyStream = 1 // CU_STREAM_LEGACY, CUDA's default stream
-
-// newCUDAEngine is one on the simulated driver, which KVFERRY_SIMULATED_CUDA names; without it, on a real one.
-func newCUDAEngine(t *testing.T) *kvferry.Engine {
-	t.Helper()
-	if driver := os.Getenv("KVFERRY_SIMULATED_CUDA"); driver != "" {
-		t.Setenv("KVFERRY_CUDA_DRIVER", driver)
-	}
-	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.RequireCUDA})
-	if errors.Is(err, kvferry.ErrNoDevice) {
-		t.Skip(err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := engine.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return engine
-}
-
-func TestEngineOpensTheCUDADevicesThatAreNamed(t *testing.T) {
-	driver := os.Getenv("KVFERRY_SIMULATED_CUDA")
-	if driver == "" {
-		t.Skip("KVFERRY_SIMULATED_CUDA is not set")
-	}
-	t.Setenv("KVFERRY_CUDA_DRIVER", driver)
-	engine, err := kvferry.NewEngine(kvferry.EngineOptions{CUDADevices: []int{0}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := engine.Close(); err != nil {
-		t.Error(err)
-	}
-	for _, refused := range []struct {
-		options kvferry.EngineOptions
-		status  kvferry.Status
-		text    string
-	}{
-		{kvferry.EngineOptions{CUDADevices: []int{0, 63}}, kvferry.ErrNoDevice, "device 63: the CUDA driver shows 1"},
-		{kvferry.EngineOptions{CUDADevices: []int{64}}, kvferry.ErrInvalidArgument, "CUDA device 64; they go from 0 to 63"},
-		{kvferry.EngineOptions{CUDADevices: []int{-1}}, kvferry.ErrInvalidArgument, "CUDA device -1; they go from 0 to 63"},
-		{kvferry.EngineOptions{CUDADevices: []int{0}, Devices: kvferry.HostOnly}, kvferry.ErrInvalidArgument, "host alone"},
-	} {
-		_, err := kvferry.NewEngine(refused.options)
-		if !errors.Is(err, refused.status) || !strings.Contains(err.Error(), refused.text) {
-			t.Errorf("%v: %v", refused.options, err)
-		}
-	}
-}
-
-// expectIdle checks that a call has left no transfer behind. The engine forgets a job a moment after its completion.
-func expectIdle(t *testing.T, engine *kvferry.Engine) {
-	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); inFlight(t, engine) > 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d jobs in flight", inFlight(t, engine))
-		}
-	}
-}
 
 func TestStreamCannotWaitWithoutCUDA(t *testing.T) {
 	engine := newEngine(t)
@@ -144,57 +78,6 @@ func TestStreamIsGivenItsWorkWhileItWaits(t *testing.T) {
 			t.Errorf("a stream that does not exist gave %v", err)
 		}
 	}
-}
-
-func TestAttachingToAnEngineThatIsClosingIsRefusedAtOnce(t *testing.T) {
-	engine := newCUDAEngine(t)
-	inThen, goOn := make(chan struct{}), make(chan struct{})
-	var transfer, closing sync.WaitGroup
-	transfer.Add(1)
-	go func() {
-		defer transfer.Done()
-		_, err := engine.SaveRegions(context.Background(), regionsOf(make([]byte, 1)), kvferry.Bytes(make([]byte, 1)),
-			kvferry.StreamWait(legacyStream, func() { close(inThen); <-goOn }))
-		if err != nil {
-			t.Error(err)
-		}
-	}()
-	<-inThen
-	for range 2 {
-		closing.Add(1)
-		go func() {
-			defer closing.Done()
-			if err := engine.Close(); err != nil {
-				t.Error(err)
-			}
-			if !isClosed(goOn) {
-				t.Error("closed with a transfer in flight")
-			}
-		}()
-	}
-	for { // until it is closing
-		buffer, err := engine.NewBuffer(1)
-		if err != nil {
-			break
-		}
-		buffer.Close()
-	}
-	refused := make(chan error, 1)
-	go func() {
-		_, err := engine.Attach(1, &sync.Mutex{}, kvferry.AttachOptions{})
-		refused <- err
-	}()
-	select {
-	case err := <-refused:
-		if !errors.Is(err, kvferry.ErrClosed) {
-			t.Errorf("got %v", err)
-		}
-	case <-time.After(10 * time.Second):
-		t.Error("it waits for the transfer")
-	}
-	close(goOn)
-	transfer.Wait()
-	closing.Wait()
 }
 
 func TestTransferIsOverWhenTheProgramsFunctionPanics(t *testing.T) {

@@ -10,148 +10,40 @@ import (
 	"unsafe"
 )
 
-// Completion is how a transfer went.
+// Completion says how a transfer went. It is the value zero where nothing was submitted.
 type Completion struct {
 	Bytes     int64    // size of the state, or of the regions
-	Mode      SaveMode // of a sequence's save: as it was done
-	Ahead     bool     // of a sequence's load: it was done as Ahead says
-	Fragments int64    // separate pieces of tensor memory that it consists of
-	Segments  int64    // what remained of them after joining runs and rows into blocks
+	Mode      SaveMode // of Sequence.Save: the mode in which it was done
+	Ahead     bool     // of Sequence.Load: it was done as Ahead says
+	Fragments int64    // separate pieces of tensor memory that the transfer consists of
+	Segments  int64    // what remained of the fragments after joining runs and rows into blocks
 
-	// When it was submitted, when its first byte began to move (0 if none did), and when it ended: readings of
-	// CLOCK_MONOTONIC. Only differences mean anything.
+	// When the transfer was submitted, when its first byte began to move (0 if none did), and when it ended. These are
+	// readings of CLOCK_MONOTONIC: only differences mean anything.
 	Submitted, Started, Finished time.Duration
 	// Of a sequence's transfer, else 0: when libllama had taken cells and listed what to move, and when it had named
 	// the last fragment.
 	Listed, Recorded time.Duration
 }
 
-// Took is the time from the submission to the end.
+// Took returns the time from the submission to the end.
 func (c Completion) Took() time.Duration { return c.Finished - c.Submitted }
 
-// Priority says how a transfer shares the link with whatever else the device does. Within a priority the oldest transfer
-// goes first.
-type Priority uint32
-
-const (
-	Background Priority = C.KVF_PRIORITY_BACKGROUND // paced: decoding beside it hardly notices
-	Urgent     Priority = C.KVF_PRIORITY_URGENT     // as fast as the link, and before background transfers
-)
-
-// SaveMode says what the sequence may do while it is being saved.
-type SaveMode uint32
-
-const (
-	// Snapshot where the next decode of the sequence would overwrite what is being saved, else InPlace.
-	Auto SaveMode = C.KVF_SAVE_AUTO
-	// No memory beside the buffer. A plain attention cache may be appended to meanwhile; the sequence must not be
-	// removed, shifted or copied onto, and a recurrent or sliding-window sequence must not be decoded.
-	InPlace SaveMode = C.KVF_SAVE_IN_PLACE
-	// The sequence is copied aside first, with the context's lock held, for the next decode may overwrite it; then
-	// anything may be done to it. On a GPU that takes about a millisecond a gigabyte. In host memory the copy goes to
-	// the buffer and is the whole save; so it is on a GPU whose memory is too short for a copy.
-	Snapshot SaveMode = C.KVF_SAVE_SNAPSHOT
-)
-
-// Option changes how one transfer is made. Without any it is a background transfer in Auto mode.
-type Option struct {
-	kind  optionKind
-	value uint64
-	then  func()
-}
-
-type optionKind uint8
-
-const (
-	optionPriority optionKind = iota
-	optionMode
-	optionAhead
-	optionStream
-	optionStreamWait
-	optionTrustState
-)
-
-// WithPriority sets the transfer's priority.
-func WithPriority(p Priority) Option { return Option{kind: optionPriority, value: uint64(p)} }
-
-// WithMode sets the mode of a sequence's save; other transfers ignore it.
-func WithMode(m SaveMode) Option { return Option{kind: optionMode, value: uint64(m)} }
-
-// Ahead makes a sequence's load bring the bytes to device memory of their own at once, while libllama still takes cells
-// and lists fragments, and from there to their places: sooner done, for as much device memory as the state has bytes,
-// which is kept for the next such load for half a minute. Where there is not as much, or no CUDA device has the cache,
-// they go straight to the cache. Other transfers ignore it.
-func Ahead() Option { return Option{kind: optionAhead} }
-
-// TrustState makes a sequence's load hand libllama a state that nothing vouches for: one that kvferry has not saved, for a
-// cache whose format is not known (Llama.Describe says "opaque"). libllama trusts what it loads: a damaged state may end the
-// process, or leave cells that only clearing the whole memory frees. Other transfers ignore it.
-func TrustState() Option { return Option{kind: optionTrustState} }
-
-// AfterStream makes the transfer begin when the work that a CUDA stream (a CUstream or cudaStream_t) holds at the
-// time of the call has been done. A Snapshot waits for that work with the context's lock held, since it copies under it.
-func AfterStream(stream uintptr) Option { return Option{kind: optionStream, value: uint64(stream)} }
-
-// StreamWait makes a CUDA stream (a CUstream or cudaStream_t) wait for the transfer, and then calls `then` if it is not
-// nil: what the stream is given from there on begins when the transfer has ended, in whatever way. `then` runs on the
-// calling goroutine as soon as the transfer has been submitted; the call notices the end of its context after it. The
-// option may be given several times.
-//
-// Where a stream cannot wait, the transfer is cancelled and its end waited for, and the call returns ErrUnsupported (no
-// CUDA device, or a driver older than 11.7), ErrInvalidArgument (a stream that no device of the engine knows) or ErrBusy
-// (1,024 waits are outstanding).
-func StreamWait(stream uintptr, then func()) Option {
-	return Option{kind: optionStreamWait, value: uint64(stream), then: then}
-}
-
-// settings is what options come to.
-type settings struct {
-	priority, saveMode, loadMode, flags, loadFlags C.uint32_t
-	stream                                         C.uint64_t
-	waits                                          []streamWait
-}
-
-type streamWait struct {
-	stream C.uint64_t
-	then   func()
-}
-
-func read(options []Option) (s settings) {
-	for _, option := range options {
-		switch option.kind {
-		case optionPriority:
-			s.priority = C.uint32_t(option.value)
-		case optionMode:
-			s.saveMode = C.uint32_t(option.value)
-		case optionAhead:
-			s.loadMode = C.KVF_LOAD_AHEAD
-		case optionStream:
-			s.stream = C.uint64_t(option.value)
-			s.flags |= C.KVF_SUBMIT_FOLLOW_STREAM
-		case optionTrustState:
-			s.loadFlags = C.KVF_SUBMIT_TRUST_STATE
-		case optionStreamWait:
-			s.waits = append(s.waits, streamWait{C.uint64_t(option.value), option.then})
-		}
-	}
-	return s
-}
-
-// request is a transfer that somebody wants. What it holds goes to the heap with it, so that options and the box
-// around Bytes, which could stay on the stack, are unpacked before.
+// request is a transfer that a caller wants. Its fields go to the heap with it. So options and the interface value of a
+// Memory, which can stay on the stack, are unpacked before.
 type request struct {
-	operation C.uint32_t
+	operation C.uint32_t  // KVGO_*
 	owner     C.uint64_t  // the engine, or the attachment
-	lock      sync.Locker // held while it is submitted; nil: none
-	blocking  bool        // the lock is held until it has ended
+	lock      sync.Locker // held during the submission; nil: none
+	blocking  bool        // the lock is held until the transfer has ended
 	sequence  int32
 	regions   []Region
 	memory    []byte
 	settings
 }
 
-// transfer submits a job and waits for its one completion, whatever happens to ctx meanwhile. Where nothing was submitted
-// the Completion is the value zero.
+// transfer submits a job and waits for its one completion, whatever happens to ctx meanwhile. The Completion is the
+// value zero where nothing was submitted.
 func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	if ctx.Err() != nil {
 		return Completion{}, cancelled(ctx)
@@ -162,9 +54,32 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	defer e.inFlight.leave()
 	w := e.completions.get()
 	defer e.completions.put(w)
+	w.prepare(r, ctx.Done() != nil)
+
+	lock := r.lock
+	if r.blocking {
+		lock.Lock()
+		defer lock.Unlock()
+		lock = alreadyLocked{}
+	}
+	if err := w.submit(ctx, lock, r.regions); err != nil {
+		w.armed.Store(false)
+		return Completion{}, err
+	}
+	if w.keepsJob {
+		defer C.kvgo_release(&w.submission.job, 1)
+		if err := w.makeStreamsWait(r.waits); err != nil {
+			return w.result, err
+		}
+	}
+	return w.wait(ctx)
+}
+
+// prepare writes down a request for C, and pins its memory.
+func (w *waiter) prepare(r request, cancellable bool) {
 	w.memory = r.memory
 	start := unsafe.Pointer(unsafe.SliceData(r.memory))
-	// Pinned, then told to C as a number. Memory that is not Go's is left alone by Pin.
+	// C is told the address as a number, so it must not change. Pin leaves memory alone that is not Go's.
 	w.pinner.Pin(start)
 	for i := range r.regions {
 		w.pinner.Pin(r.regions[i].Address)
@@ -172,59 +87,50 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	s := &w.submission
 	s.operation, s.owner, s.sequence = r.operation, r.owner, C.int32_t(r.sequence)
 	s.buffer, s.bytes, s.count = C.uint64_t(uintptr(start)), C.uint64_t(len(r.memory)), C.uint64_t(len(r.regions))
-	s.priority, s.mode, s.flags, s.stream = r.priority, r.saveMode, r.flags, r.stream
-	if r.operation == C.KVGO_LOAD_SEQUENCE {
+	s.priority, s.mode, s.flags, s.stream = r.priority, 0, r.flags, r.stream
+	switch r.operation {
+	case C.KVGO_SAVE_SEQUENCE:
+		s.mode = r.saveMode
+	case C.KVGO_LOAD_SEQUENCE:
 		s.mode = r.loadMode
 		s.flags |= r.loadFlags
 	}
 	s.error[0] = 0
-	done := ctx.Done()
-	// Only a job that may have to be cancelled, or waited for by a stream, needs a handle. For a stream it must stay
-	// valid although the job has ended: then it is released here and not by the reader.
+	// Only a job that may have to be cancelled, or that a stream has to wait for, needs a handle. For a stream the handle
+	// must stay valid when the job has ended: then the transfer releases it, and not the reader of the completions.
 	w.keepsJob = len(r.waits) > 0
 	s.wants_job = 0
-	if done != nil || w.keepsJob {
+	if cancellable || w.keepsJob {
 		s.wants_job = 1
 	}
 	w.armed.Store(true)
-
-	lock := r.lock
-	if r.blocking {
-		lock.Lock()
-		defer lock.Unlock()
-		lock = held{}
-	}
-	if err := w.submit(ctx, lock, r.regions); err != nil {
-		w.armed.Store(false)
-		return Completion{}, err
-	}
-	if w.keepsJob {
-		defer C.kvgo_release(&s.job, 1)
-		if err := w.makeStreamsWait(r.waits); err != nil {
-			return w.result, err
-		}
-	}
-	if done == nil {
-		<-w.done
-	} else {
-		select {
-		case <-w.done:
-		case <-done:
-			C.kvf_job_cancel(s.job)
-			<-w.done // it still has its true outcome, and C still uses the memory until then
-		}
-	}
-	if w.status != C.KVF_OK {
-		err := &Error{Status: Status(w.status), Detail: w.detail}
-		if err.Status == ErrCancelled {
-			err.Cause = context.Cause(ctx)
-		}
-		return w.result, err
-	}
-	return w.result, nil
 }
 
-// makeStreamsWait returns an error, or leaves by a panic of the program's function, when the job has ended.
+// alreadyLocked stands for a lock that the caller holds already.
+type alreadyLocked struct{}
+
+func (alreadyLocked) Lock()   {}
+func (alreadyLocked) Unlock() {}
+
+func (w *waiter) submit(ctx context.Context, lock sync.Locker, regions []Region) error {
+	if lock != nil {
+		lock.Lock()
+		defer lock.Unlock()
+		// The context may have ended while this goroutine waited for the lock, and a load that begins costs the
+		// sequence what it holds.
+		if ctx.Err() != nil {
+			return cancelled(ctx)
+		}
+	}
+	status := C.kvgo_submit(&w.submission, regionsPointer(regions))
+	if status != C.KVF_OK {
+		return failure(status, w.submission.error[:])
+	}
+	return nil
+}
+
+// makeStreamsWait makes streams wait for the job, and calls the program's functions. If it returns an error, or a
+// function panics, the job has ended by then.
 func (w *waiter) makeStreamsWait(waits []streamWait) error {
 	job := w.submission.job
 	waiting := false
@@ -246,24 +152,24 @@ func (w *waiter) makeStreamsWait(waits []streamWait) error {
 	return nil
 }
 
-// held stands for a lock that is held already.
-type held struct{}
-
-func (held) Lock()   {}
-func (held) Unlock() {}
-
-func (w *waiter) submit(ctx context.Context, lock sync.Locker, regions []Region) error {
-	if lock != nil {
-		lock.Lock()
-		defer lock.Unlock()
-		// The context may have ended during the wait, and a load that is begun costs the sequence what it holds.
-		if ctx.Err() != nil {
-			return cancelled(ctx)
+// wait waits for the job's completion, and cancels the job when ctx ends.
+func (w *waiter) wait(ctx context.Context) (Completion, error) {
+	if cancel := ctx.Done(); cancel == nil {
+		<-w.done
+	} else {
+		select {
+		case <-w.done:
+		case <-cancel:
+			C.kvf_job_cancel(w.submission.job)
+			<-w.done // the outcome is not known yet, and C uses the memory until then
 		}
 	}
-	status := C.kvgo_submit(&w.submission, (*C.kvf_region)(unsafe.Pointer(unsafe.SliceData(regions))))
-	if status != C.KVF_OK {
-		return failure(status, w.submission.error[:])
+	if w.status == C.KVF_OK {
+		return w.result, nil
 	}
-	return nil
+	err := &Error{Status: Status(w.status), Detail: w.detail}
+	if err.Status == ErrCancelled {
+		err.Cause = context.Cause(ctx)
+	}
+	return w.result, err
 }

@@ -1,7 +1,7 @@
-"""What callers pass: types for type checkers, and checks that name what is wrong.
+"""The types of arguments, and checks whose messages name the argument.
 
-A value of the wrong type raises TypeError, one of the right type that makes no sense raises
-InvalidArgument, which is a ValueError. Both before anything else is done.
+A value of the wrong type raises TypeError. A value of the right type that makes no sense raises
+InvalidArgument, which is a ValueError. Each check comes before anything else is done.
 """
 
 from __future__ import annotations
@@ -21,33 +21,36 @@ _UINT64_MAX = (1 << 64) - 1
 
 
 class SupportsBuffer(Protocol):
-    """Has the buffer protocol: bytes, bytearray, mmap, ctypes arrays, Buffer."""
+    """An object with the buffer protocol: bytes, bytearray, mmap, ctypes arrays, Buffer."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
 class SupportsCudaArray(Protocol):
-    """Has the CUDA array interface: arrays of PyTorch, CuPy and Numba."""
+    """An object with the CUDA array interface: arrays of PyTorch, CuPy and Numba."""
 
     @property
     def __cuda_array_interface__(self) -> Any: ...
 
 
 class SupportsDLPack(Protocol):
-    """Has DLPack: arrays of JAX, PyTorch, CuPy and NumPy."""
+    """An object with DLPack: arrays of JAX, PyTorch, CuPy and NumPy."""
 
     def __dlpack__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
 HostMemory = SupportsBuffer | NDArray[Any]
-"""Memory of the host. (NumPy's types speak of the buffer protocol from Python 3.12 on only.)"""
+"""Host memory. (NumPy's types declare the buffer protocol only from Python 3.12 on.)"""
 
 Array = HostMemory | SupportsCudaArray | SupportsDLPack
-"""Memory of a device or of the host, with strides or without."""
+"""Device or host memory, with strides or without."""
 
 
 def integer(name: str, value: object, *, least: int = 0, most: int = _UINT64_MAX) -> int:
-    """The value as an int: one of Python's or of NumPy's, within the bounds."""
+    """Returns an integer of Python or NumPy as an int.
+
+    Raises TypeError for any other type, InvalidArgument for a value outside of the bounds.
+    """
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -60,7 +63,7 @@ def integer(name: str, value: object, *, least: int = 0, most: int = _UINT64_MAX
 
 
 def choice(name: str, value: object, choices: Mapping[str, int]) -> int:
-    """The number that the C library has for one of the words."""
+    """Returns the C library's number for a word. Raises InvalidArgument for an unknown word."""
     if not isinstance(value, str) or value not in choices:
         *words, last = map(repr, choices)
         raise invalid(f"{name} is {', '.join(words)} or {last}, not {value!r}")
@@ -68,7 +71,11 @@ def choice(name: str, value: object, choices: Mapping[str, int]) -> int:
 
 
 def sequence_id(value: object) -> int:
-    """The id of a sequence. Whether the context has such a sequence is for the C library to say."""
+    """Returns the id of a sequence as an int.
+
+    Raises TypeError, or SequenceRange for an id that no context has. Whether this context has the
+    sequence is for the C library to say.
+    """
     number = integer("seq", value, least=-_UINT64_MAX)
     if not -(1 << 31) <= number < 1 << 31:
         raise error(lib.KVF_ERR_SEQUENCE_RANGE, f"sequence {number}")
@@ -76,14 +83,14 @@ def sequence_id(value: object) -> int:
 
 
 def check_no_objects(memory: object) -> None:
-    """Refuses arrays of Python objects: a reference means nothing without the object's counter."""
+    """Raises TypeError for an array of Python objects: nobody counts a reference that is copied."""
     if isinstance(memory, numpy.ndarray):
         objects = memory.dtype.hasobject
     else:
         try:
             text = memoryview(memory).format  # type: ignore[arg-type]
         except (TypeError, BufferError, ValueError):
-            return  # not of the buffer protocol, or of a type that can't be described there
+            return  # without the buffer protocol, or of a type that it cannot describe
         # The names of a record's fields stand between colons.
         objects = "O" in re.sub(":[^:]*:", "", text)
     if objects:
@@ -91,5 +98,5 @@ def check_no_objects(memory: object) -> None:
 
 
 def invalid(detail: str) -> Exception:
-    """InvalidArgument, with what is wrong."""
+    """Returns an InvalidArgument to raise."""
     return error(lib.KVF_ERR_INVALID_ARGUMENT, detail)

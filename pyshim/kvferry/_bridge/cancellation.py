@@ -1,4 +1,4 @@
-"""Awaiting to the end what a cancellation or a signal breaks off."""
+"""Awaiting something to its end although the task is cancelled meanwhile."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Awaitable, Callable
 import anyio
 
 
-async def see_through(attempt: Callable[[], Awaitable[None]], on_break: Callable[[], None]) -> None:
-    """Awaits ``attempt()`` to its end, also where the awaiting is broken off.
+async def await_to_end(
+    attempt: Callable[[], Awaitable[None]], on_break: Callable[[], None]
+) -> None:
+    """Awaits ``attempt()``, and awaits it again if a cancellation or a signal interrupts it.
 
-    Cancellation, or what a signal handler raises, calls ``on_break``, and goes on after the end of
-    a second attempt. Cancellation doesn't break that off again; another signal's exception does.
+    An exception in the first attempt, be it a cancellation or raised by a signal handler, calls
+    ``on_break`` and is raised on after the second attempt has ended. A further cancellation does
+    not end the second attempt; the exception of a further signal does.
     """
     try:
         await attempt()
@@ -25,8 +28,8 @@ async def see_through(attempt: Callable[[], Awaitable[None]], on_break: Callable
         latest = await _last_cancellation_until(attempt)
         if latest is None or not isinstance(first, anyio.get_cancelled_exc_class()):
             raise
-        # Of several cancellations the latest counts. Not kept in a variable when raised: its
-        # traceback would keep this frame, the frame the exception, and both the transfer's memory.
+        # Of several cancellations the latest is raised. No variable keeps it: its traceback would
+        # keep this frame alive, the frame the exception, and both the memory of the transfer.
         try:
             raise latest
         finally:
@@ -36,9 +39,9 @@ async def see_through(attempt: Callable[[], Awaitable[None]], on_break: Callable
 async def _last_cancellation_until(
     attempt: Callable[[], Awaitable[None]],
 ) -> BaseException | None:
-    """Makes attempts until one ends uncancelled; returns the latest cancellation that came.
+    """Awaits attempts until one is not cancelled; returns the latest cancellation, or None.
 
-    The shield holds off cancel scopes; asyncio's ``Task.cancel()`` comes through it.
+    The shield keeps cancel scopes out, but not asyncio's ``Task.cancel()``.
     """
     latest = None
     ended = False

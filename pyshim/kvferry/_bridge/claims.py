@@ -1,8 +1,8 @@
-"""Who uses which host memory at the moment: one that writes, or several that only read.
+"""Who uses which host memory at the moment: one user that writes, or several that only read.
 
-A transfer claims its buffer while it is in flight, a Snapshot its bytes while it lives. A claim
-lasts as long as its object: whatever breaks off a call, a claim that nobody holds is none. One
-table serves the whole process, since engines can be given the same memory.
+A transfer claims its buffer while it is in flight, a Snapshot claims its bytes while it lives. A
+claim lasts as long as the Claim object, so that it ends however a call is interrupted. One table
+serves the whole process, because several engines can be given the same memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Claim:
-    """Keeps writers away from memory, or everybody if it writes itself, until it is dropped."""
+    """Keeps others from writing to memory while it lives; from reading too, if it writes."""
 
     __slots__ = ("__weakref__", "holder", "writing")
 
@@ -40,18 +40,18 @@ class _Reference(weakref.ref[Claim]):
     key: tuple[int, int]
 
 
-# Where the memory begins, a number that no other entry has, where the memory ends, and the claim.
+# The address of the memory, a number that no other entry has, the end of the memory, the claim.
 _Entry = tuple[int, int, int, _Reference]
 
 
 class _Table:
     def __init__(self) -> None:
-        # Reentrant: a collection in the middle of a call may take down a forgotten engine.
+        # Reentrant: the garbage collector may take down a forgotten engine in the middle of a call.
         self.lock = threading.RLock()
         self._entries: list[_Entry] = []  # sorted
         self._longest = 0  # bytes; no entry is longer
         self._numbers = itertools.count()
-        # Claims end on any thread and at any time: what is to be done then waits for the next call.
+        # Claims end on any thread and at any time; the next call removes their entries.
         self._ended: deque[weakref.ref[Claim]] = deque()
 
     def add(self, begin: int, nbytes: int, claim: Claim) -> None:
@@ -62,7 +62,7 @@ class _Table:
             self._longest = max(self._longest, nbytes)
 
     def find(self, begin: int, nbytes: int, writing: bool) -> Claim | None:
-        """A claim on a part of this memory that forbids to use it so."""
+        """Returns a claim on part of this memory that forbids to read or write it, or None."""
         with self.lock:
             self._forget_ended()
             end = begin + nbytes
@@ -95,12 +95,12 @@ def _start_anew() -> None:
     _table = _Table()
 
 
-# The child has none of the threads that hold locks or move bytes, and memory of its own.
+# A forked child has its own memory, and none of the threads that hold locks or move bytes.
 os.register_at_fork(after_in_child=_start_anew)
 
 
 def claim_for_transfer(memory: CData, nbytes: int, *, writing: bool) -> Claim:
-    """Claims a buffer. Raises Busy where a transfer in flight or a Snapshot is in the way."""
+    """Claims a buffer. Raises Busy if a transfer in flight or a Snapshot already uses it."""
     begin = int(ffi.cast("uintptr_t", memory))
     claim = Claim(f"a transfer in flight {'writes' if writing else 'reads'}", writing)
     with _table.lock:
@@ -112,7 +112,7 @@ def claim_for_transfer(memory: CData, nbytes: int, *, writing: bool) -> Claim:
 
 
 def claim_for_snapshot(memory: CData, nbytes: int) -> Claim:
-    """Claims what has just been saved; its transfer's own claim ends a little later."""
+    """Claims a state that has just been saved. The claim of its transfer ends a little later."""
     claim = Claim("a Snapshot that has not been closed has", writing=False)
     _table.add(int(ffi.cast("uintptr_t", memory)), nbytes, claim)
     return claim

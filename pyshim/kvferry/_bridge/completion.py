@@ -16,23 +16,24 @@ class Completion(NamedTuple):
     status: int
     """``KVF_OK`` (0) or a negative ``kvf_status``."""
     mode: int
-    """How a sequence's transfer was done: 1 in place, 2 from a snapshot or ahead. Else 0."""
+    """How a sequence's transfer was done: a ``KVF_SAVE_*`` (1 in place, 2 from a snapshot) or a
+    ``KVF_LOAD_*`` (16 in place, 17 ahead). Else 0."""
     bytes: int
     """Size of the state or of the regions."""
     fragments: int
-    """Separate pieces of tensor memory that it consists of."""
+    """How many separate runs of tensor memory it consists of."""
     segments: int
-    """What remained of them after joining runs and rows into blocks."""
+    """How many remained after runs and rows had been joined into blocks."""
     submitted_ns: int
     started_ns: int
-    """When the first piece began to move; 0 if none did."""
+    """When the first piece began to move; 0 if no piece moved."""
     finished_ns: int
     listed_ns: int
-    """Of a sequence's transfer: when libllama had taken cells and listed what to move. Else 0."""
+    """When libllama had taken cells and listed the fragments of a sequence. 0 for regions."""
     recorded_ns: int
-    """Of a sequence's transfer: when it had named the last fragment. Else 0."""
+    """When libllama had named the last fragment of a sequence. 0 for regions."""
     detail: str
-    """One line on what went wrong, or ""."""
+    """One line that says what went wrong, or ""."""
 
 
 def completion_of(record: CData) -> Completion:

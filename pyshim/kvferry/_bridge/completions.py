@@ -1,21 +1,21 @@
 """The one bridge between the C library's completion queue and the event loop.
 
-Completions arrive on C threads, in a queue with a pollable file descriptor. Python looks at that
-descriptor with ``anyio.wait_readable``, which asyncio, uvloop and trio all have: no C thread ever
-calls into the interpreter, and no thread waits for a transfer. The context's worker thread (see
-worker.py) reports through the same descriptor.
+C threads put completions into a queue that has a pollable file descriptor. Python waits for that
+descriptor with ``anyio.wait_readable``, which works on asyncio, uvloop and trio: no C thread ever
+calls into the interpreter, and no thread waits for a transfer. The worker threads (worker.py)
+report through the same descriptor.
 
 There is no background task. Of the tasks that wait, one is the *reader*: it waits for the
-descriptor, takes what has arrived, and wakes whom it concerns. The others are *followers*: each
-sleeps on an event of its own. A reader that leaves, be it served, cancelled or failed, hands the
-role to a follower before it goes, so that while anybody waits somebody reads. The role always has
-an owner who is running or about to run.
+descriptor, takes the completions, and wakes the tasks that wait for them. The others are
+*followers*: each sleeps on an event of its own. A reader that stops waiting, whether it is served,
+cancelled or failed, first hands its role to a follower. So there is a reader as long as any task
+waits, and the reader is a task that runs or is about to run.
 
-Between any two steps of the main thread a signal handler may raise: trio's on Ctrl-C, asyncio's on
-the second one, the program's own. Nothing may be lost by that, so everything here can be done
-again: what has been taken is forgotten only after all that follows from it, and whatever must be
-undone is undone in a ``finally`` that does it twice. (In CPython no handler runs between a ``try``
-or ``finally`` and the first call in it.)
+A signal handler may raise between any two steps of the main thread: trio's on Ctrl-C, asyncio's on
+the second Ctrl-C, or the program's own. Nothing may be lost then, so every step here can be
+repeated: a record is forgotten only after everything that follows from it has been done, and
+clean-up stands in a ``try`` and again in its ``finally``. (In CPython no handler runs between a
+``try`` or ``finally`` and the first call in it.)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .._native import ffi, lib
 from ..errors import check, error
 from .completion import Completion, completion_of
 
-# Completions taken before other tasks get their turn again: about half a millisecond of work.
+# How many completions are taken before other tasks run again: about half a millisecond of work.
 _BATCH = 64
 
 
@@ -43,18 +43,18 @@ class Pending:
 
     def __init__(self) -> None:
         self.ended = False
-        self.turns: list[anyio.Event] = []  # of the tasks that wait for it
+        self.turns: list[anyio.Event] = []  # one event for each task that waits for it
 
 
 class PendingTransfer(Pending):
-    """A job of the C library, as the bridge sees it. Its methods may be called again."""
+    """A job of the C library, as the bridge sees it. Its methods may be called repeatedly."""
 
     token: int
     """The job's ``user_data``."""
 
     @property
     def job(self) -> int | None:
-        """The job's handle; None if no job has been submitted, or not yet."""
+        """The job's handle; None while no job has been submitted."""
         raise NotImplementedError
 
     def cancel(self) -> None:
@@ -68,35 +68,35 @@ class PendingTransfer(Pending):
 
 
 class PendingCall(Pending):
-    """A call on a worker thread, as the bridge sees it. Its method may be called again."""
+    """A call on a worker thread, as the bridge sees it. Its method may be called repeatedly."""
 
     def returned(self) -> None:
         raise NotImplementedError
 
 
 class Completions:
-    """The completion queue of one engine, and everything in flight that ends through it.
+    """The completion queue of one engine, and everything in flight that it will report.
 
-    Every method belongs to the thread of the event loop, but for ``post``.
+    All methods are for the thread of the event loop, except ``post``.
     """
 
     def __init__(self) -> None:
-        """Call ``open`` next, and ``destroy`` in the end, whether or not that has succeeded."""
+        """Call ``open`` next, and ``destroy`` in the end, even if ``open`` has failed."""
         self._queue = ffi.new("kvf_queue *")
         self._fd = -1
         self.closing = False
-        # Set by the engine. Whoever waits keeps the engine alive, not only the transfer waited for.
+        # Set by the engine. A task that waits for a transfer keeps the engine alive too.
         self.owner: weakref.ref[object] | None = None
         self._process = os.getpid()
         self._records = ffi.new("kvf_completion[]", _BATCH)
         self._tokens = itertools.count(1)
         self._transfers: dict[int, PendingTransfer] = {}
-        self._seen = 0  # of the records that were taken
+        self._handled = 0  # how many of the records taken have been handled
         self._posted: deque[PendingCall] = deque()
-        self._woken = False  # for what has been posted
-        self._draining = False  # true between drains only where an exception broke one off
+        self._woken = False  # whether the queue has been woken for posted calls
+        self._draining = False  # True between drains only if an exception has interrupted one
         self._reader: anyio.Event | None = None
-        self._followers: dict[anyio.Event, None] = {}  # in order of arrival
+        self._followers: dict[anyio.Event, None] = {}  # in the order in which they began to wait
         self._loop: object = None
 
     def open(self) -> None:
@@ -105,7 +105,7 @@ class Completions:
 
     @property
     def queue(self) -> int:
-        """Its handle; 0 before it has been opened."""
+        """The handle of the queue; 0 before ``open``."""
         handle: int = self._queue[0]
         return handle
 
@@ -115,24 +115,24 @@ class Completions:
         return next(self._tokens)
 
     def expect(self, transfer: PendingTransfer) -> None:
-        """Notes a transfer that is about to be submitted.
+        """Registers a transfer before its submitting call.
 
-        Noting it first is what makes it safe to submit from another thread: the completion may be
-        here before the submitting call has returned.
+        Another thread may make that call, and the completion may be here before the call returns.
         """
         self.check_usable()
         self._transfers[transfer.token] = transfer
 
-    def pick_up(self) -> None:
-        """Ends what has ended and nobody has waited for, so that forgotten buffers come free."""
+    def take_unattended(self) -> None:
+        """Takes completions while no task waits, so that the buffers of forgotten transfers are
+        released."""
         if self._transfers and self._reader is None:
             self._drain()
 
     def withdraw(self, transfer: PendingTransfer) -> None:
-        """Ends a transfer of which no job was made."""
+        """Ends a transfer that has no job."""
         transfer.withdrawn()
         self.end(transfer)
-        # It may be the reader's own, who would wait for a descriptor that stays silent.
+        # The reader may be waiting for this very transfer: without this it would wait for ever.
         lib.kvf_queue_wake(self.queue)
         self._transfers.pop(transfer.token, None)
 
@@ -140,18 +140,18 @@ class Completions:
         return list(self._transfers.values())
 
     def post(self, call: PendingCall) -> None:
-        """Reports the end of a worker's call. For the worker's thread."""
+        """Reports that a worker's call has ended. For the worker's thread."""
         self._posted.append(call)
         self._wake()
 
     def _wake(self) -> None:
-        """Makes the descriptor readable, once for all that is posted until it is looked at."""
+        """Makes the descriptor readable, once for all calls posted before the next drain."""
         if not self._woken:
             self._woken = True
             lib.kvf_queue_wake(self.queue)
 
     def check_process(self) -> None:
-        """Refuses to work in a forked child: it has none of the threads, and shares the queue."""
+        """Raises Forked in a forked child: it has none of the threads, and shares the queue."""
         if os.getpid() != self._process:
             raise error(lib.KVF_ERR_FORKED)
 
@@ -163,22 +163,22 @@ class Completions:
     # ---- Waiting -------------------------------------------------------------------------------
 
     def check_waitable(self) -> None:
-        """Raises where this task can't wait: in a forked child, or beside another event loop."""
+        """Raises Forked in a forked child, RuntimeError while another event loop waits."""
         self.check_process()
         loop = anyio.lowlevel.current_token()
         if self._reader is not None and loop != self._loop:
-            if not _is_over(self._loop):
+            if not _has_ended(self._loop):
                 raise RuntimeError("an Engine can be used from one event loop at a time")
             self._forget_waiters()
 
     async def until_ended(self, pending: Pending) -> None:
-        """Waits until it has ended. May be cancelled, which leaves it in flight."""
+        """Waits until ``pending`` has ended. Cancelling the wait leaves it in flight."""
         if pending.ended:
             await anyio.lowlevel.checkpoint()
             return
         self.check_waitable()
         owner = self.owner() if self.owner else None
-        turn = anyio.Event()  # set when `pending` has ended, or when it is our turn to read
+        turn = anyio.Event()  # set when `pending` has ended, or when this task becomes the reader
         try:
             if self._reader is None:
                 self._loop = anyio.lowlevel.current_token()
@@ -192,8 +192,8 @@ class Completions:
                     await anyio.wait_readable(self._fd)
                 self._drain()
         except GeneratorExit:
-            if _is_over(self._loop):
-                self._forget_waiters()  # nobody can be woken any more
+            if _has_ended(self._loop):
+                self._forget_waiters()  # none of its tasks can be woken any more
             raise
         finally:
             try:
@@ -209,23 +209,24 @@ class Completions:
         successor = next(iter(self._followers), None)
         if successor is not None:
             successor.set()
-        # First it has the role, then it is no follower any more: never neither.
+        # In this order, so that the successor is the reader, a follower or both.
         self._reader = successor
         if successor is not None:
             self._followers.pop(successor, None)
 
     def _forget_waiters(self) -> None:
-        """Of a loop that was closed under them: none of them runs again."""
+        """Forgets the tasks of an event loop that has been closed: they never run again."""
         self._followers.clear()
         self._reader = None
 
     # ---- Reading -------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        """Takes what has arrived, a batch of each kind; the descriptor stays readable for the rest.
+        """Takes a batch of completions and a batch of calls that have returned.
 
-        Only the reader may call this while there is one: else its own transfer could end without
-        the descriptor telling it. If an exception breaks it off the next drain goes on with it.
+        If there are more, the descriptor stays readable. While there is a reader, only the reader
+        may call this: otherwise its own transfer could end and leave the descriptor unreadable. If
+        an exception interrupts a drain, the next one continues it.
         """
         self._draining = True
         self._take(0)
@@ -233,26 +234,27 @@ class Completions:
         self._draining = False
 
     def _take(self, timeout_ns: int) -> None:
-        self._see_records()  # of a call that was broken off
+        self._handle_records()  # those that an interrupted call has left
         check(
             lib.kvf_queue_take(
                 self.queue, self._records, ffi.sizeof("kvf_completion"), _BATCH, timeout_ns
             )
         )
-        self._see_records()
+        self._handle_records()
 
-    def _see_records(self) -> None:
-        """Ends the transfers whose records are there: those with a token, which is never 0."""
-        while self._seen < _BATCH and (token := self._records[self._seen].user_data):
-            record = self._records[self._seen]
+    def _handle_records(self) -> None:
+        """Ends the transfers of the records that were taken. A record without a token is no more:
+        tokens are never 0."""
+        while self._handled < _BATCH and (token := self._records[self._handled].user_data):
+            record = self._records[self._handled]
             transfer = self._transfers.get(token)
             if transfer is not None:
                 transfer.completed(completion_of(record))
                 self.end(transfer)
                 self._transfers.pop(token, None)
-            self._seen += 1
+            self._handled += 1
             record.user_data = 0
-        self._seen = 0
+        self._handled = 0
 
     def _take_posted(self) -> None:
         self._woken = False
@@ -265,10 +267,10 @@ class Completions:
             self._wake()
 
     def end(self, pending: Pending) -> None:
-        """Marks it as ended and wakes the tasks that wait for it."""
+        """Marks ``pending`` as ended and wakes the tasks that wait for it."""
         pending.ended = True
         for turn in pending.turns:
-            # A follower that has been made the reader has left the list, and has its event set.
+            # A follower that has become the reader is not in the list, and its event is set.
             if turn in self._followers:
                 turn.set()
                 self._followers.pop(turn, None)
@@ -277,10 +279,10 @@ class Completions:
     # ---- The end -------------------------------------------------------------------------------
 
     def drain_without_loop(self, seconds: float) -> bool:
-        """Takes every completion, blocking at most so long; True if nothing is left in flight.
+        """Takes all completions; returns True if nothing is left in flight after ``seconds``.
 
-        For finalizers: the event loop is gone or not ours, so nobody is woken. Worker threads must
-        have stopped.
+        Blocks. For finalizers, which run without the event loop: no task is woken. Worker threads
+        must have stopped.
         """
         self.closing = True
         self._followers.clear()
@@ -298,14 +300,14 @@ class Completions:
         return True
 
     def destroy(self) -> None:
-        """Destroys the queue; may be called again."""
+        """Destroys the queue. May be called repeatedly."""
         status = lib.kvf_queue_destroy(self.queue)
         if status != lib.KVF_ERR_INVALID_HANDLE:
             check(status)
 
 
-def _is_over(loop: object) -> bool:
-    """Whether an event loop, given by its token, will run no task any more."""
+def _has_ended(loop: object) -> bool:
+    """Whether the event loop with this token has ended."""
     native: Any = getattr(loop, "native_token", loop)  # anyio before 4.11 has no token of its own
     if hasattr(native, "is_closed"):
         return bool(native.is_closed())

@@ -49,7 +49,7 @@ class Core:
     # ---- For callers on an event loop -----------------------------------------------------------
 
     async def check_ready(self) -> None:
-        """Refuses what can't be done here, and lets a cancellation that is pending go first.
+        """Refuses what cannot be done here, and lets a cancellation that is pending go first.
 
         Raises Forked, EngineClosed, RuntimeError beside another event loop.
         """

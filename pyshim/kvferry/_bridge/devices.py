@@ -1,4 +1,4 @@
-"""Which devices an engine uses, as programs say it and as the C library is told."""
+"""The devices of an engine: the words that programs use, and the numbers of the C library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _MOST = 64  # bits of kvf_engine_options.cuda_devices
 
 
 def engine_devices(devices: Devices) -> tuple[int, int]:
-    """A ``KVF_DEVICES_*`` and a bit for each CUDA device that is named. Raises ValueError."""
+    """Returns a ``KVF_DEVICES_*`` and a mask with a bit for each CUDA device that is named.
+
+    Raises ValueError.
+    """
     if isinstance(devices, str):
         if devices in _WORDS:
             return _WORDS[devices], 0

@@ -1,8 +1,9 @@
-"""Arrays that other libraries lend through DLPack: the capsule that ``__dlpack__`` gives, read.
+"""Arrays that other libraries lend through DLPack: reads the capsules that ``__dlpack__`` returns.
 
-Structs and numbers are those of dlpack.h (https://dmlc.github.io/dlpack/latest/c_api.html): version
-1, and the one without a version that came before. How a capsule is asked for, and who has to call
-its deleter, is in https://dmlc.github.io/dlpack/latest/python_spec.html.
+Structs and numbers are those of dlpack.h (https://dmlc.github.io/dlpack/latest/c_api.html):
+version 1, and the structs without a version that came before.
+https://dmlc.github.io/dlpack/latest/python_spec.html says how to ask for a capsule and who calls
+its deleter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..errors import error
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 # DLManagedTensorVersioned.flags
 READ_ONLY, IS_COPIED = 1 << 0, 1 << 1
-# The newest version that is understood. A minor one only adds, such as flags.
+# The newest version that this module reads. Minor versions only add to it, for instance flags.
 VERSION = (1, 1)
 
 
@@ -52,7 +53,7 @@ class ManagedTensor(ctypes.Structure):
 class ManagedTensorVersioned(ctypes.Structure):
     """DLManagedTensorVersioned, of a capsule named ``dltensor_versioned``.
 
-    What comes before ``flags`` is the same in every major version.
+    The members before ``flags`` are the same in every major version.
     """
 
     _fields_ = (
@@ -67,14 +68,14 @@ class ManagedTensorVersioned(ctypes.Structure):
 
 _Struct = type[ManagedTensor] | type[ManagedTensorVersioned]
 
-# By the capsule's name; and the name that says that a consumer has taken it, which Python doesn't
-# copy: these objects live as long as the module.
+# By the capsule's name: the struct, and the name for a capsule that a consumer has taken. Python
+# does not copy that name, so it must live as long as the module.
 _STRUCTS: dict[bytes, tuple[_Struct, bytes]] = {
     b"dltensor_versioned": (ManagedTensorVersioned, b"used_dltensor_versioned"),
     b"dltensor": (ManagedTensor, b"used_dltensor"),
 }
 
-# With the interpreter's lock, as when a capsule that nobody has taken calls it.
+# Called with the interpreter's lock, as the destructor of an unused capsule calls it.
 _Deleter = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 
 _is_capsule = ctypes.pythonapi.PyCapsule_IsValid
@@ -87,7 +88,7 @@ _set_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class LentArray:
-    """Memory that its library lends: it is given back when this object is collected."""
+    """Memory that another library lends until this object is collected."""
 
     address: int
     """Of the first element."""
@@ -100,7 +101,7 @@ class LentArray:
     """Why it must not be written into, or ""."""
 
     def __init__(self, capsule: object) -> None:
-        """Takes the capsule: from here on its memory is ours to give back."""
+        """Takes the capsule, and with it the duty to call its deleter."""
         name = next((name for name in _STRUCTS if _is_capsule(capsule, name)), None)
         if name is None:
             raise TypeError(f"__dlpack__ gave {capsule!r}, which is no tensor, or one already used")
@@ -111,7 +112,7 @@ class LentArray:
         self._delete = _Deleter(managed.deleter) if managed.deleter else None
 
         if not isinstance(managed, ManagedTensorVersioned):
-            # JAX's, whose arrays are immutable, are of this kind.
+            # Among these are JAX's arrays, which are immutable.
             self.unwritable = "DLPack before version 1 doesn't say whether the target is read-only"
         elif managed.major > VERSION[0]:
             raise BufferError(f"DLPack {managed.major}.{managed.minor}, {VERSION[0]} is known")
@@ -139,7 +140,7 @@ class LentArray:
 
 
 def is_on_stream(source: Any) -> bool:
-    """Whether work on the array's memory is queued on CUDA streams; False for host memory.
+    """Returns True if work on the array is queued on CUDA streams, False for host memory.
 
     Raises Unreachable for a device that is neither the host nor CUDA.
     """
@@ -150,10 +151,11 @@ def is_on_stream(source: Any) -> bool:
 
 
 def lent(source: Any, stream: int | None, *, writable: bool) -> LentArray:
-    """Borrows the memory of an array; ``writable``: to write into it.
+    """Borrows the memory of an array, with ``writable`` to write into it.
 
-    ``stream``, for an array that ``is_on_stream``, is a CUDA stream (1 and 2: the default streams).
-    Its library makes that wait for its own work on the array.
+    ``stream`` is a CUDA stream (1 and 2 are the default streams) for an array that
+    ``is_on_stream``, else None. The array's library makes that stream wait for its own work on the
+    array. Raises InvalidArgument where the memory cannot be written.
     """
     array = LentArray(_capsule(source, stream, writable))
     if writable and array.unwritable:
@@ -162,7 +164,7 @@ def lent(source: Any, stream: int | None, *, writable: bool) -> LentArray:
 
 
 def _capsule(source: Any, stream: int | None, writable: bool) -> object:
-    # Libraries know the less of the protocol the older they are: a refused keyword is left out.
+    # Older libraries know fewer keywords: one that is refused is left out.
     versioned: dict[str, Any] = {"max_version": VERSION}
     attempts: list[dict[str, Any]] = [versioned, {}]
     if writable:

@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all."""
+"""Files that are written whole, or not at all."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import IO
 
 @contextmanager
 def replacement(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of ``path`` at the end of the block.
+    """Gives a file to write that replaces ``path`` at the end of the ``with`` block.
 
-    It is written beside that, synced and renamed, and the folder is synced: at any time ``path``
-    is the old file or the new one, also after a crash of the machine. Where the block raises, the
-    old one stays. What is there and is no plain file, such as a pipe, is written itself.
+    The new file is written beside ``path``, synced and renamed, and the folder is synced: at any
+    time, also after a crash of the machine, ``path`` is the old file or the new one. If the block
+    raises, the old file stays. Anything at ``path`` that is no regular file, such as a pipe, is
+    written directly.
     """
-    path = path.resolve()  # a link stays, and leads to the new file
+    path = path.resolve()  # so that a link stays, and leads to the new file
     mode = _mode_of(path)
     if mode is not None and not stat.S_ISREG(mode):
         with path.open("wb") as file:

@@ -1,9 +1,10 @@
-"""The files that snapshots are kept in.
+"""The format of snapshot files.
 
-A file is a line with the version of the format, the length of a JSON header in decimal and a
-newline, the header, and the state. Since version 2 the header may have an entry ``llm``; then the
-tokens (int32) and the scores (float32, one row a token) of a ``llama_cpp.Llama`` follow the state,
-little-endian both. What is read is held against the size of the file before memory is taken.
+A file has, in this order: a line with the version of the format; a line with the length of the
+header in bytes, in decimal; the header, in JSON; the state. Since version 2 the header may have an
+entry ``llm``: then the tokens (int32) and the scores (float32, one row for each token) of a
+``llama_cpp.Llama`` follow the state, both little-endian. Lengths in the header are compared with
+the size of the file before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ _MAX_HEADER = 65536
 
 
 class Content(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     state: bytearray | memoryview
     fingerprint: str | None
     checksum: int
-    """CRC-32 of the state as it was when it was written; reading does not compare it."""
+    """CRC-32 of the state when it was written. Reading does not verify it."""
     llm: LlmState | None
 
 
 def write(path: Path, content: Content) -> None:
+    """Replaces the file, if there is one. Raises OSError."""
     header: dict[str, Any] = {
         "fingerprint": content.fingerprint,
         "crc32": content.checksum,
@@ -62,12 +64,12 @@ def write(path: Path, content: Content) -> None:
 
 
 def read(path: Path) -> Content:
-    """Raises StateDamaged if it is no such file, is truncated, or of a version not known here."""
+    """Raises StateDamaged for a file that is no snapshot, truncated, or of an unknown version."""
     with path.open("rb") as file:
         magic = file.readline(len(_MAGIC) + 8)
         if magic not in (_MAGIC % 1, _MAGIC % _VERSION):
             newer = magic.startswith(_MAGIC.split(b"%")[0])
-            raise _damaged(f"{path} is no snapshot {'that this version knows' if newer else ''}")
+            raise _damaged(f"{path} is no snapshot{' that this version knows' if newer else ''}")
         try:
             length = int(file.readline(16))
             if not 0 < length <= _MAX_HEADER:

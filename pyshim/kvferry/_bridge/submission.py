@@ -1,4 +1,4 @@
-"""How a transfer is submitted: the words that programs use, and what the C library takes."""
+"""How a transfer is submitted: the words that programs use, and the options of the C library."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .._native import CData
 
 Priority = Literal["background", "urgent"]
-"""``background`` is paced, so that decoding beside it hardly notices; ``urgent`` is as fast as the
-link, and goes before background transfers. Within a priority the oldest transfer goes first. On a
-context's thread an urgent transfer also begins before what ``Llama.run`` was asked to run and has
-not begun."""
+"""``background`` transfers are paced, so that they hardly slow down decoding. ``urgent`` transfers
+are as fast as the link, and go before background transfers. Within a priority the oldest transfer
+goes first. On a context's thread an urgent transfer also goes before calls of ``Llama.run`` that
+have not begun."""
 
 _PRIORITIES: dict[str, int] = {
     "background": lib.KVF_PRIORITY_BACKGROUND,
@@ -24,11 +24,11 @@ _PRIORITIES: dict[str, int] = {
 }
 
 SaveMode = Literal["auto", "in_place", "snapshot"]
-"""``in_place`` moves bytes straight from the cache: until the save has ended, the sequence must not
-be removed, shifted, divided or copied onto, nor decoded if it is recurrent or sliding-window.
-``snapshot`` copies them aside first: the sequence is free as soon as the save has been started.
-``auto`` is ``snapshot`` where decoding the sequence would overwrite what is being saved, else
-``in_place``."""
+"""``in_place`` moves the bytes straight from the cache. Until the save has ended, the sequence must
+not be removed, shifted, divided or copied onto, nor decoded if it is recurrent or sliding-window.
+``snapshot`` first copies the bytes aside: the sequence may be used as soon as the save has been
+started. ``auto`` is ``snapshot`` where decoding the sequence would overwrite what is being saved,
+else ``in_place``."""
 
 _SAVE_MODES: dict[str, int] = {
     "auto": lib.KVF_SAVE_AUTO,
@@ -37,8 +37,9 @@ _SAVE_MODES: dict[str, int] = {
 }
 
 LoadMode = Literal["auto", "in_place", "ahead"]
-"""``ahead`` brings the bytes to device memory of their own while llama.cpp still takes cells.
-``auto`` is ``in_place``: straight to the cache."""
+"""``in_place`` moves the bytes straight to the cache, once llama.cpp has taken cells. ``ahead``
+begins before that: the bytes go to extra device memory, and from there to the cache. ``auto`` is
+``in_place``."""
 
 _LOAD_MODES: dict[str, int] = {
     "auto": lib.KVF_LOAD_AUTO,

@@ -21,7 +21,7 @@ class TraceEvent(NamedTuple):
 
 
 def take_trace(engine: int) -> list[TraceEvent]:
-    """Takes the recorded pieces of the engine with this handle, oldest first."""
+    """Takes the pieces that the engine with this handle has recorded, oldest first."""
     capacity = 4096
     records = ffi.new("kvf_trace_event[]", capacity)
     events: list[TraceEvent] = []

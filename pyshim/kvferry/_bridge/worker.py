@@ -1,16 +1,18 @@
 """A thread that makes calls one after the other, for tasks that await their results.
 
-A llama context belongs to one thread at a time. kvferry gives each context a thread of its own,
-which all attachments to it share, those of other engines too: decoding and capturing take turns
-there, what is urgent first, else in the order in which they were asked for, and the event loop
-stays free. A thread that is always the same one, rather than any of a pool that take turns, because
-libraries keep state per thread (CUDA's current device, thread pools, errno-like records), and
-because its backlog is then a queue that can be looked at, cut short, and ended with a detach.
+Only one thread at a time may use a llama context. kvferry gives each context a thread of its own,
+which all attachments to that context share, those of other engines too. Decoding and recording take
+turns there: urgent calls first, others in the order in which they were asked for. The event loop
+stays free.
 
-Results come back through the completion queue's descriptor (completions.py), as transfers' do.
+The thread of a context is always the same one, rather than any thread of a pool: libraries keep
+state for each thread (CUDA's current device, thread pools, error records), and the waiting calls
+are then one queue, which can be searched, cut short, and ended with a detach.
 
-No lock is taken to ask for a call or to take one back: a signal handler that raises in between
-would leave it taken. What both sides do are single operations of deques and dicts instead.
+Results come back through the completion queue's descriptor (completions.py), as completions do.
+
+Asking for a call and cancelling a call take no lock: a signal handler that raises in between would
+leave the lock taken. Both sides use single operations of deques and dicts instead.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ from typing import Any, TypeVar, cast
 
 from .._native import lib
 from ..errors import error
-from .cancellation import see_through
+from .cancellation import await_to_end
 from .completions import Completions, PendingCall
 
 T = TypeVar("T")
 
 
 class Call(PendingCall):
-    """A call that was asked for. Either ``result`` or ``failure`` counts once it has ended."""
+    """A call on a worker's thread. Once it has ended, it has a ``result`` or a ``failure``."""
 
     result: Any = None
     failure: BaseException | None = None
@@ -52,16 +54,20 @@ class Call(PendingCall):
         self.begun = False
         self.running = False
         self.caller = _call_around()
-        """The call of some worker from inside of which this one was asked for, if it still runs."""
+        """The call of any worker that asked for this one, if that call still runs."""
         self._function: Callable[..., Any] | None = function
         self._arguments = arguments
         self._after = after
         self._context: contextvars.Context | None = contextvars.copy_context()
-        self._claimed: dict[str, str] = {}  # the first to put an entry here decides about the call
+        # Decides whether the call is made: the first entry under "by" counts.
+        self._decided: dict[str, str] = {}
 
     def run(self) -> bool:
-        """Makes the call, on the worker's thread; False if it was taken back, or made, before."""
-        if self.begun or self._claimed.setdefault("by", "the thread") != "the thread":
+        """Makes the call. Returns False if it has been cancelled, or made, before.
+
+        For the worker's thread.
+        """
+        if self.begun or self._decided.setdefault("by", "the thread") != "the thread":
             return False
         self.begun = True
         assert self._context is not None
@@ -78,21 +84,27 @@ class Call(PendingCall):
         _running_call.set(self)
         return self._function(*self._arguments)
 
-    def take_back(self) -> bool:
-        """Ends it unless the thread has begun with it. May be repeated. For the loop's thread."""
-        if not self.give_up():
+    def cancel(self) -> bool:
+        """Ends the call unless the thread has begun it. Returns whether it did. May be repeated.
+
+        For the event loop's thread.
+        """
+        if not self.discard():
             return False
         self.failure = error(lib.KVF_ERR_CANCELLED)
         self.returned()
         self.worker.completions.end(self)
         return True
 
-    def give_up(self) -> bool:
-        """Keeps the thread from beginning with it, and tells nobody. False if it has begun."""
-        return self._claimed.setdefault("by", "the caller") == "the caller"
+    def discard(self) -> bool:
+        """Keeps the thread from beginning the call, and wakes no task.
+
+        Returns False if the call has begun.
+        """
+        return self._decided.setdefault("by", "the caller") == "the caller"
 
     def returned(self) -> None:
-        # The thread may hold this object a little longer: it must not keep anybody's memory.
+        # The thread may hold this object a little longer: then it must not keep memory alive.
         self._function, self._arguments, self._context = None, (), None
         if self._after is not None:
             self._after(self)
@@ -113,18 +125,18 @@ def _call_around() -> Call | None:
 
 
 class WorkerThread:
-    """The thread behind one worker, or several. It is started by the first call."""
+    """The thread of one or several workers. The first call starts it."""
 
     def __init__(self, name: str, address: int | None = None) -> None:
         self.lock = threading.RLock()
         """Held while a call runs."""
         self.ident: int | None = None
-        # Those that aren't stopped. One that an exception kept from its attachment is forgotten.
+        # Those that are not stopped. A worker whose attachment could not be made is collected.
         self.workers: weakref.WeakSet[Worker] = weakref.WeakSet()
         self._name = name
         self._address = address
         self._calls: deque[Call] = deque()
-        self._first_calls: deque[Call] = deque()  # that go before all of these
+        self._first_calls: deque[Call] = deque()  # made before all others
         self._changes: SimpleQueue[None] = SimpleQueue()
         self._started = False
         self._serving = threading.Lock()
@@ -132,28 +144,28 @@ class WorkerThread:
     def post(self, call: Call, first: bool) -> None:
         (self._first_calls if first else self._calls).append(call)
         if not self._started:
-            # A daemon: the interpreter's exit doesn't wait for a queue that nobody fills. Where an
-            # exception breaks this off another one may be started, which finds nothing to do.
+            # A daemon, so that the interpreter's exit does not wait for it. If an exception
+            # interrupts this, another thread may be started, which finds nothing to do.
             threading.Thread(target=self._serve, name=self._name, daemon=True).start()
             self._started = True
         self.notify()
 
     def notify(self) -> None:
-        """Makes the thread look at its calls and workers."""
+        """Wakes the thread, to look at its calls and its workers."""
         self._changes.put(None)
 
     def leave(self, worker: Worker) -> None:
-        """Without workers the thread ends after the calls that it has."""
+        """Removes a worker. Without workers the thread ends, after the calls that it has."""
         with _contexts_lock:
             self.workers.discard(worker)
         self.notify()
         if not self._started:
             self._is_over()
 
-    def give_up_calls(self, worker: Worker) -> None:
+    def discard_calls(self, worker: Worker) -> None:
         for call in [*self._first_calls.copy(), *self._calls.copy()]:
             if call.worker is worker:
-                call.give_up()
+                call.discard()
 
     def _serve(self) -> None:
         if not self._serving.acquire(blocking=False):
@@ -166,7 +178,7 @@ class WorkerThread:
                     has_run = call.run()
                 if has_run:
                     call.worker.completions.post(call)
-                del call  # else it would live until the next one comes
+                del call  # else the call would live until the next one
 
     def _next(self) -> Call | None:
         for calls in (self._first_calls, self._calls):
@@ -184,7 +196,7 @@ class WorkerThread:
 
 
 class Worker:
-    """What one engine, or one of its attachments, asks of a thread."""
+    """The calls that one engine, or one of its attachments, makes on a thread."""
 
     def __init__(self, completions: Completions, thread: WorkerThread) -> None:
         self.completions = completions
@@ -193,7 +205,7 @@ class Worker:
         thread.workers.add(self)
 
     async def call(self, function: Callable[..., T], *arguments: Any, first: bool = False) -> T:
-        """Makes the call, and returns or raises as it does. Cancelling: see ``outcome``."""
+        """Makes a call; returns its result or raises its exception. Cancelling: see ``outcome``."""
         self.check_awaitable()
         call = self.make(function, *arguments)
         try:
@@ -201,25 +213,25 @@ class Worker:
             return cast(T, await self.outcome(call))
         except BaseException:
             if not call.ended:
-                call.take_back()  # a signal handler has raised before the waiting began
+                call.cancel()  # a signal handler has raised before the waiting began
             raise
 
     async def outcome(self, call: Call) -> Any:
-        """Waits for a call that was asked for; returns or raises as it does.
+        """Waits for a call that was asked for; returns its result or raises its exception.
 
-        A cancelled task takes its call back if the thread hasn't begun with it; else it waits for
-        the end, and the cancellation goes on after that.
+        If the waiting task is cancelled, the call is cancelled too if the thread has not begun it.
+        Else the task waits for the end of the call, and then the cancellation goes on.
         """
 
         async def until_ended() -> None:
             await self.completions.until_ended(call)
 
-        def take_back() -> None:
-            call.take_back()
+        def cancel() -> None:
+            call.cancel()
 
-        await see_through(until_ended, take_back)
-        # Taken out of the call, which the thread may hold a little longer, and not kept in a
-        # variable when raised: the traceback would refer to this frame, and the frame to it.
+        await await_to_end(until_ended, cancel)
+        # Taken out of the call, which the thread may hold a little longer. No variable keeps the
+        # exception when it is raised: its traceback would refer to this frame, the frame to it.
         result, call.result = call.result, None
         failure, call.failure = call.failure, None
         if failure is not None:
@@ -230,10 +242,10 @@ class Worker:
         return result
 
     def check_awaitable(self) -> None:
-        """Raises where waiting for this thread would never end, or can't be done from here.
+        """Raises RuntimeError where waiting for this thread would never end, or cannot be done.
 
-        Code that runs on the thread, and whatever that code starts on an event loop, would wait for
-        itself.
+        Code that runs on the thread, and tasks that such code starts on an event loop, would wait
+        for themselves. Raises Forked in a forked child.
         """
         self.completions.check_waitable()
         self._check_outside()
@@ -254,35 +266,34 @@ class Worker:
         *arguments: Any,
         after: Callable[[Call], None] | None = None,
     ) -> Call:
-        """A call that hasn't been asked for yet.
+        """Returns a call that is not asked for yet.
 
-        ``after`` is called with it on the event loop's thread once it has ended, in whatever way;
-        and again where an exception broke in.
+        ``after`` is called with the call, on the event loop's thread, when the call has ended in
+        any way; and again if an exception interrupts ``after``.
         """
         return Call(self, function, arguments, after)
 
-    def post(self, function: Callable[..., Any], *arguments: Any, first: bool = False) -> Call:
-        """Asks for a call and returns at once. ``first`` puts it before all that haven't begun."""
-        call = self.make(function, *arguments)
-        self.ask_for(call, first=first)
-        return call
-
     def ask_for(self, call: Call, *, first: bool = False) -> None:
-        """Asks for a call. Where an exception breaks in, it may have been asked for or not."""
+        """Asks for a call; ``first`` puts it before all calls that have not begun.
+
+        If an exception interrupts this, the call may have been asked for or not. Raises Forked,
+        EngineClosed.
+        """
         self.completions.check_process()
         if self.stopped:
             raise error(lib.KVF_ERR_CLOSED)
         self._thread.post(call, first)
 
     def ask_for_last(self, call: Call) -> None:
-        """Asks for a call, and refuses all others from then on. May be repeated."""
+        """Asks for a call, and refuses all further calls. May be repeated."""
         if not self.stopped:
             self.ask_for(call)
         self.stop()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds off the thread's calls, after the one that runs. Blocks; a call may nest it."""
+        """Keeps the thread from making calls in the ``with`` block. Blocks until its current call
+        has ended. A call on that thread may use it too."""
         self.completions.check_process()
         if threading.get_ident() != self._thread.ident:
             self._check_outside()
@@ -290,25 +301,26 @@ class Worker:
             yield
 
     def stop(self) -> None:
-        """Refuses further calls. Those asked for before are made."""
+        """Refuses further calls. Calls that were asked for before are still made."""
         self.stopped = True
         self._thread.leave(self)
 
     def halt(self, seconds: float) -> bool:
-        """Stops, forgets the calls that haven't begun, and waits for the one that has.
+        """Stops, discards the calls that have not begun, and waits for the one that has.
 
-        For finalizers: blocks, no task learns of it. False if it didn't end within that time.
+        Blocks, and wakes no task: for finalizers. Returns False if the call has not ended after
+        ``seconds``.
         """
         self.stop()
-        self._thread.give_up_calls(self)
-        # The thread looks whether it may make a call with the lock taken. (Collected during a call
-        # this is the thread itself, which has the lock.)
+        self._thread.discard_calls(self)
+        # The thread decides under the lock whether it makes a call. (A garbage collection during a
+        # call runs this on that very thread, which has the lock.)
         return self.when_idle(lambda: None, seconds)
 
     def when_idle(self, function: Callable[[], object], seconds: float) -> bool:
-        """Calls it here while the thread makes no call. False if that took longer to begin.
+        """Calls ``function`` on this thread while the worker's thread makes no call.
 
-        For finalizers: blocks.
+        Blocks: for finalizers. Returns False if the current call has not ended after ``seconds``.
         """
         timeout = -1 if seconds == math.inf else max(0.0, seconds)
         if not self._thread.lock.acquire(timeout=timeout):
@@ -320,14 +332,14 @@ class Worker:
         return True
 
 
-# The threads of the contexts that are attached to, by the contexts' addresses.
+# The thread of each context that has attachments, by the context's address.
 _contexts: dict[int, WorkerThread] = {}
-# Reentrant: a collection in the middle of a call may take down a forgotten engine.
+# Reentrant: the garbage collector may take down a forgotten engine in the middle of a call.
 _contexts_lock = threading.RLock()
 
 
 def context_worker(address: int, completions: Completions) -> Worker:
-    """A worker on the thread of the llama context at this address. To be stopped in the end."""
+    """Returns a worker on the thread of the llama context at this address. Stop it in the end."""
     with _contexts_lock:
         thread = _contexts.get(address)
         if thread is None:
@@ -341,5 +353,5 @@ def _start_anew() -> None:
     _contexts_lock = threading.RLock()
 
 
-# The child has none of these threads.
+# A forked child has none of these threads.
 os.register_at_fork(after_in_child=_start_anew)

@@ -23,17 +23,18 @@ _DIFFERS, _FAILED, _INTERRUPTED = 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status.
 
-    0: all is well. 1: a comparison found a difference. 2: it could not be run.
+    0: the command succeeded. 1: it found something wrong. 2: it could not be run. 130: it was
+    interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
     except BrokenPipeError:
-        # Whoever reads our output has seen enough. Python would complain at the exit otherwise.
+        # The reader of our output has closed it. Without this, Python would complain at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
     except (KeyboardInterrupt, asyncio.CancelledError):
-        # Python 3.10: anyio takes SIGINT for its loop, and can't tell what it has cancelled there.
+        # On Python 3.10 anyio handles SIGINT itself, and reports it as a cancellation.
         return _INTERRUPTED
     except Exception as failure:
         cause = _cause(failure)
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cause(failure: BaseException) -> BaseException:
-    """What failed in a task, out of the groups that task groups wrap it in."""
+    """Returns the exception of a task, without the groups that task groups wrap it in."""
     inner: Sequence[BaseException] = getattr(failure, "exceptions", ())
     return _cause(inner[0]) if len(inner) == 1 else failure
 
@@ -52,67 +53,73 @@ def _cause(failure: BaseException) -> BaseException:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvferry",
-        description="Saves and loads the KV cache of a running llama.cpp model beside decoding.",
+        description="Saves and loads the KV cache of a running llama.cpp model while it decodes.",
     )
     parser.add_argument("--version", action="version", version=f"kvferry {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
 
-    doctor = commands.add_parser("doctor", help="what is here, and what it means for speed")
+    doctor = commands.add_parser("doctor", help="report what this machine offers to kvferry")
     _llama_lib(doctor)
     doctor.add_argument(
         "--device",
         type=_device,
         default="auto",
         metavar="DEVICE",
-        help="auto (the first GPU that can be used, if there is one), host, cuda, or cuda:N",
+        help="auto (the first usable GPU, else the host), host, cuda, or cuda:N",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.set_defaults(command=_doctor)
 
-    demo = commands.add_parser("demo", help="save, load and decode beside each other, compared")
+    demo = commands.add_parser("demo", help="save and load while decoding, and compare")
     _common(demo)
-    demo.add_argument("--model", metavar="FILE", help="a GGUF; else a synthetic one is written")
-    demo.add_argument("--json", metavar="FILE", help="write all figures there")
+    demo.add_argument("--json", metavar="FILE", help="write all figures to this file")
     demo.add_argument(
-        "--picture", metavar="FILE", default="kvferry-demo.png", help="timeline (%(default)s)"
+        "--picture",
+        metavar="FILE",
+        default="kvferry-demo.png",
+        help="draw the timeline to this file (%(default)s)",
     )
     demo.add_argument(
         "--tokens",
         type=_tokens,
         metavar="N",
-        help="length of the prompt (512 on the host, 4096 on CUDA)",
+        help="length of the prompt (512 on the host, 4096 on a GPU)",
     )
     demo.set_defaults(command=_demo)
 
-    bench = commands.add_parser("bench", help="the figures, each beside its goal and its limit")
+    bench = commands.add_parser("bench", help="measure speed, and compare it with goals and limits")
     _common(bench)
-    bench.add_argument("--model", metavar="FILE", help="a GGUF; else a synthetic one is written")
     bench.add_argument(
-        "--out", metavar="FOLDER", default="kvferry-bench", help="for all files (%(default)s)"
+        "--out",
+        metavar="FOLDER",
+        default="kvferry-bench",
+        help="write all files to this folder (%(default)s)",
     )
-    bench.add_argument("--tokens", type=_tokens, metavar="N", help="length of a saved sequence")
+    bench.add_argument("--tokens", type=_tokens, metavar="N", help="length of the saved sequence")
     bench.add_argument(
         "--only",
         metavar="TEXT",
         action="append",
-        help="only the measurements whose name contains TEXT; more than once: any of the texts",
+        help="make only the measurements whose name contains TEXT; may be repeated",
     )
     bench.set_defaults(command=_bench)
 
     config = commands.add_parser(
         "config",
-        help="what builds in C and Go need to use the library of this package",
-        description="Prints what builds need to use the library that this package carries, for "
+        help="print what builds in C and Go need to use the library of this package",
+        description="Prints what builds need to use the library of this package. For "
         "instance: cc program.c $(kvferry config --cflags --libs); "
         "cmake -Dkvferry_ROOT=$(kvferry config --prefix); "
         'eval "$(kvferry config --cgo)" && go build.',
     )
-    config.add_argument("--prefix", action="store_true", help="the folder of include/ and lib/")
-    config.add_argument("--cflags", action="store_true", help="for the C compiler")
-    config.add_argument("--libs", action="store_true", help="for the linker")
-    config.add_argument("--static", action="store_true", help="--libs of the static library")
     config.add_argument(
-        "--cgo", action="store_true", help="Go's environment, for the shell to eval"
+        "--prefix", action="store_true", help="print the folder of include/ and lib/"
+    )
+    config.add_argument("--cflags", action="store_true", help="print options for the C compiler")
+    config.add_argument("--libs", action="store_true", help="print options for the linker")
+    config.add_argument("--static", action="store_true", help="with --libs: use the static library")
+    config.add_argument(
+        "--cgo", action="store_true", help="print shell commands that set Go's environment"
     )
     config.set_defaults(command=_config)
     return parser
@@ -120,15 +127,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     _llama_lib(parser)
-    parser.add_argument("--device", choices=("auto", "host", "cuda"), default="auto")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "host", "cuda"),
+        default="auto",
+        help="where caches are (auto: on a GPU if libllama can use one)",
+    )
+    parser.add_argument(
+        "--model", metavar="FILE", help="a GGUF file (default: a synthetic model is written)"
+    )
 
 
 def _llama_lib(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llama-lib",
         metavar="DIR",
-        help=f"folder of libllama; else ${ENVIRONMENT_VARIABLE}, installed llama_cpp or xllamacpp, "
-        "the system",
+        help=f"folder of libllama (default: ${ENVIRONMENT_VARIABLE}, else an installed llama_cpp "
+        "or xllamacpp, else the system's)",
     )
 
 
@@ -148,7 +163,8 @@ def _tokens(text: str) -> int:
     return tokens
 
 
-# The commands are imported when they are run: what one needs must not keep another from working.
+# Each command imports its module when it runs, so that packages that one command needs and that are
+# missing do not keep the others from working.
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -201,7 +217,7 @@ def _config(options: argparse.Namespace) -> int:
     if options.cgo:
         lines += config.cgo()
     if not lines:
-        print("kvferry config: say what to print: --help names it", file=sys.stderr)
+        print("kvferry config: say what to print: --help lists the options", file=sys.stderr)
         return _FAILED
     print("\n".join(lines))
     return 0

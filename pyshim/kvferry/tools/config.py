@@ -1,7 +1,7 @@
-"""``kvferry config``: what builds in C and Go need to use the library that this package carries.
+"""``kvferry config``: what builds in C and Go need to use the library of this package.
 
-The package holds what `cmake --install` installs too: the header, both libraries, a pkg-config
-file and a CMake package.
+The package has the same files as `cmake --install` installs: the header, both libraries, a
+pkg-config file and a CMake package.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from pathlib import Path
 
 from .. import _native
 
-# Of the package as installed, and so of the extension module: for an editable install the Python
-# files are elsewhere.
+# The folder of the extension module: in an editable install the Python files are elsewhere.
 PREFIX = Path(_native.__file__).parent
 
 
 def cflags() -> list[str]:
-    """For the compiler."""
+    """Returns the options for the C compiler."""
     return [f"-I{PREFIX / 'include'}"]
 
 
 def libs(*, static: bool = False) -> list[str]:
-    """For the linker. No loader looks into a Python package, so the program is told where to."""
+    """Returns the options for the linker.
+
+    They include the folder as a run path, because no loader looks into a Python package.
+    """
     folder = PREFIX / "lib"
     if static:
         return [str(folder / "libkvferry.a"), *_private_libs()]
@@ -30,7 +32,7 @@ def libs(*, static: bool = False) -> list[str]:
 
 
 def _private_libs() -> list[str]:
-    """What the static library needs beside it: the pkg-config file says."""
+    """Returns the libraries that the static library needs, from the pkg-config file."""
     for line in (PREFIX / "lib/pkgconfig/kvferry.pc").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "Libs.private":
@@ -39,14 +41,14 @@ def _private_libs() -> list[str]:
 
 
 def cgo() -> list[str]:
-    """For the shell, ahead of `go build`: what adds this library to cgo's environment.
+    """Returns shell commands that add this library to cgo's environment, before `go build`.
 
-    Go's kvferry package asks pkg-config; a package that includes kvferry.h itself reads the flags.
+    Go's kvferry package asks pkg-config; a package that includes kvferry.h itself needs the flags.
     """
     return [
         f"export PKG_CONFIG_PATH={shlex.quote(str(PREFIX / 'lib/pkgconfig'))}"
         '"${PKG_CONFIG_PATH:+:$PKG_CONFIG_PATH}"',
-        # What Go itself would take where nothing is set.
+        # "-O2 -g" is what Go uses where the variable is not set.
         f'export CGO_CFLAGS="${{CGO_CFLAGS--O2 -g}} "{shlex.quote(shlex.join(cflags()))}',
         f'export CGO_LDFLAGS="${{CGO_LDFLAGS--O2 -g}} "{shlex.quote(shlex.join(libs()))}',
     ]

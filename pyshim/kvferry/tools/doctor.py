@@ -1,4 +1,4 @@
-"""``kvferry doctor``: what is here, and what each finding means for speed."""
+"""``kvferry doctor``: what this machine offers to kvferry, and what each finding means."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .synthetic import write_model
 from .workload import ended, seconds
 
 _COPIED = 128 << 20
-_HOST_ALONE = "not asked for"  # why an engine of the host has no CUDA device
+_HOST_ALONE = "not asked for"  # an engine's "no_cuda" if it was made for the host alone
 _REPEATS = 5
-_TOKENS = 32  # of the sequence that is saved and loaded
+_TOKENS = 32  # length of the sequence that is saved and loaded
 
 
 @dataclasses.dataclass
@@ -35,12 +35,12 @@ class Finding:
     found: str
     meaning: str
     good: bool = True
-    """False where something is missing that kvferry could use."""
+    """False if something is missing that kvferry could use."""
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 async def doctor(llama_lib: str | None, device: Devices, as_json: bool) -> int:
-    """Prints all findings. Returns 0, or 1 where kvferry can't save and load sequences."""
+    """Prints all findings. Returns 0, or 1 if kvferry cannot save and load sequences."""
     opened, unusable = _open(device)
     async with opened as engine:
         findings = [
@@ -76,10 +76,10 @@ def _print(finding: Finding) -> None:
 
 
 def _open(device: Devices) -> tuple[Engine, list[Finding]]:
-    """An engine with one GPU at most, and what is wrong with those that were tried before.
+    """Opens an engine with at most one GPU; returns findings about GPUs that cannot be used.
 
-    Each one costs a context, which other programs may have no room for; and what is to be found out
-    about kvferry, one tells.
+    One GPU shows whether kvferry works, and each GPU would cost a context in its memory, which
+    other programs may need.
     """
     unusable: list[Finding] = []
     if device in ("auto", "cuda"):
@@ -94,7 +94,7 @@ def _open(device: Devices) -> tuple[Engine, list[Finding]]:
 
 
 def _gpus_present() -> int:
-    """How many the driver shows; 0 where it can't be asked, which is a finding of its own."""
+    """Returns how many GPUs the driver shows; 0 if it cannot be asked, which is another finding."""
     try:
         driver = ctypes.CDLL(cuda_driver())
     except OSError:
@@ -112,8 +112,8 @@ def _devices(engine: Engine) -> Finding:
         meaning = "caches in this device's memory are moved by its copy engines, beside decoding"
         return Finding("devices", found, meaning, details=description)
     meaning = (
-        "caches are host memory: a save is a copy by the same cores that decode. It frees cells of "
-        "the cache, not time"
+        "caches are in host memory: the cores that decode also copy, so that a save frees cells of "
+        "the cache, but saves no time"
     )
     return Finding("devices", found, meaning, details=description)
 
@@ -140,11 +140,11 @@ def _cuda_driver(engine: Engine) -> Finding:
         opened = [each["ordinal"] for each in engine.describe()["devices"] if "ordinal" in each]
         if len(opened) < count.value:
             names = ", ".join(f"cuda:{ordinal}" for ordinal in opened)
-            meaning += f". Of these, only {names} was opened here: --device cuda:N looks at another"
+            meaning += f". Only {names} was opened here; for another use --device cuda:N"
         return Finding("CUDA driver", text, meaning)
     meaning = (
-        "caches in that memory cannot be moved beside decoding: llama.cpp's own blocking calls "
-        "remain, at their speed"
+        "caches in GPU memory cannot be moved beside decoding; only llama.cpp's own blocking calls "
+        "can move them"
     )
     return Finding(
         "CUDA driver", f"{text}; not all of it can be used: {unused}", meaning, good=False
@@ -152,7 +152,7 @@ def _cuda_driver(engine: Engine) -> Finding:
 
 
 def _gpus(engine: Engine) -> list[Finding]:
-    """What is wrong with a GPU that could be opened."""
+    """Returns what is wrong with the GPUs that could be opened."""
     findings = []
     for device in engine.describe()["devices"]:
         if device["kind"] != "cuda":
@@ -160,14 +160,14 @@ def _gpus(engine: Engine) -> list[Finding]:
         subject = f"GPU {device['ordinal']}"
         if device["broken"]:
             meaning = (
-                "nothing of its memory moves any more: make a new engine, or start the program "
-                "again where that does not help"
+                "its memory can't be moved any more: make a new engine, or start the program again "
+                "if that does not help"
             )
             findings.append(Finding(subject, "lost after an error", meaning, good=False))
         if device["no_kernels"]:
             meaning = (
                 "fragmented caches are copied row by row, which takes many times as long; "
-                "contiguous ones are as fast as ever. A newer driver is what helps"
+                "contiguous caches are as fast as with kernels. Install a newer driver"
             )
             found = f"kvferry's kernels cannot be used: {device['no_kernels']}"
             findings.append(Finding(subject, found, meaning, good=False))
@@ -186,7 +186,7 @@ async def _llama(engine: Engine, folder: str | None) -> list[Finding]:
     found = f"{library.path} ({library.build})"
     details = {"path": library.path, "build": library.build, "source": library.source}
     where = "the GPU's memory" if library.offloads else "host memory"
-    meaning = f"from {library.source}; used as it is, unmodified; puts caches into {where}"
+    meaning = f"from {library.source}; used unmodified; puts caches into {where}"
     return [
         Finding("libllama", found, meaning, details=details),
         *await _sequences(engine, library),
@@ -194,7 +194,7 @@ async def _llama(engine: Engine, folder: str | None) -> list[Finding]:
 
 
 async def _sequences(engine: Engine, library: Libllama) -> list[Finding]:
-    """Saves and loads a sequence of a small model, since only that tells."""
+    """Saves and loads a sequence of a small model: nothing else shows that it works."""
     with tempfile.TemporaryDirectory(prefix="kvferry-doctor-") as folder:
         path = Path(folder) / "small.gguf"
         try:
@@ -210,12 +210,12 @@ async def _sequences(engine: Engine, library: Libllama) -> list[Finding]:
             ):
                 return await _trial(engine, ours, reference)
         except LlamaError as failure:
-            meaning = "without a context of this libllama nothing can be said of its sequences"
+            meaning = "this libllama can't make a context, so its sequences can't be tried"
             return [Finding("tap", f"not tried: {failure}", meaning, good=False)]
 
 
 async def _trial(engine: Engine, ours: Context, reference: Context) -> list[Finding]:
-    """kvferry works on the one context, llama.cpp's own calls on the other, with one history."""
+    """Uses kvferry in one context and llama.cpp's own calls in the other; both decode the same."""
     for context in (ours, reference):
         context.decode([(0, token) for token in range(_TOKENS)])
     loaded_as = ours.model.library.loaded_as
@@ -240,15 +240,15 @@ async def _trial(engine: Engine, ours: Context, reference: Context) -> list[Find
 
 def _save_and_load(fault: str) -> Finding:
     if fault:
-        meaning = "kvferry can't be trusted with the sequences of this libllama: please report this"
+        meaning = "don't use kvferry with the sequences of this libllama, and please report this"
         return Finding("save and load", fault, meaning, good=False)
     found = f"right: a sequence of {_TOKENS} tokens was saved and loaded"
-    meaning = "its state and its next logits equal those after llama.cpp's own load, bit by bit"
+    meaning = "its state and its next logits equal those after llama.cpp's own load, bit for bit"
     return Finding("save and load", found, meaning)
 
 
 async def _fault(llama: Llama, ours: Context, reference: Context) -> str:
-    """What is wrong with saving sequence 0 and loading it as sequence 1; "" for nothing."""
+    """Saves sequence 0 and loads it as sequence 1; returns what is wrong, or ""."""
     state = _state(reference, 0)
     if reference.state_set(1, state.ctypes.data, state.size) != state.size:
         return str(ours.model.library.refusal("llama.cpp doesn't load its own state"))
@@ -272,7 +272,7 @@ async def _fault(llama: Llama, ours: Context, reference: Context) -> str:
 
 
 def _state(context: Context, seq: int) -> NDArray[numpy.uint8]:
-    """As llama.cpp saves it. Raises LlamaError."""
+    """Returns the state by llama.cpp's own call. Raises LlamaError."""
     state = numpy.empty(context.state_size(seq), numpy.uint8)
     if context.state_get(seq, state.ctypes.data, state.size) != state.size:
         raise context.model.library.refusal("llama.cpp doesn't save a sequence")
@@ -282,8 +282,8 @@ def _state(context: Context, seq: int) -> NDArray[numpy.uint8]:
 _TAP = Finding(
     "tap",
     "possible",
-    "libllama's tensor copies can be recorded, so whole sequences move at the speed of the link, "
-    "and beside decoding",
+    "libllama's tensor copies can be recorded, so that sequences move at the speed of the link, "
+    "while the model decodes",
 )
 _NO_TAP = Finding(
     "tap",
@@ -295,14 +295,14 @@ _NO_TAP = Finding(
 
 
 def _format(description: dict[str, Any]) -> Finding:
-    """How this libllama writes the state of a sequence, and what keeps damage from it."""
+    """The format in which this libllama writes states, and how damaged states are found."""
     found = f"{description['format']}, guarded by {description['guarded_by']}"
     if description["format"] != "opaque":
-        meaning = "kvferry knows it: a state is walked through to its last byte before it is loaded"
+        meaning = "kvferry knows it: every byte of a state's structure is checked before a load"
         return Finding("format", found, meaning)
     meaning = (
-        "kvferry does not know it: states are moved while the caller waits, with 64 bytes behind "
-        "them that a load verifies; one that kvferry has not saved is refused unless it is trusted"
+        "kvferry does not know it: states are moved while the caller waits, and end with 64 bytes "
+        "that a load verifies. States that kvferry has not saved are refused without trust=True"
     )
     return Finding("format", found, meaning, good=False)
 
@@ -315,21 +315,23 @@ def _pinned_memory(engine: Engine) -> Finding:
     unlimited = limit == resource.RLIM_INFINITY
     found = "no limit" if unlimited else f"RLIMIT_MEMLOCK {limit / 2**20:.0f} MiB"
     if any(each["kind"] == "cuda" for each in engine.describe()["devices"]):
-        # cuMemHostRegister pins through the kernel driver, which doesn't charge RLIMIT_MEMLOCK.
-        meaning = "the CUDA driver pins beyond it; Engine(pinned_limit=...) bounds kvferry's pool"
+        # cuMemHostRegister pins through the kernel driver, which does not count RLIMIT_MEMLOCK.
+        meaning = (
+            "the CUDA driver ignores this limit; Engine(pinned_limit=...) limits kvferry's pool"
+        )
     else:
-        meaning = "nothing is pinned without a CUDA device: any memory is as fast as any other"
+        meaning = "without a CUDA device nothing is pinned, and all memory is equally fast"
     return Finding("pinned memory", found, meaning, details={"bytes": None if unlimited else limit})
 
 
 def _cores() -> Finding:
     usable, present = len(os.sched_getaffinity(0)), os.cpu_count()
     if usable > 2:
-        meaning = "enough to copy host memory beside decoding, if decoding leaves one free"
+        meaning = "enough to copy host memory beside decoding, if decoding leaves one core free"
     else:
         meaning = (
-            "transfers of host memory and decoding share them: give llama.cpp one thread less than "
-            "there are cores, for its threads spin while they wait for each other"
+            "transfers of host memory and decoding share the cores: give llama.cpp one thread less "
+            "than there are cores, because its threads spin while they wait for each other"
         )
     details = {"usable": usable, "present": present}
     return Finding("cores", f"{usable} of {present} usable", meaning, details=details)
@@ -349,7 +351,7 @@ def _memcpy() -> Finding:
     return Finding(
         "memcpy",
         found,
-        "the bound for everything that moves from host memory to host memory",
+        "the limit for all transfers from host memory to host memory",
         details={"gb_per_s": {str(threads): speed for threads, speed in speeds.items()}},
     )
 
@@ -372,7 +374,7 @@ async def _through_kvferry(engine: Engine) -> Finding:
             speeds[f"{priority} {direction}"] = _COPIED / statistics.median(times[1:]) / 1e9
     found = ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in speeds.items())
     meaning = (
-        "host memory through kvferry: urgent should come near memcpy with as many threads as "
-        "the engine copies with, background is one polite thread"
+        "host memory, copied by kvferry: urgent should be nearly as fast as memcpy with as many "
+        "threads as the engine has; background uses one thread of low priority"
     )
     return Finding("transfers", found, meaning, details={"gb_per_s": speeds})

@@ -1,6 +1,6 @@
-"""The speeds that bound kvferry's: plain memcpy by several threads, and raw pinned copies on CUDA.
+"""The limits of kvferry's speed: memcpy by several threads, and raw pinned copies on CUDA.
 
-Nothing of kvferry is used here.
+This module uses nothing of kvferry.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ _memmove.restype = None
 
 
 def memcpy_seconds(target: int, source: int, nbytes: int, threads: int) -> float:
-    """Copies between two addresses, each thread an equal share; wall seconds, starts included."""
+    """Copies between two addresses, each thread an equal share.
+
+    Returns the seconds, which include starting the threads.
+    """
     share = -(-nbytes // threads)
     begin = time.monotonic()
     workers = []
@@ -35,11 +38,11 @@ def memcpy_seconds(target: int, source: int, nbytes: int, threads: int) -> float
 
 
 class CudaError(Exception):
-    """The driver is missing, or it refused."""
+    """There is no CUDA driver, or one of its calls has failed."""
 
 
 def cuda_driver() -> str:
-    """The driver that kvferry opens too."""
+    """Returns the name of the driver's library, the same one that kvferry opens."""
     return os.environ.get("KVFERRY_CUDA_DRIVER", "libcuda.so.1")
 
 
@@ -47,7 +50,7 @@ Direction = Literal["save", "load"]
 
 
 class Pace(NamedTuple):
-    """How copies are cut, and how many of them the copy engine is given at once."""
+    """The size of paced copies in bytes, and how many of them are queued at the same time."""
 
     nbytes: int
     queued: int
@@ -100,11 +103,11 @@ class RawCuda:
             self._call("cuStreamCreateWithPriority", ctypes.byref(stream), 1, 0)
 
     def _enter(self) -> None:
-        """A context is current per thread, and any thread may call."""
+        """Makes the context current on this thread. Any thread may call the methods."""
         self._call("cuCtxSetCurrent", self._context)
 
     def allocate(self, nbytes: int) -> int:
-        """Device memory."""
+        """Allocates device memory; returns the address."""
         self._enter()
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
@@ -115,7 +118,7 @@ class RawCuda:
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def allocate_host(self, nbytes: int) -> int:
-        """Pinned host memory."""
+        """Allocates pinned host memory; returns the address."""
         self._enter()
         address = ctypes.c_void_p()
         self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), 0)
@@ -126,18 +129,18 @@ class RawCuda:
         self._call("cuMemFreeHost", ctypes.c_void_p(address))
 
     def free_bytes(self) -> int:
-        """Device memory that nobody has taken, as the driver says."""
+        """Returns how many bytes of device memory are free."""
         self._enter()
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value
 
     def save_seconds(self, host: int, device: int, nbytes: int) -> float:
-        """One copy of the whole, device to pinned host memory."""
+        """Copies all bytes at once from device to pinned host memory; returns the seconds."""
         return self._timed(lambda: self._save(host, device, nbytes))
 
     def load_seconds(self, device: int, host: int, nbytes: int) -> float:
-        """One copy of the whole, pinned host to device memory."""
+        """Copies all bytes at once from pinned host to device memory; returns the seconds."""
         return self._timed(lambda: self._load(device, host, nbytes))
 
     def rows_seconds(
@@ -150,8 +153,11 @@ class RawCuda:
         rows: int,
         copies: int,
     ) -> float:
-        """Copies of ``rows`` rows each, which lie ``pitch`` bytes apart on the device and packed on
-        the host; all queued at once, on two streams in turn."""
+        """Makes ``copies`` copies of ``rows`` rows each; returns the seconds.
+
+        Rows are ``pitch`` bytes apart on the device and packed on the host. All copies are queued
+        at once, on two streams in turn.
+        """
         on_device, on_host = ("src", "dst") if direction == "save" else ("dst", "src")
 
         def enqueue() -> None:
@@ -169,7 +175,7 @@ class RawCuda:
         return self._timed(enqueue)
 
     def both_seconds(self, into: int, device: int, other: int, source: int, nbytes: int) -> float:
-        """A save and a load of as many bytes each, at the same time."""
+        """Saves and loads ``nbytes`` bytes each at the same time; returns the seconds."""
 
         def both() -> None:
             self._save(into, device, nbytes)
@@ -186,7 +192,7 @@ class RawCuda:
         pace: Pace,
         stop: threading.Event,
     ) -> None:
-        """Copies the whole again and again, piece by piece, until ``stop`` is set."""
+        """Copies all bytes again and again, in paced pieces, until ``stop`` is set."""
         self._enter()
         driver = self._driver
         copy = driver.cuMemcpyDtoHAsync_v2 if direction == "save" else driver.cuMemcpyHtoDAsync_v2
@@ -205,7 +211,7 @@ class RawCuda:
         turns = itertools.cycle(lanes)
         for index, piece in enumerate(itertools.cycle(pieces)):
             stream, event = next(turns)
-            # Only calls into the driver, which leave the interpreter's lock to whoever decodes.
+            # This loop only calls the driver, which leaves the interpreter's lock to decoding.
             while index >= pace.queued and driver.cuEventQuery(event) == not_ready:
                 pass
             if stop.is_set():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import Devices
+from .extra_packages import install_command
 from .libllama import Libllama, LlamaError
 from .synthetic import write_model
 from .table import Progress
@@ -24,8 +25,11 @@ def synthetic_model(folder: Path, kind: str, sizes: Mapping[str, int], progress:
         progress.say(f"writing a synthetic model ({name})")
         try:
             write_model(kind, path, geometry="demo", **sizes)
-        except ImportError as failure:
-            raise LlamaError(f"{failure}; or name a model with --model FILE") from None
+        except ImportError:
+            raise LlamaError(
+                "writing a synthetic model needs the gguf package: "
+                f"{install_command(libllama=False)}; or name a model with --model FILE"
+            ) from None
     return path
 
 

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)
 ) -> str:
-    """Lines of aligned text. A header may have several lines; ``left`` names columns of words."""
+    """Returns lines of aligned text.
+
+    A header may have several lines. ``left`` lists the columns that are aligned to the left.
+    """
     heads = [text.split("\n") for text in header]
     depth = max(len(lines) for lines in heads)
     head_rows = [
@@ -31,7 +34,7 @@ def table(
 
 
 class Progress:
-    """Says on standard error what happens, with the seconds since the start."""
+    """Prints to standard error what happens, with the seconds since the start."""
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
@@ -41,10 +44,11 @@ class Progress:
 
 
 def ms(value: float) -> str:
-    """Milliseconds with about three digits."""
+    """Formats milliseconds with about three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def mib(nbytes: float) -> str:
+    """Formats bytes as MiB, with about three digits."""
     value = nbytes / 2**20
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""The picture of a run: decode steps above, the pieces of transfers below."""
+"""The picture of a run over time: decode steps, and below them the pieces of transfers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .. import TraceEvent
     from .libllama import Step
 
-# Two shades of each colour, so that neighbours can be told apart however narrow they are.
+# Two shades of each colour in turn, so that even narrow neighbours can be distinguished.
 _STEPS = ("#4c72b0", "#7f9bc9")
 _PIECES = {"save": ("#dd8452", "#eeb38f"), "load": ("#55a868", "#94caa2")}
 _CALL = "#555555"
@@ -26,7 +26,7 @@ _THINNEST_PIXELS = 1.0
 
 @dataclass(frozen=True)
 class Span:
-    """A transfer. All times as of ``time.monotonic_ns()``."""
+    """A transfer. All times are nanoseconds of ``time.monotonic_ns()``."""
 
     direction: Literal["save", "load"]
     submitted_ns: int
@@ -37,7 +37,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One panel."""
+    """The content of one panel. Times are nanoseconds of ``time.monotonic_ns()``."""
 
     title: str
     begin_ns: int
@@ -48,7 +48,10 @@ class Timeline:
 
 
 def check_kind(path: Path) -> None:
-    """Refuses a file name that ends in no kind of picture; without matplotlib there is none."""
+    """Raises InvalidArgument for a file name whose ending is no kind of picture.
+
+    Does nothing without matplotlib: then no picture is drawn.
+    """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
@@ -59,7 +62,7 @@ def check_kind(path: Path) -> None:
 
 
 def draw(timelines: Sequence[Timeline], path: Path, *, heading: str) -> None:
-    """Writes the panels, one below the other, 1200 pixels wide.
+    """Writes a picture of the panels, one below the other, 1200 pixels wide.
 
     Raises ImportError without matplotlib.
     """

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <thread>
+#include <vector>
 
 #include "check.hpp"
 
@@ -42,32 +43,32 @@ void passes(MemoryRange range, Access access) { Fence::wait(range, access); }
 
 void only_its_own_memory() {
     Fence fence(Direction::Load);
-    fence.raise({{100, 200}, {300, 400}});
+    fence.raise({.memory = {{100, 200}, {300, 400}}});
     CHECK(Fence::any());
     CHECK(Fence::extent().begin == 100 && Fence::extent().end == 400);
     for (const MemoryRange range : {MemoryRange{0, 100}, {200, 300}, {400, 500}, {250, 260}})
         passes(range, Access::Write);
     for (const MemoryRange range : {MemoryRange{0, 101}, {199, 300}, {399, 400}, {0, 1000}}) {
         Fence other(Direction::Save); // far away: in nobody's way
-        other.raise({{10000, 20000}});
+        other.raise({.memory = {{10000, 20000}}});
         Fence again(Direction::Load);
-        again.raise({{100, 200}, {300, 400}});
+        again.raise({.memory = {{100, 200}, {300, 400}}});
         Visitor visitor(range, Access::Write);
         CHECK(visitor.waits());
         fence.lower();
         CHECK(visitor.waits());
         again.lower();
         visitor.join();
-        fence.raise({{100, 200}, {300, 400}});
+        fence.raise({.memory = {{100, 200}, {300, 400}}});
     }
 }
 
 void readers_wait_for_loads_alone() {
     Fence save(Direction::Save);
-    save.raise({{100, 200}});
+    save.raise({.memory = {{100, 200}}});
     passes({100, 200}, Access::Read);
     Fence load(Direction::Load);
-    load.raise({{150, 200}});
+    load.raise({.memory = {{150, 200}}});
     passes({100, 150}, Access::Read);
     Visitor reader({100, 200}, Access::Read);
     CHECK(reader.waits());
@@ -77,11 +78,11 @@ void readers_wait_for_loads_alone() {
 
 void decoding_waits_at_close_ones_alone() {
     Fence fence(Direction::Load);
-    fence.raise({{100, 200}});
+    fence.raise({.memory = {{100, 200}}});
     passes({100, 200}, Access::WriteRows);
     CHECK(!Fence::any_close());
     Fence close(Direction::Load);
-    close.raise({{100, 200}}, true);
+    close.raise({.memory = {{100, 200}}, .close = true});
     CHECK(Fence::any_close());
     Visitor decoding({150, 160}, Access::WriteRows);
     CHECK(decoding.waits());
@@ -90,15 +91,64 @@ void decoding_waits_at_close_ones_alone() {
     CHECK(Fence::any() && !Fence::any_close());
 }
 
+// Runs the access with numbers of rows on a thread of its own, and says whether it waits until the fence is lowered.
+bool waits_for(Fence &fence, MemoryRange tensor, std::vector<int64_t> numbers) {
+    std::atomic<bool> passed{false};
+    std::thread writer([&] {
+        Fence::wait(tensor, Access::WriteRows, {numbers.data(), numbers.size()});
+        passed = true;
+    });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    const bool waited = !passed;
+    if (waited) fence.lower();
+    writer.join();
+    return waited;
+}
+
+void who_writes_a_row_that_moves_waits() {
+    // Rows of 10 bytes in a tensor at 1000: the second, and the fourth and fifth.
+    const Enclosure enclosure{
+        .memory = {{1010, 1050}}, .rows = {{1010, 1020}, {1030, 1050}}, .row_bytes = 10};
+    for (const std::vector<int64_t> &numbers : {std::vector<int64_t>{0, 2, 5}, {}, {100}}) {
+        Fence fence(Direction::Load);
+        fence.raise(enclosure);
+        CHECK(!waits_for(fence, {1000, 2000}, numbers));
+        // Another tensor's.
+        CHECK(!waits_for(fence, {1040, 2000}, {0}));
+        passes({1010, 1050}, Access::WriteRows);
+        Fence::wait_for_rows({{1000, 1010}, {1020, 1030}, {1050, 1060}});
+    }
+    for (const std::vector<int64_t> &numbers : {std::vector<int64_t>{1}, {0, 3}, {5, 4}}) {
+        Fence fence(Direction::Save);
+        fence.raise(enclosure);
+        CHECK(waits_for(fence, {1000, 2000}, numbers));
+    }
+}
+
+void who_writes_waits_once_the_sequence_is_disturbed() {
+    Fence fence(Direction::Save);
+    bool is_disturbed = false;
+    const int context = 0;
+    fence.raise({.memory = {{100, 200}},
+                 .is_disturbed = [&] { return is_disturbed; },
+                 .context = &context});
+    CHECK(!waits_for(fence, {100, 200}, {}));
+    Fence::wait_for_disturbed(&context);
+    is_disturbed = true;
+    Fence::wait_for_disturbed(nullptr);
+    CHECK(!waits_for(fence, {200, 300}, {}));
+    CHECK(waits_for(fence, {100, 200}, {}));
+}
+
 void one_that_goes_lowers_itself() {
     {
         Fence fence(Direction::Load);
-        fence.raise({{1, 2}});
+        fence.raise({.memory = {{1, 2}}});
         CHECK(Fence::any());
     }
     CHECK(!Fence::any());
     Fence never(Direction::Load);
-    never.raise({}); // nothing to guard
+    never.raise({.memory = {}}); // nothing to guard
     CHECK(!Fence::any());
     never.lower();
 }
@@ -106,7 +156,7 @@ void one_that_goes_lowers_itself() {
 // Threads that wait at the fork are not there in the child.
 void in_a_forked_child_nobody_waits_for_the_parents() {
     Fence parents(Direction::Load);
-    parents.raise({{100, 200}});
+    parents.raise({.memory = {{100, 200}}});
     Visitor waiting({100, 200}, Access::Write);
     CHECK(waiting.waits());
     const pid_t child = fork();
@@ -117,7 +167,7 @@ void in_a_forked_child_nobody_waits_for_the_parents() {
 #ifndef __SANITIZE_THREAD__ // TSan does not know threads of such a child
         for (int i = 0; i < 4; ++i) {
             Fence own(Direction::Load);
-            own.raise({{100, 200}});
+            own.raise({.memory = {{100, 200}}});
             Visitor visitor({100, 200}, Access::Write);
             CHECK(visitor.waits());
             own.lower();
@@ -140,6 +190,8 @@ int main() {
     only_its_own_memory();
     readers_wait_for_loads_alone();
     decoding_waits_at_close_ones_alone();
+    who_writes_a_row_that_moves_waits();
+    who_writes_waits_once_the_sequence_is_disturbed();
     one_that_goes_lowers_itself();
     in_a_forked_child_nobody_waits_for_the_parents();
 }

@@ -137,6 +137,26 @@ void positions() {
     CHECK(refused_position(-1, 100));
 }
 
+bool agrees(const std::vector<Attention> &sections) {
+    StateWriter state;
+    for (const Attention &section : sections) state.attention(section);
+    return positions_agree(*parse(state.bytes), {state.bytes.data(), state.bytes.size()});
+}
+
+void positions_of_several_sections() {
+    CHECK(agrees({{.cells = 5}}));
+    CHECK(agrees({{.cells = 5}, {.cells = 5}}));
+    CHECK(agrees({{.cells = 5, .position = 10}, {.cells = 2, .position = 13}}));
+    CHECK(agrees({{.cells = 5, .position = 10}, {.cells = 2, .position = 10}})); // the end removed
+    CHECK(agrees({{.cells = 5}, {.cells = 0}}));
+    CHECK(!agrees({{.cells = 5, .position = 10}, {.cells = 2, .position = 14}}));
+    CHECK(!agrees({{.cells = 5, .position = 10}, {.cells = 1, .position = 9}}));
+    CHECK(!agrees({{.cells = 5}, {.cells = 5}, {.cells = 1, .position = 7}}));
+    // A recurrent cell may be anywhere.
+    StateWriter state = attention({.cells = 5}).recurrent({});
+    CHECK(positions_agree(*parse(state.bytes), {state.bytes.data(), state.bytes.size()}));
+}
+
 // Of windows of every kind, the cells that llama.cpp may give away before the sequence's next token is decoded.
 std::vector<ByteRange> free_for_others(const StateWriter &state, int32_t window) {
     const Structure structure = *parse(state.bytes);
@@ -309,6 +329,7 @@ int main() {
     recurrent_in_the_middle();
     states_of_one_cell();
     positions();
+    positions_of_several_sections();
     cells_free_for_others();
     empty_sequences();
     damaged();

@@ -1,4 +1,4 @@
-"""Arguments that make no sense: each is refused at once, by an error that names it."""
+"""Arguments that make no sense are refused at once, by an error that names the argument."""
 
 import ctypes
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from support.event_loops import anyio_backend  # noqa: F401
 
 pytestmark = pytest.mark.anyio
 
-# Callers without a type checker: what mypy refuses is in test_types.py.
+# As seen by callers without a type checker. (test_types.py has what mypy refuses.)
 Unchecked: Any = kvferry.Engine
 Region: Any = kvferry.Region
 

@@ -1,4 +1,4 @@
-"""Cancelling a task cancels its job, waits for the one true completion, then goes on."""
+"""Cancelling a task cancels its job, and goes on after the job's completion."""
 
 import asyncio
 import random
@@ -25,7 +25,7 @@ async def test_a_cancelled_task_sees_only_its_frameworks_cancellation() -> None:
         with anyio.move_on_after(0.01) as scope:
             await engine.copy_out(SLOW, buffer)
         assert scope.cancelled_caught
-        # The job has ended: nothing of it uses the memory any more.
+        # The job has ended, and does not use the memory any more.
         assert buffer.jobs == 0
         buffer.close()
 
@@ -87,7 +87,7 @@ async def test_thousands_of_cancelled_tasks_leave_nothing_behind() -> None:
         assert outcomes.total() == 2000
 
 
-async def test_a_call_that_has_not_begun_is_taken_back_and_one_that_has_is_awaited() -> None:
+async def test_a_call_that_has_not_begun_is_cancelled_and_one_that_has_is_awaited() -> None:
     async with kvferry.Engine("host") as engine:
         worker = engine._core.memory_worker
         began, release = threading.Event(), threading.Event()
@@ -139,7 +139,7 @@ def test_native_cancellation_waits_for_the_completion_however_often_it_comes(tim
 
 
 def test_a_task_that_waits_for_a_long_call_may_be_cancelled_a_thousand_times() -> None:
-    """Once for each turn of the loop, and each time the wait goes on."""
+    """Cancels in each turn of the loop; each time the wait goes on."""
 
     async def main() -> None:
         async with kvferry.Engine("host") as engine:
@@ -174,7 +174,7 @@ def test_a_timeout_of_asyncio_is_its_timeout() -> None:
 
 
 def test_a_cancelled_job_completes_exactly_once_in_100_000_tries() -> None:
-    """In the C library itself: two threads submit and cancel, one takes."""
+    """Uses the C library directly: two threads submit and cancel, and one takes completions."""
     batch, batches = 500, 200
     queue, engine = ffi.new("kvf_queue *"), ffi.new("kvf_engine *")
     assert lib.kvf_queue_create(queue) == lib.KVF_OK

@@ -1,4 +1,4 @@
-"""Memory that is being written, or that a Snapshot holds, is not written by anybody else."""
+"""Memory that a transfer writes, or that a Snapshot holds, is refused to other writers."""
 
 import gc
 import threading
@@ -82,9 +82,9 @@ async def test_a_refused_transfer_leaves_no_claim() -> None:
         await engine.copy_out(bytes(10), memory)
 
 
-@pytest.mark.parametrize("let_go", ["close", "drop"])
+@pytest.mark.parametrize("release", ["close", "drop"])
 async def test_the_memory_of_a_living_snapshot_is_not_overwritten(
-    make_context: MakeContext, let_go: str
+    make_context: MakeContext, release: str
 ) -> None:
     context = make_context("llama")
     context.decode_in_turn([0, 1], 20)
@@ -100,7 +100,7 @@ async def test_the_memory_of_a_living_snapshot_is_not_overwritten(
         await engine.copy_out(b"x", buffer.numpy()[len(state) :])
         assert snapshot.to_bytes() == state
         await llama.load(snapshot, 2)
-        if let_go == "close":
+        if release == "close":
             snapshot.close()
         else:
             del snapshot

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 
 def _block_until_idle(engine: kvferry.Engine) -> None:
-    """Holds up the event loop, so that nobody reads, until every job has ended."""
+    """Blocks the event loop, so that no task reads, until every job has ended."""
     while engine.describe()["jobs_in_flight"]:
         time.sleep(0.001)
 
@@ -70,7 +70,7 @@ async def test_several_tasks_may_wait_for_one_transfer() -> None:
 
 @pytest.mark.parametrize("leaving", [0, 1, 2])
 async def test_others_are_served_when_a_waiting_task_leaves(leaving: int) -> None:
-    """Whichever task leaves, the one that reads for all included."""
+    """Cancels any of the tasks, also the one that reads for all."""
     slow = np.zeros(1 << 26, np.uint8)[::2]  # rows of one byte
     async with kvferry.Engine("host", copy_threads=1) as engine:
         gates = [anyio.CancelScope() for _ in range(3)]
@@ -90,15 +90,15 @@ async def test_others_are_served_when_a_waiting_task_leaves(leaving: int) -> Non
         assert {0, 1, 2} - {leaving} <= set(served)
 
 
-async def test_a_transfer_that_nobody_waits_for_lets_its_memory_go() -> None:
+async def test_a_transfer_that_nobody_waits_for_releases_its_memory() -> None:
     async with kvferry.Engine("host") as engine:
         target = bytearray(4096)
         await engine.start_copy_out(np.ones(4096, np.uint8), target)
         gc.collect()
         with pytest.raises(BufferError):
-            target.append(0)  # still borrowed, whether or not the bytes have arrived
+            target.append(0)  # still borrowed, whether or not all bytes have been copied
         _block_until_idle(engine)
-        await engine.copy_out(b"anything")  # sees the other completion on the way
+        await engine.copy_out(b"anything")  # takes the other completion too
         target.append(0)
         assert target[:-1] == b"\1" * 4096
 
@@ -196,7 +196,7 @@ def test_tasks_of_a_closed_loop_that_are_collected_first_disturb_nobody() -> Non
 
 
 async def test_a_loop_that_still_runs_keeps_the_engine() -> None:
-    """Closing from another one is refused, and then changes nothing."""
+    """Closing the engine from another loop is refused, and changes nothing."""
     slow = np.zeros(1 << 28, np.uint8)[::2]
     async with kvferry.Engine("host", copy_threads=1) as engine:
         transfer = await engine.start_copy_out(slow)
@@ -210,7 +210,7 @@ async def test_a_loop_that_still_runs_keeps_the_engine() -> None:
 
 
 def test_a_queue_keeps_completions_that_nobody_takes() -> None:
-    """An absent consumer: nothing blocks, nothing is lost, also after the engine has gone."""
+    """Nothing blocks and nothing is lost, also after the engine has been destroyed."""
     queue, handle = ffi.new("kvf_queue *"), ffi.new("kvf_engine *")
     assert lib.kvf_queue_create(queue) == lib.KVF_OK
     assert lib.kvf_engine_create(ffi.NULL, handle) == lib.KVF_OK

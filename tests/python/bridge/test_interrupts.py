@@ -1,8 +1,8 @@
-"""Signal handlers that raise: on Ctrl-C trio's, at the second one asyncio's, the program's own.
+"""Signal handlers that raise: trio's on Ctrl-C, asyncio's on the second Ctrl-C, the program's own.
 
 CPython runs a handler between two instructions of the main thread: after a call, at the beginning
-of a function, at the end of a loop's turn. Wherever that is, every job still ends once, whoever
-waits for something else is served, memory is let go, and the engine closes.
+of a function, at the end of a loop's turn. Wherever that is, every job ends exactly once, tasks
+that wait for other transfers get their results, memory is released, and the engine closes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if sys.version_info < (3, 11):
 
 pytestmark = [
     pytest.mark.anyio,
-    # Where an exception comes between the making of a coroutine and its first step.
+    # An exception may come after a coroutine has been made and before its first step.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
 ]
 
@@ -46,7 +46,7 @@ PACKAGE = Path(kvferry.__file__).parent
 
 
 class Interrupt(Exception):
-    """What the handler raises."""
+    """The exception that the handler raises."""
 
 
 class InterruptAt:
@@ -87,10 +87,10 @@ class InterruptAt:
 
 
 def can_interrupt(code: CodeType, last: int, following: int) -> bool:
-    """Whether CPython may run a handler at the end of one instruction, as far as can be imitated.
+    """Whether CPython may run a handler after an instruction, and this test can imitate that.
 
-    Its exception would come from that instruction, here it comes from the following one: the two
-    must not differ in what catches it.
+    CPython raises at that instruction, this test at the following one: the same handler must catch
+    both.
     """
     return runs_handlers(*code.co_code[last : last + 2]) and (
         catcher(code, last) == catcher(code, following)
@@ -106,7 +106,8 @@ def catcher(code: CodeType, offset: int) -> int | None:
 
 
 def runs_handlers(operation: int, argument: int) -> bool:
-    """After calls, returned or just entered, and jumps back. CPython does it after fewer calls."""
+    """Whether this is a call, the beginning of a function, or a jump back. (CPython runs handlers
+    after only some of these.)"""
     name = dis.opname[operation]
     if name == "RESUME":
         return argument & 3 < 2  # not where a coroutine goes on after an await
@@ -114,7 +115,7 @@ def runs_handlers(operation: int, argument: int) -> bool:
 
 
 def loop_name() -> str:
-    """As in EVENT_LOOPS."""
+    """The key in EVENT_LOOPS of the loop that runs."""
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
@@ -125,9 +126,9 @@ def loop_name() -> str:
 async def interrupt_everywhere(
     scenario: Callable[[InterruptAt], Awaitable[None]], *, stride: int = 1
 ) -> None:
-    """Awaits the scenario once for each place, until one is beyond its end.
+    """Awaits the scenario once for each place where a handler may run.
 
-    Where a stride leaves out places, each event loop begins at another one.
+    With a ``stride``, only every such place is tried; each event loop begins at another place.
     """
     places: set[str] = set()
     number = 1 + stride * list(EVENT_LOOPS).index(loop_name()) // len(EVENT_LOOPS)
@@ -146,7 +147,7 @@ async def interrupt_everywhere(
 
 
 def assert_idle(engine: kvferry.Engine) -> None:
-    """Nothing is in flight, nobody waits."""
+    """Asserts that nothing is in flight and no task waits."""
     completions = engine._core.completions
     assert completions.transfers() == []
     assert completions._reader is None
@@ -313,7 +314,7 @@ async def test_sequences_are_interrupted_anywhere(make_context: MakeContext) -> 
 
 
 class Calling:
-    """Stands for the C library; one function sends a signal when it has done its work."""
+    """Stands for the C library. After one of its functions, ``after`` is called."""
 
     def __init__(self, lib: Any, function: str, after: Callable[[], None]) -> None:
         self._lib = lib
@@ -419,7 +420,7 @@ async def test_what_follows_a_failed_load_is_done_once(
     async with kvferry.Engine(DEVICES, copy_threads=1) as engine:
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
-        # What is urgent goes before it, so that it is cancelled in time.
+        # The urgent transfer goes before the load, so that the load is cancelled in time.
         slow = np.zeros(1 << 27, np.uint8)[::2]
         ahead = await engine.start_copy_out(slow, priority="urgent")
         load = await llama.start_load(snapshot, 2)
@@ -464,7 +465,7 @@ def test_ctrl_c_on_trio_ends_the_program_and_its_jobs(
     while hasattr(failure, "exceptions"):
         failure = failure.exceptions[0]
     assert isinstance(failure, KeyboardInterrupt)
-    assert closed == []  # the block's end has raised on, after closing
+    assert closed == []  # the `async with` has raised, after it had closed the engine
     del failure  # its traceback refers to frames that hold memory
     gc.collect()
     for target in targets:

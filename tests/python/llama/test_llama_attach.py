@@ -1,4 +1,4 @@
-"""Several contexts and engines in one process, other callers of libllama, and what stays behind."""
+"""Several contexts and engines in one process, other callers of libllama, and restored slots."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_prompted(make_context: MakeContext, kind: str) -> Context:
 
 
 def libllama_segments() -> list[tuple[int, int, str]]:
-    """Begin, end and protection of what the loader keeps for libllama."""
+    """Returns begin, end and protection of libllama's mapped memory."""
     library = str((LIBRARY_FOLDER / "libllama.so").resolve())
     segments = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -48,7 +48,7 @@ def libllama_segments() -> list[tuple[int, int, str]]:
 
 
 def words_of_libllama() -> dict[int, bytes]:
-    """Its memory that is not code, word by word: its relocation slots are in there."""
+    """Returns libllama's memory without the code, word by word: it has the relocation slots."""
     words: dict[int, bytes] = {}
     with open("/proc/self/mem", "rb", buffering=0) as memory:
         for begin, end, protection in libllama_segments():
@@ -60,7 +60,7 @@ def words_of_libllama() -> dict[int, bytes]:
 
 
 def merged(segments: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Neighbours of one protection as one: how the kernel divides them says nothing."""
+    """Joins neighbours of equal protection, because the kernel may divide them in any way."""
     result: list[tuple[int, int, str]] = []
     for begin, end, protection in segments:
         if result and result[-1][1:] == (begin, protection):
@@ -91,21 +91,21 @@ async def test_the_last_detach_leaves_libllama_as_it_was(make_context: MakeConte
 
 
 def write_words(words: dict[int, bytes]) -> None:
-    """Into slots, whatever the protection of their pages."""
+    """Writes words into slots, whatever the protection of their pages."""
     with open("/proc/self/mem", "r+b", buffering=0) as memory:
         for at, word in words.items():
             memory.seek(at)
             memory.write(word)
 
 
-async def test_slots_that_the_loader_binds_while_the_tap_is_installed_are_taken_back(
+async def test_slots_that_the_loader_binds_while_the_tap_is_installed_are_hooked_again(
     make_context: MakeContext,
 ) -> None:
-    """Lazy binding: it looks a function up, and writes it into the slot after we wrote ours."""
+    """With lazy binding the loader looks a function up, and writes the slot after kvferry has."""
     context = make_prompted(make_context, "llama")
     async with kvferry.Engine(DEVICES) as engine:
         async with engine.attach(context.address) as llama:
-            await llama.load(await llama.save(0), 2)  # binds what is bound at the first call
+            await llama.load(await llama.save(0), 2)  # binds functions that are bound late
         bound = words_of_libllama()
         async with engine.attach(context.address) as llama:
             attached = words_of_libllama()
@@ -124,7 +124,7 @@ async def test_slots_that_the_loader_binds_while_the_tap_is_installed_are_taken_
             write_words(functions)
             async with engine.attach(context.address):
                 assert words_of_libllama() == attached
-            write_words(dict(list(functions.items())[:1]))  # and goes, with one of them bound
+            write_words(dict(list(functions.items())[:1]))  # detaches with one of them bound
         assert words_of_libllama() == bound
 
 
@@ -132,10 +132,10 @@ async def test_slots_that_the_loader_binds_while_the_tap_is_installed_are_taken_
 async def test_a_tap_that_somebody_went_past_is_an_error(
     make_context: MakeContext, kind: str
 ) -> None:
-    """Somebody's functions in the slots that call ggml's, and not ours, which were there before."""
+    """Puts functions into the slots that call ggml's functions, and not kvferry's before them."""
     context, like = make_prompted(make_context, kind), make_prompted(make_context, kind)
     state = like.state_get(0)
-    like.state_set(2, state)  # binds what is bound at the first call
+    like.state_set(2, state)  # binds functions that are bound late
     before = words_of_libllama()
     ggml = ctypes.CDLL(str(LIBRARY_FOLDER / "libggml-base.so"))
     number, address = ctypes.c_size_t, ctypes.c_void_p
@@ -195,7 +195,7 @@ async def test_llama_cpps_own_calls_pass_through_while_attached_and_unseen_after
 
 
 async def test_threads_that_do_not_record_are_untouched(make_context: MakeContext) -> None:
-    """One saves and loads in a context of its own, by llama.cpp's calls, all the while."""
+    """Another thread saves and loads in its own context by llama.cpp's calls all the time."""
     context, other = make_prompted(make_context, "llama"), make_prompted(make_context, "gemma3")
     expected = context.state_get(0)
     states = [other.state_get(0)]
@@ -239,7 +239,7 @@ def a_copy_of_the_library(folder: Path) -> c_interface.Library:
 async def test_two_copies_of_the_library_both_listen(
     make_context: MakeContext, tmp_path: Path, first_to_go: str
 ) -> None:
-    """The later one puts its functions in place of the earlier one's, and calls these."""
+    """The later copy replaces the functions of the earlier one in the slots, and calls them."""
     context = make_prompted(make_context, "llama")
     data = context.state_get(0)
     state = ctypes.create_string_buffer(data, len(data))
@@ -316,7 +316,7 @@ async def test_freeing_one_context_does_not_concern_the_others(
 
 
 async def test_describing_an_attachment_that_ends(model_path: Callable[..., Path]) -> None:
-    """By another thread: it describes, or finds no attachment any more."""
+    """Another thread describes the attachment, or finds that there is none any more."""
     attachments: list[c_interface.Attachment] = []
     failures: set[str] = set()
     stop = threading.Event()
@@ -355,7 +355,7 @@ async def test_describing_an_attachment_that_ends(model_path: Callable[..., Path
 async def test_a_model_is_told_from_another_by_its_fingerprint(
     make_context: MakeContext, model: Callable[..., Model]
 ) -> None:
-    """It covers all that libllama tells of a model; of the weights it tells nothing."""
+    """It covers all that libllama tells of a model. libllama tells nothing of the weights."""
     async with kvferry.Engine(DEVICES) as engine:
 
         def fingerprint(source: str | Model, **options: object) -> str:

@@ -1,11 +1,9 @@
-"""Sequences of a real llama.cpp context from Python: the plain case, and what can go wrong.
+"""Saving and loading sequences of a real llama.cpp context: the plain case, and errors.
 
-The kinds of model and cache that llama.cpp treats differently have tests of their own.
+Other tests have the kinds of models and caches that llama.cpp treats differently.
 """
 
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +14,13 @@ import pytest
 import support.llama_reference as reference
 from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
+from support.programs import run_python
 
 pytestmark = pytest.mark.anyio
 
 PROMPT_TOKENS = 200
 EMPTY_BYTES = 8 if reference.UNFRAMED else 16
-"""Size of an empty sequence's state: magic and sequence, since b9842; one stream of no cells."""
+"""Size of an empty sequence's state: magic number and sequence (since b9842), an empty stream."""
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def llama_model(model: Callable[[str], reference.Model]) -> reference.Model:
 
 @pytest.fixture
 def context(make_context: Callable[..., reference.Context]) -> reference.Context:
-    """With a prompt in sequence 0, and sequences 1 to 3 empty."""
+    """A context with a prompt in sequence 0; sequences 1 to 3 are empty."""
     context = make_context("llama", n_ctx=1024)
     context.decode(0, context.model.prompt(PROMPT_TOKENS))
     return context
@@ -89,7 +88,7 @@ async def test_a_save_that_has_been_started_is_awaited_later(context: reference.
         llama = engine.attach(context.address)
         state = context.state_get(0)
         transfer = await llama.start_save(0, mode="snapshot")
-        await llama.run(context.seq_rm, 0)  # a snapshot doesn't mind
+        await llama.run(context.seq_rm, 0)  # the Snapshot stays as it is
         snapshot = await transfer.wait()
         assert snapshot.to_bytes() == state
         assert transfer.done
@@ -145,7 +144,7 @@ async def test_what_the_program_runs_returns_and_raises_as_it_does(
         llama = engine.attach(context.address)
         assert await llama.run(divmod, 7, 2) == (3, 1)
         assert await llama.run(int, "ff", base=16) == 255
-        # Names that the method could have taken for its own.
+        # Keywords that the method could have as parameters of its own.
         assert await llama.run(dict, self=1, function=2, seq=3) == {
             "self": 1,
             "function": 2,
@@ -247,7 +246,7 @@ async def test_a_cancelled_load_is_whole_or_empty_and_a_cancelled_save_leaves_no
     assert context.state_get(0) == state
 
 
-async def test_a_detached_context_is_let_go_and_can_be_attached_again(
+async def test_a_detached_context_is_released_and_can_be_attached_again(
     context: reference.Context,
 ) -> None:
     async with kvferry.Engine(DEVICES) as engine:
@@ -313,8 +312,6 @@ def test_the_interpreter_exits_cleanly_with_a_context_attached(
     model_path: Callable[..., Path], backend: str
 ) -> None:
     program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import anyio, kvferry
 import support.llama_reference as reference
 
@@ -329,16 +326,11 @@ async def main():
     for sequence in range(10):
         await llama.start_save(0)
     await llama.start_load(snapshot, 1)
-    llama._attachment.worker.post(context.decode, 2, [1] * 500)
+    worker = llama._attachment.worker
+    worker.ask_for(worker.make(context.decode, 2, [1] * 500))
     print("leaving", flush=True)
 
 anyio.run(main, backend={backend!r})
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python("-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")

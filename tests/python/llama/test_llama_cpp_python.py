@@ -1,8 +1,8 @@
-"""llama-cpp-python's own Llama class, as it is: what most Python programs attach.
+"""llama-cpp-python's own Llama class, which most Python programs attach.
 
-Its structs fit one build of libllama each, and no release of it fits the build that the other tests
-use. So these have a process of their own, with the library that `llama_cpp/lib` leads to. That is
-built without CUDA: its caches lie in host memory wherever the tests run.
+Each release of it fits one build of libllama, and none fits the build that the other tests use. So
+these tests run in a process of their own, with the library in `llama_cpp/lib`. That library is
+built without CUDA, so that its caches are in host memory on any machine.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ import llama_cpp.llama_cpp as llama
 
 pytestmark = pytest.mark.anyio
 
+MakeLlm = Callable[..., llama_cpp.Llama]
+
 TEXT = b"Once upon a time, when moving a cache still helped, there lived a queue. "
 NEXT = [3 + ord("x")]
 
@@ -47,7 +49,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_llm(path: Path) -> Iterator[Callable[..., llama_cpp.Llama]]:
-    """`make_llm(**arguments of Llama)`: closed after the test, should it still be there."""
+    """`make_llm(**arguments of Llama)` returns an object that is closed after the test."""
     made: list[weakref.ref[llama_cpp.Llama]] = []
 
     def make(**arguments: Any) -> llama_cpp.Llama:
@@ -61,8 +63,14 @@ def make_llm(path: Path) -> Iterator[Callable[..., llama_cpp.Llama]]:
             llm.close()
 
 
+def make_prompted(make_llm: MakeLlm) -> llama_cpp.Llama:
+    llm = make_llm()
+    llm.eval(llm.tokenize(TEXT))
+    return llm
+
+
 def state_of(llm: llama_cpp.Llama) -> bytes:
-    """By llama.cpp's own call."""
+    """Returns the state of sequence 0 by llama.cpp's own call."""
     size = llama.llama_state_seq_get_size(llm.ctx, 0)
     state = np.empty(size, np.uint8)
     pointer = state.ctypes.data_as(llama.ctypes.POINTER(llama.ctypes.c_uint8))
@@ -71,24 +79,24 @@ def state_of(llm: llama_cpp.Llama) -> bytes:
 
 
 def positions_of(llm: llama_cpp.Llama) -> int:
-    """How many the sequence has, by libllama's account."""
+    """Returns how many positions sequence 0 has in libllama."""
     return llama.llama_memory_seq_pos_max(llama.llama_get_memory(llm.ctx), 0) + 1
 
 
 def logits_of(llm: llama_cpp.Llama) -> bytes:
-    """Those of the last token."""
+    """Returns the logits of the last token."""
     logits = llama.llama_get_logits_ith(llm.ctx, -1)
     return np.ctypeslib.as_array(logits, (llm.n_vocab(),)).tobytes()
 
 
 def test_the_bindings_fit_the_library() -> None:
-    """Else this file would test by luck."""
+    """Otherwise the other tests of this file would mean nothing."""
     assert bindings_fit()
     assert llama_cpp.llama_max_devices() > 0
 
 
 async def test_a_saved_sequence_goes_on_with_the_same_logits(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
     llm = make_llm()
     prompt = llm.tokenize(TEXT)
@@ -115,11 +123,11 @@ async def test_a_saved_sequence_goes_on_with_the_same_logits(
 
 
 async def test_saves_beside_decoding_hold_what_was_there_when_they_began(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
     llm, like = make_llm(), make_llm()
     prompt, rest = llm.tokenize(TEXT * 10), llm.tokenize(TEXT)
-    states = {}  # of a like sequence that is decoded alone, by its length
+    states = {}  # the states of an equal sequence that is decoded alone, with their lengths
     like.eval(prompt)
     states[state_of(like)] = like.n_tokens
     for token in rest:
@@ -141,7 +149,7 @@ async def test_saves_beside_decoding_hold_what_was_there_when_they_began(
             tasks.start_soon(decode)
             while not decoded.is_set():
                 transfer = await model.start_save()
-                await model.run(lambda: None)  # whatever is waiting to be decoded comes first
+                await model.run(lambda: None)  # calls that wait to decode come first
                 lengths.append(states[(await transfer.wait()).to_bytes()])
         assert lengths == sorted(lengths)
         assert len(set(lengths)) > 3
@@ -149,9 +157,9 @@ async def test_saves_beside_decoding_hold_what_was_there_when_they_began(
 
 
 async def test_a_completion_goes_on_from_a_loaded_sequence(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
-    """The class's own way to generate, which takes what its context holds for granted."""
+    """Generates text by the class itself, which trusts what it knows of its context."""
     llm, like = make_llm(), make_llm()
     text = TEXT.decode()
     complete = functools.partial(
@@ -169,10 +177,9 @@ async def test_a_completion_goes_on_from_a_loaded_sequence(
 
 
 async def test_an_attachment_keeps_its_object_alive(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
-    llm = make_llm()
-    llm.eval(llm.tokenize(TEXT))
+    llm = make_prompted(make_llm)
     expected = state_of(llm)
     alive = weakref.ref(llm)
     async with kvferry.Engine("host") as engine:
@@ -187,7 +194,7 @@ async def test_an_attachment_keeps_its_object_alive(
     assert alive() is None
 
 
-async def test_a_closed_object_is_refused(make_llm: Callable[..., llama_cpp.Llama]) -> None:
+async def test_a_closed_object_is_refused(make_llm: MakeLlm) -> None:
     llm = make_llm()
     llm.close()
     async with kvferry.Engine("host") as engine:
@@ -196,10 +203,9 @@ async def test_a_closed_object_is_refused(make_llm: Callable[..., llama_cpp.Llam
 
 
 async def test_closing_an_attached_object_is_noticed(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
-    llm = make_llm()
-    llm.eval(llm.tokenize(TEXT))
+    llm = make_prompted(make_llm)
     async with kvferry.Engine("host") as engine:
         model = engine.attach(llm)
         snapshot = await model.save()
@@ -215,14 +221,14 @@ async def test_closing_an_attached_object_is_noticed(
 
 
 async def test_closing_an_object_under_a_save_ends_the_save(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
     llm = make_llm()
     llm.eval(llm.tokenize(TEXT * 20))
     much = np.ones(256 << 20, np.uint8)
     async with kvferry.Engine("host") as engine:
         model = engine.attach(llm)
-        # What is in the background waits for what is urgent, so the save is still in flight then.
+        # Background transfers wait for urgent ones, so that the save is still in flight.
         urgent = await engine.start_copy_out(much, np.empty_like(much), priority="urgent")
         save = await model.start_save()
         await model.run(llm.close)
@@ -231,7 +237,7 @@ async def test_closing_an_object_under_a_save_ends_the_save(
         await urgent.wait()
 
 
-async def test_another_object_takes_a_state_over(make_llm: Callable[..., llama_cpp.Llama]) -> None:
+async def test_another_object_takes_a_state_over(make_llm: MakeLlm) -> None:
     one, two = make_llm(), make_llm()
     prompt = one.tokenize(TEXT)
     one.eval(prompt)
@@ -249,7 +255,7 @@ async def test_another_object_takes_a_state_over(make_llm: Callable[..., llama_c
 OTHER = b"Dear Sir or Madam, "
 
 
-async def test_two_conversations_take_turns(make_llm: Callable[..., llama_cpp.Llama]) -> None:
+async def test_two_conversations_take_turns(make_llm: MakeLlm) -> None:
     llm, like = make_llm(), {TEXT: make_llm(), OTHER: make_llm()}
     async with kvferry.Engine("host") as engine:
         model = engine.attach(llm)
@@ -271,7 +277,7 @@ async def test_two_conversations_take_turns(make_llm: Callable[..., llama_cpp.Ll
 
 
 async def test_removing_the_sequence_resets_the_object(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
     llm, like = make_llm(), make_llm()
     llm.eval(llm.tokenize(TEXT))
@@ -285,7 +291,7 @@ async def test_removing_the_sequence_resets_the_object(
 
 
 async def test_a_save_knows_the_tokens_of_the_time_when_it_began(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
     llm = make_llm()
     prompt = llm.tokenize(TEXT)
@@ -300,9 +306,7 @@ async def test_a_save_knows_the_tokens_of_the_time_when_it_began(
     assert snapshot.llm.scores is None
 
 
-async def test_the_scores_of_all_tokens_come_back(
-    make_llm: Callable[..., llama_cpp.Llama], tmp_path: Path
-) -> None:
+async def test_the_scores_of_all_tokens_come_back(make_llm: MakeLlm, tmp_path: Path) -> None:
     llm = make_llm(logits_all=True)
     llm.eval(llm.tokenize(OTHER))
     scores = llm._scores.copy()
@@ -318,7 +322,7 @@ async def test_the_scores_of_all_tokens_come_back(
 
 
 async def test_scores_that_were_not_saved_are_not_made_up(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
     without, llm = make_llm(), make_llm(logits_all=True)
     without.eval(without.tokenize(OTHER))
@@ -329,8 +333,8 @@ async def test_scores_that_were_not_saved_are_not_made_up(
     assert np.isnan(llm._scores).all()
 
 
-async def test_a_seed_belongs_to_the_conversation(make_llm: Callable[..., llama_cpp.Llama]) -> None:
-    """As it does for the class's own save_state and load_state."""
+async def test_a_seed_belongs_to_the_conversation(make_llm: MakeLlm) -> None:
+    """As with the class's own save_state and load_state."""
     llm = make_llm(seed=1)
     complete = functools.partial(llm.create_completion, TEXT.decode(), max_tokens=8)
     async with kvferry.Engine("host") as engine:
@@ -344,9 +348,7 @@ async def test_a_seed_belongs_to_the_conversation(make_llm: Callable[..., llama_
         assert len(texts) == 1
 
 
-async def test_a_file_goes_on_in_another_object(
-    make_llm: Callable[..., llama_cpp.Llama], tmp_path: Path
-) -> None:
+async def test_a_file_goes_on_in_another_object(make_llm: MakeLlm, tmp_path: Path) -> None:
     one, two = make_llm(), make_llm()
     one.eval(one.tokenize(TEXT))
     two.eval(two.tokenize(OTHER))
@@ -362,9 +364,9 @@ async def test_a_file_goes_on_in_another_object(
 
 
 async def test_logits_from_before_a_load_are_not_sampled(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
-    """The object samples at once where the prompt is what it holds, unless it knows better."""
+    """The object samples without a decode if it has exactly the prompt, unless told otherwise."""
     llm, like = make_llm(), make_llm()
 
     def next_token(of: llama_cpp.Llama, prompt: list[int]) -> int:
@@ -384,7 +386,7 @@ async def test_logits_from_before_a_load_are_not_sampled(
 
 
 async def test_a_state_without_tokens_is_gone_on_from_but_matches_no_prompt(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
     one, two = make_llm(), make_llm()
     one.eval(one.tokenize(TEXT))
@@ -401,10 +403,9 @@ async def test_a_state_without_tokens_is_gone_on_from_but_matches_no_prompt(
 
 
 async def test_a_load_that_is_refused_leaves_the_object_as_its_sequence_is(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
-    llm = make_llm()
-    llm.eval(llm.tokenize(TEXT))
+    llm = make_prompted(make_llm)
     async with kvferry.Engine("host") as engine:
         model = engine.attach(llm)
         snapshot = await model.save()
@@ -418,9 +419,8 @@ async def test_a_load_that_is_refused_leaves_the_object_as_its_sequence_is(
         assert llm.n_tokens == len(llm.tokenize(TEXT))
 
 
-async def test_a_cancelled_load_resets_the_object(make_llm: Callable[..., llama_cpp.Llama]) -> None:
-    llm = make_llm()
-    llm.eval(llm.tokenize(TEXT))
+async def test_a_cancelled_load_resets_the_object(make_llm: MakeLlm) -> None:
+    llm = make_prompted(make_llm)
     much = np.ones(256 << 20, np.uint8)
     async with kvferry.Engine("host") as engine:
         model = engine.attach(llm)
@@ -435,10 +435,9 @@ async def test_a_cancelled_load_resets_the_object(make_llm: Callable[..., llama_
 
 
 async def test_the_address_of_a_context_has_no_object(
-    make_llm: Callable[..., llama_cpp.Llama],
+    make_llm: MakeLlm,
 ) -> None:
-    llm = make_llm()
-    llm.eval(llm.tokenize(TEXT))
+    llm = make_prompted(make_llm)
     async with kvferry.Engine("host") as engine:
         model = engine.attach(llm.ctx)
         snapshot = await model.save()
@@ -447,7 +446,7 @@ async def test_the_address_of_a_context_has_no_object(
         assert llm.n_tokens == len(llm.tokenize(TEXT))
 
 
-def test_a_script_keeps_two_conversations(make_llm: Callable[..., llama_cpp.Llama]) -> None:
+def test_a_script_keeps_two_conversations(make_llm: MakeLlm) -> None:
     llm, like = make_llm(), {TEXT: make_llm(), OTHER: make_llm()}
     with kvferry.sync.Engine("host") as engine, engine.attach(llm) as model:
         saved = {}

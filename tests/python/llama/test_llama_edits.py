@@ -1,8 +1,8 @@
-"""Sequences that were cut, copied, shifted or kept alone are moved as by llama.cpp's own calls.
+"""Sequences that have been cut, copied, shifted or kept are moved as by llama.cpp's own calls.
 
-A recurrent cell is kept whole or not at all: its kinds know only those edits that concern a whole
-sequence. llama.cpp delays some edits until the next decode, a shift always and a copy between
-streams: what a state looks like in between is part of "as llama.cpp's own" too.
+A recurrent cell is kept whole or not at all: kinds with such cells allow only edits of whole
+sequences. llama.cpp applies shifts, and copies between streams, at the next decode. States that are
+saved before that decode must equal llama.cpp's own, too.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ async def test_an_edited_sequence_is_moved_as_by_llama_cpp(
 async def test_a_copied_part_is_moved_as_by_llama_cpp(
     make_context: MakeContext, kind: str, cache: str
 ) -> None:
-    """Only within one stream: between two, llama.cpp copies sequences whole."""
+    """Only in one stream: between streams, llama.cpp copies whole sequences."""
     ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
     for context in (ours, like):
         context.decode_in_turn([0, 1], 40)
@@ -120,8 +120,8 @@ async def test_a_copied_part_is_moved_as_by_llama_cpp(
     await assert_moved_as_by_llama_cpp(ours, like, 2, 3)
 
 
-# What b10361 can shift at all: of qwen2vl it says that it can't; with deepseek32 and with quantised
-# latent rows, its next decode ends the process.
+# What b10361 can shift. It says that it cannot shift qwen2vl; with deepseek32 and with quantised
+# latent rows, the next decode ends the process.
 SHIFTABLE = [
     *[(kind, cache) for kind in ("llama", "gemma3") for cache in CACHES],
     *[("deepseek2", cache) for cache in ("flash", "transposed", "streams")],
@@ -142,7 +142,7 @@ async def test_a_shifted_sequence_is_moved_as_by_llama_cpp(
 
 
 async def test_a_load_into_a_copy_leaves_its_origin_alone(make_context: MakeContext) -> None:
-    """In a unified cache the two share their cells."""
+    """In a unified cache both sequences share their cells."""
     context, like = make_context("llama"), make_context("llama")
     for each in (context, like):
         each.decode_in_turn([0, 1], 40)

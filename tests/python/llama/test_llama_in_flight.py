@@ -1,13 +1,15 @@
 """What may be done to a context while a transfer of one of its sequences is in flight.
 
-The transfer follows a stream that is held (in_flight.py), so that it surely is in flight. Whatever
-is allowed must leave what llama.cpp's own calls leave, bit for bit; what is forbidden may spoil
-sequences, and no more than that.
+The transfer is held (in_flight.py), so that it is certainly in flight. After an allowed operation
+everything must equal the results of llama.cpp's own calls, bit for bit. A forbidden operation may
+spoil sequences, but nothing else.
 """
 
 from __future__ import annotations
 
+import concurrent.futures as cf
 import ctypes
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -28,17 +30,26 @@ from support.in_flight import (
     Operation,
     Side,
     beside_a_transfer,
+    clear,
+    copy_onto_own,
     decode,
+    decode_another_end_of_own,
     decode_fourth,
+    decode_own,
+    decode_own_anew,
     decode_several,
     divide,
     divide_own,
+    keep_other,
     live_alike,
     load,
+    load_within_own,
     moves_at_once,
     pending_copy,
     pending_shift,
     remove_a_part,
+    remove_own,
+    remove_within_own,
     save,
     shares_a_window,
     shift,
@@ -47,9 +58,10 @@ from support.in_flight import (
     state_get_all,
     state_get_own,
     state_set,
+    state_set_own,
 )
 from support.like_contexts import CACHES, MakeContext
-from support.llama_reference import Context, Model
+from support.llama_reference import BUILD, NAMES_ROWS, Context, Model
 from support.simulated_cuda import SimulatedCuda
 
 pytestmark = NEEDS_CUDA
@@ -69,7 +81,7 @@ KINDS = [
     ("mamba", "flash"),
     *[(kind, cache) for kind in ("hybrid", "hybrid-iswa") for cache in ("flash", "streams")],
 ]
-"""The kinds of model and cache, one for each way in which an operation may go wrong."""
+"""Kinds of models and caches, one for each way in which an operation may go wrong."""
 
 
 Alike = Callable[[str, str], tuple[Context, Context]]
@@ -77,10 +89,10 @@ Alike = Callable[[str, str], tuple[Context, Context]]
 
 @pytest.fixture
 def alike(make_context: MakeContext, model: Callable[..., Model]) -> Alike:
-    """Makes two contexts of a kind of model and cache."""
+    """Makes two equal contexts of a kind of model and cache."""
 
     def make(kind: str, cache: str) -> tuple[Context, Context]:
-        # Of fewer layers its states are so small that submitting them moves them.
+        # With fewer layers, states are so small that the submitting call moves them.
         chosen = model(kind, layers=16) if kind in WINDOW else model(kind)
         return make_context(chosen, **CACHES[cache]), make_context(chosen, **CACHES[cache])
 
@@ -91,7 +103,7 @@ def alike(make_context: MakeContext, model: Callable[..., Model]) -> Alike:
 
 
 def table_of_the_header() -> dict[str, dict[Kind, str]]:
-    """By operation and transfer: what is allowed."""
+    """Returns what the table allows, by operation and transfer."""
     header = Path(__file__).parents[3] / "include" / "kvferry.h"
     _, text = header.read_text().split("What may be done while a transfer is in flight")
     rows = [
@@ -108,28 +120,40 @@ FREES = "llama_free"
 
 
 def rule(transfer: Kind, row: str, kind: str) -> str:
-    """What a cell of the table says of this kind of model: "yes", "no", "waits" or a status."""
-    cell = TABLE[row][transfer]
-    if cell == "plain attention alone":
-        return "yes" if kind in ATTENTION else "no"
-    return cell.split(",")[0]
+    """Returns a cell of the table for a kind of model: "yes", "no", "waits" or a status."""
+    return TABLE[row][transfer].split(",")[0]
 
 
-# What llama.cpp b10361 can't do at all: of M-RoPE it says so; the others end the process.
+# Kinds that llama.cpp b10361 cannot shift: with M-RoPE it refuses; with the others the process
+# ends.
 UNSHIFTABLE = ("qwen2vl", "deepseek32", *RECURRENT)
 
 
 def can(operation: Operation, kind: str) -> bool:
-    """Whether llama.cpp knows this operation for this kind of model."""
+    """Whether llama.cpp has this operation for this kind of model."""
     if operation in (shift, divide, shift_own, divide_own):
         return kind not in UNSHIFTABLE
     # A recurrent cell is kept whole or not at all.
     return operation is not remove_a_part or kind not in RECURRENT
 
 
-def may_wait(operation: Operation, kind: str, cache: str) -> bool:
-    """Whether the operation, or the decode that is a part of it, may wait for the transfer."""
-    if operation in (shift, divide):
+CHANGES_OWN = (
+    shift_own,
+    divide_own,
+    copy_onto_own,
+    remove_own,
+    keep_other,
+    clear,
+    state_set_own,
+)
+"""They change the sequence that is moved: the next decode waits."""
+
+
+def may_wait(transfer: Kind, operation: Operation, kind: str, cache: str) -> bool:
+    """Whether the operation, or the decode in it, may wait for the transfer."""
+    if operation in (shift, divide, *CHANGES_OWN):
+        return True
+    if operation is decode_own and (transfer == "load" or kind not in ATTENTION):
         return True
     if operation in (state_get, state_set) and "transposed" in cache:
         return True  # cells of one sequence lie between those of another
@@ -140,12 +164,16 @@ def may_wait(operation: Operation, kind: str, cache: str) -> bool:
 
 
 def holding(context: Context) -> Literal["stream", "queue"]:
-    """How a transfer is held that shall not wait itself. The queue holds transfers on the host."""
+    """Returns how to hold a transfer without making its submitting call wait.
+
+    The queue can hold transfers only on the host.
+    """
     return "queue" if moves_at_once(context) and not ON_GPU else "stream"
 
 
 def cells(*rules: str) -> list[Any]:
-    """The cells of the table that say so, as parameters: transfer, operation, kind, cache."""
+    """Returns the cells of the table with these rules, as parameters of a test: transfer,
+    operation, kind, cache."""
     transfers: list[Kind] = ["load", "save"]
     return [
         pytest.param(transfer, operation, kind, cache, id=f"{transfer}-{name}-{kind}-{cache}")
@@ -154,7 +182,7 @@ def cells(*rules: str) -> list[Any]:
         for operation in operations
         for kind, cache in KINDS
         if rule(transfer, row, kind) in rules and can(operation, kind)
-        # Where nothing is asserted of bytes, one cache is enough.
+        # One cache is enough for tests that compare no bytes.
         if "yes" in rules or cache == "flash"
         for name in [operation.__name__]
     ]
@@ -181,9 +209,9 @@ def test_what_is_allowed_beside_a_transfer_is_done_as_by_llama_cpp(
     [row] = [row for row, operations in OPERATIONS.items() if operation in operations]
     waits = rule(transfer, row, kind) == "waits"
     held = holding(ours)
-    # A transfer that follows a stream keeps tokens and loads off a window.
+    # While a transfer follows a stream, decoding and loading wait in a window.
     off_a_window = held == "stream" and shares_a_window(ours)
-    may = waits or off_a_window or may_wait(operation, kind, cache)
+    may = waits or off_a_window or may_wait(transfer, operation, kind, cache)
     outcome = beside_a_transfer(
         cuda,
         ours,
@@ -191,7 +219,7 @@ def test_what_is_allowed_beside_a_transfer_is_done_as_by_llama_cpp(
         transfer,
         operation,
         held=held,
-        # Others would wait until the test's time is over.
+        # Operations that must not wait get more time.
         patience=PATIENCE if may else 20,
     )
     assert outcome.differences == []
@@ -214,7 +242,7 @@ def test_what_is_forbidden_beside_a_transfer_spoils_sequences_and_no_more(
     assert outcome.status == "KVF_OK"
     for context in (ours, like):
         context.clear()
-    # A cleared cache forgets what was spoiled.
+    # Nothing spoiled remains in a cleared cache.
     logits = [context.decode(OWN, context.model.prompt(40)) for context in (ours, like)]
     assert logits[0].tobytes() == logits[1].tobytes()
     assert ours.state_get(OWN) == like.state_get(OWN)
@@ -257,7 +285,7 @@ def test_a_context_that_is_freed_ends_its_transfers_first(
         buffer = ctypes.create_string_buffer(state, len(state))
         submit = attachment.load if transfer == "load" else attachment.save
         hold = ByUrgentCopies(engine) if holding(context) == "queue" else ByStream(stream)
-        job = submit(OWN, buffer, mode=c_interface.Mode.IN_PLACE, **hold.options)
+        job = submit(OWN, buffer, mode=c_interface.IN_PLACE[transfer], **hold.options)
         context.close()
         assert job.done
         assert job.wait() == "KVF_ERR_CANCELLED"
@@ -268,7 +296,7 @@ SNAPSHOT_ALLOWS = [
     operation
     for row, operations in OPERATIONS.items()
     for operation in operations
-    if rule("save", row, "gemma3") == "no"
+    if operation in CHANGES_OWN or operation is decode_own
 ]
 
 
@@ -284,9 +312,11 @@ SNAPSHOT_ALLOWS = [
 def test_a_snapshot_forbids_nothing(
     cuda: SimulatedCuda, alike: Alike, kind: str, operation: Operation
 ) -> None:
-    """It has been taken when the call returns, which waits for the stream."""
+    """The call waits for the stream, and has taken the snapshot when it returns."""
     ours, like = alike(kind, "flash")
-    outcome = beside_a_transfer(cuda, ours, like, "save", operation, mode=c_interface.Mode.SNAPSHOT)
+    outcome = beside_a_transfer(
+        cuda, ours, like, "save", operation, mode=c_interface.SaveMode.SNAPSHOT
+    )
     assert outcome.differences == []
     assert outcome.status == "KVF_OK"
 
@@ -300,7 +330,7 @@ SHIFTED = [
     *[(kind, cache) for kind in ("llama", "gemma3") for cache in CACHES],
     *[("deepseek2", cache) for cache in ("flash", "transposed", "streams")],
 ]
-"""What llama.cpp can shift at all."""
+"""The kinds that llama.cpp can shift."""
 
 
 @CPU_ONLY
@@ -315,9 +345,9 @@ def test_no_byte_moves_while_a_shift_rewrites_the_keys(
     transfer: Kind,
     shifted: int,
 ) -> None:
-    """llama.cpp applies a pending shift at its next decode, to all keys of the cache: those that
-    need not be shifted are turned by zero. Here it is halted behind its first operation. Quantised
-    keys lie outside of the cache at that moment: what is loaded now is lost.
+    """llama.cpp applies a pending shift at its next decode, to all keys of the cache; keys that
+    need no shift are rotated by zero. Here the graph is halted after its first operation. At that
+    moment quantised keys are outside of the cache, so that loaded bytes would be lost.
     """
     ours, like = alike(kind, cache)
     outcome = beside_a_transfer(
@@ -356,8 +386,8 @@ def test_no_cell_of_a_window_that_is_being_moved_goes_to_another_sequence(
     operation: Operation,
     held: Literal["stream", "queue"],
 ) -> None:
-    """A state has the cells that the window shows to the last token. llama.cpp takes for others
-    what the window hides from the next one.
+    """A state has the cells that the last token sees through the window. llama.cpp gives cells that
+    the next token will not see to other sequences.
     """
     ours, like = alike(kind, cache)
     outcome = beside_a_transfer(cuda, ours, like, transfer, operation, held=held)
@@ -370,13 +400,37 @@ def test_no_cell_of_a_window_that_is_being_moved_goes_to_another_sequence(
 def test_a_recurrent_cell_that_llama_cpp_moves_keeps_its_bytes(
     cuda: SimulatedCuda, alike: Alike, kind: str, cache: str, transfer: Kind
 ) -> None:
-    """Sequences that are decoded in one batch get neighbouring cells. Whoever is in the way goes to
-    another cell, and the graph copies its state there: a load still goes to the old one, where
-    another sequence is by then.
+    """Sequences that are decoded in one batch get neighbouring cells. A sequence that has one of
+    these cells gets another cell, and the graph copies its state there. A load would still write to
+    the old cell, which another sequence has then.
     """
     ours, like = alike(kind, cache)
     outcome = beside_a_transfer(cuda, ours, like, transfer, decode_several)
     assert outcome.differences == []
+
+
+@pytest.mark.parametrize("transfer", ["load", "save"])
+@pytest.mark.parametrize(
+    "operation", [decode_own_anew, decode_another_end_of_own, remove_within_own, load_within_own]
+)
+@pytest.mark.parametrize(
+    ("kind", "cache"), [one for one in KINDS if one[0] in ("llama", "deepseek2")]
+)
+def test_rows_of_the_sequence_that_are_given_away_are_noticed(
+    cuda: SimulatedCuda,
+    alike: Alike,
+    kind: str,
+    cache: str,
+    operation: Operation,
+    transfer: Kind,
+) -> None:
+    """Where its first and last position don't tell that something has been done to it."""
+    if not NAMES_ROWS and operation is not load_within_own:
+        pytest.skip(f"graphs of {BUILD} do not tell which rows they write")
+    ours, like = alike(kind, cache)
+    outcome = beside_a_transfer(cuda, ours, like, transfer, operation)
+    assert outcome.differences == []
+    assert outcome.status == "KVF_OK"
 
 
 @pytest.mark.parametrize(("kind", "cache"), SHIFTED)
@@ -394,7 +448,7 @@ def test_a_sequence_is_saved_as_it_was_before_its_pending_shift(
 def test_a_sequence_onto_which_another_is_to_be_copied_is_moved_before(
     cuda: SimulatedCuda, alike: Alike, kind: str, cache: str, transfer: Kind
 ) -> None:
-    """llama.cpp copies between streams at its next decode, over whatever has been loaded since."""
+    """llama.cpp copies between streams at its next decode, and overwrites a load before that."""
     ours, like = alike(kind, cache)
     outcome = beside_a_transfer(
         cuda, ours, like, transfer, decode_fourth, before=pending_copy(OTHER, OWN)
@@ -407,9 +461,37 @@ def test_a_sequence_onto_which_another_is_to_be_copied_is_moved_before(
 def test_a_sequence_that_is_to_be_copied_is_loaded_before(
     cuda: SimulatedCuda, alike: Alike, kind: str, cache: str
 ) -> None:
-    """llama.cpp's copy is then one of what has been loaded; so is ours."""
+    """llama.cpp copies what has been loaded. So must kvferry's context."""
     ours, like = alike(kind, cache)
     outcome = beside_a_transfer(
         cuda, ours, like, "load", decode_fourth, before=pending_copy(OWN, SPARE)
     )
     assert outcome.differences == []
+
+
+@pytest.mark.parametrize("flags", [0, c_interface.FORCE_BLOCKING], ids=["tap", "blocking"])
+def test_a_load_reads_a_state_when_its_stream_has_written_it(
+    cuda: SimulatedCuda, make_context: MakeContext, flags: int
+) -> None:
+    """A copy to pinned memory that the stream still has to do, and that nothing has sealed."""
+    context = make_context("llama")
+    live_alike(context)
+    state = context.state_get(OWN)
+    library = c_interface.Library(c_interface.LIBRARY)
+    with (
+        library.engine() as engine,
+        cuda.stream() as stream,
+        engine.attach(context.address, flags) as attachment,
+        engine.allocate(len(state)) as buffer,
+        cf.ThreadPoolExecutor(1) as pool,
+    ):
+        ctypes.memset(buffer, 0xFF, len(state))
+        stream.hold()
+        job = pool.submit(attachment.load, SPARE, buffer, stream=stream.handle)
+        time.sleep(0.05)
+        waited = not job.done()
+        ctypes.memmove(buffer, state, len(state))
+        stream.release()
+        assert job.result(20).wait() == "KVF_OK"
+        assert waited
+        assert context.pos_max(SPARE) == 39

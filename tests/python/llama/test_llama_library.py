@@ -1,20 +1,17 @@
-"""Which of several libllama in a process is used. Each test has a process of its own for them."""
+"""Choosing one of several libllama in a process. Each test runs a process of its own."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.llama_reference import LIBRARY_FOLDER
+from support.programs import run_python
 
 PROGRAM = """
 import ctypes, sys
-sys.path.insert(0, {tests!r})
 import anyio, kvferry
 from support import llama_reference
 
@@ -39,7 +36,7 @@ anyio.run(main)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With a copy of this libllama beside its other libraries: the loader takes it for another."""
+    """A folder with a copy of this libllama, which the loader loads as another library."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for file in LIBRARY_FOLDER.resolve().iterdir():
@@ -52,18 +49,14 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def attached(folder: Path, model_path: Callable[..., Path]) -> Callable[..., str]:
-    """`attached(library, *others)`: the library that is attached to in a process with them."""
+    """`attached(library, *others)` runs a process that has loaded this libllama and `others`, and
+    returns the path of the libllama that is attached to."""
 
     def attach(library: str | Path, *others: Path) -> str:
-        tests = str(Path(__file__).parents[1])
-        program = PROGRAM.format(tests=tests, model=str(model_path("llama")))
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(library), *map(str, others)],
-            env={**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+        program = PROGRAM.format(model=str(model_path("llama")))
+        done = run_python(
+            *("-c", program, str(library), *map(str, others)),
+            environment={"LLAMA_CPP_LIB_PATH": str(folder)},
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -83,7 +76,7 @@ def test_several_libraries_are_ambiguous_unless_a_part_of_one_path_tells(
 def test_a_library_named_by_its_exact_path_is_never_ambiguous(
     attached: Callable[..., str], folder: Path
 ) -> None:
-    """Though that path is a part of another's."""
+    """The path is also the beginning of another library's path."""
     used, other = folder / "libllama.so", folder / "libllama.so.old"
     assert attached(used, other) == str(used)
 

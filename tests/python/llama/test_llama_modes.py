@@ -1,5 +1,5 @@
-"""What may go on beside a transfer: the two modes of a save, loads beside decoding, and libllama's
-blocking calls instead of the tap."""
+"""The modes of saves and loads, beside decoding; and libllama's blocking calls instead of the
+tap."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from support.llama_reference import Context, Logits, Model, load_keeps_others
 pytestmark = pytest.mark.anyio
 
 OVERWRITTEN = {"gemma3", "mamba", "hybrid", "hybrid-iswa"}
-"""Kinds where decoding a sequence overwrites a part of what a save of it reads."""
+"""Kinds where decoding a sequence overwrites bytes that a save of that sequence reads."""
 
 LARGE_TOKENS = 48 * LARGER
 
-# As `KVF_SAVE_*` in a completion.
-IN_PLACE, SNAPSHOT, AHEAD = 1, 2, 2
+IN_PLACE, SNAPSHOT = lib.KVF_SAVE_IN_PLACE, lib.KVF_SAVE_SNAPSHOT
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def large_model(model: Callable[..., Model]) -> Model:
-    """1 MiB a token: LARGE_TOKENS take some milliseconds to move, many decode steps."""
+    """1 MiB a token: moving LARGE_TOKENS takes some milliseconds, and many decode steps."""
     return model("llama", geometry="bench")
 
 
@@ -49,7 +48,7 @@ def large_context(make_context: MakeContext, model: Model) -> Context:
 async def decode_beside(
     llama: kvferry.Llama, context: Context, seq: int, token: int, transfer: kvferry.Transfer[Any]
 ) -> tuple[Logits, bool]:
-    """The logits, and whether the transfer was still in flight when the decoding began."""
+    """Decodes a token; returns the logits, and whether the transfer was in flight before."""
 
     def decode() -> tuple[Logits, int]:
         began_ns = time.monotonic_ns()
@@ -160,14 +159,16 @@ async def test_a_load_ahead_leaves_what_llama_cpps_own_does(
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(ours.address)
         snapshot = await llama.save(0)
-        # Pinned and pageable; into nothing, and over what the load before left.
+        # From pinned and pageable memory; into an empty sequence, and over a loaded one.
         for source in (snapshot, snapshot.to_bytes()):
             for priority in ("urgent", "background"):
                 transfer = await llama.start_load(source, 2, priority=priority, mode="ahead")
                 await transfer.wait()
                 assert transfer.completion is not None
                 ahead = ON_GPU and kind not in OPAQUE
-                assert transfer.completion.mode == (AHEAD if ahead else IN_PLACE)
+                assert transfer.completion.mode == (
+                    lib.KVF_LOAD_AHEAD if ahead else lib.KVF_LOAD_IN_PLACE
+                )
                 assert ours.state_get(2) == like.state_get(2)
         await llama.load(snapshot, 2, mode="in_place")
         assert ours.state_get(2) == like.state_get(2)
@@ -226,7 +227,7 @@ async def test_size_is_known_and_reads_no_tensor_byte(
             assert llama.size(seq) == context.state_size(seq) + more
         after = llama.describe()
         assert after == before
-        context.state_get(0)  # which does read them, and is counted
+        context.state_get(0)  # this call reads them, and is counted
         assert llama.describe()["passed_calls"] > before["passed_calls"]
 
 
@@ -235,10 +236,10 @@ async def test_size_is_known_and_reads_no_tensor_byte(
 
 @pytest.fixture
 def blocking(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Arguments for `attach` that leave the tap out though it would work.
+    """Arguments for `attach` that make kvferry use blocking calls although the tap would work.
 
-    Python has no way to say so, since no program needs it: here its word for "where it must be"
-    is given the meaning of "always".
+    Python has no option for that, because no program needs it: so the flag that allows blocking
+    calls is replaced by the flag that forces them.
     """
 
     native: Any = lib
@@ -280,7 +281,7 @@ async def test_without_the_tap_the_same_bytes_are_moved(
 async def test_without_the_tap_bad_states_are_refused_and_leave_the_sequence_as_it_was(
     make_context: MakeContext, blocking: dict[str, Any], kind: str
 ) -> None:
-    """With every sequence in use, so that none shows what an empty one looks like."""
+    """All sequences are in use, so that no empty one shows the parts of the cache."""
     context = make_context(kind)
     context.decode_in_turn(range(4), 20)
     other, before = context.state_get(0), context.state_get(2)

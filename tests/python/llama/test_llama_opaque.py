@@ -1,16 +1,14 @@
-"""Caches whose states are in a format that kvferry does not know: moved whole, guarded by an
-envelope of its own, and refused by that before libllama sees what is damaged.
+"""Caches whose states have a format that kvferry does not know. Their states are moved whole, with
+an envelope that finds damage before libllama sees the state.
 
-On a copy of libllama that begins its states with another number, and on models whose states no
-known format describes. Each case, opaque_states.py has them, is a process of its own.
+Some cases run on a copy of libllama that begins its states with another number, others on models
+whose states no known format describes. Each case runs in a process of its own (opaque_states.py).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 from support.like_contexts import OPAQUE
 from support.llama_reference import LIBRARY_FOLDER
 from support.opaque_states import CASES
+from support.programs import run_python
 from support.unknown_format import NUMBERS
 
 CANCEL_CASE = "a_load_that_is_cancelled_ends_once"
@@ -30,14 +29,10 @@ def run_case(case: str, model: Path, foreign: Path, folder: Path, **options: Any
     if case == STREAM_CASE and "KVFERRY_SIMULATED_CUDA" not in os.environ:
         pytest.skip("KVFERRY_SIMULATED_CUDA is not set")
     arguments = [case, str(model), str(foreign), json.dumps({"n_ctx": 256, **options})]
-    done = subprocess.run(
-        [sys.executable, "-m", "support.opaque_states", *arguments],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)},
-        capture_output=True,
-        text=True,
+    done = run_python(
+        *("-m", "support.opaque_states", *arguments),
+        environment={"LLAMA_CPP_LIB_PATH": str(folder)},
         timeout=120,
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -50,10 +45,10 @@ def test_a_format_that_nobody_has_seen(
     which: str,
     case: str,
 ) -> None:
-    # States of 20 MiB take some milliseconds to move; others are damaged again and again.
+    # Moving a state of 20 MiB takes some milliseconds. Other cases load many damaged states.
     geometry = "bench" if case == CANCEL_CASE else "small"
     model = model_path("llama", geometry=geometry)
-    # It has other weights and says so, and its states fit.
+    # A model with other weights and metadata, whose states would be accepted.
     foreign = model_path("llama", geometry=geometry, seed=1, context=8192)
     run_case(case, model, foreign, unknown_libllama(which))
 

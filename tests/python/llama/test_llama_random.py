@@ -1,4 +1,4 @@
-"""Random walks (random_walk.py), short ones with fixed seeds. `make soak` takes longer ones."""
+"""Short random walks (random_walk.py) with fixed seeds. `make soak` runs longer ones."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ pytestmark = NEEDS_CUDA
 STEPS = 150
 
 WALKS = [
-    # These find the faults that were once there, when their mends are taken out: a pending shift
-    # rewrites all keys, recurrent cells are moved, and cells of a window go to others.
+    # These walks find faults that have been repaired, if the repairs are removed: a pending shift
+    # rewrites all keys, recurrent cells are moved, other sequences take cells of a window.
     *[("llama", "q8_0", seed) for seed in (2, 3)],
     ("llama", "q4_0", 4),
     *[("hybrid", "flash", seed) for seed in (2, 5)],
     *[("gemma3", "q8_0", seed) for seed in (4, 7)],
     ("gemma3", "flash", 6),
     ("hybrid-iswa", "flash", 5),
-    # And these find whatever else there may be.
+    # These walks are for other faults.
     ("mamba", "flash", 0),
     *[("llama", cache, 0) for cache in ("flash", "transposed", "streams", "f32")],
     *[("gemma3", cache, 1) for cache in ("transposed", "streams")],
@@ -46,7 +46,7 @@ def test_whatever_is_done_beside_transfers_is_done_as_by_llama_cpp(
             except BaseException:
                 print("step", walk.steps, *walk.history, sep="\n  ")
                 raise
-    # Where values are transposed, comparing states waits for what is in flight.
+    # With transposed values, comparing states waits for transfers in flight.
     assert walk.done["decode beside"] > 0 or "transposed" in cache
 
 

@@ -1,6 +1,6 @@
-"""Calls that can't be served: a clear error each, and nothing lost by it.
+"""Calls that are refused: each with a clear error, and without any loss.
 
-(States that are truncated or damaged have a file of their own: test_llama_damage.py.)
+(Truncated and damaged states are in test_llama_damage.py.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_prompted(make_context: MakeContext, source: str | Model, **options: Any
 
 @pytest.fixture
 def large_model(model: Callable[..., Model]) -> Model:
-    """1 MiB a token: LARGE_TOKENS take some milliseconds to move."""
+    """1 MiB a token: moving LARGE_TOKENS takes some milliseconds."""
     return model("llama", geometry="bench")
 
 
@@ -51,7 +51,7 @@ def large_model(model: Callable[..., Model]) -> Model:
 async def test_sequences_out_of_range_are_refused(
     make_context: MakeContext, kind: str, cache: str
 ) -> None:
-    """libllama aborts at some of these ids, and takes or empties all sequences at others."""
+    """libllama aborts at some of these ids, and uses or empties all sequences at others."""
     context = make_prompted(make_context, kind, **CACHES[cache])
     states = [context.state_get(seq) for seq in range(4)]
     async with kvferry.Engine(DEVICES) as engine:
@@ -76,7 +76,7 @@ async def test_sequences_out_of_range_are_refused(
 async def test_an_empty_sequence_is_not_saved_but_an_empty_state_empties_one(
     make_context: MakeContext, kind: str
 ) -> None:
-    """libllama would leave some kinds of sequence as they were, and report success."""
+    """For some kinds, libllama would leave the sequence as it was, and report success."""
     context = make_prompted(make_context, kind)
     empty = context.state_get(3)
     other = context.state_get(0)
@@ -172,7 +172,7 @@ async def test_a_refused_option_leaves_nothing_in_flight(
 async def test_states_of_other_models_and_caches_are_refused(
     make_context: MakeContext, model: Callable[..., Model], kind: str, known: bool
 ) -> None:
-    """Raw bytes, of which nothing is known but what they say themselves."""
+    """Raw bytes, about which only their own content is known."""
     strangers: list[Context] = [
         make_prompted(make_context, other) for other in KINDS if fits(other)
     ]
@@ -188,7 +188,7 @@ async def test_states_of_other_models_and_caches_are_refused(
         context.decode_in_turn([0, 1], 20)
         context.decode(2, [1, 2, 3])
     before = [context.state_get(seq) for seq in range(4)]
-    # Not every option makes a difference to every kind: mamba's cache is always the same.
+    # Some options change nothing for some kinds: mamba's cache is always the same.
     assert len(states - {own}) > 5
     async with kvferry.Engine(DEVICES) as engine:
         for state in states - {own}:
@@ -215,7 +215,7 @@ async def test_states_of_other_models_and_caches_are_refused(
 async def test_a_state_of_another_cache_is_refused_with_the_reason(
     make_context: MakeContext, cache: str, other: str, why: str
 ) -> None:
-    """Of the same model, so that the fingerprints agree."""
+    """Both caches are of the same model, so that the fingerprints are equal."""
     context = make_prompted(make_context, "llama", **CACHES[cache])
     stranger = make_prompted(make_context, "llama", **CACHES[other])
     async with kvferry.Engine(DEVICES) as engine:
@@ -230,7 +230,7 @@ async def test_a_state_of_another_cache_is_refused_with_the_reason(
 async def test_a_snapshot_of_another_model_is_refused_even_where_its_bytes_would_fit(
     make_context: MakeContext, model: Callable[..., Model]
 ) -> None:
-    # A longer training context changes what the model says of itself, and no tensor.
+    # A longer training context changes the model's metadata, but no tensor.
     context = make_prompted(make_context, "llama")
     stranger = make_prompted(make_context, model("llama", context=8192))
     context.decode(2, [1, 2, 3])
@@ -239,9 +239,9 @@ async def test_a_snapshot_of_another_model_is_refused_even_where_its_bytes_would
         snapshot = await engine.attach(stranger.address).save(0)
         with pytest.raises(kvferry.StateMismatch, match=llama.fingerprint):
             await llama.load(snapshot, 2)
-        assert context.pos_max(2) == 2  # as it was: libllama has seen nothing of it
+        assert context.pos_max(2) == 2  # unchanged, because libllama was not called
         assert llama.load_outcome(2) == "unchanged"
-        await llama.load(snapshot.to_bytes(), 2)  # as bytes they say nothing of a model
+        await llama.load(snapshot.to_bytes(), 2)  # plain bytes have no fingerprint
         assert context.pos_max(2) == 19
 
 
@@ -262,7 +262,7 @@ async def test_a_load_into_a_full_cache_is_refused_and_loses_no_cell(
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         snapshot = await llama.save(0)
-        # Of an opaque state nothing is known but that libllama refuses it.
+        # Of an opaque state kvferry knows only that libllama refuses it.
         why = "did not take the state" if kind in OPAQUE else "100 cells"
         for target in (2, 3):
             with pytest.raises(kvferry.KvferryError, match=why) as refusal:
@@ -270,7 +270,7 @@ async def test_a_load_into_a_full_cache_is_refused_and_loses_no_cell(
             assert isinstance(refusal.value, kvferry.CacheFull) == (kind not in OPAQUE)
             assert context.pos_max(target) == -1
         assert [context.state_get(0), context.state_get(1)] == states
-        # Over itself there is room.
+        # There is room for it in place of itself.
         await llama.load(snapshot, 0, mode=mode)
         assert context.pos_max(0) == 99
         await llama.remove(0)
@@ -295,7 +295,7 @@ async def test_a_state_larger_than_the_cache_is_refused(
                 with pytest.raises(kvferry.CacheFull, match="300 cells; a sequence may have 256"):
                     await llama.load(snapshot, 0)
                 assert context.pos_max(0) == -1
-                # Not known at first what this cache's cells look like; from now on it is.
+                # From this load on, the cells of this cache are known.
                 context.decode(1, [1])
         context.seq_rm(1)
         context.decode(0, context.model.prompt(256))
@@ -315,17 +315,17 @@ async def test_a_sequence_in_use_is_refused_and_the_transfer_goes_on(
         first, second = [await llama.save(seq) for seq in (0, 1)]
 
         async def refused(call: Awaitable[object]) -> str:
-            """The text of the refusal; "" if the transfer before had ended already."""
+            """Returns the text of the refusal; "" if the first transfer had ended already."""
             try:
                 await call
             except kvferry.Busy as error:
                 return str(error)
             return ""
 
-        # A transfer that has ended is in nobody's way: again, until both kinds were met in flight.
+        # A transfer that has ended refuses nothing: so repeat until both kinds met one in flight.
         texts: set[str] = set()
         for _ in range(100):
-            # Several saves at once are fine; a load beside a save is not.
+            # Several saves at the same time are allowed; a load beside a save is not.
             saves = [await llama.start_save(0) for _ in range(3)]
             texts.add(await refused(llama.load(second, 0)))
             for save in saves:
@@ -371,7 +371,7 @@ async def test_a_cancelled_load_leaves_the_sequence_empty_and_the_others_alone(
                 await transfer.wait()
             except kvferry.TransferCancelled:
                 cancelled += 1
-                # Empty without being asked for: no call of the program's finds half a sequence.
+                # It is empty without a further call: the program never sees a partial sequence.
                 assert context.pos_max(2) == -1
             else:
                 assert context.pos_max(2) == LARGE_TOKENS - 1

@@ -1,11 +1,9 @@
-"""One context, one thread: shared by all attachments, and not to be waited for from inside."""
+"""All attachments to a context share one thread, and code on that thread must not wait for it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +20,7 @@ from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
 from support.like_contexts import MakeContext
 from support.llama_reference import Context
+from support.programs import run_python
 
 pytestmark = pytest.mark.anyio
 
@@ -117,7 +116,7 @@ async def test_a_thread_ends_with_the_last_attachment(context: Context) -> None:
 async def test_an_engine_that_is_forgotten_waits_for_the_thread_it_shares(
     context: Context,
 ) -> None:
-    """Detaching empties sequences, which must not be done beside another attachment's call."""
+    """Detaching empties sequences, and must not run during another attachment's call."""
     began = threading.Event()
     spans: list[float] = []
 
@@ -167,7 +166,7 @@ def calls_from_inside(
 
 
 async def test_awaiting_from_inside_of_run_raises(context: Context) -> None:
-    """By way of the loop, as a callback of the decoding function would do it."""
+    """Starts a task on the event loop, as a callback of the decoding function would do."""
     state = context.state_get(0)
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
@@ -237,8 +236,7 @@ def test_a_forked_child_attaches_with_a_thread_of_its_own(
     model_path: Callable[..., Path],
 ) -> None:
     program = f"""
-import sys, os, warnings
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import os, warnings
 import anyio, kvferry
 import support.llama_reference as reference
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -267,7 +265,5 @@ size = anyio.run(main)
 if size is not None:
     anyio.run(in_child, size)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_python("-c", program)
     assert (done.returncode, done.stdout) == (0, "child 0\n"), done.stderr

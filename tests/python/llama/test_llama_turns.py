@@ -1,4 +1,4 @@
-"""Whose turn it is on the context's thread: what is run there, and transfers that begin."""
+"""The order in which the context's thread runs calls of the program and begins transfers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Turns:
-    """Keeps the context's thread busy while others queue up; notes when each has its turn."""
+    """Keeps the context's thread busy while calls queue up; notes when each of them begins."""
 
     def __init__(self, llama: kvferry.Llama, tasks: anyio.abc.TaskGroup) -> None:
         self._llama, self._tasks = llama, tasks
@@ -27,14 +27,14 @@ class Turns:
         self.began_ns: dict[str, int] = {}
 
     async def queue(self, name: str) -> None:
-        """Something to run, which has its turn when it is reached."""
+        """Asks for a call, which waits in the queue."""
         self._tasks.start_soon(self._llama.run, self._note, name)
         await anyio.wait_all_tasks_blocked()
 
     def _note(self, name: str) -> None:
         self.began_ns[name] = time.monotonic_ns()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self._held.set()
 
 
@@ -47,7 +47,7 @@ async def held(llama: kvferry.Llama) -> AsyncIterator[tuple[Turns, anyio.abc.Tas
         try:
             yield turns, tasks
         finally:
-            turns.let_go()
+            turns.release()
 
 
 @pytest.fixture
@@ -63,7 +63,8 @@ def began_ns(snapshot: kvferry.Snapshot) -> int:
 
 
 def next_allocation(engine: kvferry.Engine, monkeypatch: pytest.MonkeyPatch) -> anyio.Event:
-    """Set when the engine has allocated a buffer: what needs it is what comes next."""
+    """Returns an event that is set when the engine has allocated a buffer: the call that needs the
+    buffer comes next."""
     allocated = anyio.Event()
     on_memory_thread = engine._core.on_memory_thread
 
@@ -141,7 +142,7 @@ async def test_a_background_save_waits_for_its_turn_and_needs_only_one(
 async def test_a_sequence_that_was_never_saved_does_not_queue_twice(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its size has to be known before there is memory for it; then it has had its turn."""
+    """The save waits for its turn once, to measure the sequence, and not a second time."""
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         saved: list[kvferry.Snapshot] = []
@@ -156,7 +157,7 @@ async def test_a_sequence_that_was_never_saved_does_not_queue_twice(
             tasks.start_soon(llama.run, busy.wait)
             await anyio.wait_all_tasks_blocked()
             await turns.queue("after")
-            turns.let_go()
+            turns.release()
             await allocated.wait()
             await anyio.wait_all_tasks_blocked()
             busy.set()

@@ -1,1 +1,1 @@
-"""What several tests share: libllama and CUDA for tests, set-ups, and programs that tests start."""
+"""Helpers of several tests: access to libllama and CUDA, set-ups, programs that tests start."""

@@ -1,7 +1,7 @@
-"""The C functions for llama.cpp sequences, one by one, without what the package builds on them.
+"""The C functions for llama.cpp sequences, called directly.
 
-For what the package does not let a test do: following streams, several attachments to one
-context, or several copies of the library in one process.
+They allow tests what the package does not: following streams, several attachments to one context,
+several copies of the library in one process.
 
     library = Library(LIBRARY)
     with library.engine() as engine, engine.attach(context.address) as attachment:
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +92,20 @@ class Devices(enum.IntEnum):
     CUDA = 2
 
 
-class Mode(enum.IntEnum):
+class SaveMode(enum.IntEnum):
     AUTO = 0
     IN_PLACE = 1
     SNAPSHOT = 2
+
+
+class LoadMode(enum.IntEnum):
+    AUTO = 0
+    IN_PLACE = 16
+    AHEAD = 17
+
+
+IN_PLACE = {"save": SaveMode.IN_PLACE, "load": LoadMode.IN_PLACE}
+"""By the kind of the transfer."""
 
 
 FOLLOW_STREAM = 1
@@ -110,7 +122,7 @@ class Failure(Exception):
 
 
 class Library:
-    """A copy of libkvferry."""
+    """A libkvferry, which may be a copy."""
 
     def __init__(self, path: Path) -> None:
         self.functions = ctypes.CDLL(str(path))
@@ -152,6 +164,18 @@ class Engine:
 
     def cancel(self) -> None:
         self.library.call("kvf_engine_cancel", self.handle)
+
+    @contextmanager
+    def allocate(self, nbytes: int) -> Iterator[Any]:
+        """Pinned memory of the engine's pool."""
+        address = ctypes.c_void_p()
+        self.library.call(
+            "kvf_buffer_alloc", self.handle, ctypes.c_uint64(nbytes), ctypes.byref(address)
+        )
+        try:
+            yield (ctypes.c_uint8 * nbytes).from_address(address.value or 0)
+        finally:
+            self.library.call("kvf_buffer_free", address)
 
     def save_regions(self, regions: ctypes.Array[Region], into: Any, **options: Any) -> Job:
         arguments = (self.handle, regions, u64(len(regions)))
@@ -255,7 +279,7 @@ def _submit(
 
 
 class Job:
-    """A transfer; it keeps its buffer."""
+    """A transfer. It keeps its buffer alive."""
 
     def __init__(self, library: Library, handle: ctypes.c_uint64, buffer: Any) -> None:
         self.library = library
@@ -271,7 +295,7 @@ class Job:
         self.library.call("kvf_job_cancel", self.handle)
 
     def wait(self, timeout: float = 20) -> str:
-        """How it ended. Once: the handle is released."""
+        """Waits, and returns the name of the status. Releases the handle, so call it once."""
         completion = Completion()
         self.library.call(
             "kvf_job_wait",

@@ -1,4 +1,4 @@
-"""The threads that kvferry keeps for contexts, as seen from outside."""
+"""Whether kvferry has a thread for a context."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.llama_reference import Context
 
 
 def has_thread(context: Context) -> bool:
-    """False once the thread has gone; waits for that, ten seconds at most."""
+    """Waits until the context's thread has ended; returns True if it has not after ten seconds."""
     deadline = time.monotonic() + 10
     while context.address in worker._contexts:
         if time.monotonic() > deadline:

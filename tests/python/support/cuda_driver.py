@@ -1,7 +1,7 @@
-"""The CUDA driver under test: the simulated one, or with KVFERRY_TEST_GPU=1 that of a real GPU.
+"""The CUDA driver under test: the simulated one, or with KVFERRY_TEST_GPU=1 the driver of a GPU.
 
-A test module that asks for the fixtures `driver`, `cuda` or `simulated` (conftest.py) carries the
-mark `NEEDS_CUDA`. Such modules share a process, because kvferry opens the driver once.
+Test modules that use the fixtures `driver`, `cuda` or `simulated` (conftest.py) have the mark
+`NEEDS_CUDA`. They share a process, because kvferry opens the driver once.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ NEEDS_CUDA = pytest.mark.skipif(
 
 
 class RealCuda(SimulatedCuda):
-    """The real driver, as far as it can do what the simulated one does."""
+    """The real driver, with those methods of the simulated one that it can have."""
 
     def __init__(self) -> None:
         self.path = "libcuda.so.1"
         self._library = ctypes.CDLL(self.path)
 
     def free_word(self, word: ctypes.c_void_p, device: int) -> None:
-        """A real driver frees pinned memory only when no stream waits any more: it is left."""
+        """Does nothing: a real driver frees pinned memory only when no stream waits any more."""
 
     def write(self, address: int, values: NDArray[Any]) -> None:
         with self.context():
@@ -57,6 +57,12 @@ def driver_under_test() -> SimulatedCuda:
 
 
 async def open_driver() -> None:
-    """Let kvferry open the driver."""
+    """Makes kvferry open the driver."""
     async with kvferry.Engine("cuda"):
         pass
+
+
+def release_second_device(driver: SimulatedCuda) -> None:
+    """Releases the context that the simulated driver's second device has got."""
+    if driver._retained.pop(1, None):
+        driver.call("cuDevicePrimaryCtxRelease_v2", 1)

@@ -1,14 +1,15 @@
-"""Loads states damaged at random, in a process of its own: a state that libllama should not have
-been shown may end it. Run by test_llama_damage.py:
+"""Loads states that are damaged at random. test_llama_damage.py runs it in a process of its own,
+because a damaged state that reaches libllama may end the process:
 
-    python damage_states.py MODEL KIND OPTIONS FIRST COUNT
+    python -m support.damage_states MODEL KIND OPTIONS FIRST COUNT
 
-OPTIONS are ContextOptions as JSON. Prints the number of each damage before it is tried, so that the
-last one printed is the one to look at: run again with it as FIRST, and 1 as COUNT.
+OPTIONS are ContextOptions as JSON. Prints the number of each damage before it is tried. If the
+process ends, the last number is the damage to look at: run again with it as FIRST, and 1 as COUNT.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import random
 import sys
@@ -18,9 +19,9 @@ import kvferry._native as native
 
 from support.devices import DEVICES
 from support.llama_reference import Context, ContextOptions, Model
-from support.state_fields import LAST_POSITION, Field, state_fields
+from support.state_fields import LAST_POSITION, StateField, state_fields
 
-# More of it is used here than the package itself does, and than its types say.
+# This uses functions that the package does not use, and that its types do not have.
 ffi: Any = native.ffi
 lib: Any = native.lib
 
@@ -28,8 +29,8 @@ TARGET = 2
 NUMBERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 20, 21, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**63]
 
 
-def damaged(state: bytes, fields: list[Field], chance: random.Random) -> bytes:
-    """The state with one to three damages, of which some may cancel each other."""
+def damaged(state: bytes, fields: list[StateField], chance: random.Random) -> bytes:
+    """Returns the state with one to three damages, some of which may cancel each other."""
     records = [field for field in fields if not field.is_data]
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         field, other = chance.choice(records), chance.choice(records)
@@ -57,13 +58,20 @@ def damaged(state: bytes, fields: list[Field], chance: random.Random) -> bytes:
 
 
 class Judge:
-    """Says which states must be accepted: those that differ from a good one in bytes of tensors, in
-    ids of sequences and in positions that can be gone on from, and in nothing else.
+    """Knows which states must be accepted: those that differ from a good state only in bytes of
+    tensors, ids of sequences, and positions after which decoding can continue. Attention sections
+    after the first have no positions that the first has not.
     """
 
-    def __init__(self, state: bytes, fields: list[Field]) -> None:
+    def __init__(self, state: bytes, fields: list[StateField]) -> None:
         self._bytes = len(state)
         self._positions = [field for field in fields if field.name.endswith(".position")]
+        self._attentions: list[list[StateField]] = []
+        for field in fields:
+            if field.name == "attention.streams":
+                self._attentions.append([])
+            elif field.name == "attention.cell.position":
+                self._attentions[-1].append(field)
         free = (".data", ".sequence", ".x", ".y", ".token", ".position")
         self._fixed = [
             (field.begin, field.end, state[field.begin : field.end])
@@ -76,11 +84,19 @@ class Judge:
             len(state) == self._bytes
             and all(state[begin:end] == value for begin, end, value in self._fixed)
             and all(0 <= field.read(state) <= LAST_POSITION for field in self._positions)
+            and self._sections_agree(state)
         )
+
+    def _sections_agree(self, state: bytes) -> bool:
+        first, *others = (
+            collections.Counter(field.read(state) for field in section)
+            for section in self._attentions or [[]]
+        )
+        return all(other <= first for other in others)
 
 
 class Loader:
-    """kvferry's C interface, waited for: thousands of loads a second."""
+    """Loads by kvferry's C interface and waits: thousands of loads a second."""
 
     def __init__(self, context: Context) -> None:
         engine = ffi.new("kvf_engine *")
@@ -96,12 +112,12 @@ class Loader:
         assert lib.kvf_llama_attach(self._engine, self._context, ffi.NULL, self._llama) == 0
 
     def attach_anew(self) -> None:
-        """With nothing learned from earlier loads."""
+        """Attaches anew, so that nothing is known from earlier loads."""
         assert lib.kvf_llama_detach(self._llama[0]) == 0
         self.attach()
 
     def load(self, state: bytes) -> int:
-        """The status of the call, or else of the job."""
+        """Returns the status of the call if it has failed, else of the job."""
         job = ffi.new("kvf_job *")
         completion = ffi.new("kvf_completion *")
         memory = ffi.from_buffer(state)
@@ -125,7 +141,7 @@ def main() -> None:
     state, empty = others[0], context.state_size(TARGET)
     fields = state_fields(kind, state)
     judge = Judge(state, fields)
-    # The same into a context that has never held a cell, and can't be compared with yet.
+    # The same into a context that has never held a cell, and cannot be compared with yet.
     fresh = context.model.context(context.options)
     refusals = {lib.KVF_ERR_STATE_DAMAGED, lib.KVF_ERR_STATE_MISMATCH, lib.KVF_ERR_CACHE_FULL}
 

@@ -1,4 +1,4 @@
-"""Arrays that offer nothing but DLPack, with everything that a library may say in it."""
+"""Arrays that only have DLPack, with any values that a library may give there."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ BFLOAT16 = (4, 16, 1)
 
 
 class LibraryArray:
-    """`shown`, a host array, says the shape and the strides of the memory at `address`.
+    """An array of a library that has DLPack.
 
-    `address` None: the host array's own. What a consumer has asked for is in `requests`.
+    Its memory is at `address`, or is that of `shown` if `address` is None. `shown`, a host array,
+    gives shape and strides. `requests` has the keywords of the calls of `__dlpack__`.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class LibraryArray:
         packed: bool = False,
         make_wait: Callable[[int], None] = lambda stream: None,
     ) -> None:
-        """`version` None: a library older than version 1. `packed`: no strides are given.
+        """Without `version` the library is older than version 1. With `packed` it gives no strides.
 
         `make_wait` makes a stream wait for the library's own work on the array.
         """

@@ -1,5 +1,7 @@
-"""The event loops that everything asynchronous must work on. Import `anyio_backend` into a test
-module and mark its tests `anyio`: each then runs on all of them."""
+"""The event loops on which everything asynchronous must work.
+
+Import `anyio_backend` into a test module and mark its tests `anyio`: then each runs on all of them.
+"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Ways to keep a transfer in flight until a test lets it go."""
+"""Ways to keep a transfer in flight until a test releases it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from support.simulated_cuda import Stream
 
 class Releasable(Protocol):
     def release(self) -> None:
-        """May come twice, from any thread."""
+        """May be called repeatedly, and from any thread."""
 
 
 class Hold(Releasable, Protocol):
-    """What is submitted with `options` does not move until `release`."""
+    """A transfer that is submitted with `options` does not move until `release`."""
 
     options: dict[str, Any]
 
     def holds(self, nbytes: int) -> bool:
-        """Whether it holds a transfer of so many bytes."""
+        """Whether it can hold a transfer of so many bytes."""
 
 
 class NoHold:
-    """It moves at once."""
+    """Holds nothing: transfers move at once."""
 
     def __init__(self, priority: int = 0) -> None:
         self.options: dict[str, Any] = {"priority": priority}
@@ -42,7 +42,8 @@ class NoHold:
 
 
 class ByStream:
-    """By a stream that it follows. What the submitting call moves itself waits as well."""
+    """Holds by a stream that the transfer follows. Bytes that the submitting call moves itself wait
+    as well."""
 
     def __init__(self, stream: Stream, priority: int = 0) -> None:
         self._stream = stream
@@ -57,9 +58,9 @@ class ByStream:
 
 
 class ByUrgentCopies:
-    """By a copy of some seconds in the same engine, which has one copy thread: background jobs on
-    host memory wait while anything urgent is to be copied. What the submitting call moves itself
-    moves at once.
+    """Holds by an urgent copy of some seconds in the same engine, which has one copy thread:
+    background jobs on host memory wait until urgent ones have ended. Bytes that the submitting call
+    moves itself move at once.
     """
 
     _PIECE = 4 << 20
@@ -68,7 +69,7 @@ class ByUrgentCopies:
     def __init__(self, engine: c_interface.Engine) -> None:
         self.options: dict[str, Any] = {"priority": 0}
         pieces = [ctypes.create_string_buffer(self._PIECE) for _ in range(3)]
-        # Not in turn, so that they don't become rows of a region.
+        # In random order, so that they do not become rows of one region.
         choose = random.Random(0)
         regions = (c_interface.Region * self._PIECES)()
         for region in regions:
@@ -80,7 +81,7 @@ class ByUrgentCopies:
         self._lock = threading.Lock()
 
     def holds(self, nbytes: int) -> bool:
-        # What is smaller is copied by the call that submits it.
+        # The submitting call itself copies smaller states.
         return nbytes > 32 << 10
 
     def release(self) -> None:
@@ -93,8 +94,8 @@ class ByUrgentCopies:
 
 @contextmanager
 def released_after(seconds: float, *holds: Releasable) -> Iterator[threading.Event]:
-    """Release holds after a while, if what happens meanwhile waits for that. Gives an event that
-    says so.
+    """Releases holds after ``seconds``, if the ``with`` block lasts so long because it waits for
+    them. Gives an event that is set then.
     """
     waited = threading.Event()
 

@@ -1,10 +1,10 @@
-"""A transfer of kvferry's that is held in flight while something is done to its context.
+"""Operations on a context while a transfer of kvferry is held in flight.
 
-Two contexts with one history: on `ours` a transfer of kvferry's is held (holds.py), so that no byte
-of it moves but those that the submitting call moves itself; on `like` llama.cpp's own call does at
-once what the transfer will do. Then the same is done to both. Afterwards the transfer is released,
-or before that if what is done waits for it; and then not one byte of any sequence may differ, nor
-any logits.
+There are two contexts with the same history. In `ours` a transfer is held (holds.py), so that only
+those of its bytes move that the submitting call moves itself. In `like` llama.cpp's own call does
+at once what the transfer will do. Then the same operation is done in both. The transfer is released
+after the operation, or before if the operation waits for the transfer. In the end no byte of any
+sequence and no logits may differ.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from support.llama_reference import UNFRAMED, AbortCallback, Context, llama
 from support.simulated_cuda import SimulatedCuda
 
 OWN, SPARE, OTHER = 0, 1, 2
-"""The sequence that is moved, one that operations may remove, and one that they go on with."""
+"""The sequence that is moved, one that operations may remove, and one that they use."""
 
 SEQUENCES = range(4)
 
 PATIENCE = 0.08
-"""Seconds after which a held transfer is let go that an operation seems to wait for."""
+"""Seconds after which a held transfer is released, because an operation seems to wait for it."""
 
 Kind = Literal["load", "save"]
 
 
 class Side:
-    """A context, and how sequences of it are saved and loaded meanwhile."""
+    """A context, whose sequences llama.cpp's own calls save and load."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -48,7 +48,7 @@ class Side:
 
 
 class Ferried(Side):
-    """By kvferry."""
+    """A context whose sequences kvferry saves and loads."""
 
     def __init__(self, context: Context, attachment: c_interface.Attachment) -> None:
         super().__init__(context)
@@ -71,9 +71,11 @@ Operation = Callable[[Side], Any]
 
 
 def live_alike(*contexts: Context) -> None:
-    """The history of both. In a unified cache SPARE has the first cells and OWN those behind; then
-    come OTHER and a fourth in turn, and all but SPARE are longer than a sliding window. Of the
-    recurrent cells OWN has the second, between those of SPARE and of OTHER.
+    """Gives contexts the same history.
+
+    In a unified cache SPARE has the first cells, OWN the next ones, and OTHER and a fourth sequence
+    alternate in the cells after that. All sequences but SPARE are longer than a sliding window. OWN
+    has the second recurrent cell, between SPARE and OTHER.
     """
     for context in contexts:
         context.decode(SPARE, context.model.prompt(8, seed=13))
@@ -83,20 +85,21 @@ def live_alike(*contexts: Context) -> None:
 
 @dataclasses.dataclass
 class Outcome:
-    """What was seen."""
+    """What has happened."""
 
     waited: bool
-    """The operation waited for the transfer, until patience was at an end."""
+    """Whether the operation has waited for the transfer until that was released."""
     status: str
     """How the transfer ended."""
     differences: list[str]
-    """What is not as by llama.cpp's own calls."""
+    """What differs from the results of llama.cpp's own calls."""
 
 
 @contextlib.contextmanager
 def at_node(context: Context, node: int, reached: Callable[[], None]) -> Iterator[None]:
-    """Call `reached` once `node` operations of a graph have been computed, counted from 1 over all
-    graphs that llama.cpp computes meanwhile. (It asks after each whether to abort. On a CPU only.)
+    """Calls `reached` after the operation with number `node`, counted from 1 in all graphs that
+    llama.cpp computes in the ``with`` block. (On a CPU, llama.cpp asks after each operation whether
+    to abort.)
     """
     count = 0
 
@@ -116,7 +119,7 @@ def at_node(context: Context, node: int, reached: Callable[[], None]) -> Iterato
 
 
 def differences(ours: Context, like: Context, ignored: frozenset[int] = frozenset()) -> list[str]:
-    """Sequences whose states differ, and those whose logits after one more token do."""
+    """Lists sequences whose states differ, or whose logits after one more token differ."""
     found = []
     compared = [seq for seq in SEQUENCES if seq not in ignored]
     for seq in compared:
@@ -138,18 +141,17 @@ def beside_a_transfer(
     operation: Operation,
     *,
     before: Operation = lambda side: None,
-    mode: int = c_interface.Mode.IN_PLACE,
+    mode: int | None = None,
     release_at_node: int = 0,
     held: Literal["stream", "queue"] = "stream",
     patience: float = PATIENCE,
 ) -> Outcome:
-    """Does `operation` on both contexts while OWN is moved in `ours`.
+    """Does `operation` in both contexts while OWN is moved in `ours`.
 
-    A load brings OWN as it was after `live_alike`; since then its cells have been filled anew, so
-    that what does not arrive is seen. `before` is done to both before the transfer. With
-    `release_at_node` all bytes of the transfer move while llama.cpp's graph is halted behind that
-    node; unless what waits for the transfer has had it released before, which it is after
-    `patience` seconds.
+    A load restores OWN as it was after `live_alike`. Before, its cells are filled with other data,
+    so that lost bytes are noticed. `before` is done in both contexts before the transfer. With
+    `release_at_node`, all bytes of the transfer move while llama.cpp's graph is halted after that
+    node. If the operation waits for the transfer, that is released after `patience` seconds.
     """
     live_alike(ours, like)
     loaded = like.state_get(OWN)
@@ -179,7 +181,8 @@ def beside_a_transfer(
             state = ctypes.create_string_buffer(len(saved))
             submit = attachment.save
         with released_after(patience, hold) as waited:
-            job = submit(OWN, state, mode=mode, **hold.options)
+            chosen = c_interface.IN_PLACE[transfer] if mode is None else mode
+            job = submit(OWN, state, mode=chosen, **hold.options)
         assert not job.done or waited.is_set()
 
         def move_now() -> None:
@@ -204,11 +207,11 @@ def beside_a_transfer(
 
 
 def moves_at_once(context: Context) -> bool:
-    """Whether the call that submits a transfer moves a few of its bytes itself: of a window whose
-    cells sequences share. Where the transfer follows a stream, decoding waits instead.
+    """Whether the submitting call moves a few bytes itself: those of a sliding window whose cells
+    sequences share. (If the transfer follows a stream, decoding waits instead.)
 
-    Builds that save what a window has masked make it move so many that the call would stand behind
-    a hold by urgent copies.
+    In builds that also save masked cells of a window, the call moves so many bytes that it would
+    wait for a hold by urgent copies.
     """
     return shares_a_window(context) and not UNFRAMED
 
@@ -229,7 +232,7 @@ def pending_shift(seq: int) -> Operation:
 
 
 def pending_copy(source: int, target: int) -> Operation:
-    """Between streams; in a unified cache it is done at once."""
+    """Copies between streams at the next decode. (In a unified cache, at once.)"""
 
     def postpone(side: Side) -> None:
         side.context.seq_cp(source, target)
@@ -254,13 +257,13 @@ def decode_fourth(side: Side) -> bytes:
 
 
 def decode(side: Side) -> bytes:
-    """OTHER, far enough to go on in cells that a sliding window has left."""
+    """Decodes OTHER so far that it uses cells that have left a sliding window."""
     side.context.seq_rm(SPARE)
     return decode_many(side, OTHER, 20)
 
 
 def decode_several(side: Side) -> bytes:
-    """OTHER and SPARE at once. llama.cpp moves the recurrent cell of OWN out of their way."""
+    """Decodes OTHER and SPARE at once. llama.cpp moves the recurrent cell of OWN for them."""
     logits = side.context.decode_in_turn([SPARE, OTHER], 10, seed=6)
     return logits[SPARE].tobytes() + logits[OTHER].tobytes()
 
@@ -270,7 +273,7 @@ def decode_own(side: Side) -> bytes:
 
 
 def shift(side: Side) -> bytes:
-    """Of OTHER, applied by the decode after it."""
+    """Shifts OTHER; the decode applies it."""
     pending_shift(OTHER)(side)
     return decode_one(side, OTHER)
 
@@ -295,7 +298,7 @@ def _divide_positions(side: Side, seq: int) -> None:
 
 
 def copy(side: Side) -> bytes:
-    """OTHER onto SPARE; between streams by the decode after it."""
+    """Copies OTHER onto SPARE. Between streams the decode applies it."""
     pending_copy(OTHER, SPARE)(side)
     return decode_one(side, SPARE)
 
@@ -323,6 +326,23 @@ def remove_a_part(side: Side) -> bytes:
 def remove_own(side: Side) -> bytes:
     side.context.seq_rm(OWN)
     return decode_many(side, OTHER, 20)
+
+
+def remove_within_own(side: Side) -> bytes:
+    assert side.context.seq_rm(OWN, 10, 20)
+    return decode_many(side, OTHER, 20)
+
+
+def decode_own_anew(side: Side) -> bytes:
+    """As many tokens as before: the first and the last position tell nothing."""
+    side.context.seq_rm(OWN)
+    return decode_many(side, OWN, 40)
+
+
+def decode_another_end_of_own(side: Side) -> bytes:
+    """A longer one than before, as if tokens had only been appended."""
+    assert side.context.seq_rm(OWN, 20, -1)
+    return decode_many(side, OWN, 30)
 
 
 def remove_by_kvferry(side: Side) -> bytes:
@@ -393,6 +413,15 @@ def load(side: Side) -> bytes:
     return state
 
 
+def load_within_own(side: Side) -> bytes:
+    """SPARE gets cells that OWN has lost."""
+    state = side.save(OTHER)
+    side.context.seq_rm(SPARE)
+    assert side.context.seq_rm(OWN, 1, 39)
+    side.load(SPARE, state)
+    return side.context.state_get(SPARE)
+
+
 def load_own(side: Side) -> None:
     side.load(OWN, side.context.state_get(OTHER))
 
@@ -420,4 +449,4 @@ OPERATIONS: dict[str, list[Operation]] = {
     "kvf_llama_save of this one": [save_own],
     "kvf_llama_load, _remove of this one": [load_own, remove_own_by_kvferry],
 }
-"""By the rows of the table in kvferry.h."""
+"""The operations of each row of the table in kvferry.h."""

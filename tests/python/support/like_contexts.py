@@ -1,10 +1,10 @@
-"""Two contexts with one history: kvferry works on the one, llama.cpp's own calls on the other.
+"""Two contexts with the same history: one for kvferry, the other for llama.cpp's own calls.
 
-Like must be compared with like. A state has the id of its sequence in its header and in every cell
-of an attention cache, and with `kv_unified` off its place among the streams; and the same state in
-other cells gives other logits, since sums are then taken in another order. What is decoded, edited
-and loaded in the same order in two contexts alike lies in the same cells, so that not one byte may
-differ.
+States can be compared only if they are made alike. A state contains the id of its sequence, in the
+header and in every cell of an attention cache, and without `kv_unified` its stream. And the same
+state in other cells gives other logits, because sums are taken in another order. Sequences that are
+decoded, edited and loaded in the same order in two equal contexts are in the same cells, so that no
+byte may differ.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CACHES: dict[str, dict[str, Any]] = {
 """The ways in which llama.cpp lays out a cache, as changes of `ContextOptions`."""
 
 LATENT = {"deepseek2", "deepseek32", "deepseek4"}
-"""Kinds whose cache has keys only; b10361 wants one type for keys and values there."""
+"""Kinds whose cache has only keys. b10361 requires one type for keys and values there."""
 
 OPAQUE = {"deepseek4", "qwen4exp", "qwen4exp-ngrams"}
 """Kinds whose states are in formats that kvferry does not know."""
@@ -42,11 +42,11 @@ RECURRENT = {"mamba", "hybrid", "hybrid-iswa", *OPAQUE}
 """Kinds with a recurrent cell, or something like it: no part of their sequences can be removed."""
 
 ENVELOPE = 64
-"""Bytes that kvferry puts behind an opaque state."""
+"""Bytes that kvferry appends to an opaque state."""
 
 
 def by_llama_cpp(llama: kvferry.Llama, snapshot: kvferry.Snapshot) -> bytes:
-    """What llama.cpp's own call would have saved: without the envelope of an opaque state."""
+    """Returns what llama.cpp's own call saves: the state without the envelope of opaque states."""
     saved = snapshot.to_bytes()
     return saved[:-ENVELOPE] if llama.describe()["guarded_by"] == "envelope" else saved
 
@@ -54,7 +54,7 @@ def by_llama_cpp(llama: kvferry.Llama, snapshot: kvferry.Snapshot) -> bytes:
 async def assert_moved_as_by_llama_cpp(
     ours: Context, like: Context, source: int, target: int
 ) -> None:
-    """Saves `source` and loads it into `target`, in `ours` with kvferry, in `like` without."""
+    """Saves `source` and loads it into `target`, in `ours` by kvferry, in `like` by llama.cpp."""
     state = like.state_get(source)
     assert ours.state_get(source) == state
     async with kvferry.Engine(DEVICES) as engine:

@@ -1,10 +1,10 @@
-"""llama.cpp by its own calls: what kvferry is measured against.
+"""llama.cpp's own calls, with which kvferry is compared.
 
-A thin layer over the loaded libllama, without any kvferry: models, contexts, decoding into chosen
-sequences, and llama.cpp's blocking calls for the state of a sequence.  Its prototypes are declared
-here, because the bindings of llama-cpp-python can be imported only with a libllama of their own
-time, and these tests run with many.  Its log is kept in `log_lines` rather than printed, unless
-KVFERRY_TEST_VERBOSE is set.
+A thin layer over the loaded libllama: models, contexts, decoding into chosen sequences, and
+llama.cpp's blocking calls for the state of a sequence. It has its own prototypes, because the
+bindings of llama-cpp-python can be imported only with a libllama of the same release, and these
+tests run with many. Its log is kept in `log_lines`, and printed only if KVFERRY_TEST_VERBOSE is
+set.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 Logits = NDArray[np.float32]
 
 log_lines: collections.deque[str] = collections.deque(maxlen=200)
-"""What llama.cpp logged last, newest at the end: the reason for a refusal is found here."""
+"""The latest lines of llama.cpp's log, the newest at the end. They say why a call has failed."""
 
-# Where ggml aborts, it would start a debugger for the stack: seconds, and pages of output.
+# Without this, ggml starts a debugger when it aborts, which takes seconds and prints pages.
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 _verbose = bool(os.environ.get("KVFERRY_TEST_VERBOSE"))
@@ -39,7 +39,7 @@ _verbose = bool(os.environ.get("KVFERRY_TEST_VERBOSE"))
 
 
 def _library_folder() -> Path:
-    """As llama-cpp-python chooses: LLAMA_CPP_LIB_PATH, else the folder in its own package."""
+    """Returns LLAMA_CPP_LIB_PATH, else the folder in llama-cpp-python's own package."""
     if named := os.environ.get("LLAMA_CPP_LIB_PATH"):
         return Path(named)
     package = importlib.util.find_spec("llama_cpp")  # not imported: its prototypes may not fit
@@ -49,29 +49,32 @@ def _library_folder() -> Path:
 
 
 LIBRARY_FOLDER = _library_folder()
-"""Where the libllama of this process and its backends are."""
+"""The folder of this process's libllama and its backends."""
 
 BUILD = (LIBRARY_FOLDER / "libllama.so").resolve().parent.name
-"""As the Makefile calls the build of it; of a library that it did not fetch, some other word."""
+"""The Makefile's name for the build; another word for a library that it has not fetched."""
 
 UNFRAMED = BUILD in {"b8179", "b8390"}
-"""Whether states are those of builds before b9842: without a magic number and a sequence in front,
-and with the cells that a sliding window has masked."""
+"""Whether states are those of builds before b9842: they do not begin with a magic number and a
+sequence, and contain the cells that a sliding window has masked."""
+
+NAMES_ROWS = BUILD not in {"b8179", "b8390", "b9842", "b10068", "b10361", "v0.4.0"}
+"""The graph that this one computes has a name for the numbers of the rows that it writes."""
 
 
 _UNFIT = {
     "deepseek32": ("b8179", "b8390"),
-    # To b9842 the architecture is known. But there llama_memory_seq_rm() of one sequence, an empty
-    # one too, changes the states of the others.
+    # b9842 has the architecture, but its llama_memory_seq_rm() of one sequence, even an empty one,
+    # changes the states of the others.
     "deepseek4": ("b8179", "b8390", "b9842"),
     "qwen4exp": ("b8179", "b8390", "b9842", "b10068", "b10361"),
     "qwen4exp-ngrams": ("b8179", "b8390", "b9842", "b10068", "b10361"),
 }
-"""The builds that came before the architecture of a kind, or cannot be compared with."""
+"""The builds that do not have the architecture of a kind, or cannot be compared with."""
 
 
 def fits(kind: str) -> bool:
-    """Whether this libllama is fit for the architecture of a synthetic model."""
+    """Whether tests can use a kind of synthetic model with this libllama."""
     return BUILD not in _UNFIT.get(kind, ())
 
 
@@ -81,10 +84,10 @@ def load_keeps_others(kind: str) -> bool:
 
 
 def model_sizes(kind: str) -> dict[str, int]:
-    """The sizes in which a small synthetic model must differ for this libllama."""
+    """Returns the sizes that a small synthetic model must have for this libllama."""
     if kind == "gemma3" and BUILD == "b8179":
-        # Whatever the model says, every sixth layer is global there; without any such layer
-        # llama_decode aborts.
+        # There every sixth layer is global, whatever the model says, and llama_decode aborts if
+        # there is no such layer.
         return {"layers": 6}
     return {}
 
@@ -96,8 +99,8 @@ _library = ctypes.CDLL(str(LIBRARY_FOLDER / "libllama.so"))
 
 
 def _context_params(*, between: Sequence[str], has_type: bool, gap: int) -> Any:
-    """`llama_context_params`: with these numbers between n_seq_max and n_threads, with or without a
-    ctx_type, and with a gap of so many bytes before the flags.
+    """Returns `llama_context_params` with the members `between` n_seq_max and n_threads, with or
+    without ctx_type, and with a `gap` of so many bytes before the flags.
     """
     u32, i32, f32, pointer = ctypes.c_uint32, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
     fields: list[tuple[str, Any]] = [
@@ -118,12 +121,12 @@ def _context_params(*, between: Sequence[str], has_type: bool, gap: int) -> Any:
         ("gap", ctypes.c_uint8 * gap),
         *((name, ctypes.c_bool) for name in ("embeddings", "offload_kqv", "no_perf")),
         *((name, ctypes.c_bool) for name in ("op_offload", "swa_full", "kv_unified")),
-        ("later", ctypes.c_uint8 * 250),  # passed on as it came
+        ("later", ctypes.c_uint8 * 250),  # left unchanged
     ]
     return type("llama_context_params", (ctypes.Structure,), {"_fields_": fields})
 
 
-# What all these builds set the fields to by default that tell their layouts apart.
+# Defaults of all these builds. They distinguish the layouts.
 _DEFAULTS = {
     "n_threads": 4,
     "n_threads_batch": 4,
@@ -150,10 +153,10 @@ LAYOUTS = {
     "b8179 to b8390": _context_params(between=(), has_type=False, gap=0),
     "b9842 to b10068": _context_params(between=_OUTPUTS[:2], has_type=True, gap=0),
     "b10361 to v0.5.0, 0.6.0": _context_params(between=_OUTPUTS, has_type=True, gap=0),
-    # Of the development after the release: eight bytes that are zero by default.
+    # A development version after the release has eight more bytes, which are zero by default.
     "0.6.0-dev": _context_params(between=_OUTPUTS, has_type=True, gap=8),
 }
-"""`llama_context_params` by the builds that lay them out so."""
+"""The layouts of `llama_context_params`, by builds."""
 
 
 def _has_the_defaults(layout: Any) -> bool:
@@ -170,14 +173,14 @@ def _layout() -> Any:
 
 
 ContextParams: Any = _layout()
-"""`llama_context_params` as the loaded libllama lays it out."""
+"""`llama_context_params` in the layout of the loaded libllama."""
 
 
 # ---- Functions -----------------------------------------------------------------------------------
 
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 AbortCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
-"""Asked after each operation of a graph that a CPU computes: True breaks the decode off."""
+"""A CPU calls it after each operation of a graph; True aborts the decode."""
 _POINTER, _BYTES, _TEXT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_char_p
 _INT, _SIZE, _BOOL = ctypes.c_int32, ctypes.c_size_t, ctypes.c_bool
 
@@ -206,13 +209,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 class _Functions:
-    """The declared functions of the loaded libllama, and no other: what is not declared would be
-    called with guessed types.
+    """The declared functions of the loaded libllama. Others raise, because ctypes would guess their
+    types.
     """
 
     def __init__(self) -> None:
         for name, (result, arguments) in _SIGNATURES.items():
-            # Through the library to ggml's, which it depends on.
+            # Functions of ggml are found too, because the library depends on it.
             function = getattr(_library, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
@@ -232,27 +235,27 @@ def _keep_log(_level: int, text: bytes, _data: object) -> None:
 
 
 def keep_log() -> None:
-    """Let `log_lines` have llama.cpp's log, from the start and after others have taken it."""
+    """Directs llama.cpp's log to `log_lines`, at first and after others have redirected it."""
     llama.llama_log_set(_keep_log, None)
 
 
 keep_log()
-# Most of these builds keep ggml's CPU backend in libraries of their own.
+# Most of these builds have ggml's CPU backends in separate libraries.
 llama.ggml_backend_load_all_from_path(os.fsencode(LIBRARY_FOLDER))
 
 
 def bindings_fit() -> bool:
-    """Whether llama-cpp-python's `llama_context_params` are laid out as those of this libllama.
+    """Whether llama-cpp-python's `llama_context_params` has the layout of this libllama.
 
-    No release of it fits b10361, for instance: 0.3.34 lacks `n_outputs_max_per_seq`, so that
-    libllama would take the number of threads for that, and `flash_attn_type` for `attention_type`.
+    No release of it fits b10361, for instance: 0.3.34 has no `n_outputs_max_per_seq`, so that
+    libllama would read the number of threads there, and `flash_attn_type` as `attention_type`.
     """
     try:
         import llama_cpp.llama_cpp as bindings
     except AttributeError:  # a function that this libllama does not have
         return False
     finally:
-        keep_log()  # importing them sets a callback of theirs
+        keep_log()  # the import has redirected the log
     names = [name for name, _ in ContextParams._fields_ if name not in ("gap", "later")]
     known = [name for name, _ in bindings.llama_context_params._fields_]
     return ContextParams.gap.size == 0 and known[: len(names)] == names
@@ -272,8 +275,10 @@ class CacheType(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class ContextOptions:
-    """What shapes the cache of a context.  `n_ctx` counts cells for all sequences together: without
-    `kv_unified` each sequence has a stream of its own with `n_ctx / n_seq_max` of them.
+    """The options of a context's cache.
+
+    `n_ctx` is the number of cells for all sequences together. Without `kv_unified` each sequence
+    has a stream of its own with `n_ctx / n_seq_max` cells.
     """
 
     n_ctx: int = 512
@@ -289,11 +294,11 @@ class ContextOptions:
 
 
 class Refused(Exception):
-    """llama.cpp declined to load a model, make a context or decode; the text is from its log."""
+    """llama.cpp has refused to load a model, make a context or decode; the text is from its log."""
 
 
 class Model:
-    """A loaded model.  Free it after its contexts, or leave that to `with`."""
+    """A loaded model. Close it after its contexts, or use `with`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         params = llama.llama_model_default_params()
@@ -314,11 +319,11 @@ class Model:
 
     @property
     def n_swa(self) -> int:
-        """Tokens of the sliding window, 0 without one."""
+        """The tokens of the sliding window; 0 if there is none."""
         return int(llama.llama_model_n_swa(self.pointer))
 
     def prompt(self, length: int, seed: int = 0) -> list[int]:
-        """Random token ids."""
+        """Returns random token ids."""
         return random.Random(seed).choices(range(self.vocabulary), k=length)
 
     def context(self, options: ContextOptions | None = None, **changes: Any) -> Context:
@@ -337,7 +342,7 @@ class Model:
 
 
 class Context:
-    """A context and its cache.  One thread at a time, as llama.cpp demands."""
+    """A context and its cache. llama.cpp allows one thread at a time."""
 
     def __init__(self, model: Model, options: ContextOptions) -> None:
         self.model = model
@@ -368,15 +373,14 @@ class Context:
     # Decoding
 
     def decode(self, seq: int, tokens: Sequence[int]) -> Logits:
-        """Append `tokens` to sequence `seq` and return the logits after the last one."""
+        """Appends `tokens` to a sequence; returns the logits after the last token."""
         return self.decode_batch([(seq, token) for token in tokens])[seq]
 
     def decode_batch(self, items: Sequence[tuple[int, int]]) -> dict[int, Logits]:
-        """Append (sequence, token) pairs, in this order, in as few batches as `n_batch` allows.
+        """Appends (sequence, token) pairs in this order, in as few batches as `n_batch` allows.
 
-        Each token goes to the next position of its sequence.  In a unified attention cache,
-        neighbours in the list become neighbours in the cache.  Returns the last logits of each
-        sequence.
+        Each token gets the next position of its sequence. In a unified attention cache, neighbours
+        in the list become neighbours in the cache. Returns the last logits of each sequence.
         """
         logits: dict[int, Logits] = {}
         for start in range(0, len(items), self.options.n_batch):
@@ -410,8 +414,8 @@ class Context:
         return logits
 
     def decode_in_turn(self, seqs: Iterable[int], length: int, seed: int = 0) -> dict[int, Logits]:
-        """Append `length` random tokens to each sequence, one token of each in turn, so that in a
-        unified cache every cell of a sequence stands alone.
+        """Appends `length` random tokens to each sequence, one token of each in turn, so that in a
+        unified cache no two cells of a sequence are neighbours.
         """
         prompts = {seq: self.model.prompt(length, seed + seq) for seq in seqs}
         return self.decode_batch(
@@ -421,7 +425,7 @@ class Context:
     def decode_at_random(
         self, seqs: Iterable[int], length: int, seed: int = 0
     ) -> dict[int, Logits]:
-        """As `decode_in_turn` with the turns shuffled: runs of all lengths and no regular pitch."""
+        """As `decode_in_turn`, but in random order: runs of any length, and no regular pitch."""
         prompts = {seq: iter(self.model.prompt(length, seed + seq)) for seq in seqs}
         turns = [seq for seq in prompts for _ in range(length)]
         random.Random(seed).shuffle(turns)
@@ -435,11 +439,11 @@ class Context:
 
     @property
     def can_shift(self) -> bool:
-        """Whether `seq_add` may be used; where not, llama.cpp aborts in the next decode."""
+        """Whether `seq_add` may be used. If not, llama.cpp aborts in the decode after it."""
         return bool(llama.llama_memory_can_shift(self.memory))
 
     def seq_rm(self, seq: int, start: int = -1, stop: int = -1) -> bool:
-        """Remove positions [start, stop); False where the cache can't remove a part."""
+        """Removes positions [start, stop). Returns False if the cache cannot remove a part."""
         return bool(llama.llama_memory_seq_rm(self.memory, seq, start, stop))
 
     def seq_cp(self, source: int, target: int, start: int = -1, stop: int = -1) -> None:
@@ -452,7 +456,7 @@ class Context:
         llama.llama_memory_seq_keep(self.memory, seq)
 
     def clear(self) -> None:
-        """Empty every sequence and zero the cache's bytes."""
+        """Empties all sequences, and zeroes the bytes of the cache."""
         llama.llama_memory_clear(self.memory, True)
 
     # State, by llama.cpp's blocking calls
@@ -461,17 +465,17 @@ class Context:
         return int(llama.llama_state_seq_get_size(self.pointer, seq))
 
     def state_get(self, seq: int) -> bytes:
-        """The state of a sequence; empty if llama.cpp refused."""
+        """Returns the state of a sequence; no bytes if llama.cpp refused."""
         size = self.state_size(seq)
         buffer = (ctypes.c_uint8 * size)()
         return bytes(buffer[: self.state_get_into(seq, buffer)])
 
     def state_get_into(self, seq: int, buffer: Any) -> int:
-        """Write the state into a ctypes array; the bytes written, 0 if llama.cpp refused."""
+        """Writes the state into a ctypes array; returns the bytes written, 0 if refused."""
         return int(llama.llama_state_seq_get_data(self.pointer, buffer, len(buffer), seq))
 
     def state_set(self, seq: int, state: bytes) -> int:
-        """Replace a sequence by a state; the bytes read, 0 if llama.cpp refused."""
+        """Replaces a sequence by a state; returns the bytes read, 0 if refused."""
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         log_lines.clear()
         return int(llama.llama_state_seq_set_data(self.pointer, buffer, len(state), seq))

@@ -1,12 +1,12 @@
-"""States of a format that kvferry does not know, saved and loaded, in a process of its own.
+"""Saves and loads states in a format that kvferry does not know.
 
-For a libllama that only this process may load (unknown_format.py), and since a state that libllama
-should not have been shown may end it. Run by test_llama_opaque.py:
+test_llama_opaque.py runs it in a process of its own, because a process has only one libllama
+(unknown_format.py), and because a damaged state that reaches libllama may end the process:
 
-    python opaque_states.py CASE MODEL FOREIGN OPTIONS
+    python -m support.opaque_states CASE MODEL FOREIGN OPTIONS
 
-OPTIONS are ContextOptions as JSON. FOREIGN is a model whose states this one would take, and whose
-metadata differ. Every case runs with the tap and without.
+OPTIONS are ContextOptions as JSON. FOREIGN is a model with other metadata, whose states MODEL would
+accept. Every case runs with the tap and without.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TOKENS = 20
 
 @dataclasses.dataclass
 class Scene:
-    """Two contexts alike: kvferry works on `ours`, llama.cpp's own calls on `like`."""
+    """Two equal contexts: `ours` for kvferry, `like` for llama.cpp's own calls."""
 
     model: Model
     foreign: Model
@@ -84,7 +84,7 @@ def save(attachment: Attachment, sequence: int) -> bytes:
 
 
 def load(attachment: Attachment, state: bytes, **options: Any) -> str:
-    """How the call or else the job ended: KVF_OK, or the name and the text of an error."""
+    """Returns KVF_OK, or the name and the text of the error of the call or the job."""
     try:
         job = attachment.load(TARGET, buffer_of(state), **options)
     except Failure as failure:
@@ -149,8 +149,8 @@ def the_size_has_room_for_the_envelope(scene: Scene) -> None:
 
 @contextlib.contextmanager
 def targets(scene: Scene) -> Iterator[tuple[bytes, Callable[[bytes, str], None]]]:
-    """A state, and what asserts that one is refused and costs nothing: by a sequence that holds
-    cells, and by a context that has held nothing yet.
+    """Returns a state, and a function that asserts that a state is refused without any loss: by a
+    sequence that holds cells, and by a context that has held nothing yet.
     """
     with scene.attached() as attachment, scene.fresh() as (fresh, of_fresh):
         sealed = save(attachment, SOURCE)
@@ -216,7 +216,7 @@ def a_state_without_envelope_is_loaded_only_if_it_is_trusted(scene: Scene) -> No
             assert load(target, bare, trust=True) == "KVF_OK"
             assert context.pos_max(TARGET) == TOKENS - 1
             assert save(target, TARGET)[-ENVELOPE:] != bytes(ENVELOPE)
-            # An envelope is verified all the same.
+            # An envelope is verified nevertheless.
             flipped = bytearray(sealed)
             flipped[100] ^= 1
             assert load(target, bytes(flipped), trust=True).startswith("KVF_ERR_STATE_DAMAGED")
@@ -244,8 +244,8 @@ def a_trusted_load_that_fails_leaves_nothing_or_says_so(scene: Scene) -> None:
 
 
 def a_trusted_load_that_leaves_cells_behind_says_so(scene: Scene) -> None:
-    """Of a plain attention cache, all of whose cells but one have negative positions, and which
-    ends too early. No sequence that libllama knows has such cells.
+    """Returns a state of a plain attention cache that ends too early. All its cells but one have
+    negative positions, as no sequence of libllama has.
     """
     ours = scene.ours
     empty = ours.state_size(TARGET)
@@ -262,7 +262,7 @@ def a_trusted_load_that_leaves_cells_behind_says_so(scene: Scene) -> None:
 
 
 def a_load_that_is_cancelled_ends_once(scene: Scene) -> None:
-    """Cancelled while the caller waits, or too late: the sequence is empty, or loaded."""
+    """A load is cancelled while the caller waits, or too late: the sequence is empty, or loaded."""
 
     def check(outcome: str) -> None:
         attachment.settle()
@@ -293,7 +293,7 @@ def a_load_that_is_cancelled_ends_once(scene: Scene) -> None:
 
 
 def a_load_waits_for_the_stream_before_it_verifies(scene: Scene) -> None:
-    """On the simulated device: what the stream still writes is not damage."""
+    """On the simulated device: a state that a stream is still writing is not damaged."""
     driver = SimulatedCuda.open()
     assert driver is not None
     os.environ["KVFERRY_CUDA_DRIVER"] = driver.path

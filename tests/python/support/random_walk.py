@@ -1,12 +1,12 @@
-"""A random walk on two contexts alike: llama.cpp's own calls on the one, kvferry's on the other.
+"""A random walk in two equal contexts: one for llama.cpp's own calls, the other for kvferry.
 
-Each step does the same to both: decode, copy, remove, shift, divide, keep, save, load, load what
-is damaged, cancel, attach, detach.  kvferry's transfers stay in flight for some steps; many follow
-a stream that is held, so that they surely do, and some of these move all their bytes while the
-graph of llama.cpp is halted behind one of its operations.  After each step the states of all
-sequences that no transfer holds are equal, and after each decode the logits, bit for bit.
+Each step does the same in both: decode, copy, remove, shift, divide, keep, save, load, load a
+damaged state, cancel, attach, detach. Transfers of kvferry stay in flight for some steps. Many of
+them follow a stream that is held, which guarantees that, and some of these move all their bytes
+while llama.cpp's graph is halted after one of its operations. After each step the states of all
+sequences without a transfer are equal bit for bit, and after each decode the logits.
 
-A walk is told by its kind of model, its cache and its seed.
+A kind of model, a cache and a seed determine a walk.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ KINDS = (
     "deepseek32",
     "qwen2vl",
 )
-"""Of model. Others' states are opaque, and not those that llama.cpp writes."""
+"""The kinds of models. States of other kinds are opaque, and differ from those of llama.cpp."""
 
 SEQUENCES = range(4)
 STATES_KEPT = 6
+LOAD_MODES = tuple(c_interface.LoadMode)
 
-IN_PLACE, SNAPSHOT, AHEAD = 1, 2, 2
+IN_PLACE, SNAPSHOT = c_interface.SaveMode.IN_PLACE, c_interface.SaveMode.SNAPSHOT
 
 PATIENCE = 0.03
-"""Seconds after which held transfers are let go while a call goes on that may wait for them."""
+"""Seconds after which held transfers are released, because a call may be waiting for them."""
 
 
 class Unequal(AssertionError):
@@ -54,7 +55,7 @@ class Unequal(AssertionError):
 
 @dataclasses.dataclass
 class InFlight:
-    """A transfer of a sequence."""
+    """A transfer of a sequence in flight."""
 
     direction: Literal["save", "load"]
     job: c_interface.Job
@@ -63,34 +64,34 @@ class InFlight:
     expected: bytes
     hold: Hold
     held: bool
-    """It surely is in flight still."""
+    """Whether it is certainly still in flight."""
     in_place: bool
 
     def release(self) -> None:
-        """Let it go."""
+        """Releases it."""
         self.held = False
         self.hold.release()
 
 
 @dataclasses.dataclass(frozen=True)
 class Abilities:
-    """What llama.cpp can do to a kind of model and cache."""
+    """What llama.cpp can do with a kind of model and cache."""
 
     recurs: bool
-    """It has recurrent cells: sequences are removed whole or not at all."""
+    """It has recurrent cells, so that only whole sequences can be removed."""
     shifts: bool
     appends: bool
-    """A sequence that is saved in place may be decoded further."""
+    """A sequence may be decoded while it is saved in place."""
     streams: bool
-    """Each sequence has a stream of its own, and shares no cell."""
+    """Each sequence has a stream of its own, and shares no cells."""
     windows: bool
-    """Cells that a sliding window has left go to others."""
+    """Other sequences may take cells that have left a sliding window."""
     interleaves: bool
-    """Bytes of all sequences lie between each other."""
+    """Bytes of different sequences alternate in memory."""
 
     @classmethod
     def of(cls, kind: str, cache: str) -> Abilities:
-        """By the names of `kvferry.tools.synthetic.KINDS` and `like_contexts.CACHES`."""
+        """Returns them by names in `kvferry.tools.synthetic.KINDS` and `like_contexts.CACHES`."""
         recurs = kind in RECURRENT
         # Quantised latent rows end the process.
         shiftable = kind in ("llama", "gemma3") or (kind == "deepseek2" and "_0" not in cache)
@@ -105,7 +106,7 @@ class Abilities:
 
 
 def cache_options(cache: str) -> dict[str, Any]:
-    """Of a cache so small that the sequences of a walk get into each other's way."""
+    """Returns options for a cache so small that the sequences of a walk compete for its cells."""
     options = {"n_ctx": 256, "n_ubatch": 32} | CACHES[cache]
     if "streams" in cache:
         options["n_ctx"] = 256 * len(SEQUENCES)
@@ -113,7 +114,7 @@ def cache_options(cache: str) -> dict[str, Any]:
 
 
 class Walk:
-    """Use as a context manager; then call `step` as often as wanted."""
+    """A walk. Use it in a ``with`` statement, and call `step` for each step."""
 
     def __init__(
         self, cuda: SimulatedCuda, ours: Context, like: Context, abilities: Abilities, seed: int
@@ -123,7 +124,7 @@ class Walk:
         self.can = abilities
         self.steps = 0
         self.done: collections.Counter[str] = collections.Counter()
-        """How often each operation was done, and how often a decode began beside a transfer."""
+        """How often each operation was done, and how many decodes began beside a transfer."""
         self.history: collections.deque[str] = collections.deque(maxlen=40)
         """The last operations, newest at the end."""
         self._random = random.Random(seed)
@@ -139,9 +140,11 @@ class Walk:
         self._shared: set[int] = set()
         # Sequences whose shift is applied by the next decode.
         self._shift_pending: set[int] = set()
-        # Sequences onto which the next decode copies another stream. Until then their states are of
-        # bytes that were left there, and that a cancelled load has not written.
+        # Sequences onto which the next decode copies another stream. Until then their states have
+        # old bytes, which a cancelled load may have left.
         self._copy_pending: set[int] = set()
+        # The sequences of the streams that it reads.
+        self._copy_sources: set[int] = set()
 
     def __enter__(self) -> Walk:
         try:
@@ -216,8 +219,17 @@ class Walk:
         return self._random.choice(seqs) if seqs else None
 
     def _resting(self) -> list[int]:
-        """Sequences that no transfer holds."""
+        """The sequences without a transfer in flight."""
         return [seq for seq in SEQUENCES if seq not in self._in_flight]
+
+    def _loadable(self) -> list[int]:
+        """Resting sequences whose stream the next decode neither reads nor overwrites.
+
+        llama.cpp copies a stream as it finds it at the next decode: a state that was loaded into
+        the target meanwhile is lost, and one that was loaded into the source is copied instead.
+        """
+        pending = self._copy_pending | self._copy_sources
+        return [seq for seq in self._resting() if seq not in pending]
 
     def _holding_cells(self, seqs: list[int]) -> list[int]:
         return [seq for seq in seqs if self.like.pos_max(seq) >= 0]
@@ -232,7 +244,7 @@ class Walk:
     # ---- Waiting
 
     def _not_for_ever(self) -> contextlib.AbstractContextManager[threading.Event]:
-        """Let go of every held transfer if what happens meanwhile waits for one."""
+        """Releases all held transfers if the ``with`` block waits for one of them."""
         return released_after(PATIENCE, *self._in_flight.values())
 
     def _release_all(self) -> None:
@@ -256,10 +268,10 @@ class Walk:
             self._decode_tokens(turns)
 
     def _tokens(self, seq: int) -> int:
-        """How many to decode."""
+        """Chooses how many tokens to decode."""
         count = self._random.choice((1, 1, 2, 8, 30, 50))
-        # llama.cpp clears a recurrent cell by multiplying what is there by 0: after few tokens the
-        # signs of these zeros are still seen in the state.
+        # llama.cpp clears a recurrent cell by multiplying it by 0. After few tokens the state still
+        # has the signs of these zeros.
         return max(count, 4) if self.can.recurs and self.like.pos_max(seq) < 0 else count
 
     def _decode_tokens(self, turns: list[int]) -> None:
@@ -285,6 +297,7 @@ class Walk:
             like = {}
         self._shift_pending.clear()
         self._copy_pending.clear()
+        self._copy_sources.clear()
         if not like:
             self._note("refused")
         if ours.keys() != like.keys():
@@ -339,13 +352,14 @@ class Walk:
         self._forget_edits(target)
         if self.can.streams:
             self._copy_pending.add(target)
+            self._copy_sources.add(source)
         else:
             self._shared |= {source, target}
         if source in self._shift_pending:
             self._shift_pending.add(target)
 
     def _alone(self) -> list[int]:
-        """Sequences with cells that are nobody else's."""
+        """The sequences that share no cells with others."""
         return [seq for seq in self._holding_cells(self._resting()) if seq not in self._shared]
 
     def _shift(self) -> None:
@@ -358,7 +372,7 @@ class Walk:
             assert context.seq_rm(seq, 0, removed)
             context.seq_add(seq, removed, -1, -removed)
         self._shift_pending.add(seq)
-        # So that the two often meet.
+        # So that a load often meets a pending shift.
         if self._random.random() < 0.7:
             self._note("then load")
             self._load()
@@ -397,7 +411,7 @@ class Walk:
     def _start(
         self, direction: Literal["save", "load"], seq: int, state: bytes, buffer: Any, mode: int
     ) -> c_interface.Failure | None:
-        """Begin a transfer; how it was refused, if it was."""
+        """Begins a transfer; returns the status if it was refused."""
         attachment = self._random.choice(self._attachments)
         chosen = SNAPSHOT if mode == SNAPSHOT or not self.can.appends else IN_PLACE
         snapshot = direction == "save" and (mode or chosen) == SNAPSHOT
@@ -445,14 +459,14 @@ class Walk:
             raise failure
 
     def _load(self) -> None:
-        seq = self._any(self._resting())
+        seq = self._any(self._loadable())
         if seq is None or not self._attachments or not self._states:
             return
         self._load_state(seq, self._random.choice(self._states))
 
     def _load_state(self, seq: int, state: bytes) -> None:
         buffer = ctypes.create_string_buffer(state, len(state))
-        failure = self._start("load", seq, state, buffer, self._random.choice((0, IN_PLACE, AHEAD)))
+        failure = self._start("load", seq, state, buffer, self._random.choice(LOAD_MODES))
         read = self.like.state_set(seq, state)
         self._forget_edits(seq)
         if (read == len(state)) != (failure is None):
@@ -463,13 +477,13 @@ class Walk:
                 context.seq_rm(seq)
 
     def _load_a_window(self) -> None:
-        """Load a state behind cells that are then free, and go on with another sequence: llama.cpp
-        looks for cells there, and comes to those of the load.
+        """Loads a state after free cells, and decodes another sequence: llama.cpp looks for cells
+        there, and finds those of the load.
         """
-        resting = self._resting()
-        if len(resting) < 3 or not self._attachments:
+        free = self._loadable()
+        if len(free) < 3 or not self._attachments:
             return
-        first, loaded, other = self._random.sample(resting, 3)
+        first, loaded, other = self._random.sample(free, 3)
         self._note(f"{loaded} behind {first}, then {other}")
         for context in self._both():
             context.seq_rm(first)
@@ -489,7 +503,7 @@ class Walk:
             self._decode_tokens([other] * (few + self._random.choice((1, 4, 20))))
 
     def _load_by_llama_cpp(self) -> None:
-        seq = self._any(self._resting())
+        seq = self._any(self._loadable())
         if seq is None or not self._states:
             return
         self._note(f"{seq}")
@@ -504,14 +518,14 @@ class Walk:
                 context.seq_rm(seq)
 
     def _end(self) -> None:
-        """Wait for a transfer."""
+        """Waits for a transfer."""
         seq = self._any(list(self._in_flight))
         if seq is not None:
             self._note(f"{seq}")
             self._collect(seq, self._in_flight[seq])
 
     def _collect(self, seq: int, transfer: InFlight) -> None:
-        # All, since what holds one may hold another as well.
+        # All of them, because one hold may hold several transfers.
         self._release_all()
         status = transfer.job.wait()
         del self._in_flight[seq]
@@ -525,7 +539,7 @@ class Walk:
                 self._states.pop(self._random.randrange(STATES_KEPT))
 
     def _cancel(self) -> None:
-        """Cancel a transfer; a loaded sequence is empty afterwards."""
+        """Cancels a transfer; a sequence that was loaded is empty afterwards."""
         seq = self._any(list(self._in_flight))
         if seq is None:
             return
@@ -547,7 +561,7 @@ class Walk:
         self.like.seq_rm(seq)
 
     def _refused(self) -> None:
-        """What a transfer in flight forbids of kvferry's own calls."""
+        """Makes calls of kvferry that are refused while a transfer is in flight."""
         seq = self._any([seq for seq, transfer in self._in_flight.items() if transfer.held])
         if seq is None or not self._states:
             return
@@ -568,7 +582,8 @@ class Walk:
                 raise Unequal(f"a call on sequence {seq}, which is in flight, was not refused")
 
     def _damaged(self) -> None:
-        """Load what is truncated or too long: refused, and the sequence is empty or as it was."""
+        """Loads a truncated or too long state: it is refused, and the sequence is empty or as it
+        was."""
         seq = self._any(self._resting())
         if seq is None or not self._attachments or not self._states:
             return
@@ -585,7 +600,8 @@ class Walk:
                 raise
         else:
             raise Unequal("a damaged state was accepted")
-        if self.ours.pos_max(seq) == -1:
+        # A window that has lost all its cells has no last position, though other layers hold cells.
+        if self.ours.pos_max(seq) == -1 and self.like.pos_max(seq) != -1:
             self.like.seq_rm(seq)
             self._forget_edits(seq)
 

@@ -1,4 +1,4 @@
-"""The simulated CUDA driver (tests/simulated_cuda), as Python tests see it.
+"""The simulated CUDA driver (tests/simulated_cuda), for Python tests.
 
     driver = SimulatedCuda.open()               # None where KVFERRY_SIMULATED_CUDA is not set
     driver.reset()
@@ -8,8 +8,8 @@
     assert driver.count("live") == 0
 
 KVFERRY_SIMULATED_CUDA is the path of libcuda_simulated.so. Set KVFERRY_CUDA_DRIVER to the same path
-before kvferry opens its first engine, and both speak to the same driver. What settings, faults and
-counters there are says tests/simulated_cuda/simulated_cuda.h.
+before kvferry opens its first engine: then both use the same driver. The settings, faults and
+counters are in tests/simulated_cuda/simulated_cuda.h.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 
 class Error(enum.IntEnum):
-    """The CUresult numbers that tests ask for."""
+    """Numbers of CUresult."""
 
     INVALID_VALUE = 1
     OUT_OF_MEMORY = 2
@@ -35,7 +35,7 @@ class Error(enum.IntEnum):
 
 
 class CudaError(Exception):
-    """A call of the driver failed; `error` is its number."""
+    """A call of the driver has failed; `error` is the number."""
 
     def __init__(self, call: str, error: int) -> None:
         super().__init__(f"{call}: CUDA error {error}")
@@ -71,12 +71,12 @@ class DeviceArray:
         }
 
     def upload(self, values: npt.ArrayLike) -> None:
-        """Fills it, past all streams."""
+        """Fills it at once, without waiting for streams."""
         source = np.ascontiguousarray(np.broadcast_to(values, self.shape), dtype=self.dtype)
         self._driver.write(self.address, source)
 
     def download(self) -> npt.NDArray[Any]:
-        """A copy of what it holds now, past all streams."""
+        """Returns a copy of what it holds now, without waiting for streams."""
         values = np.empty(self.shape, self.dtype)
         self._driver.read(values, self.address)
         return values
@@ -97,7 +97,7 @@ class DeviceArray:
 class Stream:
     """A stream of a device, or its default stream. Ended by close(), or at the end of a `with`.
 
-    It can be held, as a long kernel of somebody else's would hold it.
+    It can be held, as a long kernel of another program would hold it.
     """
 
     def __init__(self, driver: SimulatedCuda, default: int | None, device: int) -> None:
@@ -124,7 +124,7 @@ class Stream:
         self.release()
 
     def hold(self) -> None:
-        """What it is given from now on waits for release()."""
+        """Makes work that it is given from now on wait for release()."""
         self._set(0)
         with self._driver.context(self._device):
             equal = 1
@@ -153,7 +153,7 @@ class Stream:
             )
 
     def make_wait(self, other: int) -> None:
-        """Makes another stream wait for what this one holds."""
+        """Makes another stream wait for the work that this one holds."""
         event = ctypes.c_void_p()
         with self._driver.context(self._device):
             self._driver.call("cuEventCreate", ctypes.byref(event), 0)
@@ -181,11 +181,11 @@ class Stream:
 
 
 class SimulatedCuda:
-    """The driver's controls. Every method may be called from any thread."""
+    """The controls of the driver. Any thread may call any method."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # CDLL lets other threads of Python run during a call.
+        # During a call of a CDLL other threads of Python run.
         self._library = library = ctypes.CDLL(path)
         text, number = ctypes.c_char_p, ctypes.c_uint64
         for name, result, parameters in (
@@ -207,36 +207,37 @@ class SimulatedCuda:
 
     @classmethod
     def open(cls) -> SimulatedCuda | None:
-        """The driver that KVFERRY_SIMULATED_CUDA names, or None."""
+        """Returns the driver that KVFERRY_SIMULATED_CUDA names, or None."""
         path = os.environ.get("KVFERRY_SIMULATED_CUDA")
         return cls(path) if path else None
 
     # ---- Controls
 
     def set(self, **settings: int) -> None:
-        """Sets what the keywords name: `set(devices=2, bytes_per_second=10**9)`."""
+        """Changes settings: `set(devices=2, bytes_per_second=10**9)`."""
         for name, value in settings.items():
             self._known(self._library.kvfsim_set(name.encode(), value), name)
 
     def reset(self) -> None:
-        """Settings from the environment; no faults, no holds; counters anew, live objects kept."""
+        """Restores the settings from the environment, removes faults and holds, and zeroes the
+        counters. Live objects stay."""
         self._library.kvfsim_reset()
 
     def fail(
         self, what: str, nth: int = 1, error: int = Error.UNKNOWN, forever: bool = False
     ) -> None:
-        """The nth call of an entry point, or execution of a "copy" or "kernel", fails."""
+        """Makes the nth call of an entry point, or the nth "copy" or "kernel", fail."""
         self._known(self._library.kvfsim_fail(what.encode(), nth, error, forever), what)
 
     def hold(self, what: str = "copy", nth: int = 1, forever: bool = False) -> None:
-        """The nth "copy" or "kernel" does not end until release()."""
+        """Makes the nth "copy" or "kernel" wait for release()."""
         self._known(self._library.kvfsim_hold(what.encode(), nth, forever), what)
 
     def release(self) -> None:
         self._library.kvfsim_release()
 
     def wait_held(self, count: int = 1, timeout: float = 10) -> None:
-        """Waits until `count` operations are held; TimeoutError after `timeout` seconds."""
+        """Waits until `count` operations are held. Raises TimeoutError after `timeout` seconds."""
         if not self._library.kvfsim_wait_held(count, int(timeout * 1000)):
             raise TimeoutError(f"{self.count('held')} operations are held, not {count}")
 
@@ -256,7 +257,7 @@ class SimulatedCuda:
     # ---- Memory of devices
 
     def array(self, values: npt.ArrayLike, device: int = 0) -> DeviceArray:
-        """Device memory that holds `values`."""
+        """Returns device memory that holds `values`."""
         source = np.asarray(values)
         array = self.empty(source.shape, source.dtype, device)
         array.upload(source)
@@ -266,38 +267,38 @@ class SimulatedCuda:
         return DeviceArray(self, shape, dtype, device)
 
     def stream(self, default: int | None = None, device: int = 0) -> Stream:
-        """A new stream, or a default one: 1 the legacy one, 2 this thread's."""
+        """Returns a new stream, or a default stream: 1 is the legacy one, 2 this thread's."""
         return Stream(self, default, device)
 
     def write(self, address: int, values: npt.NDArray[Any]) -> None:
-        """Writes contiguous values to device memory, past all streams."""
+        """Writes contiguous values to device memory, without waiting for streams."""
         if self._library.kvfsim_write(address, values.ctypes.data, values.nbytes):
             raise ValueError(f"{values.nbytes} bytes at {address:#x} are in no allocation")
 
     def read(self, values: npt.NDArray[Any], address: int) -> None:
-        """Fills contiguous values from device memory, past all streams."""
+        """Reads contiguous values from device memory, without waiting for streams."""
         if self._library.kvfsim_read(values.ctypes.data, address, values.nbytes):
             raise ValueError(f"{values.nbytes} bytes at {address:#x} are in no allocation")
 
     # ---- The driver itself
 
     def call(self, entry_point: str, *arguments: Any) -> None:
-        """Calls an entry point by its symbol; CudaError where it fails."""
+        """Calls an entry point by its symbol. Raises CudaError."""
         error = getattr(self._library, entry_point)(*arguments)
         if error:
             raise CudaError(entry_point, error)
 
     def free_word(self, word: ctypes.c_void_p, device: int) -> None:
-        """What a stream watched."""
+        """Frees the memory that a stream has watched."""
         with self.context(device):
             self.call("cuMemFreeHost", word)
 
     @contextlib.contextmanager
     def context(self, device: int = 0) -> Iterator[int]:
-        """A device's primary context, current on this thread; its address.
+        """Makes a device's primary context current on this thread; gives its address.
 
-        It stays retained from the first use on, as in a program that also uses PyTorch: arrays
-        would be gone with it.
+        The context stays retained after its first use, as in a program that also uses PyTorch:
+        arrays would be freed with it.
         """
         self.call("cuInit", 0)
         retained = self._retained.get(device)
@@ -311,7 +312,7 @@ class SimulatedCuda:
         finally:
             self.call("cuCtxPopCurrent_v2", None)
 
-    # By device, for all objects of the class: there is one driver in a process.
+    # By device. For all objects of the class, because a process has one driver.
     _retained: ClassVar[dict[int, int]] = {}
 
     @staticmethod

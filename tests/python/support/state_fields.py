@@ -1,7 +1,7 @@
-"""A state taken apart into its fields, so that tests can damage each of them.
+"""Divides a state into its fields, so that tests can damage each of them.
 
-An account of the format of its own, made from llama.cpp's `state_write` functions and from what the
-kinds of synthetic models are, not from kvferry's code: one must not repeat the other's mistakes.
+This description of the format is made from llama.cpp's `state_write` functions and from the kinds
+of synthetic models, not from kvferry's code, so that it does not repeat kvferry's mistakes.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import itertools
 import struct
 
 LAST_POSITION = 2**24
-"""The last position that kvferry takes for one that can be gone on from: 2**24, and more only for
-models trained on, or contexts of, more than 2**20 tokens."""
+"""The last position that kvferry accepts, because decoding can continue after it: 2**24, and more
+only for models that were trained on, or contexts of, more than 2**20 tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Field:
-    """Some bytes of a state."""
+class StateField:
+    """A run of bytes of a state."""
 
     name: str
-    """Such as "attention.cell.position"; "….data" for bytes of tensors."""
+    """For instance "attention.cell.position". Names of tensor bytes end in ".data"."""
     begin: int
     size: int
     signed: bool = False
@@ -37,7 +37,7 @@ class Field:
         return int.from_bytes(state[self.begin : self.end], "little", signed=self.signed)
 
     def replaced(self, state: bytes, value: int) -> bytes:
-        """The state with another value here, taken modulo what the field can hold."""
+        """Returns the state with another value in this field, modulo what the field can hold."""
         new = (value % (1 << (8 * self.size))).to_bytes(self.size, "little")
         return state[: self.begin] + new + state[self.end :]
 
@@ -52,18 +52,18 @@ SECTIONS: dict[str, list[str]] = {
     "deepseek2": ["attention of keys"],
     "deepseek32": ["attention of keys", "attention of keys"],
 }
-"""What the state of each kind consists of, after its header."""
+"""The sections of each kind's state, after its header."""
 
 
 MAGIC = 0xAF143CD8
 
 
-def state_fields(kind: str, state: bytes) -> list[Field]:
-    """All of it, in order and without gaps.
+def state_fields(kind: str, state: bytes) -> list[StateField]:
+    """Returns all fields, in order and without gaps.
 
-    Releases differ: earlier ones have no header, the earliest no coordinates of a cell, later ones
-    a token beside them, and how keys and values are rotated. The one that accounts for every byte
-    is right.
+    Releases differ. Early ones have no header, the earliest no coordinates of cells; later ones
+    have a token with each cell, and the rotation of keys and values. Of the known formats, the one
+    that accounts for every byte is right.
     """
     ways = []
     for coordinates, has_rotation in itertools.product(
@@ -86,7 +86,7 @@ class _Walk:
         self.coordinates = coordinates
         self.has_rotation = has_rotation
         self.at = 0
-        self.fields: list[Field] = []
+        self.fields: list[StateField] = []
 
     def all(self, sections: list[str]) -> None:
         if int.from_bytes(self.state[:4], "little") == MAGIC:
@@ -104,7 +104,7 @@ class _Walk:
     def take(self, name: str, code: str) -> int:
         (value,) = struct.unpack_from("<" + code, self.state, self.at)
         size = struct.calcsize("<" + code)
-        self.fields.append(Field(name, self.at, size, signed=code.islower()))
+        self.fields.append(StateField(name, self.at, size, signed=code.islower()))
         self.at += size
         return int(value)
 
@@ -112,7 +112,7 @@ class _Walk:
         if size > len(self.state) - self.at:
             raise struct.error("beyond the end")
         if size:
-            self.fields.append(Field(name + ".data", self.at, size))
+            self.fields.append(StateField(name + ".data", self.at, size))
             self.at += size
 
     def rows(self, name: str, cells: int) -> None:
@@ -151,7 +151,7 @@ class _Walk:
             self.data("attention.value", element * self.take("attention.value.rows", "I") * cells)
 
     def recurrent(self) -> None:
-        """The last section: how many of its layers have tensors only its length tells."""
+        """Reads the last section. Only its length tells how many of its layers have tensors."""
         cells = self.take("recurrent.cells", "I")
         for _ in range(cells):
             self.take("recurrent.cell.position", "i")

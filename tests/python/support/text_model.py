@@ -1,6 +1,6 @@
-"""A model that reads text: the tokens of its vocabulary are the bytes.
+"""A model with a tokenizer, whose tokens are bytes.
 
-The synthetic models have no tokenizer, and llama_cpp.Llama.tokenize wants one.
+The synthetic models have no tokenizer, and llama_cpp.Llama.tokenize needs one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SPECIAL = [
 
 
 def write_text_model(path: Path) -> Path:
-    """A copy of the small `llama`, with the tokenizer of SentencePiece instead of none."""
+    """Writes a copy of the small `llama` with a SentencePiece tokenizer; returns the path."""
     bare = write_model("llama", path.with_suffix(".bare"))
     reader = gguf.GGUFReader(bare)
     writer = gguf.GGUFWriter(path, "llama")

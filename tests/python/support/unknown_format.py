@@ -1,7 +1,7 @@
-"""A libllama that writes its states in a format that nobody has seen.
+"""A libllama that writes its states in an unknown format.
 
-A copy of the real one in which the number that begins every state is another. It writes that number
-and demands it, so that it goes on reading what it writes, and refuses what others write.
+It is a copy of the real one with another number at the beginning of every state. It writes and
+requires that number, so that it reads its own states and refuses those of others.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 from pathlib import Path
 
 MAGIC = (0xAF143CD8).to_bytes(4, "little")
-"""`io_magic` in llama-context.cpp: how the known formats begin, since there is such a number."""
+"""`io_magic` in llama-context.cpp: the number at the beginning of the known formats."""
 
 NUMBERS = {
-    # No format of kvferry's begins like this: an empty sequence tells already.
+    # No known format begins like this, so that an empty sequence already shows it.
     "nothing-parses": 0x5EED5EED,
-    # Read without a frame, an empty sequence 0 is one of two attention caches. That there is
-    # something else tells only a sequence with cells.
+    # States of builds before b9842 begin with no such number. Read as one of those, the state of an
+    # empty sequence 0 has two attention caches; only a sequence with cells shows the difference.
     "empty-parses": 1,
 }
 
 
 class NoMagic(Exception):
-    """This libllama has no number to replace."""
+    """This libllama begins its states with no number."""
 
 
 def write_libllama(folder: Path, real: Path, number: int, *, everywhere: bool = True) -> None:
-    """Fills `folder` with a copy of the libllama in `real`, and with links to what it needs.
+    """Fills `folder` with a changed copy of the libllama in `real`, and links to what it needs.
 
-    Unless the number is replaced `everywhere`, it is in the last place alone: data, which is
-    written, while the code before demands the old number. Such a libllama refuses its own states.
-    Raises NoMagic.
+    If the number is not replaced `everywhere`, it is replaced only in its last place, which is the
+    data that is written. The code before it still requires the old number, so that this libllama
+    refuses its own states. Raises NoMagic.
     """
     library = (real / "libllama.so").resolve()
     code = library.read_bytes()

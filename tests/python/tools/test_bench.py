@@ -1,4 +1,4 @@
-"""What the benchmark makes of its measurements. (test_cli.py runs the command itself.)"""
+"""How the benchmark reports its measurements. (test_cli.py runs the command itself.)"""
 
 from __future__ import annotations
 

@@ -1,18 +1,21 @@
-"""The command line: what it prints, what it writes, and how it ends."""
+"""The command line: its output, its files, and its exit status."""
 
+import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import kvferry
 import pytest
-from kvferry.tools import libllama
+from kvferry.tools import extra_packages, libllama
 from kvferry.tools.table import table
 from support.llama_reference import LIBRARY_FOLDER
+from support.programs import run_python
 from support.unknown_format import NUMBERS, NoMagic, write_libllama
 
 FIGURES = {
@@ -36,15 +39,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs kvferry in a process of its own, after the Python statements `first`."""
     code = f"import sys; {first}\nfrom kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
-    changed = {**os.environ, **(environment or {})}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={name: value for name, value in changed.items() if value is not None},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return run_python("-c", code, *arguments, environment=environment, timeout=240)
 
 
 # ---- demo ----------------------------------------------------------------------------------------
@@ -85,7 +80,7 @@ def test_demo_takes_a_model_of_the_users(tmp_path: Path, model_path: Callable[..
 
 
 def test_demo_stops_when_interrupted(tmp_path: Path) -> None:
-    # Where these tests run in the background of a script, SIGINT is ignored, and that is inherited.
+    # A script's background processes ignore SIGINT, and their children inherit that.
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -143,6 +138,36 @@ llama.Llama.start_load = fails
     last = done.stderr.splitlines()[-1]
     assert last == "kvferry demo: error: the device reported an error: on purpose"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        (("xllamacpp", "gguf", "matplotlib"), "no libllama found"),
+        (("gguf", "matplotlib"), "or name a model with --model FILE"),
+    ],
+)
+def test_demo_names_the_one_command_that_installs_what_it_needs(
+    missing: Sequence[str], said: str, tmp_path: Path
+) -> None:
+    here = None if "xllamacpp" in missing else str(LIBRARY_FOLDER)
+    done = run(
+        *("demo", "--tokens", "16", "--picture", str(tmp_path / "demo.png")),
+        first=f"sys.modules.update(dict.fromkeys({('llama_cpp', *missing)}))\n"
+        "import ctypes.util; ctypes.util.find_library = lambda name: None",
+        environment={libllama.ENVIRONMENT_VARIABLE: here},
+    )
+
+    [*_, last] = done.stderr.splitlines()
+    assert (done.returncode, last.startswith("kvferry demo: error: ")) == (2, True)
+    assert f"pip install {' '.join(missing)}" in last
+    assert said in last
+
+
+def test_the_command_names_the_packages_of_the_extra_demo() -> None:
+    requirements = importlib.metadata.requires("kvferry") or []
+    extra = [each for each in requirements if re.search("extra == .demo.", each)]
+    assert {re.split(r"[^\w-]", each)[0] for each in extra} == set(extra_packages.PACKAGES)
 
 
 # ---- doctor --------------------------------------------------------------------------------------
@@ -307,7 +332,7 @@ def test_doctor_opens_one_gpu_of_several(
     driver = findings["CUDA driver"]
     assert "4 device(s)" in driver["found"]
     assert ("--device cuda:N" in driver["meaning"]) == bool(ordinals)
-    # What could not be used is said, though another GPU could be.
+    # A GPU that cannot be used is reported, although another one can be used.
     assert ("GPU 0" in findings) == bool(failures)
 
 
@@ -326,7 +351,7 @@ def test_doctor_works_without_the_optional_packages() -> None:
 
     assert "Traceback" not in done.stderr
     assert "memcpy" in done.stdout
-    if "no libllama found" in done.stdout:  # else this system has one of its own
+    if "no libllama found" in done.stdout:  # otherwise the system has a libllama
         assert done.returncode == 1
 
 
@@ -349,7 +374,7 @@ def test_bench_writes_the_figures_that_were_asked_for(tmp_path: Path) -> None:
 
 
 def test_config_is_what_a_c_program_needs(tmp_path: Path) -> None:
-    """tests/install/by_pip.sh does more with it, in an empty environment."""
+    """tests/install/by_pip.sh tests more, in an empty environment."""
     source = Path(__file__).parents[2] / "install" / "program.c"
     for more in ([], ["--static"]):
         flags = run("config", "--cflags", "--libs", *more).stdout.split()
@@ -411,26 +436,14 @@ def test_bad_options_are_named(arguments: list[str], complaint: str) -> None:
 
 
 def test_the_package_is_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kvferry", "--version"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python("-m", "kvferry", "--version")
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"kvferry {kvferry.__version__}\n"
 
 
 def test_the_program_is_named_alike_however_it_is_called() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kvferry", "dance"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python("-m", "kvferry", "dance")
 
     assert done.returncode == 2
     assert done.stderr.startswith("usage: kvferry ")

@@ -1,4 +1,4 @@
-"""How the command line finds and drives a libllama: `kvferry.tools.libllama`."""
+"""The command line's bindings of libllama: `kvferry.tools.libllama`."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_a_context_has_what_was_asked_for(model: libllama.Model) -> None:
         assert llama.llama_n_seq_max(context.address) == 4
         assert llama.llama_n_batch(context.address) == 300
         assert llama.llama_n_threads(context.address) == 2
-        # One cache for all sequences, rather than a stream of 256 cells for each.
+        # There is one cache for all sequences, and not a stream of 256 cells for each.
         assert llama.llama_n_ctx_seq(context.address) == 1024
 
 
 def test_a_context_may_have_more_cells_than_were_asked_for(model: libllama.Model) -> None:
-    """libllama rounds them up; a batch is never larger than what was asked for."""
+    """libllama rounds the cells up. A batch is never larger than was asked for."""
     with libllama.Context(model, dataclasses.replace(OPTIONS, n_ctx=280)) as context:
         assert llama.llama_n_ctx(context.address) == 512
         assert llama.llama_n_batch(context.address) == 280
@@ -62,7 +62,7 @@ def test_the_layout_is_that_of_the_build(library: libllama.Libllama) -> None:
 def test_a_layout_that_makes_another_context_is_refused(
     library: libllama.Libllama, model: libllama.Model
 ) -> None:
-    """As if the library's defaults had made sense in it: flags land in other fields."""
+    """The test chooses a wrong layout, in which flags are written into other members."""
     fields = [name for name, _ in library.context_params._fields_]
     earlier = sum(name.startswith("earlier") for name in fields)
     gap = 0 if library.context_params.gap.size else 8

@@ -1,11 +1,10 @@
-"""Every kind of synthetic model works in the real libllama, and what llama.cpp's own saving and
-loading does with it: the facts that the tests of kvferry rest on."""
+"""All kinds of synthetic models in the real libllama, and llama.cpp's own saving and loading of
+their sequences: the facts on which the tests of kvferry depend."""
 
 from __future__ import annotations
 
 import dataclasses
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from kvferry.tools.synthetic import GEOMETRIES, KINDS, write_model
 from support.like_contexts import CACHES, LATENT, RECURRENT, MakeContext
 from support.llama_reference import UNFRAMED, CacheType, Model, Refused, log_lines
+from support.programs import run_python
 
 MakeModel = Callable[..., Model]
 
@@ -32,7 +32,7 @@ each_kind_and_cache = pytest.mark.parametrize(
 
 
 def cell_data(state: bytes) -> bytes:
-    """A state without the ids of its sequence: a number in the header and one in every cell."""
+    """Returns a state without the id of its sequence, which is in the header."""
     return state[8:]
 
 
@@ -110,7 +110,7 @@ def test_missing_gguf_is_said_with_the_remedy(
 
 @each_kind_and_cache
 def test_llama_loads_what_it_saved(make_context: MakeContext, kind: str, cache: str) -> None:
-    """Into another context of the same kind, so that cells and logits are comparable bit by bit."""
+    """The target is in another context of the same kind, so that both have the same cells."""
     source, target = make_context(kind, **CACHES[cache]), make_context(kind, **CACHES[cache])
     source.decode(0, source.model.prompt(40))
     state = source.state_get(0)
@@ -163,7 +163,7 @@ def test_only_recurrent_kinds_keep_a_sequence_whole(make_context: MakeContext, k
 def test_sliding_window_saves_only_what_the_window_sees(
     make_context: MakeContext, kind: str
 ) -> None:
-    """The state of a window stops growing; with `swa_full` too, for masked cells are left out."""
+    """The state of a window stops growing, also with `swa_full`: masked cells are left out."""
     for swa_full in (False, True):
         context = make_context(kind, swa_full=swa_full, n_ctx=1024)
         context.decode(0, context.model.prompt(100))
@@ -178,7 +178,7 @@ def test_sliding_window_saves_only_what_the_window_sees(
 def test_loading_an_empty_state_leaves_the_target_as_it_was(
     make_context: MakeContext, kind: str
 ) -> None:
-    """llama.cpp reports success: whoever wants the target empty must remove it first."""
+    """llama.cpp reports success. To get an empty target, it must be removed first."""
     context = make_context(kind)
     context.decode(0, context.model.prompt(20))
     empty = context.state_get(1)
@@ -190,7 +190,7 @@ def test_loading_an_empty_state_leaves_the_target_as_it_was(
 def test_copy_between_streams_is_pending_until_a_decode(
     make_context: MakeContext, kind: str
 ) -> None:
-    """Until then llama.cpp saves stale bytes, and a load into the copy is overwritten."""
+    """Until then llama.cpp saves old bytes, and a load into the copy is overwritten."""
     context = make_context(kind, kv_unified=False, n_ctx=2048)
     context.decode(0, context.model.prompt(20))
     context.decode(1, context.model.prompt(20, seed=1))
@@ -206,7 +206,7 @@ def test_copy_between_streams_is_pending_until_a_decode(
 
 
 ABORTS = {
-    # Well-formed but for the number of cells, which is one in every state that llama.cpp writes.
+    # Valid except for the number of cells: states that llama.cpp writes have one.
     "two-recurrent-cells": (
         "mamba",
         """
@@ -224,21 +224,14 @@ context.state_set(1, header + (2).to_bytes(4, "little") + 2 * cell + rest)
 def test_llama_aborts_the_process_on(
     model_path: Callable[..., Path], kind: str, damage: str
 ) -> None:
-    """Such input must not reach libllama: it ends the whole process rather than refuse."""
+    """Such input must not reach libllama, because it ends the whole process."""
     script = f"""
 from support.llama_reference import UNFRAMED, Model
 context = Model({str(model_path(kind))!r}).context()
 context.decode(0, [1, 2, 3])
 {damage}
 """
-    child = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    child = run_python("-c", script)
     assert child.returncode == -signal.SIGABRT, child.stderr
     assert "GGML_ASSERT" in child.stderr
 

@@ -2,10 +2,10 @@ package main
 
 import "container/list"
 
-// cache keeps the states of conversations within a budget of bytes, and gives up those that were used least recently.
-// Its owner calls it from one goroutine at a time.
+// cache keeps the states of conversations within a budget of bytes, and evicts those that were used least recently. It
+// must be used by one goroutine at a time.
 type cache[State any] struct {
-	release func(State) // gives the memory of an evicted state back
+	release func(State) // frees the memory of an evicted state
 
 	budget  int64
 	used    int64
@@ -29,7 +29,7 @@ func newCache[State any](budget int64, release func(State)) *cache[State] {
 	return &cache[State]{release: release, budget: budget, recent: list.New(), entries: map[int]*list.Element{}}
 }
 
-// take takes a conversation's state out of the cache.
+// take removes a conversation's state from the cache, and returns it with the number of tokens that it holds.
 func (c *cache[State]) take(conversation int) (state State, tokens int, found bool) {
 	element, found := c.entries[conversation]
 	if !found {
@@ -41,7 +41,8 @@ func (c *cache[State]) take(conversation int) (state State, tokens int, found bo
 	return e.state, e.tokens, true
 }
 
-// makeRoom evicts until size bytes more are within the budget. False, and nothing is evicted, where they never will be.
+// makeRoom evicts states until size bytes more are within the budget. It returns false, and evicts nothing, where size
+// is more than the budget.
 func (c *cache[State]) makeRoom(size int64) bool {
 	if size > c.budget {
 		c.counts.Refusals++
@@ -54,7 +55,7 @@ func (c *cache[State]) makeRoom(size int64) bool {
 	return true
 }
 
-// put enters a state that takes size bytes.
+// put adds a state that takes size bytes.
 func (c *cache[State]) put(conversation int, state State, tokens int, size int64) {
 	c.used += size
 	c.entries[conversation] = c.recent.PushFront(&entry[State]{conversation, state, tokens, size})

@@ -10,115 +10,126 @@ import (
 	"github.com/hybridgroup/yzma/pkg/llama"
 )
 
-// checked says how states that the run has left in the cache stand the comparison.
+// checked says what the comparison of the states that the run has left in the cache has found.
 type checked struct {
 	States int `json:"states"`
-	// What kvferry has loaded is what llama.cpp's own call loads: the same bytes when it is saved again, by either,
-	// and the same logits of the next token, bit for bit.
+	// Identical counts the states for which kvferry's load is the same as llama.cpp's own: the same bytes when the
+	// sequence is saved again, with either, and the same logits of the next token, bit for bit.
 	Identical int `json:"identical_to_llama_cpp"`
-	// The next token is the one that follows when the whole conversation is prefilled again. The logits themselves
-	// differ a little: in the run its tokens were computed in batches with those of others.
+	// SameToken counts the states after which the most likely token is the one that follows when the whole conversation
+	// is prefilled again. The logits themselves differ a little: in the run they were computed in batches with tokens of
+	// other conversations.
 	SameToken   int     `json:"same_next_token_as_prefill"`
-	LargestDiff float64 `json:"largest_logit_difference_to_prefill"` // of the largest logit
+	LargestDiff float64 `json:"largest_logit_difference_to_prefill"` // relative to the largest logit
 }
 
-// check loads every state that is in the cache in each of three ways into a context that does nothing else. What it saves
-// goes to memory of Go's: the engine's is the cache's.
-func check(ctx context.Context, m *model, f ferry, states *cache[*kvferry.Buffer], conversations []conversation) (checked, error) {
+// check compares every state in the cache, in a context that does nothing else.
+func check(ctx context.Context, m *model, k kvferryMover, states *cache[*kvferry.Buffer], conversations []conversation) (checked, error) {
 	var result checked
-	const sequence = 0
-	own := plain{m}
+	c := checker{ctx, m, k, llamaMover{m}}
 	err := states.each(func(conversation int, state *kvferry.Buffer, tokens int) error {
 		said := conversations[conversation].tokens
-		next := said[tokens]
-
-		m.clear(sequence)
-		if _, err := f.load(ctx, sequence, state); err != nil {
-			return err
-		}
-		// kvferry's states of a cache whose format is not known end with an envelope, which llama.cpp does not take.
-		size, err := own.size(sequence)
-		if err != nil {
-			return err
-		}
-		again, byLlama, reference := make([]byte, state.Len()), make([]byte, size), make([]byte, size)
-		if _, err := f.llama.Sequence(sequence).Save(ctx, kvferry.Bytes(again)); err != nil {
-			return err
-		}
-		if _, err := own.saveBytes(sequence, byLlama); err != nil {
-			return err
-		}
-		ferried, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
-		if err != nil {
-			return err
-		}
-
-		m.clear(sequence)
-		if _, err := own.loadBytes(sequence, state.Bytes()[:size]); err != nil {
-			return err
-		}
-		if _, err := own.saveBytes(sequence, reference); err != nil {
-			return err
-		}
-		loaded, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
-		if err != nil {
-			return err
-		}
-		same := bytes.Equal(again[:size], reference) && bytes.Equal(byLlama, reference) && sameBits(ferried, loaded)
-
-		m.clear(sequence)
-		if _, err = m.feed(ctx, sequence, 0, said[:tokens]); err != nil {
-			return err
-		}
-		prefilled, err := m.feed(ctx, sequence, tokens, []llama.Token{next})
-		if err != nil {
-			return err
-		}
-
-		result.States++
-		if same {
-			result.Identical++
-		}
-		if largest(ferried) == largest(prefilled) {
-			result.SameToken++
-		}
-		var scale float64
-		for _, value := range prefilled {
-			scale = max(scale, math.Abs(float64(value)))
-		}
-		for i := range ferried {
-			result.LargestDiff = max(result.LargestDiff, math.Abs(float64(ferried[i]-prefilled[i])/scale))
-		}
-		return nil
+		return c.compare(&result, state, said[:tokens], said[tokens])
 	})
-	m.clear(sequence)
+	m.clear(checkedSequence)
 	return result, err
+}
+
+// checkedSequence is the sequence that states are loaded into to be compared.
+const checkedSequence = 0
+
+type checker struct {
+	ctx       context.Context
+	model     *model
+	byKvferry kvferryMover
+	byLlama   llamaMover
+}
+
+// compare loads the state of the tokens that were said in each of three ways, and decodes the next token after each.
+func (c checker) compare(result *checked, state *kvferry.Buffer, said []llama.Token, next llama.Token) error {
+	again, byLlama, loaded, err := c.afterKvferrysLoad(state, len(said), next)
+	if err != nil {
+		return err
+	}
+	// kvferry's states of a cache whose format it does not know end with a checksum, which llama.cpp does not take.
+	size := len(byLlama)
+	reference, expected, err := c.afterLlamasLoad(state.Bytes()[:size], len(said), next)
+	if err != nil {
+		return err
+	}
+	prefilled, err := c.afterPrefill(said, next)
+	if err != nil {
+		return err
+	}
+
+	result.States++
+	if bytes.Equal(again[:size], reference) && bytes.Equal(byLlama, reference) && sameBits(loaded, expected) {
+		result.Identical++
+	}
+	if largest(loaded) == largest(prefilled) {
+		result.SameToken++
+	}
+	result.LargestDiff = max(result.LargestDiff, largestDifference(loaded, prefilled))
+	return nil
+}
+
+// afterKvferrysLoad returns the state as kvferry and llama.cpp save it again, and the logits after the next token. The
+// states go to memory of Go's, because the engine's memory is the cache's.
+func (c checker) afterKvferrysLoad(state *kvferry.Buffer, position int, next llama.Token) (again, byLlama []byte, logits []float32, err error) {
+	c.model.clear(checkedSequence)
+	if _, err = c.byKvferry.load(c.ctx, checkedSequence, state); err != nil {
+		return
+	}
+	size, err := c.byLlama.size(checkedSequence)
+	if err != nil {
+		return
+	}
+	again, byLlama = make([]byte, state.Len()), make([]byte, size)
+	if _, err = c.byKvferry.llama.Sequence(checkedSequence).Save(c.ctx, kvferry.Bytes(again)); err != nil {
+		return
+	}
+	if _, err = c.byLlama.saveBytes(checkedSequence, byLlama); err != nil {
+		return
+	}
+	logits, err = c.model.feed(c.ctx, checkedSequence, position, []llama.Token{next})
+	return
+}
+
+// afterLlamasLoad returns the state as llama.cpp saves it again, and the logits after the next token.
+func (c checker) afterLlamasLoad(state []byte, position int, next llama.Token) (again []byte, logits []float32, err error) {
+	c.model.clear(checkedSequence)
+	if _, err = c.byLlama.loadBytes(checkedSequence, state); err != nil {
+		return
+	}
+	again = make([]byte, len(state))
+	if _, err = c.byLlama.saveBytes(checkedSequence, again); err != nil {
+		return
+	}
+	logits, err = c.model.feed(c.ctx, checkedSequence, position, []llama.Token{next})
+	return
+}
+
+// afterPrefill returns the logits after the next token, with the whole conversation decoded again.
+func (c checker) afterPrefill(said []llama.Token, next llama.Token) ([]float32, error) {
+	c.model.clear(checkedSequence)
+	if _, err := c.model.feed(c.ctx, checkedSequence, 0, said); err != nil {
+		return nil, err
+	}
+	return c.model.feed(c.ctx, checkedSequence, len(said), []llama.Token{next})
 }
 
 func sameBits(a, b []float32) bool {
 	return slices.EqualFunc(a, b, func(x, y float32) bool { return math.Float32bits(x) == math.Float32bits(y) })
 }
 
-// feed decodes tokens of one sequence, and gives a copy of the last one's logits.
-func (m *model) feed(ctx context.Context, sequence llama.SeqId, position int, tokens []llama.Token) ([]float32, error) {
-	m.mutex.Lock()
-	defer m.mutex.Unlock()
-	batch := llama.BatchInit(int32(m.batch), 0, 1)
-	defer llama.BatchFree(batch)
-	for first := 0; first < len(tokens); first += m.batch {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		batch.Clear()
-		for i := first; i < min(first+m.batch, len(tokens)); i++ {
-			if err := batch.Add(tokens[i], llama.Pos(position+i), []llama.SeqId{sequence}, i == len(tokens)-1); err != nil {
-				return nil, err
-			}
-		}
-		if err := m.decode(batch); err != nil {
-			return nil, err
-		}
+// largestDifference returns the largest difference to a logit of the reference, relative to the reference's largest.
+func largestDifference(logits, reference []float32) float64 {
+	var scale, most float64
+	for _, value := range reference {
+		scale = max(scale, math.Abs(float64(value)))
 	}
-	logits, err := m.logits(batch.NTokens - 1)
-	return slices.Clone(logits), err
+	for i := range logits {
+		most = max(most, math.Abs(float64(logits[i]-reference[i])/scale))
+	}
+	return most
 }

@@ -23,12 +23,12 @@ type settings struct {
 	Seed          uint64 `json:"seed"`
 }
 
-// conversation is what has been said, by both sides.
+// conversation is what the user and the model have said.
 type conversation struct {
 	tokens []llama.Token
 }
 
-// turn is one thing that a user says to one conversation; or, without tokens, nothing: a sequence rests.
+// turn is what a user says next in a conversation. Without tokens it is a rest: the sequence has nothing to do.
 type turn struct {
 	conversation int
 	tokens       []llama.Token
@@ -36,7 +36,8 @@ type turn struct {
 
 func (t turn) isRest() bool { return len(t.tokens) == 0 }
 
-// schedule draws the turns: the same ones for every way. Some conversations are livelier than others, by Zipf's law.
+// schedule draws the turns at random, the same for every way. Some conversations have more turns than others, by Zipf's
+// law.
 func schedule(s settings, vocabulary int) []turn {
 	random := rand.New(rand.NewPCG(s.Seed, 1))
 	weights, total := make([]float64, s.Conversations), 0.0
@@ -65,14 +66,16 @@ func schedule(s settings, vocabulary int) []turn {
 	return turns
 }
 
-// lineUp says which turn is held in which sequence: turn i in sequence i % sequences, when the turn before it in the same
-// sequence has ended. So no conversation may come twice among `sequences` neighbours; its next turn waits, and others
-// overtake it. A server holds the next turn of a conversation where it still is, if it can: that turn overtakes too, unless
-// the first one that waits has been overtaken `sequences` times.
+// lineUp puts the turns into the order in which they are held: turn i in sequence i % sequences, when the turn before it in
+// the same sequence has ended. So no conversation may come twice among `sequences` neighbours. Its next turn waits then,
+// and later turns go first.
+//
+// A server prefers to hold the next turn of a conversation in the sequence where the conversation still is. So such a
+// turn goes first too, unless others have gone before the first waiting turn `sequences` times already.
 func lineUp(turns []turn, sequences int) []turn {
 	pending := slices.Clone(turns)
 	var line []turn
-	overtaken := 0 // how often the first one in pending has been
+	overtaken := 0 // how often others have gone before the first turn in pending
 	for len(pending) > 0 {
 		inFlight := line[max(0, len(line)-sequences+1):]
 		inPlace := -1
@@ -106,7 +109,7 @@ func lineUp(turns []turn, sequences int) []turn {
 	return line
 }
 
-// longest is how many tokens a sequence must have room for.
+// longest returns the number of tokens that a sequence must have room for.
 func longest(s settings, turns []turn) int {
 	lengths, most := make([]int, s.Conversations), 0
 	for _, t := range turns {
@@ -133,9 +136,9 @@ type runner struct {
 	figures figures
 }
 
-// figures are what a run measures, beside its way.
+// figures is what a run measures, in addition to the figures of its way.
 type figures struct {
-	firsts, found []time.Duration // first tokens of all turns, and of those of which something was known
+	firsts, found []time.Duration // until the first token: of all turns, and of those after a hit
 	prefilled     int
 }
 
@@ -158,9 +161,9 @@ func (r *runner) run(ctx context.Context, turns []turn) error {
 	return r.failed
 }
 
-// serve holds the turns of one sequence. Between two of them the one that has ended is put away, and what is known of the
-// next is brought; all sequences do that one after the other, in the order of the turns and not in that in which they
-// happen to end. So what is found and what is evicted does not depend on the clock.
+// serve holds the turns of one sequence. Between two turns it saves the conversation of the last one and loads that of the
+// next one. All sequences do that one after the other, in the order of the turns and not in the order in which the turns
+// happen to end. So hits and evictions do not depend on the clock.
 func (r *runner) serve(ctx context.Context, sequence llama.SeqId, line []turn) error {
 	var last turn
 	for i := int(sequence); i-r.settings.Sequences < len(line); i += r.settings.Sequences {
@@ -186,7 +189,8 @@ func (r *runner) serve(ctx context.Context, sequence llama.SeqId, line []turn) e
 	return nil
 }
 
-// change says when the next turn began, and how many tokens of its conversation the sequence holds.
+// change ends the last turn and begins the next one. It returns when the next turn began, and how many tokens of its
+// conversation the sequence holds.
 func (r *runner) change(ctx context.Context, sequence llama.SeqId, last, next turn) (start time.Time, known int, err error) {
 	if !last.isRest() {
 		// The last token that was generated is not in the sequence.
@@ -199,7 +203,7 @@ func (r *runner) change(ctx context.Context, sequence llama.SeqId, last, next tu
 	return start, known, err
 }
 
-// turn answers one turn.
+// turn decodes what the user says, and generates the answer.
 func (r *runner) turn(ctx context.Context, sequence llama.SeqId, t turn, known int, start time.Time) error {
 	c := &r.conversations[t.conversation]
 	tokens := append(c.tokens, t.tokens...)

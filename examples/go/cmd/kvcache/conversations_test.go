@@ -7,7 +7,7 @@ import (
 	"github.com/hybridgroup/yzma/pkg/llama"
 )
 
-// turnsOf gives one turn for each number, of the conversation with this number; its token says which turn it is.
+// turnsOf returns one turn for each number: a turn of the conversation with this number, whose token is its index.
 func turnsOf(conversations ...int) []turn {
 	turns := make([]turn, len(conversations))
 	for i, conversation := range conversations {

@@ -7,18 +7,19 @@ import (
 	"github.com/hybridgroup/yzma/pkg/llama"
 )
 
-// A prompt is fed in parts of this many tokens, so that a long one does not hold up the others' next tokens.
+// promptPart is how many tokens of a prompt go into one batch, so that a long prompt does not delay the next tokens of
+// other works.
 const promptPart = 128
 
-// decoder is the one goroutine that decodes: every step takes what all its works want next.
+// decoder is the one goroutine that decodes. Each of its steps decodes one batch with the next tokens of all works.
 type decoder struct {
 	model *model
 	works chan *work
 	ended chan struct{}
-	steps []time.Duration // how long each took while several works were there, waiting for the lock included
+	steps []time.Duration // how long each step of several works took, waiting for the lock included
 }
 
-// work is what a turn wants decoded: tokens to feed, and then some to generate.
+// work is what a turn wants decoded: tokens to feed, and then a number of tokens to generate.
 type work struct {
 	ctx      context.Context
 	sequence llama.SeqId
@@ -27,7 +28,7 @@ type work struct {
 	generate int
 
 	generated []llama.Token
-	first     time.Time // when the first of them was there
+	first     time.Time // when the first of them was known
 	err       error
 	done      chan struct{}
 }
@@ -44,7 +45,7 @@ func (d *decoder) close() {
 	<-d.ended
 }
 
-// decode feeds tokens to a sequence from a position on, generates, and waits for it.
+// decode feeds tokens to a sequence from a position on, generates tokens, and returns when that is done.
 func (d *decoder) decode(ctx context.Context, sequence llama.SeqId, position int, feed []llama.Token, generate int) *work {
 	w := &work{ctx: ctx, sequence: sequence, position: position, feed: feed, generate: generate, done: make(chan struct{})}
 	d.works <- w
@@ -65,7 +66,7 @@ func (d *decoder) run() {
 			}
 			active = append(active, w)
 		}
-		for more := true; more; { // whoever has come in the meantime joins
+		for more := true; more; { // works that have come in the meantime join
 			select {
 			case w := <-d.works:
 				active = append(active, w)
@@ -77,53 +78,70 @@ func (d *decoder) run() {
 	}
 }
 
-// step decodes one batch and gives the works that go on.
+// step decodes one batch, and returns the works that go on.
 func (d *decoder) step(batch *llama.Batch, active []*work) []*work {
 	start := time.Now()
+	active, last := d.fill(batch, active)
+	if batch.NTokens == 0 {
+		return active
+	}
+	next, err := d.decodeBatch(*batch, last)
+	if len(active) > 1 && int(batch.NTokens) == len(active) { // one token of each work: steps that can be compared
+		d.steps = append(d.steps, time.Since(start))
+	}
+	return passOn(active, next, err)
+}
+
+// fill puts the next tokens of all works into the batch. It returns the works that are not cancelled, and for each work
+// whose prompt ends in the batch the index of its last token.
+func (d *decoder) fill(batch *llama.Batch, active []*work) (stay []*work, last map[*work]int32) {
 	batch.Clear()
-	last := make(map[*work]int32) // the token of the batch whose logits a work waits for
+	last = make(map[*work]int32)
 	room := d.model.batch
-	var stay []*work
 	for i, w := range active {
 		if w.err = w.ctx.Err(); w.err != nil {
 			close(w.done)
 			continue
 		}
 		stay = append(stay, w)
-		part := min(len(w.feed), promptPart, room-(len(active)-1-i)) // the others get a token each
+		part := min(len(w.feed), promptPart, room-(len(active)-1-i)) // each of the others gets a token at least
 		for j, token := range w.feed[:part] {
 			wanted := j == len(w.feed)-1
 			if wanted {
 				last[w] = batch.NTokens
 			}
 			if err := batch.Add(token, llama.Pos(w.position+j), []llama.SeqId{w.sequence}, wanted); err != nil {
-				panic(err) // the batch was made for so many
+				panic(err) // the batch was made for so many tokens
 			}
 		}
 		w.feed, w.position, room = w.feed[part:], w.position+part, room-part
 	}
-	if batch.NTokens == 0 {
-		return stay
-	}
+	return stay, last
+}
+
+// decodeBatch decodes the batch, and returns the most likely next token of each work in last.
+func (d *decoder) decodeBatch(batch llama.Batch, last map[*work]int32) (map[*work]llama.Token, error) {
 	next := make(map[*work]llama.Token)
 	d.model.mutex.Lock()
-	err := d.model.decode(*batch)
+	defer d.model.mutex.Unlock()
+	if err := d.model.decode(batch); err != nil {
+		return next, err
+	}
 	for w, index := range last {
+		logits, err := d.model.logits(index)
 		if err != nil {
-			break
+			return next, err
 		}
-		var logits []float32
-		if logits, err = d.model.logits(index); err == nil {
-			next[w] = largest(logits)
-		}
+		next[w] = largest(logits)
 	}
-	d.model.mutex.Unlock()
-	if len(stay) > 1 && int(batch.NTokens) == len(stay) { // a step of nothing but next tokens: comparable
-		d.steps = append(d.steps, time.Since(start))
-	}
+	return next, nil
+}
 
-	active = stay[:0]
-	for _, w := range stay {
+// passOn gives each work its next token, ends the works that are complete, and all of them after an error. It returns
+// the works that go on.
+func passOn(active []*work, next map[*work]llama.Token, err error) []*work {
+	goOn := active[:0]
+	for _, w := range active {
 		if token, there := next[w]; there {
 			if len(w.generated) == 0 {
 				w.first = time.Now()
@@ -136,7 +154,7 @@ func (d *decoder) step(batch *llama.Batch, active []*work) []*work {
 			close(w.done)
 			continue
 		}
-		active = append(active, w)
+		goOn = append(goOn, w)
 	}
-	return active
+	return goOn
 }

@@ -1,10 +1,12 @@
-// Command kvcache holds more conversations than a llama.cpp context has sequences. Every turn finds the state of its
-// conversation in a cache, loads it while others decode, and saves it behind the answer; the cache has a budget of bytes
-// and evicts what was used least recently. The same turns are held in three other ways: by prefilling again; without a
-// cache, where each conversation stays in its sequence until another one needs that; and with a cache, but by llama.cpp's
-// own blocking calls. A table compares them.
+// Command kvcache holds more conversations than a llama.cpp context has sequences. In each turn it finds the state of the
+// conversation in a cache, loads it while other sequences decode, and saves it again after the answer. The cache has a
+// budget of bytes, and evicts the state that was used least recently.
 //
-// Decoding is yzma's, on an unmodified libllama; saving and loading is kvferry's.
+// The same turns are held in three other ways: by prefilling again; without a cache, where each conversation stays in its
+// sequence until another conversation needs the sequence; and with the cache, but with llama.cpp's own blocking calls. A
+// table compares them.
+//
+// yzma decodes, on an unmodified libllama. kvferry saves and loads.
 package main
 
 import (
@@ -84,7 +86,7 @@ func parse(arguments []string, out io.Writer) (f flags, err error) {
 }
 
 func run(ctx context.Context, f flags, out, progress io.Writer) error {
-	if folder := filepath.Dir(f.json); f.json != "" { // now rather than after all the work
+	if folder := filepath.Dir(f.json); f.json != "" { // before all the work rather than after it
 		if info, err := os.Stat(folder); err != nil || !info.IsDir() {
 			return fmt.Errorf("-json: no folder %s", folder)
 		}
@@ -99,13 +101,13 @@ func run(ctx context.Context, f flags, out, progress io.Writer) error {
 	defer engine.Close()
 	result := report{Settings: f.settings}
 
-	// Each way gets a context of its own, as empty as the others'.
+	// Each way gets an empty context of its own.
 	for _, w := range ways(engine, f.Budget) {
 		err := withRun(ctx, f, w, showProgress(progress, w.name, f.Turns), func(r *runner, measured row) (err error) {
 			result.Rows = append(result.Rows, measured)
 			if states, cached := r.way.(*cached); cached {
-				if ferry, ours := states.mover.(ferry); ours {
-					result.Check, err = check(ctx, r.model, ferry, states.states, r.conversations)
+				if mover, ours := states.mover.(kvferryMover); ours {
+					result.Check, err = check(ctx, r.model, mover, states.states, r.conversations)
 				}
 			}
 			return err
@@ -128,12 +130,12 @@ func run(ctx context.Context, f flags, out, progress io.Writer) error {
 	return nil
 }
 
-// newEngine makes one whose limit is the budget: so the budget bounds memory, buffers that the pool keeps free included.
+// newEngine makes an engine whose PinnedLimit is the budget. So the budget includes the free buffers that the pool keeps.
 func newEngine(budget int64) (*kvferry.Engine, error) {
 	return kvferry.NewEngine(kvferry.EngineOptions{PinnedLimit: budget})
 }
 
-// namedWay is a way that is still to be opened.
+// namedWay is a way that has not been opened yet.
 type namedWay struct {
 	name string
 	open func(*model) (way, error)
@@ -143,15 +145,15 @@ func ways(engine *kvferry.Engine, budget int64) []namedWay {
 	return []namedWay{
 		{"prefill again", func(m *model) (way, error) { return prefillAgain{m}, nil }},
 		{"keep sequences in place", func(m *model) (way, error) { return newKeepInPlace(m), nil }},
-		{"llama.cpp", func(m *model) (way, error) { return newCached(engine, m, plain{m}, budget), nil }},
+		{"llama.cpp", func(m *model) (way, error) { return newCached(engine, m, llamaMover{m}, budget), nil }},
 		{"kvferry", func(m *model) (way, error) {
-			ferry, err := newFerry(engine, m)
-			return newCached(engine, m, ferry, budget), err
+			mover, err := newKvferryMover(engine, m)
+			return newCached(engine, m, mover, budget), err
 		}},
 	}
 }
 
-// withRun holds the conversations in one way, and hands what it measured to `use` before everything is taken down.
+// withRun holds the conversations in one way, and passes the figures to `use` before it frees everything.
 func withRun(ctx context.Context, f flags, w namedWay, progress func(int), use func(*runner, row) error) error {
 	m, err := openModel(f.model, f.Sequences, 256, f.threads) // to learn its vocabulary
 	if err != nil {
@@ -177,7 +179,7 @@ func withRun(ctx context.Context, f flags, w namedWay, progress func(int), use f
 	return use(r, makeRow(w.name, f.settings, time.Since(start), r.figures, opened.figures(), r.decoder.steps))
 }
 
-// showProgress counts turns on a terminal, and elsewhere says only what has begun.
+// showProgress returns a function that counts turns on a terminal. Elsewhere it only prints what has begun.
 func showProgress(out io.Writer, name string, turns int) func(int) {
 	file, isFile := out.(*os.File)
 	if isFile {

@@ -69,7 +69,7 @@ func TestSmallBudgetStillGivesATable(t *testing.T) {
 	}
 }
 
-// holdWith holds the turns in kvferry's or in llama.cpp's way, and calls progress after each.
+// holdWith holds the turns in the way with a name, and calls progress after each turn.
 func holdWith(t *testing.T, f flags, name string, progress func(*kvferry.Engine)) (result row) {
 	t.Helper()
 	engine, err := newEngine(f.Budget)
@@ -126,7 +126,7 @@ func TestBudgetBoundsWhatThePoolMaps(t *testing.T) {
 	}
 }
 
-// As SIGINT does it: the context ends, here in the middle of kvferry's turns.
+// The context ends, as SIGINT ends it, in the middle of kvferry's turns.
 func TestInterruptedProgramWritesNothing(t *testing.T) {
 	f := quickFlags(t)
 	f.Turns, f.Generate = 12, 12

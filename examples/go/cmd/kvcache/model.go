@@ -1,10 +1,12 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/hybridgroup/yzma/pkg/llama"
@@ -12,7 +14,7 @@ import (
 
 // model is a llama.cpp model with one context of several sequences, each with a cache of its own.
 type model struct {
-	// Guards the context: it is held around every use of it, and kvferry takes it too.
+	// Held around everything that is done with the context. kvferry takes it too.
 	mutex sync.Mutex
 
 	handle     llama.Model
@@ -79,7 +81,7 @@ func (m *model) clear(sequence llama.SeqId) {
 	llama.MemorySeqRm(m.memory, sequence, -1, -1)
 }
 
-// decode runs a batch. The lock must be held, and until the logits have been read.
+// decode runs a batch. The caller holds the lock, until it has read the logits.
 func (m *model) decode(batch llama.Batch) error {
 	status, err := llama.Decode(m.context, batch)
 	if err != nil {
@@ -91,7 +93,7 @@ func (m *model) decode(batch llama.Batch) error {
 	return nil
 }
 
-// logits gives the logits that belong to a token of the last batch. They are overwritten by the next one.
+// logits returns the logits of a token of the last batch. The next batch overwrites them.
 func (m *model) logits(index int32) ([]float32, error) {
 	logits, err := llama.GetLogitsIth(m.context, index, m.vocabulary)
 	if err == nil && logits == nil {
@@ -100,6 +102,31 @@ func (m *model) logits(index int32) ([]float32, error) {
 	return logits, err
 }
 
+// feed decodes tokens of one sequence, from a position on, and returns a copy of the last one's logits. It takes the lock.
+func (m *model) feed(ctx context.Context, sequence llama.SeqId, position int, tokens []llama.Token) ([]float32, error) {
+	m.mutex.Lock()
+	defer m.mutex.Unlock()
+	batch := llama.BatchInit(int32(m.batch), 0, 1)
+	defer llama.BatchFree(batch)
+	for first := 0; first < len(tokens); first += m.batch {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		batch.Clear()
+		for i := first; i < min(first+m.batch, len(tokens)); i++ {
+			if err := batch.Add(tokens[i], llama.Pos(position+i), []llama.SeqId{sequence}, i == len(tokens)-1); err != nil {
+				return nil, err
+			}
+		}
+		if err := m.decode(batch); err != nil {
+			return nil, err
+		}
+	}
+	logits, err := m.logits(batch.NTokens - 1)
+	return slices.Clone(logits), err
+}
+
+// largest returns the token with the largest logit.
 func largest(logits []float32) llama.Token {
 	best := 0
 	for i, value := range logits {

@@ -2,7 +2,7 @@ package main
 
 import "sync"
 
-// order lets goroutines through one at a time, in the order of their numbers: 0, 1, 2 and so on.
+// order admits goroutines one at a time, in the order of their numbers: 0, 1, 2 and so on.
 type order struct {
 	mutex   sync.Mutex
 	changed *sync.Cond
@@ -16,7 +16,7 @@ func newOrder() *order {
 	return o
 }
 
-// enter waits until all numbers before this one have left. False after stop.
+// enter waits until all numbers before this one have left. It returns false after stop.
 func (o *order) enter(number int) bool {
 	o.mutex.Lock()
 	defer o.mutex.Unlock()
@@ -33,7 +33,7 @@ func (o *order) leave() {
 	o.changed.Broadcast()
 }
 
-// stop lets nobody through any more.
+// stop admits nobody any more.
 func (o *order) stop() {
 	o.mutex.Lock()
 	defer o.mutex.Unlock()

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// report is what the program has to say. Times are milliseconds.
+// report is the program's result. Times are milliseconds.
 type report struct {
 	Settings settings `json:"settings"`
 	Rows     []row    `json:"ways"`
@@ -52,7 +52,7 @@ func makeRow(name string, s settings, took time.Duration, f figures, w wayFigure
 	return r
 }
 
-// quantile gives milliseconds; 0 where there is nothing to take it of.
+// quantile returns a quantile of values in milliseconds, or 0 where there are none.
 func quantile(values []time.Duration, q float64) float64 {
 	if len(values) == 0 {
 		return 0
@@ -78,9 +78,9 @@ func (r report) print(out io.Writer) {
 			mebibytes(w.LoadedBytes), w.Seconds)
 	}
 	table.Flush()
-	fmt.Fprintln(out, "\nTimes are medians. Load and save: from when the context was free; held: how long nothing could be decoded for it.\n"+
-		"All ways hold the same turns in the same sequences and put away and bring back in the same order, so hits and\n"+
-		"evictions are the same in every run. First tokens wait for the prompts of others too.")
+	fmt.Fprintln(out, "\nTimes are medians. Load and save begin when the context is free; held is how long nothing can be decoded.\n"+
+		"All ways hold the same turns in the same sequences and in the same order, so hits and evictions are the same in\n"+
+		"every run. A first token waits for the prompts of other turns too.")
 	if r.Check.States == 0 {
 		fmt.Fprintln(out, "\nNo state was in the cache in the end, so none was compared.")
 		return
@@ -91,7 +91,7 @@ func (r report) print(out io.Writer) {
 		r.Check.SameToken, r.Check.States, r.Check.LargestDiff)
 }
 
-// milliseconds, or a dash where nothing was measured.
+// milliseconds formats a time, or a dash where nothing was measured.
 func milliseconds(value float64, digits int) string {
 	if value == 0 {
 		return "-"
@@ -99,6 +99,7 @@ func milliseconds(value float64, digits int) string {
 	return fmt.Sprintf("%.*f ms", digits, value)
 }
 
+// mebibytes formats a number of bytes, or a dash for 0.
 func mebibytes(n int64) string {
 	if n == 0 {
 		return "-"
@@ -106,7 +107,7 @@ func mebibytes(n int64) string {
 	return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
 }
 
-// writeJSON writes all figures. The file appears when it is whole.
+// writeJSON writes all figures. The file is not there before it is complete.
 func (r report) writeJSON(path string) error {
 	text, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
@@ -120,7 +121,7 @@ func (r report) writeJSON(path string) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(file.Name()) // in vain once it has been renamed
+	defer os.Remove(file.Name()) // fails once the file has been renamed
 	_, err = file.Write(append(text, '\n'))
 	if err == nil {
 		err = file.Chmod(0o644)

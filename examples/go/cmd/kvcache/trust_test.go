@@ -12,8 +12,8 @@ import (
 	"example.org/kvferry"
 )
 
-// A state that kvferry has not saved, for a libllama whose format it does not know: a copy that begins its states with
-// another number, in a process of its own, which holds one libllama.
+// The state was not saved by kvferry, and kvferry does not know the libllama's format: this libllama is a copy that begins
+// its states with another number. A process holds one libllama, so the copy has a process of its own.
 func TestAStateWithoutEnvelopeIsLoadedOnlyIfItIsTrusted(t *testing.T) {
 	const variable = "KVFERRY_TEST_UNKNOWN_FORMAT"
 	if os.Getenv(variable) == "" {
@@ -39,7 +39,7 @@ func TestAStateWithoutEnvelopeIsLoadedOnlyIfItIsTrusted(t *testing.T) {
 	}
 }
 
-// writeUnknownFormat makes a copy of libllama with another `io_magic`, beside links to what it needs.
+// writeUnknownFormat writes a copy of libllama with another `io_magic`, and links to the libraries that it needs.
 func writeUnknownFormat(t *testing.T, folder, from string) {
 	t.Helper()
 	from, err := filepath.EvalSymlinks(from)

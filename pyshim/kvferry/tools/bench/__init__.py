@@ -1,7 +1,8 @@
-"""``kvferry bench``: the figures, each beside its goal and its limit, all from one process.
+"""``kvferry bench``: measures kvferry's speed, and compares each figure with its goal and limit.
 
-``matrix`` says what is measured, ``figures`` how, ``prepared`` on what. A measurement that fails
-loses its own line and no other; what has been measured is on disk at once.
+``matrix`` lists the measurements, ``figures`` and ``event_loop`` define them, ``prepared`` prepares
+their contexts. All run in one process. A measurement that fails loses only its own line. Each
+result is written to the disk at once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .raw import Memcpy, PinnedCopies
 from .trace import Trace
 
 _SECONDS = 285
-"""After so long no further measurement is begun: a rented GPU's clock runs."""
+"""After so many seconds no measurement is begun any more: rented GPUs are paid by time."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Options:
 
 
 async def bench(options: Options, progress: Progress) -> bool:
-    """Measures, prints the table, writes files. True if every measurement could be made.
+    """Measures, prints the table, and writes the files.
 
-    Whether the goals were reached is for the reader: they are for one machine. Raises LlamaError
-    and KvferryError where nothing can be measured at all.
+    Returns True if no measurement has failed, whether or not goals were met: goals are for one
+    kind of machine. Raises LlamaError and KvferryError if nothing can be measured at all.
     """
     library = Libllama(find(options.llama_lib))
     async with AsyncExitStack() as stack:
@@ -100,7 +101,7 @@ def _folder(name: str) -> Path:
 
 
 class _Models:
-    """Loads the user's model once, or writes and loads the synthetic one that is asked for."""
+    """Loads the user's model, or writes and loads the synthetic model that a stage wants."""
 
     def __init__(self, library: Libllama, path: str | None, gpu: bool, progress: Progress) -> None:
         self._library, self._path, self._gpu, self._progress = library, path, gpu, progress
@@ -126,7 +127,7 @@ class _Models:
 
 
 class _Run:
-    """What has been measured so far, and the files that say so."""
+    """The results so far, and the files that they are written to."""
 
     def __init__(self, out: Path, progress: Progress, only: Sequence[str] | None) -> None:
         self._out, self._progress, self._only = out, progress, only
@@ -155,7 +156,7 @@ class _Run:
                 for measurement in wanted:
                     await self._measure(stage.name, measurement, prepared)
                 await self._collect(prepared)
-        except Exception as error:  # one stage must not lose the others
+        except Exception as error:  # a stage that fails must not lose the others
             done = {(each.stage, each.name) for each in self.results}
             missing = [each for each in wanted if (stage.name, each.name) not in done]
             self._all_failed(stage, missing, f"{type(error).__name__}: {error}")
@@ -168,7 +169,7 @@ class _Run:
             return
         try:
             reading = await measurement.measure(prepared)
-        except Exception as error:  # nor one measurement the others
+        except Exception as error:  # a measurement that fails must not lose the others
             self._add(failure(stage, measurement, f"{type(error).__name__}: {error}"))
             return
         finally:
@@ -186,7 +187,7 @@ class _Run:
         else:
             text = f"{line.value:.4g} {line.unit} {line.limit and f'({line.limit})'}"
         self._progress.say(f"{line.stage}: {line.name}: {text}")
-        # Written each time: a run that is killed leaves what it had.
+        # Written after each result, so that a run that is killed leaves its results.
         report = {
             **self.facts,
             "seconds": time.monotonic() - self._begin,
@@ -198,7 +199,7 @@ class _Run:
         return time.monotonic() - self._begin > _SECONDS
 
     async def _collect(self, prepared: Prepared) -> None:
-        """What the pictures show, of what has been measured."""
+        """Keeps what the pictures will show of a stage."""
         for direction in ("save", "load"):
             ways = _ways(prepared, direction)
             if any(way.startswith("llama.cpp") for way in ways):
@@ -251,7 +252,7 @@ class _Run:
                 continue
             try:
                 picture(self._out / name)
-            except Exception as error:  # the figures are on disk already
+            except Exception as error:  # the figures have been written
                 self._progress.say(f"no {name}: {type(error).__name__}: {error}")
         self._progress.say(f"written to {self._out}/")
 

@@ -1,4 +1,4 @@
-"""The measurements of how long transfers keep the event loop from its other tasks."""
+"""Measurements of how long transfers keep the event loop from its other tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LONG_MS = 0.5
 
 
 def longest_stall(goal: Goal) -> Measurement:
-    """How long the event loop was kept from a task that always wants to run."""
+    """The longest time that a task that is always ready to run had to wait."""
 
     async def measure(prepared: Prepared) -> Reading:
         idle, busy = await _stalls_of(prepared)
@@ -33,8 +33,8 @@ def longest_stall(goal: Goal) -> Measurement:
 
 
 def longest_own_stall(goal: Goal) -> Measurement:
-    """The same in processor time of the loop's thread: what the loop itself is to blame for, on a
-    machine where others preempt it."""
+    """As ``longest_stall``, in processor time of the event loop's thread: without the time for
+    which other threads have preempted it."""
 
     async def measure(prepared: Prepared) -> Reading:
         idle, busy = await _stalls_of(prepared)
@@ -45,7 +45,7 @@ def longest_own_stall(goal: Goal) -> Measurement:
 
 
 async def _stalls_of(prepared: Prepared) -> tuple[_Stalls, _Stalls]:
-    """Without transfers, and with saves and loads of 256 MiB one after the other."""
+    """Returns the stalls without transfers, and with saves and loads of 256 MiB in turn."""
 
     async def both() -> tuple[_Stalls, _Stalls]:
         source = numpy.ones(_STALL_BYTES, numpy.uint8)
@@ -68,9 +68,9 @@ async def _stalls_of(prepared: Prepared) -> tuple[_Stalls, _Stalls]:
 
 @dataclass
 class _Stalls:
-    """The gaps between the turns of a task that always wants one.
+    """The gaps between the turns of a task that is always ready to run.
 
-    Not a list of them: a million entries, grown and collected, would be the longest stall.
+    No list of all gaps: growing and collecting a million entries would be the longest stall.
     """
 
     turns: int = 0

@@ -1,7 +1,7 @@
-"""The measurements: each a name, a unit, a goal, and a function of a prepared context.
+"""The measurements: each has a name, a unit, a goal, and a function of a prepared context.
 
-Those that compare speeds serve every device; the limit is memcpy on the host and the raw pinned
-copy on CUDA.
+All of them can be made on the host and on CUDA. The limit of speed is memcpy on the host, and the
+raw pinned copy on CUDA.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from ..workload import SAVED, ended, step_percentile
 from .measurement import Goal, Measurement, Reading, at_least, nothing_measured
 from .prepared import SMALL, Beside, Prepared
 
-_ROUNDS, _STEPS = 6, 40  # of decoding, alone and beside transfers each
+# Of decoding alone, and of decoding beside transfers: rounds, and steps of each round.
+_ROUNDS, _STEPS = 6, 40
 
 
 # ---- Speed alone on the machine ------------------------------------------------------------------
 
 
 def of_raw(direction: Direction, goal: Goal, interleaved: int = 1) -> Measurement:
-    """While bytes move; what recording the layout adds is in ``beyond_raw``.
+    """Speed while bytes move, compared with raw copies. ``beyond_raw`` includes the recording.
 
-    ``interleaved``: so many sequences lie row by row between one another, which is a copy of rows:
-    what the driver makes of as many such copies is then shown beside it.
+    ``interleaved`` is the number of sequences whose rows alternate. If there are several, the time
+    of as many raw copies of rows is shown too.
     """
 
     async def measure(prepared: Prepared) -> Reading:
@@ -61,6 +62,8 @@ def of_raw(direction: Direction, goal: Goal, interleaved: int = 1) -> Measuremen
 
 
 def beyond_raw(direction: Direction, goal: Goal | None, mode: LoadMode = "auto") -> Measurement:
+    """Milliseconds from the submitting call to the completion, less those of a raw copy."""
+
     async def measure(prepared: Prepared) -> Reading:
         samples = await prepared.transfers(direction, mode=mode)
         return Reading(
@@ -80,7 +83,7 @@ def _name(direction: Direction, mode: LoadMode) -> str:
 
 
 def against_native(direction: Direction, goal: Goal | None, mode: LoadMode = "auto") -> Measurement:
-    """Against llama.cpp's own call at its best, pinned or not."""
+    """Compares with llama.cpp's own call, into pinned or pageable memory, whichever is faster."""
 
     async def measure(prepared: Prepared) -> Reading:
         samples = await prepared.transfers(direction, mode=mode)
@@ -122,7 +125,7 @@ def against_prefill(goal: Goal | None, mode: LoadMode = "auto") -> Measurement:
 
 
 def both_directions(goal: Goal) -> Measurement:
-    """While bytes move: of a load and a save at once, against a save alone."""
+    """Compares a load and a save at the same time with a save alone, while bytes move."""
 
     async def measure(prepared: Prepared) -> Reading:
         other = await prepared.engine.allocate(prepared.nbytes)
@@ -130,10 +133,10 @@ def both_directions(goal: Goal) -> Measurement:
         one = (await prepared.transfers("save")).moving_ms
         ours, raw = [], []
         for _ in range(prepared.repeats):
-            # The load first, for it takes longer to record: then both begin at about the same time.
+            # The load takes longer to record. Submitted first, it begins at about the same time.
             load = await prepared.llama.start_load(other, 2, priority="urgent")
             save = await prepared.llama.start_save(SAVED, into=prepared.pinned, priority="urgent")
-            (await save.wait()).close()  # the next one goes to the same memory
+            (await save.wait()).close()  # the next save goes to the same memory
             await load.wait()
             pair = (ended(save), ended(load))
             begin_ns = min(done.started_ns for done in pair)
@@ -151,7 +154,7 @@ def both_directions(goal: Goal) -> Measurement:
 
 
 def first_byte(goal: Goal) -> Measurement:
-    """Of a small save: how long until the first piece moves."""
+    """How long a small save takes until its first piece moves."""
 
     async def measure(prepared: Prepared) -> Reading:
         per_token = prepared.llama.size(SAVED) / prepared.prefill_tokens
@@ -160,12 +163,12 @@ def first_byte(goal: Goal) -> Measurement:
         times, listing = [], []
         for _ in range(4 * prepared.repeats):
             save = await prepared.llama.start_save(SMALL, into=prepared.pinned, priority="urgent")
-            (await save.wait()).close()  # the next one goes to the same memory
+            (await save.wait()).close()  # the next save goes to the same memory
             done = ended(save)
             times.append((done.started_ns - done.submitted_ns) / 1e3)
             listing.append((done.recorded_ns - done.submitted_ns) / 1e3)
         await prepared.llama.run(prepared.context.remove, SMALL)
-        await prepared.llama.save(SAVED, into=prepared.pinned)  # what it held before
+        await prepared.llama.save(SAVED, into=prepared.pinned)  # as other measurements expect
         recording = statistics.median(listing)
         text = f"of {done.bytes / 2**20:.1f} MiB; libllama lists and names for {recording:.0f} µs"
         return Reading(statistics.median(times), text, {"recording_us": recording})
@@ -188,16 +191,16 @@ def size_query(goal: Goal) -> Measurement:
             function(SAVED)
             times.append(time.perf_counter_ns() - begin)
 
-        for _ in range(150):  # each goes first as often as the other
+        for _ in range(150):  # each of both is called first equally often
             timed(llama.size, ours)
             timed(context.state_size, theirs)
             timed(context.state_size, theirs)
             timed(llama.size, ours)
         calls = _tap_calls(llama.describe()) - before
         if calls:
-            raise AssertionError(f"{calls} tensor copies were asked for by 300 size queries")
+            raise AssertionError(f"300 size queries have read {calls} tensors")
         our_us, their_us = statistics.median(ours) / 1e3, statistics.median(theirs) / 1e3
-        text = f"{our_us:.1f} µs, llama.cpp {their_us:.1f} µs, both from Python; no tensor call"
+        text = f"{our_us:.1f} µs, llama.cpp {their_us:.1f} µs, both from Python; no tensor is read"
         return Reading(our_us - their_us, text, {"our_us": our_us, "native_us": their_us})
 
     return Measurement("size query beyond llama.cpp's own", "µs", goal, measure)
@@ -244,7 +247,7 @@ def decode_percentile(direction: Direction, percent: int, goal: Goal | None) -> 
 
 
 def decode_loss(direction: Direction, goal: Goal | None) -> Measurement:
-    """Tokens a second while transfers never stop, captures and waits for the thread included."""
+    """Tokens lost while there is always a transfer, with recording and waiting for the thread."""
 
     def of(beside: Beside) -> Reading:
         idle = len(beside.idle) / beside.idle_seconds
@@ -255,7 +258,7 @@ def decode_loss(direction: Direction, goal: Goal | None) -> Measurement:
 
 
 def pacing_cost(direction: Direction, goal: Goal) -> Measurement:
-    """Processor time of kvferry's own threads for each second that a background transfer takes."""
+    """Processor time of kvferry's threads for each second of background transfers."""
 
     def of(beside: Beside) -> Reading:
         wall = sum(done.finished_ns - done.submitted_ns for done in beside.transfers) / 1e9
@@ -285,7 +288,7 @@ def background_speed(direction: Direction, goal: Goal | None) -> Measurement:
 
 
 def host_memory(goal: Goal) -> Measurement:
-    """Peak of resident memory during a save into a buffer that is resident already."""
+    """How much the resident memory grows at most during a save into a resident buffer."""
 
     async def measure(prepared: Prepared) -> Reading:
         await prepared.llama.save(SAVED, into=prepared.pinned, priority="urgent")
@@ -299,7 +302,7 @@ def host_memory(goal: Goal) -> Measurement:
 
 
 def _reset_peak() -> int:
-    # proc(5): 5 resets the peak resident set size to the current one.
+    # proc(5): writing 5 sets the peak resident set size to the current size.
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
@@ -315,14 +318,14 @@ def device_memory(goal: Goal) -> Measurement:
     async def measure(prepared: Prepared) -> Reading:
         taken = prepared.device_bytes_taken
         if taken is None:
-            raise LookupError("no device memory to look at")
-        return Reading(taken / 2**20, "taken by the first save and load, by cuMemGetInfo")
+            raise LookupError("there is no device memory")
+        return Reading(taken / 2**20, "taken by the first save and load, says cuMemGetInfo")
 
     return Measurement("device memory beyond the cache", "MiB", goal, measure)
 
 
 def same_bytes() -> Measurement:
-    """A figure of a wrong copy is worth nothing."""
+    """Whether the bytes are right: otherwise the other figures mean nothing."""
 
     async def measure(prepared: Prepared) -> Reading:
         await prepared.llama.save(SAVED, into=prepared.pinned, priority="urgent")

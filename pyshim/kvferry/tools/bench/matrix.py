@@ -1,4 +1,4 @@
-"""Which contexts are prepared, and what is measured in each: the tables of the two devices."""
+"""The contexts that are prepared, and what is measured in each: a table for host and for CUDA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 OpenModel = Callable[[str, Mapping[str, int]], AbstractAsyncContextManager[Model]]
-"""Of a kind and of sizes that differ from the geometry "demo"; or the user's own in any case."""
+"""Takes a kind, and the sizes that differ from the geometry "demo". If the user has named a model,
+opens that instead."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a stage's context."""
+    """The properties of a stage's context."""
 
     name: str
     tokens: int
@@ -41,7 +42,7 @@ class Shape:
     flash_attention: bool = True
     sizes: Mapping[str, int] = field(default_factory=dict)
     steps: int = 0
-    """Most single tokens decoded in one go."""
+    """The most single tokens that a measurement decodes."""
     repeats: int = 10
 
 
@@ -68,8 +69,8 @@ def _stage(bench: Bench, shape: Shape, measurements: list[Measurement]) -> Stage
 
 
 def host(bench: Bench) -> list[Stage]:
-    """Memory to memory. The goals of the project's first issue."""
-    # 4 MiB a token: 1 GiB after 256 tokens, for the attention's cost is tokens times bytes.
+    """The measurements on the host: copies from memory to memory."""
+    # 4 MiB a token: 1 GiB after 256 tokens. Few, because attention takes time by tokens x bytes.
     wide = {"layers": 64, "heads": 128, "kv_heads": 128, "embedding": 32, "feed_forward": 32}
     return [
         _stage(
@@ -122,7 +123,7 @@ def host(bench: Bench) -> list[Stage]:
 
 
 def cuda(bench: Bench) -> list[Stage]:
-    """The table of the project's CUDA issue: goals for an H200 and a state of 1 GiB."""
+    """The measurements on CUDA. The goals are for an H200 and a state of 1 GiB."""
     tokens = 8192
     steps = 100
     prefill = at_least(20) if bench.real_model else None
@@ -190,7 +191,7 @@ def _common(
         figures.beyond_raw("load", goal),
         figures.against_native("save", at_least(native)),
         figures.against_native("load", at_least(native)),
-        # With as much device memory beside the cache as the state has bytes.
+        # These take as much extra device memory as the state has bytes.
         figures.beyond_raw("load", goal, "ahead"),
         figures.against_native("load", at_least(native), "ahead"),
     ]

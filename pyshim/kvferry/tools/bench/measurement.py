@@ -1,4 +1,4 @@
-"""What is measured, and what came of it."""
+"""Measurements and their results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Reading:
     value: float | None
     """None where nothing was measured: then ``limit`` says why."""
     limit: str = ""
-    """What it was compared with, and the medians behind a ratio, for people."""
+    """What the value was compared with, and the medians of a ratio, for people."""
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,7 +50,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Stage:
-    """A context in a certain state, and all that is measured there."""
+    """A prepared context, and all measurements made in it."""
 
     name: str
     open: Callable[[], AbstractAsyncContextManager[Prepared]]

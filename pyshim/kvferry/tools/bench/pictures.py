@@ -1,5 +1,5 @@
-"""The pictures of the bench, 1200 pixels wide: bars per layout, and decode steps with and without
-transfers. (The timeline is drawn by ``kvferry.tools.timeline``.)"""
+"""The pictures of the benchmark, 1200 pixels wide: times by layout, and decode steps with and
+without transfers. (``kvferry.tools.timeline`` draws the timeline.)"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Bars:
-    """Milliseconds of a layout's save or load, by way; a way that failed is missing."""
+    """Milliseconds of a layout's save or load, by way. Ways that have failed are missing."""
 
     label: str
     ms: dict[str, float]
@@ -46,7 +46,7 @@ def draw_bars(bars: Sequence[Bars], path: Path, *, heading: str) -> None:
     for way, colour in WAYS.items():
         shown = [(index, bar.ms[way]) for index, bar in enumerate(bars) if way in bar.ms]
         positions = []
-        for index, _ in shown:  # without a gap where a way is missing
+        for index, _ in shown:  # leaves no gap where a way is missing
             ways = [each for each in WAYS if each in bars[index].ms]
             positions.append(index + (ways.index(way) - (len(ways) - 1) / 2) * height)
         drawn = axis.barh(
@@ -57,7 +57,7 @@ def draw_bars(bars: Sequence[Bars], path: Path, *, heading: str) -> None:
         )
     axis.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=10)
     axis.set_ylim(len(bars) - 0.45, -0.55)
-    # From microseconds to seconds: only the powers of ten can be compared by eye.
+    # Logarithmic, because times go from microseconds to seconds.
     axis.set_xscale("log")
     smallest = min(value for bar in bars for value in bar.ms.values())
     largest = max(value for bar in bars for value in bar.ms.values())
@@ -75,7 +75,7 @@ def draw_bars(bars: Sequence[Bars], path: Path, *, heading: str) -> None:
 
 
 def draw_latencies(latencies: Sequence[Latencies], path: Path, *, heading: str) -> None:
-    """The share of steps that took at most so long; the two curves agree where nothing is lost."""
+    """Draws the share of steps over their time; the curves agree if transfers cost nothing."""
     from matplotlib import pyplot
 
     columns = min(3, len(latencies))

@@ -1,8 +1,7 @@
-"""A context with its sequences in place, and the raw material of figures: timed transfers by
-kvferry, by llama.cpp's own calls, and by nothing but copying.
+"""A context with its prompts decoded, and timed transfers: by kvferry, by llama.cpp's own calls,
+and by plain copying.
 
-Whatever is compared is measured in turn, one of each after the other, so that a machine that
-changes its speed changes it for all.
+What is compared is measured in turn, so that changes of the machine's speed affect all alike.
 """
 
 from __future__ import annotations
@@ -50,20 +49,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Memory = Literal["pinned", "pageable"]
 
-_GPU_WARM_UP_TOKENS = 512  # a whole batch: kernels are loaded when they are first used
+_GPU_WARM_UP_TOKENS = 512  # a whole batch, because kernels are loaded when they are first used
 _WARM_UP_TOKENS = 32
 SMALL = 3
-"""A sequence for small transfers; only where one sequence has a prompt."""
+"""A sequence for small transfers. Empty only where just one sequence has a prompt."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of one and the same transfer, each way of doing it in turn with the others."""
+    """The seconds of one transfer in several ways, which were measured in turn."""
 
     ours: list[float]
     """From the submitting call to the completion."""
     moving: list[float]
-    """From the first piece to the completion: without recording the layout."""
+    """From the first piece to the completion, without recording the layout."""
     raw: list[float]
     completions: list[Completion]
 
@@ -73,12 +72,12 @@ class Samples:
 
     @property
     def listing_ms(self) -> float:
-        """libllama's own work before it names the first fragment."""
+        """How long libllama works before it names the first fragment."""
         return statistics.median((c.listed_ns - c.submitted_ns) / 1e6 for c in self.completions)
 
     @property
     def naming_ms(self) -> float:
-        """From the first fragment that it names to the last."""
+        """How long libllama names fragments, from the first to the last."""
         return statistics.median((c.recorded_ns - c.listed_ns) / 1e6 for c in self.completions)
 
     @property
@@ -96,24 +95,24 @@ class Samples:
 
 @dataclass(frozen=True)
 class Beside:
-    """What decoding and background transfers did to each other."""
+    """Decoding beside background transfers."""
 
     idle: list[Step]
     during: list[Step]
-    """Steps that shared time with a transfer, but for those below."""
+    """Steps that overlapped a transfer, without those in ``first``."""
     first: list[Step]
-    """The first steps after submitting calls: what recording has put out of the processor's caches,
-    and the device's standing still, is paid for there."""
+    """The first step after each submitting call. Recording has evicted data from the processor's
+    caches, and the device was idle, which costs these steps time."""
     idle_seconds: float
-    """Wall time of the idle steps, gaps included."""
+    """Wall time of the idle steps, with the gaps between them."""
     busy_steps: int
     busy_seconds: float
-    """Wall time with a transfer after the other, and the steps in it."""
+    """Wall time of transfers one after the other, in which ``busy_steps`` steps were decoded."""
     transfers: list[Completion]
     pump_seconds: float
-    """Processor time of kvferry's own threads while transfers were under way."""
+    """Processor time of kvferry's threads during the transfers."""
     paced: list[Step]
-    """Steps beside raw copies that are cut and queued as kvferry's background copies are."""
+    """Steps beside raw copies of the same size and pace as kvferry's background copies."""
 
     @property
     def moving_ms(self) -> float:
@@ -136,19 +135,19 @@ class Prepared:
     prefill_ms: float
     prefill_tokens: int
     device_bytes_taken: int | None = None
-    """Device memory that the first transfers took."""
+    """Bytes of device memory that the first transfers have taken."""
     timeline: Timeline | None = None
     pieces: list[TraceEvent] = field(default_factory=list)
     _known: dict[str, Any] = field(default_factory=dict)
 
     async def once(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
-        """What several measurements look at from different sides is measured once."""
+        """Returns what ``make`` returned the first time: several measurements share it."""
         if key not in self._known:
             self._known[key] = await make()
         return cast(T, self._known[key])
 
     def known(self, key: str) -> Any:
-        """What ``once`` has made under this key; None if it wasn't asked to, or failed."""
+        """Returns what ``once`` has made under this key; None if nothing, or if that has failed."""
         return self._known.get(key)
 
     # ---- Alone on the machine -------------------------------------------------------------------
@@ -156,7 +155,7 @@ class Prepared:
     async def transfers(
         self, direction: Direction, memory: Memory = "pinned", mode: LoadMode = "auto"
     ) -> Samples:
-        """Urgent ones, in turn with raw copies. ``mode`` is of loads."""
+        """Times urgent transfers in turn with raw copies. ``mode`` is the mode of loads."""
 
         async def measure() -> Samples:
             ours, moving, raw = [], [], []
@@ -167,7 +166,7 @@ class Prepared:
                 raw_seconds = await anyio.to_thread.run_sync(copy)
                 if mode == "ahead" and completion.mode != lib.KVF_LOAD_AHEAD:
                     raise LlamaError("device memory is too short for a load ahead")
-                if index:  # the first warms up
+                if index:  # the first round is the warm-up
                     ours.append(seconds(completion))
                     moving.append((completion.finished_ns - completion.started_ns) / 1e9)
                     raw.append(raw_seconds)
@@ -202,7 +201,7 @@ class Prepared:
         return self.pinned if memory == "pinned" else self.pageable
 
     async def native(self, direction: Direction, memory: Memory) -> float:
-        """Milliseconds of llama.cpp's own call, the median of several."""
+        """Returns the milliseconds of llama.cpp's own call, the median of several."""
 
         async def measure() -> float:
             address = int(self._buffer_address(memory))
@@ -210,7 +209,7 @@ class Prepared:
             seq = SAVED if direction == "save" else LOADED
             times: list[float] = []
             begin = time.monotonic()
-            # It may take seconds where a state has half a million fragments: then once is enough.
+            # With half a million fragments a call takes seconds: then one timed call is enough.
             while len(times) <= self.repeats and (len(times) < 2 or time.monotonic() - begin < 5):
                 started = time.monotonic()
                 done = await self.llama.run(call, seq, address, self.nbytes)
@@ -229,9 +228,12 @@ class Prepared:
     # ---- Beside decoding ------------------------------------------------------------------------
 
     async def beside(self, direction: Direction, rounds: int, steps: int) -> Beside:
-        """Rounds of ``steps`` decode steps alone and as many with a background transfer always in
-        flight, in turn, so that the machine's mood weighs on both alike; each from the same length
-        of the sequence on."""
+        """Decodes ``rounds`` times ``steps`` steps alone, and as many while there is always a
+        background transfer in flight.
+
+        Both are done in turn, so that changes of the machine's speed affect both alike. Each round
+        starts with the same length of the sequence.
+        """
 
         async def measure() -> Beside:
             idle: list[Step] = []
@@ -240,7 +242,7 @@ class Prepared:
             busy_steps = 0
             spans: list[Span] = []
             transfers: list[Completion] = []
-            await self.transfer("save", "pinned", "background")  # warms up
+            await self.transfer("save", "pinned", "background")  # the warm-up
             await self.decoding.several(3)
             for _ in range(rounds):
                 await self.decoding.rewind()
@@ -285,14 +287,14 @@ class Prepared:
     async def _keep_transferring(
         self, direction: Direction, steps: int, spans: list[Span], transfers: list[Completion]
     ) -> None:
-        """Background transfers, one after the other, until so many steps have been decoded."""
+        """Makes background transfers, one after the other, until ``steps`` steps are decoded."""
         target = len(self.decoding.steps) + steps
         async with self.decoding.running():
             while len(self.decoding.steps) < target and self.decoding.left > 0:
                 if direction == "save":
                     start_save = self.llama.start_save(SAVED, into=self.pinned)
                     save, recorded_ns = await submit(self.llama, start_save)
-                    (await save.wait()).close()  # the next one goes to the same memory
+                    (await save.wait()).close()  # the next save goes to the same memory
                     done = ended(save)
                 else:
                     start_load = self.llama.start_load(self.pinned, LOADED)
@@ -308,7 +310,7 @@ class Prepared:
         return [self.decoding.steps[index] for index in at if index < len(begins)]
 
     async def _beside_raw(self, direction: Direction, steps: int) -> list[Step]:
-        """Decode steps beside copies of the driver's own at the pace that kvferry has found."""
+        """Decodes beside raw copies at the pace that kvferry has found."""
         if self.raw.paced is None:
             return []
         device = self.engine.describe()["devices"][1]
@@ -325,7 +327,7 @@ class Prepared:
     def _keep_timeline(
         self, begin_ns: int, end_ns: int, spans: list[Span], pieces: list[TraceEvent]
     ) -> None:
-        """Of the last round, the first three transfers."""
+        """Keeps the first three transfers of the last round."""
         shown = [span for span in spans if span.submitted_ns >= begin_ns][:3]
         if not shown:
             return
@@ -350,7 +352,7 @@ def _key(direction: Direction, memory: Memory, mode: LoadMode) -> str:
 
 
 def own_seconds() -> float:
-    """Processor time of kvferry's own threads so far."""
+    """Returns the processor time of kvferry's threads so far."""
     total = 0
     for task in Path("/proc/self/task").iterdir():
         try:
@@ -374,7 +376,10 @@ async def prepare(
     steps: int,
     repeats: int,
 ) -> AsyncIterator[Prepared]:
-    """Decodes the prompts and takes the buffers. ``steps``: most tokens decoded later on."""
+    """Decodes the prompts and allocates the buffers.
+
+    ``steps`` is the most tokens that measurements decode later.
+    """
     small = _GPU_WARM_UP_TOKENS if model.gpu else _WARM_UP_TOKENS
     options = ContextOptions(
         n_ctx=cells(arrangement, tokens, steps + 2 * small + 8),

@@ -1,4 +1,4 @@
-"""The limits of the bench: copies by nothing but memcpy, or by nothing but the CUDA driver."""
+"""The limits of the benchmark: plain copies by memcpy, or by the CUDA driver."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..limits import Direction, Pace, RawCuda, memcpy_seconds
 
 
 class Raw(Protocol):
-    """Copies of as many bytes as a state has, by nothing but copying.
+    """Plain copies of as many bytes as a state has. Methods return seconds.
 
     Buffers that hold the state hold it afterwards too.
     """
@@ -19,17 +19,17 @@ class Raw(Protocol):
     def save_seconds(self) -> float: ...
     def load_seconds(self) -> float: ...
     def both_seconds(self, other: int) -> float:
-        """A save and a load at once; the load from another pinned buffer."""
+        """Saves and loads at the same time. ``other`` is the pinned buffer that is loaded."""
 
     def rows_seconds(
         self, direction: Direction, width: int, pitch: int, copies: int
     ) -> float | None:
-        """As many bytes in so many copies of rows, ``width`` bytes wide, ``pitch`` bytes apart on
-        the device; None where there is no such copy."""
+        """Copies as many bytes by ``copies`` copies of rows, ``width`` bytes wide and ``pitch``
+        bytes apart on the device. Returns None where there are no such copies."""
 
     @property
     def paced(self) -> Callable[[Direction, Pace, threading.Event], None] | None:
-        """Copies again and again at that pace until the event is set; None where nothing paces."""
+        """Copies again and again at a pace until the event is set; None where there is no pace."""
 
     def close(self) -> None: ...
 
@@ -38,10 +38,10 @@ class RawMaker(Protocol):
     name: str
 
     def __call__(self, pinned: int, pageable: int, nbytes: int) -> Raw:
-        """For buffers at these addresses, which hold the state."""
+        """Makes copies of buffers at these addresses, which hold the state."""
 
     def device_free_bytes(self) -> int | None:
-        """None where there is no device memory."""
+        """Returns the free bytes of device memory; None where there is none."""
 
 
 class Memcpy:
@@ -103,7 +103,7 @@ class _DeviceCopies:
         self._cuda, self._pinned, self._nbytes = cuda, pinned, nbytes
         self._source = cuda.allocate(nbytes)
         self._target = cuda.allocate(nbytes)
-        # What is saved from there must be what the buffer holds.
+        # A save must not change the buffer, so the device gets the same bytes.
         cuda.load_seconds(self._source, pinned, nbytes)
 
     def save_seconds(self) -> float:

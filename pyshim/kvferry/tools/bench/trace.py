@@ -1,4 +1,4 @@
-"""A trace for Perfetto (ui.perfetto.dev) or chrome://tracing: every piece and decode step."""
+"""A trace of all pieces and decode steps for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LANES = {"decode": 1, "save": 2, "load": 3}
 
 
 class Trace:
-    """Each stage is a process of the trace; its lanes are decoding, saves and loads."""
+    """Collects events. Each stage is a process of the trace, with lanes for decode, save, load."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
@@ -40,7 +40,7 @@ class Trace:
     def _event(
         self, name: str, lane: int, begin_ns: int, end_ns: int, arguments: dict[str, Any]
     ) -> None:
-        # Microseconds, by the format's own definition.
+        # The format has microseconds.
         self._events.append(
             {
                 "ph": "X",

@@ -1,9 +1,9 @@
-"""``kvferry demo``: the main job at small scale, against llama.cpp's own calls.
+"""``kvferry demo``: saves and loads beside decoding, compared with llama.cpp's own calls.
 
-For each layout of a cache, two contexts are made alike. In the first, kvferry saves sequence 0 and
+For each layout of a cache there are two equal contexts. In the first, kvferry saves sequence 0 and
 loads it into sequence 2 while sequence 1 decodes. In the second, the same tokens are decoded in the
-same order, and llama.cpp's own blocking calls save and load at the same points. So the same state
-lies in the same cells of both, and everything has to agree bit for bit.
+same order, and llama.cpp's own blocking calls save and load at the same points. So the same cells
+of both hold the same state, and everything must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ async def demo(options: Options, progress: Progress) -> bool:
 
 
 def _check_files(options: Options) -> None:
-    """Finds out now, rather than after all the work, that a file can't be written."""
+    """Finds out now, rather than after all the work, that a file cannot be written."""
     for file in (options.json, options.picture):
         if file and not Path(file).parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "no folder to write to", str(Path(file).parent))

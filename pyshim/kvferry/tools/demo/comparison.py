@@ -1,4 +1,4 @@
-"""One layout, with kvferry and with llama.cpp's own calls, compared bit for bit."""
+"""Runs one layout with kvferry and with llama.cpp's own calls, and compares them bit by bit."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ from .theirs import with_llama
 async def compare(
     layout: Layout, model: Model, engine: Engine, tokens: int, progress: Progress
 ) -> tuple[dict[str, Any], Timeline]:
+    """Returns the row of the table, and the timeline of the last save and load beside decoding.
+
+    ``tokens`` is the length of the prompt, of all sequences together.
+    """
+
     def say(text: str) -> None:
         progress.say(f"{layout.name}: {text}")
 

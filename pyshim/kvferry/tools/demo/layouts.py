@@ -15,7 +15,7 @@ class Layout:
     flash_attention: bool = True
     kind: str = "llama"
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Of the synthetic model: what differs from the geometry "demo"."""
+    """The sizes of the synthetic model that differ from the geometry "demo"."""
     most_tokens: int | None = None
 
 
@@ -25,13 +25,14 @@ LAYOUTS = [
     Layout("fragmented", arrangement="in turn"),
 ]
 
-# Not of every model, and small: their point is that decoding overwrites what is being saved.
+# Caches where decoding overwrites what is being saved. They need models of their own, which are
+# small.
 OTHER_CACHES = [
     Layout("sliding window", kind="gemma3", sizes={"layers": 16, "window": 128}),
     Layout(
         "recurrent",
         kind="mamba",
         sizes={"layers": 16, "embedding": 256, "state": 256},
-        most_tokens=64,  # slow to compute, and the state's size doesn't depend on it
+        most_tokens=64,  # slow to compute, and the state's size does not depend on it
     ),
 ]

@@ -1,4 +1,4 @@
-"""A layout with kvferry: saves and loads, alone and beside decoding."""
+"""Runs a layout with kvferry: saves and loads, alone and beside decoding."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ..workload import LOADED, SAVED, Decoding, Items, ended, step_percentile, s
 from .layouts import Layout
 from .script import REPEATS, SPARE, Event, median_us, next_token
 
-_IDLE_STEPS = 6  # before each repeat
+_IDLE_STEPS = 6  # before each save and load beside decoding
 
 
 @dataclass
 class Ours:
-    """What came of a layout with kvferry."""
+    """The results of a layout with kvferry."""
 
     state: NDArray[numpy.uint8]
     state_by_llama: NDArray[numpy.uint8]
-    """Of the same sequence of the same context, by llama.cpp's own call."""
+    """The state of the same sequence of the same context, by llama.cpp's own call."""
     resaved: NDArray[numpy.uint8]
-    """The loaded sequence, saved again."""
+    """The state of the loaded sequence."""
     logits: bytes
     script: list[Event]
     """What happened after the prompt, in order."""
@@ -60,15 +60,15 @@ async def with_kvferry(
     idle: list[Step] = []
     timeline = None
     for _ in range(REPEATS):
-        # In turn with the transfers: steps grow slower with the sequence's length.
+        # Measured in turn with the transfers: steps get slower as the sequence gets longer.
         idle += await run.decoding.several(_IDLE_STEPS)
         timeline = await run.beside_decoding(layout.name)
     assert timeline is not None
     beside_saves, beside_loads = list(run.saves), list(run.loads)
     during = run.steps_during_transfers()
     run.loads.clear()
-    # Decoding other sequences may have taken cells that have left a sliding window: what is
-    # compared is one moment's.
+    # Decoding other sequences may have taken cells that have left a sliding window, so both states
+    # are of the same moment.
     snapshot = await run.save("urgent")
     reference = numpy.empty(llama.size(SAVED), numpy.uint8)
     await llama.run(context.state_get, SAVED, reference.ctypes.data, reference.nbytes)
@@ -107,9 +107,10 @@ async def with_kvferry(
 
 @dataclass(frozen=True)
 class _Timed:
-    """A transfer, and when its submitting call came back: until then the layout was recorded."""
+    """A transfer that has ended."""
 
     recorded_ns: int
+    """When the submitting call returned: until then the layout was recorded."""
     completion: Completion
 
     def span(self, direction: Literal["save", "load"]) -> Span:
@@ -127,7 +128,7 @@ class _Timed:
 
 
 class _Run:
-    """The saves, loads and decode steps of one context, and when they were."""
+    """The saves, loads and decode steps of one context, with their times."""
 
     def __init__(self, engine: Engine, llama: Llama, context: Context, buffer: Any) -> None:
         self._engine, self._llama, self._buffer = engine, llama, buffer
@@ -155,7 +156,7 @@ class _Run:
         self._transfers.append((timed.completion.submitted_ns, "load"))
 
     async def beside_decoding(self, name: str) -> Timeline:
-        """A save and a load in the background, with decode steps before, during and after."""
+        """Saves and loads in the background, with decode steps before, during and after that."""
         self._engine.trace()
         begin = time.monotonic_ns()
         async with self.decoding.running():
@@ -182,7 +183,7 @@ class _Run:
         return list({step.begin_ns: step for steps in found for step in steps}.values())
 
     def script(self) -> list[Event]:
-        """Steps and transfers, in the order in which the context saw them."""
+        """Returns steps and transfers in the order in which the context made them."""
         events: list[tuple[int, Event]] = [
             (step.begin_ns, index) for index, step in enumerate(self.decoding.steps)
         ]

@@ -31,7 +31,7 @@ def print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool)
 
     def steps(row: dict[str, Any], when: str) -> str:
         if not row["decode_steps"][when]:
-            return "-"  # the transfers were too short to meet one
+            return "-"  # the transfers ended between two steps
         return f"{ms(row['decode_p50_ms'][when])}/{ms(row['decode_p99_ms'][when])}"
 
     lines = [
@@ -54,15 +54,15 @@ def print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool)
     ]
     print(f"\n{table(header, lines)}\n", flush=True)
     print(
-        f"Medians of {REPEATS}. Saves and loads alone on the machine, kvferry's urgent, from the "
-        "call to the completion.\n'beside': decode steps of another sequence while kvferry saves "
-        "and loads in the background.\nprefill: all prompts of the layout."
+        f"Medians of {REPEATS}. save, load: with nothing else running, from the call to the "
+        "completion; kvferry's are urgent.\nbeside: decode steps of another sequence while kvferry "
+        "saves and loads in the background.\nprefill: all prompts of the layout."
     )
     if not gpu:
         print(
-            "The cache lies in host memory here: a transfer is a copy from memory to memory by the "
-            f"same {cores} cores\nthat decode ({threads} of them). It shows that the bytes are "
-            "right and that decoding goes on, not what a GPU gains."
+            "The cache is in host memory here, so that transfers and decoding share the same "
+            f"{cores} cores\n(decoding uses {threads}). This shows that the bytes are right and "
+            "that decoding goes on, not how fast a GPU is."
         )
 
 

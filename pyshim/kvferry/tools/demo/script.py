@@ -1,4 +1,4 @@
-"""What both contexts of a layout do alike."""
+"""What is done to both contexts of a layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..libllama import Context
 from ..workload import LOADED, Items
 
 REPEATS = 5
-"""Of every timed save and load; the figures are medians."""
+"""How often a timed save or load is repeated; the figures are medians."""
 
 SPARE = 320
 """Most tokens that sequence 1 grows by."""
@@ -19,7 +19,7 @@ SPARE = 320
 _SIZE_QUERIES = 50
 
 Event = int | Literal["save", "load"]
-"""Something that happened to a context: the number of a decode step, or a transfer."""
+"""What was done to a context: the number of a decode step, or a transfer."""
 
 
 def next_token(context: Context) -> Items:

@@ -1,4 +1,4 @@
-"""The same with llama.cpp's own blocking calls."""
+"""Runs a layout with llama.cpp's own blocking calls."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy
 from numpy.typing import NDArray
 
 from ..libllama import Context, LlamaError
-from ..workload import LOADED, SAVED, Decoding, Items
+from ..workload import LOADED, SAVED, Items, step_items
 from .ours import Ours
-from .script import REPEATS, SPARE, median_us, next_token
+from .script import REPEATS, median_us, next_token
 
 
 @dataclass
 class Theirs:
-    """What came of it with llama.cpp's own calls."""
+    """The results of a layout with llama.cpp's own calls."""
 
     state: NDArray[numpy.uint8]
     resaved: NDArray[numpy.uint8]
@@ -29,10 +29,11 @@ class Theirs:
 
 
 def with_llama(context: Context, items: Items, ours: Ours, say: Callable[[str], None]) -> Theirs:
+    """Does what ``ours.script`` lists, in a context of its own."""
     say("the same with llama.cpp's own calls")
     context.decode(items)
     nbytes = context.state_size(SAVED)
-    buffer = numpy.zeros(nbytes, numpy.uint8)  # as touched as kvferry's is
+    buffer = numpy.zeros(nbytes, numpy.uint8)
     address = buffer.ctypes.data
     save_ms = [
         _call_ms(lambda: context.state_get(SAVED, address, nbytes), "save")
@@ -40,7 +41,6 @@ def with_llama(context: Context, items: Items, ours: Ours, say: Callable[[str], 
     ][1:]
     size_query_us = median_us(lambda: context.state_size(SAVED))
     load_ms: list[float] = []
-    decoding = Decoding(None, context, SPARE)  # type: ignore[arg-type]  # only for its tokens
     state = buffer
     for event in ours.script:
         if event == "save":
@@ -49,7 +49,7 @@ def with_llama(context: Context, items: Items, ours: Ours, say: Callable[[str], 
             call = functools.partial(context.state_set, LOADED, address, state.nbytes)
             load_ms.append(_call_ms(call, "load"))
         else:
-            context.decode(decoding.items(event))
+            context.decode(step_items(event, context.model.vocabulary))
     resaved = numpy.empty(context.state_size(LOADED), numpy.uint8)
     context.state_get(LOADED, resaved.ctypes.data, resaved.nbytes)
     context.decode(next_token(context))

@@ -1,8 +1,8 @@
-"""A libllama of the user's choice, as far as the command line drives one.
+"""The bindings with which the command line uses a libllama.
 
-Programs have bindings of their own and need none of this. The command line doesn't use theirs
-because it must find and drive whatever libllama there is, with or without llama-cpp-python, and
-because bindings and library often differ by a release in the layout of ``llama_context_params``.
+Programs have their own bindings and need none of this. The command line has bindings of its own
+because it must work with any libllama, with or without llama-cpp-python, and because other bindings
+often fit another release, whose ``llama_context_params`` are laid out differently.
 """
 
 from .context import Context, ContextOptions, Model, Step

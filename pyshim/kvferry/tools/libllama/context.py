@@ -14,10 +14,10 @@ from .library import Libllama
 
 
 class Model:
-    """A loaded model. Free it after its contexts, or leave that to ``with``."""
+    """A loaded model. Close it after its contexts, or use ``with``."""
 
     def __init__(self, library: Libllama, path: str | os.PathLike[str], *, gpu: bool) -> None:
-        """``gpu``: layers go where libllama puts them by default; else they stay on the host."""
+        """With ``gpu``, libllama decides where layers go; without, all stay in host memory."""
         self.library = library
         self.gpu = gpu
         params = library.functions.llama_model_default_params()
@@ -58,7 +58,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class ContextOptions:
-    """What shapes a context's cache: one for all sequences, of ``n_ctx`` cells."""
+    """The options of a context. All sequences share one cache of ``n_ctx`` cells."""
 
     n_ctx: int
     n_seq_max: int
@@ -69,7 +69,7 @@ class ContextOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One call of llama_decode, results included. Times as of ``time.monotonic_ns()``."""
+    """The times of a decode, until its results were there: nanoseconds of ``monotonic_ns()``."""
 
     begin_ns: int
     end_ns: int
@@ -80,7 +80,7 @@ class Step:
 
 
 class Context:
-    """A context and its cache. One thread at a time, as llama.cpp demands."""
+    """A context and its cache. llama.cpp allows one thread at a time."""
 
     def __init__(self, model: Model, options: ContextOptions) -> None:
         self.model = model
@@ -111,7 +111,7 @@ class Context:
         return self.pointer
 
     def _check(self) -> None:
-        """Reads back what the context has: parameters in another layout would be other ones."""
+        """Raises LlamaError if the context differs from the options: then the layout was wrong."""
         functions, options = self._functions, self.options
         has = {
             name: getattr(functions, f"llama_{name}")(self.pointer)
@@ -140,7 +140,7 @@ class Context:
     # Decoding
 
     def decode(self, items: Sequence[tuple[int, int]]) -> Step:
-        """Appends (sequence, token) pairs in this order; logits are made for the last one."""
+        """Appends (sequence, token) pairs in this order. Only the last one gets logits."""
         begin_ns = time.monotonic_ns()
         position: dict[int, int] = {}
         for start in range(0, len(items), self.options.n_batch):
@@ -148,7 +148,7 @@ class Context:
             status = self._functions.llama_decode(self.pointer, self._batch)
             if status != 0:
                 raise self.model.library.refusal(f"llama_decode returned {status}")
-        # llama_decode may return before a GPU has finished.
+        # llama_decode may return before the GPU has finished.
         self._functions.llama_synchronize(self.pointer)
         return Step(begin_ns, time.monotonic_ns())
 
@@ -166,12 +166,12 @@ class Context:
             position[seq] += 1
 
     def logits(self) -> bytes:
-        """The logits of the last decoded token: 32-bit floats, one a token id."""
+        """Returns the logits of the last decoded token: 32-bit floats, one for each token id."""
         address = self._functions.llama_get_logits_ith(self.pointer, -1)
         return ctypes.string_at(address, 4 * self.model.vocabulary)
 
     def shorten(self, seq: int, tokens: int) -> None:
-        """Removes the last ``tokens`` of a sequence."""
+        """Removes the last ``tokens`` tokens of a sequence. Raises LlamaError if it cannot."""
         end = self._functions.llama_memory_seq_pos_max(self._memory, seq) + 1
         if not self._functions.llama_memory_seq_rm(self._memory, seq, end - tokens, -1):
             raise LlamaError("this cache can't remove a part of a sequence")
@@ -186,12 +186,12 @@ class Context:
         return size
 
     def state_get(self, seq: int, address: int, nbytes: int) -> int:
-        """Writes the state to an address; the bytes written, 0 if llama.cpp refused."""
+        """Writes the state to an address; returns the bytes written, 0 if llama.cpp refused."""
         written: int = self._functions.llama_state_seq_get_data(self.pointer, address, nbytes, seq)
         return written
 
     def state_set(self, seq: int, address: int, nbytes: int) -> int:
-        """Replaces a sequence; the bytes read, 0 if llama.cpp refused."""
+        """Replaces a sequence; returns the bytes read, 0 if llama.cpp refused."""
         read: int = self._functions.llama_state_seq_set_data(self.pointer, address, nbytes, seq)
         return read
 

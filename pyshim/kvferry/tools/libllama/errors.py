@@ -2,4 +2,4 @@
 
 
 class LlamaError(Exception):
-    """No libllama, one that can't be used, or a call that it refused; the text says which."""
+    """No libllama, one that cannot be used, or a call that it refused; the text says which."""

@@ -1,4 +1,4 @@
-"""Where the libllama is that the command line uses."""
+"""Finds the libllama that the command line uses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+from ..extra_packages import LIBLLAMA, install_command
 from .errors import LlamaError
 
 ENVIRONMENT_VARIABLE = "KVFERRY_LLAMA_LIB"
@@ -18,16 +19,16 @@ class Found:
     """A libllama that has not been loaded yet."""
 
     path: str
-    """Of the library; a bare name if the system's loader is to find it."""
+    """The path of the library, or a bare name for the system's loader."""
     source: str
-    """Who named it, for people."""
+    """Where it was found, for people."""
 
 
 def find(folder: str | os.PathLike[str] | None = None) -> Found:
-    """The libllama in ``folder``; else in $KVFERRY_LLAMA_LIB; of llama-cpp-python; of xllamacpp;
-    the system's.
+    """Returns the libllama in ``folder``. Without a folder, returns the first one that is found: in
+    $KVFERRY_LLAMA_LIB, in llama-cpp-python, in xllamacpp, in the system.
 
-    Raises LlamaError with all the places that were looked at.
+    Raises LlamaError if there is none.
     """
     if folder is not None:
         return Found(_in_folder(Path(folder)), "--llama-lib")
@@ -37,21 +38,22 @@ def find(folder: str | os.PathLike[str] | None = None) -> Found:
         try:
             return Found(_in_folder(package / "lib"), "installed llama_cpp")
         except LlamaError:
-            pass  # one without libraries of its own; others may have some
-    if (package := _package_folder("xllamacpp")) is not None:
-        # Its extension module has all of llama.cpp in it, and exports that.
-        for path in sorted(package.glob("xllamacpp.*so")):
-            return Found(str(path), "installed xllamacpp")
+            pass  # this llama-cpp-python has no libraries; look further
+    if (package := _package_folder(LIBLLAMA)) is not None:
+        # Its extension module contains all of llama.cpp, and exports its functions.
+        for path in sorted(package.glob(f"{LIBLLAMA}.*so")):
+            return Found(str(path), f"installed {LIBLLAMA}")
     if name := ctypes.util.find_library("llama"):
         return Found(name, "the system's libraries")
     raise LlamaError(
         "no libllama found: name its folder with --llama-lib DIR or "
-        f"{ENVIRONMENT_VARIABLE}, or get a prebuilt one: pip install xllamacpp"
+        f"{ENVIRONMENT_VARIABLE}, or get a prebuilt one, and what `kvferry demo` needs besides: "
+        f"{install_command(libllama=True)}"
     )
 
 
 def _package_folder(name: str) -> Path | None:
-    # Not imported: importing it would load its libllama, and it may be broken.
+    # The package is not imported: that would load its libllama, which may be broken.
     package = importlib.util.find_spec(name)
     return Path(package.origin).parent if package is not None and package.origin else None
 

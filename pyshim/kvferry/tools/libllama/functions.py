@@ -1,4 +1,4 @@
-"""The structs and functions of llama.h whose declarations fit every release."""
+"""The structs and functions of llama.h that are declared alike in every release."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ModelParams(ctypes.Structure):
-    """The beginning of ``llama_model_params``; the rest is passed on as it came."""
+    """The first members of ``llama_model_params``; the others are left unchanged."""
 
     _fields_ = (
         ("devices", ctypes.c_void_p),
@@ -32,7 +32,7 @@ class Batch(ctypes.Structure):
 _POINTER, _INT, _SIZE, _BOOL = ctypes.c_void_p, ctypes.c_int32, ctypes.c_size_t, ctypes.c_bool
 _COUNT = ctypes.c_uint32
 
-# name: (result, arguments)
+# The types of result and arguments, by name.
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_supports_gpu_offload": (_BOOL, []),
     "llama_model_default_params": (ModelParams, []),

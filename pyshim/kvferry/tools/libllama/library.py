@@ -14,7 +14,7 @@ from .finding import Found
 from .functions import SIGNATURES
 from .parameters import context_params, is_plausible
 
-# libllama logs until the process ends, and keeps no reference to what it calls.
+# libllama logs until the process ends, and does not keep its callbacks alive.
 _callbacks: list[Any] = []
 
 
@@ -28,13 +28,13 @@ class Libllama:
         except OSError as failure:
             raise LlamaError(f"{found.path} ({found.source}) can't be loaded: {failure}") from None
         self.log: collections.deque[str] = collections.deque(maxlen=100)
-        """What it logged last, newest at the end: the reason for a refusal is found here."""
+        """The latest lines of its log, the newest at the end. They say why a call has failed."""
         try:
             self._declare()
         except AttributeError as failure:
-            raise LlamaError(f"{found.path} is of another time than kvferry: {failure}") from None
+            raise LlamaError(f"{found.path} does not fit this kvferry: {failure}") from None
         self.loaded_as = _path_of(self.functions.llama_decode)
-        """As the loader knows it: links are not resolved."""
+        """The path by which the loader knows it, with links not resolved."""
         self.path = os.path.realpath(self.loaded_as)
         self._load_backends()
         self.context_params = self._context_params_type()
@@ -53,8 +53,8 @@ class Libllama:
         self.functions.llama_log_set(kept, None)
 
     def _load_backends(self) -> None:
-        """Some builds keep their CPU and CUDA backends in libraries beside libllama."""
-        # Symbols of libggml.so are found through libllama, which depends on it.
+        """Loads the backends of builds that have them in libraries beside libllama."""
+        # This symbol of libggml.so is found through libllama, which depends on libggml.
         load = getattr(self.functions, "ggml_backend_load_all_from_path", None)
         if load is not None:
             load.argtypes, load.restype = [ctypes.c_char_p], None
@@ -68,7 +68,7 @@ class Libllama:
         raise LlamaError(f"unknown layout of llama_context_params in {self.path}")
 
     def _use_layout(self, layout: type[ctypes.Structure]) -> Any:
-        """Declares the functions that take or give the parameters; returns the default ones."""
+        """Declares the functions that take or return the parameters; returns the defaults."""
         self.functions.llama_context_default_params.restype = layout
         self.functions.llama_init_from_model.argtypes = [ctypes.c_void_p, layout]
         self.functions.llama_init_from_model.restype = ctypes.c_void_p
@@ -76,7 +76,7 @@ class Libllama:
 
     @property
     def build(self) -> str:
-        """What the library and the files beside it say about the build."""
+        """The name of the library, with the version of its ggml."""
         said = []
         for name in ("ggml_version", "ggml_commit"):
             function = getattr(self.functions, name, None)
@@ -91,12 +91,13 @@ class Libllama:
         return bool(self.functions.llama_supports_gpu_offload())
 
     def refusal(self, what: str) -> LlamaError:
+        """Returns an error for a call that has failed, with the latest lines of the log."""
         lines = [line for line in self.log if line.strip(" .")][-3:]
         return LlamaError(f"{what}: {' | '.join(lines) or 'no reason in its log'}")
 
 
 def _path_of(function: Any) -> str:
-    """The file that a loaded function comes from, by the name under which it was loaded."""
+    """Returns the file that a loaded function comes from, under the name that was loaded."""
 
     class Info(ctypes.Structure):
         _fields_ = (

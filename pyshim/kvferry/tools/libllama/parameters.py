@@ -1,4 +1,4 @@
-"""``llama_context_params``, whose layout differs from release to release."""
+"""The struct ``llama_context_params``, whose layout differs from release to release."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 GGML_TYPE_F16 = 1
 
-# GGML_DEFAULT_N_THREADS, which stands in llama_context_default_params() since there is one.
+# GGML_DEFAULT_N_THREADS: llama_context_default_params() has always returned this number.
 _DEFAULT_THREADS = 4
 
-# What llama.cpp sets the flags to, in their order.
+# The flags in their order, with llama.cpp's defaults.
 DEFAULT_FLAGS = {
     "embeddings": False,
     "offload_kqv": True,
@@ -22,11 +22,11 @@ DEFAULT_FLAGS = {
 
 
 def context_params(earlier: int, has_type: bool, gap: int) -> type[ctypes.Structure]:
-    """``llama_context_params`` with so many fields between n_seq_max and n_threads, and so many
-    bytes between the abort callback and the flags.
+    """Returns ``llama_context_params`` with ``earlier`` fields between n_seq_max and n_threads, and
+    with ``gap`` bytes between the abort callback and the flags.
 
-    Releases differ there (n_rs_seq, n_outputs_max, n_outputs_max_per_seq; eight bytes before the
-    flags in 0.6.0-dev), and in whether a ctx_type follows the threads.
+    Releases differ in the fields (n_rs_seq, n_outputs_max, n_outputs_max_per_seq), in the gap (8 in
+    0.6.0-dev), and in whether ctx_type follows the threads.
     """
     u32, i32, f32, pointer = ctypes.c_uint32, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
     fields: list[tuple[str, Any]] = [
@@ -49,14 +49,14 @@ def context_params(earlier: int, has_type: bool, gap: int) -> type[ctypes.Struct
         ("abort_callback_data", pointer),
         ("gap", ctypes.c_uint8 * gap),
         *((name, ctypes.c_bool) for name in DEFAULT_FLAGS),
-        # Samplers, another context, and what later releases append: passed on as it came.
+        # Samplers, another context, and what later releases append: left unchanged.
         ("later", ctypes.c_uint8 * 258),
     ]
     return type("llama_context_params", (ctypes.Structure,), {"_fields_": fields})
 
 
 def is_plausible(defaults: Any) -> bool:
-    """Whether a layout makes sense of the library's own defaults."""
+    """Whether the library's own defaults, read in a layout, have the values that they should."""
     undecided = ("rope_scaling_type", "pooling_type", "attention_type", "flash_attn_type")
     return (
         (defaults.n_threads, defaults.n_threads_batch) == (_DEFAULT_THREADS, _DEFAULT_THREADS)

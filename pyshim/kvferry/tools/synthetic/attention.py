@@ -1,4 +1,4 @@
-"""Architectures whose every layer attends, and keeps keys and values."""
+"""Architectures in which every layer attends, and keeps keys and values."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def describe_llama(model: ModelFile, g: Geometry) -> None:
 
 
 def describe_qwen2vl(model: ModelFile, g: Geometry) -> None:
-    # qwen2vl has no key for the head's width: its heads share the embedding among them.
+    # qwen2vl has no key for the width of a head: it is the embedding divided by the heads.
     head_dim = g.embedding // g.heads
     g = dataclasses.replace(g, head_dim=head_dim)
     describe_llama(model, g)
-    for layer in layers(g):  # as its models have; b8179 reads them without asking
+    for layer in layers(g):  # b8179 requires these biases
         model.uniform(f"{layer}.attn_q.bias", -0.1, 0.1, g.heads * head_dim)
         model.uniform(f"{layer}.attn_k.bias", -0.1, 0.1, g.kv_heads * head_dim)
         model.uniform(f"{layer}.attn_v.bias", -0.1, 0.1, g.kv_heads * head_dim)
-    # Rotated pairs for time, height and width; together half the head.
+    # The rotated pairs for time, height and width, together half the head.
     eighth = head_dim // 8
     model.keys.add_rope_dimension_sections([head_dim // 2 - 2 * eighth, eighth, eighth, 0])
 

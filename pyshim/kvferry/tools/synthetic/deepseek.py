@@ -8,7 +8,7 @@ from .model_file import ModelFile
 
 
 def _latent_attention(model: ModelFile, g: Geometry) -> None:
-    """Keys and tensors of multi-head latent attention, all layers dense."""
+    """Adds keys and tensors of multi-head latent attention; all layers are dense."""
     rotated = g.head_dim // 2
     model.keys.add_head_count(g.heads)
     model.keys.add_head_count_kv(1)  # one latent row serves every head
@@ -45,8 +45,8 @@ def describe_deepseek2(model: ModelFile, g: Geometry) -> None:
 
 def describe_deepseek32(model: ModelFile, g: Geometry) -> None:
     _latent_attention(model, g)
-    # llama.cpp takes half of the indexer's key for rotated (models/deepseek32.cpp: indexer_k_nope
-    # starts after n_embd_indexer_head_nope numbers), and rotates as many as in the latent row.
+    # llama.cpp rotates half of the indexer's key (in models/deepseek32.cpp indexer_k_nope starts
+    # after n_embd_indexer_head_nope numbers), as many numbers as in the latent row.
     heads, key_length = g.heads, g.head_dim
     model.keys.add_indexer_head_count(heads)
     model.keys.add_indexer_key_length(key_length)
@@ -61,14 +61,14 @@ def describe_deepseek32(model: ModelFile, g: Geometry) -> None:
 
 
 def describe_deepseek4(model: ModelFile, g: Geometry) -> None:
-    # Layers of the three sorts that llama.cpp knows (models/deepseek4.cpp): none compressed, one
-    # row for every four tokens with an indexer, one row for every 128.
+    # The three sorts of layers in llama.cpp (models/deepseek4.cpp): not compressed; a row for four
+    # tokens, with an indexer; a row for 128 tokens.
     ratios = [(0, 4, 128)[index % 3] for index in range(g.layers)]
-    streams = 4  # of hyper-connections: no other number is supported
+    streams = 4  # of hyper-connections; llama.cpp supports no other number
     mixes = (2 + streams) * streams
     groups = 2
-    # As wide as the keys of the attention, llama.cpp 0.6.0 would divide by zero: it looks for the
-    # width of a cache that no layer of this model has.
+    # If this equalled the width of the attention's keys, llama.cpp 0.6.0 would divide by zero: it
+    # would look up the width of a cache that no layer of this model has.
     indexed = 2 * g.head_dim
 
     def compressor(name: str, width: int, ratio: int) -> None:

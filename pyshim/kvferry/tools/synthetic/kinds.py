@@ -24,4 +24,4 @@ KINDS: dict[str, tuple[str, Callable[[ModelFile, Geometry], None]]] = {
     "qwen4exp": ("qwen4exp", describe_qwen4exp),
     "qwen4exp-ngrams": ("qwen4exp", describe_qwen4exp_ngrams),
 }
-"""For each kind the architecture's name in llama.cpp, and what describes it."""
+"""For each kind: the architecture's name in llama.cpp, and the function that adds its parts."""

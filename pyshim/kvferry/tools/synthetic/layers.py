@@ -1,4 +1,4 @@
-"""What several architectures have in common."""
+"""Parts of models that several architectures have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .model_file import ModelFile
 
 
 def describe_ends(model: ModelFile, g: Geometry) -> None:
-    """What every model has: its sizes, the embedding before and the projection after the layers."""
+    """Adds what every model has: sizes, the embedding, and the projection after the layers."""
     model.keys.add_context_length(g.context)
     model.keys.add_embedding_length(g.embedding)
     model.keys.add_block_count(g.layers)
@@ -44,7 +44,7 @@ def layers(g: Geometry) -> list[str]:
     return [f"blk.{index}" for index in range(g.layers)]
 
 
-CONVOLUTION = 4  # taps of the convolution in front of a recurrent layer, as in Mamba
+CONVOLUTION = 4  # length of the convolution before a recurrent layer, as in Mamba
 
 
 def time_step_rank(g: Geometry) -> int:
@@ -82,7 +82,7 @@ def expert_keys(model: ModelFile, g: Geometry) -> None:
 
 
 def experts(model: ModelFile, g: Geometry, layer: str) -> None:
-    """Experts of whom a token asks two, and one whom every token asks."""
+    """Adds experts, of which each token uses two, and a shared expert that every token uses."""
     model.matrix(f"{layer}.ffn_gate_inp.weight", EXPERTS, g.embedding)
     model.matrix(f"{layer}.ffn_gate_exps.weight", EXPERTS, g.feed_forward, g.embedding)
     model.matrix(f"{layer}.ffn_up_exps.weight", EXPERTS, g.feed_forward, g.embedding)

@@ -1,4 +1,4 @@
-"""Qwen4's experimental architecture."""
+"""The architecture qwen4exp."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from .model_file import ModelFile
 
 
 def describe_qwen4exp(model: ModelFile, g: Geometry) -> None:
-    # Every second layer attends, with an indexer over blocks of four cells; the others are
-    # recurrent.
+    # Every second layer attends, with an indexer for blocks of four cells; others are recurrent.
     recurrent = [index % 2 == 0 for index in range(g.layers)]
     streams, low_rank, key_heads, value_heads = 4, 8, 2, 4
     wide = streams * g.embedding
@@ -56,7 +55,7 @@ def describe_qwen4exp(model: ModelFile, g: Geometry) -> None:
             model.norm(f"{layer}.ssm_norm.weight", g.state)
             model.matrix(f"{layer}.ssm_out.weight", g.embedding, value_width)
         else:
-            # A gate lies beside each head of the queries.
+            # Each head of the queries has a gate beside it.
             model.matrix(f"{layer}.attn_q.weight", 2 * g.heads * g.head_dim, g.embedding)
             model.matrix(f"{layer}.attn_k.weight", g.kv_heads * g.head_dim, g.embedding)
             model.matrix(f"{layer}.attn_v.weight", g.kv_heads * g.head_dim, g.embedding)

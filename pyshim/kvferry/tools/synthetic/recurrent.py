@@ -1,4 +1,4 @@
-"""Architectures with recurrent layers, alone or among layers that attend."""
+"""Architectures whose layers are all recurrent, or some of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe_mamba(model: ModelFile, g: Geometry) -> None:
 
 
 def _kv_heads_per_layer(g: Geometry) -> list[int]:
-    """No key-value heads marks a recurrent layer; every second layer attends."""
+    """Every second layer attends. A layer without key-value heads is recurrent."""
     return [g.kv_heads if index % 2 else 0 for index in range(g.layers)]
 
 

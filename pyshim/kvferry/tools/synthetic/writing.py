@@ -1,4 +1,4 @@
-"""Writing a synthetic model."""
+"""Writes synthetic models."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def write_model(
     geometry: str | Geometry = "small",
     **sizes: int,
 ) -> Path:
-    """Write a model of `kind` to `path` and return the path.
+    """Writes a model of `kind` to `path` and returns the path.
 
-    `geometry` is one of `GEOMETRIES` or a `Geometry`; `sizes` replace single fields of it.  The
-    same arguments give the same file; another `seed` gives other weights in the same layout: a
-    model whose states fit but mean something else.
+    `geometry` is one of `GEOMETRIES` or a `Geometry`; `sizes` replace single fields of it. The same
+    arguments give the same file. Another `seed` gives other weights in the same layout: states of
+    one model fit the other, but are wrong there.
 
     Raises ValueError for an unknown kind, geometry or size, and ImportError without the gguf
     package.
@@ -49,7 +49,7 @@ def write_model(
 
     architecture, describe = KINDS[kind]
     path = Path(path)
-    # A reader must never see half a model, so that an interrupted run leaves nothing to be reused.
+    # Written under another name and renamed, so that an interrupted run leaves no partial model.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         model = ModelFile(gguf, partial, architecture, seed)

@@ -1,5 +1,5 @@
-// Package baseline does in plain C what the benchmarks do in Go, so that the difference is the Go layer's cost; and
-// gives them memory and clocks that Go does not.
+// Package baseline does in C what the benchmarks do in Go, so that the difference is the cost of the Go layer. It also
+// has memory and clocks for benchmarks and tests that Go does not have.
 package baseline
 
 /*
@@ -66,7 +66,7 @@ static int32_t saves(uint64_t count, uint64_t depth, uint64_t bytes) {
     return status;
 }
 
-// Memory of the first CUDA device, by way of the driver in a file; 0 if there is none.
+// Allocates memory of the first CUDA device, through the driver in a file. Returns 0 if there is none.
 static uint64_t device_alloc(const char *driver, uint64_t bytes) {
     void *library = dlopen(driver, RTLD_NOW);
     if (!library) return 0;
@@ -90,30 +90,30 @@ import (
 	"unsafe"
 )
 
-// Monotonic reads the clock that completions carry, CLOCK_MONOTONIC.
+// Monotonic returns the time of the clock that completions use, CLOCK_MONOTONIC.
 func Monotonic() time.Duration { return time.Duration(C.monotonic()) }
 
-// CPU is the processor time that the whole process has used, C's threads included.
+// CPU returns the processor time that the whole process has used, C's threads included.
 func CPU() time.Duration { return time.Duration(C.cpu()) }
 
-// HeapInUse is how many bytes C's allocator has given out.
+// HeapInUse returns the bytes that C's allocator has allocated.
 func HeapInUse() int64 { return int64(C.heap_in_use()) }
 
-// Alloc gives memory of C's, filled with zeros.
+// Alloc allocates memory in C, filled with zeros. Free frees it.
 func Alloc(size int) []byte { return unsafe.Slice((*byte)(C.calloc(1, C.size_t(size))), size) }
 
-// Free gives it back.
+// Free frees what Alloc has allocated.
 func Free(memory []byte) { C.free(unsafe.Pointer(unsafe.SliceData(memory))) }
 
-// DeviceAlloc gives memory of the first device that a CUDA driver, named by its file, has; 0 if there is none. It is never
-// given back.
+// DeviceAlloc allocates memory of the first device of a CUDA driver, which is named by its file. It returns 0 if there is
+// none. The memory is never freed.
 func DeviceAlloc(driver string, size int) uintptr {
 	name := C.CString(driver)
 	defer C.free(unsafe.Pointer(name))
 	return uintptr(C.device_alloc(name, C.uint64_t(size)))
 }
 
-// Saves makes count saves of size bytes in C, with at most depth in flight.
+// Saves saves size bytes count times in C, with at most depth jobs in flight.
 func Saves(count, depth, size int) error {
 	if status := C.saves(C.uint64_t(count), C.uint64_t(depth), C.uint64_t(size)); status != 0 {
 		return fmt.Errorf("%s", C.GoString(C.kvf_strerror(status)))

@@ -1,0 +1,12 @@
+/* What a test tells the fake libllama, by the symbol `fake_llama` of the library. */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct fake_llama {
+    bool shares_cells;      /* the context has no cells of its own, so that its states are empty */
+    int32_t last_position;  /* of its only sequence; -1: the sequence is empty */
+    uint64_t claimed_bytes; /* the size of a state with cells, as far as it says; 0: the true one */
+};

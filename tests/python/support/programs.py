@@ -1,0 +1,35 @@
+"""Python programs that tests run in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+_TESTS = Path(__file__).resolve().parents[1]
+
+
+def run_python(
+    *arguments: str,
+    environment: Mapping[str, str | None] | None = None,
+    folder: Path | None = None,
+    timeout: float = 60,
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python with these arguments, and returns the finished process with its output.
+
+    ``environment`` replaces variables; None removes one. The program can import ``support``. It
+    runs in ``folder``, or in the current one. Raises TimeoutExpired after ``timeout`` seconds.
+    """
+    path = [str(_TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    changed = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **(environment or {})}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={name: value for name, value in changed.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
