@@ -8,6 +8,8 @@
 
 #include "engine/open_job.h"
 #include "llama/llama.h"
+#include "memory/layout_builder.h"
+#include "memory/registration.h"
 
 namespace kvf {
 namespace {
@@ -137,7 +139,7 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
         if (needed && !MappedCheck()(reinterpret_cast<uint64_t>(buffer), needed)) {
             throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
         }
-        Locator locate(*target);
+        Locator locate = target->locator();
         WritableCheck writable;
         std::vector<LayoutBuilder> builders(target->device_count());
         std::vector<uint64_t> allocations(target->device_count());
@@ -145,7 +147,7 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
             const kvf_region &r = regions[i];
             const uint64_t extent = (r.rows - 1) * (r.rows > 1 ? r.pitch : 0) + r.width;
             const auto [device, allocation] = locate(r.address, extent);
-            if (device == Engine::kHost && direction == Direction::Load &&
+            if (device == Device::kHost && direction == Direction::Load &&
                 !writable(r.address, extent)) {
                 throw Error(KVF_ERR_INVALID_ARGUMENT, format("region %llu cannot be written",
                                                              static_cast<unsigned long long>(i)));
@@ -375,8 +377,8 @@ int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *completion
 int32_t kvf_job_cancel(kvf_job job) {
     return guarded([&]() -> int32_t {
         const auto found = find<Job>(job);
-        // A job whose engine is gone has ended.
-        if (const auto engine = found->weak_owner.lock()) engine->cancel(*found);
+        // A job whose engine is gone has ended. Else the engine, and with it the devices, must stay.
+        if (const auto engine = found->owner()) found->cancel();
         return KVF_OK;
     });
 }
@@ -385,7 +387,7 @@ int32_t kvf_job_stream_wait(kvf_job job, uint64_t stream) {
     return guarded([&]() -> int32_t {
         const auto found = find<Job>(job);
         // A job whose engine is gone has ended: there is nothing to wait for.
-        if (const auto engine = found->weak_owner.lock()) engine->make_stream_wait(stream, *found);
+        if (const auto engine = found->owner()) engine->make_stream_wait(stream, *found);
         return KVF_OK;
     });
 }

@@ -81,6 +81,16 @@ std::shared_ptr<Object> withdraw(uint64_t handle, ObjectType type) {
     return object;
 }
 
+void unpublish(uint64_t handle) noexcept {
+    std::shared_ptr<Object> object; // destroyed without the lock
+    Shard &shard = shard_of(handle);
+    std::lock_guard lock(shard.mutex);
+    const auto it = shard.objects.find(handle);
+    if (it == shard.objects.end()) return;
+    object = std::move(it->second);
+    shard.objects.erase(it);
+}
+
 std::shared_ptr<Object> find(uint64_t handle, ObjectType type) {
     Shard &shard = shard_of(handle);
     std::lock_guard lock(shard.mutex);

@@ -5,7 +5,7 @@
 #include <mutex>
 #include <vector>
 
-#include "core/crew.h"
+#include "core/thread_pool.h"
 #include "cuda/tables.h"
 
 namespace kvf {
@@ -40,7 +40,7 @@ private:
 class CudaAheadPool {
 public:
     // The copy threads free what has become useless: freeing waits for everything that the device is doing.
-    CudaAheadPool(const CudaContext &context, Crew &copy_threads)
+    CudaAheadPool(const CudaContext &context, ThreadPool &copy_threads)
         : context_(context), copy_threads_(copy_threads) {}
     CudaAheadPool(const CudaAheadPool &) = delete;
     CudaAheadPool &operator=(const CudaAheadPool &) = delete;
@@ -60,7 +60,7 @@ private:
     std::unique_ptr<CudaAheadMemory> allocate(uint64_t bytes) const;
 
     const CudaContext &context_;
-    Crew &copy_threads_;
+    ThreadPool &copy_threads_;
     mutable std::mutex mutex_;
     std::vector<std::unique_ptr<CudaAheadMemory>> free_;
     size_t count_ = 0; // free or in use

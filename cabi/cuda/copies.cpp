@@ -55,9 +55,10 @@ void CudaCopies::copy_direct(const CudaSlot &slot) const {
         const kvf_region &block = piece.block;
         if (piece.runs) {
             const Run run = piece.run(0);
-            copy_run(slot, run.address, job.pinned ? job.buffer + run.offset : packed, run.bytes);
-        } else if (job.pinned) {
-            copy_rows(slot, block.address, block.pitch, job.buffer + block.offset,
+            copy_run(slot, run.address,
+                     job.request.pinned ? job.request.buffer + run.offset : packed, run.bytes);
+        } else if (job.request.pinned) {
+            copy_rows(slot, block.address, block.pitch, job.request.buffer + block.offset,
                       block.buffer_pitch, block.width, block.rows);
         } else {
             copy_rows(slot, block.address, block.pitch, packed, block.width, block.width,
@@ -71,18 +72,18 @@ void CudaCopies::copy_direct(const CudaSlot &slot) const {
 void CudaCopies::copy_gathered(const CudaSlot &slot) const {
     const Job &job = *slot.leg->job;
     const CUdeviceptr staging = slot.staging.address;
-    if (!job.pinned) return copy_run(slot, staging, slot.bounce->data(), slot.bytes);
+    if (!job.request.pinned) return copy_run(slot, staging, slot.bounce->data(), slot.bytes);
     Stretch stretch;
     const auto flush = [&] {
         if (stretch.bytes == 0) return;
-        copy_run(slot, staging + stretch.place, job.buffer + stretch.offset, stretch.bytes);
+        copy_run(slot, staging + stretch.place, job.request.buffer + stretch.offset, stretch.bytes);
         stretch.bytes = 0;
     };
     const auto add = [&](uint64_t place, uint64_t offset, uint64_t bytes, bool is_first) {
         if (stretch.extend(place, offset, bytes)) return;
         flush();
         // Pieces that are loaded have room in staging for what precedes them on their line in the host.
-        const auto begin = reinterpret_cast<uint64_t>(job.buffer) + offset;
+        const auto begin = reinterpret_cast<uint64_t>(job.request.buffer) + offset;
         const bool has_room = is_first && direction_ == Direction::Load;
         const uint64_t before = has_room ? std::min(begin % CudaPlanner::kHostLine, offset) : 0;
         stretch = {place - before, offset - before, bytes + before};
@@ -106,7 +107,7 @@ void CudaCopies::copy_gathered(const CudaSlot &slot) const {
             }
         } else {
             flush();
-            copy_rows(slot, staging + at, block.width, job.buffer + block.offset,
+            copy_rows(slot, staging + at, block.width, job.request.buffer + block.offset,
                       block.buffer_pitch, block.width, block.rows);
         }
     }

@@ -12,8 +12,9 @@ constexpr uint64_t kStagingBytes = 32 << 20; // for each direction
 CudaDevice::CudaDevice(JobOwner &owner, std::shared_ptr<const CudaContext> context, uint32_t index,
                        uint64_t staging_bytes, std::shared_ptr<CudaPinnedBudget> budget,
                        uint32_t copy_threads)
-    : context_(std::move(context)), staging_bytes_(staging_bytes ? staging_bytes : kStagingBytes),
-      budget_(std::move(budget)), copy_threads_(copy_threads), ahead_(*context_, copy_threads_) {
+    : Device(index), context_(std::move(context)),
+      staging_bytes_(staging_bytes ? staging_bytes : kStagingBytes), budget_(std::move(budget)),
+      copy_threads_(copy_threads), ahead_(*context_, copy_threads_) {
     try {
         kernels_ = std::make_unique<CudaKernels>(*context_);
     } catch (const Error &error) {
@@ -70,9 +71,9 @@ uint64_t CudaDevice::pinned_bytes() const {
            ahead_.pinned_bytes();
 }
 
-void CudaDevice::sweep() {
-    save_->sweep();
-    load_->sweep();
+void CudaDevice::cut_short_stopping() {
+    save_->cut_short_stopping();
+    load_->cut_short_stopping();
 }
 
 // Kernels place the bytes. Without kernels nothing is loaded ahead.

@@ -44,9 +44,9 @@ public:
         lane(leg.direction).extend(leg, std::move(part));
     }
     void finish(Leg &leg) override { lane(leg.direction).finish(leg); }
-    void expect(Direction direction) override { lane(direction).expect(); }
+    void announce(Direction direction) override { lane(direction).announce(); }
     void cut_short(Leg &leg) override { lane(leg.direction).cut_short(leg); }
-    void sweep() override;
+    void cut_short_stopping() override;
     Snapshot snapshot(const Layout &layout, unsigned char *) override {
         return snapshots_->take(layout);
     }
@@ -63,7 +63,7 @@ private:
     std::string no_kernels_; // why there are none
     const uint64_t staging_bytes_;
     const std::shared_ptr<CudaPinnedBudget> budget_;
-    Crew copy_threads_;
+    ThreadPool copy_threads_;
     CudaAheadPool ahead_;
     std::unique_ptr<CudaLane> save_, load_;
     std::unique_ptr<CudaSnapshots> snapshots_;

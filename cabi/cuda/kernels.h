@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/context.h"
-#include "memory/layout.h"
+#include "memory/pieces.h"
 
 namespace kvf {
 

@@ -35,8 +35,8 @@ void relax() {
 } // namespace
 
 CudaLane::CudaLane(JobOwner &owner, const CudaContext &context, const CudaKernels *kernels,
-                   Crew &copy_threads, CudaAheadPool *ahead, uint32_t device, Direction direction,
-                   Limits limits)
+                   ThreadPool &copy_threads, CudaAheadPool *ahead, uint32_t device,
+                   Direction direction, Limits limits)
     : owner_(owner), context_(context), driver_(context.driver()), copy_threads_(copy_threads),
       ahead_(ahead), device_(device), direction_(direction),
       memory_(context, limits.pinned, kernels ? limits.staging_bytes : 0),
@@ -258,7 +258,7 @@ bool CudaLane::allocate(Missing missing, const std::shared_ptr<Job> &job) {
     } catch (const Error &error) {
         job->fail(error.status, error.detail);
         if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
-        owner_.stop(*job); // its leg here, and those on other devices, end
+        job->cut_short(); // its leg here, and those on other devices, end
         return true;
     }
 }
@@ -277,7 +277,8 @@ void CudaLane::begin_piece(CudaSlot &slot) {
             copies_.send_table(slot);
             if (direction_ == Direction::Save) copies_.launch(slot, kernel_blocks());
         }
-        if (direction_ == Direction::Load && !job.pinned) start_host_copy(slot, Stage::Filling);
+        if (direction_ == Direction::Load && !job.request.pinned)
+            start_host_copy(slot, Stage::Filling);
     });
 }
 
@@ -287,7 +288,7 @@ void CudaLane::begin_piece(CudaSlot &slot) {
 void CudaLane::start_host_copy(CudaSlot &slot, Stage stage) {
     slot.host_copied.store(false, std::memory_order_relaxed);
     slot.stage = stage;
-    copy_threads_.add([this, &slot, buffer = slot.leg->job->buffer] {
+    copy_threads_.add([this, &slot, buffer = slot.leg->job->request.buffer] {
         unsigned char *packed = slot.bounce->data();
         for (const Piece &piece : slot.pieces) {
             copy_packed(piece, packed, buffer, direction_);
@@ -357,7 +358,8 @@ void CudaLane::note_pace(const CudaSlot &slot) {
 // The device has done its part.
 void CudaLane::after_device(CudaSlot &slot) {
     Job &job = *slot.leg->job;
-    if (direction_ == Direction::Load || job.pinned || job.stopping()) return end_piece(slot);
+    if (direction_ == Direction::Load || job.request.pinned || job.stopping())
+        return end_piece(slot);
     attempt(slot, [&] { start_host_copy(slot, Stage::Draining); });
 }
 
@@ -402,7 +404,7 @@ void CudaLane::fail_piece(CudaSlot &slot, const Error &error) {
     Job &job = *slot.leg->job;
     job.fail(error.status, error.detail);
     if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
-    owner_.stop(job); // the rest of the job, on other devices too, need not be moved
+    job.cut_short(); // the rest of the job, on other devices too, need not be moved
     if (slot.stage == Stage::Copying) leave_queue(slot);
     // The stream may hold something already that touches the buffer: the piece ends when that has ended.
     if (!broken() && driver_.cuEventRecord(slot.finished, slot.stream) == CUDA_SUCCESS) {
@@ -417,7 +419,7 @@ void CudaLane::fail_piece(CudaSlot &slot, const Error &error) {
 void CudaLane::give_up() {
     context_.give_up();
     for (CudaSlot &slot : slots_) {
-        if (slot.leg && slot.leg->job->memory) slot.leg->job->memory->haunt();
+        if (slot.leg) slot.leg->job->mark_buffer_lost();
     }
     break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
 }
@@ -439,7 +441,7 @@ void CudaLane::break_down(const Error &error) {
             if (slot.leg) slot.leg->job->fail(KVF_ERR_DEVICE_LOST, error.detail);
         }
     }
-    owner_.stop_all(); // on other devices too
+    owner_.cut_short_stopping(); // on other devices too
 }
 
 } // namespace kvf

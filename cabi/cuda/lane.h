@@ -19,7 +19,7 @@
 #include <string>
 #include <thread>
 
-#include "core/crew.h"
+#include "core/thread_pool.h"
 #include "cuda/ahead_memory.h"
 #include "cuda/copies.h"
 #include "cuda/lane_schedule.h"
@@ -37,7 +37,7 @@ public:
     // `kernels` may be NULL: rows are then copied one by one. The lane trims `ahead`, which may be NULL, when it has been
     // idle.
     CudaLane(JobOwner &owner, const CudaContext &context, const CudaKernels *kernels,
-             Crew &copy_threads, CudaAheadPool *ahead, uint32_t device, Direction direction,
+             ThreadPool &copy_threads, CudaAheadPool *ahead, uint32_t device, Direction direction,
              Limits limits);
     ~CudaLane();
     CudaLane(const CudaLane &) = delete;
@@ -47,9 +47,9 @@ public:
     void submit(Leg &leg);
     void extend(Leg &leg, Layout &&part) { schedule_.extend(leg, std::move(part)); }
     void finish(Leg &leg) { schedule_.finish(leg); }
-    void expect() { schedule_.expect(); }
+    void announce() { schedule_.announce(); }
     void cut_short(Leg &leg) { schedule_.cut_short(leg); }
-    void sweep() { schedule_.sweep(); }
+    void cut_short_stopping() { schedule_.cut_short_stopping(); }
     // Frees the memory that no piece uses at the moment. (A lane that has been idle does so itself.)
     void trim() { memory_.trim(); }
     void stop();
@@ -105,7 +105,7 @@ private:
     JobOwner &owner_;
     const CudaContext &context_;
     const CudaDriver &driver_;
-    Crew &copy_threads_;
+    ThreadPool &copy_threads_;
     CudaAheadPool *const ahead_;
     const uint32_t device_;
     const Direction direction_;

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
-#include "memory/memory.h"
+#include "memory/idle.h"
 
 namespace kvf {
 namespace {
@@ -39,16 +39,16 @@ void CudaLaneSchedule::cut_short(Leg &leg) {
     leg.job->leg_ended(leg);
 }
 
-void CudaLaneSchedule::sweep() {
-    LegLine ended;
+void CudaLaneSchedule::cut_short_stopping() {
+    LegList ended;
     {
         std::lock_guard lock(mutex_);
-        legs_.sweep(ended);
+        legs_.cut_short_stopping(ended);
     }
     for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
 }
 
-void CudaLaneSchedule::expect() {
+void CudaLaneSchedule::announce() {
     std::lock_guard lock(mutex_);
     expected_until_ns_ = now_ns() + kExpectNs;
     work_.notify_one();
@@ -78,7 +78,7 @@ std::unique_lock<std::mutex> CudaLaneSchedule::look() {
 void CudaLaneSchedule::piece_ended(Leg &leg) {
     {
         std::lock_guard lock(mutex_);
-        if (!legs_.give_back(leg)) return;
+        if (!legs_.piece_ended(leg)) return;
     }
     leg.job->leg_ended(leg);
 }

@@ -21,9 +21,9 @@ public:
     void extend(Leg &leg, Layout &&part);
     void finish(Leg &leg);
     void cut_short(Leg &leg);
-    void sweep();
+    void cut_short_stopping();
     // A leg is about to come. Waking the pump takes several times as long as queuing a copy: it may wake meanwhile.
-    void expect();
+    void announce();
     // The pump shall end when the schedule is empty.
     void stop();
     // Copy threads have filled or emptied a bounce buffer: sets `flag` and wakes the pump.

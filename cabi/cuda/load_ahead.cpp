@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <new>
 
+#include "memory/layout_builder.h"
+
 namespace kvf {
 
 // Nothing can fail once there is memory, which has to be released.
 CudaLoadAhead::CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels,
-                             CudaAheadPool &pool, Crew &copy_threads, uint64_t bytes)
+                             CudaAheadPool &pool, ThreadPool &copy_threads, uint64_t bytes)
     : context_(context), pool_(pool), copy_threads_(copy_threads), bytes_(bytes),
       placer_(context, kernels), memory_(pool.acquire(bytes)) {}
 
@@ -72,7 +74,7 @@ void CudaLoadAhead::run_task() noexcept {
 
 void CudaLoadAhead::place_up_to(uint64_t offset) noexcept {
     if (job_->stopping()) {
-        job_->owner->stop(*job_);
+        job_->cut_short();
         return;
     }
     try {
@@ -84,7 +86,7 @@ void CudaLoadAhead::place_up_to(uint64_t offset) noexcept {
     } catch (const std::bad_alloc &) {
         job_->fail(KVF_ERR_OUT_OF_MEMORY, "");
     }
-    if (job_->stopping()) job_->owner->stop(*job_); // the rest of it need not be staged
+    if (job_->stopping()) job_->cut_short(); // the rest of it need not be staged
 }
 
 void CudaLoadAhead::finish() noexcept {
@@ -94,7 +96,7 @@ void CudaLoadAhead::finish() noexcept {
         job = std::move(job_);
     }
     release_memory();
-    job->let_go();
+    job->end_work();
 }
 
 void CudaLoadAhead::release_memory() noexcept {

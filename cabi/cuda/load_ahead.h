@@ -4,7 +4,7 @@
 #include <memory>
 #include <mutex>
 
-#include "core/crew.h"
+#include "core/thread_pool.h"
 #include "cuda/placer.h"
 #include "jobs/job.h"
 
@@ -17,7 +17,7 @@ class CudaLoadAhead final : public LoadAhead, public std::enable_shared_from_thi
 public:
     // For a state of `bytes`. Must not outlive the pool.
     CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels, CudaAheadPool &pool,
-                  Crew &copy_threads, uint64_t bytes);
+                  ThreadPool &copy_threads, uint64_t bytes);
     ~CudaLoadAhead() override { release_memory(); }
     // Whether the device had room for the state. Without, no other function may be called.
     bool has_memory() const { return memory_ != nullptr; }
@@ -37,7 +37,7 @@ private:
 
     const CudaContext &context_;
     CudaAheadPool &pool_;
-    Crew &copy_threads_;
+    ThreadPool &copy_threads_;
     const uint64_t bytes_;
 
     std::mutex mutex_;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/context.h"
-#include "memory/memory.h"
+#include "memory/pinner.h"
 
 namespace kvf {
 

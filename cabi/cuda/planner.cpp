@@ -39,7 +39,8 @@ bool CudaPlanner::is_worth_waiting(const Leg &leg) const {
 
 CudaPlanner::Missing CudaPlanner::acquire_memory(CudaSlot &slot, const Leg &leg, bool urgent,
                                                  uint64_t most_bytes) {
-    if (!leg.job->pinned && !(slot.bounce = memory_.acquire_bounce())) return Missing::Bounce;
+    if (!leg.job->request.pinned && !(slot.bounce = memory_.acquire_bounce()))
+        return Missing::Bounce;
     if (slot.way != CudaWay::Gather) return Missing::Nothing;
     slot.rows_in = CudaRowsIn::Table;
     Missing missing = acquire_staging(slot, leg, urgent, most_bytes);
@@ -149,7 +150,7 @@ uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, ui
 uint64_t CudaPlanner::place(const CudaSlot &slot, const Job &job, const Piece &piece) const {
     const size_t count = slot.places.size(); // of the pieces before it
     const uint64_t end = end_in_staging(slot);
-    if (direction_ == Direction::Save || !job.pinned) return end;
+    if (direction_ == Direction::Save || !job.request.pinned) return end;
     if (count > 0 && slot.pieces[count - 1].is_packed()) {
         const Piece &last = slot.pieces[count - 1];
         const uint64_t gap = piece.offset() - (last.offset() + last.bytes);
@@ -174,7 +175,8 @@ CudaWay CudaPlanner::way_of(const Leg &leg, bool urgent) const {
     const kvf_region *block = leg.parts.block();
     if (!block) return memory_.has_staging() ? CudaWay::Gather : CudaWay::Run;
     if (block->rows == 1 || block->width >= kUrgentBytes) return CudaWay::Run;
-    const uint64_t pitch = std::max(block->pitch, leg.job->pinned ? block->buffer_pitch : 0);
+    const uint64_t pitch =
+        std::max(block->pitch, leg.job->request.pinned ? block->buffer_pitch : 0);
     const bool is_direct = block->width >= kNarrow && pitch <= max_pitch_;
     if (is_direct && !(urgent && is_read_badly(*leg.job, *block))) return CudaWay::Block;
     if (memory_.has_staging() && block->width <= kLongRun) return CudaWay::Gather;
@@ -183,10 +185,10 @@ CudaWay CudaPlanner::way_of(const Leg &leg, bool urgent) const {
 
 // Whether a block is loaded faster through staging.
 bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &block) const {
-    if (direction_ == Direction::Save || !job.pinned || block.width >= kWide ||
+    if (direction_ == Direction::Save || !job.request.pinned || block.width >= kWide ||
         block.buffer_pitch != block.width || block.width * block.rows < kLeastRegular)
         return false;
-    const uint64_t begin = reinterpret_cast<uint64_t>(job.buffer) + block.offset;
+    const uint64_t begin = reinterpret_cast<uint64_t>(job.request.buffer) + block.offset;
     return (begin | block.width) % kHostLine != 0;
 }
 

@@ -1,5 +1,7 @@
 #include "cuda/snapshots.h"
 
+#include "memory/layout_builder.h"
+
 namespace kvf {
 namespace {
 
@@ -30,7 +32,7 @@ struct CudaSnapshots::Packed {
 };
 
 CudaSnapshots::CudaSnapshots(const CudaContext &context, const CudaKernels *kernels,
-                             Crew &copy_threads)
+                             ThreadPool &copy_threads)
     : context_(context), driver_(context.driver()), kernels_(kernels), copy_threads_(copy_threads),
       max_pitch_(static_cast<uint64_t>(context.attribute(CU_DEVICE_ATTRIBUTE_MAX_PITCH))),
       stream_ordered_(driver_.cuMemAllocAsync && driver_.cuMemFreeAsync &&

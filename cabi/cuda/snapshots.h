@@ -6,7 +6,7 @@
 #include <mutex>
 #include <vector>
 
-#include "core/crew.h"
+#include "core/thread_pool.h"
 #include "cuda/tables.h"
 #include "jobs/device.h"
 
@@ -16,7 +16,7 @@ namespace kvf {
 class CudaSnapshots {
 public:
     // `kernels` may be NULL: runs are then copied one by one. The copy threads free snapshots that have been moved.
-    CudaSnapshots(const CudaContext &context, const CudaKernels *kernels, Crew &copy_threads);
+    CudaSnapshots(const CudaContext &context, const CudaKernels *kernels, ThreadPool &copy_threads);
     // The copy threads have ended.
     ~CudaSnapshots();
     CudaSnapshots(const CudaSnapshots &) = delete;
@@ -50,7 +50,7 @@ private:
     const CudaContext &context_;
     const CudaDriver &driver_;
     const CudaKernels *const kernels_;
-    Crew &copy_threads_;
+    ThreadPool &copy_threads_;
     const uint64_t max_pitch_;
     const bool stream_ordered_; // memory is allocated and freed in the order of the stream
     CUstream stream_ = nullptr;

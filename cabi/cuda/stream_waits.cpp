@@ -54,7 +54,7 @@ void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
     collect_passed();
     // The events tell in which context the stream is, before it is made to wait: a driver accepts a wait for a stream of
     // another context than the current one.
-    CudaStreamEvents events = record_events(contexts_, handle, job.devices);
+    CudaStreamEvents events = record_events(contexts_, handle, job.devices());
     if (free_.size() < events.size()) throw Error(KVF_ERR_BUSY, "too many streams wait for jobs");
     std::list<Wait> placed;
     std::vector<std::atomic<uint32_t> *> words;
@@ -64,7 +64,7 @@ void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
             words.push_back(&words_[free_.back()]);
             place_wait(handle, std::move(event), placed);
         }
-        job.raise_at_end(words);
+        job.signal_at_end(words);
     } catch (...) {
         // The streams that wait already go on.
         for (auto *word : words) word->store(1, std::memory_order_release);

@@ -1,126 +1,84 @@
-// The engine: devices, the pool of buffers, the dispatch thread, and the jobs in flight.
+// The engine: its devices, its pool of buffers, its threads, and the jobs in flight.
 #pragma once
 
-#include <deque>
-#include <thread>
-#include <unordered_set>
+#include <memory>
+#include <string>
+#include <vector>
 
-#include "cuda/allocation.h"
 #include "cuda/device.h"
 #include "cuda/stream_waits.h"
-#include "engine/submission.h"
+#include "engine/dispatcher.h"
+#include "engine/jobs_in_flight.h"
+#include "engine/locator.h"
+#include "engine/trace.h"
+#include "memory/pool.h"
 
 namespace kvf {
 
-class Engine;
-
-// Where a range of memory lies.
-struct Place {
-    uint32_t device; // its index
-    // What one copy may span: ranges that follow one another in a list, and of which this differs, must not be
-    // joined. Of the host's memory it is always the same.
-    uint64_t allocation;
-};
-
-// Finds where an address lies. Made for one submission: it remembers where it last looked, so that half a
-// million regions of a few tensors cost a few questions.
-class Locator {
-public:
-    explicit Locator(const Engine &engine) : engine_(engine) {}
-    // Throws KVF_ERR_UNREACHABLE.
-    Place operator()(uint64_t address, uint64_t bytes);
-
-private:
-    bool on_cuda(uint64_t address, uint32_t &device);
-    uint64_t allocation_of(uint64_t address, uint64_t bytes);
-
-    const Engine &engine_;
-    MappedCheck mapped_;
-    CudaAllocation known_{}; // of the device below
-    uint32_t known_device_ = 0;
-    uint64_t neighbours_begin_ = 0, neighbours_end_ = 0; // ranges without a gap between them
-};
-
-class Engine final : public Object, public JobOwner, public std::enable_shared_from_this<Engine> {
+class Engine final : public Object, public JobOwner {
 public:
     static constexpr ObjectType kType = ObjectType::Engine;
-    static constexpr uint32_t kHost = 0; // index of the host among the devices
 
+    // Throws KVF_ERR_NO_DEVICE where devices are missing that `options` asks for.
     explicit Engine(const kvf_engine_options &options);
     ~Engine() override;
 
+    // A JSON object for kvf_engine_describe().
     std::string describe() const;
 
     Device &device(uint32_t index) { return *devices_[index]; }
     size_t device_count() const { return devices_.size(); }
-
-    // Throws what submit() would for these options.
-    void check(const kvf_submit_options &options) const;
-    // Behind what the options say that a submission of memory of these devices follows; NULL for nothing.
-    std::shared_ptr<Gate> make_gate(const kvf_submit_options &options, DeviceSet moved) const;
-    void cancel(Job &job) override;
-    void stop(Job &job) override;
-    void stop_all() override;
-    using Concern = std::function<bool(const Job &)>;
-    void cancel(const Concern &concerns);
-    void wait(const Concern &concerns);
-
-    void make_stream_wait(uint64_t stream, Job &job) override;
-
+    Locator locator() const { return Locator(cuda_); }
     Pool &pool() { return *pool_; }
-    // Gives back to the system all memory that is idle: the pool's and the devices'.
-    void trim();
-    std::shared_ptr<Pinner> pinner() const { return pinner_; }
+    // NULL where there is no device to pin memory for.
+    const std::shared_ptr<Pinner> &pinner() const { return pinner_; }
 
-    // An attachment holds the engine: it cannot be destroyed meanwhile.
-    void hold();
-    void let_go();
+    // Throws what a submission with these options would throw for them.
+    void check(const kvf_submit_options &options) const;
+    // The gate that the options ask for; NULL if they ask for none. `moved`: the devices whose memory will be moved. Throws
+    // KVF_ERR_UNSUPPORTED without a CUDA device, and as follow_stream() does.
+    std::shared_ptr<Gate> make_gate(const kvf_submit_options &options, DeviceSet moved) const;
+
+    // Makes the job one of those in flight; from then on the job must end. As of JobsInFlight.
+    void enter(Job &job, const std::function<void()> &on_entry);
+    // Cancels the jobs in flight that match.
+    void cancel(const JobsInFlight::Matches &matches);
+    void wait(const JobsInFlight::Matches &matches) { in_flight_.wait(matches); }
+    void attach() { in_flight_.attach(); }
+    void detach() noexcept { in_flight_.detach(); }
+
+    // Returns all memory that is idle to the system: the pool's and the devices'.
+    void trim();
     // Waits for everything and ends the threads. Throws KVF_ERR_BUSY, and then nothing has changed.
     void close();
-    // The caller is a completion callback: it must not wait for what needs callbacks to go on.
-    bool on_dispatch_thread() const;
+    bool on_dispatch_thread() const { return dispatcher_.is_this_thread(); }
+    uint32_t take_trace(void *events, uint64_t stride, uint32_t capacity) {
+        return trace_.take(events, stride, capacity);
+    }
 
-    void expect_callbacks();
-    void dispatch(Callbacks &&callbacks) override;
-    void job_ended(Job &job) override;
+    // For jobs and devices.
+    void cut_short_stopping() override;
+    void make_stream_wait(uint64_t stream, Job &job) override;
+    void dispatch(Callbacks &&callbacks) override { dispatcher_.add(std::move(callbacks)); }
+    void job_ended(Job &job) override { in_flight_.leave(job); }
     void trace(const Job &job, uint64_t begin_ns, uint64_t end_ns, uint64_t bytes,
-               uint32_t device) override;
-    uint32_t take_trace(void *events, uint64_t stride, uint32_t capacity);
+               uint32_t device) override {
+        trace_.add(job, begin_ns, end_ns, bytes, device);
+    }
 
 private:
-    friend class Locator;
-    friend class OpenJob;
-
-    std::shared_ptr<Job> make_job(Submission &submission, const kvf_submit_options &options);
-    void enter(const std::shared_ptr<Job> &job, kvf_queue queue,
-               const std::function<void()> &on_entry);
-
     void open_cuda(const kvf_engine_options &options);
-    void run_dispatch();
+    void note_no_cuda(int ordinal, const std::string &why);
 
-    const bool tracing_;
-    std::string no_cuda_; // why there is none
+    Trace trace_;
+    std::string no_cuda_; // why there is no CUDA device, or not each that was named
     CudaContexts cuda_;   // of the devices after the host
     std::shared_ptr<Pinner> pinner_;
     std::shared_ptr<Pool> pool_;
     std::unique_ptr<CudaStreamWaits> stream_waits_;
-    std::vector<std::unique_ptr<Device>> devices_;
-
-    mutable std::mutex mutex_;
-    std::condition_variable changed_;
-    std::unordered_set<Job *> in_flight_;
-    uint32_t held_ = 0;
-    bool closing_ = false;
-
-    // Callbacks. The thread is started when first needed.
-    std::mutex dispatch_mutex_;
-    std::condition_variable dispatch_work_;
-    Callbacks callbacks_;
-    bool dispatch_stopping_ = false;
-    std::thread dispatch_thread_;
-
-    std::mutex trace_mutex_;
-    std::deque<kvf_trace_event> trace_;
+    JobsInFlight in_flight_;
+    Dispatcher dispatcher_;
+    std::vector<std::unique_ptr<Device>> devices_; // destroyed first: their threads use the rest
 };
 
 } // namespace kvf

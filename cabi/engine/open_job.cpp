@@ -1,44 +1,68 @@
 #include "engine/open_job.h"
 
+#include "memory/pages.h"
+
 namespace kvf {
 namespace {
 
-// Of a job that does not come about. A thread that guessed the number may have released the handle.
-void withdraw_handle(const Job &job) noexcept {
-    try {
-        withdraw<Job>(job.handle);
-    } catch (const Error &) {
-        // Nobody finds it any more: that is all that is wanted.
+std::shared_ptr<Job> make_job(Engine &engine, Submission &submission,
+                              const kvf_submit_options &options) {
+    JobResources resources;
+    if (submission.buffer_bytes) {
+        resources.memory = use_memory(submission.buffer, submission.buffer_bytes);
     }
+    JobRequest request;
+    request.direction = submission.direction;
+    request.priority = options.priority;
+    request.mode = submission.mode;
+    request.buffer = submission.buffer;
+    request.pinned = resources.memory && resources.memory->pinned();
+    if (!request.pinned && engine.pinner() && submission.buffer_bytes) {
+        request.pinned = engine.pinner()->is_pinned(submission.buffer, submission.buffer_bytes);
+    }
+    // A thread of ours would crash in it.
+    if (request.direction == Direction::Save && !resources.memory && !request.pinned &&
+        !WritableCheck()(reinterpret_cast<uint64_t>(submission.buffer), submission.buffer_bytes)) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");
+    }
+    request.user_data = options.user_data;
+    request.submitted_ns = submission.submitted_ns;
+    request.attachment = submission.attachment;
+    if (options.callback) resources.callback.push_back({options.callback, {}});
+    if (options.queue) resources.queue = QueueReservation(find<Queue>(options.queue));
+    resources.gate = std::move(submission.gate);
+    resources.keep_alive = std::move(submission.keep_alive);
+    resources.on_end = std::move(submission.on_end);
+    return std::make_shared<Job>(&engine, request, std::move(resources));
 }
 
 } // namespace
 
 OpenJob::OpenJob(Engine &engine, Submission &&submission, const kvf_submit_options &options,
                  bool with_handle)
-    : engine_(engine), job_(engine.make_job(submission, options)), with_handle_(with_handle) {
+    : engine_(engine), job_(make_job(engine, submission, options)), with_handle_(with_handle) {
     if (with_handle_) publish(job_->handle, job_);
     try {
-        engine_.enter(job_, options.queue, submission.on_entry);
+        engine_.enter(*job_, submission.on_entry);
     } catch (...) {
-        if (with_handle_) withdraw_handle(*job_);
+        if (with_handle_) unpublish(job_->handle);
         throw;
     }
 }
 
 OpenJob::~OpenJob() {
     if (committed_) return;
-    job_->retract();
-    engine_.cancel(*job_);
-    for (const auto &leg : job_->legs) engine_.device(leg->device).finish(*leg);
-    job_->let_go();
+    job_->discard();
+    job_->cancel();
+    for (const auto &leg : job_->legs()) leg->device.finish(*leg);
+    job_->end_work();
     job_->wait(KVF_FOREVER, nullptr);
-    if (with_handle_) withdraw_handle(*job_);
+    if (with_handle_) unpublish(job_->handle);
 }
 
 void OpenJob::add(uint32_t device, Layout &&layout) {
     if (layout.empty()) return;
-    if (Leg *leg = leg_on(device)) return engine_.device(device).extend(*leg, std::move(layout));
+    if (Leg *leg = leg_on(device)) return leg->device.extend(*leg, std::move(layout));
     hand_over(make_leg(device, std::move(layout)));
 }
 
@@ -50,53 +74,63 @@ void OpenJob::stage(uint32_t device, std::shared_ptr<LoadAhead> load_ahead) {
 }
 
 void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
-    job_->bytes = recorded.bytes;
-    job_->fragments = recorded.fragments;
-    job_->segments = recorded.segments;
-    job_->listed_ns = recorded.listed_ns;
-    job_->recorded_ns = recorded.recorded_ns;
     // What may throw comes first.
-    std::vector<Leg *> complete;
-    complete.reserve(recorded.layouts.size());
-    const size_t open = job_->legs.size();
-    std::shared_ptr<LoadAhead> load_ahead;
-    for (const auto &leg : job_->legs) {
-        if (leg->load_ahead) load_ahead = leg->load_ahead;
-    }
+    const size_t open = job_->legs().size();
+    const Leg *const ahead = leg_with_load_ahead();
+    const std::shared_ptr<LoadAhead> load_ahead = ahead ? ahead->load_ahead : nullptr;
     Layout staged;
-    for (auto &[device, layout] : recorded.layouts) {
-        if (layout.empty()) continue;
-        if (Leg *leg = leg_on(device)) {
-            if (leg->load_ahead) {
-                staged = std::move(layout);
-                continue;
-            }
-            engine_.device(device).extend(*leg, std::move(layout));
-            continue;
-        }
-        complete.push_back(&make_leg(device, std::move(layout)));
-        complete.back()->parts.close();
-    }
+    const std::vector<Leg *> complete = add_rest(std::move(recorded.layouts), staged);
     committed_ = true;
+    job_->commit(recorded);
     if (handle) *handle = job_->handle;
     if (load_ahead) {
-        job_->expect_leg(); // the copies within the device hold the job as a leg does
+        job_->begin_work(); // the copies within the device
         load_ahead->place(job_, std::move(staged));
     }
-    for (size_t i = 0; i < open; ++i) engine_.device(job_->legs[i]->device).finish(*job_->legs[i]);
+    for (size_t i = 0; i < open; ++i) {
+        Leg &leg = *job_->legs()[i];
+        leg.device.finish(leg);
+    }
     for (Leg *leg : complete) hand_over(*leg);
-    job_->let_go();
+    job_->end_work();
+}
+
+// Adds to legs what has not been added yet. Returns the new legs, which are complete. The layout of what is staged becomes
+// `staged`.
+std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Layout &staged) {
+    std::vector<Leg *> complete;
+    complete.reserve(layouts.size());
+    for (auto &[device, layout] : layouts) {
+        if (layout.empty()) continue;
+        Leg *const leg = leg_on(device);
+        if (!leg) {
+            complete.push_back(&make_leg(device, std::move(layout)));
+            complete.back()->parts.close();
+        } else if (leg->load_ahead) {
+            staged = std::move(layout);
+        } else {
+            leg->device.extend(*leg, std::move(layout));
+        }
+    }
+    return complete;
 }
 
 Leg *OpenJob::leg_on(uint32_t device) const {
-    for (const auto &leg : job_->legs) {
-        if (leg->device == device) return leg.get();
+    for (const auto &leg : job_->legs()) {
+        if (leg->device.index == device) return leg.get();
+    }
+    return nullptr;
+}
+
+const Leg *OpenJob::leg_with_load_ahead() const {
+    for (const auto &leg : job_->legs()) {
+        if (leg->load_ahead) return leg.get();
     }
     return nullptr;
 }
 
 Leg &OpenJob::make_leg(uint32_t device, Layout &&layout) {
-    auto leg = std::make_unique<Leg>(device, job_->direction);
+    auto leg = std::make_unique<Leg>(engine_.device(device), job_->request.direction);
     leg->parts.add(std::move(layout));
     return job_->add_leg(std::move(leg));
 }
@@ -104,9 +138,9 @@ Leg &OpenJob::make_leg(uint32_t device, Layout &&layout) {
 // From here on the leg is the device's until it has ended.
 void OpenJob::hand_over(Leg &leg) {
     leg.job = job_;
-    job_->expect_leg();
+    job_->begin_work();
     try {
-        engine_.device(leg.device).submit(leg);
+        leg.device.submit(leg);
     } catch (const std::exception &error) {
         // A thread could not be started.
         job_->fail(KVF_ERR_SYSTEM, error.what());
@@ -114,7 +148,7 @@ void OpenJob::hand_over(Leg &leg) {
         job_->leg_ended(leg);
     }
     // The job fails here, or in the device if that is lost. Its legs on other devices may follow a stream: they end now.
-    if (job_->stopping()) engine_.stop(*job_);
+    if (job_->stopping()) job_->cut_short();
 }
 
 std::shared_ptr<Job> submit_job(Engine &engine, Submission &&submission, Recorded &&recorded,

@@ -1,4 +1,4 @@
-// How a submission becomes a job: at once, or piece by piece while the submitting call still records.
+// How a submission becomes a job: at once, or part by part while the submitting call still records.
 #pragma once
 
 #include "engine/engine.h"
@@ -6,13 +6,15 @@
 
 namespace kvf {
 
-// A job in flight whose submitting call still records what it consists of. What is added moves at once.
+// A job in flight whose submitting call still records what it consists of. Every part that is added moves at once.
 class OpenJob {
 public:
-    // Lets the job in. Its handle can be found from now on if `with_handle`.
+    // Lets the job in. Its handle can be found from now on if `with_handle`. Throws KVF_ERR_CLOSED,
+    // KVF_ERR_INVALID_HANDLE for the queue, KVF_ERR_INVALID_ARGUMENT for a buffer that cannot be written, and what
+    // `submission.on_entry` throws; then there is no job.
     OpenJob(Engine &engine, Submission &&submission, const kvf_submit_options &options,
             bool with_handle);
-    // Takes the job back, unless it was committed: waits for the pieces under way, and nobody is told.
+    // Ends a job that was not committed: waits for the pieces under way, and nobody is told.
     ~OpenJob();
     OpenJob(const OpenJob &) = delete;
     OpenJob &operator=(const OpenJob &) = delete;
@@ -22,12 +24,14 @@ public:
     void add(uint32_t device, Layout &&layout);
     // Stages the buffer on the device, ahead of its layout: what is committed for that device is copied from there.
     void stage(uint32_t device, std::shared_ptr<LoadAhead> load_ahead);
-    // This is all: the job will complete. Where it throws, it will not.
+    // Nothing will be added: the job will complete. Where this throws, the job will not.
     void commit(Recorded &&recorded, kvf_job *handle);
 
 private:
     Leg &make_leg(uint32_t device, Layout &&layout);
     Leg *leg_on(uint32_t device) const;
+    const Leg *leg_with_load_ahead() const;
+    std::vector<Leg *> add_rest(Layouts &&layouts, Layout &staged);
     void hand_over(Leg &leg);
 
     Engine &engine_;

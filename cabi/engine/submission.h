@@ -6,32 +6,25 @@
 
 namespace kvf {
 
-// What is known before anything is recorded.
 struct Submission {
     Direction direction = Direction::Save;
     unsigned char *buffer = nullptr;
     uint64_t buffer_bytes = 0;
     uint32_t mode = 0;
     uint64_t submitted_ns = 0;
-    const void *owned_by = nullptr;
-    std::shared_ptr<Gate> gate;              // what it follows: Engine::make_gate()
-    std::vector<std::shared_ptr<void>> keep; // until the job has ended
-    std::function<void(int32_t)> on_end;
-    std::shared_ptr<Fence> fence; // of a llama transfer: lowered at its end
-    // Happens with the job's entry among those in flight; may throw, and then there is no job.
+    const void *attachment = nullptr;              // that it belongs to; NULL: none
+    std::shared_ptr<Gate> gate;                    // that it follows: Engine::make_gate()
+    std::vector<std::shared_ptr<void>> keep_alive; // until the job has ended
+    std::function<void(int32_t)> on_end;           // as of JobResources
+    std::shared_ptr<Fence> fence;                  // of a llama transfer: lowered at its end
+    // Called when the job becomes one of those in flight. May throw; then there is no job.
     std::function<void()> on_entry;
 };
 
 using Layouts = std::vector<std::pair<uint32_t, Layout>>; // device, layout
 
-// What it has turned out to consist of.
-struct Recorded {
+struct Recorded : JobRecord {
     Layouts layouts;
-    uint64_t bytes = 0; // these three for the completion
-    uint64_t fragments = 0;
-    uint64_t segments = 0;
-    uint64_t listed_ns = 0;
-    uint64_t recorded_ns = 0;
 };
 
 } // namespace kvf

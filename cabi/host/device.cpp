@@ -28,7 +28,7 @@ constexpr uint64_t kCopyAtOnce = 16 << 10;
 } // namespace
 
 HostDevice::HostDevice(JobOwner &owner, uint32_t threads)
-    : owner_(owner),
+    : Device(kHost), owner_(owner),
       threads_(threads ? threads : std::clamp(std::thread::hardware_concurrency(), 1u, 4u)) {}
 
 std::string HostDevice::describe() const {
@@ -46,14 +46,15 @@ void HostDevice::start_threads() {
 }
 
 void HostDevice::submit(Leg &leg) {
-    if (leg.parts.is_closed() && leg.parts.bytes() <= kCopyAtOnce && !leg.job->gate) {
+    if (leg.parts.is_closed() && leg.parts.bytes() <= kCopyAtOnce && !leg.job->gate()) {
         Job &job = *leg.job;
         const uint64_t begin_ns = now_ns();
         job.note_started(begin_ns);
         while (!leg.parts.empty() && !job.stopping()) {
-            copy_piece(leg.parts.next(kUrgentPiece, kRunsPerPiece), job.buffer, job.direction);
+            copy_piece(leg.parts.next(kUrgentPiece, kRunsPerPiece), job.request.buffer,
+                       job.request.direction);
         }
-        owner_.trace(job, begin_ns, now_ns(), leg.parts.bytes(), leg.device);
+        owner_.trace(job, begin_ns, now_ns(), leg.parts.bytes(), index);
         job.leg_ended(leg);
         return;
     }
@@ -64,7 +65,7 @@ void HostDevice::submit(Leg &leg) {
         schedule_.add(leg);
         // A job that was asked to stop before its leg came was not found then.
         if (leg.job->stopping()) ended = schedule_.cut_short(leg);
-        wake(leg.job->priority, leg.parts.bytes());
+        wake(leg.job->request.priority, leg.parts.bytes());
     }
     if (ended) leg.job->leg_ended(leg);
 }
@@ -72,7 +73,7 @@ void HostDevice::submit(Leg &leg) {
 void HostDevice::extend(Leg &leg, Layout &&part) {
     std::lock_guard lock(mutex_);
     const uint64_t bytes = part.bytes;
-    if (schedule_.extend(leg, std::move(part))) wake(leg.job->priority, bytes);
+    if (schedule_.extend(leg, std::move(part))) wake(leg.job->request.priority, bytes);
 }
 
 void HostDevice::finish(Leg &leg) {
@@ -104,11 +105,11 @@ void HostDevice::cut_short(Leg &leg) {
     leg.job->leg_ended(leg);
 }
 
-void HostDevice::sweep() {
-    LegLine ended;
+void HostDevice::cut_short_stopping() {
+    LegList ended;
     {
         std::lock_guard lock(mutex_);
-        schedule_.sweep(ended);
+        schedule_.cut_short_stopping(ended);
         background_work_.notify_one(); // as above
     }
     for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
@@ -170,12 +171,12 @@ void HostDevice::work(bool background) {
         const uint64_t begin_ns = now_ns();
         job.note_started(begin_ns);
         if (!job.stopping()) {
-            copy_piece(piece, job.buffer, job.direction);
-            owner_.trace(job, begin_ns, now_ns(), piece.bytes, leg->device);
+            copy_piece(piece, job.request.buffer, job.request.direction);
+            owner_.trace(job, begin_ns, now_ns(), piece.bytes, index);
         }
 
         lock.lock();
-        if (schedule_.give_back(*leg)) {
+        if (schedule_.piece_ended(*leg)) {
             lock.unlock();
             job.leg_ended(*leg);
             lock.lock();

@@ -19,7 +19,7 @@ public:
     void extend(Leg &leg, Layout &&part) override;
     void finish(Leg &leg) override;
     void cut_short(Leg &leg) override;
-    void sweep() override;
+    void cut_short_stopping() override;
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
     void stop() override;
 

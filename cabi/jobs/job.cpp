@@ -2,33 +2,34 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <new>
 #include <thread>
+#include <utility>
 
 namespace kvf {
-namespace {
 
-constexpr std::chrono::microseconds kGatePoll{20};
+Job::Job(JobOwner *owner, const JobRequest &request, JobResources &&resources)
+    : request(request), owner_(owner),
+      weak_owner_(owner ? owner->weak_from_this() : std::weak_ptr<JobOwner>()),
+      resources_(std::move(resources)) {}
 
-} // namespace
-
-bool Gate::is_open() {
-    if (!was_open() && is_done()) open_.store(true, std::memory_order_release);
-    return was_open();
+bool Job::enter(State next) noexcept {
+    State now = state_.load(std::memory_order_relaxed);
+    while (now < next) {
+        if (state_.compare_exchange_weak(now, next, std::memory_order_acq_rel)) return true;
+    }
+    return false;
 }
 
-void Gate::wait() {
-    while (!is_open()) std::this_thread::sleep_for(kGatePoll);
+void Job::cancel() {
+    fail(KVF_ERR_CANCELLED, "");
+    cut_short();
 }
-
-void Job::cancel() { fail(KVF_ERR_CANCELLED, ""); }
 
 void Job::fail(int32_t status, const std::string &detail) {
     std::lock_guard lock(mutex_);
-    if (has_ended_ || status_ != KVF_OK) return; // the first reason stands
+    if (!enter(State::Stopping)) return;
     status_ = status;
-    stopping_.store(true, std::memory_order_release);
     try {
         detail_ = detail;
     } catch (const std::bad_alloc &) {
@@ -36,8 +37,12 @@ void Job::fail(int32_t status, const std::string &detail) {
     }
 }
 
-void Job::wait_for_turn() const {
-    while (gate && !gate->is_open() && !stopping()) std::this_thread::sleep_for(kGatePoll);
+void Job::cut_short() {
+    for (size_t i = 0; Leg *found = leg(i); ++i) found->device.cut_short(*found);
+}
+
+void Job::wait_for_gate() const {
+    while (gate() && !gate()->is_open() && !stopping()) std::this_thread::sleep_for(Gate::kPoll);
 }
 
 void Job::note_started(uint64_t ns) {
@@ -45,77 +50,94 @@ void Job::note_started(uint64_t ns) {
     started_ns_.compare_exchange_strong(none, ns, std::memory_order_relaxed);
 }
 
+void Job::mark_buffer_lost() {
+    if (resources_.memory) resources_.memory->mark_lost();
+}
+
 Leg &Job::add_leg(std::unique_ptr<Leg> leg) {
     std::lock_guard lock(mutex_);
-    devices |= device_set(leg->device);
-    return *legs.emplace_back(std::move(leg));
+    devices_ |= device_set(leg->device.index);
+    return *legs_.emplace_back(std::move(leg));
 }
 
 Leg *Job::leg(size_t index) {
     std::lock_guard lock(mutex_);
-    return index < legs.size() ? legs[index].get() : nullptr;
+    return index < legs_.size() ? legs_[index].get() : nullptr;
+}
+
+void Job::commit(const JobRecord &record) noexcept {
+    record_ = record;
+    enter(State::Moving); // unless it is stopping
 }
 
 void Job::leg_ended(Leg &leg) {
     const std::shared_ptr<Job> alive = std::move(leg.job);
-    if (const std::shared_ptr<LoadAhead> ahead = leg.load_ahead) ahead->staging_ended();
-    let_go();
+    if (const std::shared_ptr<LoadAhead> load_ahead = leg.load_ahead) load_ahead->staging_ended();
+    end_work();
 }
 
-void Job::let_go() {
-    if (holds_.fetch_sub(1, std::memory_order_acq_rel) == 1) end();
+void Job::end_work() {
+    if (work_.fetch_sub(1, std::memory_order_acq_rel) == 1) end();
 }
 
+// The order matters: whoever sees the completion may free the buffer and destroy the queue; the engine is told last,
+// because it may be gone right afterwards.
 void Job::end() {
     const auto alive = shared_from_this(); // the submitter's references may go with the completion
-    kvf_completion completion{};
-    {
-        std::lock_guard lock(mutex_);
-        // From here on cancel() and fail() come too late.
-        has_ended_ = true;
-        completion.job = handle;
-        completion.user_data = user_data;
-        completion.status = status_;
-        completion.mode = mode;
-        completion.bytes = bytes;
-        completion.fragments = fragments;
-        completion.segments = segments;
-        completion.submitted_ns = submitted_ns;
-        completion.started_ns = started_ns_.load(std::memory_order_relaxed);
-        completion.finished_ns = now_ns();
-        completion.listed_ns = listed_ns;
-        completion.recorded_ns = recorded_ns;
-        copy_text(detail_, completion.detail, sizeof completion.detail);
-        completion_ = completion;
-    }
-    if (on_end) on_end(completion.status);
-    on_end = nullptr;
-    memory.reset();
-    for (const auto &leg : legs) leg->load_ahead.reset();
-    keep.clear();
-    gate.reset();
-    JobOwner *const last = owner;
-    // The order matters: whoever sees the completion may free the buffer and destroy the queue; the
-    // engine is told last, because it may be gone right afterwards.
-    Callbacks dispatched;
-    if (!retracted_) dispatched.swap(callback);
-    if (!dispatched.empty()) dispatched.front().completion = completion;
-    {
-        // Under one lock: whoever has taken it from the queue finds that the job has ended.
-        std::lock_guard lock(mutex_);
-        if (queue) retracted_ ? queue->give_up_reserved() : queue->push(completion);
-        has_ended_visible_ = true;
-        for (auto *word : words_) word->store(1, std::memory_order_release);
-        ended_.notify_all();
-    }
-    queue.reset();
-    if (!dispatched.empty()) last->dispatch(std::move(dispatched));
-    last->job_ended(*this);
+    make_completion();
+    release_resources();
+    Callbacks callback;
+    if (!discarded_) callback.swap(resources_.callback);
+    if (!callback.empty()) callback.front().completion = completion_;
+    show_end();
+    resources_.queue.reset();
+    if (!callback.empty()) owner_->dispatch(std::move(callback));
+    owner_->job_ended(*this);
 }
 
-void Job::raise_at_end(const std::vector<std::atomic<uint32_t> *> &words) {
+void Job::make_completion() {
     std::lock_guard lock(mutex_);
-    if (has_ended_visible_) {
+    enter(State::Ending); // from here on cancel() and fail() come too late
+    completion_.job = handle;
+    completion_.user_data = request.user_data;
+    completion_.status = status_;
+    completion_.mode = record_.mode.value_or(request.mode);
+    completion_.bytes = record_.bytes;
+    completion_.fragments = record_.fragments;
+    completion_.segments = record_.segments;
+    completion_.submitted_ns = request.submitted_ns;
+    completion_.started_ns = started_ns_.load(std::memory_order_relaxed);
+    completion_.finished_ns = now_ns();
+    completion_.listed_ns = record_.listed_ns;
+    completion_.recorded_ns = record_.recorded_ns;
+    copy_text(detail_, completion_.detail, sizeof completion_.detail);
+}
+
+void Job::release_resources() {
+    if (resources_.on_end) resources_.on_end(completion_.status);
+    resources_.on_end = nullptr;
+    resources_.memory.reset();
+    for (const auto &leg : legs_) leg->load_ahead.reset();
+    resources_.keep_alive.clear();
+    resources_.gate.reset();
+}
+
+// Under one lock: whoever has taken the completion from the queue finds that the job has ended.
+void Job::show_end() {
+    std::lock_guard lock(mutex_);
+    if (discarded_) {
+        resources_.queue.cancel();
+    } else {
+        resources_.queue.push(completion_);
+    }
+    enter(State::Ended);
+    for (auto *word : words_) word->store(1, std::memory_order_release);
+    ended_.notify_all();
+}
+
+void Job::signal_at_end(const std::vector<std::atomic<uint32_t> *> &words) {
+    std::lock_guard lock(mutex_);
+    if (state_ == State::Ended) {
         for (auto *word : words) word->store(1, std::memory_order_release);
     } else {
         words_.insert(words_.end(), words.begin(), words.end());
@@ -124,14 +146,14 @@ void Job::raise_at_end(const std::vector<std::atomic<uint32_t> *> &words) {
 
 bool Job::ended(kvf_completion *completion) {
     std::lock_guard lock(mutex_);
-    if (!has_ended_visible_) return false;
+    if (state_ != State::Ended) return false;
     if (completion) *completion = completion_;
     return true;
 }
 
 bool Job::wait(int64_t timeout_ns, kvf_completion *completion) {
     std::unique_lock lock(mutex_);
-    const auto done = [this] { return has_ended_visible_; };
+    const auto done = [this] { return state_ == State::Ended; };
     if (timeout_ns < 0) {
         ended_.wait(lock, done);
     } else {

@@ -21,7 +21,7 @@ public:
     virtual void staged_up_to(uint64_t offset) noexcept = 0;
     // The leg has ended: the whole buffer has been staged, or the job is stopping.
     virtual void staging_ended() noexcept = 0;
-    // Tells where the bytes belong. Called once, before or after the bytes have been staged. Calls job->let_go() once:
+    // Tells where the bytes belong. Called once, before or after the bytes have been staged. Calls job->end_work() once:
     // when all bytes are in their places, or when the job is stopping and no copy from here is under way.
     virtual void place(std::shared_ptr<Job> job, Layout &&layout) noexcept = 0;
 };

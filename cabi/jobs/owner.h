@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <list>
+#include <memory>
 
 #include "kvferry.h"
 
@@ -19,21 +20,17 @@ struct Callback {
 using Callbacks = std::list<Callback>;
 
 // Any thread may call these functions.
-class JobOwner {
+class JobOwner : public std::enable_shared_from_this<JobOwner> {
 public:
     virtual ~JobOwner() = default;
 
-    // Marks the job as cancelled, and stops it.
-    virtual void cancel(Job &job) = 0;
-    // The job is stopping: sees to it that its legs end soon. In constant time, however many jobs there are.
-    virtual void stop(Job &job) = 0;
-    // As stop(), for all jobs that are stopping.
-    virtual void stop_all() = 0;
+    // Cuts short the legs of all jobs that are stopping, as Job::cut_short() does for one.
+    virtual void cut_short_stopping() = 0;
 
     // What `stream` is given from now on waits until the job has ended.
     virtual void make_stream_wait(uint64_t stream, Job &job) = 0;
 
-    // Has the callbacks called by the dispatch thread.
+    // Has the dispatch thread call the callbacks.
     virtual void dispatch(Callbacks &&callbacks) = 0;
     // The last call for a job. The owner may be gone when it returns.
     virtual void job_ended(Job &job) = 0;

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 namespace kvf {
 namespace {
@@ -40,7 +41,7 @@ void Queue::reserve() {
     reserved_.splice(reserved_.end(), spare_, spare_.begin());
 }
 
-void Queue::give_up_reserved() {
+void Queue::cancel_reservation() noexcept {
     std::lock_guard lock(mutex_);
     spare_.splice(spare_.end(), reserved_, reserved_.begin());
 }
@@ -100,6 +101,24 @@ bool Queue::close() {
     signal();
     arrived_.notify_all();
     return true;
+}
+
+QueueReservation::QueueReservation(std::shared_ptr<Queue> queue) : queue_(std::move(queue)) {
+    queue_->reserve();
+    pending_ = true;
+}
+
+void QueueReservation::push(const kvf_completion &completion) noexcept {
+    if (std::exchange(pending_, false)) queue_->push(completion);
+}
+
+void QueueReservation::cancel() noexcept {
+    if (std::exchange(pending_, false)) queue_->cancel_reservation();
+}
+
+void QueueReservation::reset() noexcept {
+    cancel();
+    queue_.reset();
 }
 
 } // namespace kvf

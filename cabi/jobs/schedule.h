@@ -1,6 +1,4 @@
-// Which piece moves next: urgent jobs before background ones; of equal priority, the oldest leg that can move. Not
-// locked: the device that owns it does that. But for add(), nothing here takes memory: what has been taken in can be
-// moved and ended whatever happens. Nothing here asks a driver either, which takes its time.
+// Which leg of a device moves next: urgent jobs before background ones; of equal priority, the oldest leg that can move.
 #pragma once
 
 #include <array>
@@ -17,8 +15,8 @@ public:
     void run() {
         for (size_t i = 0; i < count_; ++i) {
             entries_[i].is_open = entries_[i].gate->is_open();
-            entries_[i]
-                .gate.reset(); // its job may have ended: then it goes here, and not under the lock
+            // Its job may have ended. Then the gate is destroyed here, and not under the lock.
+            entries_[i].gate.reset();
         }
     }
 
@@ -34,34 +32,36 @@ private:
     size_t count_ = 0;
 };
 
+// Not locked: the device that owns a schedule does that. Only add() allocates memory, so that a leg in the schedule can be
+// moved and ended whatever happens. Nothing here asks a driver, which would take its time under the device's lock.
 class Schedule {
 public:
-    // The leg stays the job's; the schedule forgets it when all of it has been handed out, or when it was cut short.
+    // The leg stays the job's. The schedule forgets the leg when all of it has been taken, or when it was cut short.
     void add(Leg &leg) {
-        const auto &gate = leg.job->gate;
-        LegLine &line = gate && !gate->was_open() ? lines_of(leg).following : line_of_moving(leg);
-        leg.place = line.emplace_hint(line.end(), next_arrival_, &leg);
-        leg.line = &line;
+        const auto &gate = leg.job->gate();
+        LegList &list = gate && !gate->was_open() ? lists_of(leg).following : list_of_moving(leg);
+        leg.position = list.emplace_hint(list.end(), next_arrival_, &leg);
+        leg.list = &list;
         ++next_arrival_;
     }
 
-    bool empty() const { return lines_[0].empty() && lines_[1].empty(); }
+    bool empty() const { return lists_[0].empty() && lists_[1].empty(); }
 
-    // The oldest leg that can move; NULL if there is none. Legs that still follow a stream, or whose next part has not
-    // been recorded yet, let the others pass; and so do those that `waits` says it of.
+    // Returns the oldest leg that can move; NULL if there is none. Legs that still follow a stream, or whose next part has
+    // not been recorded yet, let younger legs pass; and so do those for which `waits` returns true.
     Leg *front(uint32_t priority) {
         return front(priority, [](const Leg &) { return false; });
     }
     template <class Function>
     Leg *front(uint32_t priority, Function &&waits) {
-        for (const auto &[arrival, leg] : lines_[priority].ready) {
+        for (const auto &[arrival, leg] : lists_[priority].ready) {
             if (!waits(*leg)) return leg;
         }
         return nullptr;
     }
 
-    // Lets `take_pieces` take what it wants from the parts of a leg that front() gave. What was taken is given back as
-    // one.
+    // Lets `take_pieces` take pieces from the parts of a leg that front() returned. All that it takes counts as one piece,
+    // for which piece_ended() is called once.
     template <class Function>
     void take(Leg &leg, Function &&take_pieces) {
         take_pieces();
@@ -69,20 +69,19 @@ public:
         if (leg.parts.at_end()) {
             leave(leg);
         } else if (leg.parts.empty()) {
-            move(leg, lines_of(leg).recording);
+            move(leg, lists_of(leg).recording);
         }
     }
 
-    // More of a leg that is not closed. False if it was cut short, and then its job may have ended.
+    // Adds a part to a leg that is not closed. False if the leg was cut short, and then its job may have ended.
     bool extend(Leg &leg, Layout &&part) {
         if (leg.parts.is_closed()) return false;
         leg.parts.add(std::move(part));
-        if (leg.line == &lines_of(leg).recording) move(leg, line_of_moving(leg));
+        if (leg.list == &lists_of(leg).recording) move(leg, list_of_moving(leg));
         return true;
     }
 
-    // The leg is complete. True if it has ended with this, as of give_back(); a leg that was cut short has
-    // ended, or will, without.
+    // Closes a leg. True if it has ended with this, as for piece_ended(). A leg that was cut short ends without: false.
     bool finish(Leg &leg) {
         if (leg.parts.is_closed()) return false;
         leg.parts.close();
@@ -91,40 +90,39 @@ public:
         return leg.in_flight == 0;
     }
 
-    // What was taken has moved. True if its leg has ended with it: then the caller tells the job, outside the
-    // lock.
-    bool give_back(Leg &leg) {
+    // What take() took has moved. True if the leg has ended with this: then the caller tells the job, outside the lock.
+    bool piece_ended(Leg &leg) {
         --leg.in_flight;
         return leg.in_flight == 0 && leg.parts.at_end();
     }
 
     // ---- Legs that follow streams ----
 
-    bool has_following(uint32_t priority) const { return !lines_[priority].following.empty(); }
+    bool has_following(uint32_t priority) const { return !lists_[priority].following.empty(); }
 
-    // Notes which gates to ask next: all of that priority, one after another, over several calls. True if
-    // every one has been noted since this last was true.
+    // Notes which gates to ask next: all of that priority, one after another, over several calls. True if every gate has
+    // been noted since the last call that returned true.
     bool next_gates(uint32_t priority, GateCheck &check) {
-        Lines &lines = lines_[priority];
-        auto it = lines.following.upper_bound(lines.last_asked);
-        for (; it != lines.following.end() && check.count_ < GateCheck::kMost; ++it) {
-            check.entries_[check.count_++] = {it->first, it->second->job->gate, false};
-            lines.last_asked = it->first;
+        Lists &lists = lists_[priority];
+        auto it = lists.following.upper_bound(lists.last_asked);
+        for (; it != lists.following.end() && check.count_ < GateCheck::kMost; ++it) {
+            check.entries_[check.count_++] = {it->first, it->second->job->gate(), false};
+            lists.last_asked = it->first;
         }
-        if (it != lines.following.end()) return false;
-        lines.last_asked = 0;
+        if (it != lists.following.end()) return false;
+        lists.last_asked = 0;
         return true;
     }
 
-    // Legs whose gates were found open may move, each in its own place. True if there is one.
+    // Lets the legs move whose gates were found open, each in the order of its arrival. True if there is one.
     bool admit(uint32_t priority, const GateCheck &check) {
-        LegLine &following = lines_[priority].following;
+        LegList &following = lists_[priority].following;
         bool any = false;
         for (size_t i = 0; i < check.count_; ++i) {
             if (!check.entries_[i].is_open) continue;
             const auto it = following.find(check.entries_[i].arrival);
             if (it == following.end()) continue; // cut short meanwhile
-            move(*it->second, line_of_moving(*it->second));
+            move(*it->second, list_of_moving(*it->second));
             any = true;
         }
         return any;
@@ -132,23 +130,23 @@ public:
 
     // ---- Legs whose job is stopping ----
 
-    // Ends handing out pieces of a leg. True if it has ended with this, as of give_back(). Does nothing with a leg that is
-    // not in the schedule: it is not there yet, or has been handed out. Looks at no other leg.
+    // No more of the leg is taken. True if the leg has ended with this, as for piece_ended(). Does nothing with a leg that
+    // is not in the schedule: it has not been added yet, or all of it has been taken. Looks at no other leg.
     bool cut_short(Leg &leg) {
-        if (!leg.line) return false;
+        if (!leg.list) return false;
         leg.parts.cut_short();
         leave(leg);
         return leg.in_flight == 0;
     }
 
-    // As cut_short(), for every leg whose job is stopping. Those that have ended are moved to `ended`.
-    void sweep(LegLine &ended) {
+    // cut_short() for every leg whose job is stopping. Legs that have ended with this are moved to `ended`.
+    void cut_short_stopping(LegList &ended) {
         for_each([&](Leg &leg) {
             if (!leg.job->stopping()) return;
             leg.parts.cut_short();
             if (leg.in_flight == 0) {
                 move(leg, ended);
-                leg.line = nullptr;
+                leg.list = nullptr;
             } else {
                 leave(leg);
             }
@@ -158,39 +156,39 @@ public:
     // The function may take the leg out.
     template <class Function>
     void for_each(Function &&function) {
-        for (Lines &lines : lines_) {
-            for (LegLine *line : {&lines.ready, &lines.recording, &lines.following}) {
-                for (auto it = line->begin(); it != line->end();) function(*(it++)->second);
+        for (Lists &lists : lists_) {
+            for (LegList *list : {&lists.ready, &lists.recording, &lists.following}) {
+                for (auto it = list->begin(); it != list->end();) function(*(it++)->second);
             }
         }
     }
 
 private:
-    struct Lines {
-        LegLine ready;
-        LegLine recording; // nothing of them can move until more is recorded
-        LegLine following; // a stream that was at work when it was last asked
+    struct Lists {
+        LegList ready;
+        LegList recording; // cannot move until more is recorded
+        LegList following; // their streams were at work when they were last asked
         uint64_t last_asked = 0;
 
         bool empty() const { return ready.empty() && recording.empty() && following.empty(); }
     };
 
-    Lines &lines_of(const Leg &leg) { return lines_[leg.job->priority]; }
+    Lists &lists_of(const Leg &leg) { return lists_[leg.job->request.priority]; }
     // Of a leg that follows nothing any more.
-    LegLine &line_of_moving(const Leg &leg) {
-        return leg.parts.empty() ? lines_of(leg).recording : lines_of(leg).ready;
+    LegList &list_of_moving(const Leg &leg) {
+        return leg.parts.empty() ? lists_of(leg).recording : lists_of(leg).ready;
     }
 
-    static void move(Leg &leg, LegLine &line) {
-        leg.place = line.insert(leg.line->extract(leg.place)).position;
-        leg.line = &line;
+    static void move(Leg &leg, LegList &list) {
+        leg.position = list.insert(leg.list->extract(leg.position)).position;
+        leg.list = &list;
     }
     static void leave(Leg &leg) {
-        leg.line->erase(leg.place);
-        leg.line = nullptr;
+        leg.list->erase(leg.position);
+        leg.list = nullptr;
     }
 
-    std::array<Lines, 2> lines_; // by priority
+    std::array<Lists, 2> lists_; // by priority
     uint64_t next_arrival_ = 1;
 };
 

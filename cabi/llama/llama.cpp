@@ -113,7 +113,7 @@ Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
     if (!api_.get_memory(context_)) {
         throw Error(KVF_ERR_UNSUPPORTED, "the context has no memory: its model keeps no state");
     }
-    engine_->hold();
+    engine_->attach();
     try {
         sequences_->check_at_rest();
         for (uint32_t i = 0; i < engine_->device_count(); ++i) engine_->device(i).check_usable();
@@ -127,11 +127,11 @@ Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
                 if (error.status != KVF_ERR_TAP || !allowed) throw;
             }
         }
-        if (!tap_) blocking_ = std::make_unique<Crew>(1);
+        if (!tap_) blocking_ = std::make_unique<ThreadPool>(1);
         learn_structure(most_telling_sequence());
     } catch (...) {
         tap_.reset();
-        engine_->let_go();
+        engine_->detach();
         throw;
     }
 }
@@ -148,7 +148,7 @@ void Llama::let_go() {
     }
     tap.reset();
     blocking_.reset();
-    engine_->let_go();
+    engine_->detach();
 }
 
 std::string Llama::describe() const {
@@ -261,7 +261,7 @@ bool Llama::take_snapshot(Submission &submission, Recorded &recorded) {
         for (auto &[device, layout] : recorded.layouts) {
             auto snapshot = engine_->device(device).snapshot(layout, submission.buffer);
             layout = std::move(snapshot.layout);
-            if (snapshot.memory) submission.keep.push_back(std::move(snapshot.memory));
+            if (snapshot.memory) submission.keep_alive.push_back(std::move(snapshot.memory));
         }
         return true;
     } catch (const Error &error) {
@@ -315,7 +315,7 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
     Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, gate);
     const bool close = guard_window(*state.structure, view, recorder, gate.get());
     std::optional<OpenJob> open;
-    uint32_t device = Engine::kHost;
+    uint32_t device = Device::kHost;
     const auto load_ahead = make_load_ahead(options.mode, view.bytes, device);
     submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
     if (load_ahead) {
@@ -337,7 +337,7 @@ void Llama::load_recorded(int32_t sequence, const Incoming &state, Submission &&
     fence->raise(enclosure(Direction::Load, sequence, recorder, close));
     move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
     // What was not known before: the device has nothing of the cache.
-    if (load_ahead && !devices_.count(device)) open->job()->mode = KVF_LOAD_IN_PLACE;
+    if (load_ahead && !devices_.count(device)) recorded.mode = KVF_LOAD_IN_PLACE;
     if (open) {
         open->commit(std::move(recorded), job);
     } else {
@@ -415,7 +415,7 @@ void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes,
     submission.direction = direction;
     submission.buffer = buffer;
     submission.buffer_bytes = bytes;
-    submission.owned_by = this;
+    submission.attachment = this;
     Recorded recorded;
     recorded.layouts = std::move(layouts);
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
@@ -436,7 +436,7 @@ void Llama::complete(Submission &&submission, Recorded &&recorded,
 std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device) {
     if (mode != KVF_LOAD_AHEAD) return nullptr;
     std::set<uint32_t> devices(devices_);
-    devices.erase(Engine::kHost);
+    devices.erase(Device::kHost);
     // Nothing is known of a context in which no sequence had cells yet.
     if (devices_.empty() && engine_->device_count() == 2) devices.insert(1);
     if (devices.size() != 1) return nullptr;
@@ -467,7 +467,7 @@ void Llama::detach() {
         if (detached_) throw Error(KVF_ERR_INVALID_HANDLE);
         detached_ = true;
     }
-    engine_->wait([this](const Job &job) { return job.owned_by == this; });
+    engine_->wait([this](const Job &job) { return job.request.attachment == this; });
     // Where another attachment's blocking transfer is in flight, it is for that attachment to do.
     if (sequences_->is_at_rest()) settle();
     let_go();
@@ -482,7 +482,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     settle();
     check_usable();
     engine_->check(options); // what is wrong with them must not cost a sequence its cells
-    if (tap_) tap_->take_back_slots();
+    if (tap_) tap_->renew_slots();
     Fence::wait_for_disturbed(context_);
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
     if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
@@ -496,11 +496,11 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     DeviceSet moved = 0;
     for (const uint32_t device : devices_) moved |= device_set(device);
     submission.gate = engine_->make_gate(options, moved);
-    for (const uint32_t device : devices_) engine_->device(device).expect(direction);
+    for (const uint32_t device : devices_) engine_->device(device).announce(direction);
     submission.direction = direction;
     submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));
     submission.buffer_bytes = bytes;
-    submission.owned_by = this;
+    submission.attachment = this;
     const LlamaSequences::Transfer transfer{sequence, direction, blocking_ != nullptr};
     submission.fence = std::make_shared<Fence>(direction);
     submission.on_entry = [sequences = sequences_, transfer] { sequences->begin(transfer); };
@@ -536,7 +536,7 @@ void Llama::check_devices() {
     const auto tensor = sequences_->any_tensor();
     if (!tensor) return;
     try {
-        Locator locate(*engine_);
+        Locator locate = engine_->locator();
         locate(*tensor, 1);
     } catch (const Error &error) {
         if (error.status != KVF_ERR_UNREACHABLE) throw;
@@ -709,11 +709,11 @@ bool Llama::read_state(int32_t sequence, const StateView &view, Recorder &record
 
 Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes,
                               std::shared_ptr<Gate> gate) {
-    const auto locate = [this, direction, gate = std::move(gate), locator = Locator(*engine_),
+    const auto locate = [this, direction, gate = std::move(gate), locator = engine_->locator(),
                          last = int64_t{-1}](uint64_t address, uint64_t count) mutable -> int64_t {
         try {
             const uint32_t device = locator(address, count).device;
-            if (device != last) engine_->device(device).expect(direction);
+            if (device != last) engine_->device(device).announce(direction);
             devices_.insert(device);
             return last = device;
         } catch (const Error &error) {
@@ -895,7 +895,7 @@ std::string Llama::what_is_left(int32_t sequence) const {
 // Called by libllama's thread that frees the context, before the memory goes.
 void Llama::on_buffer_freed(uint64_t begin, uint64_t bytes) {
     if (!sequences_->note_buffer_freed(begin, bytes)) return;
-    const auto ours = [this](const Job &job) { return job.owned_by == this; };
+    const auto ours = [this](const Job &job) { return job.request.attachment == this; };
     engine_->cancel(ours);
     engine_->wait(ours);
 }
@@ -912,11 +912,11 @@ void Llama::save_blocking(int32_t sequence, Submission &&submission,
     run_blocking(
         std::move(submission), needed, options, job, [this, sequence, state_bytes](Job &started) {
             const size_t n =
-                api_.state_seq_get_data(context_, started.buffer, state_bytes, sequence, 0);
+                api_.state_seq_get_data(context_, started.request.buffer, state_bytes, sequence, 0);
             if (n != state_bytes) {
                 started.fail(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
             } else if (is_opaque()) {
-                Envelope::seal(started.buffer, state_bytes, fingerprint_number());
+                Envelope::seal(started.request.buffer, state_bytes, fingerprint_number());
             }
         });
 }
@@ -926,7 +926,8 @@ void Llama::load_blocking(int32_t sequence, Incoming &&state, Submission &&submi
     const uint64_t bytes = state.view.bytes;
     const auto load = [this, sequence, bytes,
                        structure = std::move(state.structure)](Job &started) {
-        const size_t n = api_.state_seq_set_data(context_, started.buffer, bytes, sequence, 0);
+        const size_t n =
+            api_.state_seq_set_data(context_, started.request.buffer, bytes, sequence, 0);
         if (n == bytes) return;
         try {
             // The context rests, so what belongs to its thread may be looked at here.
@@ -943,18 +944,18 @@ void Llama::run_blocking(Submission &&submission, uint64_t bytes, const kvf_subm
                          kvf_job *handle, std::function<void(Job &)> work) {
     OpenJob open(*engine_, std::move(submission), options, handle != nullptr);
     const auto job = open.job();
-    job->expect_leg(); // of a kind: the thread's
+    job->begin_work(); // of a kind: the thread's
     try {
         blocking_->add([job, work = std::move(work)] {
-            job->wait_for_turn();
+            job->wait_for_gate();
             if (!job->stopping()) {
                 job->note_started(now_ns());
                 work(*job);
             }
-            job->let_go();
+            job->end_work();
         });
     } catch (...) {
-        job->let_go();
+        job->end_work();
         throw;
     }
     Recorded recorded;

@@ -3,9 +3,10 @@
 
 #include <set>
 
-#include "core/crew.h"
+#include "core/thread_pool.h"
 #include "engine/open_job.h"
 #include "llama/formats.h"
+#include "llama/recorder.h"
 #include "llama/sequences.h"
 #include "llama/tap.h"
 
@@ -113,8 +114,8 @@ private:
     const std::shared_ptr<LlamaSequences> sequences_;
     const std::string model_text_; // kept, for describe() may be called when the model is gone
     const std::string fingerprint_;
-    std::unique_ptr<Tap> tap_;       // either this
-    std::unique_ptr<Crew> blocking_; // or this
+    std::unique_ptr<Tap> tap_;             // either this
+    std::unique_ptr<ThreadPool> blocking_; // or this
 
     // Touched by the context's thread only.
     BlockCache blocks_;

@@ -1,7 +1,7 @@
 // Moving bytes between two places in host memory.
 #pragma once
 
-#include "memory/layout.h"
+#include "memory/pieces.h"
 
 namespace kvf {
 

@@ -8,7 +8,7 @@
 #include <set>
 #include <utility>
 
-#include "memory/layout.h"
+#include "memory/pieces.h"
 
 // How many runs a layout's tables hold, each counted once.
 inline uint64_t runs_of(const kvf::Layout &layout) {

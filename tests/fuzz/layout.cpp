@@ -1,5 +1,6 @@
 // Any order of fragments and regions, cut into any pieces, moves exactly the bytes that were added.
-#include "memory/layout.h"
+#include "memory/layout_builder.h"
+#include "memory/pieces.h"
 
 #include <vector>
 

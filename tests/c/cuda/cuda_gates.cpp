@@ -90,7 +90,7 @@ void who_submits_or_cancels_does_not_wait_for_an_answer(Test &test) {
     gate->stall();
     gate->wait_until_somebody_waits();
     const auto other = test.submit();
-    test.engine->cancel(*cancelled);
+    cancelled->cancel();
     CHECK(end_of(cancelled) == KVF_ERR_CANCELLED);
     gate->go_on();
     CHECK(end_of(other) == KVF_OK);

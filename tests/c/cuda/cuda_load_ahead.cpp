@@ -129,12 +129,12 @@ void end_otherwise(Test &test, Random &random, const unsigned char *buffer) {
             kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
             job = open.job();
             open.stage(1, test.device.make_load_ahead(test.state.bytes));
-            if (i % 3 == 1) job->cancel();
+            if (i % 3 == 1) job->fail(KVF_ERR_CANCELLED, "");
             if (i % 2 == 0) sleep_ms(i % 4);
             if (i % 3 != 0) open.commit(test.recorded(), nullptr);
         }
-        if (i % 3 == 2) job->cancel();
-        test.engine->stop(*job);
+        if (i % 3 == 2) job->fail(KVF_ERR_CANCELLED, "");
+        job->cut_short();
         const int32_t status = finish(job).status;
         CHECK(status == KVF_ERR_CANCELLED || (i % 3 == 2 && status == KVF_OK));
         if (i % 3 < 2) CHECK(test.memory.read() == before);

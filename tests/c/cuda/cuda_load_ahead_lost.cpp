@@ -35,7 +35,7 @@ int32_t load(kvf::Engine &engine, const DeviceMemory &device, unsigned char *buf
 
 int32_t move(kvf::Engine &engine, uint32_t index, const DeviceMemory &device, unsigned char *buffer,
              Way way) {
-    kvf::Locator locate(engine); // as for a list of regions
+    kvf::Locator locate = engine.locator(); // as for a list of regions
     CHECK(locate(device.address(), kRowBytes).device == index);
     kvf::LayoutBuilder builder;
     builder.add(device.address(), 0, kRowBytes);

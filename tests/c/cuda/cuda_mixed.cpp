@@ -138,7 +138,7 @@ private:
             builder.begin_tensor();
             if (i % at_once == 0) open.add(1, builder.take());
             pause();
-            if (chance(20)) engine_->cancel(*open.job());
+            if (chance(20)) open.job()->cancel();
         }
         const std::shared_ptr<kvf::Job> job = open.job();
         if (chance(8)) return KVF_ERR_CANCELLED; // and retracts the job

@@ -211,7 +211,7 @@ void races(const std::shared_ptr<kvf::Engine> &engine, const Source &source) {
                     kvf::OpenJob open(*engine, test.submission(), test.options, true);
                     for (uint64_t part = 0; part < kParts; ++part) {
                         if (random() % 4 != 0) open.add(source.device(), source.part(part));
-                        if (random() % 6 == 0) engine->cancel(*open.job());
+                        if (random() % 6 == 0) open.job()->cancel();
                     }
                     if ((committed = random() % 3 != 0)) open.commit({}, nullptr);
                 }

@@ -3,6 +3,7 @@
 
 #include "cuda.hpp"
 #include "engine/open_job.h"
+#include "memory/layout_builder.h"
 
 inline std::shared_ptr<kvf::Engine> make_cuda_engine(uint32_t copy_threads = 0) {
     kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
@@ -52,7 +53,7 @@ inline void succeed(const std::shared_ptr<kvf::Job> &job, int64_t timeout_ns = 6
 inline void save_snapshot(kvf::Engine &engine, kvf::Device::Snapshot &&snapshot,
                           const Buffer &buffer, int64_t timeout_ns = 60 * SECONDS) {
     kvf::Submission submission = make_submission(Way::Save, buffer.data(), buffer.bytes());
-    submission.keep.push_back(std::move(snapshot.memory));
+    submission.keep_alive.push_back(std::move(snapshot.memory));
     succeed(kvf::submit_job(engine, std::move(submission),
                             make_recorded(1, std::move(snapshot.layout)), KVF_SUBMIT_OPTIONS_INIT,
                             nullptr),

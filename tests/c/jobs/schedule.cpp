@@ -4,6 +4,7 @@
 #include <deque>
 
 #include "check.hpp"
+#include "memory/layout_builder.h"
 
 using kvf::Direction;
 using kvf::GateCheck;
@@ -32,6 +33,30 @@ kvf::Layout runs(uint64_t count) {
     return builder.finish();
 }
 
+// A job needs an owner, and a leg a device. Neither matters here.
+class TestOwner final : public kvf::JobOwner {
+    void cut_short_stopping() override {}
+    void make_stream_wait(uint64_t, kvf::Job &) override {}
+    void dispatch(kvf::Callbacks &&) override {}
+    void job_ended(kvf::Job &) override {}
+    void trace(const kvf::Job &, uint64_t, uint64_t, uint64_t, uint32_t) override {}
+};
+
+class TestDevice final : public kvf::Device {
+public:
+    TestDevice() : Device(kHost) {}
+
+private:
+    std::string describe() const override { return "{}"; }
+    void submit(Leg &) override {}
+    void extend(Leg &, kvf::Layout &&) override {}
+    void finish(Leg &) override {}
+    void cut_short(Leg &) override {}
+    void cut_short_stopping() override {}
+    Snapshot snapshot(const kvf::Layout &, unsigned char *) override { return {}; }
+    void stop() override {}
+};
+
 // Jobs of one leg each, and the schedule that these stand in.
 class Test {
 public:
@@ -44,10 +69,12 @@ public:
     }
     // More of it may come.
     Leg &open(uint32_t priority, uint64_t pieces, std::shared_ptr<kvf::Gate> gate = nullptr) {
-        const auto job = std::make_shared<kvf::Job>();
-        job->priority = priority;
-        job->gate = std::move(gate);
-        Leg &leg = legs_.emplace_back(0, Direction::Save);
+        kvf::JobRequest request;
+        request.priority = priority;
+        kvf::JobResources resources;
+        resources.gate = std::move(gate);
+        const auto job = std::make_shared<kvf::Job>(&owner_, request, std::move(resources));
+        Leg &leg = legs_.emplace_back(device_, Direction::Save);
         leg.job = job;
         leg.parts.add(runs(pieces));
         schedule.add(leg);
@@ -68,6 +95,8 @@ public:
     }
 
 private:
+    TestOwner owner_;
+    TestDevice device_;
     std::deque<Leg> legs_;
 };
 
@@ -80,8 +109,8 @@ void the_oldest_goes_first() {
     CHECK(!test.take(kBackground));
     CHECK(test.take(kUrgent) == &urgent);
     CHECK(test.schedule.empty());
-    CHECK(!test.schedule.give_back(second)); // two of its pieces are under way
-    CHECK(test.schedule.give_back(second));
+    CHECK(!test.schedule.piece_ended(second)); // two of its pieces are under way
+    CHECK(test.schedule.piece_ended(second));
 }
 
 void one_that_is_being_recorded_lets_others_pass_and_keeps_its_place() {
@@ -93,8 +122,8 @@ void one_that_is_being_recorded_lets_others_pass_and_keeps_its_place() {
     for (int i = 0; i < 2; ++i) CHECK(test.take(kBackground) == &first);
     CHECK(test.take(kBackground) == &second);
     CHECK(!test.schedule.finish(first)); // pieces are under way
-    for (int i = 0; i < 2; ++i) CHECK(!test.schedule.give_back(first));
-    CHECK(test.schedule.give_back(first));
+    for (int i = 0; i < 2; ++i) CHECK(!test.schedule.piece_ended(first));
+    CHECK(test.schedule.piece_ended(first));
     CHECK(!test.schedule.extend(first, runs(1)));
     CHECK(test.take(kBackground) == &second);
     CHECK(test.schedule.empty());
@@ -173,7 +202,7 @@ void one_may_be_cut_short_while_its_gate_is_asked() {
     GateCheck check;
     CHECK(test.schedule.next_gates(kBackground, check));
     CHECK(test.schedule.cut_short(leg));
-    leg.job->gate.reset(); // as its job does when it ends
+    leg.job->end_work(); // the job ends, and releases its gate
     CHECK(!gone.expired());
     check.run();
     CHECK(gone.expired());
@@ -207,7 +236,7 @@ void cutting_short_looks_at_no_other_leg() {
     CHECK(test.schedule.cut_short(follows));
     test.schedule.take(moves, [&] { moves.parts.next(kvf::kLongRun, 1); });
     CHECK(!test.schedule.cut_short(moves)); // its piece is under way
-    CHECK(test.schedule.give_back(moves));
+    CHECK(test.schedule.piece_ended(moves));
 
     for (size_t i = 0; i < others.size(); ++i) others[i]->job = jobs[i];
     int left = 0;
@@ -222,10 +251,10 @@ void sweeping_ends_those_that_are_stopping() {
     CHECK(test.take(kBackground) == &first);
     first.job->cancel();
     third.job->cancel();
-    kvf::LegLine ended;
-    test.schedule.sweep(ended);
+    kvf::LegList ended;
+    test.schedule.cut_short_stopping(ended);
     CHECK(ended.size() == 1 && ended.begin()->second == &third);
-    CHECK(test.schedule.give_back(first));
+    CHECK(test.schedule.piece_ended(first));
     CHECK(test.take(kUrgent) == &second);
     CHECK(test.schedule.empty());
     CHECK(!test.schedule.cut_short(third));

@@ -1,5 +1,6 @@
 // How recorded fragments become few regions, and regions become pieces. (Random ones: fuzz/layout.cpp.)
-#include "memory/layout.h"
+#include "memory/layout_builder.h"
+#include "memory/pieces.h"
 
 #include "check.hpp"
 #include "coverage.hpp"

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "memory/memory.h"
+#include "memory/pool.h"
 
 using kvf::AvailableMemory;
 using kvf::MemoryLimits;

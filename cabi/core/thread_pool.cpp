@@ -1,4 +1,4 @@
-#include "core/crew.h"
+#include "core/thread_pool.h"
 
 #include <system_error>
 
@@ -6,29 +6,29 @@
 
 namespace kvf {
 
-void Crew::stop() {
-    std::vector<std::thread> crew;
+void ThreadPool::stop() {
+    std::vector<std::thread> threads;
     {
         std::lock_guard lock(mutex_);
         stopping_ = true;
         work_.notify_all();
-        crew.swap(crew_);
+        threads.swap(threads_);
     }
-    for (auto &thread : crew) thread.join();
+    for (auto &thread : threads) thread.join();
 }
 
-void Crew::add(std::function<void()> task) {
+void ThreadPool::add(std::function<void()> task) {
     {
         std::lock_guard lock(mutex_);
         try {
-            crew_.reserve(threads_); // a thread that has been started must find its place
-            while (!stopping_ && crew_.size() < threads_) {
-                crew_.push_back(start_thread([this] { run(); }));
+            threads_.reserve(most_); // no thread that was started may be lost for want of memory
+            while (!stopping_ && threads_.size() < most_) {
+                threads_.push_back(start_thread([this] { run(); }));
             }
         } catch (const std::system_error &) {
-            // The system refuses threads: those that there are do it, or else the caller.
+            // The system refuses threads: those that there are do the task, or else the caller.
         }
-        if (!crew_.empty()) {
+        if (!threads_.empty()) {
             tasks_.push_back(std::move(task));
             work_.notify_one();
             return;
@@ -37,7 +37,7 @@ void Crew::add(std::function<void()> task) {
     task();
 }
 
-void Crew::run() {
+void ThreadPool::run() {
     name_thread("kvf-copy");
     std::unique_lock lock(mutex_);
     for (;;) {
@@ -47,7 +47,7 @@ void Crew::run() {
         tasks_.pop_front();
         lock.unlock();
         task();
-        task = nullptr; // what it holds is let go before the next wait
+        task = nullptr; // what the task holds is released before the next wait
         lock.lock();
     }
 }

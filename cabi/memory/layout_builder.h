@@ -1,0 +1,84 @@
+// Joins what is recorded into few large regions.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "memory/layout.h"
+
+namespace kvf {
+
+// Joins fragments as they come: neighbours in memory and in the buffer become one run, and runs of one
+// width at one pitch become one block. Half a million fragments of a cache whose sequences were
+// decoded in turn become a few dozen blocks; where they advanced at random, one tensor's runs become
+// the table for all.
+class LayoutBuilder {
+public:
+    // One run of `bytes` at `address`, whose place in the buffer is `offset`.
+    void add(uint64_t address, uint64_t offset, uint64_t bytes) {
+        if (bytes == 0) return; // recurrent states may have rows of nothing
+        ++fragments_;
+        layout_.bytes += bytes;
+        if (address == run_.address + run_.bytes && offset == run_.offset + run_.bytes &&
+            run_.bytes) {
+            run_.bytes += bytes;
+            return;
+        }
+        keep_run();
+        run_ = {address, offset, bytes};
+    }
+
+    void add(const kvf_region &region);
+
+    // What comes next lies in another allocation: it joins nothing that came before.
+    void begin_allocation() {
+        keep_run();
+        run_ = {};
+        keep_block();
+    }
+
+    // What comes next lies elsewhere, in another tensor, and may be fragmented as the last one was.
+    void begin_tensor();
+
+    uint64_t fragments() const { return fragments_; }
+
+    // After begin_tensor(): the bytes of all that take() would give.
+    uint64_t bytes() const { return layout_.bytes; }
+    // Hands over what has been recorded up to the last begin_tensor(); the rest is recorded as if nothing had
+    // been taken.
+    Layout take();
+
+    Layout finish();
+
+private:
+    void keep_run() {
+        if (block_.rows > 1 && run_.bytes == block_.width &&
+            run_.address == block_.address + block_.rows * block_.pitch &&
+            run_.offset == block_.offset + block_.rows * block_.buffer_pitch) {
+            ++block_.rows;
+        } else if (run_.bytes) {
+            start_block();
+        }
+    }
+    void start_block();
+    void keep_block();
+    void keep_rows(uint64_t rows);
+    void keep_irregular(const Run &run);
+    void stop_matching();
+
+    Layout layout_;
+    uint64_t fragments_ = 0;
+
+    // A fragment passes through three stages, each of which holds on to what may still grow.
+    Run run_{};          // neighbours; bytes == 0: none
+    kvf_region block_{}; // rows; rows == 0: none
+    // The irregular rest of the tensor: equal to a former tensor's so far, or else a table of its own.
+    std::shared_ptr<const RunTable> pattern_;             // of a former tensor; NULL: none
+    uint64_t matched_ = 0;                                // of its runs
+    bool matching_ = false;                               // else the tensor's runs are in own_
+    uint64_t address_distance_ = 0, offset_distance_ = 0; // from the pattern's
+    std::vector<Run> own_;
+};
+
+} // namespace kvf

@@ -1,0 +1,120 @@
+// Hands layouts out in pieces of the size that a device wants.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <utility>
+
+#include "memory/layout.h"
+
+namespace kvf {
+
+// A part of a layout: one block, or a stretch of the irregular rest.
+struct Piece {
+    kvf_region block{};
+    const Run *runs = nullptr; // not NULL: `count` runs instead of the block ...
+    uint64_t count = 0;
+    const std::shared_ptr<const RunTable> *table =
+        nullptr; // ... of this table; lives as long as the layout
+    uint64_t address_distance = 0, offset_distance = 0; // as in Span
+    uint64_t bytes = 0;
+
+    // Where it begins in the buffer.
+    uint64_t offset() const { return runs ? runs->offset + offset_distance : block.offset; }
+    // In the buffer, all of it is one run.
+    bool is_packed() const {
+        return runs ? (*table)->packed : block.rows == 1 || block.buffer_pitch == block.width;
+    }
+    Run run(uint64_t i) const {
+        return {runs[i].address + address_distance, runs[i].offset + offset_distance,
+                runs[i].bytes};
+    }
+};
+
+// Walks through a layout piece by piece. The layout must outlive it and stay as it is.
+class Cursor {
+public:
+    Cursor() = default; // to be assigned to
+    explicit Cursor(const Layout &layout) : layout_(&layout) {}
+
+    bool at_end() const {
+        return block_ == layout_->blocks.size() && span_ == layout_->spans.size();
+    }
+    // The block that the next piece comes from; NULL where it comes from the irregular rest.
+    const kvf_region *block() const {
+        return block_ < layout_->blocks.size() ? &layout_->blocks[block_] : nullptr;
+    }
+
+    // Where it comes from the irregular rest: the span, and what of it has not been handed out.
+    const Span &span() const { return layout_->spans[span_]; }
+    uint64_t runs_left() const { return span().count - run_; }
+
+    // At most `most` bytes (a row that is wider is split; one run is the least) and at most `most_runs`
+    // runs. Must not be called at the end.
+    Piece next(uint64_t most, uint64_t most_runs);
+
+    void skip_blocks() { block_ = layout_->blocks.size(); }
+
+private:
+    const Layout *layout_ = nullptr;
+    size_t block_ = 0;
+    uint64_t row_ = 0;    // in the block
+    uint64_t column_ = 0; // bytes of that row that have been handed out
+    size_t span_ = 0;
+    uint64_t run_ = 0; // in the span
+};
+
+// The layouts of one transfer, in the order in which they are recorded. The first may be moved while the
+// next are still being recorded. Pieces that were handed out stay valid as long as this lives.
+class Parts {
+public:
+    void add(Layout &&layout) {
+        if (closed_ || layout.empty()) return;
+        bytes_ += layout.bytes;
+        layouts_.push_back(std::move(layout));
+        if (!cursor_valid_) settle();
+    }
+    // Nothing more will come.
+    void close() { closed_ = true; }
+    // Nothing more will be handed out.
+    void cut_short() {
+        closed_ = true;
+        next_ = layouts_.size();
+        cursor_valid_ = false;
+    }
+
+    bool is_closed() const { return closed_; }
+    // There is nothing to hand out at the moment.
+    bool empty() const { return !cursor_valid_; }
+    bool at_end() const { return empty() && closed_; }
+    uint64_t bytes() const { return bytes_; }              // of all that was added
+    uint64_t left() const { return bytes_ - handed_out_; } // of what has not been handed out
+
+    // As of a cursor. Must not be called while empty().
+    const kvf_region *block() const { return cursor_.block(); }
+    const Span &span() const { return cursor_.span(); }
+    uint64_t runs_left() const { return cursor_.runs_left(); }
+    Piece next(uint64_t most, uint64_t most_runs) {
+        const Piece piece = cursor_.next(most, most_runs);
+        handed_out_ += piece.bytes;
+        if (cursor_.at_end()) settle();
+        return piece;
+    }
+
+private:
+    // Goes on to the next layout, if there is one.
+    void settle() {
+        cursor_valid_ = next_ < layouts_.size();
+        if (cursor_valid_) cursor_ = Cursor(layouts_[next_++]);
+    }
+
+    std::deque<Layout> layouts_;
+    size_t next_ = 0; // the first that has not been begun
+    Cursor cursor_;
+    bool cursor_valid_ = false; // it is not at its end
+    uint64_t bytes_ = 0, handed_out_ = 0;
+    bool closed_ = false;
+};
+
+} // namespace kvf
