@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "llama/cells.h"
 #include "llama/envelope.h"
 
 namespace kvf {

@@ -10,7 +10,7 @@
 #include "jobs/fences.h"
 #include "llama/api.h"
 #include "llama/block_cache.h"
-#include "llama/formats.h"
+#include "llama/cells.h"
 #include "memory/layout_builder.h"
 
 namespace kvf {

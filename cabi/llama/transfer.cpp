@@ -1,4 +1,5 @@
 // What saves and loads have in common.
+#include "llama/cells.h"
 #include "llama/llama.h"
 
 namespace kvf {

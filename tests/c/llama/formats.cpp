@@ -1,5 +1,5 @@
 // Which states are taken for whole, and which caches they fit. (Damaged at random: fuzz/formats.cpp.)
-#include "llama/formats.h"
+#include "llama/cells.h"
 
 #include "check.hpp"
 #include "state_writer.hpp"

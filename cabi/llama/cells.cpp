@@ -1,0 +1,139 @@
+#include "llama/cells.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace kvf {
+namespace {
+
+int32_t position_of(const Section &section, const StateFormat &format, const StateView &state,
+                    uint64_t cell) {
+    const uint64_t stride = (3 + format.cell_words) * sizeof(uint32_t);
+    int32_t position;
+    std::memcpy(&position, state.data + section.cells_at + cell * stride, sizeof position);
+    return position;
+}
+
+// As is_masked_swa() of any kind of window would say of a token at `position`, seen from `from`.
+struct Window {
+    int64_t size;
+
+    bool is_outside(int64_t position, int64_t from) const { return from - position >= size; }
+    // Of one kind at least, while the token at `last` still sees it.
+    bool may_leave_after(int64_t position, int64_t last) const {
+        const bool sliding = is_outside(position, last + 1);
+        const bool symmetric = last + 1 - position > size / 2 && last - position <= size / 2;
+        const bool chunked = (last + 1) % size == 0;
+        return sliding || symmetric || chunked;
+    }
+    // Of one kind at least, whether or not the token at `last` sees it.
+    bool may_be_outside_after(int64_t position, int64_t last) const {
+        const bool sliding = is_outside(position, last + 1);
+        const bool symmetric = last + 1 - position > size / 2;
+        const bool chunked = position < (last + 1) / size * size;
+        return sliding || symmetric || chunked;
+    }
+};
+
+// The section that holds a window's cells, if any does. A cache of two kinds of layers has two: that of the window is
+// the last. NULL where there are not two.
+const Section *section_of_window(const Structure &structure) {
+    const Section *last = nullptr;
+    size_t count = 0;
+    for (const Section &section : structure.sections) {
+        if (section.kind != Section::Kind::Attention) continue;
+        last = &section;
+        ++count;
+    }
+    return count > 1 ? last : nullptr;
+}
+
+void add_cells(const Section &section, uint64_t begin, uint64_t end, std::vector<ByteRange> &ranges,
+               size_t tensor) {
+    const TensorShape &shape = section.tensors[tensor];
+    const uint64_t at = section.tensor_at[tensor];
+    if (!shape.element) {
+        ranges.push_back({at + begin * shape.row, at + end * shape.row});
+        return;
+    }
+    for (uint64_t row = 0; row < shape.row / shape.element; ++row) {
+        const uint64_t first = at + row * section.cells * shape.element;
+        ranges.push_back({first + begin * shape.element, first + end * shape.element});
+    }
+}
+
+} // namespace
+
+bool positions_agree(const Structure &structure, const StateView &state) {
+    const auto positions_in_order = [&](const Section &section) {
+        std::vector<int32_t> positions(section.cells);
+        for (uint64_t cell = 0; cell < section.cells; ++cell)
+            positions[cell] = position_of(section, *structure.format, state, cell);
+        std::sort(positions.begin(), positions.end());
+        return positions;
+    };
+    const Section *first = nullptr;
+    std::vector<int32_t> all;
+    for (const Section &section : structure.sections) {
+        if (section.kind != Section::Kind::Attention) continue;
+        if (!first) {
+            first = &section;
+            continue;
+        }
+        if (section.cells == 0) continue;
+        if (all.empty()) all = positions_in_order(*first);
+        const auto these = positions_in_order(section);
+        if (!std::includes(all.begin(), all.end(), these.begin(), these.end())) return false;
+    }
+    return true;
+}
+
+std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const StateView &state,
+                                             int32_t window_size) {
+    std::vector<ByteRange> ranges;
+    if (window_size <= 0 || !structure.format) return ranges;
+    const Window window{window_size};
+    const Section *const of_window = section_of_window(structure);
+    for (const Section &section : structure.sections) {
+        if (section.kind != Section::Kind::Attention || section.cells == 0) continue;
+        if (section.streams > 1) continue; // each sequence has a stream of its own
+        const auto position = [&](uint64_t cell) {
+            return position_of(section, *structure.format, state, cell);
+        };
+        int32_t first = INT32_MAX, last = 0;
+        for (uint64_t cell = 0; cell < section.cells; ++cell) {
+            first = std::min(first, position(cell));
+            last = std::max(last, position(cell));
+        }
+        const bool has_outside = window.is_outside(first, last);
+        if (has_outside && &section != of_window) continue; // this one keeps every token
+        const bool has_masked = has_outside || !structure.framed;
+        std::vector<ByteRange> cells; // runs of them
+        for (uint64_t cell = 0; cell < section.cells; ++cell) {
+            const bool may_go = has_masked ? window.may_be_outside_after(position(cell), last)
+                                           : window.may_leave_after(position(cell), last);
+            if (!may_go) continue;
+            if (!cells.empty() && cells.back().end == cell) {
+                ++cells.back().end;
+            } else {
+                cells.push_back({cell, cell + 1});
+            }
+        }
+        if (cells.empty()) continue;
+        for (size_t tensor = 0; tensor < section.tensors.size(); ++tensor) {
+            if (!section.tensors[tensor].element) {
+                for (const ByteRange &run : cells)
+                    add_cells(section, run.begin, run.end, ranges, tensor);
+                continue;
+            }
+            const size_t begin = ranges.size();
+            for (const ByteRange &run : cells)
+                add_cells(section, run.begin, run.end, ranges, tensor);
+            std::sort(ranges.begin() + static_cast<ptrdiff_t>(begin), ranges.end(),
+                      [](const ByteRange &a, const ByteRange &b) { return a.begin < b.begin; });
+        }
+    }
+    return ranges;
+}
+
+} // namespace kvf
