@@ -61,15 +61,15 @@
  *
  * Words
  * -----
- * state       the bytes that llama_state_seq_get_data() writes for a sequence, bit for bit
- * save, load  a transfer from the device to host memory, and one from host memory to the device
- * buffer      the host memory that a save writes and a load reads
- * job         one submitted transfer. It ends with exactly one completion, whatever happens
- * completion  the report on how a job ended
- * queue       a list of completions with a file descriptor for poll(2)
+ * state       the bytes that llama_state_seq_get_data() writes for a sequence, bit for bit.
+ * save, load  a transfer from the device to host memory, and one from host memory to the device.
+ * buffer      the host memory that a save writes and a load reads.
+ * job         one submitted transfer. It ends with exactly one completion, whatever happens.
+ * completion  the report on how a job ended.
+ * queue       a list of completions with a file descriptor for poll(2).
  * tap         the functions of kvferry that libllama calls in place of ggml's own while kvferry
- *             records which bytes belong to a sequence
- * region      rows of bytes in the memory of a device or of the host, and their place in a buffer
+ *             records which bytes belong to a sequence.
+ * region      rows of bytes in the memory of a device or of the host, and their place in a buffer.
  *
  * Rules that hold for every function
  * ----------------------------------
@@ -122,8 +122,8 @@
  *
  * 1: The function that would end it too early returns KVF_ERR_BUSY instead. An engine's jobs do not
  *    count: kvf_engine_destroy() waits for them.
- * 2: Detach first. kvferry notices a context that is freed before: its jobs are cancelled and
- *    waited for, and later calls return KVF_ERR_CONTEXT_FREED.
+ * 2: Detach first. If a context is freed before that, kvferry notices: it cancels the context's
+ *    jobs and waits for them, and later calls return KVF_ERR_CONTEXT_FREED.
  * 3: A job goes on when its handle has been released. A handle stays valid when its job has ended
  *    and the engine has been destroyed.
  * 4: The memory stays the caller's, who frees it after kvf_buffer_unregister().
@@ -365,14 +365,15 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  *    sequences lie between each other.
  * 2: The next llama_decode waits for the transfer, because that decode rewrites the keys of all
  *    sequences, or a whole stream.
- * 3: The next llama_decode, kvf_llama_save or kvf_llama_load waits for the transfer if this sequence
- *    has changed. kvferry notices a change of the sequence's first or last position. From llama.cpp
- *    v0.5.0 on, in a cache with one kind of attention and no sliding window, kvferry also notices
- *    that a decode is about to write cells that the transfer moves. Elsewhere two changes go
- *    unnoticed, and bytes are lost: cells are removed from the middle of the sequence; or cells are
- *    removed and one batch, which ends at the same position, decodes them anew.
+ * 3: The next llama_decode, kvf_llama_save or kvf_llama_load waits for the transfer if this
+ *    sequence has changed. kvferry notices a change of the sequence's first or last position. From
+ *    llama.cpp v0.5.0 on, in a cache with one kind of attention and no sliding window, kvferry also
+ *    notices that a decode is about to write cells that the transfer moves. Elsewhere two changes
+ *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; or cells
+ *    are removed and one batch, which ends at the same position, decodes them anew.
  * "no": Where the cache is unified, the copy shares its cells with this sequence. libllama does not
- *    tell which sequences share cells: a decode of the copy reads cells that have not been loaded yet.
+ *    tell which sequences share cells: a decode of the copy reads cells that have not been loaded
+ *    yet.
  *
  * A call that waits blocks the context's thread. A transfer that follows a stream must therefore
  * not depend on work that this thread submits later. */
@@ -423,10 +424,10 @@ typedef struct kvf_submit_options kvf_submit_options;
  * kvf_job_release().
  *
  * Thread:    the context's
- * May block: with KVF_SAVE_SNAPSHOT, until the copy has been made (and before that, with
- *            KVF_SUBMIT_FOLLOW_STREAM, until the stream has done its work); with an opaque cache,
- *            until the bytes have been moved; with a sliding window saved in place, until the few
- *            cells have been moved that other sequences may take
+ * May block: where note 3 of the table says so; with KVF_SAVE_SNAPSHOT, until the copy has been
+ *            made (before that, with KVF_SUBMIT_FOLLOW_STREAM, until the stream has done its work);
+ *            with an opaque cache, until the bytes have been moved; with a sliding window saved in
+ *            place, until the few cells have been moved that other sequences may take
  * Returns:   KVF_OK; one completion follows.
  * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
  *            (a load into this sequence, or a blocking transfer of the context, is in flight),
@@ -440,8 +441,8 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
 /* Loads a state into a sequence, asynchronously; the state replaces what the sequence held.
  *
  * `bytes` is the exact size of the state. The buffer must not change until the completion. The call
- * takes the sequence's cells; the sequence must not be used until the completion. `options` and
- * `job` may be NULL. If `job` is given, release the handle with kvf_job_release().
+ * takes the sequence's cells; the table above says what may be done until the completion. `options`
+ * and `job` may be NULL. If `job` is given, release the handle with kvf_job_release().
  *
  * kvferry checks the state before libllama sees it. A load that is refused then leaves the sequence
  * as it was. A load that fails or is cancelled later leaves the sequence empty: if the call fails,
@@ -450,10 +451,10 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
  * kvf_llama_settle() before decoding.
  *
  * Thread:    the context's
- * May block: where note 1 of the table says so; with an opaque cache, until the bytes have been
- *            moved; with a sliding window, until the few cells have been moved that other sequences
- *            may take; with KVF_SUBMIT_FOLLOW_STREAM and a buffer of pinned memory or a state in an
- *            envelope, until the stream has done its work
+ * May block: where notes 1 and 3 of the table say so; with an opaque cache, until the bytes have
+ *            been moved; with a sliding window, until the few cells have been moved that other
+ *            sequences may take; with KVF_SUBMIT_FOLLOW_STREAM and a buffer of pinned memory or a
+ *            state in an envelope, until the stream has done its work
  * Returns:   KVF_OK; one completion follows.
  * Errors:    The sequence is as it was: KVF_ERR_STATE_DAMAGED (truncated, damaged, or without the
  *            envelope that this cache needs), KVF_ERR_STATE_MISMATCH (the state is of another
@@ -584,8 +585,8 @@ typedef enum kvf_submit_flags {
     /* Begin when the CUDA stream `stream` has done the work that it holds now: see section 7. */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
     /* For kvf_llama_load() alone: hand libllama a state that cannot be checked, because the format
-     * of the cache is not known and the state has no envelope (see kvf_llama_size()).
-     * libllama trusts what it loads: a damaged state may end the process, or leave cells that only
+     * of the cache is not known and the state has no envelope (see kvf_llama_size()). libllama
+     * trusts what it loads: a damaged state may end the process, or leave cells that only
      * llama_memory_clear() frees. */
     KVF_SUBMIT_TRUST_STATE = 2,
 } kvf_submit_flags;
@@ -816,10 +817,10 @@ KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
 
 /* Frees all memory that the engine keeps for later.
  *
- * That is the pool's free buffers; and what the engine has allocated for its own use and does not
- * use now: for each CUDA device up to 63 MiB of pinned memory, `staging_bytes` of device memory for
- * each direction, and the device memory of loads ahead. Memory that has been idle for half a minute
- * is freed without this call.
+ * The engine keeps free buffers of its pool, and memory of its own that it does not use now. The
+ * latter is, for each CUDA device, up to 63 MiB of pinned memory, `staging_bytes` of device memory
+ * for each direction, and the device memory of loads ahead. Memory that has been idle for half a
+ * minute is freed without this call.
  *
  * Thread:    any
  * May block: for the time to unpin: about 15 milliseconds a GiB

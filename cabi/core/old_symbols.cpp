@@ -6,8 +6,8 @@
 // place of one whose newest version is too new, and calls an old version, which newer systems keep. Only the shared library
 // contains these functions: programs that link libkvferry.a get what their own linker chooses.
 //
-// manylinux_2_28 sets the limits: GLIBC_2.28, GLIBCXX_3.4.24, CXXABI_1.3.11. Where a newer compiler asks for more symbols,
-// auditwheel, which `make dist` runs, names them.
+// manylinux_2_28 sets the limits: GLIBC_2.28, GLIBCXX_3.4.24, CXXABI_1.3.11. Where a newer compiler asks for newer symbols,
+// `make dist` fails; `auditwheel show` then names the versions, `objdump -T` the functions.
 #include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>

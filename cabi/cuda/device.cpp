@@ -18,7 +18,7 @@ CudaDevice::CudaDevice(JobOwner &owner, std::shared_ptr<const CudaContext> conte
     try {
         kernels_ = std::make_unique<CudaKernels>(*context_);
     } catch (const Error &error) {
-        no_kernels_ = kvf::describe(error); // slower, and right all the same
+        no_kernels_ = kvf::describe(error); // slower, and still right
     }
     const int max_pitch = context_->attribute(CU_DEVICE_ATTRIBUTE_MAX_PITCH);
     const CudaLane::Limits limits{staging_bytes_, static_cast<uint64_t>(max_pitch), *budget_};

@@ -13,11 +13,11 @@
 namespace kvf {
 namespace {
 
-// The oldest driver that the entry points and the kernels' PTX (ISA 6.0, CUDA 9.0) are sure to work on;
-// primary contexts, pointer attributes and registered memory of today's semantics are all in it.
+// The oldest driver on which the entry points and the kernels' PTX (ISA 6.0, CUDA 9.0) are sure to work: primary contexts,
+// pointer attributes and registered memory have their present meaning there.
 constexpr int kOldestVersion = 11000;
 
-// The driver does not survive a fork: a child of a process that has begun to open it cannot use it.
+// A driver does not survive a fork: the child of a process that has begun to open the driver cannot use it.
 std::atomic<bool> touched{false};
 std::atomic<bool> inherited{false};
 std::atomic<bool> watching_forks{false};
@@ -32,7 +32,8 @@ constinit const Opened *opened = nullptr; // never destroyed: threads may outliv
 std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
     const char *name = std::getenv("KVFERRY_CUDA_DRIVER");
     if (!name || !*name) name = "libcuda.so.1";
-    touched = true; // the loader's locks too do not survive a fork in the middle
+    touched =
+        true; // now, since a fork in the middle of dlopen() leaves the loader's locks taken in the child
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         touched = false;
@@ -66,14 +67,14 @@ std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
                      driver->version / 1000, driver->version % 1000 / 10);
         return nullptr;
     }
-    return driver; // its library stays loaded
+    return driver; // the library stays loaded
 }
 
 } // namespace
 
 std::shared_ptr<const CudaDriver> CudaDriver::get(std::string &why) {
-    // Before anything that a fork could interrupt; twice does no harm. (A function's static object would not do: a child
-    // would wait for ever for the thread that was making it.)
+    // Comes before everything that a fork could interrupt. Two threads may both come here, which does no harm. (With a
+    // static object of this function instead, a child would wait for ever for the thread that was making the object.)
     if (!watching_forks) {
         on_fork([] {}, [] {},
                 [] {
@@ -101,7 +102,7 @@ Error CudaDriver::error(CUresult result, const char *call) const {
     const char *text = nullptr;
     cuGetErrorName(result, &name);
     cuGetErrorString(result, &text);
-    char detail[256]; // no memory is taken for it, so that the status is told whatever happens
+    char detail[256]; // allocates nothing, so that the status is told whatever happens
     std::snprintf(detail, sizeof detail, "%s: %s (%s)", call, name ? name : "unknown error",
                   text ? text : "");
     switch (result) {

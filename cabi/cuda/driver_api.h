@@ -27,7 +27,7 @@ typedef struct CUarray_st *CUarray;
 
 /* ---- Values ---------------------------------------------------------------------------------- */
 
-/* X(name, number, text): errors that kvferry tells apart or that the simulated driver returns. */
+/* X(name, number, text): errors that kvferry distinguishes or that the simulated driver returns. */
 #define CUDA_DRIVER_ERRORS(X)                                                                      \
     X(CUDA_SUCCESS, 0, "no error")                                                                 \
     X(CUDA_ERROR_INVALID_VALUE, 1, "invalid argument")                                             \

@@ -170,7 +170,8 @@ bool CudaLane::poll_slots() {
     return progress;
 }
 
-// Queues the copies of slots that are ready, those that have been taken first, as far as the queue is for them.
+// Queues the copies of slots that are ready, the oldest first, until the queue is long enough. Returns true if there was
+// one.
 bool CudaLane::queue_copies() {
     bool progress = false;
     for (;;) {
@@ -186,7 +187,7 @@ bool CudaLane::queue_copies() {
     }
 }
 
-// Takes new pieces into idle slots.
+// Takes new pieces into idle slots. Returns true if there was one.
 bool CudaLane::refill() {
     bool progress = false;
     for (;;) {

@@ -16,8 +16,8 @@ public:
     explicit CudaPace(Direction direction);
 
     const Pacer::Pace &of(CudaWay way) const { return pacer(way).pace(); }
-    // A copy of the slot's way, from one end to the next, in nanoseconds; 0 where the copies' times have to be exact at
-    // the moment, or where nothing is known yet.
+    // The time from one copy's end to the next, in nanoseconds; 0 where the times have to be measured exactly at the
+    // moment, or where nothing is known yet.
     uint64_t expected_ns(CudaWay way) const;
 
     // A copy has ended. The pacer learns from it where it was a background copy and others were there to be queued all the

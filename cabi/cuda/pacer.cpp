@@ -35,7 +35,7 @@ void Pacer::begin(Phase phase) {
     const uint32_t epoch = pace_.epoch + 1;
     pace_ = settled_;
     pace_.epoch = epoch;
-    // What is measured is the law, and not the settled pace: with two queued, and with one.
+    // Measurements are made with two pieces queued and with one, whatever the settled window is.
     if (phase != Phase::Settled) pace_.window = phase == Phase::Alone ? 1 : 2;
     if (phase == Phase::Half) pace_.bytes /= 2;
     pieces_ = 0;
@@ -45,7 +45,7 @@ void Pacer::begin(Phase phase) {
 void Pacer::learn() {
     if (bandwidth_.count == 0) expected_ns_ = static_cast<uint64_t>(full_.ns); // as settled so far
     const double bytes = full_.bytes - half_.bytes, ns = full_.ns - half_.ns;
-    // Where somebody else has disturbed it, or the pieces could not be cut so, there is nothing to learn.
+    // Somebody else has disturbed the measurement, or the pieces could not be cut to these sizes.
     if (bytes < full_.bytes / 8 || ns <= 0) return;
     const double bandwidth = bytes / ns;
     const double overhead = full_.ns - full_.bytes / bandwidth;

@@ -8,8 +8,8 @@
 namespace kvf {
 namespace {
 
-// Host memory that is registered with the driver for ever because a device was given up. Its owner may unmap it all the
-// same: memory that is mapped at that address later is not the memory that the driver has pinned.
+// Host memory that is registered with the driver for ever because a device was given up. Its owner may unmap it
+// nevertheless: memory that is mapped at that address later is not the memory that the driver has pinned.
 class StaleRegistrations {
 public:
     void add(const void *memory, uint64_t bytes) {

@@ -20,7 +20,7 @@ std::shared_ptr<Job> make_job(Engine &engine, Submission &submission,
     if (!request.pinned && engine.pinner() && submission.buffer_bytes) {
         request.pinned = engine.pinner()->is_pinned(submission.buffer, submission.buffer_bytes);
     }
-    // A thread of ours would crash in it.
+    // A thread of the engine would crash when it writes there.
     if (request.direction == Direction::Save && !resources.memory && !request.pinned &&
         !WritableCheck()(reinterpret_cast<uint64_t>(submission.buffer), submission.buffer_bytes)) {
         throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");

@@ -14,7 +14,7 @@ class Device;
 class Job;
 struct Leg;
 
-using LegList = std::map<uint64_t, Leg *>; // by the order in which they came to the device
+using LegList = std::map<uint64_t, Leg *>; // in the order in which the device got them
 
 struct Leg {
     Leg(Device &device, Direction direction) : device(device), direction(direction) {}

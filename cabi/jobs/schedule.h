@@ -114,7 +114,7 @@ public:
         return true;
     }
 
-    // Lets the legs move whose gates were found open, each in its order. True if there is one.
+    // Lets the legs move whose gates were found open, in the order in which they were added. True if there is one.
     bool admit(uint32_t priority, const GateCheck &check) {
         LegList &following = lists_[priority].following;
         bool any = false;

@@ -44,7 +44,7 @@ void unregister_memory(void *buffer) {
     KnownMemory &known = *node.mapped();
     if (!known.pinner || known.pinner->unpin(buffer, known.bytes)) return;
     std::lock_guard lock(registry().mutex);
-    known.pinned = false; // its owner may unmap it all the same: copies go round it from now on
+    known.pinned = false; // its owner may unmap it nevertheless: copies avoid it from now on
     registry().ranges.insert(std::move(node));
     throw Error(KVF_ERR_DEVICE_LOST, "a copy did not end, and the driver still has the range");
 }

@@ -66,6 +66,12 @@ inline void need_simulation() {
     if (!driver().simulated()) SKIP("needs the simulated driver");
 }
 
+// As need_simulation(), with so many devices. Before the first call of the driver.
+inline void need_simulation(int devices) {
+    setenv("KVFSIM_DEVICES", std::to_string(devices).c_str(), 1);
+    need_simulation();
+}
+
 #define CHECK_CUDA(call)                                                                           \
     do {                                                                                           \
         if (const CUresult result_ = (call)) {                                                     \
@@ -97,6 +103,16 @@ private:
     const int device_;
     CUcontext context_ = nullptr;
 };
+
+// Returns how many devices there are, two at least; `simulated` of them on the simulated driver.
+inline int need_several_devices(int simulated) {
+    setenv("KVFSIM_DEVICES", std::to_string(simulated).c_str(), 1);
+    CHECK_CUDA(driver().cuInit(0));
+    int count = 0;
+    CHECK_CUDA(driver().cuDeviceGetCount(&count));
+    if (count < 2) SKIP("one device only");
+    return count;
+}
 
 using Bytes = std::vector<unsigned char>;
 
@@ -260,6 +276,27 @@ public:
 private:
     kvf_engine engine_ = 0;
 };
+
+// Checks that KVF_DEVICES_CUDA is refused with a text that has `why` in it. Returns an engine of the host alone, whose
+// description has it too.
+inline kvf_engine make_engine_without_cuda(const char *why) {
+    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
+    char error[512] = "";
+    options.error = error;
+    options.error_size = sizeof error;
+    options.devices = KVF_DEVICES_CUDA;
+    kvf_engine engine = 0;
+    CHECK_STATUS(KVF_ERR_NO_DEVICE, kvf_engine_create(&options, &engine));
+    if (!strstr(error, why)) fprintf(stderr, "\"%s\" lacks \"%s\"\n", error, why);
+    CHECK(strstr(error, why) && engine == 0);
+
+    options.devices = KVF_DEVICES_AUTO;
+    CHECK_OK(kvf_engine_create(&options, &engine));
+    char json[4096];
+    CHECK_OK(kvf_engine_describe(engine, json, sizeof json, nullptr));
+    CHECK(strstr(json, why) && !strstr(json, "\"kind\": \"cuda\""));
+    return engine;
+}
 
 // Foreign: pinned by the program itself, past kvferry.
 enum class Kind { Pool, Registered, Foreign, Pageable };
@@ -461,4 +498,30 @@ inline void model(const Plan &plan, Way way, std::span<unsigned char> memory,
             }
         }
     }
+}
+
+// Saves the plan's rows of `device`, which holds `memory`, and checks the whole buffer.
+inline kvf_completion save_and_check(kvf_engine engine, const Plan &plan,
+                                     const DeviceMemory &device, Bytes &memory,
+                                     const Buffer &buffer,
+                                     uint32_t priority = KVF_PRIORITY_URGENT) {
+    Bytes expected(plan.buffer_bytes, 0xAA);
+    buffer.fill(0xAA);
+    model(plan, Way::Save, memory, expected);
+    const kvf_completion completion =
+        succeed(start(engine, Way::Save, plan.at(device.address()), buffer, priority));
+    CHECK(buffer.holds(expected));
+    return completion;
+}
+
+// Loads random bytes into the plan's rows of `device`, which holds `memory`, and checks the whole of it.
+inline void load_and_check(kvf_engine engine, const Plan &plan, const DeviceMemory &device,
+                           Bytes &memory, const Buffer &buffer, Random &random,
+                           uint32_t priority = KVF_PRIORITY_URGENT) {
+    Bytes content = random_bytes(random, plan.buffer_bytes);
+    buffer.fill(content);
+    model(plan, Way::Load, memory, content);
+    succeed(start(engine, Way::Load, plan.at(device.address()), buffer, priority));
+    CHECK(device.read() == memory);
+    CHECK(buffer.holds(content));
 }

@@ -32,12 +32,7 @@ void act_as(Caller caller, const Context &other, Function &&function) {
 } // namespace
 
 int main() {
-    setenv("KVFSIM_DEVICES", "2", 1);
-    CHECK_CUDA(driver().cuInit(0));
-    int count = 0;
-    CHECK_CUDA(driver().cuDeviceGetCount(&count));
-    if (count < 2) SKIP("one device only");
-
+    need_several_devices(2);
     Random random(7);
     Context first(0);
     const DeviceMemory of_first(kBytes);

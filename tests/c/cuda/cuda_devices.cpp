@@ -2,12 +2,7 @@
 #include "cuda.hpp"
 
 int main() {
-    setenv("KVFSIM_DEVICES", "3", 1);
-    CHECK_CUDA(driver().cuInit(0));
-    int count = 0;
-    CHECK_CUDA(driver().cuDeviceGetCount(&count));
-    if (count < 2) SKIP("one device only");
-
+    const int count = need_several_devices(3);
     Random random(3);
     const uint64_t room = 2 * MiB;
     std::vector<std::unique_ptr<Context>> contexts;

@@ -8,19 +8,7 @@ namespace {
 
 void child(kvf_engine inherited) {
     CHECK_STATUS(KVF_ERR_FORKED, kvf_engine_describe(inherited, nullptr, 0, nullptr));
-    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-    char error[256] = "";
-    options.error = error;
-    options.error_size = sizeof error;
-    options.devices = KVF_DEVICES_CUDA;
-    kvf_engine engine = 0;
-    CHECK_STATUS(KVF_ERR_NO_DEVICE, kvf_engine_create(&options, &engine));
-    CHECK(strstr(error, "forked"));
-    options.devices = KVF_DEVICES_AUTO;
-    CHECK_OK(kvf_engine_create(&options, &engine));
-    char json[2048];
-    CHECK_OK(kvf_engine_describe(engine, json, sizeof json, nullptr));
-    CHECK(strstr(json, "forked") && !strstr(json, "\"kind\": \"cuda\""));
+    const kvf_engine engine = make_engine_without_cuda("forked");
 #ifndef __SANITIZE_THREAD__ // TSan does not know threads of such a child
     unsigned char from[500], to[500];
     memset(from, 5, sizeof from);

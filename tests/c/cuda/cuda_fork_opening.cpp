@@ -20,16 +20,7 @@ int main() {
     CHECK(pid >= 0);
     if (pid == 0) {
         alarm(20); // a child that hangs ends with this
-        kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-        char error[256] = "";
-        options.error = error;
-        options.error_size = sizeof error;
-        options.devices = KVF_DEVICES_CUDA;
-        kvf_engine engine = 0;
-        CHECK_STATUS(KVF_ERR_NO_DEVICE, kvf_engine_create(&options, &engine));
-        CHECK(strstr(error, "forked"));
-        options.devices = KVF_DEVICES_AUTO;
-        CHECK_OK(kvf_engine_create(&options, &engine));
+        const kvf_engine engine = make_engine_without_cuda("forked");
         CHECK_OK(kvf_engine_destroy(engine));
         _exit(0);
     }

@@ -4,10 +4,7 @@
 #include <condition_variable>
 #include <mutex>
 
-#include "engine/open_job.h"
-#include "memory/layout_builder.h"
-
-#include "cuda.hpp"
+#include "inside.hpp"
 
 namespace {
 
@@ -72,30 +69,20 @@ struct Test {
     // What has been moved is not looked at: one thread copies to and from the buffer, which all jobs share. On the device
     // jobs with a gate, of which one moves at a time, have a place of their own, and the others the rest.
     std::shared_ptr<kvf::Job> submit(std::shared_ptr<kvf::Gate> gate = nullptr) {
-        kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-        options.priority = priority;
-        kvf::Submission submission;
-        submission.direction = direction;
-        submission.buffer = buffer.data();
-        submission.buffer_bytes = buffer.size();
+        kvf::Submission submission = make_submission(direction, buffer.data(), buffer.size());
         const uint64_t place = gate ? 0 : 1 + submitted++ % (kPlaces - 1);
         submission.gate = std::move(gate);
         kvf::LayoutBuilder builder;
         const uint64_t memory =
             device ? on_device.address() : reinterpret_cast<uint64_t>(on_host.data());
         builder.add(memory + place * kBytes, 0, kBytes);
-        kvf::Recorded recorded;
-        recorded.layouts.emplace_back(device, builder.finish());
-        return kvf::submit_job(*engine, std::move(submission), std::move(recorded), options,
+        return kvf::submit_job(*engine, std::move(submission),
+                               make_recorded(device, builder.finish()), options_of(priority),
                                nullptr);
     }
 };
 
-int32_t end_of(const std::shared_ptr<kvf::Job> &job) {
-    kvf_completion completion;
-    CHECK(job->wait(60 * SECONDS, &completion));
-    return completion.status;
-}
+int32_t end_of(const std::shared_ptr<kvf::Job> &job) { return finish(job).status; }
 
 void who_submits_or_cancels_does_not_wait_for_an_answer(Test &test) {
     const auto gate = std::make_shared<TestGate>();
@@ -146,10 +133,7 @@ int main() {
     const Context context;
     const Holdings holdings;
     {
-        kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-        options.devices = KVF_DEVICES_CUDA;
-        options.copy_threads = 1;
-        const auto engine = std::make_shared<kvf::Engine>(options);
+        const auto engine = make_cuda_engine(1);
         for (const uint32_t device : {0u, 1u}) {
             for (const auto direction : {kvf::Direction::Save, kvf::Direction::Load}) {
                 for (const uint32_t priority : {KVF_PRIORITY_BACKGROUND, KVF_PRIORITY_URGENT}) {

@@ -22,8 +22,7 @@ void move(kvf_engine engine, const DeviceMemory &device, const Buffer &buffer, R
 
 int main() {
     setenv("KVFERRY_STUCK_SECONDS", "1", 1);
-    setenv("KVFSIM_DEVICES", "2", 1);
-    need_simulation();
+    need_simulation(2);
     const Driver &d = driver();
     Random random(26);
     const Context second(1);

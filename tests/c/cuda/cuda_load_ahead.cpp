@@ -1,9 +1,6 @@
-// Loads ahead: the bytes are brought to the device before it is known where they belong, and moved on within it. All of
-// them, whenever the layout comes; nothing where the job ends otherwise; and the memory is kept for the next, or goes.
-#include "engine/open_job.h"
-#include "memory/layout_builder.h"
-
-#include "cuda.hpp"
+// Loads ahead: the bytes are staged on the device before it is known where they belong, and then placed. All of them are
+// placed, whenever the layout comes; none where the job ends otherwise. The memory is kept for the next load, or freed.
+#include "inside.hpp"
 
 namespace {
 
@@ -84,30 +81,15 @@ struct Test {
         : engine(engine), device(engine->device(1)), state(state), memory(state.device_bytes) {}
 
     kvf::Submission submission(const unsigned char *buffer) const {
-        kvf::Submission submission;
-        submission.direction = kvf::Direction::Load;
-        submission.buffer = const_cast<unsigned char *>(buffer);
-        submission.buffer_bytes = state.bytes;
-        return submission;
+        return make_submission(Way::Load, const_cast<unsigned char *>(buffer), state.bytes);
     }
-    kvf_submit_options options() const {
-        kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-        options.priority = priority;
-        return options;
-    }
+    kvf_submit_options options() const { return options_of(priority); }
     kvf::Recorded recorded() const {
-        kvf::Recorded recorded;
-        recorded.layouts.emplace_back(1, state.at(memory.address()));
+        kvf::Recorded recorded = make_recorded(1, state.at(memory.address()));
         recorded.bytes = state.bytes;
         return recorded;
     }
 };
-
-kvf_completion end_of(const std::shared_ptr<kvf::Job> &job) {
-    kvf_completion completion;
-    CHECK(job->wait(60 * SECONDS, &completion));
-    return completion;
-}
 
 // The layout comes at once, while the bytes are under way, or when they are all there.
 void load(Test &test, Random &random, const unsigned char *buffer, int64_t wait_ms) {
@@ -124,21 +106,21 @@ void load(Test &test, Random &random, const unsigned char *buffer, int64_t wait_
         if (wait_ms) sleep_ms(wait_ms);
         open.commit(test.recorded(), nullptr);
     }
-    CHECK_OK(end_of(job).status);
+    succeed(job);
     CHECK(test.memory.read() == expected);
 }
 
-// Nothing of it belongs to this device after all.
+// No byte of the state belongs to this device after all.
 void load_nothing(Test &test, const unsigned char *buffer) {
     kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
     const auto job = open.job();
     open.stage(1, test.device.make_load_ahead(test.state.bytes));
     open.commit({}, nullptr);
-    CHECK_OK(end_of(job).status);
+    succeed(job);
 }
 
-// Taken back, or cancelled at any time: nothing moves any more, whatever had begun.
-void give_up(Test &test, Random &random, const unsigned char *buffer) {
+// The job is retracted, or cancelled at any time: nothing moves any more, whatever had begun.
+void end_otherwise(Test &test, Random &random, const unsigned char *buffer) {
     for (int i = 0; i < 12; ++i) {
         const Bytes before = random_bytes(random, test.state.device_bytes);
         test.memory.write(before);
@@ -153,13 +135,13 @@ void give_up(Test &test, Random &random, const unsigned char *buffer) {
         }
         if (i % 3 == 2) job->fail(KVF_ERR_CANCELLED, "");
         job->cut_short();
-        const int32_t status = end_of(job).status;
+        const int32_t status = finish(job).status;
         CHECK(status == KVF_ERR_CANCELLED || (i % 3 == 2 && status == KVF_OK));
         if (i % 3 < 2) CHECK(test.memory.read() == before);
     }
 }
 
-void keep_and_let_go(Test &test, Random &random, const unsigned char *buffer) {
+void keep_and_free(Test &test, Random &random, const unsigned char *buffer) {
     Driver &d = driver();
     test.engine->trim();
     const uint64_t before = d.count("device_bytes");
@@ -168,7 +150,7 @@ void keep_and_let_go(Test &test, Random &random, const unsigned char *buffer) {
     CHECK(kept >= before + test.state.bytes && kept <= before + test.state.bytes + 8 * MiB);
     load(test, random, buffer, 0);
     CHECK(d.count("device_bytes") == kept && d.calls("cuMemAlloc") == calls);
-    // One that is too small for the next goes, at once where there would not be enough memory.
+    // Memory that is too small for the next load is freed, at once where the device is short of memory.
     auto larger = test.device.make_load_ahead(4 * test.state.bytes);
     CHECK(larger && d.count("device_bytes") >= before + 4 * test.state.bytes);
     while (d.count("device_bytes") >= before + 4 * test.state.bytes + 4 * MiB) sleep_ms(1);
@@ -178,14 +160,14 @@ void keep_and_let_go(Test &test, Random &random, const unsigned char *buffer) {
     CHECK(larger);
     larger.reset();
     test.engine->trim();
-    while (d.count("device_bytes") != before) sleep_ms(1); // the crew may free some of it
+    while (d.count("device_bytes") != before) sleep_ms(1); // copy threads may free some of it
 
     d.set("device_limit", d.count("device_bytes") + test.state.bytes / 2);
     CHECK(!test.device.make_load_ahead(test.state.bytes));
     d.set("device_limit", UINT64_MAX);
 }
 
-// An error while the bytes are brought, or moved on, ends the job with it, and the next one works.
+// An error while bytes are staged or placed ends the job with that error, and the next job works.
 void fail(Test &test, Random &random, const unsigned char *buffer) {
     Driver &d = driver();
     for (const char *name : {"cuMemcpyHtoDAsync", "cuMemcpyDtoDAsync", "cuLaunchKernel",
@@ -201,7 +183,7 @@ void fail(Test &test, Random &random, const unsigned char *buffer) {
                 const auto job = open.job();
                 open.stage(1, load_ahead);
                 open.commit(test.recorded(), nullptr);
-                status = end_of(job).status;
+                status = finish(job).status;
             } catch (const kvf::Error &error) {
                 status = error.status;
             }
@@ -231,9 +213,7 @@ int main(int argc, char **argv) {
     const Context context;
     const Holdings holdings;
     const bool simulated = driver().simulated();
-    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-    options.devices = KVF_DEVICES_CUDA;
-    auto engine = std::make_shared<kvf::Engine>(options);
+    auto engine = make_cuda_engine();
     unusual_tables(engine, random);
     for (int round = 0; round < 2; ++round) {
         const State state(random, 6, 600);
@@ -247,11 +227,11 @@ int main(int argc, char **argv) {
                 test.priority = priority;
                 for (const int64_t wait_ms : {0, 10}) load(test, random, buffer, wait_ms);
                 load_nothing(test, buffer);
-                give_up(test, random, buffer);
+                end_otherwise(test, random, buffer);
             }
         }
         if (simulated && round == 0) {
-            keep_and_let_go(test, random, pinned);
+            keep_and_free(test, random, pinned);
             fail(test, random, pinned);
         }
         kvf_buffer_free(pinned);

@@ -73,8 +73,7 @@ void lose(Random &random, const char *held, CUresult error) {
 } // namespace
 
 int main() {
-    setenv("KVFSIM_DEVICES", "2", 1);
-    need_simulation();
+    need_simulation(2);
     Random random(14);
     lose(random, "copy", CUDA_ERROR_ECC_UNCORRECTABLE);
     driver().reset();

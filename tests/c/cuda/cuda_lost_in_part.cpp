@@ -69,8 +69,7 @@ void given_up() {
 
 int main() {
     setenv("KVFERRY_STUCK_SECONDS", "1", 1);
-    setenv("KVFSIM_DEVICES", "2", 1);
-    need_simulation();
+    need_simulation(2);
     found_out_by_a_copy();
     known_when_its_leg_comes();
     given_up();

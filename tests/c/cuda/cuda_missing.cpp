@@ -8,21 +8,7 @@
 namespace {
 
 void check_host_engine(const char *why) {
-    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-    char error[512] = "";
-    options.error = error;
-    options.error_size = sizeof error;
-    options.devices = KVF_DEVICES_CUDA;
-    kvf_engine engine = 0;
-    CHECK_STATUS(KVF_ERR_NO_DEVICE, kvf_engine_create(&options, &engine));
-    if (!strstr(error, why)) fprintf(stderr, "\"%s\" lacks \"%s\"\n", error, why);
-    CHECK(strstr(error, why) && engine == 0);
-
-    options.devices = KVF_DEVICES_AUTO;
-    CHECK_OK(kvf_engine_create(&options, &engine));
-    char json[4096];
-    CHECK_OK(kvf_engine_describe(engine, json, sizeof json, nullptr));
-    CHECK(strstr(json, why) && !strstr(json, "\"kind\": \"cuda\""));
+    const kvf_engine engine = make_engine_without_cuda(why);
     static unsigned char from[1000], to[1000];
     memset(from, 7, sizeof from);
     const kvf_region region = plain_region(from, sizeof from, 0);

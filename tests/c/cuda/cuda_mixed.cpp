@@ -1,14 +1,11 @@
 // Jobs of all kinds at once, urgent and in the background, recorded before they move or meanwhile, of pinned and of
-// pageable buffers, some cancelled, some taken back, with little staging and with much, while another thread gives back all
-// the memory that is idle: each byte is where it belongs, and nothing beside them is touched.
+// pageable buffers, some cancelled, some retracted, with little staging and with much, while another thread frees all idle
+// memory: each byte is where it belongs, and nothing beside them is touched.
 //
 //     test_cuda_mixed [seed [rounds]]
 #include <atomic>
 
-#include "engine/open_job.h"
-#include "memory/layout_builder.h"
-
-#include "cuda.hpp"
+#include "inside.hpp"
 
 namespace {
 
@@ -130,11 +127,8 @@ private:
     // With the rest still being recorded.
     int32_t move_in_parts(Way way, const Tensors &tensors, const DeviceMemory &device,
                           const Buffer &buffer) {
-        kvf::Submission submission;
-        submission.direction = way == Way::Save ? kvf::Direction::Save : kvf::Direction::Load;
-        submission.buffer = buffer.data();
-        submission.buffer_bytes = buffer.bytes();
-        kvf::OpenJob open(*engine_, std::move(submission), options_, false);
+        kvf::OpenJob open(*engine_, make_submission(way, buffer.data(), buffer.bytes()), options_,
+                          false);
         kvf::LayoutBuilder builder;
         const uint64_t at_once = between(random_, 1, 4);
         for (uint64_t i = 0; i < tensors.count; ++i) {
@@ -147,13 +141,9 @@ private:
             if (chance(20)) open.job()->cancel();
         }
         const std::shared_ptr<kvf::Job> job = open.job();
-        if (chance(8)) return KVF_ERR_CANCELLED; // and takes it back
-        kvf::Recorded rest;
-        rest.layouts.emplace_back(1, builder.finish());
-        open.commit(std::move(rest), nullptr);
-        kvf_completion completion;
-        CHECK(job->wait(60 * SECONDS, &completion));
-        return completion.status;
+        if (chance(8)) return KVF_ERR_CANCELLED; // and retracts the job
+        open.commit(make_recorded(1, builder.finish()), nullptr);
+        return finish(job).status;
     }
 
     const kvf_engine handle_;

@@ -15,19 +15,11 @@ int main() {
     for (const Style style : kStyles) {
         for (const Kind kind : {Kind::Pool, Kind::Pageable}) {
             const Plan plan = make_plan(random, style, room, 300);
-            Bytes memory = random_bytes(random, room), expected(plan.buffer_bytes, 0xAA);
+            Bytes memory = random_bytes(random, room);
             const DeviceMemory device(memory);
-            const Regions regions = plan.at(device.address());
             const Buffer buffer(engine, kind, plan.buffer_bytes, 7);
-            buffer.fill(0xAA);
-            model(plan, Way::Save, memory, expected);
-            succeed(start(engine, Way::Save, regions, buffer));
-            CHECK(buffer.holds(expected));
-            expected = random_bytes(random, plan.buffer_bytes);
-            buffer.fill(expected);
-            model(plan, Way::Load, memory, expected);
-            succeed(start(engine, Way::Load, regions, buffer));
-            CHECK(device.read() == memory);
+            save_and_check(engine, plan, device, memory, buffer);
+            load_and_check(engine, plan, device, memory, buffer, random);
         }
     }
     CHECK(d.count("kernels") == 0);

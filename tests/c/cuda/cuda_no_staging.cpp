@@ -15,21 +15,12 @@ int main() {
         for (const Style style : {Style::Runs, Style::CellsAtRandom, Style::Narrow, Style::Mixed}) {
             for (const Kind kind : {Kind::Pool, Kind::Pageable}) {
                 const Plan plan = make_plan(random, style, room, 500);
-                Bytes memory = random_bytes(random, room), expected(plan.buffer_bytes, 0xAA);
-                const Regions regions = plan.at(device.address());
+                Bytes memory = random_bytes(random, room);
                 const Buffer buffer(engine, kind, plan.buffer_bytes);
-
                 device.write(memory);
-                buffer.fill(0xAA);
-                model(plan, Way::Save, memory, expected);
-                succeed(start(engine, Way::Save, regions, buffer));
-                CHECK(buffer.holds(expected));
-
-                expected = random_bytes(random, plan.buffer_bytes);
-                buffer.fill(expected);
-                model(plan, Way::Load, memory, expected);
-                succeed(start(engine, Way::Load, regions, buffer, KVF_PRIORITY_BACKGROUND));
-                CHECK(device.read() == memory);
+                save_and_check(engine, plan, device, memory, buffer);
+                load_and_check(engine, plan, device, memory, buffer, random,
+                               KVF_PRIORITY_BACKGROUND);
             }
         }
         CHECK((d.count("kernels") > 0) == (free > 0));

@@ -1,9 +1,6 @@
-// A job may move while its submitting call still records the rest. Committed, it completes once; taken back, it
-// moves no more when that returns, and nobody hears of it.
-#include "engine/open_job.h"
-#include "memory/layout_builder.h"
-
-#include "cuda.hpp"
+// A job may move while its submitting call still records the rest. A job that is committed completes once. A job that is
+// retracted moves nothing any more when that returns, and nobody hears of it.
+#include "inside.hpp"
 
 namespace {
 
@@ -51,9 +48,7 @@ struct Test {
         kvf::withdraw<kvf::Queue>(options.queue);
     }
     kvf::Submission submission() {
-        kvf::Submission submission;
-        submission.buffer = buffer.data();
-        submission.buffer_bytes = buffer.size();
+        kvf::Submission submission = make_submission(Way::Save, buffer.data(), buffer.size());
         submission.gate = engine->make_gate(options, 0);
         submission.on_end = [this](int32_t status) {
             ++ends;
@@ -89,8 +84,7 @@ void committed(Test &&test, const Source &source) {
         CHECK(test.will_hold(source, 0));
         open.add(source.device(), source.part(1));
         CHECK(test.completions(&completion, 20'000'000) == 0); // it is not known to be all
-        kvf::Recorded recorded;
-        recorded.layouts.emplace_back(source.device(), source.part(2));
+        kvf::Recorded recorded = make_recorded(source.device(), source.part(2));
         recorded.bytes = 11;
         recorded.fragments = 12;
         recorded.segments = 13;
@@ -119,7 +113,7 @@ void committed_with_nothing_more(Test &&test, const Source &source) {
     CHECK_OK(completion.status);
 }
 
-void taken_back(Test &&test, const Source &source) {
+void retracted(Test &&test, const Source &source) {
     uint64_t handle;
     {
         kvf::OpenJob open(*test.engine, test.submission(), test.options, true);
@@ -168,9 +162,7 @@ void cancelled_while_open(Test &&test, const Source &source) {
     open.add(source.device(), source.part(1));
     kvf_completion completion;
     CHECK(test.completions(&completion, 5'000'000) == 0 && test.ends == 0);
-    kvf::Recorded recorded;
-    recorded.layouts.emplace_back(source.device(), source.part(2));
-    open.commit(std::move(recorded), nullptr);
+    open.commit(make_recorded(source.device(), source.part(2)), nullptr);
     CHECK(test.completions(&completion, 60 * SECONDS) == 1);
     CHECK(completion.status == KVF_ERR_CANCELLED && test.ends == 1);
 }
@@ -184,9 +176,7 @@ void cancelled_before_its_first_part(Test &&test, const Source &source) {
     test.options.stream = stream.number();
     kvf::OpenJob open(*test.engine, test.submission(), test.options, false);
     test.engine->cancel([](const kvf::Job &) { return true; });
-    kvf::Recorded recorded;
-    recorded.layouts.emplace_back(source.device(), source.part(0));
-    open.commit(std::move(recorded), nullptr);
+    open.commit(make_recorded(source.device(), source.part(0)), nullptr);
     kvf_completion completion;
     CHECK(test.completions(&completion, 60 * SECONDS) == 1);
     CHECK(completion.status == KVF_ERR_CANCELLED && completion.started_ns == 0);
@@ -199,21 +189,15 @@ void others_pass_while_it_waits(Test &&test, const Source &source) {
     open.add(source.device(), source.part(0));
     CHECK(test.will_hold(source, 0));
     Bytes other(kParts * kPart);
-    kvf::Submission submission;
-    submission.buffer = other.data();
-    submission.buffer_bytes = other.size();
-    kvf::Recorded recorded;
-    recorded.layouts.emplace_back(source.device(), source.part(1));
-    const auto job = kvf::submit_job(*test.engine, std::move(submission), std::move(recorded),
-                                     test.options, nullptr);
+    succeed(kvf::submit_job(*test.engine, make_submission(Way::Save, other.data(), other.size()),
+                            make_recorded(source.device(), source.part(1)), test.options, nullptr));
     kvf_completion completion;
-    CHECK(job->wait(60 * SECONDS, &completion) && completion.status == KVF_OK);
     CHECK(test.completions(&completion, 60 * SECONDS) == 1);
     open.commit({}, nullptr);
     CHECK(test.completions(&completion, 60 * SECONDS) == 1);
 }
 
-// Many jobs of many parts from several threads, each committed, taken back or cancelled.
+// Many jobs of many parts from several threads, each committed, retracted or cancelled.
 void races(const std::shared_ptr<kvf::Engine> &engine, const Source &source) {
     std::vector<std::thread> threads;
     for (unsigned thread = 0; thread < 3; ++thread) {
@@ -269,16 +253,13 @@ int main() {
     const Context context;
     const Holdings holdings;
     {
-        kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-        options.devices = KVF_DEVICES_CUDA;
-        options.copy_threads = 2;
-        auto engine = std::make_shared<kvf::Engine>(options);
+        auto engine = make_cuda_engine(2);
         for (const uint32_t device : {0u, 1u}) {
             const Source source(device);
             for (const uint32_t priority : {KVF_PRIORITY_BACKGROUND, KVF_PRIORITY_URGENT}) {
                 committed(Test(engine, priority), source);
                 committed_with_nothing_more(Test(engine, priority), source);
-                taken_back(Test(engine, priority), source);
+                retracted(Test(engine, priority), source);
                 released_while_open(Test(engine, priority), source);
                 cancelled_while_open(Test(engine, priority), source);
                 cancelled_before_its_first_part(Test(engine, priority), source);

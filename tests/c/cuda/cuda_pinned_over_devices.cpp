@@ -40,8 +40,7 @@ using TransfersOfDevices = std::vector<std::unique_ptr<Transfers>>;
 } // namespace
 
 int main() {
-    setenv("KVFSIM_DEVICES", std::to_string(kDevices).c_str(), 1);
-    need_simulation();
+    need_simulation(kDevices);
     Driver &d = driver();
     Random random(12);
     const Holdings holdings;

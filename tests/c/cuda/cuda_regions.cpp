@@ -14,23 +14,11 @@ int main(int argc, char **argv) {
                 const Plan plan = make_plan(random, style, room);
                 Bytes memory = random_bytes(random, room);
                 const DeviceMemory device(memory);
-                const Regions regions = plan.at(device.address());
                 const Buffer buffer(engine, kind, plan.buffer_bytes, between(random, 0, 300));
-                Bytes expected(plan.buffer_bytes, 0xAA);
-
-                buffer.fill(0xAA);
-                model(plan, Way::Save, memory, expected);
                 const kvf_completion save =
-                    succeed(start(engine, Way::Save, regions, buffer, priority));
-                CHECK(buffer.holds(expected));
+                    save_and_check(engine, plan, device, memory, buffer, priority);
                 CHECK(save.started_ns >= save.submitted_ns && save.finished_ns >= save.started_ns);
-
-                expected = random_bytes(random, plan.buffer_bytes);
-                buffer.fill(expected);
-                model(plan, Way::Load, memory, expected);
-                succeed(start(engine, Way::Load, regions, buffer, priority));
-                CHECK(device.read() == memory);
-                CHECK(buffer.holds(expected));
+                load_and_check(engine, plan, device, memory, buffer, random, priority);
             }
         }
     }

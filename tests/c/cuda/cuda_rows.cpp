@@ -1,10 +1,7 @@
 // Rows of one width at one pitch, tensor after tensor with libllama's few bytes between them, at any place of the buffer
 // and while they are still being recorded: urgent loads take them through staging without a table, whole lines of the host
 // at a time, and nothing beside them is touched.
-#include "engine/open_job.h"
-#include "memory/layout_builder.h"
-
-#include "cuda.hpp"
+#include "inside.hpp"
 
 namespace {
 
@@ -42,22 +39,15 @@ struct Tensors {
 // With all but the first `early` tensors recorded while those are being moved.
 void move(const std::shared_ptr<kvf::Engine> &engine, Way way, const Tensors &tensors,
           uint64_t address, unsigned char *buffer, uint32_t priority, uint64_t early) {
-    kvf::Submission submission;
-    submission.direction = way == Way::Save ? kvf::Direction::Save : kvf::Direction::Load;
-    submission.buffer = buffer;
-    submission.buffer_bytes = tensors.buffer_bytes();
-    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-    options.priority = priority;
-    kvf::OpenJob open(*engine, std::move(submission), options, false);
+    kvf::OpenJob open(*engine, make_submission(way, buffer, tensors.buffer_bytes()),
+                      options_of(priority), false);
     for (uint64_t tensor = 0; tensor < tensors.count; ++tensor) {
         if (tensor == early) std::this_thread::sleep_for(std::chrono::milliseconds(2));
         open.add(1, tensors.layout(address, tensor));
     }
     const std::shared_ptr<kvf::Job> job = open.job();
     open.commit({}, nullptr);
-    kvf_completion completion;
-    CHECK(job->wait(60 * SECONDS, &completion));
-    CHECK_OK(completion.status);
+    succeed(job);
 }
 
 } // namespace
@@ -66,9 +56,7 @@ int main() {
     Random random(31);
     const Context context;
     const Holdings holdings;
-    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-    options.devices = KVF_DEVICES_CUDA;
-    auto engine = std::make_shared<kvf::Engine>(options);
+    auto engine = make_cuda_engine();
     const bool simulated = driver().simulated();
     const auto counted = [&](const char *what) { return simulated ? driver().count(what) : 0; };
     // The first are more than a piece, so that one begins in the middle of a tensor.

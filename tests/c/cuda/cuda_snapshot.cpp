@@ -1,9 +1,6 @@
 // A snapshot holds what memory held when it was taken, whatever is written there before it has moved; without
 // room for it, it fails and nothing has happened.
-#include "engine/open_job.h"
-#include "memory/layout_builder.h"
-
-#include "cuda.hpp"
+#include "inside.hpp"
 
 namespace {
 
@@ -15,19 +12,7 @@ void save_by_snapshot(const std::shared_ptr<kvf::Engine> &engine, const Plan &pl
     auto snapshot = engine->device(1).snapshot(layout, buffer.data());
     CHECK(snapshot.layout.bytes == layout.bytes);
     device.write(Bytes(device.bytes(), 0xEE));
-
-    kvf::Submission submission;
-    submission.buffer = buffer.data();
-    submission.buffer_bytes = buffer.bytes();
-    kvf::Recorded recorded;
-    recorded.layouts.emplace_back(1, std::move(snapshot.layout));
-    submission.keep_alive.push_back(std::move(snapshot.memory));
-    const kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-    const auto job =
-        kvf::submit_job(*engine, std::move(submission), std::move(recorded), options, nullptr);
-    kvf_completion completion;
-    CHECK(job->wait(60 * SECONDS, &completion));
-    CHECK_OK(completion.status);
+    save_snapshot(*engine, std::move(snapshot), buffer);
 }
 
 bool is_out_of_memory(const std::shared_ptr<kvf::Engine> &engine, const Plan &plan,
@@ -47,8 +32,6 @@ int main() {
     const uint64_t room = 4 * MiB;
     const Context context;
     const Holdings holdings;
-    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-    options.devices = KVF_DEVICES_CUDA;
     Driver &d = driver();
 
     for (const bool kernels : {true, false}) {
@@ -56,7 +39,7 @@ int main() {
             if (!d.simulated()) break;
             d.fail("cuModuleLoadData", 1, CUDA_ERROR_UNSUPPORTED_PTX_VERSION, 0);
         }
-        auto engine = std::make_shared<kvf::Engine>(options);
+        auto engine = make_cuda_engine();
         for (const Style style : kStyles) {
             const Plan plan = make_plan(random, style, room);
             Bytes memory = random_bytes(random, room), expected(plan.buffer_bytes, 0xAA);

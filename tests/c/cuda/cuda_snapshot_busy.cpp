@@ -1,9 +1,6 @@
 // A save by snapshot completes while the device is busy with other work, whether or not the driver frees in the order
 // of streams; and memory that a snapshot has left is there for the next one.
-#include "engine/open_job.h"
-#include "memory/layout_builder.h"
-
-#include "cuda.hpp"
+#include "inside.hpp"
 
 namespace {
 
@@ -16,27 +13,14 @@ kvf::Layout whole(const DeviceMemory &device) {
 }
 
 void save_by_snapshot(kvf::Engine &engine, const DeviceMemory &device, const Buffer &buffer) {
-    auto snapshot = engine.device(1).snapshot(whole(device), buffer.data());
-    kvf::Submission submission;
-    submission.buffer = buffer.data();
-    submission.buffer_bytes = buffer.bytes();
-    kvf::Recorded recorded;
-    recorded.layouts.emplace_back(1, std::move(snapshot.layout));
-    submission.keep_alive.push_back(std::move(snapshot.memory));
-    const kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-    const auto job =
-        kvf::submit_job(engine, std::move(submission), std::move(recorded), options, nullptr);
-    kvf_completion completion;
-    CHECK(job->wait(20 * SECONDS, &completion));
-    CHECK_OK(completion.status);
+    save_snapshot(engine, engine.device(1).snapshot(whole(device), buffer.data()), buffer,
+                  20 * SECONDS);
 }
 
 void save_on_a_busy_device(Random &random, bool pools) {
     Driver &d = driver();
     d.set("memory_pools", pools);
-    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-    options.devices = KVF_DEVICES_CUDA;
-    const auto engine = std::make_shared<kvf::Engine>(options);
+    const auto engine = make_cuda_engine();
     const Bytes content = random_bytes(random, kRoom);
     const DeviceMemory device(content);
     const Buffer buffer(0, Kind::Foreign, kRoom);
@@ -48,14 +32,9 @@ void save_on_a_busy_device(Random &random, bool pools) {
         CHECK(buffer.holds(content));
         // The lane goes on, too.
         buffer.fill(0);
-        kvf::Submission submission;
-        submission.buffer = buffer.data();
-        submission.buffer_bytes = buffer.bytes();
-        kvf::Recorded recorded;
-        recorded.layouts.emplace_back(1, whole(device));
-        const kvf_submit_options submit = KVF_SUBMIT_OPTIONS_INIT;
         const auto job =
-            kvf::submit_job(*engine, std::move(submission), std::move(recorded), submit, nullptr);
+            kvf::submit_job(*engine, make_submission(Way::Save, buffer.data(), buffer.bytes()),
+                            make_recorded(1, whole(device)), KVF_SUBMIT_OPTIONS_INIT, nullptr);
         CHECK(job->wait(20 * SECONDS, nullptr));
         CHECK(buffer.holds(content));
         barrier.open();

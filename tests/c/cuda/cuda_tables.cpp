@@ -1,9 +1,6 @@
 // Tensors that are fragmented alike are gathered and scattered through one table, which travels to the device once;
 // and the bytes are right, whatever other tables come between.
-#include "engine/open_job.h"
-#include "memory/layout_builder.h"
-
-#include "cuda.hpp"
+#include "inside.hpp"
 
 namespace {
 
@@ -53,21 +50,8 @@ struct Fragmented {
 
 std::shared_ptr<kvf::Job> begin(kvf::Engine &engine, Way way, const Fragmented &what,
                                 uint64_t address, unsigned char *buffer, uint32_t priority) {
-    kvf::Submission submission;
-    submission.direction = way == Way::Save ? kvf::Direction::Save : kvf::Direction::Load;
-    submission.buffer = buffer;
-    submission.buffer_bytes = what.bytes();
-    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-    options.priority = priority;
-    kvf::Recorded recorded;
-    recorded.layouts.emplace_back(1, what.layout(address));
-    return kvf::submit_job(engine, std::move(submission), std::move(recorded), options, nullptr);
-}
-
-void finish(const std::shared_ptr<kvf::Job> &job) {
-    kvf_completion completion;
-    CHECK(job->wait(60 * SECONDS, &completion));
-    CHECK_OK(completion.status);
+    return kvf::submit_job(engine, make_submission(way, buffer, what.bytes()),
+                           make_recorded(1, what.layout(address)), options_of(priority), nullptr);
 }
 
 // Small tensors share one slot: an event for the table, and one for the copies.
@@ -82,44 +66,35 @@ void small_ones_together(kvf::Engine &engine, uint64_t address) {
             offset += kBytes;
         }
     }
-    kvf::Recorded recorded;
-    recorded.layouts.emplace_back(1, builder.finish());
-    kvf::Submission submission;
-    submission.buffer = static_cast<unsigned char *>(engine.pool().alloc(offset));
-    submission.buffer_bytes = offset;
-    unsigned char *const buffer = submission.buffer;
-    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
-    options.priority = KVF_PRIORITY_URGENT;
+    auto *const buffer = static_cast<unsigned char *>(engine.pool().alloc(offset));
     const uint64_t before = driver().simulated() ? driver().calls("cuEventRecord") : 0;
-    finish(kvf::submit_job(engine, std::move(submission), std::move(recorded), options, nullptr));
+    succeed(kvf::submit_job(engine, make_submission(Way::Save, buffer, offset),
+                            make_recorded(1, builder.finish()), options_of(KVF_PRIORITY_URGENT),
+                            nullptr));
     CHECK(!driver().simulated() || driver().calls("cuEventRecord") - before <= 2);
     kvf_buffer_free(buffer);
 }
 
-// What was given back while staging was in use is had again.
+// Memory that was freed while staging was in use is allocated again.
 void trimmed_meanwhile(kvf::Engine &engine, const Fragmented &what, const DeviceMemory &device) {
     if (!driver().simulated()) return;
     constexpr uint64_t kNarrow = 512, kRows = 4000; // gathered without a table
     auto *a = static_cast<unsigned char *>(engine.pool().alloc(what.bytes()));
     auto *b = static_cast<unsigned char *>(engine.pool().alloc(kRows * kNarrow));
-    kvf::Recorded recorded;
-    recorded.layouts.emplace_back(1, kvf::Layout{});
-    kvf::Layout &layout = recorded.layouts.back().second;
+    kvf::Layout layout;
     layout.blocks.push_back({device.address(), kNarrow, kRows, 2 * kNarrow, 0, kNarrow});
     layout.bytes = kRows * kNarrow;
-    kvf::Submission submission;
-    submission.buffer = b;
-    submission.buffer_bytes = layout.bytes;
     driver().set("latency_us", 100'000);
     const uint64_t kernels = driver().calls("cuLaunchKernel");
-    const auto job = kvf::submit_job(engine, std::move(submission), std::move(recorded),
-                                     KVF_SUBMIT_OPTIONS_INIT, nullptr);
+    const auto job =
+        kvf::submit_job(engine, make_submission(Way::Save, b, kRows * kNarrow),
+                        make_recorded(1, std::move(layout)), KVF_SUBMIT_OPTIONS_INIT, nullptr);
     while (driver().calls("cuLaunchKernel") == kernels) sleep_ms(1);
     engine.trim();
-    finish(job);
+    succeed(job);
     driver().set("latency_us", 0);
     const uint64_t before = driver().count("bytes_load");
-    finish(begin(engine, Way::Save, what, device.address(), a, KVF_PRIORITY_URGENT));
+    succeed(begin(engine, Way::Save, what, device.address(), a, KVF_PRIORITY_URGENT));
     CHECK(driver().count("bytes_load") - before <= kCells * sizeof(kvferry_row));
     kvf_buffer_free(a);
     kvf_buffer_free(b);
@@ -133,9 +108,7 @@ int main() {
     Bytes memory = random_bytes(random, kTensors * kTensorBytes);
     const DeviceMemory device(memory), second(memory);
     const Holdings holdings;
-    kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
-    options.devices = KVF_DEVICES_CUDA;
-    auto engine = std::make_shared<kvf::Engine>(options);
+    auto engine = make_cuda_engine();
     const Fragmented one(random), other(random);
 
     for (const uint32_t priority : {KVF_PRIORITY_BACKGROUND, KVF_PRIORITY_URGENT}) {
@@ -153,7 +126,7 @@ int main() {
             // Alone, the table is sent once.
             std::fill_n(a, one.bytes(), 0xAA);
             const uint64_t before = driver().simulated() ? driver().count("bytes_load") : 0;
-            finish(begin(*engine, Way::Save, one, device.address(), a, priority));
+            succeed(begin(*engine, Way::Save, one, device.address(), a, priority));
             if (driver().simulated()) {
                 const uint64_t sent = driver().count("bytes_load") - before;
                 CHECK(sent <= kCells * sizeof(kvferry_row));
@@ -167,8 +140,8 @@ int main() {
                 std::fill_n(a, one.bytes(), 0xAA);
                 std::fill_n(b, other.bytes(), 0xAA);
                 const auto first = begin(*engine, Way::Save, one, device.address(), a, priority);
-                finish(begin(*engine, Way::Save, other, device.address(), b, priority));
-                finish(first);
+                succeed(begin(*engine, Way::Save, other, device.address(), b, priority));
+                succeed(first);
                 CHECK(std::equal(expected.begin(), expected.end(), a));
                 Bytes expected_b(other.bytes(), 0xAA);
                 other.model(Way::Save, memory, expected_b);
@@ -181,8 +154,8 @@ int main() {
                 Bytes changed = memory, buffer_a = new_a, buffer_b = new_b, changed_second = memory;
                 second.write(memory);
                 const auto load = begin(*engine, Way::Load, one, device.address(), a, priority);
-                finish(begin(*engine, Way::Load, other, second.address(), b, priority));
-                finish(load);
+                succeed(begin(*engine, Way::Load, other, second.address(), b, priority));
+                succeed(load);
                 one.model(Way::Load, changed, buffer_a);
                 other.model(Way::Load, changed_second, buffer_b);
                 CHECK(device.read() == changed);

@@ -424,7 +424,7 @@ def test_rows_of_the_sequence_that_are_given_away_are_noticed(
     operation: Operation,
     transfer: Kind,
 ) -> None:
-    """Where its first and last position don't tell that something has been done to it."""
+    """Where its first and last position do not tell that something has been done to it."""
     if not NAMES_ROWS and operation is not load_within_own:
         pytest.skip(f"graphs of {BUILD} do not tell which rows they write")
     ours, like = alike(kind, cache)

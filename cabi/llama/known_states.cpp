@@ -1,0 +1,266 @@
+#include "llama/known_states.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "llama/envelope.h"
+
+namespace kvf {
+namespace {
+
+// Whether a known format accounts for the state, and every part of it has cells, or none.
+bool looks_known(const StateView &view) {
+    const auto found = parse_state_in_every_way(view);
+    return std::any_of(found.begin(), found.end(), [](const Structure &structure) {
+        return structure.cells() == 0 || structure.has_cells_everywhere();
+    });
+}
+
+} // namespace
+
+ScratchState::ScratchState(uint64_t bytes) : bytes_(bytes) {
+    void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw Error(KVF_ERR_OUT_OF_MEMORY, "mapping a scratch state");
+    data = static_cast<unsigned char *>(memory);
+}
+
+ScratchState::~ScratchState() {
+    if (data) munmap(data, bytes_);
+}
+
+KnownStates::KnownStates(const LlamaContext &context, LlamaSequences &sequences, bool by_tap,
+                         MakeRecorder make_recorder)
+    : context_(context), sequences_(sequences), by_tap_(by_tap),
+      make_recorder_(std::move(make_recorder)),
+      policy_(context.window(), context.has_recurrent_layers()) {}
+
+CachePolicy KnownStates::policy() const {
+    std::lock_guard lock(mutex_);
+    return policy_;
+}
+
+// With the tap a sequence that holds cells, for it tells most and costs nothing. Without it an empty
+// one where there is one, since a state is then copied whole to look at it.
+int32_t KnownStates::most_telling_sequence() const {
+    for (uint32_t i = 0; i < context_.sequence_count(); ++i) {
+        const auto sequence = static_cast<int32_t>(i);
+        const bool empty = !context_.holds_cells(sequence);
+        if (empty == !by_tap_) return sequence;
+    }
+    return 0;
+}
+
+// What libllama writes for a sequence, without moving its tensor bytes (but without the tap they are copied). Nothing
+// where it refuses.
+std::optional<KnownStates::Metadata> KnownStates::record_metadata(int32_t sequence) {
+    const uint64_t bytes = context_.state_bytes(sequence);
+    if (bytes == 0) return std::nullopt;
+    ScratchState scratch(bytes);
+    Recorder recorder = make_recorder_(Direction::Save, scratch.data, bytes);
+    uint64_t written = 0;
+    try {
+        Recording recording(recorder);
+        written =
+            context_.api().state_seq_get_data(context_.pointer(), scratch.data, bytes, sequence, 0);
+    } catch (...) {
+        return std::nullopt;
+    }
+    if (written == 0) return std::nullopt;
+    Recorded recorded = recorder.finish(); // throws what went wrong
+    sequences_.note_tensors(recorder.tensors());
+    return Metadata{std::move(scratch), written, std::move(recorded)};
+}
+
+// Looks at the structure of a sequence's state. An empty sequence tells the kind of the cache, one with
+// cells its types and row sizes too; and whether a known format describes it.
+void KnownStates::look_at(int32_t sequence) {
+    const auto metadata = record_metadata(sequence);
+    if (!metadata) return;
+    if (is_frame_alone(metadata->view())) {
+        throw Error(KVF_ERR_UNSUPPORTED,
+                    "the context uses the cells of another context, which saves and loads "
+                    "them: attach to that one");
+    }
+    const bool empty = !context_.holds_cells(sequence);
+    auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
+    // libllama calls a sequence empty of which only the window is. Such a one tells nothing.
+    if (empty && std::any_of(found.begin(), found.end(),
+                             [](const Structure &structure) { return structure.cells() > 0; })) {
+        return;
+    }
+    if (empty) empty_bytes_ = metadata->bytes;
+    // The tap knows how many bytes are those of tensors; without it, they cannot be told apart.
+    std::erase_if(found, [&](const Structure &structure) {
+        if (empty != (structure.cells() == 0)) return true;
+        // A format that is not known can look like a known one of more parts, of which some are empty.
+        if (!empty && policy_.lacks_cells(structure)) return true;
+        return by_tap_ && structure.tensor_bytes != metadata->recorded.bytes;
+    });
+    if (found.empty()) {
+        if (!empty && by_tap_ && metadata->recorded.bytes == 0)
+            throw Error(KVF_ERR_TAP, "libllama moved tensor bytes in a way that was not recorded");
+        return learn_that_opaque();
+    }
+    if (!empty && !positions_agree(found.front(), metadata->view())) positions_agree_ = false;
+    note_taken(found.front());
+}
+
+// By a sequence that has cells, if there is one.
+void KnownStates::look_at_any() {
+    for (uint32_t i = 0; i < context_.sequence_count() && is_unseen(); ++i) {
+        const auto sequence = static_cast<int32_t>(i);
+        if (context_.holds_cells(sequence)) look_at(sequence);
+    }
+}
+
+void KnownStates::note_taken(const Structure &structure) {
+    if (!structure_) {
+        structure_ = structure;
+        std::lock_guard lock(mutex_);
+        policy_.note_parts(structure);
+    } else if (structure_->sections.size() == structure.sections.size()) {
+        for (size_t i = 0; i < structure.sections.size(); ++i) {
+            if (structure_->sections[i].cells == 0) structure_->sections[i] = structure.sections[i];
+        }
+        if (!structure_->format) structure_->format = structure.format;
+    }
+    if (!structure_->format || !structure_->has_cells_everywhere()) return;
+    std::lock_guard lock(mutex_);
+    policy_.note_known(*structure_);
+}
+
+void KnownStates::learn_that_opaque() {
+    structure_.reset();
+    std::lock_guard lock(mutex_);
+    policy_.note_opaque();
+}
+
+// Throws, and then nothing has been changed.
+IncomingState KnownStates::examine(int32_t sequence, const unsigned char *state, uint64_t bytes,
+                                   uint32_t flags) {
+    if (policy_.is_opaque()) return examine_sealed(state, bytes, flags);
+    const StateView view{state, bytes, context_.last_sane_position()};
+    // Another version of kvferry may have found this cache opaque, or this context not have seen a cell yet.
+    if (Envelope::is_on(state, bytes)) {
+        IncomingState sealed = examine_sealed(state, bytes, flags);
+        if (policy_.format() == CachePolicy::Format::Known)
+            sealed.structure = examine_known(sealed.view);
+        return sealed;
+    }
+    if (policy_.format() == CachePolicy::Format::Known) return {view, examine_known(view)};
+    if (flags & KVF_SUBMIT_TRUST_STATE && !looks_known(view)) return {view, std::nullopt};
+    return {view, examine_first(sequence, view)};
+}
+
+Structure KnownStates::examine_known(const StateView &view) const {
+    auto structure = parse_state(view, &*structure_);
+    if (!structure) structure = parse_state(view);
+    if (!structure) throw Error(KVF_ERR_STATE_DAMAGED);
+    const std::string why = mismatch(*structure, *structure_);
+    if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, why);
+    if (structure->cells() == 0) return std::move(*structure);
+    if (structure->cells() > context_.most_cells())
+        throw Error(KVF_ERR_CACHE_FULL, describe_cells(*structure));
+    // libllama takes such a state, and then has a sequence that is empty in one part and takes cells in another.
+    if (policy_.lacks_cells(*structure))
+        throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+    check_positions(*structure, view);
+    return std::move(*structure);
+}
+
+// libllama would take it, and then go on with some layers where others have not been.
+void KnownStates::check_positions(const Structure &structure, const StateView &view) const {
+    if (!positions_agree_ || positions_agree(structure, view)) return;
+    throw Error(KVF_ERR_STATE_DAMAGED, "its parts have cells at different positions");
+}
+
+// The first state with cells that this context gets to see comes from outside. What it is written in is believed only
+// when libllama has taken one cell of it and written it again.
+Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
+    const Structure *const skeleton = structure_ ? &*structure_ : nullptr;
+    auto candidates = parse_state_in_every_way(view, skeleton);
+    if (candidates.empty()) {
+        const auto other = parse_state(view);
+        if (!other) throw Error(KVF_ERR_STATE_DAMAGED);
+        const std::string why = skeleton ? mismatch(*other, *skeleton) : "";
+        throw Error(KVF_ERR_STATE_MISMATCH, why);
+    }
+    for (Structure &candidate : candidates) {
+        if (candidate.cells() == 0) return std::move(candidate);
+        if (!candidate.has_cells_everywhere()) {
+            throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+        }
+        check_positions(candidate, view);
+        if (!takes_format_of(sequence, candidate)) continue;
+        note_taken(candidate);
+        return std::move(candidate);
+    }
+    throw Error(KVF_ERR_STATE_MISMATCH,
+                format("this context does not take states of its structure (format \"%s\")",
+                       candidates.front().format->name));
+}
+
+// Tries it with a state of one cell, into an empty sequence of an empty context, which is empty again afterwards.
+bool KnownStates::takes_format_of(int32_t sequence, const Structure &candidate) {
+    const auto one_cell = make_state_of_one_cell(candidate);
+    const StateView view{one_cell.data(), one_cell.size(), context_.last_sane_position()};
+    Recorder recorder = make_recorder_(Direction::Load, view.data, view.bytes);
+    try {
+        const bool takes =
+            context_.read_state(sequence, view, recorder) && writes_as(sequence, candidate);
+        empty_sequence(sequence);
+        return takes;
+    } catch (...) {
+        empty_sequence(sequence); // the cell must not stay
+        throw;
+    }
+}
+
+// Whether libllama writes a state of one cell as the candidate has it.
+bool KnownStates::writes_as(int32_t sequence, const Structure &candidate) {
+    const auto written = record_metadata(sequence);
+    if (!written || written->bytes != make_state_of_one_cell(candidate).size()) return false;
+    const auto structure = parse_state(written->view(), &candidate);
+    return structure && structure->format == candidate.format &&
+           mismatch(*structure, candidate).empty();
+}
+
+IncomingState KnownStates::examine_sealed(const unsigned char *state, uint64_t bytes,
+                                          uint32_t flags) const {
+    if (!Envelope::is_on(state, bytes)) {
+        if (flags & KVF_SUBMIT_TRUST_STATE)
+            return {{state, bytes, context_.last_sane_position()}, std::nullopt};
+        throw Error(KVF_ERR_STATE_DAMAGED,
+                    "the format of this cache's states is not known, and nothing else vouches for "
+                    "one without kvferry's envelope");
+    }
+    const auto verdict = Envelope::verify(state, bytes, context_.fingerprint_number());
+    if (verdict.foreign) throw Error(KVF_ERR_STATE_MISMATCH, verdict.why);
+    if (verdict.damaged) throw Error(KVF_ERR_STATE_DAMAGED, verdict.why);
+    return {{state, bytes - Envelope::kBytes, context_.last_sane_position()}, std::nullopt};
+}
+
+// What libllama has left of a load that failed and that removing the sequence did not remove, in words.
+std::string KnownStates::what_is_left(int32_t sequence) const {
+    const bool clean = !context_.holds_cells(sequence) &&
+                       (empty_bytes_ == 0 || context_.state_bytes(sequence) == empty_bytes_);
+    return clean ? "" : "; it left cells behind that only llama_memory_clear() frees";
+}
+
+std::string KnownStates::describe_cells(const Structure &state) const {
+    return format("the state has %llu cells; a sequence may have %u",
+                  static_cast<unsigned long long>(state.cells()), context_.most_cells());
+}
+
+void KnownStates::empty_sequence(int32_t sequence) {
+    sequences_.forget(sequence);
+    context_.remove(sequence);
+}
+
+void KnownStates::note_empty(int32_t sequence) {
+    if (empty_bytes_ == 0) empty_bytes_ = context_.state_bytes(sequence);
+}
+
+} // namespace kvf

@@ -1,0 +1,112 @@
+// What is known of the states of one cache, and whether a state may be loaded into it.
+//
+// What libllama writes is right by definition; what formats.h reads is believed once libllama itself has written it, or
+// has taken one cell of it and written that again.
+#pragma once
+
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <utility>
+
+#include "llama/context.h"
+#include "llama/policy.h"
+#include "llama/sequences.h"
+
+namespace kvf {
+
+// Address space for a state of which only the few bytes between the tensors will be written.
+class ScratchState {
+public:
+    explicit ScratchState(uint64_t bytes); // throws KVF_ERR_OUT_OF_MEMORY
+    ~ScratchState();
+    ScratchState(const ScratchState &) = delete;
+    ScratchState &operator=(const ScratchState &) = delete;
+
+    ScratchState(ScratchState &&other) noexcept
+        : data(std::exchange(other.data, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+
+    unsigned char *data;
+
+private:
+    uint64_t bytes_;
+};
+
+// A state that is to be loaded, looked at.
+struct IncomingState {
+    StateView view;                     // without its envelope, if it has one
+    std::optional<Structure> structure; // nothing where the cache is opaque
+};
+
+// All but policy() belongs to the context's thread.
+class KnownStates {
+public:
+    using MakeRecorder = std::function<Recorder(Direction, const void *buffer, uint64_t bytes)>;
+
+    // `by_tap`: recorders hear of tensor bytes. The rest must outlive this.
+    KnownStates(const LlamaContext &context, LlamaSequences &sequences, bool by_tap,
+                MakeRecorder make_recorder);
+
+    CachePolicy policy() const; // any thread
+    bool is_unseen() const { return policy_.format() == CachePolicy::Format::Unseen; }
+    const Structure *structure() const { return structure_ ? &*structure_ : nullptr; }
+
+    // Looks at the state of a sequence. An empty one tells the kind of the cache, one with cells its types and row sizes
+    // too; and whether a known format describes it. Throws KVF_ERR_UNSUPPORTED for a context without cells of its own.
+    void look_at(int32_t sequence);
+    // By a sequence that has cells, if there is one.
+    void look_at_any();
+    // By the sequence that tells most, or costs least.
+    void look_first() { look_at(most_telling_sequence()); }
+    // A state that libllama has taken.
+    void note_taken(const Structure &structure);
+
+    // Whether a state may be loaded into the sequence. `flags`: KVF_SUBMIT_*. Throws KVF_ERR_STATE_DAMAGED,
+    // KVF_ERR_STATE_MISMATCH or KVF_ERR_CACHE_FULL, and then nothing has been changed.
+    IncomingState examine(int32_t sequence, const unsigned char *state, uint64_t bytes,
+                          uint32_t flags);
+
+    // The state of a sequence without its tensor bytes, and what was recorded of these.
+    struct Metadata {
+        ScratchState state;
+        uint64_t bytes;
+        Recorded recorded;
+
+        StateView view() const { return {state.data, bytes}; }
+    };
+    // What libllama writes for a sequence, without moving its tensor bytes (but without the tap they are copied). Nothing
+    // where it refuses.
+    std::optional<Metadata> record_metadata(int32_t sequence);
+
+    void empty_sequence(int32_t sequence);
+    // Before a load: what an empty sequence looks like, for what_is_left().
+    void note_empty(int32_t sequence);
+    // What libllama has left of a load that failed and that removing the sequence did not remove, in words.
+    std::string what_is_left(int32_t sequence) const;
+    std::string describe_cells(const Structure &state) const;
+
+private:
+    int32_t most_telling_sequence() const;
+    void learn_that_opaque();
+    Structure examine_known(const StateView &view) const;
+    Structure examine_first(int32_t sequence, const StateView &view);
+    IncomingState examine_sealed(const unsigned char *state, uint64_t bytes, uint32_t flags) const;
+    void check_positions(const Structure &structure, const StateView &view) const;
+    bool takes_format_of(int32_t sequence, const Structure &candidate);
+    bool writes_as(int32_t sequence, const Structure &candidate);
+
+    const LlamaContext &context_;
+    LlamaSequences &sequences_;
+    const bool by_tap_;
+    const MakeRecorder make_recorder_;
+
+    std::optional<Structure> structure_; // unless opaque; without cells while unseen
+    bool positions_agree_ = true;        // in the states that this libllama has written
+    uint64_t empty_bytes_ = 0;           // of the state of an empty sequence; 0: not seen
+
+    mutable std::mutex
+        mutex_; // held by the context's thread while it changes the policy, and by others that read it
+    CachePolicy policy_;
+};
+
+} // namespace kvf

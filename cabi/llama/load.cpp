@@ -1,0 +1,131 @@
+// The way of a load: kvf_llama_load() -> Llama::load() -> the state is checked -> libllama takes cells, the recorder notes
+// where their tensor bytes belong -> a job of the engine moves these.
+#include "llama/envelope.h"
+#include "llama/llama.h"
+
+namespace kvf {
+
+void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
+                 const kvf_submit_options &options, kvf_job *job) {
+    Submission submission = begin(Direction::Load, sequence, buffer, bytes, options);
+    check_sequence(sequence, false);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
+    const auto *const given = static_cast<const unsigned char *>(buffer);
+    if (states_->is_unseen()) states_->look_at_any();
+    // What the stream still writes must not be read before.
+    if (submission.gate && may_be_written_by_stream(buffer, bytes)) submission.gate->wait();
+    // An envelope is verified here, which reads the whole state.
+    const bool sealed = states_->policy().seals_states() || Envelope::is_on(given, bytes);
+    if (sealed && submission.gate) submission.gate->wait();
+    IncomingState state = states_->examine(sequence, given, bytes, options.flags);
+
+    // From here on whatever fails leaves the sequence empty. libllama empties it itself, but only in those parts of
+    // the cache of which the state has cells: a state without any would leave what was there.
+    if (!state.structure || !state.structure->has_cells_everywhere()) {
+        states_->empty_sequence(sequence);
+        states_->note_empty(sequence);
+    }
+    submission.buffer_bytes = state.view.bytes;
+    if (blocking_) {
+        return load_blocking(sequence, std::move(state), std::move(submission), options, job);
+    }
+    try {
+        if (state.structure) {
+            load_recorded(sequence, state, std::move(submission), options, job);
+        } else {
+            load_during_call(sequence, state, std::move(submission), options, job);
+        }
+    } catch (...) {
+        states_->empty_sequence(sequence);
+        throw;
+    }
+}
+
+void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submission &&submission,
+                          const kvf_submit_options &options, kvf_job *job) {
+    const StateView &view = state.view;
+    unsigned char *const buffer = submission.buffer;
+    const auto fence = submission.fence;
+    const auto gate = submission.gate;
+    Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, gate);
+    const bool close = guard_window(*state.structure, view, recorder, gate.get());
+    std::optional<OpenJob> open;
+    uint32_t device = Device::kHost;
+    const auto load_ahead = make_load_ahead(options.mode, view.bytes, device);
+    submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
+    if (load_ahead) {
+        open.emplace(*engine_, std::move(submission), options, job != nullptr);
+        open->stage(device, load_ahead);
+    } else {
+        move_while_recording(recorder, open, submission, options, job != nullptr);
+    }
+    if (!context_.read_state(sequence, view, recorder)) {
+        open.reset(); // nothing may move any more when the sequence gives up its cells
+        throw load_failure(sequence, recorder.abort_text(), state.structure);
+    }
+    Recorded recorded = recorder.finish();
+    if (context_.holds_cells(sequence)) check_heard_anything(recorder);
+    sequences_->note_tensors(recorder.tensors());
+    check_recorded_whole(*state.structure, recorded);
+    states_->note_taken(*state.structure);
+    recorded.bytes = view.bytes;
+    fence->raise(enclosure(Direction::Load, sequence, recorder, close));
+    move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
+    // What was not known before: the device has nothing of the cache.
+    if (load_ahead && !devices_.count(device)) recorded.mode = KVF_LOAD_IN_PLACE;
+    if (open) {
+        open->commit(std::move(recorded), job);
+    } else {
+        submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+    }
+}
+
+// The call moves all bytes; the job has nothing left to move.
+void Llama::load_during_call(int32_t sequence, const IncomingState &state, Submission &&submission,
+                             const kvf_submit_options &options, kvf_job *job) {
+    const StateView &view = state.view;
+    Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, submission.gate);
+    if (!context_.read_state(sequence, view, recorder)) {
+        throw load_failure(sequence, recorder.abort_text(), std::nullopt);
+    }
+    Recorded recorded = recorder.finish();
+    if (context_.holds_cells(sequence)) check_heard_anything(recorder);
+    sequences_->note_tensors(recorder.tensors());
+    move_now(Direction::Load, submission.buffer, view.bytes, std::exchange(recorded.layouts, {}),
+             submission.gate.get());
+    recorded.bytes = view.bytes;
+    submission.mode = KVF_LOAD_IN_PLACE;
+    submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+}
+
+// Returns device memory to load a state ahead, and on which device it is. NULL where the load is done in place.
+std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device) {
+    if (mode != KVF_LOAD_AHEAD) return nullptr;
+    std::set<uint32_t> devices(devices_);
+    devices.erase(Device::kHost);
+    // Nothing is known of a context in which no sequence had cells yet.
+    if (devices_.empty() && engine_->device_count() == 2) devices.insert(1);
+    if (devices.size() != 1) return nullptr;
+    device = *devices.begin();
+    return engine_->device(device).make_load_ahead(bytes);
+}
+
+// What libllama did not move through the tap has been moved already, or not at all.
+void Llama::check_recorded_whole(const Structure &structure, const Recorded &recorded) {
+    if (structure.tensor_bytes != recorded.bytes) {
+        throw Error(KVF_ERR_TAP, "libllama moved tensor bytes in a way that was not recorded");
+    }
+}
+
+// libllama refused a state that looks whole. It says why in its log only; this finds out as much as the program's
+// next step depends on.
+Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
+                          const std::optional<Structure> &state) {
+    states_->empty_sequence(sequence); // it may hold a part of the state
+    const std::string left = states_->what_is_left(sequence);
+    if (!abort_text.empty()) return Error(KVF_ERR_LLAMA, abort_text + left);
+    if (!state) return Error(KVF_ERR_LLAMA, "it did not take the state" + left);
+    return Error(KVF_ERR_CACHE_FULL, states_->describe_cells(*state) + left);
+}
+
+} // namespace kvf

@@ -1,0 +1,155 @@
+// What saves and loads have in common.
+#include "llama/llama.h"
+
+namespace kvf {
+namespace {
+
+// So much is moved while the rest is still being recorded. Less is recorded in less time than it takes to begin.
+constexpr uint64_t kLeastPart = 4 << 20;
+
+} // namespace
+
+Submission Llama::begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes,
+                        const kvf_submit_options &options) {
+    Submission submission;
+    submission.submitted_ns = now_ns();
+    settle();
+    check_usable();
+    engine_->check(options); // what is wrong with them must not cost a sequence its cells
+    if (tap_) tap_->renew_slots();
+    Fence::wait_for_disturbed(context_.pointer());
+    if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
+    if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
+    }
+    if (direction == Direction::Save &&
+        !WritableCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");
+    }
+    check_devices();
+    DeviceSet moved = 0;
+    for (const uint32_t device : devices_) moved |= device_set(device);
+    submission.gate = engine_->make_gate(options, moved);
+    for (const uint32_t device : devices_) engine_->device(device).announce(direction);
+    submission.direction = direction;
+    submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));
+    submission.buffer_bytes = bytes;
+    submission.attachment = this;
+    const LlamaSequences::Transfer transfer{sequence, direction, blocking_ != nullptr};
+    submission.fence = std::make_shared<Fence>(direction);
+    submission.on_entry = [sequences = sequences_, transfer] { sequences->begin(transfer); };
+    submission.on_end = [sequences = sequences_, transfer,
+                         fence = submission.fence](int32_t status) {
+        fence->lower();
+        sequences->end(transfer, status);
+    };
+    return submission;
+}
+
+// A copy engine or a kernel that a stream has been given writes to pinned memory alone.
+bool Llama::may_be_written_by_stream(const void *buffer, uint64_t bytes) const {
+    const auto pinner = engine_->pinner();
+    return pinner && pinner->is_pinned(buffer, bytes);
+}
+
+Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t bytes,
+                              std::shared_ptr<Gate> gate) {
+    const auto locate = [this, direction, gate = std::move(gate), locator = engine_->locator(),
+                         last = int64_t{-1}](uint64_t address, uint64_t count) mutable -> int64_t {
+        try {
+            const uint32_t device = locator(address, count).device;
+            if (device != last) engine_->device(device).announce(direction);
+            devices_.insert(device);
+            return last = device;
+        } catch (const Error &error) {
+            if (error.status != KVF_ERR_UNREACHABLE) throw;
+            if (gate) gate->wait(); // what moves here and now follows, too
+            return -1;
+        }
+    };
+    return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()),
+                    locate, blocks_);
+}
+
+// Lets the job in with the first part that libllama names, and moves that while libllama names the others. What
+// fails later takes the job back. Submission, options and recorder must outlive the recording.
+void Llama::move_while_recording(Recorder &recorder, std::optional<OpenJob> &open,
+                                 Submission &submission, const kvf_submit_options &options,
+                                 bool with_handle) {
+    const auto sink = [this, &open, &submission, &options, with_handle](uint32_t device,
+                                                                        Layout &&part) {
+        if (!open) open.emplace(*engine_, std::move(submission), options, with_handle);
+        open->add(device, std::move(part));
+    };
+    recorder.set_sink(sink, kLeastPart);
+}
+
+// Sees to it that no other sequence gets a cell whose bytes are still to be moved. They are moved before the call
+// returns. Where they follow a stream that cannot be: then true, and the fence must be close, so that decoding waits.
+bool Llama::guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
+                         const Gate *gate) const {
+    auto ranges = bytes_free_for_others(structure, view, context_.window());
+    if (gate) return !ranges.empty();
+    recorder.set_early(std::move(ranges));
+    return false;
+}
+
+// What has to stay as it is until the transfer that was recorded has ended.
+Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder &recorder,
+                           bool close) const {
+    Enclosure enclosure;
+    enclosure.memory = recorder.memory();
+    enclosure.close = close;
+    enclosure.context = context_.pointer();
+    enclosure.is_disturbed = watch(direction, sequence);
+    if (states_->policy().tells_rows()) {
+        enclosure.rows = recorder.first_tensor();
+        enclosure.row_bytes = states_->structure()->sections[0].tensors[0].row;
+    }
+    return enclosure;
+}
+
+// Says whether the sequence has been changed since, as far as its first and last position tell.
+std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const {
+    const CachePolicy policy = states_->policy();
+    const bool keeps_first = policy.keeps_first_position();
+    const bool may_append = direction == Direction::Save && policy.appends_only();
+    const auto is_disturbed = [=, this, first = context_.first_position(sequence),
+                               last = context_.last_position(sequence)] {
+        const int32_t now = context_.last_position(sequence);
+        if (may_append ? now < last : now != last) return true;
+        return keeps_first && context_.first_position(sequence) != first;
+    };
+    return is_disturbed;
+}
+
+// Moves what must not be moved later, while the caller waits. Throws where it did not end well.
+void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
+                     Gate *gate) {
+    if (layouts.empty()) return;
+    if (gate) gate->wait();
+    Submission submission;
+    submission.submitted_ns = now_ns();
+    submission.direction = direction;
+    submission.buffer = buffer;
+    submission.buffer_bytes = bytes;
+    submission.attachment = this;
+    Recorded recorded;
+    recorded.layouts = std::move(layouts);
+    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
+    options.priority = KVF_PRIORITY_URGENT;
+    kvf_completion done;
+    submit_job(*engine_, std::move(submission), std::move(recorded), options, nullptr)
+        ->wait(KVF_FOREVER, &done);
+    if (done.status != KVF_OK) throw Error(done.status, done.detail);
+}
+
+// A sequence with cells has tensor bytes. That none were heard of means that calls go past the tap: libllama has moved
+// everything itself, while the caller waited.
+void Llama::check_heard_anything(const Recorder &recorder) {
+    if (!recorder.tensors().empty()) return;
+    throw Error(KVF_ERR_TAP,
+                "the tap recorded nothing: somebody else has put functions into libllama's slots");
+}
+
+} // namespace kvf
