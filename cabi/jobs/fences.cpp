@@ -24,7 +24,7 @@ struct FenceLine {
                         new (&made->lowered) std::condition_variable;
                         made->fences.clear();
                         Fence::count_ = 0;
-                        Fence::close_count_ = 0;
+                        Fence::row_stopping_count_ = 0;
                         made->mutex.unlock();
                     });
             return made;
@@ -34,17 +34,18 @@ struct FenceLine {
 
     void note_counts() {
         const auto close = std::count_if(fences.begin(), fences.end(), [](const Fence *fence) {
-            return fence->enclosure_.close;
+            return fence->enclosure_.stops_rows;
         });
         Fence::count_.store(static_cast<uint32_t>(fences.size()), std::memory_order_release);
-        Fence::close_count_.store(static_cast<uint32_t>(close), std::memory_order_release);
+        Fence::row_stopping_count_.store(static_cast<uint32_t>(close), std::memory_order_release);
     }
 
     // Closes the fences for which the condition holds, until they are lowered.
     template <class Condition>
-    void close_if(Condition must_be_close) {
+    void stop_rows_if(Condition must_stop_rows) {
         for (Fence *fence : fences) {
-            if (!fence->enclosure_.close && must_be_close(*fence)) fence->enclosure_.close = true;
+            if (!fence->enclosure_.stops_rows && must_stop_rows(*fence))
+                fence->enclosure_.stops_rows = true;
         }
         note_counts();
     }
@@ -123,14 +124,14 @@ void Fence::wait(MemoryRange range, Access access, RowNumbers rows) {
     FenceLine &line = FenceLine::get();
     std::unique_lock lock(line.mutex);
     if (access == Access::WriteRows) {
-        line.close_if([&](const Fence &fence) {
+        line.stop_rows_if([&](const Fence &fence) {
             return overlap(fence.enclosure_.memory, range) &&
                    (writes_a_row_of(fence.enclosure_, range, rows) || line.is_disturbed(fence));
         });
     }
     line.wait_while_any(lock, [&](const Fence *fence) {
         if (access == Access::Read && fence->direction_ == Direction::Save) return false;
-        if (access == Access::WriteRows && !fence->enclosure_.close) return false;
+        if (access == Access::WriteRows && !fence->enclosure_.stops_rows) return false;
         return overlap(fence->enclosure_.memory, range);
     });
 }

@@ -1,9 +1,10 @@
-// Fences: tensor memory that transfers in flight still read or write, and what has to wait for them.
+// Fences: the tensor memory that transfers in flight still read or write.
 //
-// Decoding beside a transfer is right as long as llama.cpp writes only cells that the transfer does not concern. It
-// does not always: a pending shift of one sequence rewrites the keys of all, a copy between streams overwrites a whole
-// stream, a recurrent cache moves cells that are in its way. Each of these goes through a call that the tap watches. The
-// hook asks here, and waits until the transfers that it would disturb have ended.
+// Decoding beside a transfer is right as long as llama.cpp writes only cells that the transfer does not concern. Sometimes
+// llama.cpp writes others: a pending shift of one sequence rewrites the keys of all sequences, a copy between streams
+// overwrites a whole stream, a recurrent cache moves cells that are in its way, and the cells of a sequence that the
+// program has removed go to other sequences. Each of these passes a call that the tap watches. The hook asks here, and
+// waits until the transfers that it would disturb have ended.
 #pragma once
 
 #include <atomic>
@@ -24,8 +25,7 @@ struct MemoryRange {
     uint64_t begin, end;
 };
 
-// What somebody is about to do with memory of tensors. WriteRows: to write the rows of tokens that are being decoded
-// or loaded.
+// What a caller is about to do with memory of tensors. WriteRows: write the rows of tokens that are decoded or loaded.
 enum class Access { Read, Write, WriteRows };
 
 // The numbers of the rows that a graph is about to write, where the graph tells them. They count from the beginning of
@@ -35,20 +35,20 @@ struct RowNumbers {
     uint64_t count = 0;
 };
 
-// What a fence stands around.
+// What a fence protects.
 struct Enclosure {
-    // In order and apart.
+    // Sorted, without overlaps.
     std::vector<MemoryRange> memory;
-    // Also stops whoever writes rows of tokens anywhere in this memory.
-    bool close = false;
-    // The rows of one tensor that the transfer moves, in order and apart, and the bytes of one such row. Whoever writes
-    // one of these rows waits. Empty, and 0: not known.
+    // Callers that write rows of tokens anywhere in this memory wait, too.
+    bool stops_rows = false;
+    // The rows of one tensor that the transfer moves, sorted and without overlaps, and the bytes of one row. A caller that
+    // writes one of these rows waits. Empty, and 0: not known.
     std::vector<MemoryRange> rows = {};
     uint64_t row_bytes = 0;
-    // Whether something has been done to the sequence that is moved, so that rows of others may be its own by now. Then
-    // the fence is close from there on. Called by whoever is about to write rows of the same context. May be empty.
+    // Whether the program has changed the sequence that is moved, so that its cells may belong to other sequences. From
+    // then on the fence stops rows. Called by threads that are about to write rows of the same context. May be empty.
     std::function<bool()> is_disturbed = {};
-    // Tells whose memory this is: the context.
+    // The llama_context whose memory this is.
     const void *context = nullptr;
 };
 
@@ -63,22 +63,22 @@ public:
     void raise(Enclosure enclosure);
     void lower() noexcept;
 
-    // True if any fence stands, or any close one. Cheap.
+    // Whether any fence stands, or any that stops rows. Cheap.
     static bool any() { return count_.load(std::memory_order_acquire) > 0; }
-    static bool any_close() { return close_count_.load(std::memory_order_acquire) > 0; }
-    // The memory within which all fences are.
+    static bool any_stops_rows() { return row_stopping_count_.load(std::memory_order_acquire) > 0; }
+    // From the first byte that any fence protects to the last.
     static MemoryRange extent();
     // Waits for the transfers that the access would disturb: a write waits for saves and loads, a read for loads.
-    // Writing rows waits for close fences, and for those whose rows are among the numbers.
+    // Writing rows waits for fences that stop rows, and for those that protect one of the rows.
     static void wait(MemoryRange range, Access access, RowNumbers rows = {});
-    // Waits for the transfers that move one of these rows. In order and apart.
+    // Waits for the transfers that move one of these rows; sorted, without overlaps.
     static void wait_for_rows(const std::vector<MemoryRange> &rows);
     // Waits for the transfers of this context whose sequences are disturbed.
     static void wait_for_disturbed(const void *context);
 
 private:
     friend struct FenceLine;
-    static inline std::atomic<uint32_t> count_{0}, close_count_{0}; // of those that stand
+    static inline std::atomic<uint32_t> count_{0}, row_stopping_count_{0}; // of those that stand
     const Direction direction_;
     Enclosure enclosure_; // guarded by the line's lock
     bool standing_ = false;

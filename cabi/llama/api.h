@@ -70,8 +70,8 @@ struct LlamaApi {
     bool (*model_is_hybrid)(const llama_model *) = nullptr; // NULL in older libraries
 };
 
-// Finds the libllama that is loaded in this process; `wanted` (may be NULL) is its path or a part of it.
-// One whose path it is comes first; one that is too old counts only where there is no other.
+// Finds the libllama that is loaded in this process. `wanted` (may be NULL) is its path or a part of its path. The library
+// whose whole path it is comes first. A library that is too old is found only if there is no other.
 // Throws KVF_ERR_LIBRARY_NOT_FOUND or _AMBIGUOUS, or KVF_ERR_UNSUPPORTED for a version that lacks a
 // function.
 LlamaApi find_llama(const char *wanted);

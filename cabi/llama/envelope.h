@@ -20,8 +20,7 @@ public:
     // The bytes end with something that was meant to be an envelope.
     static bool is_on(const unsigned char *sealed, uint64_t bytes);
 
-    // Reads all of it. "" if state and envelope are whole and were written for this fingerprint; else why not, and
-    // whether it is damage or another model.
+    // Reads the whole state. `why` is "" if state and envelope are whole and were written for this fingerprint.
     struct Verdict {
         bool damaged = false, foreign = false;
         std::string why;

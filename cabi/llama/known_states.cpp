@@ -41,8 +41,8 @@ CachePolicy KnownStates::policy() const {
     return policy_;
 }
 
-// With the tap a sequence that holds cells, for it tells most and costs nothing. Without it an empty
-// one where there is one, since a state is then copied whole to look at it.
+// With the tap this is a sequence that has cells: its state tells most, and costs little. Without the tap it is an empty
+// sequence if there is one, because libllama then copies the whole state.
 int32_t KnownStates::most_telling_sequence() const {
     for (uint32_t i = 0; i < context_.sequence_count(); ++i) {
         const auto sequence = static_cast<int32_t>(i);
@@ -52,8 +52,6 @@ int32_t KnownStates::most_telling_sequence() const {
     return 0;
 }
 
-// What libllama writes for a sequence, without moving its tensor bytes (but without the tap they are copied). Nothing
-// where it refuses.
 std::optional<KnownStates::Metadata> KnownStates::record_metadata(int32_t sequence) {
     const uint64_t bytes = context_.state_bytes(sequence);
     if (bytes == 0) return std::nullopt;
@@ -73,8 +71,6 @@ std::optional<KnownStates::Metadata> KnownStates::record_metadata(int32_t sequen
     return Metadata{std::move(scratch), written, std::move(recorded)};
 }
 
-// Looks at the structure of a sequence's state. An empty sequence tells the kind of the cache, one with
-// cells its types and row sizes too; and whether a known format describes it.
 void KnownStates::look_at(int32_t sequence) {
     const auto metadata = record_metadata(sequence);
     if (!metadata) return;
@@ -107,7 +103,6 @@ void KnownStates::look_at(int32_t sequence) {
     note_taken(found.front());
 }
 
-// By a sequence that has cells, if there is one.
 void KnownStates::look_at_any() {
     for (uint32_t i = 0; i < context_.sequence_count() && is_unseen(); ++i) {
         const auto sequence = static_cast<int32_t>(i);
@@ -137,7 +132,6 @@ void KnownStates::learn_that_opaque() {
     policy_.note_opaque();
 }
 
-// Throws, and then nothing has been changed.
 IncomingState KnownStates::examine(int32_t sequence, const unsigned char *state, uint64_t bytes,
                                    uint32_t flags) {
     if (policy_.is_opaque()) return examine_sealed(state, bytes, flags);
@@ -163,21 +157,21 @@ Structure KnownStates::examine_known(const StateView &view) const {
     if (structure->cells() == 0) return std::move(*structure);
     if (structure->cells() > context_.most_cells())
         throw Error(KVF_ERR_CACHE_FULL, describe_cells(*structure));
-    // libllama takes such a state, and then has a sequence that is empty in one part and takes cells in another.
+    // libllama takes such a state. The sequence is then empty in one part of the memory and has cells in another.
     if (policy_.lacks_cells(*structure))
         throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
     check_positions(*structure, view);
     return std::move(*structure);
 }
 
-// libllama would take it, and then go on with some layers where others have not been.
+// libllama takes a state whose parts disagree. Some layers then have tokens that other layers do not have.
 void KnownStates::check_positions(const Structure &structure, const StateView &view) const {
     if (!positions_agree_ || positions_agree(structure, view)) return;
     throw Error(KVF_ERR_STATE_DAMAGED, "its parts have cells at different positions");
 }
 
-// The first state with cells that this context gets to see comes from outside. What it is written in is believed only
-// when libllama has taken one cell of it and written it again.
+// For a context that has never had a cell: its first state with cells comes from outside. Its format is believed only when
+// libllama has taken one cell in that format and written it again.
 Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
     const Structure *const skeleton = structure_ ? &*structure_ : nullptr;
     auto candidates = parse_state_in_every_way(view, skeleton);
@@ -202,7 +196,8 @@ Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
                        candidates.front().format->name));
 }
 
-// Tries it with a state of one cell, into an empty sequence of an empty context, which is empty again afterwards.
+// Tries the candidate's format: libllama is given a state of one cell. Only called for an empty context, which is empty
+// again afterwards.
 bool KnownStates::takes_format_of(int32_t sequence, const Structure &candidate) {
     const auto one_cell = make_state_of_one_cell(candidate);
     const StateView view{one_cell.data(), one_cell.size(), context_.last_sane_position()};
@@ -242,7 +237,6 @@ IncomingState KnownStates::examine_sealed(const unsigned char *state, uint64_t b
     return {{state, bytes - Envelope::kBytes, context_.last_sane_position()}, std::nullopt};
 }
 
-// What libllama has left of a load that failed and that removing the sequence did not remove, in words.
 std::string KnownStates::what_is_left(int32_t sequence) const {
     const bool clean = !context_.holds_cells(sequence) &&
                        (empty_bytes_ == 0 || context_.state_bytes(sequence) == empty_bytes_);

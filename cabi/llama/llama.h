@@ -49,11 +49,11 @@ private:
     bool guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
                       const Gate *gate) const;
     Enclosure enclosure(Direction direction, int32_t sequence, const Recorder &recorder,
-                        bool close) const;
+                        bool stops_rows) const;
     std::function<bool()> watch(Direction direction, int32_t sequence) const;
     void move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
                   Gate *gate);
-    static void check_heard_anything(const Recorder &recorder);
+    static void check_recorded_anything(const Recorder &recorder);
 
     // save.cpp
     Recorded record_save(int32_t sequence, unsigned char *buffer, uint64_t bytes,

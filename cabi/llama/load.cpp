@@ -19,8 +19,8 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     if (sealed && submission.gate) submission.gate->wait();
     IncomingState state = states_->examine(sequence, given, bytes, options.flags);
 
-    // From here on whatever fails leaves the sequence empty. libllama empties it itself, but only in those parts of
-    // the cache of which the state has cells: a state without any would leave what was there.
+    // From here on a failure leaves the sequence empty. libllama empties the sequence itself, but only in those parts of
+    // the cache for which the state has cells. A state without cells would leave the former content.
     if (!state.structure || !state.structure->has_cells_everywhere()) {
         states_->empty_sequence(sequence);
         states_->note_empty(sequence);
@@ -48,7 +48,7 @@ void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submissi
     const auto fence = submission.fence;
     const auto gate = submission.gate;
     Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, gate);
-    const bool close = guard_window(*state.structure, view, recorder, gate.get());
+    const bool stops_rows = guard_window(*state.structure, view, recorder, gate.get());
     std::optional<OpenJob> open;
     uint32_t device = Device::kHost;
     const auto load_ahead = make_load_ahead(options.mode, view.bytes, device);
@@ -60,18 +60,18 @@ void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submissi
         move_while_recording(recorder, open, submission, options, job != nullptr);
     }
     if (!context_.read_state(sequence, view, recorder)) {
-        open.reset(); // nothing may move any more when the sequence gives up its cells
+        open.reset(); // no byte may move when the sequence loses its cells
         throw load_failure(sequence, recorder.abort_text(), state.structure);
     }
     Recorded recorded = recorder.finish();
-    if (context_.holds_cells(sequence)) check_heard_anything(recorder);
+    if (context_.holds_cells(sequence)) check_recorded_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     check_recorded_whole(*state.structure, recorded);
     states_->note_taken(*state.structure);
     recorded.bytes = view.bytes;
-    fence->raise(enclosure(Direction::Load, sequence, recorder, close));
+    fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
     move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
-    // What was not known before: the device has nothing of the cache.
+    // Only the recording tells that the device has no part of the cache.
     if (load_ahead && !devices_.count(device)) recorded.mode = KVF_LOAD_IN_PLACE;
     if (open) {
         open->commit(std::move(recorded), job);
@@ -89,7 +89,7 @@ void Llama::load_during_call(int32_t sequence, const IncomingState &state, Submi
         throw load_failure(sequence, recorder.abort_text(), std::nullopt);
     }
     Recorded recorded = recorder.finish();
-    if (context_.holds_cells(sequence)) check_heard_anything(recorder);
+    if (context_.holds_cells(sequence)) check_recorded_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     move_now(Direction::Load, submission.buffer, view.bytes, std::exchange(recorded.layouts, {}),
              submission.gate.get());
@@ -110,15 +110,15 @@ std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, uint64_t bytes,
     return engine_->device(device).make_load_ahead(bytes);
 }
 
-// What libllama did not move through the tap has been moved already, or not at all.
+// Bytes that did not pass the tap have been moved already, or not at all.
 void Llama::check_recorded_whole(const Structure &structure, const Recorded &recorded) {
     if (structure.tensor_bytes != recorded.bytes) {
         throw Error(KVF_ERR_TAP, "libllama moved tensor bytes in a way that was not recorded");
     }
 }
 
-// libllama refused a state that looks whole. It says why in its log only; this finds out as much as the program's
-// next step depends on.
+// The error of a load that libllama refused although the state looks whole. libllama gives its reason only in its log.
+// Empties the sequence.
 Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
                           const std::optional<Structure> &state) {
     states_->empty_sequence(sequence); // it may hold a part of the state

@@ -64,12 +64,12 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
     return true;
 }
 
-// Where ranges are early, or other transfers keep loads off cells. What follows in the buffer is recorded later, so that
-// early ranges are met in order.
+// For the first tensor, and where ranges are early or other transfers stop rows. Fragments are recorded in the order of the
+// buffer, so that early ranges are met in order.
 void Recorder::add_with_care(uint64_t address, uint64_t place, uint64_t bytes) {
     if (tensors_.size() == 1) first_tensor_.push_back({address, address + bytes});
     // The cell may have been one of a transfer that follows a stream, and that transfer still needs it.
-    if (direction_ == Direction::Load && Fence::any_close())
+    if (direction_ == Direction::Load && Fence::any_stops_rows())
         Fence::wait({address, address + bytes}, Access::WriteRows);
     while (next_early_ < early_.size() && early_[next_early_].end <= place) ++next_early_;
     for (size_t i = next_early_; i < early_.size() && early_[i].begin < place + bytes; ++i) {
@@ -96,7 +96,7 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
     reached_ = {UINT64_MAX, 0};
     // Fences around this context's memory are raised by the thread that records.
     is_plain_ = tensors_.size() > 1 && early_.empty() &&
-                !(direction_ == Direction::Load && Fence::any_close());
+                !(direction_ == Direction::Load && Fence::any_stops_rows());
     const int64_t device = locate_(tensor_address_ + offset, bytes);
     if (former) former->begin_tensor();
     if (early_builder_) early_builder_->begin_tensor();
@@ -110,8 +110,8 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
     }
 }
 
-// Before any of its bytes may move: where the sequence of another transfer has lost cells meanwhile, a load may have been
-// given these.
+// Called before any byte of a load may move. If the sequence of another transfer has lost cells, libllama may have given
+// them to this load.
 void Recorder::end_first_tensor() {
     first_tensor_ = joined(std::move(first_tensor_));
     if (direction_ == Direction::Load && Fence::any()) Fence::wait_for_rows(first_tensor_);

@@ -26,7 +26,7 @@ Recorded Llama::record_save(int32_t sequence, unsigned char *buffer, uint64_t by
                             Recorder &recorder) {
     const uint64_t written = context_.write_state(sequence, buffer, bytes, recorder);
     Recorded recorded = recorder.finish();
-    check_heard_anything(recorder);
+    check_recorded_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     recorded.bytes = written;
     return recorded;
@@ -39,7 +39,7 @@ void Llama::save_in_place(int32_t sequence, Submission &&submission,
     const uint64_t bytes = submission.buffer_bytes;
     const auto fence = submission.fence;
     Recorder recorder = make_recorder(Direction::Save, buffer, bytes, submission.gate);
-    bool close = false;
+    bool stops_rows = false;
     if (states_->policy().gives_cells_away()) {
         // Only positions tell which cells others may take, and libllama writes these while it lists.
         const auto metadata = states_->record_metadata(sequence);
@@ -47,12 +47,12 @@ void Llama::save_in_place(int32_t sequence, Submission &&submission,
             metadata ? parse_state(metadata->view(), states_->structure()) : std::nullopt;
         // What cannot be guarded is copied aside.
         if (!structure) return save_snapshot(sequence, std::move(submission), options, job);
-        close = guard_window(*structure, metadata->view(), recorder, submission.gate.get());
+        stops_rows = guard_window(*structure, metadata->view(), recorder, submission.gate.get());
     }
     std::optional<OpenJob> open;
     move_while_recording(recorder, open, submission, options, job != nullptr);
     Recorded recorded = record_save(sequence, buffer, bytes, recorder);
-    fence->raise(enclosure(Direction::Save, sequence, recorder, close));
+    fence->raise(enclosure(Direction::Save, sequence, recorder, stops_rows));
     move_now(Direction::Save, buffer, recorded.bytes, recorder.take_early(), nullptr);
     if (open) return open->commit(std::move(recorded), job);
     submission.buffer_bytes = recorded.bytes;

@@ -1,5 +1,5 @@
-// The sequences of one llama_context, as all attachments to it must see them, of whatever engines: which transfers
-// are in flight, what a failed load has left, and whether the context is still there.
+// The sequences of one llama_context, shared by all attachments to the context, of all engines: which transfers are in
+// flight, which sequences a failed load has left to be emptied, and whether the context has been freed.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The tap: listens to libllama while it serialises a sequence, and so learns where the bytes are.
+// The tap: watches libllama while it serialises a sequence, and so learns where the tensor bytes are.
 //
 // libllama moves tensor bytes only through ggml_backend_tensor_get and _set, which it calls through
 // relocation slots of its own. The tap puts functions of ours into these slots. On a thread that is
@@ -8,7 +8,7 @@
 // noted, relocation.h how slots are found, waiting.h what waits for transfers.
 //
 // Other calls are watched too:
-// - operator new and delete, where large blocks are concerned while a thread records (block_cache.h);
+// - operator new and delete of large blocks, while a thread records (block_cache.h);
 // - ggml_abort, so that a failed assertion of libllama's while a thread records becomes an exception, which libllama's
 //   own handlers turn into an error, and not the end of the process;
 // - ggml_backend_buffer_free, so that a cache is not freed under a transfer;

@@ -4,7 +4,7 @@
 namespace kvf {
 namespace {
 
-// So much is moved while the rest is still being recorded. Less is recorded in less time than it takes to begin.
+// The least bytes that begin to move while libllama still names others. Fewer are recorded sooner than a job begins.
 constexpr uint64_t kLeastPart = 4 << 20;
 
 } // namespace
@@ -15,7 +15,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     submission.submitted_ns = now_ns();
     settle();
     check_usable();
-    engine_->check(options); // what is wrong with them must not cost a sequence its cells
+    engine_->check(options); // invalid options must not cost a sequence its cells
     if (tap_) tap_->renew_slots();
     Fence::wait_for_disturbed(context_.pointer());
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
@@ -63,7 +63,7 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
             return last = device;
         } catch (const Error &error) {
             if (error.status != KVF_ERR_UNREACHABLE) throw;
-            if (gate) gate->wait(); // what moves here and now follows, too
+            if (gate) gate->wait(); // libllama copies this tensor during the call
             return -1;
         }
     };
@@ -71,8 +71,8 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
                     locate, blocks_);
 }
 
-// Lets the job in with the first part that libllama names, and moves that while libllama names the others. What
-// fails later takes the job back. Submission, options and recorder must outlive the recording.
+// Opens the job when libllama has named the first part, and moves that part while libllama names the others. If the call
+// fails later, the job ends without a completion. Submission, options and recorder must outlive the recording.
 void Llama::move_while_recording(Recorder &recorder, std::optional<OpenJob> &open,
                                  Submission &submission, const kvf_submit_options &options,
                                  bool with_handle) {
@@ -84,8 +84,9 @@ void Llama::move_while_recording(Recorder &recorder, std::optional<OpenJob> &ope
     recorder.set_sink(sink, kLeastPart);
 }
 
-// Sees to it that no other sequence gets a cell whose bytes are still to be moved. They are moved before the call
-// returns. Where they follow a stream that cannot be: then true, and the fence must be close, so that decoding waits.
+// Protects the cells that libllama may give to other sequences during the transfer: their bytes are moved before the
+// call returns. A transfer that follows a stream cannot move them so soon. Then this returns true, and the fence must stop
+// rows, so that decoding waits.
 bool Llama::guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
                          const Gate *gate) const {
     auto ranges = bytes_free_for_others(structure, view, context_.window());
@@ -94,12 +95,12 @@ bool Llama::guard_window(const Structure &structure, const StateView &view, Reco
     return false;
 }
 
-// What has to stay as it is until the transfer that was recorded has ended.
+// What must stay as it is until the recorded transfer has ended.
 Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder &recorder,
-                           bool close) const {
+                           bool stops_rows) const {
     Enclosure enclosure;
     enclosure.memory = recorder.memory();
-    enclosure.close = close;
+    enclosure.stops_rows = stops_rows;
     enclosure.context = context_.pointer();
     enclosure.is_disturbed = watch(direction, sequence);
     if (states_->policy().tells_rows()) {
@@ -109,7 +110,7 @@ Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder
     return enclosure;
 }
 
-// Says whether the sequence has been changed since, as far as its first and last position tell.
+// Returns a function that says whether the sequence has been changed since, as far as its first and last position tell.
 std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const {
     const CachePolicy policy = states_->policy();
     const bool keeps_first = policy.keeps_first_position();
@@ -123,7 +124,7 @@ std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const 
     return is_disturbed;
 }
 
-// Moves what must not be moved later, while the caller waits. Throws where it did not end well.
+// Moves bytes that must not be moved later, while the caller waits. Throws the error of a job that failed.
 void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
                      Gate *gate) {
     if (layouts.empty()) return;
@@ -144,9 +145,9 @@ void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes,
     if (done.status != KVF_OK) throw Error(done.status, done.detail);
 }
 
-// A sequence with cells has tensor bytes. That none were heard of means that calls go past the tap: libllama has moved
-// everything itself, while the caller waited.
-void Llama::check_heard_anything(const Recorder &recorder) {
+// A sequence with cells has tensor bytes. If none was recorded, libllama's calls do not reach the tap, and libllama has
+// moved everything itself during the call.
+void Llama::check_recorded_anything(const Recorder &recorder) {
     if (!recorder.tensors().empty()) return;
     throw Error(KVF_ERR_TAP,
                 "the tap recorded nothing: somebody else has put functions into libllama's slots");

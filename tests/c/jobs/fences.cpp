@@ -80,15 +80,15 @@ void decoding_waits_at_close_ones_alone() {
     Fence fence(Direction::Load);
     fence.raise({.memory = {{100, 200}}});
     passes({100, 200}, Access::WriteRows);
-    CHECK(!Fence::any_close());
+    CHECK(!Fence::any_stops_rows());
     Fence close(Direction::Load);
-    close.raise({.memory = {{100, 200}}, .close = true});
-    CHECK(Fence::any_close());
+    close.raise({.memory = {{100, 200}}, .stops_rows = true});
+    CHECK(Fence::any_stops_rows());
     Visitor decoding({150, 160}, Access::WriteRows);
     CHECK(decoding.waits());
     close.lower();
     decoding.join();
-    CHECK(Fence::any() && !Fence::any_close());
+    CHECK(Fence::any() && !Fence::any_stops_rows());
 }
 
 // Runs the access with numbers of rows on a thread of its own, and says whether it waits until the fence is lowered.
