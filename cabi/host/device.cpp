@@ -114,7 +114,7 @@ void HostDevice::cut_short_stopping() {
         schedule_.cut_short_stopping(ended);
         background_work_.notify_one(); // as above
     }
-    for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
+    for (const auto &[order, leg] : ended) leg->job->leg_ended(*leg);
 }
 
 void HostDevice::work(uint32_t priority) {

@@ -52,17 +52,17 @@ void Queue::push(const kvf_completion &completion) noexcept {
     reserved_.front() = completion;
     completions_.splice(completions_.end(), reserved_, reserved_.begin());
     if (was_empty) signal();
-    arrived_.notify_one();
+    changed_.notify_one();
 }
 
 uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int64_t timeout_ns) {
     std::unique_lock lock(mutex_);
     const auto ready = [this] { return !completions_.empty() || wakes_ > 0 || closed_; };
     if (timeout_ns < 0) {
-        arrived_.wait(lock, ready);
+        changed_.wait(lock, ready);
     } else if (timeout_ns > 0) {
         timeout_ns = std::min(timeout_ns, kLongestTimeoutNs);
-        arrived_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), ready);
+        changed_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), ready);
     }
     if (!ready()) return 0;
 
@@ -81,7 +81,7 @@ uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int6
     if (completions_.empty() && wakes_ == 0 && !closed_) {
         unsignal();
     } else {
-        arrived_.notify_one(); // what is left is for another thread that waits
+        changed_.notify_one(); // what is left is for another thread that waits
     }
     return n;
 }
@@ -90,7 +90,7 @@ void Queue::wake() {
     std::lock_guard lock(mutex_);
     if (completions_.empty() && wakes_ == 0) signal();
     ++wakes_;
-    arrived_.notify_one();
+    changed_.notify_one();
 }
 
 bool Queue::close() {
@@ -99,7 +99,7 @@ bool Queue::close() {
     closed_ = true;
     completions_.clear();
     signal();
-    arrived_.notify_all();
+    changed_.notify_all();
     return true;
 }
 

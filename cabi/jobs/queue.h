@@ -36,7 +36,7 @@ private:
     void unsignal();
 
     std::mutex mutex_;
-    std::condition_variable arrived_;
+    std::condition_variable changed_;
     std::list<kvf_completion> completions_;
     std::list<kvf_completion> reserved_; // places for those to come
     std::list<kvf_completion> spare_;    // places that have been used

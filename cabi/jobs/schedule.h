@@ -24,7 +24,7 @@ private:
     friend class Schedule;
 
     struct Entry {
-        uint64_t arrival = 0; // of the leg
+        uint64_t order = 0; // of the leg
         std::shared_ptr<Gate> gate;
         bool is_open = false;
     };
@@ -40,9 +40,9 @@ public:
     void add(Leg &leg) {
         const auto &gate = leg.job->gate();
         LegList &list = gate && !gate->was_open() ? lists_of(leg).following : list_of_moving(leg);
-        leg.position = list.emplace_hint(list.end(), next_arrival_, &leg);
+        leg.position = list.emplace_hint(list.end(), next_order_, &leg);
         leg.list = &list;
-        ++next_arrival_;
+        ++next_order_;
     }
 
     bool empty() const { return lists_[0].empty() && lists_[1].empty(); }
@@ -54,7 +54,7 @@ public:
     }
     template <class Function>
     Leg *front(uint32_t priority, Function &&waits) {
-        for (const auto &[arrival, leg] : lists_[priority].ready) {
+        for (const auto &[order, leg] : lists_[priority].ready) {
             if (!waits(*leg)) return leg;
         }
         return nullptr;
@@ -120,7 +120,7 @@ public:
         bool any = false;
         for (size_t i = 0; i < check.count_; ++i) {
             if (!check.entries_[i].is_open) continue;
-            const auto it = following.find(check.entries_[i].arrival);
+            const auto it = following.find(check.entries_[i].order);
             if (it == following.end()) continue; // cut short meanwhile
             move(*it->second, list_of_moving(*it->second));
             any = true;
@@ -189,7 +189,7 @@ private:
     }
 
     std::array<Lists, 2> lists_; // by priority
-    uint64_t next_arrival_ = 1;
+    uint64_t next_order_ = 1;
 };
 
 } // namespace kvf

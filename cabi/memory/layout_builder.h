@@ -9,10 +9,9 @@
 
 namespace kvf {
 
-// Joins fragments as they come: neighbours in memory and in the buffer become one run, and runs of one
-// width at one pitch become one block. Half a million fragments of a cache whose sequences were
-// decoded in turn become a few dozen blocks; where they advanced at random, one tensor's runs become
-// the table for all.
+// Joins fragments as they are added: neighbours in memory and in the buffer become one run, and runs of one width at one
+// pitch become one block. Half a million fragments of a cache become a few dozen blocks where its sequences were decoded in
+// turn. Where they were decoded in a random order, the runs of one tensor become the table for all tensors.
 class LayoutBuilder {
 public:
     // One run of `bytes` at `address`, whose place in the buffer is `offset`.
@@ -31,22 +30,21 @@ public:
 
     void add(const kvf_region &region);
 
-    // What comes next lies in another allocation: it joins nothing that came before.
+    // What is added next lies in another allocation, and is joined to nothing that was added before.
     void begin_allocation() {
         keep_run();
         run_ = {};
         keep_block();
     }
 
-    // What comes next lies elsewhere, in another tensor, and may be fragmented as the last one was.
+    // What is added next lies in another tensor, which may be fragmented as the last one was.
     void begin_tensor();
 
     uint64_t fragments() const { return fragments_; }
 
-    // After begin_tensor(): the bytes of all that take() would give.
+    // After begin_tensor(): the bytes of what take() would return.
     uint64_t bytes() const { return layout_.bytes; }
-    // Hands over what has been recorded up to the last begin_tensor(); the rest is recorded as if nothing had
-    // been taken.
+    // Returns what was added before the last begin_tensor(). What is added later is recorded as if nothing had been taken.
     Layout take();
 
     Layout finish();
@@ -70,7 +68,7 @@ private:
     Layout layout_;
     uint64_t fragments_ = 0;
 
-    // A fragment passes through three stages, each of which holds on to what may still grow.
+    // A fragment passes through three stages. Each keeps what may still grow.
     Run run_{};          // neighbours; bytes == 0: none
     kvf_region block_{}; // rows; rows == 0: none
     // The irregular rest of the tensor: equal to a former tensor's so far, or else a table of its own.

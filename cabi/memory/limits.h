@@ -11,9 +11,9 @@ struct AvailableMemory {
     static constexpr uint64_t kNoLimit = UINT64_MAX;
 
     uint64_t machine = 0; // without swapping, as the system estimates it; 0 where it does not tell
-    uint64_t group =
-        kNoLimit; // before the tightest limit of a control group is reached: beyond it processes are killed
-    uint64_t group_limit = kNoLimit; // that limit
+    // Before the tightest limit of a control group is reached, beyond which the system kills processes; and that limit.
+    uint64_t group = kNoLimit;
+    uint64_t group_limit = kNoLimit;
 
     uint64_t least() const { return machine < group ? machine : group; }
 };

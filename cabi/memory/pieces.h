@@ -20,9 +20,9 @@ struct Piece {
     uint64_t address_distance = 0, offset_distance = 0; // as in Span
     uint64_t bytes = 0;
 
-    // Where it begins in the buffer.
+    // Where the piece begins in the buffer.
     uint64_t offset() const { return runs ? runs->offset + offset_distance : block.offset; }
-    // In the buffer, all of it is one run.
+    // True if the whole piece is one run in the buffer.
     bool is_packed() const {
         return runs ? (*table)->packed : block.rows == 1 || block.buffer_pitch == block.width;
     }
@@ -32,7 +32,7 @@ struct Piece {
     }
 };
 
-// Walks through a layout piece by piece. The layout must outlive it and stay as it is.
+// Walks through a layout piece by piece. The layout must outlive the cursor, and must not change.
 class Cursor {
 public:
     Cursor() = default; // to be assigned to
@@ -46,12 +46,12 @@ public:
         return block_ < layout_->blocks.size() ? &layout_->blocks[block_] : nullptr;
     }
 
-    // Where it comes from the irregular rest: the span, and what of it has not been handed out.
+    // Where the next piece comes from the irregular rest: its span, and how many runs of the span are left.
     const Span &span() const { return layout_->spans[span_]; }
     uint64_t runs_left() const { return span().count - run_; }
 
-    // At most `most` bytes (a row that is wider is split; one run is the least) and at most `most_runs`
-    // runs. Must not be called at the end.
+    // Returns a piece of at most `most` bytes and `most_runs` runs. A row that is wider is split; a run is not. Must not be
+    // called at the end.
     Piece next(uint64_t most, uint64_t most_runs);
 
     void skip_blocks() { block_ = layout_->blocks.size(); }
@@ -65,8 +65,8 @@ private:
     uint64_t run_ = 0; // in the span
 };
 
-// The layouts of one transfer, in the order in which they are recorded. The first may be moved while the
-// next are still being recorded. Pieces that were handed out stay valid as long as this lives.
+// The layouts of one leg, in the order in which they are recorded. The first may move while the next are still recorded.
+// Pieces stay valid as long as the parts live.
 class Parts {
 public:
     void add(Layout &&layout) {
@@ -75,7 +75,7 @@ public:
         layouts_.push_back(std::move(layout));
         if (!cursor_valid_) settle();
     }
-    // Nothing more will come.
+    // Nothing more will be added.
     void close() { closed_ = true; }
     // Nothing more will be handed out.
     void cut_short() {
@@ -85,7 +85,7 @@ public:
     }
 
     bool is_closed() const { return closed_; }
-    // There is nothing to hand out at the moment.
+    // True if there is nothing to hand out at the moment.
     bool empty() const { return !cursor_valid_; }
     bool at_end() const { return empty() && closed_; }
     uint64_t bytes() const { return bytes_; }              // of all that was added
