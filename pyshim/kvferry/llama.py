@@ -13,7 +13,7 @@ from . import sync
 from ._bridge.arguments import HostMemory, sequence_id
 from ._bridge.attachment import Attachment
 from ._bridge.cancellation import await_to_end
-from ._bridge.core import Core
+from ._bridge.engine_core import EngineCore
 from ._bridge.submission import (
     LoadMode,
     Priority,
@@ -56,7 +56,7 @@ class Llama:
     All methods are for the thread of the event loop.
     """
 
-    def __init__(self, engine: object, core: Core, attachment: Attachment) -> None:
+    def __init__(self, engine: object, core: EngineCore, attachment: Attachment) -> None:
         """For kvferry itself. This object keeps ``engine`` alive."""
         self._engine = engine
         self._core = core

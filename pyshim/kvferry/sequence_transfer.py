@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ._bridge.attachment import Attachment
-from ._bridge.completion import Completion
-from ._bridge.llm import LlmState
+from ._bridge.completion_record import Completion
+from ._bridge.llama_cpp_object import LlmState
 from ._bridge.submission import Priority, SubmitOptions
 from ._bridge.worker import Call
 from ._native import ffi, lib

@@ -12,8 +12,8 @@ import anyio.to_thread
 from ._bridge import snapshot_file
 from ._bridge.arguments import HostMemory
 from ._bridge.claims import claim_for_snapshot
-from ._bridge.completion import Completion
-from ._bridge.llm import LlmState
+from ._bridge.completion_record import Completion
+from ._bridge.llama_cpp_object import LlmState
 from ._bridge.snapshot_file import Content
 from ._native import ffi, lib
 from .buffer import Buffer, borrow

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 from ._bridge.arguments import HostMemory, sequence_id
 from ._bridge.attachment import Attachment
 from ._bridge.claims import claim_for_transfer
-from ._bridge.completion import Completion, completion_of
-from ._bridge.core import Core
+from ._bridge.completion_record import Completion, completion_of
 from ._bridge.devices import Devices
+from ._bridge.engine_core import EngineCore
 from ._bridge.open_engine import OpenEngine
 from ._bridge.submission import (
     LoadMode,
@@ -193,7 +193,7 @@ class Llama:
     wait. Any thread may call any method.
     """
 
-    def __init__(self, engine: object, core: Core, attachment: Attachment) -> None:
+    def __init__(self, engine: object, core: EngineCore, attachment: Attachment) -> None:
         """For kvferry itself. This object keeps ``engine`` alive."""
         self._engine = engine
         self._core = core

@@ -10,7 +10,7 @@ import anyio
 from ._bridge.arguments import integer
 from ._bridge.cancellation import await_to_end
 from ._bridge.claims import claim_for_transfer
-from ._bridge.completion import Completion
+from ._bridge.completion_record import Completion
 from ._bridge.completions import Completions, PendingTransfer
 from ._bridge.worker import Call
 from ._native import ffi, lib

@@ -32,7 +32,7 @@ import anyio.lowlevel
 
 from .._native import ffi, lib
 from ..errors import check, error
-from .completion import Completion, completion_of
+from .completion_record import Completion, completion_of
 
 # How many completions are taken before other tasks run again: about half a millisecond of work.
 _BATCH = 64
