@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -31,11 +31,8 @@ from .sequence_transfer import (
     SaveTransfer,
     WrongSize,
 )
-from .snapshot import Snapshot
+from .snapshot import Snapshot, state_to_load, to_verify
 from .transfer import Transfer, start_and_wait
-
-if TYPE_CHECKING:
-    pass
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -227,11 +224,10 @@ class Llama:
         and Busy (a transfer of this sequence is in flight).
         """
         if verify:
-            if not isinstance(state, Snapshot):
-                raise TypeError("only a Snapshot can be verified")
+            snapshot = to_verify(state)
             seq = sequence_id(seq)
             self._latest_loads[seq] = None
-            await state.verify()
+            await snapshot.verify()
         await start_and_wait(self.start_load(state, seq, priority=priority, mode=mode, trust=trust))
 
     async def start_load(
@@ -250,15 +246,10 @@ class Llama:
         self._latest_loads[seq] = None
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        buffer = borrow(state, "state")
-        llm_state = None
-        if isinstance(state, Snapshot):
-            self._attachment.check_fingerprint(state.fingerprint)
-            llm_state = state.llm
+        buffer, llm_state = state_to_load(state, self._attachment)
         transfer = LoadTransfer(self._attachment, seq, buffer, llm_state, self._latest_loads)
-        flags = lib.KVF_SUBMIT_TRUST_STATE if trust else 0
         first = priority == "urgent"
-        await transfer.submit(lib.kvf_llama_load, priority, number, first=first, flags=flags)
+        await transfer.submit(lib.kvf_llama_load, priority, number, first=first, trust=trust)
         return transfer
 
     def load_outcome(self, seq: int) -> LoadOutcome | None:

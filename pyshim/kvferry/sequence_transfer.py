@@ -61,7 +61,7 @@ class SequenceTransfer(Transfer[T]):
         mode: int,
         *,
         first: bool,
-        flags: int = 0,
+        trust: bool = False,
     ) -> None:
         """Makes the submitting call, ``kvf_llama_save`` or ``kvf_llama_load``, on the context's
         thread; ``first`` before other calls that wait there.
@@ -70,7 +70,7 @@ class SequenceTransfer(Transfer[T]):
         """
         assert self._buffer is not None
         attachment, worker = self._attachment, self._attachment.worker
-        options = SubmitOptions(worker.completions, self.token, priority, mode=mode, flags=flags)
+        options = SubmitOptions(worker.completions, self.token, priority, mode=mode, trust=trust)
         memory, nbytes = self._buffer.memory, self._buffer.nbytes
 
         def submit() -> None:

@@ -42,7 +42,7 @@ from ._native import ffi, lib
 from .buffer import Buffer, borrow, pinned, registered, trim
 from .errors import check, error
 from .regions import Memory, RegionList, region_list
-from .snapshot import Snapshot
+from .snapshot import Snapshot, state_to_load, to_verify
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -252,24 +252,19 @@ class Llama:
         priority: Priority = "urgent",
         mode: LoadMode = "auto",
         verify: bool = False,
+        trust: bool = False,
         timeout: float | None = None,
     ) -> None:
         """As ``kvferry.Llama.load``."""
         self._attachment.check_usable()
         seq = sequence_id(seq)
-        options = SubmitOptions(None, 0, priority, mode=load_mode(mode))
-        buffer = borrow(state, "state")
-        memory = buffer.memory
-        attachment = self._attachment
-        llm = attachment.llm_of(seq)
+        options = SubmitOptions(None, 0, priority, mode=load_mode(mode), trust=trust)
         if verify:
-            if not isinstance(state, Snapshot):
-                raise TypeError("only a Snapshot can be verified")
-            state.verify_sync()
-        llm_state = None
-        if isinstance(state, Snapshot):
-            attachment.check_fingerprint(state.fingerprint)
-            llm_state = state.llm
+            to_verify(state).verify_sync()
+        attachment = self._attachment
+        buffer, llm_state = state_to_load(state, attachment)
+        memory = buffer.memory
+        llm = attachment.llm_of(seq)
 
         def submit(native: CData, job: CData) -> int:
             with attachment.worker.exclusive():

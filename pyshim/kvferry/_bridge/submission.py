@@ -66,9 +66,14 @@ class SubmitOptions:
         priority: Priority,
         *,
         mode: int = 0,
-        flags: int = 0,
+        trust: bool = False,
         after_stream: int | None = None,
     ) -> None:
+        flags = 0
+        if trust:
+            flags |= lib.KVF_SUBMIT_TRUST_STATE
+        if after_stream is not None:
+            flags |= lib.KVF_SUBMIT_FOLLOW_STREAM
         self.text = ErrorText()
         self.options: CData = ffi.new(
             "kvf_submit_options *",
@@ -78,7 +83,7 @@ class SubmitOptions:
                 "queue": 0 if completions is None else completions.queue,
                 "user_data": token,
                 "mode": mode,
-                "flags": flags | (0 if after_stream is None else lib.KVF_SUBMIT_FOLLOW_STREAM),
+                "flags": flags,
                 "stream": after_stream or 0,
                 "error": self.text.buffer,
                 "error_size": ffi.sizeof(self.text.buffer),
