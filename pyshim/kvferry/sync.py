@@ -26,7 +26,6 @@ from ._bridge.arguments import HostMemory, sequence_id
 from ._bridge.attachment import Attachment
 from ._bridge.claims import claim_for_transfer
 from ._bridge.completion_record import Completion, completion_of
-from ._bridge.devices import Devices
 from ._bridge.engine_core import EngineCore
 from ._bridge.open_engine import OpenEngine
 from ._bridge.submission import (
@@ -59,23 +58,6 @@ class Engine(OpenEngine):
     """
 
     _name = "kvferry.sync.Engine"
-
-    def __init__(
-        self,
-        devices: Devices = "auto",
-        *,
-        copy_threads: int = 0,
-        pinned_limit: int = 0,
-        staging_bytes: int = 0,
-        trace: bool = False,
-    ) -> None:
-        super().__init__(
-            devices,
-            copy_threads=copy_threads,
-            pinned_limit=pinned_limit,
-            staging_bytes=staging_bytes,
-            trace=trace,
-        )
 
     def allocate(self, nbytes: int) -> Buffer:
         """As ``kvferry.Engine.allocate``."""

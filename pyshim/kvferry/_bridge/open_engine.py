@@ -23,12 +23,12 @@ class OpenEngine:
 
     def __init__(
         self,
-        devices: Devices,
+        devices: Devices = "auto",
         *,
-        copy_threads: int,
-        pinned_limit: int,
-        staging_bytes: int,
-        trace: bool,
+        copy_threads: int = 0,
+        pinned_limit: int = 0,
+        staging_bytes: int = 0,
+        trace: bool = False,
     ) -> None:
         kind, cuda_devices = engine_devices(devices)
         text = ErrorText()
