@@ -128,10 +128,10 @@ class Llama:
     ) -> Snapshot:
         """Saves a sequence, and returns its state when all bytes have been moved.
 
-        The sequence stays as it is. ``mode`` says what may be done to it meanwhile; a sequence in a
-        plain attention cache may be decoded further. ``into`` is writable contiguous memory of at
-        least ``size`` bytes, which belongs to the Snapshot until that is closed or collected; or
-        None for pinned memory from the pool.
+        The sequence stays as it is, and may be decoded further. ``mode`` says what else may be done
+        to it meanwhile, and when a decode waits for the save. ``into`` is writable contiguous
+        memory of at least ``size`` bytes, which belongs to the Snapshot until that is closed or
+        collected; or None for pinned memory from the pool.
 
         If the task is cancelled, the transfer is cancelled too; the cancellation goes on after the
         transfer has ended, and nothing is saved.
@@ -201,9 +201,10 @@ class Llama:
     ) -> None:
         """Loads a state into a sequence, in place of what the sequence held.
 
-        Returns when all bytes have been moved; the sequence must not be used before. ``state`` is a
-        Snapshot, or contiguous memory that holds a state and nothing else. ``verify`` first
-        compares the checksum of a Snapshot.
+        Returns when all bytes have been moved. A decode of the sequence before that waits for the
+        load, and blocks the context's thread; kvferry.h has a table of what else may be done.
+        ``state`` is a Snapshot, or contiguous memory that holds a state and nothing else.
+        ``verify`` first compares the checksum of a Snapshot.
 
         If this raises, ``load_outcome`` tells what the sequence holds. A load that was refused
         (StateMismatch, StateDamaged), or cancelled before it began, leaves it as it was. A load
