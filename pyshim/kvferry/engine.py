@@ -241,10 +241,10 @@ class Engine(OpenEngine):
                 ),
                 submit.text,
             )
-            transfer.submitted()
+            transfer.after_submit()
         except BaseException:
             # Refused; or a signal handler has raised, before the call or after it.
-            transfer.submitted()
+            transfer.after_submit()
             if not transfer.ended:
                 await transfer.abort()
             raise
