@@ -95,10 +95,10 @@ class SequenceTransfer(Transfer[T]):
         except BaseException:
             # The call has failed; or a cancellation or a signal handler has interrupted this,
             # before, during or after the call. A call that has not begun is cancelled, else its
-            # job.
+            # job. Twice: see completions.py.
             try:
                 call.cancel()
-            finally:  # twice: completions.py says why
+            finally:
                 call.cancel()
             if not self.ended:
                 await self.abort()
