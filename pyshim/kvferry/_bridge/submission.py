@@ -25,11 +25,10 @@ _PRIORITIES: dict[str, int] = {
 
 SaveMode = Literal["auto", "in_place", "snapshot"]
 """``in_place`` moves the bytes straight from the cache. kvferry.h has a table of what may be done
-to the sequence until the save has ended; for most of it, the next decode waits. A decode that would
-overwrite what is being saved waits, too: that is every decode of a recurrent or sliding-window
-sequence. ``snapshot`` first copies the bytes aside: the sequence may be used as soon as the save
-has been started. ``auto`` is ``snapshot`` where decoding the sequence would overwrite what is being
-saved, else ``in_place``."""
+to the sequence until the save has ended; for most of it, the next decode waits. A decode of a
+recurrent or sliding-window sequence waits, too. ``snapshot`` first copies the bytes aside: the
+sequence may be used as soon as the save has been started. ``auto`` is ``snapshot`` where decoding
+the sequence would overwrite what is being saved, else ``in_place``."""
 
 _SAVE_MODES: dict[str, int] = {
     "auto": lib.KVF_SAVE_AUTO,
