@@ -1,4 +1,4 @@
-// Functions for old systems that other files may call: tests only.
+// Stand-ins for functions of glibc and libstdc++ on old systems. Declared here only for tests.
 #pragma once
 
 #include <pthread.h>

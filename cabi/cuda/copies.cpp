@@ -44,7 +44,7 @@ void CudaCopies::launch(const CudaSlot &slot, uint32_t blocks) const {
 }
 
 void CudaCopies::copy(const CudaSlot &slot) const {
-    slot.way == CudaWay::Gather ? copy_gathered(slot) : copy_direct(slot);
+    slot.way == CudaWay::Staged ? copy_staged(slot) : copy_direct(slot);
 }
 
 // Between the cache and the host.
@@ -69,7 +69,7 @@ void CudaCopies::copy_direct(const CudaSlot &slot) const {
 }
 
 // Between staging and the host.
-void CudaCopies::copy_gathered(const CudaSlot &slot) const {
+void CudaCopies::copy_staged(const CudaSlot &slot) const {
     const Job &job = *slot.leg->job;
     const CUdeviceptr staging = slot.staging.address;
     if (!job.request.pinned) return copy_run(slot, staging, slot.bounce->data(), slot.bytes);

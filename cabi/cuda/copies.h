@@ -23,7 +23,7 @@ public:
 
 private:
     void copy_direct(const CudaSlot &slot) const;
-    void copy_gathered(const CudaSlot &slot) const;
+    void copy_staged(const CudaSlot &slot) const;
     void copy_run(const CudaSlot &slot, CUdeviceptr address, unsigned char *host,
                   uint64_t bytes) const;
     void copy_rows(const CudaSlot &slot, CUdeviceptr address, uint64_t pitch, unsigned char *host,

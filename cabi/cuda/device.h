@@ -43,7 +43,7 @@ public:
     void extend(Leg &leg, Layout &&part) override {
         lane(leg.direction).extend(leg, std::move(part));
     }
-    void finish(Leg &leg) override { lane(leg.direction).finish(leg); }
+    void close(Leg &leg) override { lane(leg.direction).close(leg); }
     void announce(Direction direction) override { lane(direction).announce(); }
     void cut_short(Leg &leg) override { lane(leg.direction).cut_short(leg); }
     void cut_short_stopping() override;

@@ -16,8 +16,7 @@ namespace kvf {
 template <class Item>
 class CudaFreeList {
 public:
-    // `count` items at most, of `most_bytes` each, or down to `least_bytes` where memory is short. They are charged to the
-    // budget, but for `least_bytes`: so that there is always one item, whatever other lists have taken.
+    // `count` items at most, of `most_bytes` each, or down to `least_bytes` where memory is short. `least_bytes` of the first item is free, the rest is charged to the budget: so that there is always one item, whatever other lists have taken.
     CudaFreeList(CudaPinnedBudget &budget, size_t count, uint64_t most_bytes, uint64_t least_bytes)
         : budget_(budget), count_(count), most_bytes_(most_bytes), least_bytes_(least_bytes) {
         free_.reserve(count);

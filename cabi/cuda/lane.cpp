@@ -218,8 +218,7 @@ bool CudaLane::refill() {
 
 // ---- New pieces --------------------------------------------------------------------------------
 
-// Returns the leg that moves next, and notes whether the lane is urgent now. Returns NULL where none can move, or where an
-// urgent leg is worth waiting for, which background legs must not overtake. With the schedule's lock.
+// Returns the leg that moves next, and notes whether the lane is urgent now. Returns NULL if none can move, or if background legs must not overtake an urgent leg that is worth waiting for. With the schedule's lock.
 Leg *CudaLane::next_leg() {
     Schedule &legs = schedule_.legs();
     bool any_waits = false;
@@ -272,7 +271,7 @@ void CudaLane::begin_piece(CudaSlot &slot) {
     job.note_started(slot.begin_ns);
     attempt(slot, [&] {
         slot.stage = Stage::Ready;
-        if (slot.way == CudaWay::Gather) {
+        if (slot.way == CudaWay::Staged) {
             // Of a load too: sent after the data, the table would wait for other slots' copies.
             copies_.send_table(slot);
             if (direction_ == Direction::Save) copies_.launch(slot, kernel_blocks());
@@ -311,7 +310,7 @@ void CudaLane::queue_copy(CudaSlot &slot) {
     slot.stage = Stage::Copying;
     ++copies_queued_;
     bytes_queued_ += slot.bytes;
-    if (direction_ == Direction::Load && slot.way == CudaWay::Gather) {
+    if (direction_ == Direction::Load && slot.way == CudaWay::Staged) {
         if (!job.stopping()) copies_.launch(slot, kernel_blocks());
         driver_.check(driver_.cuEventRecord(slot.finished, slot.stream), "cuEventRecord");
     }
@@ -332,11 +331,13 @@ bool CudaLane::poll_stream(CudaSlot &slot) {
     if (copying) {
         leave_queue(slot);
         note_pace(slot);
+        // If a step fails below, fail_piece() must not take the slot out of the queue again.
+        slot.stage = Stage::Finishing;
     }
-    slot.stage = Stage::Finishing;
+    // A load that was staged goes on: its scatter kernel must finish.
     if (result != CUDA_SUCCESS) {
         attempt(slot, [&] { driver_.check(result, "cuEventQuery"); });
-    } else if (!copying || direction_ == Direction::Save || slot.way != CudaWay::Gather) {
+    } else if (!copying || direction_ == Direction::Save || slot.way != CudaWay::Staged) {
         after_device(slot);
     }
     return true;
@@ -375,7 +376,7 @@ void CudaLane::end_piece(CudaSlot &slot) {
     schedule_.piece_ended(leg);
 }
 
-// Where the first byte lies in the buffer that a leg has not staged, when the slot's pieces have been staged.
+// The buffer offset of the first byte that is not staged, when the slot's pieces have been staged.
 uint64_t CudaLane::staged_up_to(const CudaSlot &slot) {
     uint64_t offset = schedule_.bytes_taken(*slot.leg);
     for (const CudaSlot &other : slots_) {

@@ -46,7 +46,7 @@ public:
     // As of Device.
     void submit(Leg &leg);
     void extend(Leg &leg, Layout &&part) { schedule_.extend(leg, std::move(part)); }
-    void finish(Leg &leg) { schedule_.finish(leg); }
+    void close(Leg &leg) { schedule_.close(leg); }
     void announce() { schedule_.announce(); }
     void cut_short(Leg &leg) { schedule_.cut_short(leg); }
     void cut_short_stopping() { schedule_.cut_short_stopping(); }
@@ -123,7 +123,7 @@ private:
     // The pump's own.
     std::array<CudaSlot, kSlots> slots_;
     uint32_t pieces_ = 0; // slots that are not idle
-    bool urgent_ = false; // the pieces in the slots are
+    bool urgent_ = false; // whether the pieces in the slots are urgent
     uint32_t copies_queued_ = 0;
     uint64_t bytes_queued_ = 0; // of these copies
     CudaWay last_queued_ = CudaWay::Run;

@@ -22,10 +22,10 @@ void CudaLaneSchedule::extend(Leg &leg, Layout &&part) {
     work_.notify_one();
 }
 
-void CudaLaneSchedule::finish(Leg &leg) {
+void CudaLaneSchedule::close(Leg &leg) {
     {
         std::lock_guard lock(mutex_);
-        if (!legs_.finish(leg)) return;
+        if (!legs_.close(leg)) return;
     }
     leg.job->leg_ended(leg);
 }

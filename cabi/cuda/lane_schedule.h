@@ -19,7 +19,7 @@ public:
     template <class Function>
     void add(Leg &leg, Function &&before);
     void extend(Leg &leg, Layout &&part);
-    void finish(Leg &leg);
+    void close(Leg &leg);
     void cut_short(Leg &leg);
     void cut_short_stopping();
     // A leg is about to come. Waking the pump takes several times as long as queuing a copy: it may wake meanwhile.

@@ -20,8 +20,7 @@ public:
     // moment, or where nothing is known yet.
     uint64_t expected_ns(CudaWay way) const;
 
-    // A copy has ended. The pacer learns from it where it was a background copy and others were there to be queued all the
-    // time: `more` tells whether some are now.
+    // A copy has ended. The pacer learns from it where it was a background copy and other copies were always waiting to be queued: `more` tells whether some are now.
     void copy_ended(const CudaSlot &slot, bool is_urgent, bool more);
 
     // A JSON object. Any thread.

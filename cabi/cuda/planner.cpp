@@ -34,14 +34,14 @@ uint64_t end_in_staging(const CudaSlot &slot) {
 bool CudaPlanner::is_worth_waiting(const Leg &leg) const {
     return !leg.parts.is_closed() &&
            leg.parts.left() < std::min(kUrgentBytes, memory_.staging_bytes() / 2) &&
-           way_of(leg, true) == CudaWay::Gather;
+           way_of(leg, true) == CudaWay::Staged;
 }
 
 CudaPlanner::Missing CudaPlanner::acquire_memory(CudaSlot &slot, const Leg &leg, bool urgent,
                                                  uint64_t most_bytes) {
     if (!leg.job->request.pinned && !(slot.bounce = memory_.acquire_bounce()))
         return Missing::Bounce;
-    if (slot.way != CudaWay::Gather) return Missing::Nothing;
+    if (slot.way != CudaWay::Staged) return Missing::Nothing;
     slot.rows_in = CudaRowsIn::Table;
     Missing missing = acquire_staging(slot, leg, urgent, most_bytes);
     if (missing == Missing::Nothing) missing = acquire_rows(slot, leg);
@@ -97,7 +97,7 @@ void CudaPlanner::release_memory(CudaSlot &slot) {
 void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
     Parts &parts = leg.parts;
     if (slot.bounce) most = std::min(most, slot.bounce->bytes());
-    uint64_t rows_left = slot.way != CudaWay::Gather            ? 1
+    uint64_t rows_left = slot.way != CudaWay::Staged            ? 1
                          : slot.rows_in == CudaRowsIn::Resident ? CudaResidentTable::kRows
                                                                 : CudaRowTable::kRows;
     slot.pieces.clear();
@@ -108,7 +108,7 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
         if (bytes == 0) break;
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
-        if (slot.way != CudaWay::Gather) continue;
+        if (slot.way != CudaWay::Staged) continue;
         slot.places.push_back(place(slot, *leg.job, piece));
         if (parts.empty()) break;
         if (slot.rows_in == CudaRowsIn::Pieces) {
@@ -125,9 +125,9 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
 // The most bytes that the slot can take as its next piece; 0 where it should take none.
 uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, uint64_t most,
                                     uint64_t rows_left) const {
-    const bool is_first = slot.pieces.empty(), is_gathered = slot.way == CudaWay::Gather;
+    const bool is_first = slot.pieces.empty(), is_staged = slot.way == CudaWay::Staged;
     uint64_t bytes = most - slot.bytes;
-    if (is_gathered) {
+    if (is_staged) {
         const uint64_t room = slot.staging.bytes - end_in_staging(slot);
         bytes = std::min(bytes, room - std::min(room, kPieceRoom));
     }
@@ -137,8 +137,8 @@ uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, ui
         return !is_first && might_not_fit ? 0 : bytes;
     }
     if (slot.way == CudaWay::Run) return std::min(bytes, block->width);
-    if (is_gathered && !is_first && block->width > bytes) return 0;
-    if (is_gathered && slot.rows_in == CudaRowsIn::Table) {
+    if (is_staged && !is_first && block->width > bytes) return 0;
+    if (is_staged && slot.rows_in == CudaRowsIn::Table) {
         return std::min(bytes, block->width * rows_left);
     }
     return bytes;
@@ -173,13 +173,13 @@ bool CudaPlanner::acquire_resident(const Leg &leg) {
 
 CudaWay CudaPlanner::way_of(const Leg &leg, bool urgent) const {
     const kvf_region *block = leg.parts.block();
-    if (!block) return memory_.has_staging() ? CudaWay::Gather : CudaWay::Run;
+    if (!block) return memory_.has_staging() ? CudaWay::Staged : CudaWay::Run;
     if (block->rows == 1 || block->width >= kUrgentBytes) return CudaWay::Run;
     const uint64_t pitch =
         std::max(block->pitch, leg.job->request.pinned ? block->buffer_pitch : 0);
     const bool is_direct = block->width >= kNarrow && pitch <= max_pitch_;
     if (is_direct && !(urgent && is_read_badly(*leg.job, *block))) return CudaWay::Block;
-    if (memory_.has_staging() && block->width <= kLongRun) return CudaWay::Gather;
+    if (memory_.has_staging() && block->width <= kLongRun) return CudaWay::Staged;
     return pitch <= max_pitch_ ? CudaWay::Block : CudaWay::Run;
 }
 

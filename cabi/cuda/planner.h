@@ -27,7 +27,7 @@ public:
     // large pieces.
     bool is_worth_waiting(const Leg &leg) const;
 
-    // Which memory none is free of.
+    // The memory that is missing.
     enum class Missing { Nothing, Staging, Segment, Resident, Table, Bounce };
     // Acquires the memory that a slot needs for pieces of its way, of `most_bytes` at most together. Where something is
     // missing, the slot has nothing afterwards.
@@ -36,7 +36,7 @@ public:
     // Moves pieces of the leg into the slot, which has its memory. Cannot fail, since the slot's vectors have room.
     void take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most);
 
-    // Valid while a slot has rows in it.
+    // Call only while a slot uses the resident table.
     CudaResidentTable &resident() const { return *resident_; }
 
 private:

@@ -10,7 +10,7 @@
 namespace kvf {
 
 // How pieces get to the host and back: as runs; as two-dimensional copies; through staging and a kernel.
-enum class CudaWay { Run, Block, Gather };
+enum class CudaWay { Run, Block, Staged };
 constexpr size_t kCudaWays = 3;
 
 // Where a kernel finds its rows.
@@ -40,7 +40,7 @@ struct CudaSlot {
     std::vector<Piece> pieces;
     uint64_t bytes = 0; // of all pieces
 
-    // Where the way is Gather.
+    // Where the way is Staged.
     CudaRowsIn rows_in = CudaRowsIn::Table;
     std::vector<uint64_t> places; // of the pieces in staging
 

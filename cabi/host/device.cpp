@@ -80,10 +80,10 @@ void HostDevice::extend(Leg &leg, Layout &&part) {
     if (schedule_.extend(leg, std::move(part))) wake(leg.job->request.priority, bytes);
 }
 
-void HostDevice::finish(Leg &leg) {
+void HostDevice::close(Leg &leg) {
     {
         std::lock_guard lock(mutex_);
-        if (!schedule_.finish(leg)) return;
+        if (!schedule_.close(leg)) return;
     }
     leg.job->leg_ended(leg);
 }

@@ -17,7 +17,7 @@ public:
     std::string describe() const override;
     void submit(Leg &leg) override;
     void extend(Leg &leg, Layout &&part) override;
-    void finish(Leg &leg) override;
+    void close(Leg &leg) override;
     void cut_short(Leg &leg) override;
     void cut_short_stopping() override;
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;

@@ -37,7 +37,7 @@ public:
     // Adds a part to a leg that is not closed. Does nothing once the leg was cut short.
     virtual void extend(Leg &leg, Layout &&part) = 0;
     // Closes a leg: no part of it will follow. Does nothing once the leg was cut short.
-    virtual void finish(Leg &leg) = 0;
+    virtual void close(Leg &leg) = 0;
 
     // A leg of this direction is about to be submitted. The thread that will move it may wake up already.
     virtual void announce(Direction) {}

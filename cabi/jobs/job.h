@@ -38,7 +38,7 @@ struct JobRecord {
     uint64_t segments = 0;
     uint64_t listed_ns = 0;
     uint64_t recorded_ns = 0;
-    std::optional<uint32_t> mode; // where it is another than was requested
+    std::optional<uint32_t> mode; // if it differs from the requested mode
 };
 
 // What a job holds until it has ended.

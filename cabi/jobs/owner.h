@@ -1,4 +1,4 @@
-// The owner of jobs and of the devices that move them: the engine, as jobs and devices see it.
+// The owner of jobs: the engine, as jobs and devices see it. Not the owner of memory.
 #pragma once
 
 #include <cstdint>

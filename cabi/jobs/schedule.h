@@ -81,8 +81,8 @@ public:
         return true;
     }
 
-    // Closes a leg. True if it has ended with this, as for piece_ended(). A leg that was cut short ends without: false.
-    bool finish(Leg &leg) {
+    // Closes a leg. True if it has ended with this, as for piece_ended(). False for a leg that was cut short.
+    bool close(Leg &leg) {
         if (leg.parts.is_closed()) return false;
         leg.parts.close();
         if (!leg.parts.at_end()) return false;

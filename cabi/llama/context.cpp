@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "core/json.h"
+#include "memory/buffer_checks.h"
 
 namespace kvf {
 namespace {
@@ -105,7 +106,7 @@ uint64_t LlamaContext::write_state(int32_t sequence, unsigned char *buffer, uint
     if (written > 0) return written;
     if (!recorder.abort_text().empty()) throw Error(KVF_ERR_LLAMA, recorder.abort_text());
     check_room(state_bytes(sequence), bytes);
-    throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
+    throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_data_ext failed");
 }
 
 bool LlamaContext::read_state(int32_t sequence, const StateView &view, Recorder &recorder) const {
@@ -116,13 +117,6 @@ bool LlamaContext::read_state(int32_t sequence, const StateView &view, Recorder 
         if (recorder.abort_text().empty()) throw;
         return false; // an assertion that libllama did not catch itself
     }
-}
-
-void check_room(uint64_t needed, uint64_t given) {
-    if (given >= needed) return;
-    throw Error(KVF_ERR_BUFFER_TOO_SMALL, format("%llu bytes are needed, %llu were given",
-                                                 static_cast<unsigned long long>(needed),
-                                                 static_cast<unsigned long long>(given)));
 }
 
 } // namespace kvf

@@ -60,7 +60,4 @@ private:
     const std::string model_text_, fingerprint_;
 };
 
-// Throws KVF_ERR_BUFFER_TOO_SMALL.
-void check_room(uint64_t needed, uint64_t given);
-
 } // namespace kvf

@@ -88,7 +88,7 @@ void KnownStates::look_at(int32_t sequence) {
         return;
     }
     if (empty) empty_bytes_ = metadata->bytes;
-    // The tap knows how many bytes are those of tensors; without it, they cannot be told apart.
+    // The tap knows how many bytes are those of tensors; without it, they cannot be distinguished.
     std::erase_if(found, [&](const Structure &structure) {
         if (empty != (structure.cells() == 0)) return true;
         // A format that is not known can look like a known one of more parts, of which some are empty.
@@ -101,7 +101,7 @@ void KnownStates::look_at(int32_t sequence) {
         return learn_that_opaque();
     }
     if (!empty && !positions_agree(found.front(), metadata->view())) positions_agree_ = false;
-    note_taken(found.front());
+    note_believed(found.front());
 }
 
 void KnownStates::look_at_any() {
@@ -111,7 +111,7 @@ void KnownStates::look_at_any() {
     }
 }
 
-void KnownStates::note_taken(const Structure &structure) {
+void KnownStates::note_believed(const Structure &structure) {
     if (!structure_) {
         structure_ = structure;
         std::lock_guard lock(mutex_);
@@ -189,7 +189,7 @@ Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
         }
         check_positions(candidate, view);
         if (!takes_format_of(sequence, candidate)) continue;
-        note_taken(candidate);
+        note_believed(candidate);
         return std::move(candidate);
     }
     throw Error(KVF_ERR_STATE_MISMATCH,

@@ -58,8 +58,8 @@ public:
     void look_at_any();
     // By the sequence that tells most, or costs least.
     void look_first() { look_at(most_telling_sequence()); }
-    // A state that libllama has taken.
-    void note_taken(const Structure &structure);
+    // A state that libllama has written or taken.
+    void note_believed(const Structure &structure);
 
     // Whether a state may be loaded into the sequence. `flags`: KVF_SUBMIT_*. Throws KVF_ERR_STATE_DAMAGED,
     // KVF_ERR_STATE_MISMATCH or KVF_ERR_CACHE_FULL, and then nothing has been changed.

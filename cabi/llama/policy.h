@@ -50,8 +50,7 @@ public:
     // The rows that decoding writes can be told from the graph, where it names them.
     bool tells_rows() const { return has_one_attention_ && window_ == 0; }
 
-    // A state that libllama never writes: it has no cells in a part of the memory where the last position of a sequence
-    // has one. A window may be empty, from which that position has been removed.
+    // True if a part has no cells although the sequence has a last position. libllama never writes such a state, except for a window that was emptied: false.
     bool lacks_cells(const Structure &structure) const;
 
 private:

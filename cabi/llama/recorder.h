@@ -28,14 +28,14 @@ public:
     Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
              Locate locate, BlockCache &blocks);
 
-    // The sink is called as soon as `least` bytes have been recorded. Without a sink, finish() returns everything.
+    // Called when a tensor begins and `least` bytes or more have been recorded for the sink. Without a sink, finish() returns everything.
     void set_sink(Sink sink, uint64_t least) {
         sink_ = std::move(sink);
         least_part_ = least;
     }
 
-    // These bytes of the buffer (sorted, without overlaps) go to take_early(), because they must be moved before the
-    // submitting call returns. Call before recording.
+    // These bytes of the buffer, sorted, without overlap, are collected separately, for take_early(), because they must be
+    // moved before the submitting call returns. Call before recording.
     void set_early(std::vector<ByteRange> ranges) { early_ = std::move(ranges); }
 
     // What was recorded, with the layouts that the sink has not taken. `bytes` counts all tensor bytes, early ones
@@ -76,7 +76,8 @@ private:
     std::vector<MemoryRange> memory_;    // of each former tensor
     MemoryRange reached_{UINT64_MAX, 0}; // of the present one
     std::vector<MemoryRange> first_tensor_;
-    bool is_plain_ = true; // what is recorded of it needs no care
+    // No early ranges and no fences concern this tensor, and it is not the first.
+    bool is_plain_ = true;
     const ggml_tensor *tensor_ = nullptr;
     uint64_t tensor_address_ = 0;
     uint64_t direct_fragments_ = 0, direct_bytes_ = 0; // copied by the original call

@@ -21,7 +21,7 @@ struct Replacement {
     bool found = false;
 };
 
-// The slots of one library in which functions of ours are. Not locked.
+// The slots of one library in which our functions are. Not locked.
 class RelocationSlots {
 public:
     bool empty() const { return slots_.empty(); }
@@ -29,10 +29,9 @@ public:
     // Finds the slots of the library that is loaded at `base`, and writes nothing. Throws KVF_ERR_TAP where a required
     // function has no slot. `path` is for that text.
     void find(uint64_t base, const std::string &path, std::span<Replacement> replacements);
-    // Puts our functions into the slots, but into those of which somebody else's function has taken possession; also into
-    // those that the loader has bound since. Throws KVF_ERR_TAP.
+    // Puts our functions into the slots, except slots that somebody else has overwritten; also into those that the loader has bound since. Throws KVF_ERR_TAP.
     void write();
-    // Puts back what was there before. Does nothing where somebody else has put a function there after us: they call
+    // Restores what was there before. Does nothing where somebody else has put a function there after us: they call
     // ours, which stay.
     void restore() noexcept;
 

@@ -27,7 +27,7 @@ public:
     struct Transfer {
         int32_t sequence;
         Direction direction;
-        bool blocking; // by libllama's own call, on a thread of ours
+        bool blocking; // by libllama's own call, on one of the library's threads
     };
     void begin(const Transfer &transfer);
     // A load that did not end well leaves its sequence to be emptied. Needs no memory.

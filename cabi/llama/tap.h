@@ -1,11 +1,6 @@
 // The tap: watches libllama while it serialises a sequence, and so learns where the tensor bytes are.
 //
-// libllama moves tensor bytes only through ggml_backend_tensor_get and _set, which it calls through
-// relocation slots of its own. The tap puts functions of ours into these slots. On a thread that is
-// recording they note (address, bytes, place in the state) instead of copying; on any other thread they
-// do what was there before: ggml's function, or somebody else's on the way to it. No struct of ggml or llama is read:
-// the address comes from ggml_get_data(). recorder.h says what is
-// noted, relocation.h how slots are found, waiting.h what waits for transfers.
+// libllama moves tensor bytes only through ggml_backend_tensor_get and _set, which it calls through relocation slots of its own. The tap puts the library's functions into these slots. On a thread that is recording they note (address, bytes, place in the state) instead of copying; on any other thread they do what was there before: ggml's function, or somebody else's on the way to it. No struct of ggml or llama is read: the address comes from ggml_get_data(). recorder.h says what is noted, relocation.h how slots are found, waiting.h what waits for transfers.
 //
 // Other calls are watched too:
 // - operator new and delete of large blocks, while a thread records (block_cache.h);
@@ -35,7 +30,7 @@ public:
     Tap(const Tap &) = delete;
     Tap &operator=(const Tap &) = delete;
 
-    // Puts our functions back into slots that the loader has bound since. (It looks a function up at its first call, and
+    // Writes our functions again into slots that the loader has bound since. (It looks a function up at its first call, and
     // may write the slot after us, where a thread was on its way meanwhile.) Call before a recording. Throws KVF_ERR_TAP.
     void renew_slots();
 

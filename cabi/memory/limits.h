@@ -11,7 +11,7 @@ struct AvailableMemory {
     static constexpr uint64_t kNoLimit = UINT64_MAX;
 
     uint64_t machine = 0; // without swapping, as the system estimates it; 0 where it does not tell
-    // Before the tightest limit of a control group is reached, beyond which the system kills processes; and that limit.
+    // What is left until the tightest control group's limit, beyond which the system kills processes; and that limit.
     uint64_t group = kNoLimit;
     uint64_t group_limit = kNoLimit;
 
