@@ -69,7 +69,8 @@ Options read_options(const Options *given) {
     return options;
 }
 
-// Where a failing call may write its text. Nowhere if the options are too short to say so, or malformed.
+// Where a failing call may write its text. Nowhere if the options are too short to say so, or
+// malformed.
 template <class Options>
 std::pair<char *, uint64_t> error_place(const Options *given) {
     constexpr size_t end = offsetof(Options, error_size) + sizeof given->error_size;
@@ -89,7 +90,8 @@ void check_submit(const kvf_submit_options &options, uint32_t flags) {
     if (options.flags & ~flags) throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
 }
 
-// Loads have modes of other numbers, so that a mode meant for one of them is never taken for one of the other.
+// Loads have modes of other numbers, so that a mode meant for one of them is never taken for one of
+// the other.
 void check_save_mode(uint32_t mode) {
     switch (mode) {
     case KVF_SAVE_AUTO:
@@ -108,8 +110,8 @@ void check_load_mode(uint32_t mode) {
     }
 }
 
-// Writes a text into the caller's buffer, cut to fit, and the bytes that the whole needs. Callers ask twice: for the
-// size, then for the text.
+// Writes a text into the caller's buffer, cut to fit, and the bytes that the whole needs. Callers
+// ask twice: for the size, then for the text.
 int32_t write_text(const std::string &text, char *buffer, uint64_t capacity, uint64_t *needed) {
     if (needed) *needed = text.size() + 1;
     if (capacity) require(buffer, "json");
@@ -332,7 +334,8 @@ int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *completion
 int32_t kvf_job_cancel(kvf_job job) {
     return guarded([&]() -> int32_t {
         const auto found = find<Job>(job);
-        // A job whose engine is gone has ended. Else the engine, and with it the devices, must stay.
+        // A job whose engine is gone has ended. Else the engine, and with it the devices, must
+        // stay.
         if (const auto engine = found->owner()) found->cancel();
         return KVF_OK;
     });

@@ -5,7 +5,8 @@
 namespace kvf {
 namespace {
 
-// Bytes that have one distance between staging and the buffer, which one copy moves, across pieces too.
+// Bytes that have one distance between staging and the buffer, which one copy moves, across pieces
+// too.
 struct Stretch {
     uint64_t place = 0;  // in staging
     uint64_t offset = 0; // in the buffer
@@ -82,7 +83,8 @@ void CudaCopies::copy_staged(const CudaSlot &slot) const {
     const auto add = [&](uint64_t place, uint64_t offset, uint64_t bytes, bool is_first) {
         if (stretch.extend(place, offset, bytes)) return;
         flush();
-        // Pieces that are loaded have room in staging for what precedes them on their line in the host.
+        // Pieces that are loaded have room in staging for what precedes them on their line in the
+        // host.
         const auto begin = reinterpret_cast<uint64_t>(job.request.buffer) + offset;
         const bool has_room = is_first && direction_ == Direction::Load;
         const uint64_t before = has_room ? std::min(begin % CudaPlanner::kHostLine, offset) : 0;

@@ -170,8 +170,8 @@ bool CudaLane::poll_slots() {
     return progress;
 }
 
-// Queues the copies of slots that are ready, the oldest first, until the queue is long enough. Returns true if there was
-// one.
+// Queues the copies of slots that are ready, the oldest first, until the queue is long enough.
+// Returns true if there was one.
 bool CudaLane::queue_copies() {
     bool progress = false;
     for (;;) {
@@ -218,7 +218,9 @@ bool CudaLane::refill() {
 
 // ---- New pieces --------------------------------------------------------------------------------
 
-// Returns the leg that moves next, and notes whether the lane is urgent now. Returns NULL if none can move, or if background legs must not overtake an urgent leg that is worth waiting for. With the schedule's lock.
+// Returns the leg that moves next, and notes whether the lane is urgent now. Returns NULL if none
+// can move, or if background legs must not overtake an urgent leg that is worth waiting for. With
+// the schedule's lock.
 Leg *CudaLane::next_leg() {
     Schedule &legs = schedule_.legs();
     bool any_waits = false;
@@ -240,9 +242,9 @@ CudaSlot *CudaLane::idle_slot() {
     return nullptr;
 }
 
-// Allocates what a slot was missing. Without the lock, since the driver takes its time, and nobody who submits or cancels
-// shall wait for that. Returns false if what other slots have must be waited for. Where there is no bounce buffer at all,
-// the job ends.
+// Allocates what a slot was missing. Without the lock, since the driver takes its time, and nobody
+// who submits or cancels shall wait for that. Returns false if what other slots have must be waited
+// for. Where there is no bounce buffer at all, the job ends.
 bool CudaLane::allocate(Missing missing, const std::shared_ptr<Job> &job) {
     switch (missing) {
     case Missing::Nothing: return true;
@@ -407,7 +409,8 @@ void CudaLane::fail_piece(CudaSlot &slot, const Error &error) {
     if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
     job.cut_short(); // the rest of the job, on other devices too, need not be moved
     if (slot.stage == Stage::Copying) leave_queue(slot);
-    // The stream may hold something already that touches the buffer: the piece ends when that has ended.
+    // The stream may hold something already that touches the buffer: the piece ends when that has
+    // ended.
     if (!broken() && driver_.cuEventRecord(slot.finished, slot.stream) == CUDA_SUCCESS) {
         slot.stage = Stage::Finishing;
         if (!slot.queued_ns) slot.queued_ns = now_ns();
@@ -425,7 +428,8 @@ void CudaLane::give_up() {
     break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
 }
 
-// The device is lost. All legs end with that: those in the schedule now, those in slots when the pump looks at them next.
+// The device is lost. All legs end with that: those in the schedule now, those in slots when the
+// pump looks at them next.
 void CudaLane::break_down(const Error &error) {
     context_.note_lost();
     {

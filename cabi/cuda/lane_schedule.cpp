@@ -138,9 +138,10 @@ CudaLaneSchedule::Next CudaLaneSchedule::wait(bool may_rest) {
     return Next::Look;
 }
 
-// All legs follow streams that are still at work, or are still being recorded. Recording announces what comes. A stream
-// announces nothing, and is asked ever more seldom: each sleep is an eighth of the wait so far, within limits, and at least
-// as long as asking took, so that asking takes half of the pump's time at most.
+// All legs follow streams that are still at work, or are still being recorded. Recording announces
+// what comes. A stream announces nothing, and is asked ever more seldom: each sleep is an eighth of
+// the wait so far, within limits, and at least as long as asking took, so that asking takes half of
+// the pump's time at most.
 void CudaLaneSchedule::wait_for_streams(std::unique_lock<std::mutex> &lock) {
     if (follows_streams_ && !(all_asked_[0] && all_asked_[1])) return; // first the others
     const uint64_t now = now_ns();

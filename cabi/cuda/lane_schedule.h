@@ -1,5 +1,5 @@
-// The schedule of a lane, its lock, and what wakes the lane's pump: shared by the pump, by those who submit and cancel, and
-// by the copy threads.
+// The schedule of a lane, its lock, and what wakes the lane's pump: shared by the pump, by those
+// who submit and cancel, and by the copy threads.
 #pragma once
 
 #include <array>
@@ -15,14 +15,16 @@ class CudaLaneSchedule {
 public:
     // ---- Any thread. Job::leg_ended() is called here where it has to be. ----
 
-    // Takes a leg in. `before` is called first, under the lock; where it throws, the leg has not been taken in.
+    // Takes a leg in. `before` is called first, under the lock; where it throws, the leg has not
+    // been taken in.
     template <class Function>
     void add(Leg &leg, Function &&before);
     void extend(Leg &leg, Layout &&part);
     void close(Leg &leg);
     void cut_short(Leg &leg);
     void cut_short_stopping();
-    // A leg is about to come. Waking the pump takes several times as long as queuing a copy: it may wake meanwhile.
+    // A leg is about to come. Waking the pump takes several times as long as queuing a copy: it may
+    // wake meanwhile.
     void announce();
     // The pump shall end when the schedule is empty.
     void stop();
@@ -40,8 +42,9 @@ public:
     void piece_ended(Leg &leg);
     uint64_t bytes_taken(const Leg &leg);
 
-    // Asks some of the streams that legs follow whether they are done. Without the lock, so that nobody who submits or
-    // cancels waits for the driver's answers. Returns true if a leg may begin now.
+    // Asks some of the streams that legs follow whether they are done. Without the lock, so that
+    // nobody who submits or cancels waits for the driver's answers. Returns true if a leg may begin
+    // now.
     bool ask_streams(bool is_moving);
 
     // Something moves. Streams that have to be asked again are asked soon.
@@ -57,7 +60,8 @@ public:
         Rest, // nothing has come for idle_ns()
         End,  // the pump shall end
     };
-    // Waits until there is something to do, while no piece is under way; for idle_ns() at most if `may_rest`.
+    // Waits until there is something to do, while no piece is under way; for idle_ns() at most if
+    // `may_rest`.
     Next wait(bool may_rest);
 
 private:

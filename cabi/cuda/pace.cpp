@@ -3,8 +3,8 @@
 namespace kvf {
 namespace {
 
-// Where pacing begins, and the share of the link that it aims at: best on an H200 (docs/performance.md). Loads cost
-// decoding more than saves, and reach more with less.
+// Where pacing begins, and the share of the link that it aims at: best on an H200
+// (docs/performance.md). Loads cost decoding more than saves, and reach more with less.
 constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstStaged = 4 << 20;
 constexpr double kSavedRunShare = 0.975, kLoadedRunShare = 0.97, kRowsShare = 0.93;
 

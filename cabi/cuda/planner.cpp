@@ -11,13 +11,15 @@ constexpr uint64_t kLeastResident = 64; // runs
 constexpr uint64_t kLeastRegular = 512 << 10;
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
 constexpr uint64_t kNarrow = 1024;
-// Rows of this width are read well wherever they begin, since one line more hardly matters. (An H200 loaded rows of 2 KiB
-// at offsets that are not multiples of a line at 0.966 of the raw speed, others at 0.990.)
+// Rows of this width are read well wherever they begin, since one line more hardly matters. (An
+// H200 loaded rows of 2 KiB at offsets that are not multiples of a line at 0.966 of the raw speed,
+// others at 0.990.)
 constexpr uint64_t kWide = 8 << 10;
-// Where the gap between two pieces that are loaded through staging is no larger than this, one copy moves both and the gap:
-// libllama writes 12 bytes of metadata between two tensors.
+// Where the gap between two pieces that are loaded through staging is no larger than this, one copy
+// moves both and the gap: libllama writes 12 bytes of metadata between two tensors.
 constexpr uint64_t kBridge = 256;
-// What a piece may need in staging beside its bytes: the beginning of its first line in the host, and alignment.
+// What a piece may need in staging beside its bytes: the beginning of its first line in the host,
+// and alignment.
 constexpr uint64_t kPieceRoom = 2 * CudaPlanner::kHostLine;
 static_assert(kBridge <= kPieceRoom && CudaPlanner::kHostLine <= CudaArena::kAlignment);
 constexpr uint64_t kLeastSegment = 128 << 10;
@@ -49,8 +51,8 @@ CudaPlanner::Missing CudaPlanner::acquire_memory(CudaSlot &slot, const Leg &leg,
     return missing;
 }
 
-// Urgent pieces share staging by two: one is copied while the kernel has the other. In the background a piece is made
-// ready behind those in the queue.
+// Urgent pieces share staging by two: one is copied while the kernel has the other. In the
+// background a piece is made ready behind those in the queue.
 CudaPlanner::Missing CudaPlanner::acquire_staging(CudaSlot &slot, const Leg &leg, bool urgent,
                                                   uint64_t most_bytes) {
     const uint64_t all = memory_.staging_bytes();
@@ -144,9 +146,9 @@ uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, ui
     return bytes;
 }
 
-// Where the next piece goes in staging: behind the one before it. A piece that is loaded keeps a short distance from the
-// one before it as it has that in the host, so that one copy moves both; else it leaves room for the line of the host that
-// it begins in.
+// Where the next piece goes in staging: behind the one before it. A piece that is loaded keeps a
+// short distance from the one before it as it has that in the host, so that one copy moves both;
+// else it leaves room for the line of the host that it begins in.
 uint64_t CudaPlanner::place(const CudaSlot &slot, const Job &job, const Piece &piece) const {
     const size_t count = slot.places.size(); // of the pieces before it
     const uint64_t end = end_in_staging(slot);
@@ -163,7 +165,8 @@ bool CudaPlanner::is_for_resident(const Leg &leg) {
     return !leg.parts.block() && leg.parts.runs_left() >= kLeastResident;
 }
 
-// Acquires the resident table for the next piece of the irregular rest. Returns false where that piece cannot use it.
+// Acquires the resident table for the next piece of the irregular rest. Returns false where that
+// piece cannot use it.
 bool CudaPlanner::acquire_resident(const Leg &leg) {
     if (!is_for_resident(leg) || !resident_) return false;
     if (resident_->acquire(leg.parts.span().table)) return true;

@@ -1,4 +1,5 @@
-// What a lane moves at a time: pieces of one leg, with a stream of their own and the memory that they use.
+// What a lane moves at a time: pieces of one leg, with a stream of their own and the memory that
+// they use.
 #pragma once
 
 #include <atomic>
@@ -9,7 +10,8 @@
 
 namespace kvf {
 
-// How pieces get to the host and back: as runs; as two-dimensional copies; through staging and a kernel.
+// How pieces get to the host and back: as runs; as two-dimensional copies; through staging and a
+// kernel.
 enum class CudaWay { Run, Block, Staged };
 constexpr size_t kCudaWays = 3;
 
@@ -36,7 +38,8 @@ struct CudaSlot {
 
     Leg *leg = nullptr;
     CudaWay way = CudaWay::Run;
-    // All of one way. Small pieces go together, since each copy costs the copy engine some microseconds.
+    // All of one way. Small pieces go together, since each copy costs the copy engine some
+    // microseconds.
     std::vector<Piece> pieces;
     uint64_t bytes = 0; // of all pieces
 

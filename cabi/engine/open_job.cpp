@@ -88,8 +88,8 @@ void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     job_->end_work();
 }
 
-// Adds to legs what has not been added yet. Returns the new legs, which are complete. The layout of what is staged becomes
-// `staged`.
+// Adds to legs what has not been added yet. Returns the new legs, which are complete. The layout of
+// what is staged becomes `staged`.
 std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Layout &staged) {
     std::vector<Leg *> complete;
     complete.reserve(layouts.size());
@@ -140,7 +140,8 @@ void OpenJob::hand_over(Leg &leg) {
         leg.parts.cut_short();
         job_->leg_ended(leg);
     }
-    // The job fails here, or in the device if that is lost. Its legs on other devices may follow a stream: they end now.
+    // The job fails here, or in the device if that is lost. Its legs on other devices may follow a
+    // stream: they end now.
     if (job_->stopping()) job_->cut_short();
 }
 

@@ -13,8 +13,8 @@ uint64_t extent(const kvf_region &region) {
     return (region.rows - 1) * (region.rows > 1 ? region.pitch : 0) + region.width;
 }
 
-// Finds the device of each region, and joins the regions of each device. Throws KVF_ERR_UNREACHABLE, and
-// KVF_ERR_INVALID_ARGUMENT for host memory that a load could not write.
+// Finds the device of each region, and joins the regions of each device. Throws
+// KVF_ERR_UNREACHABLE, and KVF_ERR_INVALID_ARGUMENT for host memory that a load could not write.
 Recorded lay_out(const Engine &engine, Direction direction, const kvf_region *regions,
                  uint64_t count) {
     Locator locate = engine.locator();

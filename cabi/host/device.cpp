@@ -22,7 +22,8 @@ constexpr uint64_t kRunsPerPiece = 4096;
 // (sched(7): each step of nice is worth a factor of 1.25).
 constexpr int kBackgroundNice = 10;
 constexpr std::chrono::microseconds kGatePoll{50};
-// Waking a thread costs several times what copying this much does (measured: 12 us a job against 4 us).
+// Waking a thread costs several times what copying this much does (measured: 12 us a job against 4
+// us).
 constexpr uint64_t kCopyAtOnce = 16 << 10;
 
 } // namespace
@@ -125,7 +126,8 @@ void HostDevice::work(uint32_t priority) {
     auto ask_again = std::chrono::steady_clock::now();
     std::unique_lock lock(mutex_);
     for (;;) {
-        // A stream that a job follows does not tell when it is done. It is asked again and again, beside other work too.
+        // A stream that a job follows does not tell when it is done. It is asked again and again,
+        // beside other work too.
         bool all_asked = true;
         if (schedule_.has_following(priority) && std::chrono::steady_clock::now() >= ask_again) {
             all_asked = ask_gates(lock, priority);
@@ -150,8 +152,8 @@ bool HostDevice::is_held_back(uint32_t priority) {
     return priority == KVF_PRIORITY_BACKGROUND && schedule_.front(KVF_PRIORITY_URGENT);
 }
 
-// Asks some of the streams that legs follow whether they are done. Unlocks meanwhile: nobody who submits or cancels may
-// have to wait for that. True if all of them have been asked by now.
+// Asks some of the streams that legs follow whether they are done. Unlocks meanwhile: nobody who
+// submits or cancels may have to wait for that. True if all of them have been asked by now.
 bool HostDevice::ask_gates(std::unique_lock<std::mutex> &lock, uint32_t priority) {
     GateCheck check;
     const bool all = schedule_.next_gates(priority, check);

@@ -11,8 +11,8 @@ namespace kvf {
 
 class Job;
 
-// Calls that the dispatch thread is to make. In nodes of a list, so that a job has its own from the beginning, and its
-// end needs no memory.
+// Calls that the dispatch thread is to make. In nodes of a list, so that a job has its own from the
+// beginning, and its end needs no memory.
 struct Callback {
     kvf_completion_callback function;
     kvf_completion completion;

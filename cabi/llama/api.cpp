@@ -71,7 +71,8 @@ std::vector<Candidate> loaded_llamas() {
     return found;
 }
 
-// The path of the object, or of a link to it; a file that has been replaced since goes by its path alone.
+// The path of the object, or of a link to it; a file that has been replaced since goes by its path
+// alone.
 bool is_path_of(const char *path, const Candidate &candidate) {
     if (candidate.path == path) return true;
     struct stat named, loaded;

@@ -9,8 +9,9 @@
 namespace kvf {
 namespace {
 
-// Identity of the model: all that libllama tells of it, FNV-1a. No public function leads from a model to its
-// weights, nor from a context to its adapters. kFingerprintCovers says the same to callers.
+// Identity of the model: all that libllama tells of it, FNV-1a. No public function leads from a
+// model to its weights, nor from a context to its adapters. kFingerprintCovers says the same to
+// callers.
 std::string fingerprint(const LlamaApi &api, const llama_model *model) {
     uint64_t hash = 0xcbf29ce484222325u;
     const auto mix = [&](std::string_view bytes) {
@@ -38,8 +39,9 @@ std::string describe_model(const LlamaApi &api, const llama_model *model) {
     return text;
 }
 
-// A position beyond which no state is whole. A conversation may go on for longer than the context has cells, as tokens
-// are removed or a window slides on, so the bound is generous; what matters is that decoding can go on from it.
+// A position beyond which no state is whole. A conversation may go on for longer than the context
+// has cells, as tokens are removed or a window slides on, so the bound is generous; what matters is
+// that decoding can go on from it.
 int32_t last_sane_position(const LlamaApi &api, const llama_model *model,
                            const llama_context *context) {
     constexpr int64_t kLeast = 1 << 24, kMost = INT32_MAX - (1 << 24);

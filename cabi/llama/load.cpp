@@ -1,5 +1,5 @@
-// The way of a load: kvf_llama_load() -> Llama::load() -> the state is checked -> libllama takes cells, the recorder notes
-// where their tensor bytes belong -> a job of the engine moves these.
+// The way of a load: kvf_llama_load() -> Llama::load() -> the state is checked -> libllama takes
+// cells, the recorder notes where their tensor bytes belong -> a job of the engine moves these.
 #include "llama/envelope.h"
 #include "llama/llama.h"
 
@@ -19,8 +19,9 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     if (sealed && submission.gate) submission.gate->wait();
     IncomingState state = states_->examine(sequence, given, bytes, options.flags);
 
-    // From here on a failure leaves the sequence empty. libllama empties the sequence itself, but only in those parts of
-    // the cache for which the state has cells. A state without cells would leave the former content.
+    // From here on a failure leaves the sequence empty. libllama empties the sequence itself, but
+    // only in those parts of the cache for which the state has cells. A state without cells would
+    // leave the former content.
     if (!state.structure || !state.structure->has_cells_everywhere()) {
         states_->empty_sequence(sequence);
         states_->note_empty(sequence);
@@ -98,7 +99,8 @@ void Llama::load_during_call(int32_t sequence, const IncomingState &state, Submi
     submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
 }
 
-// Returns device memory to load a state ahead, and on which device it is. NULL where the load is done in place.
+// Returns device memory to load a state ahead, and on which device it is. NULL where the load is
+// done in place.
 std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device) {
     if (mode != KVF_LOAD_AHEAD) return nullptr;
     std::set<uint32_t> devices(devices_);
@@ -117,8 +119,8 @@ void Llama::check_recorded_whole(const Structure &structure, const Recorded &rec
     }
 }
 
-// The error of a load that libllama refused although the state looks whole. libllama gives its reason only in its log.
-// Empties the sequence.
+// The error of a load that libllama refused although the state looks whole. libllama gives its
+// reason only in its log. Empties the sequence.
 Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
                           const std::optional<Structure> &state) {
     states_->empty_sequence(sequence); // it may hold a part of the state

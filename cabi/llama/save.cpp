@@ -1,5 +1,5 @@
-// The way of a save: kvf_llama_save() -> Llama::save() -> libllama writes the state, the recorder notes where its tensor
-// bytes are -> a job of the engine moves these.
+// The way of a save: kvf_llama_save() -> Llama::save() -> libllama writes the state, the recorder
+// notes where its tensor bytes are -> a job of the engine moves these.
 #include "llama/envelope.h"
 #include "llama/llama.h"
 #include "memory/buffer_checks.h"
@@ -42,7 +42,8 @@ void Llama::save_in_place(int32_t sequence, Submission &&submission,
     Recorder recorder = make_recorder(Direction::Save, buffer, bytes, submission.gate);
     bool stops_rows = false;
     if (states_->policy().gives_cells_away()) {
-        // Only positions tell which cells others may take, and libllama writes these while it lists.
+        // Only positions tell which cells others may take, and libllama writes these while it
+        // lists.
         const auto metadata = states_->record_metadata(sequence);
         const auto structure =
             metadata ? parse_state(metadata->view(), states_->structure()) : std::nullopt;

@@ -93,7 +93,8 @@ struct TapHooks {
 
     static inline std::array<std::atomic<Tap::Library *>, kMostLibraries> libraries{};
 
-    // A copy out of a tensor (Save) or into it (Load): recorded, or made once no transfer is in its way.
+    // A copy out of a tensor (Save) or into it (Load): recorded, or made once no transfer is in its
+    // way.
     template <class Tensor, class Data>
     static void move_tensor(size_t index, Direction direction, Tensor *tensor, Data *data,
                             size_t offset, size_t bytes) {
@@ -227,9 +228,9 @@ struct TapHooks {
 
 namespace {
 
-// In a forked child: the attachments are the parent's. What the child frees does not concern them, and
-// their jobs would be waited for in vain. They are left as they are, since the fork may have met them
-// half changed.
+// In a forked child: the attachments are the parent's. What the child frees does not concern them,
+// and their jobs would be waited for in vain. They are left as they are, since the fork may have
+// met them half changed.
 void forget_observers() {
     for (auto &place : TapHooks::libraries) {
         auto *library = place.load(std::memory_order_acquire);

@@ -6,7 +6,8 @@
 namespace kvf {
 namespace {
 
-// The least part that is moved while libllama still names others, in bytes. Less is recorded sooner than a job begins.
+// The least part that is moved while libllama still names others, in bytes. Less is recorded sooner
+// than a job begins.
 constexpr uint64_t kLeastPart = 4 << 20;
 
 } // namespace
@@ -67,8 +68,9 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
                     locate, blocks_);
 }
 
-// Lets the recorder start the job: the sink opens the job when libllama has named the first part, and moves that part while
-// libllama names the others. If the call fails later, the job ends without a completion. Submission, options and recorder must outlive the recording.
+// Lets the recorder start the job: the sink opens the job when libllama has named the first part,
+// and moves that part while libllama names the others. If the call fails later, the job ends
+// without a completion. Submission, options and recorder must outlive the recording.
 void Llama::start_job_from_recorder(Recorder &recorder, std::optional<OpenJob> &open,
                                     Submission &submission, const kvf_submit_options &options,
                                     bool with_handle) {
@@ -80,8 +82,9 @@ void Llama::start_job_from_recorder(Recorder &recorder, std::optional<OpenJob> &
     recorder.set_sink(sink, kLeastPart);
 }
 
-// Protects the cells that libllama may give to other sequences during the transfer: their bytes are moved before the
-// call returns. If the transfer follows a stream, they cannot: then this returns true, and the fence must stop rows, so that decoding waits.
+// Protects the cells that libllama may give to other sequences during the transfer: their bytes are
+// moved before the call returns. If the transfer follows a stream, they cannot: then this returns
+// true, and the fence must stop rows, so that decoding waits.
 bool Llama::guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
                          const Gate *gate) const {
     auto ranges = bytes_free_for_others(structure, view, context_.window());
@@ -105,7 +108,8 @@ Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder
     return enclosure;
 }
 
-// Returns a function that says whether the sequence has been changed since, as far as its first and last position tell.
+// Returns a function that says whether the sequence has been changed since, as far as its first and
+// last position tell.
 std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const {
     const CachePolicy policy = states_->policy();
     const bool keeps_first = policy.keeps_first_position();
@@ -119,7 +123,8 @@ std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const 
     return is_disturbed;
 }
 
-// Moves bytes that must not be moved later, while the caller waits. Throws the error of a job that failed.
+// Moves bytes that must not be moved later, while the caller waits. Throws the error of a job that
+// failed.
 void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
                      Gate *gate) {
     if (layouts.empty()) return;
@@ -140,8 +145,8 @@ void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes,
     if (done.status != KVF_OK) throw Error(done.status, done.detail);
 }
 
-// A sequence with cells has tensor bytes. If none were recorded, libllama's calls bypass the tap, and libllama has
-// moved everything itself during the call.
+// A sequence with cells has tensor bytes. If none were recorded, libllama's calls bypass the tap,
+// and libllama has moved everything itself during the call.
 void Llama::check_recorded_anything(const Recorder &recorder) {
     if (!recorder.tensors().empty()) return;
     throw Error(KVF_ERR_TAP,

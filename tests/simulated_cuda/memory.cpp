@@ -81,7 +81,8 @@ CUresult allocate_device(const ContextPtr &context, uint64_t bytes, uint64_t *ad
         arena.allocated > d.settings.device_limit - bytes)
         return CUDA_ERROR_OUT_OF_MEMORY;
 
-    // The first gap from `next` on, then from the start, with room for it and the pages that guard it.
+    // The first gap from `next` on, then from the start, with room for it and the pages that guard
+    // it.
     const uint64_t guard = d.settings.guard_pages * kPage;
     const uint64_t need = pages(bytes) + guard;
     const auto search = [&](uint64_t from) -> uint64_t {

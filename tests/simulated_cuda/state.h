@@ -251,10 +251,11 @@ private:
 // All with the lock.
 StreamPtr new_stream(const ContextPtr &context, bool blocking);
 StreamPtr legacy_stream(const ContextPtr &context);
-// Queues it behind what the stream has. Returns its completion. What a stream is given while it is captured is never
-// executed, and counts as done.
+// Queues it behind what the stream has. Returns its completion. What a stream is given while it is
+// captured is never executed, and counts as done.
 CompletionPtr submit(const StreamPtr &stream, Operation operation);
-// An operation that a capture does not allow: a stream that is being captured will not give a graph.
+// An operation that a capture does not allow: a stream that is being captured will not give a
+// graph.
 void invalidate_capture(Stream &stream);
 bool is_captured(const Stream &stream);
 // Whether the legacy stream would have to wait for a stream that is being captured.

@@ -1,4 +1,5 @@
-// A buffer cannot be freed or unregistered while a job in flight uses it, from inside a larger one too.
+// A buffer cannot be freed or unregistered while a job in flight uses it, from inside a larger one
+// too.
 #include "cuda.hpp"
 
 int main() {

@@ -1,6 +1,6 @@
-// Every entry point of the driver fails in turn, at its first calls, in the middle and at the last one: an engine
-// is made or refused with a reason, each job ends once with the right bytes or an error, nothing crashes, hangs
-// or leaks.
+// Every entry point of the driver fails in turn, at its first calls, in the middle and at the last
+// one: an engine is made or refused with a reason, each job ends once with the right bytes or an
+// error, nothing crashes, hangs or leaks.
 #include <map>
 
 #include "cuda.hpp"
@@ -137,7 +137,8 @@ private:
                 CHECK(std::equal(expected.begin(), expected.end(), buffer));
             } else {
                 CHECK(completion->detail[0]);
-                // Of a device that is lost, copies may be under way here that a real one would have ended.
+                // Of a device that is lost, copies may be under way here that a real one would have
+                // ended.
                 driver().cuCtxSynchronize();
             }
         }

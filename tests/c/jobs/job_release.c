@@ -1,4 +1,5 @@
-/* Handles are let go in any order, before and after the end; the completion arrives all the same. */
+/* Handles are let go in any order, before and after the end; the completion arrives all the same.
+ * */
 #include "check.h"
 
 int main(void) {

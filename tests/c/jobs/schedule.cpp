@@ -190,8 +190,8 @@ void gates_are_asked_a_few_at_a_time() {
     CHECK(test.schedule.empty());
 }
 
-// A gate is asked without the lock: its leg may go meanwhile. Then the gate goes before the lock is taken again, for
-// that calls the driver.
+// A gate is asked without the lock: its leg may go meanwhile. Then the gate goes before the lock is
+// taken again, for that calls the driver.
 void one_may_be_cut_short_while_its_gate_is_asked() {
     Test test;
     auto gate = std::make_shared<TestGate>(), others = std::make_shared<TestGate>();
