@@ -66,8 +66,8 @@ static void open_model(const char *model_file, const char *folder) {
     params.n_batch = PROMPT_TOKENS;
     params.n_seq_max = SEQUENCES;
     params.kv_unified = true;
-    /* llama.cpp's threads spin while they wait for each other, so leave processors for kvferry's.
-     * */
+    /* llama.cpp's threads spin while they wait for each other, so leave processors
+     * for kvferry's. */
     const long processors = sysconf(_SC_NPROCESSORS_ONLN);
     params.n_threads = params.n_threads_batch = processors > 2 ? (int32_t)processors / 2 : 1;
     context = llama_init_from_model(model, params);
@@ -127,8 +127,8 @@ static void save_with_callback(kvf_llama llama, void *state, uint64_t bytes) {
     report(&called_with, "save, callback", steps);
 }
 
-/* A sequence must not be decoded before its load is complete. Here the program waits for the job.
- * */
+/* A sequence must not be decoded before its load is complete. Here the program waits for
+ * the job. */
 static void load(kvf_llama llama, const void *state, uint64_t bytes) {
     kvf_submit_options submit = KVF_SUBMIT_OPTIONS_INIT;
     submit.priority = KVF_PRIORITY_URGENT;

@@ -211,7 +211,7 @@ class Holdings {
 public:
     Holdings() : at_first_(now()) {}
 
-    // Everything that was taken since has been given back.
+    // Everything that was taken since has been released.
     void check_same() const {
         if (!driver().simulated()) return;
         const auto at_last = now();

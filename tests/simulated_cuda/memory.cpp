@@ -28,7 +28,7 @@ void discard(const Allocation &allocation) {
               static_cast<off_t>(pages(allocation.range.bytes)));
 }
 
-void give_back_device(const Allocation &allocation) {
+void release_device(const Allocation &allocation) {
     arena_of(allocation.range.address)->allocated -= allocation.range.bytes;
     driver().counters.device_bytes -= allocation.range.bytes;
     --driver().counters.live_device_allocations;
@@ -132,7 +132,7 @@ void free_in_order(uint64_t address) {
     const Allocation allocation = d.allocations.at(address);
     if (is_used(allocation.range)) ++d.counters.hazards;
     d.allocations.erase(address);
-    give_back_device(allocation);
+    release_device(allocation);
 }
 
 void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
@@ -147,7 +147,7 @@ void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
     if (d.allocations.erase(address) == 0) return; // by somebody else meanwhile
 
     if (allocation.on_device) {
-        give_back_device(allocation);
+        release_device(allocation);
     } else {
         d.counters.pinned_bytes -= allocation.range.bytes;
         --(allocation.registered ? d.counters.live_registrations

@@ -126,7 +126,7 @@ struct Allocation {
     bool ordered = false;    // device memory: by cuMemAllocAsync()
 };
 
-// A device's memory: the same pages at two places. The public one can't be accessed.
+// A device's memory: the same pages at two places. The public one cannot be accessed.
 struct Arena {
     int file = -1;
     uint64_t address = 0;
@@ -226,7 +226,7 @@ void free_in_order(uint64_t address);
 std::byte *alias_of(uint64_t address);
 bool is_mapped(Range range);
 
-// Allocations as they are now, for use without the lock: those that operations name can't be freed
+// Allocations as they are now, for use without the lock: those that operations name cannot be freed
 // before these have ended.
 class View {
 public:

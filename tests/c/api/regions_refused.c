@@ -87,8 +87,8 @@ int main(void) {
 
     /* Memory that is not there: of a region, at its beginning or end; of the buffer. */
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    /* A page with nothing around it; wide holes, which the next mapping of anybody's does not fill.
-     * */
+    /* A page with nothing around it; wide holes, which the next mapping of anybody's does
+     * not fill. */
     enum { HOLE = 64 << 20 };
     unsigned char *begin =
         mmap(NULL, 2 * HOLE + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -136,8 +136,8 @@ static void submit_options(kvf_engine engine) {
     CHECK(error[0] == 0);
 }
 
-/* Completions are written at the caller's stride: no further than it, and whole where it is longer.
- * */
+/* Completions are written at the caller's stride: no further than it, and whole where it
+ * is longer. */
 static void completions(kvf_engine engine) {
     const kvf_queue queue = make_queue();
     static char from = 5, to; /* some of the jobs are not waited for */

@@ -52,7 +52,7 @@ void go_on_with_little_pinned_memory(Random &random, const DeviceMemory &device)
     }
 }
 
-// Staging for which no table can be had is not taken and given back again and again while other
+// Staging for which no table can be had is not taken and released again and again while other
 // staging is in use.
 void remember_what_is_scarce(Random &random, const DeviceMemory &device) {
     Driver &d = driver();

@@ -198,7 +198,7 @@ void fail(Test &test, Random &random, const unsigned char *buffer) {
 }
 
 // A table that is too long, and one whose runs do not follow one another in the buffer, are for a
-// kernel all the same.
+// kernel nevertheless.
 void unusual_tables(std::shared_ptr<kvf::Engine> engine, Random &random) {
     for (const State &state :
          {State(kvf::CudaResidentTable::kRows + 1000, 0), State(3000, kvf::kLongRun)}) {

@@ -1,5 +1,4 @@
-// Where a pump that finds its device lost is refused memory, whenever that is, its jobs end all the
-// same.
+// Where a pump that finds its device lost is refused memory, whenever that is, its jobs still end.
 #include "cuda.hpp"
 #include "refuse_memory.hpp"
 

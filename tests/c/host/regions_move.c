@@ -1,4 +1,4 @@
-/* Regions of every shape: what is saved is what stood there, what is loaded arrives, nothing else
+/* Regions of every shape: a save copies what stood there, a load writes it there, nothing else
  * changes. */
 #include "check.h"
 
