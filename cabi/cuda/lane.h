@@ -49,6 +49,7 @@ public:
     void extend(Leg &leg, Layout &&part) { schedule_.extend(leg, std::move(part)); }
     void close(Leg &leg) { schedule_.close(leg); }
     void announce() { schedule_.announce(); }
+    // The pump need not wake: it does not wait for this leg while others can move.
     void cut_short(Leg &leg) { schedule_.cut_short(leg); }
     void cut_short_stopping() { schedule_.cut_short_stopping(); }
     // Frees the memory that no piece uses at the moment. (A lane that has been idle does so

@@ -22,32 +22,6 @@ void CudaLaneSchedule::extend(Leg &leg, Layout &&part) {
     work_.notify_one();
 }
 
-void CudaLaneSchedule::close(Leg &leg) {
-    {
-        std::lock_guard lock(mutex_);
-        if (!legs_.close(leg)) return;
-    }
-    leg.job->leg_ended(leg);
-}
-
-// The pump need not wake: it does not wait for this leg while others can move.
-void CudaLaneSchedule::cut_short(Leg &leg) {
-    {
-        std::lock_guard lock(mutex_);
-        if (!legs_.cut_short(leg)) return;
-    }
-    leg.job->leg_ended(leg);
-}
-
-void CudaLaneSchedule::cut_short_stopping() {
-    LegList ended;
-    {
-        std::lock_guard lock(mutex_);
-        legs_.cut_short_stopping(ended);
-    }
-    for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
-}
-
 void CudaLaneSchedule::announce() {
     std::lock_guard lock(mutex_);
     expected_until_ns_ = now_ns() + kExpectNs;
@@ -73,14 +47,6 @@ std::unique_lock<std::mutex> CudaLaneSchedule::look() {
     follows_streams_ =
         legs_.has_following(KVF_PRIORITY_URGENT) || legs_.has_following(KVF_PRIORITY_BACKGROUND);
     return lock;
-}
-
-void CudaLaneSchedule::piece_ended(Leg &leg) {
-    {
-        std::lock_guard lock(mutex_);
-        if (!legs_.piece_ended(leg)) return;
-    }
-    leg.job->leg_ended(leg);
 }
 
 uint64_t CudaLaneSchedule::bytes_taken(const Leg &leg) {

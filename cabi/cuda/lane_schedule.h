@@ -5,24 +5,20 @@
 #include <array>
 #include <atomic>
 #include <condition_variable>
-#include <mutex>
 
-#include "jobs/schedule.h"
+#include "jobs/locked_schedule.h"
 
 namespace kvf {
 
-class CudaLaneSchedule {
+class CudaLaneSchedule : public LockedSchedule {
 public:
-    // ---- Any thread. Job::leg_ended() is called here where it has to be. ----
+    // ---- Any thread ----
 
     // Takes a leg in. `before` is called first, under the lock; where it throws, the leg has not
     // been taken in.
     template <class Function>
     void add(Leg &leg, Function &&before);
     void extend(Leg &leg, Layout &&part);
-    void close(Leg &leg);
-    void cut_short(Leg &leg);
-    void cut_short_stopping();
     // A leg is about to come. Waking the pump takes several times as long as queuing a copy: it may
     // wake meanwhile.
     void announce();
@@ -35,11 +31,7 @@ public:
 
     // Locks the schedule. What has come until now counts as seen.
     std::unique_lock<std::mutex> look();
-    std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
-    // With the lock.
-    Schedule &legs() { return legs_; }
-    // Without it.
-    void piece_ended(Leg &leg);
+    // Without the lock.
     uint64_t bytes_taken(const Leg &leg);
 
     // Asks some of the streams that legs follow whether they are done. Without the lock, so that
@@ -68,9 +60,7 @@ private:
     void wait_for_streams(std::unique_lock<std::mutex> &lock);
     bool has_arrival() const { return arrivals_ != seen_arrivals_; }
 
-    std::mutex mutex_;
     std::condition_variable work_;
-    Schedule legs_;
     bool stopping_ = false;
     bool host_copy_ended_ = false;   // since the pump last waited for one
     uint64_t expected_until_ns_ = 0; // a leg is expected
@@ -90,17 +80,10 @@ private:
 
 template <class Function>
 void CudaLaneSchedule::add(Leg &leg, Function &&before) {
-    bool ended = false;
-    {
-        std::lock_guard lock(mutex_);
-        before();
-        legs_.add(leg);
-        // Who stopped the job before its leg came did not find the leg.
-        if (leg.job->stopping()) ended = legs_.cut_short(leg);
+    LockedSchedule::add(leg, std::forward<Function>(before), [this] {
         ++arrivals_;
         work_.notify_one();
-    }
-    if (ended) leg.job->leg_ended(leg);
+    });
 }
 
 } // namespace kvf

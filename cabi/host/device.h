@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "jobs/device.h"
-#include "jobs/schedule.h"
+#include "jobs/locked_schedule.h"
 
 namespace kvf {
 
@@ -38,9 +38,8 @@ private:
     JobOwner &owner_;
     const uint32_t threads_; // that copy for urgent jobs; one more copies for background jobs
 
-    std::mutex mutex_;
+    LockedSchedule schedule_;
     std::condition_variable urgent_work_, background_work_;
-    Schedule schedule_;
     bool stopping_ = false;
     std::vector<std::thread> workers_; // started with the first leg
 };

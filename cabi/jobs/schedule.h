@@ -33,9 +33,9 @@ private:
     size_t count_ = 0;
 };
 
-// Not locked: the device that owns a schedule does that. Only add() allocates memory, so that a leg
-// in the schedule can be moved and ended whatever happens. Nothing here asks a driver, which would
-// take its time under the device's lock.
+// Not locked: LockedSchedule is. Only add() allocates memory, so that a leg in the schedule can be
+// moved and ended whatever happens. Nothing here asks a driver, which would take its time under the
+// lock.
 class Schedule {
 public:
     // The leg stays the job's. The schedule forgets the leg when all of it has been taken, or when
