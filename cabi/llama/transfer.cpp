@@ -68,9 +68,9 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
                     locate, blocks_);
 }
 
-// Lets the recorder start the job: the sink opens the job when libllama has named the first part,
-// and moves that part while libllama names the others. If the call fails later, the job ends
-// without a completion. Submission, options and recorder must outlive the recording.
+// Has the recorder start the job when libllama has named the first part, and move that part while
+// libllama names the others. If the call fails later, the job ends without a completion.
+// Submission, options and recorder must outlive the recording.
 void Llama::start_job_from_recorder(Recorder &recorder, std::optional<OpenJob> &open,
                                     Submission &submission, const kvf_submit_options &options,
                                     bool with_handle) {
