@@ -345,7 +345,8 @@ soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
 
-# Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU.
+# Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU. What its build cannot
+# do is known by its name, such as KVFERRY_LLAMA_BUILD=b10361.
 .PHONY: test-gpu
 test-gpu: export KVFERRY_TEST_GPU := 1
 test-gpu: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja

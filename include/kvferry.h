@@ -12,12 +12,15 @@
  *     Rules that hold for every function
  *     Lifetimes
  *   1 Engine                kvf_engine_create, _describe, _cancel, _destroy
- *   2 llama.cpp sequences   kvf_llama_attach, _size, _save, _load, _remove, _settle, _detach
+ *   2 llama.cpp sequences   kvf_llama_attach, _size, _save, _load, _remove, _settle, _describe,
+ *                           _detach
  *   3 Jobs and completions  kvf_submit_options, kvf_completion, kvf_queue_*, kvf_job_*
- *   4 Memory                kvf_buffer_alloc, _free, _register
- *   5 Version and status    kvf_version, kvf_strerror, the list of statuses
+ *   4 Memory                kvf_buffer_alloc, _alloc_with_error, _capacity, _free, _register,
+ *                           _unregister, _trim
+ *   5 Version and status    kvf_version, kvf_abi_version, kvf_status_name, kvf_strerror, the
+ *                           statuses
  *   Advanced
- *   6 Regions               kvf_regions_save, _load: any memory, without llama.cpp
+ *   6 Regions               kvf_regions_size, _save, _load: any memory, without llama.cpp
  *   7 CUDA streams          KVF_SUBMIT_FOLLOW_STREAM, kvf_job_stream_wait
  *   8 Trace                 kvf_engine_trace
  *
@@ -61,9 +64,18 @@
  *
  * Words
  * -----
- * state       the bytes that llama_state_seq_get_data() writes for a sequence, bit for bit.
+ * state       the bytes that llama_state_seq_get_data() writes for a sequence, bit for bit. For an
+ *             opaque cache an envelope follows, and counts (see kvf_llama_size()).
  * save, load  a transfer from the device to host memory, and one from host memory to the device.
  * buffer      the host memory that a save writes and a load reads.
+ * pinned      host memory that a GPU copies from and to directly, at full speed (page-locked).
+ * in place    a transfer between the cache and the buffer, without device memory beside the cache.
+ * snapshot    a copy of a sequence, made during the call of a save; the job moves that copy.
+ * opaque      a cache whose states have a format that kvferry does not know: see kvf_llama_size().
+ * envelope    64 bytes behind the state of an opaque cache, which tell damage.
+ * attachment  what kvf_llama_attach() makes of an engine and a context: a kvf_llama.
+ * fragment    a run of tensor bytes that libllama would move with one call.
+ * piece       the part of a transfer that a device moves at once.
  * job         one submitted transfer. It ends with exactly one completion, whatever happens.
  * completion  the report on how a job ended.
  * queue       a list of completions with a file descriptor for poll(2).
@@ -75,7 +87,7 @@
  * ----------------------------------
  * Returns     Functions return KVF_OK (0) or a negative kvf_status. Some return a count or another
  *             number of 0 or more instead of KVF_OK; their comments say so.
- *             A submitting call that returns an error has submitted nothing: no completion follows.
+ *             If a submitting call returns an error, no job remains and no completion follows.
  * Errors      The line `Errors` lists the errors that are particular to a function. Every function
  *             may return these errors, too:
  *             KVF_ERR_INVALID_HANDLE    a handle is stale, made up, or of another kind;
@@ -118,7 +130,7 @@
  * | callback function        | the caller          | the caller            | jobs that name it    |
  * | options, error, regions  | the caller          | the caller            | the call             |
  * | CUDA stream              | the caller          | the caller            | the call             |
- * | text that a call returns | -                   | never                 | -                    |
+ * | static texts, 5          | the library         | never                 | -                    |
  *
  * 1: The function that would end it too early returns KVF_ERR_BUSY instead. An engine's jobs do not
  *    count: kvf_engine_destroy() waits for them.
@@ -127,6 +139,7 @@
  * 3: A job goes on when its handle has been released. A handle stays valid when its job has ended
  *    and the engine has been destroyed.
  * 4: The memory stays the caller's, who frees it after kvf_buffer_unregister().
+ * 5: What kvf_version(), kvf_status_name() and kvf_strerror() return.
  *
  * Queues, buffers of the pool and registered memory may outlive their engine.
  */
@@ -149,7 +162,7 @@ extern "C" {
 #endif
 
 /* ------------------------------------------------------------------------------------------------
- * 1 Engine: devices, threads, memory
+ * 1 Engine: devices, threads
  * --------------------------------------------------------------------------------------------- */
 
 /* Handles. 0 is none. */
@@ -216,6 +229,26 @@ KVF_API int32_t kvf_engine_create(const kvf_engine_options *options, kvf_engine 
  * Writes the text with its terminating 0 into `json`, cut to `capacity` bytes, and the bytes that
  * the whole needs into `*needed`. `needed` may be NULL; so may `json` when `capacity` is 0.
  *
+ * The members of the object; later versions may add some:
+ *     "version", "abi"        as kvf_version() and kvf_abi_version()
+ *     "jobs_in_flight"        how many jobs have not ended
+ *     "pool"                  an object: "limit" (`pinned_limit`), "mapped" (bytes of all buffers),
+ *                             "free" (bytes of free buffers), "lost" (bytes that are never used
+ *                             again, since a lost device may still touch them), "pinned" (false if
+ *                             the engine has no CUDA device)
+ *     "no_cuda"               why CUDA devices are missing, or ""
+ *     "devices"               a list of objects: the host first, then the CUDA devices
+ * The host has "kind" ("host"), "name" and "copy_threads". A CUDA device has:
+ *     "kind"                  "cuda"
+ *     "name", "pci_bus_id", "ordinal", "compute_capability", "memory" (bytes), "copy_engines"
+ *     "staging"               the most bytes of device memory for staging, for each direction
+ *     "pinned_bytes"          host memory that the library has pinned for the device's own use
+ *     "broken"                true if the device is lost
+ *     "kernels", "no_kernels" whether the driver takes kvferry's kernels; why not, or ""
+ *     "background_pace"       "save" and "load", each with "runs", "rows" and "gathered", each with
+ *                             "bytes" and "queued": the size of background copies, and how many are
+ *                             queued at once
+ *
  * Thread:    any
  * May block: no
  * Returns:   KVF_OK; `json` holds the whole text.
@@ -263,7 +296,7 @@ KVF_API int32_t kvf_engine_destroy(kvf_engine engine);
 
 struct llama_context;
 
-/* Bits of kvf_llama_options.flags. Only programs need them for which the tap does not work. */
+/* Bits of kvf_llama_options.flags, for programs where the tap does not work. */
 typedef enum kvf_llama_flags {
     /* Where libllama's calls cannot be recorded (llama.cpp is linked statically), let a thread of
      * the engine make libllama's blocking calls. Until the completion the context must not be used,
@@ -293,7 +326,7 @@ typedef struct kvf_llama_options {
  * `options` may be NULL. The context stays the caller's, who detaches before freeing it.
  *
  * Thread:    the context's
- * May block: no
+ * May block: no; without the tap, while a state is copied if no sequence of the context is empty
  * Returns:   KVF_OK; `*llama` is the handle.
  * Errors:    KVF_ERR_LIBRARY_NOT_FOUND, KVF_ERR_LIBRARY_AMBIGUOUS, KVF_ERR_TAP, KVF_ERR_UNSUPPORTED
  *            (libllama is too old and lacks a function, or the model keeps no state),
@@ -303,7 +336,8 @@ typedef struct kvf_llama_options {
 KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *context,
                                  const kvf_llama_options *options, kvf_llama *llama);
 
-/* Tells how many bytes the state of a sequence has, without moving any of them.
+/* Tells how many bytes the state of a sequence has, without moving any of them. (Without the tap,
+ * libllama copies the first state with cells that is looked at, to show the format of the cache.)
  *
  * An empty sequence has a state too, of a few bytes.
  *
@@ -320,7 +354,7 @@ KVF_API int32_t kvf_llama_attach(kvf_engine engine, struct llama_context *contex
  * and what the model remembers.
  *
  * Thread:    the context's
- * May block: no
+ * May block: no; without the tap, while a state is copied
  * Returns:   KVF_OK; `*bytes` is the size.
  * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA, KVF_ERR_BUSY (a blocking
  *            transfer is in flight)
@@ -361,8 +395,8 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  *
  * 1: The call waits for the transfer where llama.cpp would read or write the transfer's memory: a
  *    recurrent cache may move this sequence's cell; a transfer that follows a stream keeps decoding
- *    and loads away from a sliding window; llama.cpp's own state calls wait where cells of both
- *    sequences lie between each other.
+ *    and loads away from a sliding window; llama.cpp's own state calls wait where the cells of the
+ *    two sequences are interleaved.
  * 2: The next llama_decode waits for the transfer, because that decode rewrites the keys of all
  *    sequences, or a whole stream.
  * 3: The next llama_decode, kvf_llama_save or kvf_llama_load waits for the transfer if this
@@ -370,7 +404,8 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  *    llama.cpp v0.5.0 on, in a cache with one kind of attention and no sliding window, kvferry also
  *    notices that a decode is about to write cells that the transfer moves. Elsewhere two changes
  *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; or cells
- *    are removed and one batch, which ends at the same position, decodes them anew.
+ *    at its end are removed, and one batch decodes new ones up to the same position (beside a save
+ *    in place of a cache with attention alone and no sliding window: to that position or beyond).
  * "no": Where the cache is unified, the copy shares its cells with this sequence. libllama does not
  *    tell which sequences share cells: a decode of the copy reads cells that have not been loaded
  *    yet.
@@ -379,7 +414,13 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  * not depend on work that this thread submits later. */
 
 /* How a save reads the cache. Values of kvf_submit_options.mode for kvf_llama_save(), and of
- * kvf_completion.mode. A load refuses them: only 0, AUTO, means something for both. */
+ * kvf_completion.mode. A load refuses them: only 0, AUTO, means something for both.
+ *
+ * The completion's `mode` says how the save was done. It can differ from what was asked for:
+ * - IN_PLACE instead of SNAPSHOT: where device memory is short; and without the tap, where the
+ *   context must not be used until the completion.
+ * - SNAPSHOT instead of IN_PLACE: for an opaque cache, whose bytes move during the call; and for a
+ *   sliding window if kvferry cannot tell which cells other sequences may take. */
 typedef enum kvf_save_mode {
     /* SNAPSHOT where the next decode of the sequence would overwrite what is being saved (recurrent
      * states, sliding windows, kinds of cache that this version does not know); else IN_PLACE. */
@@ -388,9 +429,10 @@ typedef enum kvf_save_mode {
      * what may be done until the completion. */
     KVF_SAVE_IN_PLACE = 1,
     /* The call copies the sequence to other device memory before it returns; from then on anything
-     * may be done to the sequence. Host memory is copied straight into the buffer, during the call.
-     * Where device memory is short, the call moves the bytes in place and returns when they have
-     * been moved; the completion's `mode` is then KVF_SAVE_IN_PLACE. */
+     * may be done to the sequence (without the tap, not before the completion). Host memory is
+     * copied straight into the buffer, during the call. Where device memory is short, the call
+     * moves the bytes in place and returns when they have been moved; the completion's `mode` is
+     * then KVF_SAVE_IN_PLACE. */
     KVF_SAVE_SNAPSHOT = 2,
 } kvf_save_mode;
 
@@ -417,17 +459,20 @@ typedef struct kvf_submit_options kvf_submit_options;
 
 /* Saves a sequence into `buffer`, asynchronously.
  *
- * The buffer needs kvf_llama_size() bytes, and must not be touched until the completion. The call
- * records where the sequence's bytes are: half a millisecond for a sequence in one run of cells,
- * some ten milliseconds for half a million fragments. A save in place begins to move bytes
- * meanwhile. `options` and `job` may be NULL. If `job` is given, release the handle with
- * kvf_job_release().
+ * The buffer needs kvf_llama_size() bytes, and must not be touched until the completion. The
+ * completion's `bytes` is the size of the state: pass it to kvf_llama_load(). The call records
+ * where the sequence's bytes are: half a millisecond for a sequence in one run of cells, some ten
+ * milliseconds for half a million fragments. A save in place begins to move bytes meanwhile.
+ * `options` and `job` may be NULL. If `job` is given, release the handle with kvf_job_release().
  *
  * Thread:    the context's
- * May block: where note 3 of the table says so; with KVF_SAVE_SNAPSHOT, until the copy has been
- *            made (before that, with KVF_SUBMIT_FOLLOW_STREAM, until the stream has done its work);
- *            with an opaque cache, until the bytes have been moved; with a sliding window saved in
- *            place, until the few cells have been moved that other sequences may take
+ * May block: where note 3 of the table says so; where the save is by snapshot (AUTO chooses that,
+ *            too), until the copy has been made, or until the bytes have been moved if device
+ *            memory is short (before that, with KVF_SUBMIT_FOLLOW_STREAM, until the stream has done
+ *            its work); with an opaque cache, until the bytes have been moved; with a sliding
+ *            window saved in place, until the few cells have been moved that other sequences may
+ *            take; with a cache in memory that no device of the engine reaches, until libllama has
+ *            copied it; without the tap, as kvf_llama_size()
  * Returns:   KVF_OK; one completion follows.
  * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
  *            (a load into this sequence, or a blocking transfer of the context, is in flight),
@@ -440,9 +485,10 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
 
 /* Loads a state into a sequence, asynchronously; the state replaces what the sequence held.
  *
- * `bytes` is the exact size of the state. The buffer must not change until the completion. The call
- * takes the sequence's cells; the table above says what may be done until the completion. `options`
- * and `job` may be NULL. If `job` is given, release the handle with kvf_job_release().
+ * `bytes` is the exact size of the state: what the completion of its save says. The buffer must not
+ * change until the completion. The call takes the sequence's cells; the table above says what may
+ * be done until the completion. `options` and `job` may be NULL. If `job` is given, release the
+ * handle with kvf_job_release().
  *
  * kvferry checks the state before libllama sees it. A load that is refused then leaves the sequence
  * as it was. A load that fails or is cancelled later leaves the sequence empty: if the call fails,
@@ -454,7 +500,9 @@ KVF_API int32_t kvf_llama_save(kvf_llama llama, int32_t sequence, void *buffer, 
  * May block: where notes 1 and 3 of the table say so; with an opaque cache, until the bytes have
  *            been moved; with a sliding window, until the few cells have been moved that other
  *            sequences may take; with KVF_SUBMIT_FOLLOW_STREAM and a buffer of pinned memory or a
- *            state in an envelope, until the stream has done its work
+ *            state in an envelope, until the stream has done its work; with a cache in memory that
+ *            no device of the engine reaches, until libllama has copied it; without the tap, as
+ *            kvf_llama_size()
  * Returns:   KVF_OK; one completion follows.
  * Errors:    The sequence is as it was: KVF_ERR_STATE_DAMAGED (truncated, damaged, or without the
  *            envelope that this cache needs), KVF_ERR_STATE_MISMATCH (the state is of another
@@ -496,7 +544,27 @@ KVF_API int32_t kvf_llama_settle(kvf_llama llama);
 /* Describes the attachment as JSON: libllama and its build, the model, the kind of cache, the
  * default mode of saves, a fingerprint of the model, counters of the tap.
  *
- * Arguments are those of kvf_engine_describe(). The fingerprint is a hash of what libllama tells of
+ * Arguments are those of kvf_engine_describe(). The members of the object; later versions may add
+ * some:
+ *     "library"               the path of libllama
+ *     "ggml_version", "ggml_commit"
+ *                             what ggml says of its build, or ""
+ *     "model"                 libllama's description of the model
+ *     "fingerprint", "fingerprint_covers"
+ *                             a hash of the model, and a list of what it covers
+ *     "cache"                 the kinds of the cache's parts, such as "attention+recurrent", or
+ *                             "unknown"
+ *     "format"                kvferry's name for the format of the states; "opaque" where kvferry
+ *                             does not know it, "unseen" until a state with cells has been seen
+ *     "guarded_by"            how loads check a state: "structure", or "envelope"
+ *     "window"                the tokens of the model's sliding window, or 0
+ *     "default_mode"          what KVF_SAVE_AUTO means here: "in_place" or "snapshot"
+ *     "tap"                   whether the tap is used; false: libllama's blocking calls
+ *     "recorded_calls", "passed_calls"
+ *                             calls that the tap has recorded, and that it has passed to ggml
+ *     "sequences"             how many sequences the context may have
+ *
+ * The fingerprint is a hash of what libllama tells of
  * the model: description, size, number of parameters, metadata. It does not cover what libllama has
  * no public function for: the weights (two models that differ in nothing else have one
  * fingerprint), adapters, control vectors, and the context's own settings of RoPE. It does not
@@ -533,7 +601,8 @@ KVF_API int32_t kvf_llama_detach(kvf_llama llama);
  * --------------------------------------------------------------------------------------------- */
 
 typedef struct kvf_completion {
-    /* The job. Its handle may have been released already. */
+    /* The job's number. It is a handle only if the submitting call gave one, and until the handle
+     * is released. */
     uint64_t job;
     /* The `user_data` of the submission. */
     uint64_t user_data;
@@ -544,9 +613,9 @@ typedef struct kvf_completion {
     /* The size of the state, or of the regions. If `status` is not KVF_OK, how many of these bytes
      * have been moved is undefined. */
     uint64_t bytes;
-    /* How many separate pieces of tensor memory the transfer consists of. */
+    /* How many separate runs of tensor memory the transfer consists of. */
     uint64_t fragments;
-    /* How many pieces remained when neighbours and rows at one pitch had been joined. */
+    /* How many runs and blocks remained when neighbours and rows at one pitch had been joined. */
     uint64_t segments;
     /* When the submitting call was entered. */
     uint64_t submitted_ns;
@@ -582,7 +651,8 @@ typedef enum kvf_priority {
 
 /* Bits of kvf_submit_options.flags. Few programs need them. */
 typedef enum kvf_submit_flags {
-    /* Begin when the CUDA stream `stream` has done the work that it holds now: see section 7. */
+    /* Begin when the CUDA stream `stream` has done what was queued on it before this call: see
+     * section 7. */
     KVF_SUBMIT_FOLLOW_STREAM = 1,
     /* For kvf_llama_load() alone: hand libllama a state that cannot be checked, because the format
      * of the cache is not known and the state has no envelope (see kvf_llama_size()). libllama
@@ -592,7 +662,7 @@ typedef enum kvf_submit_flags {
 } kvf_submit_flags;
 
 /* How to do a job, and whom to tell. `queue` and `callback` may both be set; each then gets the
- * completion once. If neither is set, keep the job's handle. */
+ * completion once. With no queue, no callback and no `job`, nobody learns how the job ended. */
 struct kvf_submit_options {
     /* sizeof(kvf_submit_options); KVF_SUBMIT_OPTIONS_INIT sets it. */
     uint32_t size;
@@ -613,7 +683,7 @@ struct kvf_submit_options {
     char *error;
     /* The bytes that `error` has room for, terminating 0 included. */
     uint64_t error_size;
-    /* A CUstream or cudaStream_t. It is read only with KVF_SUBMIT_FOLLOW_STREAM. */
+    /* A CUstream or cudaStream_t. Used only with KVF_SUBMIT_FOLLOW_STREAM. */
     uint64_t stream;
 };
 #define KVF_SUBMIT_OPTIONS_INIT {sizeof(kvf_submit_options), 0, 0, 0, 0, 0, 0, 0, 0, 0}
@@ -741,8 +811,8 @@ KVF_API int32_t kvf_job_release(kvf_job job);
  * The buffer is page-aligned, and pinned for every CUDA device of the engine. Its content is
  * undefined. The caller owns it until kvf_buffer_free(). Reusing a free buffer of the pool takes
  * microseconds; a new one takes the time to map and pin it. To make reuse likely, sizes are rounded
- * up, by at most a sixteenth and a page; and if the engine has no `pinned_limit`, a free buffer
- * that is larger than that by up to a quarter is used again.
+ * up, by at most a sixteenth and a page; and if the engine has no `pinned_limit`, a free buffer up
+ * to a quarter larger may be given instead.
  *
  * Thread:    any
  * May block: for the time to map and pin memory: a third of a second a GiB
@@ -818,9 +888,11 @@ KVF_API int32_t kvf_buffer_unregister(kvf_engine engine, void *buffer);
 /* Frees all memory that the engine keeps for later.
  *
  * The engine keeps free buffers of its pool, and memory of its own that it does not use now. The
- * latter is, for each CUDA device, up to 63 MiB of pinned memory, `staging_bytes` of device memory
- * for each direction, and the device memory of loads ahead. Memory that has been idle for half a
- * minute is freed without this call.
+ * latter is, for each CUDA device: up to 62.5 MiB of pinned memory (62 for the copies of both
+ * directions, 0.5 for snapshots); `staging_bytes` of device memory for each direction; and the
+ * device memory of loads ahead, with 1.5 MiB of pinned memory for each. All devices together pin up
+ * to 114 MiB and 5.5 MiB for each device, which bounds engines of more than two devices. Memory
+ * that has been idle for half a minute is freed without this call.
  *
  * Thread:    any
  * May block: for the time to unpin: about 15 milliseconds a GiB
@@ -875,7 +947,7 @@ typedef enum kvf_status {
     KVF_ERR_UNSUPPORTED = -12,       /* not supported here */
     KVF_ERR_NO_DEVICE = -13,         /* no such device */
     KVF_ERR_DEVICE = -14,            /* the device reported an error */
-    KVF_ERR_DEVICE_LOST = -15,       /* the device is lost; the engine is broken, make a new one */
+    KVF_ERR_DEVICE_LOST = -15,       /* a device is lost: make a new engine */
     KVF_ERR_UNREACHABLE = -16,       /* memory that no device of the engine can reach */
     KVF_ERR_SYSTEM = -17,            /* the operating system refused */
     KVF_ERR_LIBRARY_NOT_FOUND = -18, /* no libllama is loaded in this process */
@@ -933,7 +1005,7 @@ typedef struct kvf_region {
     uint64_t buffer_pitch;
 } kvf_region;
 
-/* Tells how large a buffer the regions need: the end of the region that reaches furthest.
+/* Tells how large a buffer the regions need: where the last of them ends in the buffer.
  *
  * Thread:    any
  * May block: no

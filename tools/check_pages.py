@@ -5,9 +5,11 @@
 
 These must exist: the files and headings that links lead to (other hosts are not asked), the files
 of this tree whose paths stand in `code`, and the names of the library in `code`: `kvf_something`,
-`KVF_SOMETHING` and `Class::member`. Prints one line for each that does not; fails if there is one.
-The site of the documentation has a check of its links too (`mkdocs build --strict`); this one is
-for people who read the files on disk or in a browser of repositories.
+`KVF_SOMETHING` and `Class::member`. Where a page says "`Class::member` in `cabi/file`", or has the
+file in brackets behind the member, the file must have the member. Prints one line for each that
+does not; fails if there is one. The site of the documentation has a check of its links too
+(`mkdocs build --strict`); this one is for people who read the files on disk or in a browser of
+repositories.
 """
 
 from __future__ import annotations
@@ -75,6 +77,34 @@ def words_of_sources() -> frozenset[str]:
     )
 
 
+MEMBER = re.compile(r"([A-Z]\w+)::(~?\w+)")
+
+
+def has_member(file: Path, member: re.Match[str]) -> bool:
+    """Whether a .cpp file defines `Class::member`, or a header has both words."""
+    text = file.read_text()
+    if file.suffix == ".cpp":
+        return re.search(rf"\b{member[1]}::{member[2]}\b", text) is not None
+    return all(re.search(rf"\b{word}\b", text) for word in member.groups())
+
+
+def misplaced_members(path: Path) -> Iterator[tuple[int, str]]:
+    for _, token in inline_tokens(path):
+        children = [child for child in token.children or [] if child.type != "softbreak"]
+        for name, between, file in zip(children, children[1:], children[2:], strict=False):
+            if name.type != "code_inline" or file.type != "code_inline":
+                continue
+            if between.content.strip() not in ("in", "("):
+                continue
+            member = MEMBER.fullmatch(name.content)
+            place = ROOT / file.content
+            if member is None or not file.content.startswith("cabi/") or not place.is_file():
+                continue
+            if not has_member(place, member):
+                line = (token.map or [0])[0] + 1
+                yield line, f"`{name.content}`: not in {file.content}"
+
+
 def missing_things(path: Path) -> Iterator[tuple[int, str]]:
     for _, token in inline_tokens(path):
         for child in token.children or []:
@@ -114,7 +144,9 @@ def main() -> int:
         paths = [ROOT / name for name in names.split("\0") if name and name != "CHANGELOG.md"]
     missing = 0
     for path in paths:
-        for line, text in sorted([*broken_links(path), *missing_things(path)]):
+        for line, text in sorted(
+            [*broken_links(path), *missing_things(path), *misplaced_members(path)]
+        ):
             print(f"{path}:{line}: {text}")
             missing += 1
     return 1 if missing else 0

@@ -78,7 +78,7 @@ constexpr StatusEntry kStatuses[] = {
     KVF_ENTRY(KVF_ERR_UNSUPPORTED, "not supported here"),
     KVF_ENTRY(KVF_ERR_NO_DEVICE, "no such device"),
     KVF_ENTRY(KVF_ERR_DEVICE, "the device reported an error"),
-    KVF_ENTRY(KVF_ERR_DEVICE_LOST, "the device is lost; the engine is broken, make a new one"),
+    KVF_ENTRY(KVF_ERR_DEVICE_LOST, "a device is lost: make a new engine"),
     KVF_ENTRY(KVF_ERR_UNREACHABLE, "memory that no device of the engine can reach"),
     KVF_ENTRY(KVF_ERR_SYSTEM, "the operating system refused"),
     KVF_ENTRY(KVF_ERR_LIBRARY_NOT_FOUND, "no libllama is loaded in this process"),

@@ -84,7 +84,7 @@ class NoDevice(KvferryError):
 
 
 class DeviceLost(KvferryError):
-    """A device has failed. Its engine cannot be used any more: make a new one."""
+    """A device is lost: its transfers fail, and nothing new can be attached. Make a new engine."""
 
 
 class Unreachable(KvferryError):

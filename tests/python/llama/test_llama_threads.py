@@ -16,7 +16,7 @@ import anyio.lowlevel
 import kvferry
 import pytest
 from support.context_threads import has_thread
-from support.devices import DEVICES
+from support.devices import DEVICES, ON_GPU
 from support.event_loops import anyio_backend  # noqa: F401
 from support.like_contexts import MakeContext
 from support.llama_reference import Context
@@ -232,6 +232,7 @@ async def test_a_task_started_inside_may_go_on_after_the_call(context: Context) 
 # ---- In other processes --------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(ON_GPU, reason="the CUDA driver does not survive a fork, nor does libllama")
 def test_a_forked_child_attaches_with_a_thread_of_its_own(
     model_path: Callable[..., Path],
 ) -> None:

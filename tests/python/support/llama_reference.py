@@ -51,8 +51,11 @@ def _library_folder() -> Path:
 LIBRARY_FOLDER = _library_folder()
 """The folder of this process's libllama and its backends."""
 
-BUILD = (LIBRARY_FOLDER / "libllama.so").resolve().parent.name
-"""The Makefile's name for the build; another word for a library that it has not fetched."""
+BUILD = (
+    os.environ.get("KVFERRY_LLAMA_BUILD") or (LIBRARY_FOLDER / "libllama.so").resolve().parent.name
+)
+"""The Makefile's name for the build. A library that the Makefile has not fetched, such as one for
+CUDA, needs KVFERRY_LLAMA_BUILD: what a build cannot do is known by this name."""
 
 UNFRAMED = BUILD in {"b8179", "b8390"}
 """Whether states are those of builds before b9842: they do not begin with a magic number and a
