@@ -6,9 +6,8 @@
 #include <new>
 #include <utility>
 
-#include "engine/open_job.h"
+#include "engine/regions.h"
 #include "llama/llama.h"
-#include "memory/layout_builder.h"
 #include "memory/registration.h"
 
 namespace kvf {
@@ -42,7 +41,7 @@ int32_t guarded(Function &&function) noexcept {
 // No version's structs come near this size: a larger one is a mistake.
 constexpr uint64_t kLargestStruct = 4096;
 
-// The caller's size of a struct that the library fills in.
+// Checks the caller's sizeof a struct that the library fills in.
 void check_struct_size(uint64_t size) {
     if (size < sizeof(uint64_t) || size > kLargestStruct) {
         throw Error(KVF_ERR_STRUCT_SIZE,
@@ -70,7 +69,8 @@ Options read_options(const Options *given) {
     return options;
 }
 
-// Where a failing call may write its text. Nowhere if the options are too short to say so, or malformed.
+// Where a failing call may write its text. Nowhere if the options are too short to say so, or
+// malformed.
 template <class Options>
 std::pair<char *, uint64_t> error_place(const Options *given) {
     constexpr size_t end = offsetof(Options, error_size) + sizeof given->error_size;
@@ -90,7 +90,8 @@ void check_submit(const kvf_submit_options &options, uint32_t flags) {
     if (options.flags & ~flags) throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
 }
 
-// Loads have modes of other numbers, so that a mode meant for one of them is never taken for one of the other.
+// Loads have modes of other numbers, so that a mode meant for one of them is never taken for one of
+// the other.
 void check_save_mode(uint32_t mode) {
     switch (mode) {
     case KVF_SAVE_AUTO:
@@ -109,8 +110,8 @@ void check_load_mode(uint32_t mode) {
     }
 }
 
-// Writes a text into the caller's buffer, cut to fit, and the bytes that the whole needs. Callers ask twice: for the
-// size, then for the text.
+// Writes a text into the caller's buffer, cut to fit, and the bytes that the whole needs. Callers
+// ask twice: for the size, then for the text.
 int32_t write_text(const std::string &text, char *buffer, uint64_t capacity, uint64_t *needed) {
     if (needed) *needed = text.size() + 1;
     if (capacity) require(buffer, "json");
@@ -123,55 +124,11 @@ int32_t move_regions(Direction direction, kvf_engine engine, const kvf_region *r
                      kvf_job *job) {
     const auto [error, error_size] = error_place(given);
     return guarded(error, error_size, [&]() -> int32_t {
-        Submission submission;
-        submission.submitted_ns = now_ns();
         const auto options = read_options(given);
         check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
         if (options.mode) throw Error(KVF_ERR_INVALID_ARGUMENT, "regions have no mode");
-        const auto target = find<Engine>(engine);
-        const uint64_t needed = regions_size(regions, count);
-        if (needed > bytes) {
-            throw Error(KVF_ERR_BUFFER_TOO_SMALL, format("%llu bytes are needed, %llu were given",
-                                                         static_cast<unsigned long long>(needed),
-                                                         static_cast<unsigned long long>(bytes)));
-        }
-        if (count) require(static_cast<unsigned char *>(buffer), "buffer");
-        if (needed && !MappedCheck()(reinterpret_cast<uint64_t>(buffer), needed)) {
-            throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
-        }
-        Locator locate = target->locator();
-        WritableCheck writable;
-        std::vector<LayoutBuilder> builders(target->device_count());
-        std::vector<uint64_t> allocations(target->device_count());
-        for (uint64_t i = 0; i < count; ++i) {
-            const kvf_region &r = regions[i];
-            const uint64_t extent = (r.rows - 1) * (r.rows > 1 ? r.pitch : 0) + r.width;
-            const auto [device, allocation] = locate(r.address, extent);
-            if (device == Device::kHost && direction == Direction::Load &&
-                !writable(r.address, extent)) {
-                throw Error(KVF_ERR_INVALID_ARGUMENT, format("region %llu cannot be written",
-                                                             static_cast<unsigned long long>(i)));
-            }
-            if (allocation != std::exchange(allocations[device], allocation)) {
-                builders[device].begin_allocation();
-            }
-            builders[device].add(r);
-        }
-        Recorded recorded;
-        DeviceSet moved = 0;
-        for (uint32_t device = 0; device < builders.size(); ++device) {
-            recorded.fragments += builders[device].fragments();
-            Layout layout = builders[device].finish();
-            recorded.segments += layout.segments();
-            recorded.bytes += layout.bytes;
-            if (!layout.empty()) moved |= device_set(device);
-            recorded.layouts.emplace_back(device, std::move(layout));
-        }
-        submission.direction = direction;
-        submission.buffer = static_cast<unsigned char *>(buffer);
-        submission.buffer_bytes = needed;
-        submission.gate = target->make_gate(options, moved);
-        submit_job(*target, std::move(submission), std::move(recorded), options, job);
+        submit_regions(*find<Engine>(engine), direction, regions, count, buffer, bytes, options,
+                       job);
         return KVF_OK;
     });
 }
@@ -377,7 +334,8 @@ int32_t kvf_job_wait(kvf_job job, int64_t timeout_ns, kvf_completion *completion
 int32_t kvf_job_cancel(kvf_job job) {
     return guarded([&]() -> int32_t {
         const auto found = find<Job>(job);
-        // A job whose engine is gone has ended. Else the engine, and with it the devices, must stay.
+        // A job whose engine is gone has ended. Else the engine, and with it the devices, must
+        // stay.
         if (const auto engine = found->owner()) found->cancel();
         return KVF_OK;
     });

@@ -14,7 +14,8 @@ namespace {
 constexpr uint64_t kTypeBits = 3;
 constexpr uint64_t kShards = 16;
 
-// Several shards, so that jobs submitted on one thread and polled on another do not meet at one lock.
+// Several shards, so that jobs submitted on one thread and polled on another do not meet at one
+// lock.
 struct alignas(64) Shard {
     std::mutex mutex;
     std::unordered_map<uint64_t, std::shared_ptr<Object>> objects;

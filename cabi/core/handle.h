@@ -24,8 +24,8 @@ void publish(uint64_t handle, std::shared_ptr<Object> object);
 // Takes the object out of the table, so that nobody finds it any more. Throws as find() does.
 std::shared_ptr<Object> withdraw(uint64_t handle, ObjectType type);
 
-// withdraw() for an object that does not come about. Nothing happens if its handle is not in the table: a thread that
-// guessed the number may have released it.
+// withdraw() for an object that does not come about. Nothing happens if its handle is not in the
+// table: a thread that guessed the number may have released it.
 void unpublish(uint64_t handle) noexcept;
 
 // Throws KVF_ERR_INVALID_HANDLE, or KVF_ERR_FORKED for a handle that the parent process made.

@@ -1,13 +1,17 @@
-// Lets the shared library run on systems whose C and C++ libraries are older than those it was built with.
+// Lets the shared library run on systems whose C and C++ libraries are older than those it was
+// built with.
 //
-// A library asks the loader for symbols with versions. A compiler takes the newest version of each function that it finds,
-// even of functions that have existed for decades: glibc 2.34, for instance, gave new versions to those that it moved from
-// libpthread and libdl into libc. A system without this version refuses the library. Each function below is hidden, takes the
-// place of one whose newest version is too new, and calls an old version, which newer systems keep. Only the shared library
-// contains these functions: programs that link libkvferry.a get what their own linker chooses.
+// A library asks the loader for symbols with versions. A compiler takes the newest version of each
+// function that it finds, even of functions that have existed for decades: glibc 2.34, for
+// instance, gave new versions to those that it moved from libpthread and libdl into libc. A system
+// without this version refuses the library. Each function below is hidden, takes the place of one
+// whose newest version is too new, and calls an old version, which newer systems keep. Only the
+// shared library contains these functions: programs that link libkvferry.a get what their own
+// linker chooses.
 //
-// manylinux_2_28 sets the limits: GLIBC_2.28, GLIBCXX_3.4.24, CXXABI_1.3.11. Where a newer compiler asks for newer symbols,
-// `make dist` fails; `auditwheel show` then names the versions, `objdump -T` the functions.
+// manylinux_2_28 sets the limits: GLIBC_2.28, GLIBCXX_3.4.24, CXXABI_1.3.11. Where a newer compiler
+// asks for newer symbols, `make dist` fails; `auditwheel show` then names the versions, `objdump
+// -T` the functions.
 #include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
@@ -27,7 +31,7 @@
 
 extern "C" {
 
-// ---- glibc -----------------------------------------------------------------------------------------------------------
+// ---- glibc --------------------------------------------------------------------------------------
 
 void *old_dlopen(const char *, int);
 void *old_dlsym(void *, const char *);
@@ -65,10 +69,12 @@ HIDDEN int stat(const char *path, struct stat *result) noexcept {
     return old_xstat(1, path, result);
 }
 
-// Tells whether the process has one thread only: then std::shared_ptr counts without atomic operations. 0 is always right.
+// Tells whether the process has one thread only: then std::shared_ptr counts without atomic
+// operations. 0 is always right.
 HIDDEN char __libc_single_threaded = 0;
 
-// glibc has had this function since 2.30. Before, no wait on a std::condition_variable could follow the steady clock.
+// glibc has had this function since 2.30. Before, no wait on a std::condition_variable could follow
+// the steady clock.
 HIDDEN int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mutex,
                                   clockid_t clock, const timespec *until) {
     static const auto newer = reinterpret_cast<decltype(&pthread_cond_clockwait)>(
@@ -77,7 +83,7 @@ HIDDEN int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mu
                  : kvf::wait_by_wall_clock(condition, mutex, clock, until);
 }
 
-// ---- libstdc++ -------------------------------------------------------------------------------------------------------
+// ---- libstdc++ ----------------------------------------------------------------------------------
 
 // std::condition_variable::wait(), which is noexcept since GCC 12.
 void old_condition_wait(std::condition_variable *, std::unique_lock<std::mutex> *);
@@ -94,8 +100,9 @@ void new_condition_wait(std::condition_variable *condition, std::unique_lock<std
 throw_bad_array_new_length() __asm__("_ZSt28__throw_bad_array_new_lengthv");
 void throw_bad_array_new_length() { throw std::bad_array_new_length(); }
 
-// Since GCC 12, inline code copies and destroys std::exception_ptr through these two members. Older compilers called the copy
-// constructor and the destructor in the C++ library instead. An exception_ptr is one pointer.
+// Since GCC 12, inline code copies and destroys std::exception_ptr through these two members. Older
+// compilers called the copy constructor and the destructor in the C++ library instead. An
+// exception_ptr is one pointer.
 void old_exception_copy(void *copy, const void *pointer);
 void old_exception_destroy(void *pointer);
 OLD(old_exception_copy, _ZNSt15__exception_ptr13exception_ptrC1ERKS0_, "CXXABI_1.3.3");

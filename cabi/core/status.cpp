@@ -59,7 +59,8 @@ struct StatusEntry {
     const char *text;
 };
 
-// Every status of the header, with the text that stands there. tests/c/status.c holds one against the other.
+// Every status of the header, with the text that stands there. tests/c/status.c holds one against
+// the other.
 constexpr StatusEntry kStatuses[] = {
 #define KVF_ENTRY(status, text) {status, #status, text}
     KVF_ENTRY(KVF_OK, "success"),

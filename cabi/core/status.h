@@ -51,7 +51,8 @@ std::string text_of_bytes(uint64_t bytes);
 
 // Nanoseconds of CLOCK_MONOTONIC.
 uint64_t now_ns();
-// Nanoseconds: the whole seconds that an environment variable gives, or `fallback_ns` where it gives none.
+// Nanoseconds: the whole seconds that an environment variable gives, or `fallback_ns` where it
+// gives none.
 uint64_t seconds_from_environment(const char *name, uint64_t fallback_ns);
 
 // Callers may ask for timeouts that end after the clock does: those are cut to this, ten years.

@@ -17,8 +17,8 @@ public:
     ThreadPool(const ThreadPool &) = delete;
     ThreadPool &operator=(const ThreadPool &) = delete;
 
-    // The threads are started with the first task. Where the system refuses them all, the caller does the task. Tasks must
-    // not throw.
+    // The threads are started with the first task. Where the system refuses them all, the caller
+    // does the task. Tasks must not throw.
     void add(std::function<void()> task);
     // Ends the threads when every task is done. Whoever adds a task later does it.
     void stop();

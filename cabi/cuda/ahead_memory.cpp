@@ -37,7 +37,8 @@ std::unique_ptr<CudaAheadMemory> CudaAheadPool::acquire(uint64_t bytes) {
     return memory;
 }
 
-// Returns the smallest free memory that has room and is not far too large; NULL where there is none.
+// Returns the smallest free memory that has room and is not far too large; NULL where there is
+// none.
 std::unique_ptr<CudaAheadMemory> CudaAheadPool::take_free(uint64_t bytes) {
     std::lock_guard lock(mutex_);
     auto best = free_.end();

@@ -10,7 +10,8 @@
 
 namespace kvf {
 
-// Device memory for one state, and what copies the state from there to its places: tables of rows and a stream.
+// Device memory for one state, and what copies the state from there to its places: tables of rows
+// and a stream.
 class CudaAheadMemory {
 public:
     // Throws KVF_ERR_OUT_OF_MEMORY where the device has no room.
@@ -39,7 +40,8 @@ private:
 // The memory of loads ahead on one device, which is kept for later loads until trim(). Any thread.
 class CudaAheadPool {
 public:
-    // The copy threads free what has become useless: freeing waits for everything that the device is doing.
+    // The copy threads free what has become useless: freeing waits for everything that the device
+    // is doing.
     CudaAheadPool(const CudaContext &context, ThreadPool &copy_threads)
         : context_(context), copy_threads_(copy_threads) {}
     CudaAheadPool(const CudaAheadPool &) = delete;

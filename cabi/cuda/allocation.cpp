@@ -14,8 +14,9 @@ std::optional<CudaAllocation> find_allocation(const CudaContext &context, uint64
         CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE};
     void *values[] = {&type, &ordinal, &begin, &bytes, &in_one_piece};
     const CudaCurrent current(context);
-    // Unlike cuPointerGetAttribute, this function succeeds for any pointer, and gives zeros for one that is not CUDA's. An
-    // error means that the device is lost. It does not mean that the memory is the host's: who read it there would crash.
+    // Unlike cuPointerGetAttribute, this function succeeds for any pointer, and gives zeros for one
+    // that is not CUDA's. An error means that the device is lost. It does not mean that the memory
+    // is the host's: who read it there would crash.
     driver.check(driver.cuPointerGetAttributes(5, attributes, values, address),
                  "cuPointerGetAttributes");
     if (type != CU_MEMORYTYPE_DEVICE || ordinal < 0) return std::nullopt;

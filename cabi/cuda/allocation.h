@@ -11,8 +11,9 @@ namespace kvf {
 struct CudaAllocation {
     int ordinal;         // of the device
     uint64_t begin, end; // as far as the driver tells
-    // All of it is memory, as cuMemAlloc gives it: memory that can be shared with another process by the old interface is
-    // such. Otherwise it may be addresses that were reserved for cuMemMap, and nothing is behind some of them.
+    // All of it is memory, as cuMemAlloc gives it: memory that can be shared with another process
+    // by the old interface is such. Otherwise it may be addresses that were reserved for cuMemMap,
+    // and nothing is behind some of them.
     bool in_one_piece;
 };
 

@@ -1,5 +1,6 @@
-// The device memory that a lane stages pieces in: one allocation, handed out in segments. Urgent jobs get a few large
-// segments, since each copy costs the copy engine some microseconds; paced jobs get several small ones.
+// The device memory that a lane stages pieces in: one allocation, handed out in segments. Urgent
+// jobs get a few large segments, since each copy costs the copy engine some microseconds; paced
+// jobs get several small ones.
 #pragma once
 
 #include <array>
@@ -26,14 +27,16 @@ public:
     CudaArena(const CudaArena &) = delete;
     CudaArena &operator=(const CudaArena &) = delete;
 
-    // Allocates the memory, less where the device is short of it. Throws where there is less than kLeast.
+    // Allocates the memory, less where the device is short of it. Throws where there is less than
+    // kLeast.
     void allocate();
     bool is_allocated() const { return bytes() > 0; }
     uint64_t bytes() const {
         std::lock_guard lock(mutex_);
         return memory_.bytes();
     }
-    // Returns the first free segment of `least` bytes or more, cut to `most`; none where no gap is that large.
+    // Returns the first free segment of `least` bytes or more, cut to `most`; none where no gap is
+    // that large.
     CudaSegment acquire(uint64_t least, uint64_t most);
     void release(CudaSegment segment) noexcept;
     // Frees the memory, unless some of it is in use.

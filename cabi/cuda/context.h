@@ -10,8 +10,8 @@
 
 namespace kvf {
 
-// A device's primary context, which llama.cpp, PyTorch and every program of the CUDA runtime use too. Retained while
-// this object lives.
+// A device's primary context, which llama.cpp, PyTorch and every program of the CUDA runtime use
+// too. Retained while this object lives.
 class CudaContext {
 public:
     CudaContext(std::shared_ptr<const CudaDriver> driver, int ordinal);
@@ -27,12 +27,12 @@ public:
     std::string pci_bus_id() const;
     uint64_t total_memory() const;
 
-    // Makes the context current on the calling thread for the rest of the thread's life, and lets the thread work while
-    // another one captures a CUDA graph.
+    // Makes the context current on the calling thread for the rest of the thread's life, and lets
+    // the thread work while another one captures a CUDA graph.
     void adopt_thread() const;
 
-    // Something in the context never ends, and whatever frees, unpins or releases would wait for it. From now on nobody
-    // makes the context current any more, and what it holds is never freed.
+    // Something in the context never ends, and whatever frees, unpins or releases would wait for
+    // it. From now on nobody makes the context current any more, and what it holds is never freed.
     void give_up() const { given_up_.store(true, std::memory_order_relaxed); }
     bool given_up() const { return given_up_.load(std::memory_order_relaxed); }
 
@@ -40,8 +40,9 @@ public:
     void note_lost() const { lost_.store(true, std::memory_order_relaxed); }
     bool lost() const { return lost_.load(std::memory_order_relaxed); }
 
-    // Calls `free(driver)` with the context current, to free something that lies in the context. Does nothing where the
-    // context was given up or cannot be made current: the driver frees a context's contents with the context.
+    // Calls `free(driver)` with the context current, to free something that lies in the context.
+    // Does nothing where the context was given up or cannot be made current: the driver frees a
+    // context's contents with the context.
     template <class Function>
     void clean_up(Function &&free) const noexcept;
 
@@ -55,16 +56,16 @@ private:
 
 using CudaContexts = std::vector<std::shared_ptr<const CudaContext>>;
 
-// Returns a context to ask for what is the same in all of them: the first that works, or else the first that was not
-// given up. Throws KVF_ERR_DEVICE_LOST where all were given up.
+// Returns a context to ask for what is the same in all of them: the first that works, or else the
+// first that was not given up. Throws KVF_ERR_DEVICE_LOST where all were given up.
 const CudaContext &usable(const CudaContexts &contexts);
 
 // As CudaContext::clean_up(), for something that all contexts share: in one that is usable.
 template <class Function>
 void clean_up(const CudaContexts &contexts, Function &&free) noexcept;
 
-// Work that has not ended after this many nanoseconds never will, and its device is given up: a minute, or
-// KVFERRY_STUCK_SECONDS of the environment.
+// Work that has not ended after this many nanoseconds never will, and its device is given up: a
+// minute, or KVFERRY_STUCK_SECONDS of the environment.
 uint64_t stuck_ns();
 
 // While it lives, the calling thread may work although another thread captures a CUDA graph.
@@ -81,8 +82,8 @@ private:
     const bool exchanged_;
 };
 
-// While it lives, the context is current on the calling thread, and the thread may work although another one captures a
-// CUDA graph. Afterwards the thread is as it was.
+// While it lives, the context is current on the calling thread, and the thread may work although
+// another one captures a CUDA graph. Afterwards the thread is as it was.
 class CudaCurrent {
 public:
     // Throws KVF_ERR_DEVICE_LOST for a context that was given up.

@@ -5,7 +5,8 @@
 namespace kvf {
 namespace {
 
-// Bytes that have one distance between staging and the buffer, which one copy moves, across pieces too.
+// Bytes that have one distance between staging and the buffer, which one copy moves, across pieces
+// too.
 struct Stretch {
     uint64_t place = 0;  // in staging
     uint64_t offset = 0; // in the buffer
@@ -44,7 +45,7 @@ void CudaCopies::launch(const CudaSlot &slot, uint32_t blocks) const {
 }
 
 void CudaCopies::copy(const CudaSlot &slot) const {
-    slot.way == CudaWay::Gather ? copy_gathered(slot) : copy_direct(slot);
+    slot.way == CudaWay::Staged ? copy_staged(slot) : copy_direct(slot);
 }
 
 // Between the cache and the host.
@@ -69,7 +70,7 @@ void CudaCopies::copy_direct(const CudaSlot &slot) const {
 }
 
 // Between staging and the host.
-void CudaCopies::copy_gathered(const CudaSlot &slot) const {
+void CudaCopies::copy_staged(const CudaSlot &slot) const {
     const Job &job = *slot.leg->job;
     const CUdeviceptr staging = slot.staging.address;
     if (!job.request.pinned) return copy_run(slot, staging, slot.bounce->data(), slot.bytes);
@@ -82,7 +83,8 @@ void CudaCopies::copy_gathered(const CudaSlot &slot) const {
     const auto add = [&](uint64_t place, uint64_t offset, uint64_t bytes, bool is_first) {
         if (stretch.extend(place, offset, bytes)) return;
         flush();
-        // Pieces that are loaded have room in staging for what precedes them on their line in the host.
+        // Pieces that are loaded have room in staging for what precedes them on their line in the
+        // host.
         const auto begin = reinterpret_cast<uint64_t>(job.request.buffer) + offset;
         const bool has_room = is_first && direction_ == Direction::Load;
         const uint64_t before = has_room ? std::min(begin % CudaPlanner::kHostLine, offset) : 0;

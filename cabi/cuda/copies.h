@@ -1,5 +1,5 @@
-// Queues on a slot's stream what moves its pieces: copies, tables of rows, kernels. Each function may throw what the driver
-// says, after it has queued a part of that.
+// Queues on a slot's stream what moves its pieces: copies, tables of rows, kernels. Each function
+// may throw what the driver says, after it has queued a part of that.
 #pragma once
 
 #include "cuda/planner.h"
@@ -14,16 +14,17 @@ public:
         : driver_(context.driver()), kernels_(kernels), direction_(direction),
           max_pitch_(max_pitch), planner_(planner) {}
 
-    // For a slot that is staged: send_table() sends the table that launch() needs; launch() moves the rows between the
-    // cache and staging.
+    // For a slot that is staged: send_table() sends the table that launch() needs; launch() moves
+    // the rows between the cache and staging.
     void send_table(const CudaSlot &slot) const;
     void launch(const CudaSlot &slot, uint32_t blocks) const;
-    // Copies between the device and the host, where the pieces are in the job's buffer or in the bounce buffer.
+    // Copies between the device and the host, where the pieces are in the job's buffer or in the
+    // bounce buffer.
     void copy(const CudaSlot &slot) const;
 
 private:
     void copy_direct(const CudaSlot &slot) const;
-    void copy_gathered(const CudaSlot &slot) const;
+    void copy_staged(const CudaSlot &slot) const;
     void copy_run(const CudaSlot &slot, CUdeviceptr address, unsigned char *host,
                   uint64_t bytes) const;
     void copy_rows(const CudaSlot &slot, CUdeviceptr address, uint64_t pitch, unsigned char *host,

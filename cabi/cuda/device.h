@@ -3,19 +3,19 @@
 // The room, from the bottom up:
 //
 //     driver_api, driver            the driver's functions, opened at run time
-//     context, pinner, allocation   a device's context; pinning host memory; whose memory a pointer names
+//     context, pinner, allocation   a device's context; pinned host memory; whose a pointer is
 //     memory, arena, free_list,
-//         pinned_budget             memory that the library takes for itself, handed out in segments, or kept for reuse
+//         pinned_budget             the library's own memory, in segments or kept for reuse
 //     kernels, tables               the gather and scatter kernels, and the rows that they move
 //     lane_memory, slot             what a piece needs while it moves
-//     planner, copies               which pieces, which way, where in staging; and what the driver is told
+//     planner, copies               which pieces, which way, where in staging; calls of the driver
 //     pacer, pace                   how large background copies are, and how many are queued
 //     lane_schedule, lane           which leg moves next; the pump
 //     ahead_memory, placer,
 //         load_ahead                loads ahead
 //     snapshots                     copies aside, for saves of caches that change
 //     device                        all of these as a device of the engine's
-//     stream_events, stream_waits   jobs that follow a caller's stream, and streams that wait for jobs
+//     stream_events, stream_waits   jobs that follow a caller's stream; streams that wait for jobs
 #pragma once
 
 #include "cuda/lane.h"
@@ -27,8 +27,8 @@ namespace kvf {
 
 class CudaDevice final : public Device {
 public:
-    // So much may all devices of an engine pin together, beside CudaLaneMemory::kLeastPinned for each lane: two devices have
-    // all that they can use.
+    // So much may all devices of an engine pin together, beside CudaLaneMemory::kLeastPinned for
+    // each lane: two devices have all that they can use.
     static constexpr uint64_t kPinnedBudget =
         4 * (CudaLaneMemory::kMostPinned - CudaLaneMemory::kLeastPinned);
 
@@ -43,7 +43,7 @@ public:
     void extend(Leg &leg, Layout &&part) override {
         lane(leg.direction).extend(leg, std::move(part));
     }
-    void finish(Leg &leg) override { lane(leg.direction).finish(leg); }
+    void close(Leg &leg) override { lane(leg.direction).close(leg); }
     void announce(Direction direction) override { lane(direction).announce(); }
     void cut_short(Leg &leg) override { lane(leg.direction).cut_short(leg); }
     void cut_short_stopping() override;

@@ -13,11 +13,13 @@
 namespace kvf {
 namespace {
 
-// The oldest driver on which the entry points and the kernels' PTX (ISA 6.0, CUDA 9.0) are sure to work: primary contexts,
-// pointer attributes and registered memory have their present meaning there.
+// The oldest driver on which the entry points and the kernels' PTX (ISA 6.0, CUDA 9.0) are sure to
+// work: primary contexts, pointer attributes and registered memory have their present meaning
+// there.
 constexpr int kOldestVersion = 11000;
 
-// A driver does not survive a fork: the child of a process that has begun to open the driver cannot use it.
+// A driver does not survive a fork: the child of a process that has begun to open the driver cannot
+// use it.
 std::atomic<bool> touched{false};
 std::atomic<bool> inherited{false};
 std::atomic<bool> watching_forks{false};
@@ -32,8 +34,8 @@ constinit const Opened *opened = nullptr; // never destroyed: threads may outliv
 std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
     const char *name = std::getenv("KVFERRY_CUDA_DRIVER");
     if (!name || !*name) name = "libcuda.so.1";
-    touched =
-        true; // now, since a fork in the middle of dlopen() leaves the loader's locks taken in the child
+    touched = true; // now, since a fork in the middle of dlopen() leaves the loader's locks taken
+                    // in the child
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         touched = false;
@@ -73,8 +75,9 @@ std::shared_ptr<const CudaDriver> open_driver(std::string &why) {
 } // namespace
 
 std::shared_ptr<const CudaDriver> CudaDriver::get(std::string &why) {
-    // Comes before everything that a fork could interrupt. Two threads may both come here, which does no harm. (With a
-    // static object of this function instead, a child would wait for ever for the thread that was making the object.)
+    // Comes before everything that a fork could interrupt. Two threads may both come here, which
+    // does no harm. (With a static object of this function instead, a child would wait for ever for
+    // the thread that was making the object.)
     if (!watching_forks) {
         on_fork([] {}, [] {},
                 [] {

@@ -1,4 +1,5 @@
-// A free list of things that hold pinned memory: what a lane has used is kept for the pieces that follow.
+// A free list of things that hold pinned memory: what a lane has used is kept for the pieces that
+// follow.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +17,9 @@ namespace kvf {
 template <class Item>
 class CudaFreeList {
 public:
-    // `count` items at most, of `most_bytes` each, or down to `least_bytes` where memory is short. They are charged to the
-    // budget, but for `least_bytes`: so that there is always one item, whatever other lists have taken.
+    // `count` items at most, of `most_bytes` each, or down to `least_bytes` where memory is short.
+    // `least_bytes` of the first item is free, the rest is charged to the budget: so that there is
+    // always one item, whatever other lists have taken.
     CudaFreeList(CudaPinnedBudget &budget, size_t count, uint64_t most_bytes, uint64_t least_bytes)
         : budget_(budget), count_(count), most_bytes_(most_bytes), least_bytes_(least_bytes) {
         free_.reserve(count);
@@ -40,8 +42,8 @@ public:
         --used_;
         free_.push_back(std::move(item)); // there is room
     }
-    // Makes an item with `make(bytes)` unless one is free. Returns true if one is free now, false if one in use has to be
-    // waited for. Throws what `make` throws where there is no item at all.
+    // Makes an item with `make(bytes)` unless one is free. Returns true if one is free now, false
+    // if one in use has to be waited for. Throws what `make` throws where there is no item at all.
     template <class Make>
     bool ensure(Make &&make) {
         {

@@ -10,11 +10,11 @@
 //   block   512 threads
 //   shared  none to ask for
 //
-// The table is read once, from device memory, each block its part of it. It must be 16-byte aligned. Rows of
-// one scatter must not overlap. One table serves all tensors that are fragmented alike: `address_distance`
-// is added to each row's address, and `offset_distance` to its place in staging, modulo 2^64 and 2^32. Rows
-// of one width at one pitch need no table (NULL): row i is at i * pitch, and in staging each follows the one
-// before it.
+// The table is read once, from device memory, each block its part of it. It must be 16-byte
+// aligned. Rows of one scatter must not overlap. One table serves all tensors that are fragmented
+// alike: `address_distance` is added to each row's address, and `offset_distance` to its place in
+// staging, modulo 2^64 and 2^32. Rows of one width at one pitch need no table (NULL): row i is at
+// i * pitch, and in staging each follows the one before it.
 
 struct Row {
     unsigned long long address; // in device memory, or mapped pinned memory; any alignment

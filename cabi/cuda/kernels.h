@@ -6,8 +6,8 @@
 
 namespace kvf {
 
-// Rows that a kernel moves: either a table in device memory, with what is added to each row's address and to its place in
-// staging; or, without a table, rows of one width at one pitch.
+// Rows that a kernel moves: either a table in device memory, with what is added to each row's
+// address and to its place in staging; or, without a table, rows of one width at one pitch.
 struct CudaRows {
     CUdeviceptr table = 0;
     uint32_t count = 0;

@@ -170,8 +170,8 @@ bool CudaLane::poll_slots() {
     return progress;
 }
 
-// Queues the copies of slots that are ready, the oldest first, until the queue is long enough. Returns true if there was
-// one.
+// Queues the copies of slots that are ready, the oldest first, until the queue is long enough.
+// Returns true if there was one.
 bool CudaLane::queue_copies() {
     bool progress = false;
     for (;;) {
@@ -218,8 +218,9 @@ bool CudaLane::refill() {
 
 // ---- New pieces --------------------------------------------------------------------------------
 
-// Returns the leg that moves next, and notes whether the lane is urgent now. Returns NULL where none can move, or where an
-// urgent leg is worth waiting for, which background legs must not overtake. With the schedule's lock.
+// Returns the leg that moves next, and notes whether the lane is urgent now. Returns NULL if none
+// can move, or if background legs must not overtake an urgent leg that is worth waiting for. With
+// the schedule's lock.
 Leg *CudaLane::next_leg() {
     Schedule &legs = schedule_.legs();
     bool any_waits = false;
@@ -241,9 +242,9 @@ CudaSlot *CudaLane::idle_slot() {
     return nullptr;
 }
 
-// Allocates what a slot was missing. Without the lock, since the driver takes its time, and nobody who submits or cancels
-// shall wait for that. Returns false if what other slots have must be waited for. Where there is no bounce buffer at all,
-// the job ends.
+// Allocates what a slot was missing. Without the lock, since the driver takes its time, and nobody
+// who submits or cancels shall wait for that. Returns false if what other slots have must be waited
+// for. Where there is no bounce buffer at all, the job ends.
 bool CudaLane::allocate(Missing missing, const std::shared_ptr<Job> &job) {
     switch (missing) {
     case Missing::Nothing: return true;
@@ -272,7 +273,7 @@ void CudaLane::begin_piece(CudaSlot &slot) {
     job.note_started(slot.begin_ns);
     attempt(slot, [&] {
         slot.stage = Stage::Ready;
-        if (slot.way == CudaWay::Gather) {
+        if (slot.way == CudaWay::Staged) {
             // Of a load too: sent after the data, the table would wait for other slots' copies.
             copies_.send_table(slot);
             if (direction_ == Direction::Save) copies_.launch(slot, kernel_blocks());
@@ -311,7 +312,7 @@ void CudaLane::queue_copy(CudaSlot &slot) {
     slot.stage = Stage::Copying;
     ++copies_queued_;
     bytes_queued_ += slot.bytes;
-    if (direction_ == Direction::Load && slot.way == CudaWay::Gather) {
+    if (direction_ == Direction::Load && slot.way == CudaWay::Staged) {
         if (!job.stopping()) copies_.launch(slot, kernel_blocks());
         driver_.check(driver_.cuEventRecord(slot.finished, slot.stream), "cuEventRecord");
     }
@@ -332,11 +333,13 @@ bool CudaLane::poll_stream(CudaSlot &slot) {
     if (copying) {
         leave_queue(slot);
         note_pace(slot);
+        // If a step fails below, fail_piece() must not take the slot out of the queue again.
+        slot.stage = Stage::Finishing;
     }
-    slot.stage = Stage::Finishing;
+    // A load that was staged goes on: its scatter kernel must finish.
     if (result != CUDA_SUCCESS) {
         attempt(slot, [&] { driver_.check(result, "cuEventQuery"); });
-    } else if (!copying || direction_ == Direction::Save || slot.way != CudaWay::Gather) {
+    } else if (!copying || direction_ == Direction::Save || slot.way != CudaWay::Staged) {
         after_device(slot);
     }
     return true;
@@ -375,7 +378,7 @@ void CudaLane::end_piece(CudaSlot &slot) {
     schedule_.piece_ended(leg);
 }
 
-// Where the first byte lies in the buffer that a leg has not staged, when the slot's pieces have been staged.
+// The buffer offset of the first byte that is not staged, when the slot's pieces have been staged.
 uint64_t CudaLane::staged_up_to(const CudaSlot &slot) {
     uint64_t offset = schedule_.bytes_taken(*slot.leg);
     for (const CudaSlot &other : slots_) {
@@ -406,7 +409,8 @@ void CudaLane::fail_piece(CudaSlot &slot, const Error &error) {
     if (error.status == KVF_ERR_DEVICE_LOST) break_down(error);
     job.cut_short(); // the rest of the job, on other devices too, need not be moved
     if (slot.stage == Stage::Copying) leave_queue(slot);
-    // The stream may hold something already that touches the buffer: the piece ends when that has ended.
+    // The stream may hold something already that touches the buffer: the piece ends when that has
+    // ended.
     if (!broken() && driver_.cuEventRecord(slot.finished, slot.stream) == CUDA_SUCCESS) {
         slot.stage = Stage::Finishing;
         if (!slot.queued_ns) slot.queued_ns = now_ns();
@@ -424,7 +428,8 @@ void CudaLane::give_up() {
     break_down(Error(KVF_ERR_DEVICE_LOST, "a copy did not end"));
 }
 
-// The device is lost. All legs end with that: those in the schedule now, those in slots when the pump looks at them next.
+// The device is lost. All legs end with that: those in the schedule now, those in slots when the
+// pump looks at them next.
 void CudaLane::break_down(const Error &error) {
     context_.note_lost();
     {

@@ -1,16 +1,17 @@
 // The pump: moves the legs of one direction of one CUDA device, piece by piece.
 //
-// Urgent jobs keep the copy engine's queue filled. Background jobs have one or two copies in it, on streams of their own:
-// llama.cpp copies its inputs and logits at every step, and a step waits for whatever was queued before it. (On an H200
-// with a full queue, a decode step of 5.1 ms became 19.4 ms.) The pacer finds how many copies to queue, and how large.
+// Urgent jobs keep the copy engine's queue filled. Background jobs have one or two copies in it, on
+// streams of their own: llama.cpp copies its inputs and logits at every step, and a step waits for
+// whatever was queued before it. (On an H200 with a full queue, a decode step of 5.1 ms became 19.4
+// ms.) The pacer finds how many copies to queue, and how large.
 //
 // Pieces pass through slots, each of which has a stream of its own:
 //
 //     save    gather kernel*  ->  copy to the host  ->  copy threads empty the bounce buffer**
 //     load    copy threads fill the bounce buffer**  ->  copy to the device  ->  scatter kernel*
 //
-// *  for the irregular rest, for narrow rows, and for rows that the copy engine would read from the host at
-//    unfavourable addresses: these go through staging on the device
+// *  for the irregular rest, for narrow rows, and for rows that the copy engine would read from
+//    the host at unfavourable addresses: these go through staging on the device
 // ** for a pageable buffer, which the copy engine does not reach
 #pragma once
 
@@ -34,8 +35,8 @@ public:
         uint64_t max_pitch;     // of a two-dimensional copy
         CudaPinnedBudget &pinned;
     };
-    // `kernels` may be NULL: rows are then copied one by one. The lane trims `ahead`, which may be NULL, when it has been
-    // idle.
+    // `kernels` may be NULL: rows are then copied one by one. The lane trims `ahead`, which may be
+    // NULL, when it has been idle.
     CudaLane(JobOwner &owner, const CudaContext &context, const CudaKernels *kernels,
              ThreadPool &copy_threads, CudaAheadPool *ahead, uint32_t device, Direction direction,
              Limits limits);
@@ -46,11 +47,13 @@ public:
     // As of Device.
     void submit(Leg &leg);
     void extend(Leg &leg, Layout &&part) { schedule_.extend(leg, std::move(part)); }
-    void finish(Leg &leg) { schedule_.finish(leg); }
+    void close(Leg &leg) { schedule_.close(leg); }
     void announce() { schedule_.announce(); }
+    // The pump need not wake: it does not wait for this leg while others can move.
     void cut_short(Leg &leg) { schedule_.cut_short(leg); }
     void cut_short_stopping() { schedule_.cut_short_stopping(); }
-    // Frees the memory that no piece uses at the moment. (A lane that has been idle does so itself.)
+    // Frees the memory that no piece uses at the moment. (A lane that has been idle does so
+    // itself.)
     void trim() { memory_.trim(); }
     void stop();
     // The pace of background copies, a JSON object. Any thread.
@@ -123,7 +126,7 @@ private:
     // The pump's own.
     std::array<CudaSlot, kSlots> slots_;
     uint32_t pieces_ = 0; // slots that are not idle
-    bool urgent_ = false; // the pieces in the slots are
+    bool urgent_ = false; // whether the pieces in the slots are urgent
     uint32_t copies_queued_ = 0;
     uint64_t bytes_queued_ = 0; // of these copies
     CudaWay last_queued_ = CudaWay::Run;

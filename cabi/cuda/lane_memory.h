@@ -1,8 +1,10 @@
-// Memory that a lane lends to its slots: pinned bounce buffers for pageable memory, staging on the device, the tables of
-// rows that its kernels read, and one table that stays on the device for many pieces.
+// Memory that a lane lends to its slots: pinned bounce buffers for pageable memory, staging on the
+// device, the tables of rows that its kernels read, and one table that stays on the device for many
+// pieces.
 //
-// All of it is allocated when it is first wanted, and kept for the pieces that follow. Where memory is short, there is
-// less of it, or smaller; what could not be had is not asked for again before the lane has been idle.
+// All of it is allocated when it is first wanted, and kept for the pieces that follow. Where memory
+// is short, there is less of it, or smaller; what could not be had is not asked for again before
+// the lane has been idle.
 #pragma once
 
 #include <atomic>
@@ -18,8 +20,8 @@ class CudaLaneMemory {
 public:
     static constexpr uint64_t kLeastDevice = 2 << 20;
 
-    // Pinned at most: seven bounce buffers of 4 MiB, four tables of 512 KiB and one of 1 MiB. (A lane has eight slots; those
-    // without a bounce buffer or a table wait for one.)
+    // Pinned at most: seven bounce buffers of 4 MiB, four tables of 512 KiB and one of 1 MiB. (A
+    // lane has eight slots; those without a bounce buffer or a table wait for one.)
     static constexpr size_t kMostBounces = 7, kMostRows = 4;
     static constexpr uint64_t kBounce = 4 << 20, kLeastBounce = 1 << 20;
     static constexpr uint64_t kMostPinned =
@@ -28,11 +30,12 @@ public:
     static constexpr uint64_t kLeastPinned =
         kLeastBounce + CudaRowTable::kBytes + CudaResidentTable::kBytes;
 
-    // `device_bytes` of device memory at most; with less than kLeastDevice there is none, and no staging.
+    // `device_bytes` of device memory at most; with less than kLeastDevice there is none, and no
+    // staging.
     CudaLaneMemory(const CudaContext &context, CudaPinnedBudget &budget, uint64_t device_bytes);
 
-    // Each returns NULL, or no segment, where none is free. Then the allocate function below makes one, or tells that one
-    // in use has to be waited for.
+    // Each returns NULL, or no segment, where none is free. Then the allocate function below makes
+    // one, or tells that one in use has to be waited for.
     std::unique_ptr<CudaPinnedMemory> acquire_bounce() { return bounces_.acquire(); }
     std::unique_ptr<CudaRowTable> acquire_rows() { return rows_.acquire(); }
     std::unique_ptr<CudaResidentTable> acquire_resident() { return residents_.acquire(); }
@@ -53,14 +56,17 @@ public:
         if (staging) arena_.release(staging);
     }
 
-    // Returns true if a bounce buffer is free now, false if one in use has to be waited for. Throws where there is none at
-    // all.
+    // Returns true if a bounce buffer is free now, false if one in use has to be waited for. Throws
+    // where there is none at all.
     bool allocate_bounce();
-    // As allocate_bounce(), for a table of rows. Where there is none at all, has_staging() is false from then on.
+    // As allocate_bounce(), for a table of rows. Where there is none at all, has_staging() is false
+    // from then on.
     bool allocate_rows();
-    // Allocates staging and a table of rows. Where memory is too short, has_staging() is false from then on.
+    // Allocates staging and a table of rows. Where memory is too short, has_staging() is false from
+    // then on.
     void allocate_staging();
-    // Allocates the resident table. Where memory is too short, has_resident() is false from then on.
+    // Allocates the resident table. Where memory is too short, has_resident() is false from then
+    // on.
     void allocate_resident();
 
     bool has_staging() const { return has_staging_.load(std::memory_order_relaxed); }

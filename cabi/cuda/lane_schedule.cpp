@@ -22,32 +22,6 @@ void CudaLaneSchedule::extend(Leg &leg, Layout &&part) {
     work_.notify_one();
 }
 
-void CudaLaneSchedule::finish(Leg &leg) {
-    {
-        std::lock_guard lock(mutex_);
-        if (!legs_.finish(leg)) return;
-    }
-    leg.job->leg_ended(leg);
-}
-
-// The pump need not wake: it does not wait for this leg while others can move.
-void CudaLaneSchedule::cut_short(Leg &leg) {
-    {
-        std::lock_guard lock(mutex_);
-        if (!legs_.cut_short(leg)) return;
-    }
-    leg.job->leg_ended(leg);
-}
-
-void CudaLaneSchedule::cut_short_stopping() {
-    LegList ended;
-    {
-        std::lock_guard lock(mutex_);
-        legs_.cut_short_stopping(ended);
-    }
-    for (const auto &[arrival, leg] : ended) leg->job->leg_ended(*leg);
-}
-
 void CudaLaneSchedule::announce() {
     std::lock_guard lock(mutex_);
     expected_until_ns_ = now_ns() + kExpectNs;
@@ -73,14 +47,6 @@ std::unique_lock<std::mutex> CudaLaneSchedule::look() {
     follows_streams_ =
         legs_.has_following(KVF_PRIORITY_URGENT) || legs_.has_following(KVF_PRIORITY_BACKGROUND);
     return lock;
-}
-
-void CudaLaneSchedule::piece_ended(Leg &leg) {
-    {
-        std::lock_guard lock(mutex_);
-        if (!legs_.piece_ended(leg)) return;
-    }
-    leg.job->leg_ended(leg);
 }
 
 uint64_t CudaLaneSchedule::bytes_taken(const Leg &leg) {
@@ -138,9 +104,10 @@ CudaLaneSchedule::Next CudaLaneSchedule::wait(bool may_rest) {
     return Next::Look;
 }
 
-// All legs follow streams that are still at work, or are still being recorded. Recording announces what comes. A stream
-// announces nothing, and is asked ever more seldom: each sleep is an eighth of the wait so far, within limits, and at least
-// as long as asking took, so that asking takes half of the pump's time at most.
+// All legs follow streams that are still at work, or are still being recorded. Recording announces
+// what comes. A stream announces nothing, and is asked ever more seldom: each sleep is an eighth of
+// the wait so far, within limits, and at least as long as asking took, so that asking takes half of
+// the pump's time at most.
 void CudaLaneSchedule::wait_for_streams(std::unique_lock<std::mutex> &lock) {
     if (follows_streams_ && !(all_asked_[0] && all_asked_[1])) return; // first the others
     const uint64_t now = now_ns();

@@ -1,28 +1,26 @@
-// The schedule of a lane, its lock, and what wakes the lane's pump: shared by the pump, by those who submit and cancel, and
-// by the copy threads.
+// The schedule of a lane, its lock, and what wakes the lane's pump: shared by the pump, by those
+// who submit and cancel, and by the copy threads.
 #pragma once
 
 #include <array>
 #include <atomic>
 #include <condition_variable>
-#include <mutex>
 
-#include "jobs/schedule.h"
+#include "jobs/locked_schedule.h"
 
 namespace kvf {
 
-class CudaLaneSchedule {
+class CudaLaneSchedule : public LockedSchedule {
 public:
-    // ---- Any thread. Job::leg_ended() is called here where it has to be. ----
+    // ---- Any thread ----
 
-    // Takes a leg in. `before` is called first, under the lock; where it throws, the leg has not been taken in.
+    // Takes a leg in. `before` is called first, under the lock; where it throws, the leg has not
+    // been taken in.
     template <class Function>
     void add(Leg &leg, Function &&before);
     void extend(Leg &leg, Layout &&part);
-    void finish(Leg &leg);
-    void cut_short(Leg &leg);
-    void cut_short_stopping();
-    // A leg is about to come. Waking the pump takes several times as long as queuing a copy: it may wake meanwhile.
+    // A leg is about to come. Waking the pump takes several times as long as queuing a copy: it may
+    // wake meanwhile.
     void announce();
     // The pump shall end when the schedule is empty.
     void stop();
@@ -33,15 +31,12 @@ public:
 
     // Locks the schedule. What has come until now counts as seen.
     std::unique_lock<std::mutex> look();
-    std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
-    // With the lock.
-    Schedule &legs() { return legs_; }
-    // Without it.
-    void piece_ended(Leg &leg);
+    // Without the lock.
     uint64_t bytes_taken(const Leg &leg);
 
-    // Asks some of the streams that legs follow whether they are done. Without the lock, so that nobody who submits or
-    // cancels waits for the driver's answers. Returns true if a leg may begin now.
+    // Asks some of the streams that legs follow whether they are done. Without the lock, so that
+    // nobody who submits or cancels waits for the driver's answers. Returns true if a leg may begin
+    // now.
     bool ask_streams(bool is_moving);
 
     // Something moves. Streams that have to be asked again are asked soon.
@@ -57,16 +52,15 @@ public:
         Rest, // nothing has come for idle_ns()
         End,  // the pump shall end
     };
-    // Waits until there is something to do, while no piece is under way; for idle_ns() at most if `may_rest`.
+    // Waits until there is something to do, while no piece is under way; for idle_ns() at most if
+    // `may_rest`.
     Next wait(bool may_rest);
 
 private:
     void wait_for_streams(std::unique_lock<std::mutex> &lock);
     bool has_arrival() const { return arrivals_ != seen_arrivals_; }
 
-    std::mutex mutex_;
     std::condition_variable work_;
-    Schedule legs_;
     bool stopping_ = false;
     bool host_copy_ended_ = false;   // since the pump last waited for one
     uint64_t expected_until_ns_ = 0; // a leg is expected
@@ -86,17 +80,10 @@ private:
 
 template <class Function>
 void CudaLaneSchedule::add(Leg &leg, Function &&before) {
-    bool ended = false;
-    {
-        std::lock_guard lock(mutex_);
-        before();
-        legs_.add(leg);
-        // Who stopped the job before its leg came did not find the leg.
-        if (leg.job->stopping()) ended = legs_.cut_short(leg);
+    LockedSchedule::add(leg, std::forward<Function>(before), [this] {
         ++arrivals_;
         work_.notify_one();
-    }
-    if (ended) leg.job->leg_ended(leg);
+    });
 }
 
 } // namespace kvf

@@ -37,7 +37,8 @@ void CudaLoadAhead::place(std::shared_ptr<Job> job, Layout &&layout) noexcept {
     });
 }
 
-// Makes a change that the task has to look at, and starts a task if there is none and something can be placed.
+// Makes a change that the task has to look at, and starts a task if there is none and something can
+// be placed.
 template <class Function>
 void CudaLoadAhead::update(Function &&change) noexcept {
     {

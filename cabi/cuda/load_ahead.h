@@ -10,9 +10,9 @@
 
 namespace kvf {
 
-// Two threads report what they know, in any order: the pump how much has been staged, the submitting call where the bytes
-// belong. A task of the copy threads copies to its place whatever both allow. So when the last piece has been staged, all
-// but that piece is in its place.
+// Two threads report what they know, in any order: the pump how much has been staged, the
+// submitting call where the bytes belong. A task of the copy threads copies to its place whatever
+// both allow. So when the last piece has been staged, all but that piece is in its place.
 class CudaLoadAhead final : public LoadAhead, public std::enable_shared_from_this<CudaLoadAhead> {
 public:
     // For a state of `bytes`. Must not outlive the pool.

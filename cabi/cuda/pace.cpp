@@ -3,16 +3,16 @@
 namespace kvf {
 namespace {
 
-// Where pacing begins, and the share of the link that it aims at: best on an H200 (docs/performance.md). Loads cost
-// decoding more than saves, and reach more with less.
-constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstGather = 4 << 20;
+// Where pacing begins, and the share of the link that it aims at: best on an H200
+// (docs/performance.md). Loads cost decoding more than saves, and reach more with less.
+constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstStaged = 4 << 20;
 constexpr double kSavedRunShare = 0.975, kLoadedRunShare = 0.97, kRowsShare = 0.93;
 
 } // namespace
 
 CudaPace::CudaPace(Direction direction)
     : pacers_{Pacer(direction == Direction::Save ? kSavedRunShare : kLoadedRunShare, kFirstRun),
-              Pacer(kRowsShare, kFirstBlock), Pacer(kRowsShare, kFirstGather)} {
+              Pacer(kRowsShare, kFirstBlock), Pacer(kRowsShare, kFirstStaged)} {
     for (size_t way = 0; way < kCudaWays; ++way) publish(way);
 }
 
@@ -43,7 +43,7 @@ std::string CudaPace::describe() const {
                       static_cast<unsigned long long>(pace.bytes.load()), pace.window.load());
     };
     return "{" + describe_way("runs", CudaWay::Run) + ", " + describe_way("rows", CudaWay::Block) +
-           ", " + describe_way("gathered", CudaWay::Gather) + "}";
+           ", " + describe_way("gathered", CudaWay::Staged) + "}";
 }
 
 } // namespace kvf

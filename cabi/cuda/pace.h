@@ -1,4 +1,5 @@
-// How large the background copies of a lane are, and how many of them it queues: a pacer for each way that pieces go.
+// How large the background copies of a lane are, and how many of them it queues: a pacer for each
+// way that pieces go.
 #pragma once
 
 #include <array>
@@ -16,12 +17,12 @@ public:
     explicit CudaPace(Direction direction);
 
     const Pacer::Pace &of(CudaWay way) const { return pacer(way).pace(); }
-    // The time from one copy's end to the next, in nanoseconds; 0 where the times have to be measured exactly at the
-    // moment, or where nothing is known yet.
+    // The time from one copy's end to the next, in nanoseconds; 0 where the times have to be
+    // measured exactly at the moment, or where nothing is known yet.
     uint64_t expected_ns(CudaWay way) const;
 
-    // A copy has ended. The pacer learns from it where it was a background copy and others were there to be queued all the
-    // time: `more` tells whether some are now.
+    // A copy has ended. The pacer learns from it where it was a background copy and other copies
+    // were always waiting to be queued: `more` tells whether some are now.
     void copy_ended(const CudaSlot &slot, bool is_urgent, bool more);
 
     // A JSON object. Any thread.

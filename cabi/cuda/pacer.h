@@ -1,15 +1,17 @@
-// Finds, while background copies run, how large their pieces should be and how many of them should be queued.
+// Finds, while background copies run, how large their pieces should be and how many of them should
+// be queued.
 //
-// A program that decodes copies a little at every step, and its copy waits for the pieces that are queued before it:
-// `window` pieces of `bytes`. With small pieces it waits less, but each piece costs the link an overhead. The time from the
-// end of one piece to the end of the next is
+// A program that decodes copies a little at every step, and its copy waits for the pieces that are
+// queued before it: `window` pieces of `bytes`. With small pieces it waits less, but each piece
+// costs the link an overhead. The time from the end of one piece to the end of the next is
 //
 //     time = overhead(window) + bytes / bandwidth
 //
-// so that a share of the bandwidth needs bytes = share / (1 - share) * overhead * bandwidth. Of two windows, the better one
-// has fewer bytes queued. The pacer measures overheads and bandwidth: from time to time it makes a few pieces half as large,
-// and then it queues a few pieces alone. (An H200 had overheads of 3.4 us with two pieces queued and 11 us with one, at 55
-// GB/s. That gives two pieces of 4.3 MiB for a share of 0.96. A link of a fifth of that speed needs pieces of a fifth of
+// so that a share of the bandwidth needs bytes = share / (1 - share) * overhead * bandwidth. Of two
+// windows, the better one has fewer bytes queued. The pacer measures overheads and bandwidth: from
+// time to time it makes a few pieces half as large, and then it queues a few pieces alone. (An H200
+// had overheads of 3.4 us with two pieces queued and 11 us with one, at 55 GB/s. That gives two
+// pieces of 4.3 MiB for a share of 0.96. A link of a fifth of that speed needs pieces of a fifth of
 // that size.)
 //
 // The caller locks. The pacer knows no clock and no device.
@@ -36,7 +38,8 @@ public:
     // The pace of the next piece.
     const Pace &pace() const { return pace_; }
 
-    // A piece of that epoch has ended, `ns` after the piece before it. Others were there to be queued all the time.
+    // A piece of that epoch has ended, `ns` after the piece before it. Others were there to be
+    // queued all the time.
     void note(uint32_t epoch, uint64_t bytes, uint64_t ns);
 
     // Whether the times of pieces should be exact at the moment.
@@ -48,7 +51,8 @@ private:
     static constexpr uint32_t kMeasured = 16;  // pieces of an epoch that is measured
     static constexpr uint32_t kSettled = 1024; // pieces from one measurement to the next
     static constexpr uint32_t kRounds = 5;     // the median of so many measurements counts
-    // Pieces at the start of an epoch that are left out, since the epoch before has touched their times.
+    // Pieces at the start of an epoch that are left out, since the epoch before has touched their
+    // times.
     static constexpr uint32_t kSkipped = 2;
 
     enum class Phase { Full, Half, Alone, Settled };

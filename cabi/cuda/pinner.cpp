@@ -8,8 +8,9 @@
 namespace kvf {
 namespace {
 
-// Host memory that is registered with the driver for ever because a device was given up. Its owner may unmap it
-// nevertheless: memory that is mapped at that address later is not the memory that the driver has pinned.
+// Host memory that is registered with the driver for ever because a device was given up. Its owner
+// may unmap it nevertheless: memory that is mapped at that address later is not the memory that the
+// driver has pinned.
 class StaleRegistrations {
 public:
     void add(const void *memory, uint64_t bytes) {
@@ -95,7 +96,8 @@ bool CudaPinner::is_pinned(const void *memory, uint64_t bytes) const {
     if (!range.is_pinned) return false;
     // Where the driver does not tell the end of the range, the last byte has to do.
     if (range.end == 0) return pinned_range(context.driver(), end - 1).is_pinned;
-    // Neighbouring ranges do not count: a copy across two registrations is refused (seen on driver 580).
+    // Neighbouring ranges do not count: a copy across two registrations is refused (seen on driver
+    // 580).
     return range.end >= end;
 }
 

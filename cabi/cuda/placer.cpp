@@ -82,7 +82,8 @@ void CudaPlacer::copy_runs(const Piece &piece) {
     }
 }
 
-// Places the runs through the resident table. Returns false for a table of runs that cannot be resident.
+// Places the runs through the resident table. Returns false for a table of runs that cannot be
+// resident.
 bool CudaPlacer::scatter_resident(const Piece &piece) {
     CudaResidentTable &table = memory_->resident();
     bool acquired = table.acquire(*piece.table);
@@ -100,7 +101,8 @@ bool CudaPlacer::scatter_resident(const Piece &piece) {
     return true;
 }
 
-// Places the runs through a table that is written for this piece. Returns false for runs that are too far apart.
+// Places the runs through a table that is written for this piece. Returns false for runs that are
+// too far apart.
 bool CudaPlacer::scatter_rows(const Piece &piece) {
     CudaRowTable &rows = memory_->rows();
     synchronize(); // the piece before this one may use the table

@@ -1,4 +1,5 @@
-// Copies a state from the device memory that it was staged in to its places in the cache, within the device.
+// Copies a state from the device memory that it was staged in to its places in the cache, within
+// the device.
 #pragma once
 
 #include "cuda/ahead_memory.h"
@@ -11,7 +12,8 @@ public:
     CudaPlacer(const CudaContext &context, const CudaKernels &kernels)
         : context_(context), driver_(context.driver()), kernels_(kernels) {}
 
-    // Where the state's bytes are, and where they belong. The memory outlives the placer or its next end().
+    // Where the state's bytes are, and where they belong. The memory outlives the placer or its
+    // next end().
     void begin(CudaAheadMemory &memory, Layout &&layout);
     // Copies all pieces whose bytes lie before `offset` in the buffer, and waits for the copies.
     void place_up_to(uint64_t offset);

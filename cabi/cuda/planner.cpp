@@ -11,13 +11,15 @@ constexpr uint64_t kLeastResident = 64; // runs
 constexpr uint64_t kLeastRegular = 512 << 10;
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
 constexpr uint64_t kNarrow = 1024;
-// Rows of this width are read well wherever they begin, since one line more hardly matters. (An H200 loaded rows of 2 KiB
-// at offsets that are not multiples of a line at 0.966 of the raw speed, others at 0.990.)
+// Rows of this width are read well wherever they begin, since one line more hardly matters. (An
+// H200 loaded rows of 2 KiB at offsets that are not multiples of a line at 0.966 of the raw speed,
+// others at 0.990.)
 constexpr uint64_t kWide = 8 << 10;
-// Where the gap between two pieces that are loaded through staging is no larger than this, one copy moves both and the gap:
-// libllama writes 12 bytes of metadata between two tensors.
+// Where the gap between two pieces that are loaded through staging is no larger than this, one copy
+// moves both and the gap: libllama writes 12 bytes of metadata between two tensors.
 constexpr uint64_t kBridge = 256;
-// What a piece may need in staging beside its bytes: the beginning of its first line in the host, and alignment.
+// What a piece may need in staging beside its bytes: the beginning of its first line in the host,
+// and alignment.
 constexpr uint64_t kPieceRoom = 2 * CudaPlanner::kHostLine;
 static_assert(kBridge <= kPieceRoom && CudaPlanner::kHostLine <= CudaArena::kAlignment);
 constexpr uint64_t kLeastSegment = 128 << 10;
@@ -34,14 +36,14 @@ uint64_t end_in_staging(const CudaSlot &slot) {
 bool CudaPlanner::is_worth_waiting(const Leg &leg) const {
     return !leg.parts.is_closed() &&
            leg.parts.left() < std::min(kUrgentBytes, memory_.staging_bytes() / 2) &&
-           way_of(leg, true) == CudaWay::Gather;
+           way_of(leg, true) == CudaWay::Staged;
 }
 
 CudaPlanner::Missing CudaPlanner::acquire_memory(CudaSlot &slot, const Leg &leg, bool urgent,
                                                  uint64_t most_bytes) {
     if (!leg.job->request.pinned && !(slot.bounce = memory_.acquire_bounce()))
         return Missing::Bounce;
-    if (slot.way != CudaWay::Gather) return Missing::Nothing;
+    if (slot.way != CudaWay::Staged) return Missing::Nothing;
     slot.rows_in = CudaRowsIn::Table;
     Missing missing = acquire_staging(slot, leg, urgent, most_bytes);
     if (missing == Missing::Nothing) missing = acquire_rows(slot, leg);
@@ -49,8 +51,8 @@ CudaPlanner::Missing CudaPlanner::acquire_memory(CudaSlot &slot, const Leg &leg,
     return missing;
 }
 
-// Urgent pieces share staging by two: one is copied while the kernel has the other. In the background a piece is made
-// ready behind those in the queue.
+// Urgent pieces share staging by two: one is copied while the kernel has the other. In the
+// background a piece is made ready behind those in the queue.
 CudaPlanner::Missing CudaPlanner::acquire_staging(CudaSlot &slot, const Leg &leg, bool urgent,
                                                   uint64_t most_bytes) {
     const uint64_t all = memory_.staging_bytes();
@@ -97,7 +99,7 @@ void CudaPlanner::release_memory(CudaSlot &slot) {
 void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
     Parts &parts = leg.parts;
     if (slot.bounce) most = std::min(most, slot.bounce->bytes());
-    uint64_t rows_left = slot.way != CudaWay::Gather            ? 1
+    uint64_t rows_left = slot.way != CudaWay::Staged            ? 1
                          : slot.rows_in == CudaRowsIn::Resident ? CudaResidentTable::kRows
                                                                 : CudaRowTable::kRows;
     slot.pieces.clear();
@@ -108,7 +110,7 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
         if (bytes == 0) break;
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
-        if (slot.way != CudaWay::Gather) continue;
+        if (slot.way != CudaWay::Staged) continue;
         slot.places.push_back(place(slot, *leg.job, piece));
         if (parts.empty()) break;
         if (slot.rows_in == CudaRowsIn::Pieces) {
@@ -125,9 +127,9 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
 // The most bytes that the slot can take as its next piece; 0 where it should take none.
 uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, uint64_t most,
                                     uint64_t rows_left) const {
-    const bool is_first = slot.pieces.empty(), is_gathered = slot.way == CudaWay::Gather;
+    const bool is_first = slot.pieces.empty(), is_staged = slot.way == CudaWay::Staged;
     uint64_t bytes = most - slot.bytes;
-    if (is_gathered) {
+    if (is_staged) {
         const uint64_t room = slot.staging.bytes - end_in_staging(slot);
         bytes = std::min(bytes, room - std::min(room, kPieceRoom));
     }
@@ -137,16 +139,16 @@ uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, ui
         return !is_first && might_not_fit ? 0 : bytes;
     }
     if (slot.way == CudaWay::Run) return std::min(bytes, block->width);
-    if (is_gathered && !is_first && block->width > bytes) return 0;
-    if (is_gathered && slot.rows_in == CudaRowsIn::Table) {
+    if (is_staged && !is_first && block->width > bytes) return 0;
+    if (is_staged && slot.rows_in == CudaRowsIn::Table) {
         return std::min(bytes, block->width * rows_left);
     }
     return bytes;
 }
 
-// Where the next piece goes in staging: behind the one before it. A piece that is loaded keeps a short distance from the
-// one before it as it has that in the host, so that one copy moves both; else it leaves room for the line of the host that
-// it begins in.
+// Where the next piece goes in staging: behind the one before it. A piece that is loaded keeps a
+// short distance from the one before it as it has that in the host, so that one copy moves both;
+// else it leaves room for the line of the host that it begins in.
 uint64_t CudaPlanner::place(const CudaSlot &slot, const Job &job, const Piece &piece) const {
     const size_t count = slot.places.size(); // of the pieces before it
     const uint64_t end = end_in_staging(slot);
@@ -163,7 +165,8 @@ bool CudaPlanner::is_for_resident(const Leg &leg) {
     return !leg.parts.block() && leg.parts.runs_left() >= kLeastResident;
 }
 
-// Acquires the resident table for the next piece of the irregular rest. Returns false where that piece cannot use it.
+// Acquires the resident table for the next piece of the irregular rest. Returns false where that
+// piece cannot use it.
 bool CudaPlanner::acquire_resident(const Leg &leg) {
     if (!is_for_resident(leg) || !resident_) return false;
     if (resident_->acquire(leg.parts.span().table)) return true;
@@ -173,13 +176,13 @@ bool CudaPlanner::acquire_resident(const Leg &leg) {
 
 CudaWay CudaPlanner::way_of(const Leg &leg, bool urgent) const {
     const kvf_region *block = leg.parts.block();
-    if (!block) return memory_.has_staging() ? CudaWay::Gather : CudaWay::Run;
+    if (!block) return memory_.has_staging() ? CudaWay::Staged : CudaWay::Run;
     if (block->rows == 1 || block->width >= kUrgentBytes) return CudaWay::Run;
     const uint64_t pitch =
         std::max(block->pitch, leg.job->request.pinned ? block->buffer_pitch : 0);
     const bool is_direct = block->width >= kNarrow && pitch <= max_pitch_;
     if (is_direct && !(urgent && is_read_badly(*leg.job, *block))) return CudaWay::Block;
-    if (memory_.has_staging() && block->width <= kLongRun) return CudaWay::Gather;
+    if (memory_.has_staging() && block->width <= kLongRun) return CudaWay::Staged;
     return pitch <= max_pitch_ ? CudaWay::Block : CudaWay::Run;
 }
 

@@ -1,4 +1,5 @@
-// What a lane moves at a time: pieces of one leg, with a stream of their own and the memory that they use.
+// What a lane moves at a time: pieces of one leg, with a stream of their own and the memory that
+// they use.
 #pragma once
 
 #include <atomic>
@@ -9,8 +10,9 @@
 
 namespace kvf {
 
-// How pieces get to the host and back: as runs; as two-dimensional copies; through staging and a kernel.
-enum class CudaWay { Run, Block, Gather };
+// How pieces get to the host and back: as runs; as two-dimensional copies; through staging and a
+// kernel.
+enum class CudaWay { Run, Block, Staged };
 constexpr size_t kCudaWays = 3;
 
 // Where a kernel finds its rows.
@@ -36,11 +38,12 @@ struct CudaSlot {
 
     Leg *leg = nullptr;
     CudaWay way = CudaWay::Run;
-    // All of one way. Small pieces go together, since each copy costs the copy engine some microseconds.
+    // All of one way. Small pieces go together, since each copy costs the copy engine some
+    // microseconds.
     std::vector<Piece> pieces;
     uint64_t bytes = 0; // of all pieces
 
-    // Where the way is Gather.
+    // Where the way is Staged.
     CudaRowsIn rows_in = CudaRowsIn::Table;
     std::vector<uint64_t> places; // of the pieces in staging
 

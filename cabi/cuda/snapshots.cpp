@@ -46,8 +46,8 @@ CudaSnapshots::~CudaSnapshots() {
     context_.clean_up([this](const CudaDriver &driver) { driver.cuStreamDestroy(stream_); });
 }
 
-// All bytes are packed into one allocation by copies within the device, which run at the speed of its memory. What remains
-// to be moved are long runs of that allocation.
+// All bytes are packed into one allocation by copies within the device, which run at the speed of
+// its memory. What remains to be moved are long runs of that allocation.
 Device::Snapshot CudaSnapshots::take(const Layout &layout) {
     std::lock_guard lock(taking_mutex_);
     const CudaCurrent current(context_);
@@ -125,7 +125,7 @@ void CudaSnapshots::synchronize() {
     driver_.check(driver_.cuStreamSynchronize(stream_), "cuStreamSynchronize");
 }
 
-// ---- Memory --------------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------
 
 CUdeviceptr CudaSnapshots::allocate(uint64_t bytes) {
     {
@@ -147,8 +147,9 @@ CUdeviceptr CudaSnapshots::allocate(uint64_t bytes) {
     return address;
 }
 
-// Freeing takes its time, and cuMemFree waits for everything that the device is doing. The pump, on whose thread a save
-// ends, must not wait for that, nor the completion: the copy threads free the memory.
+// Freeing takes its time, and cuMemFree waits for everything that the device is doing. The pump, on
+// whose thread a save ends, must not wait for that, nor the completion: the copy threads free the
+// memory.
 void CudaSnapshots::leave(CUdeviceptr address) noexcept {
     {
         std::lock_guard lock(left_mutex_);
@@ -172,8 +173,8 @@ void CudaSnapshots::free_left() noexcept {
                 driver.cuMemFree(address);
             }
         }
-        // The driver keeps memory that is freed in order until somebody synchronizes, and gives it to the system then:
-        // better here than in the next decode step.
+        // The driver keeps memory that is freed in order until somebody synchronizes, and gives it
+        // to the system then: better here than in the next decode step.
         if (stream_ordered_) driver.cuStreamSynchronize(stream_);
     });
 }

@@ -1,4 +1,5 @@
-// Snapshots on a CUDA device: copies of layouts in device memory, which saves read while the cache changes.
+// Snapshots on a CUDA device: copies of layouts in device memory, which saves read while the cache
+// changes.
 #pragma once
 
 #include <atomic>
@@ -15,7 +16,8 @@ namespace kvf {
 // Any thread. One snapshot is taken at a time.
 class CudaSnapshots {
 public:
-    // `kernels` may be NULL: runs are then copied one by one. The copy threads free snapshots that have been moved.
+    // `kernels` may be NULL: runs are then copied one by one. The copy threads free snapshots that
+    // have been moved.
     CudaSnapshots(const CudaContext &context, const CudaKernels *kernels, ThreadPool &copy_threads);
     // The copy threads have ended.
     ~CudaSnapshots();

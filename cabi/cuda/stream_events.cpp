@@ -10,9 +10,10 @@ bool is_default(CUstream stream) {
     return !stream || stream == CU_STREAM_LEGACY || stream == CU_STREAM_PER_THREAD;
 }
 
-// Throws KVF_ERR_INVALID_ARGUMENT for a stream that is being captured into a graph: what it is given has not been
-// submitted, so that an event there counts as passed, and to ask about the event would break the capture. So would an event
-// on a default stream that has to wait for such a stream. This function breaks no capture.
+// Throws KVF_ERR_INVALID_ARGUMENT for a stream that is being captured into a graph: what it is
+// given has not been submitted, so that an event there counts as passed, and to ask about the event
+// would break the capture. So would an event on a default stream that has to wait for such a
+// stream. This function breaks no capture.
 void check_not_captured(const CudaDriver &driver, CUstream stream) {
     CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
     const CUresult result = driver.cuStreamIsCapturing(stream, &status);

@@ -52,8 +52,8 @@ void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
     std::lock_guard lock(mutex_);
     if (!words_) map_words();
     collect_passed();
-    // The events tell in which context the stream is, before it is made to wait: a driver accepts a wait for a stream of
-    // another context than the current one.
+    // The events tell in which context the stream is, before it is made to wait: a driver accepts a
+    // wait for a stream of another context than the current one.
     CudaStreamEvents events = record_events(contexts_, handle, job.devices());
     if (free_.size() < events.size()) throw Error(KVF_ERR_BUSY, "too many streams wait for jobs");
     std::list<Wait> placed;
@@ -74,8 +74,8 @@ void CudaStreamWaits::make_wait(uint64_t stream, Job &job) {
     waits_.splice(waits_.end(), placed);
 }
 
-// Makes a stream wait for the free word that is next. Where this throws after the stream has begun to wait, the word is
-// not free any more: nobody will know when the stream has passed.
+// Makes a stream wait for the free word that is next. Where this throws after the stream has begun
+// to wait, the word is not free any more: nobody will know when the stream has passed.
 void CudaStreamWaits::place_wait(CUstream stream, std::unique_ptr<CudaStreamEvent> event,
                                  std::list<Wait> &placed) {
     const size_t word = free_.back();

@@ -10,8 +10,8 @@
 
 namespace kvf {
 
-// Makes streams wait for jobs. Each wait has a word of pinned memory, which the stream watches and the ending job sets. A
-// word is free again when an event behind the wait has passed.
+// Makes streams wait for jobs. Each wait has a word of pinned memory, which the stream watches and
+// the ending job sets. A word is free again when an event behind the wait has passed.
 class CudaStreamWaits {
 public:
     explicit CudaStreamWaits(CudaContexts contexts);
@@ -20,8 +20,9 @@ public:
     CudaStreamWaits(const CudaStreamWaits &) = delete;
     CudaStreamWaits &operator=(const CudaStreamWaits &) = delete;
 
-    // What `stream` is given from now on waits until the job has ended. Throws KVF_ERR_UNSUPPORTED for a driver older than
-    // CUDA 11.7, KVF_ERR_BUSY where too many waits are outstanding, and what record_events() throws. Any thread.
+    // What `stream` is given from now on waits until the job has ended. Throws KVF_ERR_UNSUPPORTED
+    // for a driver older than CUDA 11.7, KVF_ERR_BUSY where too many waits are outstanding, and
+    // what record_events() throws. Any thread.
     void make_wait(uint64_t stream, Job &job);
 
 private:

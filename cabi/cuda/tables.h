@@ -1,6 +1,6 @@
-// Tables of rows for the gather and scatter kernels. The host writes a table in pinned memory, and the kernels read a copy
-// of it in device memory. (Kernels that read the table through the link would wait for it while the link is full of our
-// own copies, and keep their multiprocessors.)
+// Tables of rows for the gather and scatter kernels. The host writes a table in pinned memory, and
+// the kernels read a copy of it in device memory. (Kernels that read the table through the link
+// would wait for it while the link is full of our own copies, and keep their multiprocessors.)
 #pragma once
 
 #include <memory>
@@ -16,7 +16,8 @@ public:
     static constexpr uint32_t kRows = 32768;
     static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row); // in either memory
 
-    // `memory` is device memory of the caller's for `rows` rows, which outlives the table; 0: the table has its own.
+    // `memory` is device memory of the caller's for `rows` rows, which outlives the table; 0: the
+    // table has its own.
     explicit CudaRowTable(const CudaContext &context, CUdeviceptr memory = 0,
                           uint32_t rows = kRows);
     CudaRowTable(const CudaRowTable &) = delete;
@@ -28,8 +29,8 @@ public:
     void add(const Piece &piece, uint64_t place);
     // Adds all runs of a table, each at its distance from the first one in the buffer.
     void add(const RunTable &table);
-    // Adds the runs of a piece, each at its distance from the first one in the buffer. Returns false if they are too far
-    // apart for a table.
+    // Adds the runs of a piece, each at its distance from the first one in the buffer. Returns
+    // false if they are too far apart for a table.
     bool add_as_in_buffer(const Piece &piece);
 
     // Queues the copy of the table to the device.
@@ -57,26 +58,30 @@ private:
     uint32_t count_ = 0;
 };
 
-// A table of runs that stays on the device while pieces refer to it. The tensors of a cache share one, so that it travels
-// once and not once for each piece. It can be exchanged for another while nobody uses it.
+// A table of runs that stays on the device while pieces refer to it. The tensors of a cache share
+// one, so that it travels once and not once for each piece. It can be exchanged for another while
+// nobody uses it.
 class CudaResidentTable {
 public:
     static constexpr uint32_t kRows = 65536;
     static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row); // in either memory
 
-    // `memory` is kBytes of device memory of the caller's, which outlive the table; 0: the table has its own.
+    // `memory` is kBytes of device memory of the caller's, which outlive the table; 0: the table
+    // has its own.
     explicit CudaResidentTable(const CudaContext &context, CUdeviceptr memory = 0);
     ~CudaResidentTable();
     CudaResidentTable(const CudaResidentTable &) = delete;
     CudaResidentTable &operator=(const CudaResidentTable &) = delete;
 
-    // Adds a user of the table of runs. Returns false if another one is resident and in use, or if this one does not fit.
-    // Each true is followed by one release(), when what was launched with the table has ended.
+    // Adds a user of the table of runs. Returns false if another one is resident and in use, or if
+    // this one does not fit. Each true is followed by one release(), when what was launched with
+    // the table has ended.
     bool acquire(const std::shared_ptr<const RunTable> &table);
     void release() { --users_; }
     bool in_use() const { return users_ > 0; }
 
-    // Makes what the stream is given from now on find the acquired table: copies it if that has not been done.
+    // Makes what the stream is given from now on find the acquired table: copies it if that has not
+    // been done.
     void send(CUstream stream);
     // The rows of a piece of the acquired table, which lies in staging at `place`.
     CudaRows rows(const Piece &piece, uint64_t place) const;

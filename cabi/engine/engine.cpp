@@ -11,8 +11,8 @@
 namespace kvf {
 namespace {
 
-// Between pinned and pageable memory one thread reaches a quarter of what the link moves. Six were best beside an H200 with
-// 16 cores: more disturb one another.
+// Between pinned and pageable memory one thread reaches a quarter of what the link moves. Six were
+// best beside an H200 with 16 cores: more disturb one another.
 uint32_t cuda_copy_threads(const kvf_engine_options &options) {
     if (options.copy_threads) return options.copy_threads;
     const uint32_t cores = std::max(std::thread::hardware_concurrency(), 1u);
@@ -48,8 +48,8 @@ Engine::Engine(const kvf_engine_options &options) : trace_(options.flags & KVF_E
 
 Engine::~Engine() = default;
 
-// Opens each CUDA device that is named, or every one there is, if it can be used. Why another cannot, and that the driver
-// is missing, is noted; it is no error here.
+// Opens each CUDA device that is named, or every one there is, if it can be used. Why another
+// cannot, and that the driver is missing, is noted; it is no error here.
 void Engine::open_cuda(const kvf_engine_options &options) {
     const auto driver = CudaDriver::get(no_cuda_);
     if (!driver) return;

@@ -35,8 +35,9 @@ public:
 
     // Throws what a submission with these options would throw for them.
     void check(const kvf_submit_options &options) const;
-    // The gate that the options ask for; NULL if they ask for none. `moved`: the devices whose memory will be moved. Throws
-    // KVF_ERR_UNSUPPORTED without a CUDA device, and as follow_stream() does.
+    // The gate that the options ask for; NULL if they ask for none. `moved`: the devices whose
+    // memory will be moved. Throws KVF_ERR_UNSUPPORTED without a CUDA device, and as
+    // follow_stream() does.
     std::shared_ptr<Gate> make_gate(const kvf_submit_options &options, DeviceSet moved) const;
 
     // Makes the job one of those in flight; from then on the job must end. As of JobsInFlight.

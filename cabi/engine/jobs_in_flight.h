@@ -18,8 +18,8 @@ public:
 
     // Throws KVF_ERR_CLOSED after close().
     void check_open() const;
-    // From here on the job is in flight, until leave(). Throws KVF_ERR_CLOSED, and what `on_entry` throws; then the job is
-    // not in flight. `on_entry` is called under the lock.
+    // From here on the job is in flight, until leave(). Throws KVF_ERR_CLOSED, and what `on_entry`
+    // throws; then the job is not in flight. `on_entry` is called under the lock.
     template <class Function>
     void enter(Job &job, Function &&on_entry) {
         std::lock_guard lock(mutex_);
@@ -35,8 +35,8 @@ public:
     void leave(Job &job) noexcept;
 
     size_t count() const;
-    // Fails the jobs that match with KVF_ERR_CANCELLED. Their legs are not cut short: that could end a job, which then
-    // leaves under the lock.
+    // Fails the jobs that match with KVF_ERR_CANCELLED. Their legs are not cut short: that could
+    // end a job, which then leaves under the lock.
     void mark_cancelled(const Matches &matches);
     // Blocks until no job in flight matches.
     void wait(const Matches &matches);
@@ -45,8 +45,9 @@ public:
     void attach();
     void detach() noexcept;
 
-    // Lets no more jobs in, and blocks until the last one has left. Throws KVF_ERR_BUSY if something is attached, and
-    // KVF_ERR_INVALID_HANDLE if it was called before; then nothing has changed.
+    // Lets no more jobs in, and blocks until the last one has left. Throws KVF_ERR_BUSY if
+    // something is attached, and KVF_ERR_INVALID_HANDLE if it was called before; then nothing has
+    // changed.
     void close();
 
 private:

@@ -19,12 +19,14 @@ bool Locator::on_cuda(uint64_t address, uint32_t &device) {
                 format("CUDA device %d is not among the engine's", allocation->ordinal));
 }
 
-// A driver refuses a copy from one allocation into another. What it does with a copy across addresses that nothing is
-// mapped to is not documented. Called when on_cuda() has just found the last byte of the range.
+// A driver refuses a copy from one allocation into another. What it does with a copy across
+// addresses that nothing is mapped to is not documented. Called when on_cuda() has just found the
+// last byte of the range.
 uint64_t Locator::allocation_of(uint64_t address, uint64_t bytes) {
     if (address < known_.begin) return address; // several allocations, or the driver does not tell
     if (known_.in_one_piece) return known_.begin;
-    // Between neighbours there is no hole: they may be joined to one run, but not to rows with a pitch.
+    // Between neighbours there is no hole: they may be joined to one run, but not to rows with a
+    // pitch.
     if (address != neighbours_end_ || address == known_.begin) neighbours_begin_ = address;
     neighbours_end_ = address + bytes;
     return neighbours_begin_;

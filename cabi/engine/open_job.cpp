@@ -1,7 +1,5 @@
 #include "engine/open_job.h"
 
-#include "memory/pages.h"
-
 namespace kvf {
 namespace {
 
@@ -19,11 +17,6 @@ std::shared_ptr<Job> make_job(Engine &engine, Submission &submission,
     request.pinned = resources.memory && resources.memory->pinned();
     if (!request.pinned && engine.pinner() && submission.buffer_bytes) {
         request.pinned = engine.pinner()->is_pinned(submission.buffer, submission.buffer_bytes);
-    }
-    // A thread of the engine would crash when it writes there.
-    if (request.direction == Direction::Save && !resources.memory && !request.pinned &&
-        !WritableCheck()(reinterpret_cast<uint64_t>(submission.buffer), submission.buffer_bytes)) {
-        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");
     }
     request.user_data = options.user_data;
     request.submitted_ns = submission.submitted_ns;
@@ -43,7 +36,7 @@ OpenJob::OpenJob(Engine &engine, Submission &&submission, const kvf_submit_optio
     : engine_(engine), job_(make_job(engine, submission, options)), with_handle_(with_handle) {
     if (with_handle_) publish(job_->handle, job_);
     try {
-        engine_.enter(*job_, submission.on_entry);
+        engine_.enter(*job_, submission.on_entry); // make_job() has left on_entry
     } catch (...) {
         if (with_handle_) unpublish(job_->handle);
         throw;
@@ -54,7 +47,7 @@ OpenJob::~OpenJob() {
     if (committed_) return;
     job_->discard();
     job_->cancel();
-    for (const auto &leg : job_->legs()) leg->device.finish(*leg);
+    for (const auto &leg : job_->legs()) leg->device.close(*leg);
     job_->end_work();
     job_->wait(KVF_FOREVER, nullptr);
     if (with_handle_) unpublish(job_->handle);
@@ -89,14 +82,14 @@ void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     }
     for (size_t i = 0; i < open; ++i) {
         Leg &leg = *job_->legs()[i];
-        leg.device.finish(leg);
+        leg.device.close(leg);
     }
     for (Leg *leg : complete) hand_over(*leg);
     job_->end_work();
 }
 
-// Adds to legs what has not been added yet. Returns the new legs, which are complete. The layout of what is staged becomes
-// `staged`.
+// Adds to legs what has not been added yet. Returns the new legs, which are complete. The layout of
+// what is staged becomes `staged`.
 std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Layout &staged) {
     std::vector<Leg *> complete;
     complete.reserve(layouts.size());
@@ -147,7 +140,8 @@ void OpenJob::hand_over(Leg &leg) {
         leg.parts.cut_short();
         job_->leg_ended(leg);
     }
-    // The job fails here, or in the device if that is lost. Its legs on other devices may follow a stream: they end now.
+    // The job fails here, or in the device if that is lost. Its legs on other devices may follow a
+    // stream: they end now.
     if (job_->stopping()) job_->cut_short();
 }
 

@@ -12,8 +12,8 @@ struct Submission {
     uint64_t buffer_bytes = 0;
     uint32_t mode = 0;
     uint64_t submitted_ns = 0;
-    const void *attachment = nullptr;              // that it belongs to; NULL: none
-    std::shared_ptr<Gate> gate;                    // that it follows: Engine::make_gate()
+    const void *attachment = nullptr; // that it belongs to; NULL: none
+    std::shared_ptr<Gate> gate;       // the gate that the job waits for: Engine::make_gate()
     std::vector<std::shared_ptr<void>> keep_alive; // until the job has ended
     std::function<void(int32_t)> on_end;           // as of JobResources
     std::shared_ptr<Fence> fence;                  // of a llama transfer: lowered at its end

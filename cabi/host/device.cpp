@@ -22,7 +22,8 @@ constexpr uint64_t kRunsPerPiece = 4096;
 // (sched(7): each step of nice is worth a factor of 1.25).
 constexpr int kBackgroundNice = 10;
 constexpr std::chrono::microseconds kGatePoll{50};
-// Waking a thread costs several times what copying this much does (measured: 12 us a job against 4 us).
+// Waking a thread costs several times what copying this much does (measured: 12 us a job against 4
+// us).
 constexpr uint64_t kCopyAtOnce = 16 << 10;
 
 } // namespace
@@ -50,16 +51,12 @@ void HostDevice::submit(Leg &leg) {
         copy_at_once(leg);
         return;
     }
-    bool ended = false;
-    {
-        std::lock_guard lock(mutex_);
-        if (workers_.size() <= threads_) start_threads();
-        schedule_.add(leg);
-        // A job that was asked to stop before its leg was added did not find the leg then.
-        if (leg.job->stopping()) ended = schedule_.cut_short(leg);
-        wake(leg.job->request.priority, leg.parts.bytes());
-    }
-    if (ended) leg.job->leg_ended(leg);
+    schedule_.add(
+        leg,
+        [this] {
+            if (workers_.size() <= threads_) start_threads();
+        },
+        [&] { wake(leg.job->request.priority, leg.parts.bytes()); });
 }
 
 void HostDevice::copy_at_once(Leg &leg) {
@@ -75,18 +72,12 @@ void HostDevice::copy_at_once(Leg &leg) {
 }
 
 void HostDevice::extend(Leg &leg, Layout &&part) {
-    std::lock_guard lock(mutex_);
+    const auto lock = schedule_.lock();
     const uint64_t bytes = part.bytes;
-    if (schedule_.extend(leg, std::move(part))) wake(leg.job->request.priority, bytes);
+    if (schedule_.legs().extend(leg, std::move(part))) wake(leg.job->request.priority, bytes);
 }
 
-void HostDevice::finish(Leg &leg) {
-    {
-        std::lock_guard lock(mutex_);
-        if (!schedule_.finish(leg)) return;
-    }
-    leg.job->leg_ended(leg);
-}
+void HostDevice::close(Leg &leg) { schedule_.close(leg); }
 
 // There are `bytes` more to copy.
 void HostDevice::wake(uint32_t priority, uint64_t bytes) {
@@ -97,24 +88,13 @@ void HostDevice::wake(uint32_t priority, uint64_t bytes) {
     }
 }
 
+// What is cut short may have held background work back.
 void HostDevice::cut_short(Leg &leg) {
-    {
-        std::lock_guard lock(mutex_);
-        const bool ended = schedule_.cut_short(leg);
-        background_work_.notify_one(); // this leg may have held background work back
-        if (!ended) return;
-    }
-    leg.job->leg_ended(leg);
+    schedule_.cut_short(leg, [this] { background_work_.notify_one(); });
 }
 
 void HostDevice::cut_short_stopping() {
-    LegList ended;
-    {
-        std::lock_guard lock(mutex_);
-        schedule_.cut_short_stopping(ended);
-        background_work_.notify_one(); // as above
-    }
-    for (const auto &[order, leg] : ended) leg->job->leg_ended(*leg);
+    schedule_.cut_short_stopping([this] { background_work_.notify_one(); });
 }
 
 void HostDevice::work(uint32_t priority) {
@@ -123,21 +103,23 @@ void HostDevice::work(uint32_t priority) {
         setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kBackgroundNice);
     }
     auto ask_again = std::chrono::steady_clock::now();
-    std::unique_lock lock(mutex_);
+    std::unique_lock lock = schedule_.lock();
+    Schedule &legs = schedule_.legs();
     for (;;) {
-        // A stream that a job follows does not tell when it is done. It is asked again and again, beside other work too.
+        // A stream that a job follows does not tell when it is done. It is asked again and again,
+        // beside other work too.
         bool all_asked = true;
-        if (schedule_.has_following(priority) && std::chrono::steady_clock::now() >= ask_again) {
+        if (legs.has_following(priority) && std::chrono::steady_clock::now() >= ask_again) {
             all_asked = ask_gates(lock, priority);
             if (all_asked) ask_again = std::chrono::steady_clock::now() + kGatePoll;
         }
         const bool held_back = is_held_back(priority);
-        if (Leg *leg = held_back ? nullptr : schedule_.front(priority)) {
+        if (Leg *leg = held_back ? nullptr : legs.front(priority)) {
             move_piece(lock, *leg);
             continue;
         }
         if (stopping_) return;
-        if (held_back || !schedule_.has_following(priority)) {
+        if (held_back || !legs.has_following(priority)) {
             work_of(priority).wait(lock);
         } else if (all_asked) {
             work_of(priority).wait_until(lock, ask_again);
@@ -147,19 +129,19 @@ void HostDevice::work(uint32_t priority) {
 
 // Background work waits while there is anything urgent to copy.
 bool HostDevice::is_held_back(uint32_t priority) {
-    return priority == KVF_PRIORITY_BACKGROUND && schedule_.front(KVF_PRIORITY_URGENT);
+    return priority == KVF_PRIORITY_BACKGROUND && schedule_.legs().front(KVF_PRIORITY_URGENT);
 }
 
-// Asks some of the streams that legs follow whether they are done. Unlocks meanwhile: nobody who submits or cancels may
-// have to wait for that. True if all of them have been asked by now.
+// Asks some of the streams that legs follow whether they are done. Unlocks meanwhile: nobody who
+// submits or cancels may have to wait for that. True if all of them have been asked by now.
 bool HostDevice::ask_gates(std::unique_lock<std::mutex> &lock, uint32_t priority) {
     GateCheck check;
-    const bool all = schedule_.next_gates(priority, check);
+    const bool all = schedule_.legs().next_gates(priority, check);
     lock.unlock();
     check.run();
     lock.lock();
     // Several legs may have become ready, and every thread may move them.
-    if (schedule_.admit(priority, check) && priority == KVF_PRIORITY_URGENT) {
+    if (schedule_.legs().admit(priority, check) && priority == KVF_PRIORITY_URGENT) {
         urgent_work_.notify_all();
     }
     return all;
@@ -170,10 +152,10 @@ void HostDevice::move_piece(std::unique_lock<std::mutex> &lock, Leg &leg) {
     Job &job = *leg.job;
     const bool background = job.request.priority == KVF_PRIORITY_BACKGROUND;
     Piece piece;
-    schedule_.take(leg, [&] {
+    schedule_.legs().take(leg, [&] {
         piece = leg.parts.next(background ? kBackgroundPiece : kUrgentPiece, kRunsPerPiece);
     });
-    if (!background && !schedule_.front(KVF_PRIORITY_URGENT)) background_work_.notify_one();
+    if (!background && !schedule_.legs().front(KVF_PRIORITY_URGENT)) background_work_.notify_one();
     lock.unlock();
     const uint64_t begin_ns = now_ns();
     job.note_started(begin_ns);
@@ -181,10 +163,7 @@ void HostDevice::move_piece(std::unique_lock<std::mutex> &lock, Leg &leg) {
         copy_piece(piece, job.request.buffer, job.request.direction);
         owner_.trace(job, begin_ns, now_ns(), piece.bytes, index);
     }
-    lock.lock();
-    if (!schedule_.piece_ended(leg)) return;
-    lock.unlock();
-    job.leg_ended(leg);
+    schedule_.piece_ended(leg);
     lock.lock();
 }
 
@@ -199,7 +178,7 @@ Device::Snapshot HostDevice::snapshot(const Layout &layout, unsigned char *buffe
 
 void HostDevice::stop() {
     {
-        std::lock_guard lock(mutex_);
+        const auto lock = schedule_.lock();
         stopping_ = true;
         urgent_work_.notify_all();
         background_work_.notify_all();

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "jobs/device.h"
-#include "jobs/schedule.h"
+#include "jobs/locked_schedule.h"
 
 namespace kvf {
 
@@ -17,7 +17,7 @@ public:
     std::string describe() const override;
     void submit(Leg &leg) override;
     void extend(Leg &leg, Layout &&part) override;
-    void finish(Leg &leg) override;
+    void close(Leg &leg) override;
     void cut_short(Leg &leg) override;
     void cut_short_stopping() override;
     Snapshot snapshot(const Layout &layout, unsigned char *buffer) override;
@@ -38,9 +38,8 @@ private:
     JobOwner &owner_;
     const uint32_t threads_; // that copy for urgent jobs; one more copies for background jobs
 
-    std::mutex mutex_;
+    LockedSchedule schedule_;
     std::condition_variable urgent_work_, background_work_;
-    Schedule schedule_;
     bool stopping_ = false;
     std::vector<std::thread> workers_; // started with the first leg
 };

@@ -30,26 +30,28 @@ public:
     // A JSON object for kvf_engine_describe().
     virtual std::string describe() const = 0;
 
-    // Takes a leg in. The leg ends with exactly one leg.job->leg_ended(leg), on any thread. Where submit() throws instead,
-    // the device has not taken the leg in.
+    // Takes a leg in. The leg ends with exactly one leg.job->leg_ended(leg), on any thread. Where
+    // submit() throws instead, the device has not taken the leg in.
     virtual void submit(Leg &leg) = 0;
 
     // Adds a part to a leg that is not closed. Does nothing once the leg was cut short.
     virtual void extend(Leg &leg, Layout &&part) = 0;
     // Closes a leg: no part of it will follow. Does nothing once the leg was cut short.
-    virtual void finish(Leg &leg) = 0;
+    virtual void close(Leg &leg) = 0;
 
-    // A leg of this direction is about to be submitted. The thread that will move it may wake up already.
+    // A leg of this direction is about to be submitted. The thread that will move it may wake up
+    // already.
     virtual void announce(Direction) {}
 
-    // The leg's job is stopping: the device moves no more of the leg, which ends soon. In constant time, however many legs
-    // there are. May be called before submit(), and after the leg has ended.
+    // The leg's job is stopping: the device moves no more of the leg, which ends soon. In constant
+    // time, however many legs there are. May be called before submit(), and after the leg has
+    // ended.
     virtual void cut_short(Leg &leg) = 0;
     // cut_short() for all legs whose jobs are stopping.
     virtual void cut_short_stopping() = 0;
 
-    // The first half of a save by snapshot: copies what the layout names, so that its memory may change when the function
-    // returns. Blocks. Returns what remains to be moved into the buffer.
+    // The first half of a save by snapshot: copies what the layout names, so that its memory may
+    // change when the function returns. Blocks. Returns what remains to be moved into the buffer.
     // Throws KVF_ERR_OUT_OF_MEMORY where there is no room for the copy; nothing has happened then.
     struct Snapshot {
         Layout layout;
@@ -58,8 +60,8 @@ public:
     };
     virtual Snapshot snapshot(const Layout &layout, unsigned char *buffer) = 0;
 
-    // Returns device memory for a state of `bytes` that is to be loaded ahead; NULL where there is no room for it, or where
-    // the device loads nothing ahead.
+    // Returns device memory for a state of `bytes` that is to be loaded ahead; NULL where there is
+    // no room for it, or where the device loads nothing ahead.
     virtual std::shared_ptr<LoadAhead> make_load_ahead(uint64_t bytes) {
         (void)bytes;
         return nullptr;

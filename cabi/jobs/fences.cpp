@@ -20,7 +20,8 @@ struct FenceLine {
             // In a forked child the transfers are the parent's, and will never end.
             on_fork([made] { made->mutex.lock(); }, [made] { made->mutex.unlock(); },
                     [made] {
-                        // It still counts the parent's threads that waited, and would wait for them.
+                        // It still counts the parent's threads that waited, and would wait for
+                        // them.
                         new (&made->lowered) std::condition_variable;
                         made->fences.clear();
                         Fence::count_ = 0;
@@ -75,7 +76,8 @@ bool overlap(const std::vector<MemoryRange> &a, const std::vector<MemoryRange> &
     return std::any_of(a.begin(), a.end(), [&](MemoryRange range) { return overlap(b, range); });
 }
 
-// Whether one of the rows of a tensor in `range` that are about to be written is one that the fence's transfer moves.
+// Whether one of the rows of a tensor in `range` that are about to be written is one that the
+// fence's transfer moves.
 bool writes_a_row_of(const Enclosure &enclosure, MemoryRange range, RowNumbers written) {
     if (enclosure.rows.empty() || enclosure.rows.front().begin < range.begin ||
         enclosure.rows.back().end > range.end)

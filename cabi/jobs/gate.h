@@ -12,8 +12,8 @@ public:
     static constexpr std::chrono::microseconds kPoll{20};
 
     virtual ~Gate() = default;
-    // True from the moment on when that work is done. Asks a driver, which takes microseconds: not for callers that
-    // hold a lock. Any thread.
+    // True from the moment on when that work is done. Asks a driver, which takes microseconds: not
+    // for callers that hold a lock. Any thread.
     bool is_open();
     // What is_open() last returned. Asks nobody.
     bool was_open() const { return open_.load(std::memory_order_acquire); }

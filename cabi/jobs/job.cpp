@@ -80,8 +80,8 @@ void Job::end_work() {
     if (work_.fetch_sub(1, std::memory_order_acq_rel) == 1) end();
 }
 
-// The order matters: whoever sees the completion may free the buffer and destroy the queue; the engine is told last,
-// because it may be gone right afterwards.
+// The order matters: whoever sees the completion may free the buffer and destroy the queue; the
+// engine is told last, because it may be gone right afterwards.
 void Job::end() {
     const auto alive = shared_from_this(); // the submitter's references may go with the completion
     make_completion();

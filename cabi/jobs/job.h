@@ -38,7 +38,7 @@ struct JobRecord {
     uint64_t segments = 0;
     uint64_t listed_ns = 0;
     uint64_t recorded_ns = 0;
-    std::optional<uint32_t> mode; // where it is another than was requested
+    std::optional<uint32_t> mode; // if it differs from the requested mode
 };
 
 // What a job holds until it has ended.
@@ -78,10 +78,12 @@ public:
     bool stopping() const { return state_.load(std::memory_order_acquire) == State::Stopping; }
     // Fails the job with KVF_ERR_CANCELLED, and cuts its legs short.
     void cancel();
-    // Marks the job as stopping. The first reason stands; one that comes when the job is ending comes too late.
+    // Marks the job as stopping. The first reason stands; one that comes when the job is ending
+    // comes too late.
     void fail(int32_t status, const std::string &detail);
-    // Has the devices end the legs of a job that is stopping. In constant time, however many jobs there are. A leg that is
-    // submitted later ends at once. For callers that hold no lock: the job may end here.
+    // Has the devices end the legs of a job that is stopping. In constant time, however many jobs
+    // there are. A leg that is submitted later ends at once. For callers that hold no lock: the job
+    // may end here.
     void cut_short();
 
     // Blocks until the gate is open, or the job is stopping.
@@ -90,7 +92,8 @@ public:
     // A copy that names the buffer did not end, and may still touch it.
     void mark_buffer_lost();
 
-    // The job ends when all work on it has ended: that of its submitting call, of its legs, and what others have begun.
+    // The job ends when all work on it has ended: that of its submitting call, of its legs, and
+    // what others have begun.
     void begin_work() { work_.fetch_add(1, std::memory_order_relaxed); }
     void end_work();
     void leg_ended(Leg &leg); // for devices: ends the leg's work

@@ -1,4 +1,4 @@
-// The owner of jobs and of the devices that move them: the engine, as jobs and devices see it.
+// The owner of jobs: the engine, as jobs and devices see it. Not the owner of memory.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ namespace kvf {
 
 class Job;
 
-// Calls that the dispatch thread is to make. In nodes of a list, so that a job has its own from the beginning, and its
-// end needs no memory.
+// Calls that the dispatch thread is to make. In nodes of a list, so that a job has its own from the
+// beginning, and its end needs no memory.
 struct Callback {
     kvf_completion_callback function;
     kvf_completion completion;

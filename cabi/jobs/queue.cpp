@@ -76,7 +76,8 @@ uint32_t Queue::take(void *completions, uint64_t stride, uint32_t capacity, int6
             completions_.pop_front();
         }
     }
-    // A take that found completions has not used up a wake: whoever sent it may wait for a take that returns 0.
+    // A take that found completions has not used up a wake: whoever sent it may wait for a take
+    // that returns 0.
     if (n == 0 && wakes_ > 0) --wakes_;
     if (completions_.empty() && wakes_ == 0 && !closed_) {
         unsignal();

@@ -1,4 +1,5 @@
-// The completion queue: a list under a lock, with an eventfd that is readable while it is not empty.
+// The completion queue: a list under a lock, with an eventfd that is readable while it is not
+// empty.
 #pragma once
 
 #include <atomic>
@@ -45,8 +46,9 @@ private:
     int fd_ = -1;
 };
 
-// The place of one completion in a queue, reserved before its job starts: push() then cannot fail, and the queue cannot be
-// destroyed meanwhile. A place that nothing was pushed into is free again when its reservation goes.
+// The place of one completion in a queue, reserved before its job starts: push() then cannot fail,
+// and the queue cannot be destroyed meanwhile. A place that nothing was pushed into is free again
+// when its reservation goes.
 class QueueReservation {
 public:
     QueueReservation() = default; // in no queue

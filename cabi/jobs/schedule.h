@@ -1,4 +1,5 @@
-// Which leg of a device moves next: urgent jobs before background ones; of equal priority, the oldest leg that can move.
+// Which leg of a device moves next: urgent jobs before background ones; of equal priority, the
+// oldest leg that can move.
 #pragma once
 
 #include <array>
@@ -32,11 +33,13 @@ private:
     size_t count_ = 0;
 };
 
-// Not locked: the device that owns a schedule does that. Only add() allocates memory, so that a leg in the schedule can be
-// moved and ended whatever happens. Nothing here asks a driver, which would take its time under the device's lock.
+// Not locked: LockedSchedule is. Only add() allocates memory, so that a leg in the schedule can be
+// moved and ended whatever happens. Nothing here asks a driver, which would take its time under the
+// lock.
 class Schedule {
 public:
-    // The leg stays the job's. The schedule forgets the leg when all of it has been taken, or when it was cut short.
+    // The leg stays the job's. The schedule forgets the leg when all of it has been taken, or when
+    // it was cut short.
     void add(Leg &leg) {
         const auto &gate = leg.job->gate();
         LegList &list = gate && !gate->was_open() ? lists_of(leg).following : list_of_moving(leg);
@@ -47,8 +50,9 @@ public:
 
     bool empty() const { return lists_[0].empty() && lists_[1].empty(); }
 
-    // Returns the oldest leg that can move; NULL if there is none. Legs that still follow a stream, or whose next part has
-    // not been recorded yet, let younger legs pass; and so do those for which `waits` returns true.
+    // Returns the oldest leg that can move; NULL if there is none. Legs that still follow a stream,
+    // or whose next part has not been recorded yet, let younger legs pass; and so do those for
+    // which `waits` returns true.
     Leg *front(uint32_t priority) {
         return front(priority, [](const Leg &) { return false; });
     }
@@ -60,8 +64,8 @@ public:
         return nullptr;
     }
 
-    // Lets `take_pieces` take pieces from the parts of a leg that front() returned. All that it takes counts as one piece,
-    // for which piece_ended() is called once.
+    // Lets `take_pieces` take pieces from the parts of a leg that front() returned. All that it
+    // takes counts as one piece, for which piece_ended() is called once.
     template <class Function>
     void take(Leg &leg, Function &&take_pieces) {
         take_pieces();
@@ -73,7 +77,8 @@ public:
         }
     }
 
-    // Adds a part to a leg that is not closed. False if the leg was cut short, and then its job may have ended.
+    // Adds a part to a leg that is not closed. False if the leg was cut short, and then its job may
+    // have ended.
     bool extend(Leg &leg, Layout &&part) {
         if (leg.parts.is_closed()) return false;
         leg.parts.add(std::move(part));
@@ -81,8 +86,9 @@ public:
         return true;
     }
 
-    // Closes a leg. True if it has ended with this, as for piece_ended(). A leg that was cut short ends without: false.
-    bool finish(Leg &leg) {
+    // Closes a leg. True if it has ended with this, as for piece_ended(). False for a leg that was
+    // cut short.
+    bool close(Leg &leg) {
         if (leg.parts.is_closed()) return false;
         leg.parts.close();
         if (!leg.parts.at_end()) return false;
@@ -90,7 +96,8 @@ public:
         return leg.in_flight == 0;
     }
 
-    // What take() took has moved. True if the leg has ended with this: then the caller tells the job, outside the lock.
+    // What take() took has moved. True if the leg has ended with this: then the caller tells the
+    // job, outside the lock.
     bool piece_ended(Leg &leg) {
         --leg.in_flight;
         return leg.in_flight == 0 && leg.parts.at_end();
@@ -100,8 +107,8 @@ public:
 
     bool has_following(uint32_t priority) const { return !lists_[priority].following.empty(); }
 
-    // Notes which gates to ask next: all of that priority, one after another, over several calls. True if every gate has
-    // been noted since the last call that returned true.
+    // Notes which gates to ask next: all of that priority, one after another, over several calls.
+    // True if every gate has been noted since the last call that returned true.
     bool next_gates(uint32_t priority, GateCheck &check) {
         Lists &lists = lists_[priority];
         auto it = lists.following.upper_bound(lists.last_asked);
@@ -114,7 +121,8 @@ public:
         return true;
     }
 
-    // Lets the legs move whose gates were found open, in the order in which they were added. True if there is one.
+    // Lets the legs move whose gates were found open, in the order in which they were added. True
+    // if there is one.
     bool admit(uint32_t priority, const GateCheck &check) {
         LegList &following = lists_[priority].following;
         bool any = false;
@@ -130,8 +138,9 @@ public:
 
     // ---- Legs whose job is stopping ----
 
-    // No more of the leg is taken. True if the leg has ended with this, as for piece_ended(). Does nothing with a leg that
-    // is not in the schedule: it has not been added yet, or all of it has been taken. Looks at no other leg.
+    // No more of the leg is taken. True if the leg has ended with this, as for piece_ended(). Does
+    // nothing with a leg that is not in the schedule: it has not been added yet, or all of it has
+    // been taken. Looks at no other leg.
     bool cut_short(Leg &leg) {
         if (!leg.list) return false;
         leg.parts.cut_short();
@@ -139,7 +148,8 @@ public:
         return leg.in_flight == 0;
     }
 
-    // cut_short() for every leg whose job is stopping. Legs that have ended with this are moved to `ended`.
+    // cut_short() for every leg whose job is stopping. Legs that have ended with this are moved to
+    // `ended`.
     void cut_short_stopping(LegList &ended) {
         for_each([&](Leg &leg) {
             if (!leg.job->stopping()) return;

@@ -71,7 +71,8 @@ std::vector<Candidate> loaded_llamas() {
     return found;
 }
 
-// The path of the object, or of a link to it; a file that has been replaced since goes by its path alone.
+// The path of the object, or of a link to it; a file that has been replaced since goes by its path
+// alone.
 bool is_path_of(const char *path, const Candidate &candidate) {
     if (candidate.path == path) return true;
     struct stat named, loaded;
@@ -109,13 +110,68 @@ Candidate choose_llama(const char *wanted) {
     return found[0];
 }
 
-template <class Function>
-void look_up(void *handle, Function &function, const char *name, const std::string &path,
-             bool required = true) {
-    function = reinterpret_cast<Function>(dlsym(handle, name));
-    if (!function && required) {
+// Looks functions up in one libllama.
+struct Functions {
+    void *handle;
+    const std::string &path; // of that libllama
+
+    template <class Function>
+    void want(Function &function, const char *name) const {
+        function = reinterpret_cast<Function>(dlsym(handle, name));
+    }
+    // Throws KVF_ERR_UNSUPPORTED if there is none.
+    template <class Function>
+    void need(Function &function, const char *name) const {
+        want(function, name);
+        if (function) return;
         throw Error(KVF_ERR_UNSUPPORTED, "the libllama at " + path + " has no " + name);
     }
+};
+
+void find_functions(const Functions &functions, LlamaApi &api) {
+    functions.need(api.state_seq_get_size, "llama_state_seq_get_size_ext");
+    functions.need(api.state_seq_get_data, "llama_state_seq_get_data_ext");
+    functions.need(api.state_seq_set_data, "llama_state_seq_set_data_ext");
+    functions.need(api.get_model, "llama_get_model");
+    functions.need(api.get_memory, "llama_get_memory");
+    functions.need(api.memory_seq_rm, "llama_memory_seq_rm");
+    functions.need(api.memory_seq_pos_min, "llama_memory_seq_pos_min");
+    functions.need(api.memory_seq_pos_max, "llama_memory_seq_pos_max");
+    functions.need(api.n_ctx, "llama_n_ctx");
+    functions.want(api.n_ctx_seq, "llama_n_ctx_seq");
+    functions.need(api.n_seq_max, "llama_n_seq_max");
+    functions.need(api.model_desc, "llama_model_desc");
+    functions.need(api.model_size, "llama_model_size");
+    functions.need(api.model_n_params, "llama_model_n_params");
+    functions.need(api.model_n_swa, "llama_model_n_swa");
+    functions.need(api.model_n_ctx_train, "llama_model_n_ctx_train");
+    functions.need(api.model_is_recurrent, "llama_model_is_recurrent");
+    functions.want(api.model_is_hybrid, "llama_model_is_hybrid");
+    functions.need(api.model_meta_count, "llama_model_meta_count");
+    functions.need(api.model_meta_key_by_index, "llama_model_meta_key_by_index");
+    functions.need(api.model_meta_val_str_by_index, "llama_model_meta_val_str_by_index");
+}
+
+// Through libllama's own dependencies, so that it is the ggml that this libllama uses.
+void find_functions(const Functions &functions, GgmlApi &ggml) {
+    functions.need(ggml.get_data, "ggml_get_data");
+    functions.need(ggml.tensor_get, "ggml_backend_tensor_get");
+    functions.need(ggml.tensor_set, "ggml_backend_tensor_set");
+    functions.need(ggml.buffer_free, "ggml_backend_buffer_free");
+    functions.need(ggml.buffer_get_base, "ggml_backend_buffer_get_base");
+    functions.need(ggml.buffer_get_size, "ggml_backend_buffer_get_size");
+    functions.need(ggml.buffer_clear, "ggml_backend_buffer_clear");
+    functions.need(ggml.tensor_copy, "ggml_backend_tensor_copy");
+    functions.want(ggml.tensor_memset, "ggml_backend_tensor_memset");
+    functions.need(ggml.graph_compute, "ggml_backend_sched_graph_compute_async");
+    functions.need(ggml.graph_n_nodes, "ggml_graph_n_nodes");
+    functions.need(ggml.graph_node, "ggml_graph_node");
+    functions.need(ggml.graph_get_tensor, "ggml_graph_get_tensor");
+    functions.need(ggml.nbytes, "ggml_nbytes");
+    functions.need(ggml.op_desc, "ggml_op_desc");
+    functions.need(ggml.abort, "ggml_abort");
+    functions.want(ggml.version, "ggml_version");
+    functions.want(ggml.commit, "ggml_commit");
 }
 
 } // namespace
@@ -125,53 +181,9 @@ LlamaApi find_llama(const char *wanted) {
     LlamaApi api;
     api.path = chosen.path;
     api.base = chosen.base;
-    void *handle = open_loaded(api.path);
-    const auto need = [&](auto &function, const char *name) {
-        look_up(handle, function, name, api.path);
-    };
-    const auto want = [&](auto &function, const char *name) {
-        look_up(handle, function, name, api.path, false);
-    };
-    need(api.state_seq_get_size, "llama_state_seq_get_size_ext");
-    need(api.state_seq_get_data, "llama_state_seq_get_data_ext");
-    need(api.state_seq_set_data, "llama_state_seq_set_data_ext");
-    need(api.get_model, "llama_get_model");
-    need(api.get_memory, "llama_get_memory");
-    need(api.memory_seq_rm, "llama_memory_seq_rm");
-    need(api.memory_seq_pos_min, "llama_memory_seq_pos_min");
-    need(api.memory_seq_pos_max, "llama_memory_seq_pos_max");
-    need(api.n_ctx, "llama_n_ctx");
-    want(api.n_ctx_seq, "llama_n_ctx_seq");
-    need(api.n_seq_max, "llama_n_seq_max");
-    need(api.model_desc, "llama_model_desc");
-    need(api.model_size, "llama_model_size");
-    need(api.model_n_params, "llama_model_n_params");
-    need(api.model_n_swa, "llama_model_n_swa");
-    need(api.model_n_ctx_train, "llama_model_n_ctx_train");
-    need(api.model_is_recurrent, "llama_model_is_recurrent");
-    want(api.model_is_hybrid, "llama_model_is_hybrid");
-    need(api.model_meta_count, "llama_model_meta_count");
-    need(api.model_meta_key_by_index, "llama_model_meta_key_by_index");
-    need(api.model_meta_val_str_by_index, "llama_model_meta_val_str_by_index");
-    // Through libllama's own dependencies, so that it is the ggml that this libllama uses.
-    need(api.ggml.get_data, "ggml_get_data");
-    need(api.ggml.tensor_get, "ggml_backend_tensor_get");
-    need(api.ggml.tensor_set, "ggml_backend_tensor_set");
-    need(api.ggml.buffer_free, "ggml_backend_buffer_free");
-    need(api.ggml.buffer_get_base, "ggml_backend_buffer_get_base");
-    need(api.ggml.buffer_get_size, "ggml_backend_buffer_get_size");
-    need(api.ggml.buffer_clear, "ggml_backend_buffer_clear");
-    need(api.ggml.tensor_copy, "ggml_backend_tensor_copy");
-    want(api.ggml.tensor_memset, "ggml_backend_tensor_memset");
-    need(api.ggml.graph_compute, "ggml_backend_sched_graph_compute_async");
-    need(api.ggml.graph_n_nodes, "ggml_graph_n_nodes");
-    need(api.ggml.graph_node, "ggml_graph_node");
-    need(api.ggml.graph_get_tensor, "ggml_graph_get_tensor");
-    need(api.ggml.nbytes, "ggml_nbytes");
-    need(api.ggml.op_desc, "ggml_op_desc");
-    need(api.ggml.abort, "ggml_abort");
-    want(api.ggml.version, "ggml_version");
-    want(api.ggml.commit, "ggml_commit");
+    const Functions functions{open_loaded(api.path), api.path};
+    find_functions(functions, api);
+    find_functions(functions, api.ggml);
     return api; // the handle is kept: the functions must stay where they are
 }
 

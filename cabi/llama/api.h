@@ -1,6 +1,6 @@
-// The functions of libllama and ggml that are used, found in the running process. Their prototypes are
-// those of llama.cpp's include/llama.h and ggml's include/ggml.h and ggml-backend.h (b10361); the
-// library is neither linked nor needed to build.
+// The functions of libllama and ggml that are used, found in the running process. Their prototypes
+// are those of llama.cpp's include/llama.h and ggml's include/ggml.h and ggml-backend.h (b10361);
+// the library is neither linked nor needed to build.
 #pragma once
 
 #include <cstddef>
@@ -70,10 +70,10 @@ struct LlamaApi {
     bool (*model_is_hybrid)(const llama_model *) = nullptr; // NULL in older libraries
 };
 
-// Finds the libllama that is loaded in this process. `wanted` (may be NULL) is its path or a part of its path. The library
-// whose whole path it is comes first. A library that is too old is found only if there is no other.
-// Throws KVF_ERR_LIBRARY_NOT_FOUND or _AMBIGUOUS, or KVF_ERR_UNSUPPORTED for a version that lacks a
-// function.
+// Finds the libllama that is loaded in this process. `wanted` (may be NULL) is its path or a part
+// of its path. The library whose whole path it is comes first. A library that is too old is found
+// only if there is no other. Throws KVF_ERR_LIBRARY_NOT_FOUND or _AMBIGUOUS, or KVF_ERR_UNSUPPORTED
+// for a version that lacks a function.
 LlamaApi find_llama(const char *wanted);
 
 } // namespace kvf

@@ -1,9 +1,9 @@
 // Large blocks that libllama allocates while it serialises, kept from one recording to the next.
 //
-// It lists every fragment before it moves one: 16 MiB for half a million, grown by doubling. On a thread
-// that is not the main one, glibc returns such blocks to the system at once, and taking them again costs
-// 8,000 page faults: recording 524,288 fragments took 35 ms of processor time instead of 9 (measured on
-// this project's development machine, 2 cores).
+// It lists every fragment before it moves one: 16 MiB for half a million, grown by doubling. On a
+// thread that is not the main one, glibc returns such blocks to the system at once, and taking them
+// again costs 8,000 page faults: recording 524,288 fragments took 35 ms of processor time instead
+// of 9 (measured on this project's development machine, 2 cores).
 #pragma once
 
 #include <algorithm>
@@ -26,8 +26,8 @@ public:
     BlockCache(const BlockCache &) = delete;
     BlockCache &operator=(const BlockCache &) = delete;
 
-    // NULL where there is none of exactly this size: whoever frees a block names the size that it asked for, and
-    // allocators trust that.
+    // NULL where there is none of exactly this size: whoever frees a block names the size that it
+    // asked for, and allocators trust that.
     void *take(size_t bytes) {
         const auto block = std::find_if(blocks_.begin(), blocks_.end(),
                                         [&](const Block &each) { return each.bytes == bytes; });
@@ -38,8 +38,8 @@ public:
         return memory;
     }
 
-    // Keeps a block of operator new, instead of older ones where there is no room for all; false if it does not want
-    // to. Does not throw.
+    // Keeps a block of operator new, instead of older ones where there is no room for all; false if
+    // it does not want to. Does not throw.
     bool keep(void *memory, size_t bytes) noexcept {
         if (bytes > kMostBytes) return false;
         try {

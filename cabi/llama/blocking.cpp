@@ -1,6 +1,8 @@
-// Without the tap: saves and loads by libllama's own blocking calls, on a thread of ours. The context rests meanwhile.
+// Without the tap: saves and loads by libllama's own blocking calls, on one of the library's
+// threads. The context rests meanwhile.
 #include "llama/envelope.h"
 #include "llama/llama.h"
+#include "memory/buffer_checks.h"
 
 namespace kvf {
 
@@ -16,7 +18,7 @@ void Llama::save_blocking(int32_t sequence, Submission &&submission,
             const size_t n = context_.api().state_seq_get_data(
                 context_.pointer(), started.request.buffer, state_bytes, sequence, 0);
             if (n != state_bytes) {
-                started.fail(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
+                started.fail(KVF_ERR_LLAMA, "llama_state_seq_get_data_ext failed");
             } else if (states_->policy().seals_states()) {
                 Envelope::seal(started.request.buffer, state_bytes, context_.fingerprint_number());
             }

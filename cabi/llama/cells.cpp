@@ -35,8 +35,8 @@ struct Window {
     }
 };
 
-// The section that holds a window's cells, if any does. A cache of two kinds of layers has two: that of the window is
-// the last. NULL where there are not two.
+// The section that holds a window's cells, if any does. A cache of two kinds of layers has two:
+// that of the window is the last. NULL where there are not two.
 const Section *section_of_window(const Structure &structure) {
     const Section *last = nullptr;
     size_t count = 0;

@@ -4,12 +4,14 @@
 #include <string_view>
 
 #include "core/json.h"
+#include "memory/buffer_checks.h"
 
 namespace kvf {
 namespace {
 
-// Identity of the model: all that libllama tells of it, FNV-1a. No public function leads from a model to its
-// weights, nor from a context to its adapters. kFingerprintCovers says the same to callers.
+// Identity of the model: all that libllama tells of it, FNV-1a. No public function leads from a
+// model to its weights, nor from a context to its adapters. kFingerprintCovers says the same to
+// callers.
 std::string fingerprint(const LlamaApi &api, const llama_model *model) {
     uint64_t hash = 0xcbf29ce484222325u;
     const auto mix = [&](std::string_view bytes) {
@@ -37,8 +39,9 @@ std::string describe_model(const LlamaApi &api, const llama_model *model) {
     return text;
 }
 
-// A position beyond which no state is whole. A conversation may go on for longer than the context has cells, as tokens
-// are removed or a window slides on, so the bound is generous; what matters is that decoding can go on from it.
+// A position beyond which no state is whole. A conversation may go on for longer than the context
+// has cells, as tokens are removed or a window slides on, so the bound is generous; what matters is
+// that decoding can go on from it.
 int32_t last_sane_position(const LlamaApi &api, const llama_model *model,
                            const llama_context *context) {
     constexpr int64_t kLeast = 1 << 24, kMost = INT32_MAX - (1 << 24);
@@ -105,7 +108,7 @@ uint64_t LlamaContext::write_state(int32_t sequence, unsigned char *buffer, uint
     if (written > 0) return written;
     if (!recorder.abort_text().empty()) throw Error(KVF_ERR_LLAMA, recorder.abort_text());
     check_room(state_bytes(sequence), bytes);
-    throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_data failed");
+    throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_data_ext failed");
 }
 
 bool LlamaContext::read_state(int32_t sequence, const StateView &view, Recorder &recorder) const {
@@ -116,13 +119,6 @@ bool LlamaContext::read_state(int32_t sequence, const StateView &view, Recorder 
         if (recorder.abort_text().empty()) throw;
         return false; // an assertion that libllama did not catch itself
     }
-}
-
-void check_room(uint64_t needed, uint64_t given) {
-    if (given >= needed) return;
-    throw Error(KVF_ERR_BUFFER_TOO_SMALL, format("%llu bytes are needed, %llu were given",
-                                                 static_cast<unsigned long long>(needed),
-                                                 static_cast<unsigned long long>(given)));
 }
 
 } // namespace kvf

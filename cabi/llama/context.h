@@ -18,13 +18,13 @@ public:
     const LlamaApi &api() const { return api_; }
     llama_context *pointer() const { return context_; }
     const llama_model *model() const { return model_; }
-    // What describe() of the attachment says of library and model: members of a JSON object. Any thread; the model may be
-    // gone.
+    // What describe() of the attachment says of library and model: members of a JSON object. Any
+    // thread; the model may be gone.
     std::string describe() const;
     uint64_t fingerprint_number() const { return std::stoull(fingerprint_, nullptr, 16); }
 
-    // The context's address holds another one by now. (This reads freed memory: it is a chance to stop in time, not a
-    // guarantee.)
+    // The context's address holds another one by now. (This reads freed memory: it is a chance to
+    // stop in time, not a guarantee.)
     bool is_replaced() const { return api_.get_model(context_) != model_; }
 
     uint32_t sequence_count() const { return sequence_count_; } // they are numbered from 0
@@ -41,11 +41,12 @@ public:
 
     // 0: libllama refuses.
     uint64_t state_bytes(int32_t sequence) const;
-    // Has libllama write the state, whose tensor bytes the recorder notes. Returns the bytes of the state. Throws
-    // KVF_ERR_BUFFER_TOO_SMALL or KVF_ERR_LLAMA.
+    // Has libllama write the state, whose tensor bytes the recorder notes. Returns the bytes of the
+    // state. Throws KVF_ERR_BUFFER_TOO_SMALL or KVF_ERR_LLAMA.
     uint64_t write_state(int32_t sequence, unsigned char *buffer, uint64_t bytes,
                          Recorder &recorder) const;
-    // Has libllama take the state, whose tensor bytes the recorder notes. False where it did not take all of it.
+    // Has libllama take the state, whose tensor bytes the recorder notes. False where it did not
+    // take all of it.
     bool read_state(int32_t sequence, const StateView &view, Recorder &recorder) const;
 
 private:
@@ -59,8 +60,5 @@ private:
     const int32_t last_sane_position_;
     const std::string model_text_, fingerprint_;
 };
-
-// Throws KVF_ERR_BUFFER_TOO_SMALL.
-void check_room(uint64_t needed, uint64_t given);
 
 } // namespace kvf

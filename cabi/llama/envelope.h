@@ -1,8 +1,10 @@
 // The envelope of an opaque state: 64 bytes behind what libllama wrote.
 //
-// Where no known format describes a cache's states (formats.h), a damaged one cannot be told from a whole one by its
-// structure. So kvferry puts an envelope behind each state that it saves there, and verifies it before libllama sees
-// the state again. The checksum has no key: it tells damage, and no forgery. The state itself stays what libllama wrote, from its first byte on. Words are little-endian.
+// Where no known format describes a cache's states (formats.h), a damaged one cannot be told from a
+// whole one by its structure. So kvferry puts an envelope behind each state that it saves there,
+// and verifies it before libllama sees the state again. The checksum has no key: it tells damage,
+// and no forgery. The state itself stays what libllama wrote, from its first byte on. Words are
+// little-endian.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +22,8 @@ public:
     // The bytes end with something that was meant to be an envelope.
     static bool is_on(const unsigned char *sealed, uint64_t bytes);
 
-    // Reads the whole state. `why` is "" if state and envelope are whole and were written for this fingerprint.
+    // Reads the whole state. `why` is "" if state and envelope are whole and were written for this
+    // fingerprint.
     struct Verdict {
         bool damaged = false, foreign = false;
         std::string why;

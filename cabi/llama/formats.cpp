@@ -8,8 +8,8 @@
 namespace kvf {
 namespace {
 
-// Every format that is known. A new one is a new row, once `make test-builds` has seen it in a real library.
-// (docs/builds.md says what was seen on which build.)
+// Every format that is known. A new one is a new row, once `make test-builds` has seen it in a real
+// library. (docs/builds.md says what was seen on which build.)
 constexpr StateFormat kFormats[] = {
     // name, framed, words a cell, words after the layers, seen in
     {"unframed", false, 0, 0, "b8390"},
@@ -65,8 +65,9 @@ bool has_magic(const StateView &state) {
 
 bool plausible(int32_t type) { return type >= 0 && static_cast<uint32_t>(type) < kMostTypes; }
 
-// One way through a state. Where the format leaves something open, it goes back and tries the other; the budget
-// bounds that, so that no state makes it walk for longer than a few times its own length.
+// One way through a state. Where the format leaves something open, it goes back and tries the
+// other; the budget bounds that, so that no state makes it walk for longer than a few times its own
+// length.
 class Walk {
 public:
     Walk(const StateView &state, const StateFormat &format, const Structure *like)
@@ -127,8 +128,8 @@ private:
             int32_t position, sequence;
             uint32_t sequences;
             if (!spend() || !reader.read(position) || !reader.read(sequences)) return false;
-            // A negative position would mark the cell as empty and never be freed again; one near the largest
-            // leaves no next position to decode.
+            // A negative position would mark the cell as empty and never be freed again; one near
+            // the largest leaves no next position to decode.
             if (position < 0 || position > state_.last_position || sequences != 1) return false;
             if (!reader.skip(format_.cell_words, sizeof(uint32_t)) || !reader.read(sequence))
                 return false;
@@ -181,14 +182,16 @@ private:
             uint32_t cells;
             if (!spend() || !reader.read(cells)) return false;
             if (cells == 0) continue;
-            // A sequence lies in one stream; a state with two would be loaded twice into the same cells.
+            // A sequence lies in one stream; a state with two would be loaded twice into the same
+            // cells.
             if (section.cells || !read_stream(reader, cells, has_values, section)) return false;
         }
         // Without cells it reads the same with values and without.
         return section.cells > 0 || has_values;
     }
 
-    // How many of a recurrent section's layers have tensors only `like` tells, or what comes behind.
+    // How many of a recurrent section's layers have tensors only `like` tells, or what comes
+    // behind.
     bool read_recurrent(Reader reader) {
         Section section;
         section.kind = Section::Kind::Recurrent;

@@ -1,13 +1,15 @@
 // The formats of a state: what llama.cpp writes around the tensor bytes.
 //
-// libllama trusts the states that it loads: some damaged ones end the process in an assertion, others
-// leave cells that can never be freed. So a state is walked through here before libllama sees it.
+// libllama trusts the states that it loads: some damaged ones end the process in an assertion,
+// others leave cells that can never be freed. So a state is walked through here before libllama
+// sees it.
 //
-// llama.cpp does not document its formats, and they differ between releases and models. Each one that is known
-// here is a row of one table (formats.cpp), with the builds in which it was seen. The functions that write them
-// are the state_write() of llama.cpp's llama-kv-cache.cpp and llama-memory-recurrent.cpp. A state is a frame, and
-// one section for each part of the memory. What no row accounts for, to the last byte, is opaque: it is not
-// called damaged, since another format may be the reason (envelope.h guards it).
+// llama.cpp does not document its formats, and they differ between releases and models. Each one
+// that is known here is a row of one table (formats.cpp), with the builds in which it was seen. The
+// functions that write them are the state_write() of llama.cpp's llama-kv-cache.cpp and
+// llama-memory-recurrent.cpp. A state is a frame, and one section for each part of the memory. What
+// no row accounts for, to the last byte, is opaque: it is not called damaged, since another format
+// may be the reason (envelope.h guards it).
 #pragma once
 
 #include <cstdint>
@@ -20,11 +22,11 @@ namespace kvf {
 // What differs between releases and models, and is the same in all sections of a state.
 struct StateFormat {
     const char *name;
-    bool framed;         // begins with a magic number and the id of the sequence
-    uint32_t cell_words; // further words of 32 bits a cell: coordinates of M-RoPE, the token
-    uint32_t
-        rotation_words; // words of 32 bits after the number of layers: how keys and values are rotated
-    const char *seen; // builds, and models where not in all
+    bool framed;             // begins with a magic number and the id of the sequence
+    uint32_t cell_words;     // further words of 32 bits a cell: coordinates of M-RoPE, the token
+    uint32_t rotation_words; // words of 32 bits after the number of layers: how keys and values are
+                             // rotated
+    const char *seen;        // builds, and models where not in all
 };
 
 // One tensor's entry: its ggml type and the bytes of one row; where V is transposed, of one cell.
@@ -71,23 +73,24 @@ struct StateView {
     int32_t last_position = INT32_MAX - 1; // positions beyond it are damaged
 };
 
-// Walks through a state. Nothing where no known format accounts for every byte of it. Where several do, the first.
-// `like` (may be NULL) is what other states of this cache look like: sections that it knows must be as it says.
-// Takes time in proportion to the state's metadata, and memory in proportion to the entries that are really there.
+// Walks through a state. Nothing where no known format accounts for every byte of it. Where several
+// do, the first. `like` (may be NULL) is what other states of this cache look like: sections that
+// it knows must be as it says. Takes time in proportion to the state's metadata, and memory in
+// proportion to the entries that are really there.
 std::optional<Structure> parse_state(const StateView &state, const Structure *like = nullptr);
 // All formats that account for the state.
 std::vector<Structure> parse_state_in_every_way(const StateView &state,
                                                 const Structure *like = nullptr);
 
-// Whether the state is a frame around nothing. libllama writes that where the context's memory is that of another
-// context (llama_context_params.ctx_other, from 0.6.0 on).
+// Whether the state is a frame around nothing. libllama writes that where the context's memory is
+// that of another context (llama_context_params.ctx_other, from 0.6.0 on).
 bool is_frame_alone(const StateView &state);
 
 // A state of one cell at position 0 of the same kind of cache, with tensor bytes of zero.
 std::vector<unsigned char> make_state_of_one_cell(const Structure &structure);
 
-// Why a state with structure `state` cannot belong to a cache whose states look like `cache`; "" if it
-// can. Sections without cells say less, and are compared by what they say.
+// Why a state with structure `state` cannot belong to a cache whose states look like `cache`; "" if
+// it can. Sections without cells say less, and are compared by what they say.
 std::string mismatch(const Structure &state, const Structure &cache);
 
 } // namespace kvf

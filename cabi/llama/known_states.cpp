@@ -42,8 +42,8 @@ CachePolicy KnownStates::policy() const {
     return policy_;
 }
 
-// With the tap this is a sequence that has cells: its state tells most, and costs little. Without the tap it is an empty
-// sequence if there is one, because libllama then copies the whole state.
+// With the tap this is a sequence that has cells: its state tells most, and costs little. Without
+// the tap it is an empty sequence if there is one, because libllama then copies the whole state.
 int32_t KnownStates::most_telling_sequence() const {
     for (uint32_t i = 0; i < context_.sequence_count(); ++i) {
         const auto sequence = static_cast<int32_t>(i);
@@ -88,10 +88,11 @@ void KnownStates::look_at(int32_t sequence) {
         return;
     }
     if (empty) empty_bytes_ = metadata->bytes;
-    // The tap knows how many bytes are those of tensors; without it, they cannot be told apart.
+    // The tap knows how many bytes are those of tensors; without it, they cannot be distinguished.
     std::erase_if(found, [&](const Structure &structure) {
         if (empty != (structure.cells() == 0)) return true;
-        // A format that is not known can look like a known one of more parts, of which some are empty.
+        // A format that is not known can look like a known one of more parts, of which some are
+        // empty.
         if (!empty && policy_.lacks_cells(structure)) return true;
         return by_tap_ && structure.tensor_bytes != metadata->recorded.bytes;
     });
@@ -101,7 +102,7 @@ void KnownStates::look_at(int32_t sequence) {
         return learn_that_opaque();
     }
     if (!empty && !positions_agree(found.front(), metadata->view())) positions_agree_ = false;
-    note_taken(found.front());
+    note_believed(found.front());
 }
 
 void KnownStates::look_at_any() {
@@ -111,7 +112,7 @@ void KnownStates::look_at_any() {
     }
 }
 
-void KnownStates::note_taken(const Structure &structure) {
+void KnownStates::note_believed(const Structure &structure) {
     if (!structure_) {
         structure_ = structure;
         std::lock_guard lock(mutex_);
@@ -137,7 +138,8 @@ IncomingState KnownStates::examine(int32_t sequence, const unsigned char *state,
                                    uint32_t flags) {
     if (policy_.is_opaque()) return examine_sealed(state, bytes, flags);
     const StateView view{state, bytes, context_.last_sane_position()};
-    // Another version of kvferry may have found this cache opaque, or this context not have seen a cell yet.
+    // Another version of kvferry may have found this cache opaque, or this context not have seen a
+    // cell yet.
     if (Envelope::is_on(state, bytes)) {
         IncomingState sealed = examine_sealed(state, bytes, flags);
         if (policy_.format() == CachePolicy::Format::Known)
@@ -158,21 +160,23 @@ Structure KnownStates::examine_known(const StateView &view) const {
     if (structure->cells() == 0) return std::move(*structure);
     if (structure->cells() > context_.most_cells())
         throw Error(KVF_ERR_CACHE_FULL, describe_cells(*structure));
-    // libllama takes such a state. The sequence is then empty in one part of the memory and has cells in another.
+    // libllama takes such a state. The sequence is then empty in one part of the memory and has
+    // cells in another.
     if (policy_.lacks_cells(*structure))
         throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
     check_positions(*structure, view);
     return std::move(*structure);
 }
 
-// libllama takes a state whose parts disagree. Some layers then have tokens that other layers do not have.
+// libllama takes a state whose parts disagree. Some layers then have tokens that other layers do
+// not have.
 void KnownStates::check_positions(const Structure &structure, const StateView &view) const {
     if (!positions_agree_ || positions_agree(structure, view)) return;
     throw Error(KVF_ERR_STATE_DAMAGED, "its parts have cells at different positions");
 }
 
-// For a context that has never had a cell: its first state with cells comes from outside. Its format is believed only when
-// libllama has taken one cell in that format and written it again.
+// For a context that has never had a cell: its first state with cells comes from outside. Its
+// format is believed only when libllama has taken one cell in that format and written it again.
 Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
     const Structure *const skeleton = structure_ ? &*structure_ : nullptr;
     auto candidates = parse_state_in_every_way(view, skeleton);
@@ -189,7 +193,7 @@ Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
         }
         check_positions(candidate, view);
         if (!takes_format_of(sequence, candidate)) continue;
-        note_taken(candidate);
+        note_believed(candidate);
         return std::move(candidate);
     }
     throw Error(KVF_ERR_STATE_MISMATCH,
@@ -197,8 +201,8 @@ Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
                        candidates.front().format->name));
 }
 
-// Tries the candidate's format: libllama is given a state of one cell. Only called for an empty context, which is empty
-// again afterwards.
+// Tries the candidate's format: libllama is given a state of one cell. Only called for an empty
+// context, which is empty again afterwards.
 bool KnownStates::takes_format_of(int32_t sequence, const Structure &candidate) {
     const auto one_cell = make_state_of_one_cell(candidate);
     const StateView view{one_cell.data(), one_cell.size(), context_.last_sane_position()};

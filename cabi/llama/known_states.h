@@ -1,7 +1,7 @@
 // What is known of the states of one cache, and whether a state may be loaded into it.
 //
-// What libllama writes is right by definition; what formats.h reads is believed once libllama itself has written it, or
-// has taken one cell of it and written that again.
+// What libllama writes is right by definition; what formats.h reads is believed once libllama
+// itself has written it, or has taken one cell of it and written that again.
 #pragma once
 
 #include <functional>
@@ -51,18 +51,20 @@ public:
     bool is_unseen() const { return policy_.format() == CachePolicy::Format::Unseen; }
     const Structure *structure() const { return structure_ ? &*structure_ : nullptr; }
 
-    // Looks at the state of a sequence. An empty one tells the kind of the cache, one with cells its types and row sizes
-    // too; and whether a known format describes it. Throws KVF_ERR_UNSUPPORTED for a context without cells of its own.
+    // Looks at the state of a sequence. An empty one tells the kind of the cache, one with cells
+    // its types and row sizes too; and whether a known format describes it. Throws
+    // KVF_ERR_UNSUPPORTED for a context without cells of its own.
     void look_at(int32_t sequence);
     // By a sequence that has cells, if there is one.
     void look_at_any();
     // By the sequence that tells most, or costs least.
     void look_first() { look_at(most_telling_sequence()); }
-    // A state that libllama has taken.
-    void note_taken(const Structure &structure);
+    // A state that libllama has written or taken.
+    void note_believed(const Structure &structure);
 
-    // Whether a state may be loaded into the sequence. `flags`: KVF_SUBMIT_*. Throws KVF_ERR_STATE_DAMAGED,
-    // KVF_ERR_STATE_MISMATCH or KVF_ERR_CACHE_FULL, and then nothing has been changed.
+    // Whether a state may be loaded into the sequence. `flags`: KVF_SUBMIT_*. Throws
+    // KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH or KVF_ERR_CACHE_FULL, and then nothing has
+    // been changed.
     IncomingState examine(int32_t sequence, const unsigned char *state, uint64_t bytes,
                           uint32_t flags);
 
@@ -74,14 +76,15 @@ public:
 
         StateView view() const { return {state.data, bytes}; }
     };
-    // What libllama writes for a sequence, without moving its tensor bytes (but without the tap they are copied). Nothing
-    // where it refuses.
+    // What libllama writes for a sequence, without moving its tensor bytes (but without the tap
+    // they are copied). Nothing where it refuses.
     std::optional<Metadata> record_metadata(int32_t sequence);
 
     void empty_sequence(int32_t sequence);
     // Before a load: what an empty sequence looks like, for what_is_left().
     void note_empty(int32_t sequence);
-    // What libllama has left of a load that failed and that removing the sequence did not remove, in words.
+    // What libllama has left of a load that failed and that removing the sequence did not remove,
+    // in words.
     std::string what_is_left(int32_t sequence) const;
     std::string describe_cells(const Structure &state) const;
 
@@ -104,8 +107,8 @@ private:
     bool positions_agree_ = true;        // in the states that this libllama has written
     uint64_t empty_bytes_ = 0;           // of the state of an empty sequence; 0: not seen
 
-    mutable std::mutex
-        mutex_; // held by the context's thread while it changes the policy, and by others that read it
+    mutable std::mutex mutex_; // held by the context's thread while it changes the policy, and by
+                               // others that read it
     CachePolicy policy_;
 };
 

@@ -125,7 +125,8 @@ void Llama::check_usable() {
     sequences_->check_at_rest();
 }
 
-// Of a lost device libllama's own calls would end the process, and a load would have cost the sequence its cells.
+// Of a lost device libllama's own calls would end the process, and a load would have cost the
+// sequence its cells.
 void Llama::check_devices() {
     for (const uint32_t device : devices_) engine_->device(device).check_usable();
     const auto tensor = sequences_->any_tensor();

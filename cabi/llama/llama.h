@@ -38,14 +38,14 @@ private:
     void release();
 
     // transfer.cpp: what saves and loads have in common.
-    Submission begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes,
-                     const kvf_submit_options &options);
+    Submission make_submission(Direction direction, int32_t sequence, const void *buffer,
+                               uint64_t bytes, const kvf_submit_options &options);
     bool may_be_written_by_stream(const void *buffer, uint64_t bytes) const;
     Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes,
                            std::shared_ptr<Gate> gate);
-    void move_while_recording(Recorder &recorder, std::optional<OpenJob> &open,
-                              Submission &submission, const kvf_submit_options &options,
-                              bool with_handle);
+    void start_job_from_recorder(Recorder &recorder, std::optional<OpenJob> &open,
+                                 Submission &submission, const kvf_submit_options &options,
+                                 bool with_handle);
     bool guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
                       const Gate *gate) const;
     Enclosure enclosure(Direction direction, int32_t sequence, const Recorder &recorder,

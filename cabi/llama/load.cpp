@@ -1,5 +1,5 @@
-// The way of a load: kvf_llama_load() -> Llama::load() -> the state is checked -> libllama takes cells, the recorder notes
-// where their tensor bytes belong -> a job of the engine moves these.
+// The way of a load: kvf_llama_load() -> Llama::load() -> the state is checked -> libllama takes
+// cells, the recorder notes where their tensor bytes belong -> a job of the engine moves these.
 #include "llama/envelope.h"
 #include "llama/llama.h"
 
@@ -7,7 +7,7 @@ namespace kvf {
 
 void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
                  const kvf_submit_options &options, kvf_job *job) {
-    Submission submission = begin(Direction::Load, sequence, buffer, bytes, options);
+    Submission submission = make_submission(Direction::Load, sequence, buffer, bytes, options);
     check_sequence(sequence, false);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     const auto *const given = static_cast<const unsigned char *>(buffer);
@@ -19,8 +19,9 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     if (sealed && submission.gate) submission.gate->wait();
     IncomingState state = states_->examine(sequence, given, bytes, options.flags);
 
-    // From here on a failure leaves the sequence empty. libllama empties the sequence itself, but only in those parts of
-    // the cache for which the state has cells. A state without cells would leave the former content.
+    // From here on a failure leaves the sequence empty. libllama empties the sequence itself, but
+    // only in those parts of the cache for which the state has cells. A state without cells would
+    // leave the former content.
     if (!state.structure || !state.structure->has_cells_everywhere()) {
         states_->empty_sequence(sequence);
         states_->note_empty(sequence);
@@ -57,7 +58,7 @@ void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submissi
         open.emplace(*engine_, std::move(submission), options, job != nullptr);
         open->stage(device, load_ahead);
     } else {
-        move_while_recording(recorder, open, submission, options, job != nullptr);
+        start_job_from_recorder(recorder, open, submission, options, job != nullptr);
     }
     if (!context_.read_state(sequence, view, recorder)) {
         open.reset(); // no byte may move when the sequence loses its cells
@@ -67,11 +68,11 @@ void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submissi
     if (context_.holds_cells(sequence)) check_recorded_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
     check_recorded_whole(*state.structure, recorded);
-    states_->note_taken(*state.structure);
+    states_->note_believed(*state.structure);
     recorded.bytes = view.bytes;
     fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
     move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
-    // Only the recording tells that the device has no part of the cache.
+    // Only now is it known that this device holds none of the cache.
     if (load_ahead && !devices_.count(device)) recorded.mode = KVF_LOAD_IN_PLACE;
     if (open) {
         open->commit(std::move(recorded), job);
@@ -98,7 +99,8 @@ void Llama::load_during_call(int32_t sequence, const IncomingState &state, Submi
     submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
 }
 
-// Returns device memory to load a state ahead, and on which device it is. NULL where the load is done in place.
+// Returns device memory to load a state ahead, and on which device it is. NULL where the load is
+// done in place.
 std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device) {
     if (mode != KVF_LOAD_AHEAD) return nullptr;
     std::set<uint32_t> devices(devices_);
@@ -110,15 +112,15 @@ std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, uint64_t bytes,
     return engine_->device(device).make_load_ahead(bytes);
 }
 
-// Bytes that did not pass the tap have been moved already, or not at all.
+// If libllama moved bytes without the tap, they are not in the record.
 void Llama::check_recorded_whole(const Structure &structure, const Recorded &recorded) {
     if (structure.tensor_bytes != recorded.bytes) {
         throw Error(KVF_ERR_TAP, "libllama moved tensor bytes in a way that was not recorded");
     }
 }
 
-// The error of a load that libllama refused although the state looks whole. libllama gives its reason only in its log.
-// Empties the sequence.
+// The error of a load that libllama refused although the state looks whole. libllama gives its
+// reason only in its log. Empties the sequence.
 Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
                           const std::optional<Structure> &state) {
     states_->empty_sequence(sequence); // it may hold a part of the state

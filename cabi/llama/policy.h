@@ -1,4 +1,5 @@
-// What a cache allows, and so how its sequences are saved and loaded. Every such decision is made here.
+// What a cache allows, and so how its sequences are saved and loaded. Every such decision is made
+// here.
 #pragma once
 
 #include <string>
@@ -33,25 +34,28 @@ public:
     const std::string &format_name() const { return format_name_; }
     int32_t window() const { return window_; }
 
-    // Decoding a sequence never overwrites its former tokens. Recurrent states are overwritten, and windows as they slide.
+    // Decoding a sequence never overwrites its former tokens. Recurrent states are overwritten, and
+    // windows as they slide.
     bool appends_only() const { return knows_parts_ && !recurs_ && window_ == 0; }
 
-    // How a save is done that asks for this mode: AUTO is a snapshot where the next decode overwrites what is saved.
+    // How a save is done that asks for this mode: AUTO is a snapshot where the next decode
+    // overwrites what is saved.
     uint32_t save_mode(uint32_t asked) const;
-    // Nothing is known of what may be done to the cache during a transfer: the submitting call moves the bytes, of saves
-    // and loads.
+    // Nothing is known of what may be done to the cache during a transfer: the submitting call
+    // moves the bytes, of saves and loads.
     bool moves_during_call() const { return is_opaque(); }
     // Each state has an envelope behind it, as nothing else can tell damage.
     bool seals_states() const { return is_opaque(); }
-    // Other sequences get cells that a state still has: their bytes must be moved before the submitting call returns.
+    // Other sequences get cells that a state still has: their bytes must be moved before the
+    // submitting call returns.
     bool gives_cells_away() const { return window_ > 0; }
     // The first position of a sequence stays while others are decoded.
     bool keeps_first_position() const { return window_ == 0; }
     // The rows that decoding writes can be told from the graph, where it names them.
     bool tells_rows() const { return has_one_attention_ && window_ == 0; }
 
-    // A state that libllama never writes: it has no cells in a part of the memory where the last position of a sequence
-    // has one. A window may be empty, from which that position has been removed.
+    // True if a part has no cells although the sequence has a last position. libllama never writes
+    // such a state, except for a window that was emptied: false.
     bool lacks_cells(const Structure &structure) const;
 
 private:

@@ -64,11 +64,12 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
     return true;
 }
 
-// For the first tensor, and where ranges are early or other transfers stop rows. Fragments are recorded in the order of the
-// buffer, so that early ranges are met in order.
+// For the first tensor, and for tensors with early ranges, or whose cells other transfers guard.
+// Fragments are recorded in the order of the buffer, so that early ranges are met in order.
 void Recorder::add_with_care(uint64_t address, uint64_t place, uint64_t bytes) {
     if (tensors_.size() == 1) first_tensor_.push_back({address, address + bytes});
-    // The cell may have been one of a transfer that follows a stream, and that transfer still needs it.
+    // The cell may have been one of a transfer that follows a stream, and that transfer still needs
+    // it.
     if (direction_ == Direction::Load && Fence::any_stops_rows())
         Fence::wait({address, address + bytes}, Access::WriteRows);
     while (next_early_ < early_.size() && early_[next_early_].end <= place) ++next_early_;
@@ -94,7 +95,8 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
     tensors_.push_back(tensor_address_);
     if (reached_.begin < reached_.end) memory_.push_back(reached_);
     reached_ = {UINT64_MAX, 0};
-    // Fences around this context's memory are raised by the thread that records.
+    // Fences around this context's memory are raised by the thread that records, so none can appear
+    // while this call records.
     is_plain_ = tensors_.size() > 1 && early_.empty() &&
                 !(direction_ == Direction::Load && Fence::any_stops_rows());
     const int64_t device = locate_(tensor_address_ + offset, bytes);
@@ -110,8 +112,8 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
     }
 }
 
-// Called before any byte of a load may move. If the sequence of another transfer has lost cells, libllama may have given
-// them to this load.
+// Called before any byte of a load may move. If the sequence of another transfer has lost cells,
+// this load may have been given those cells.
 void Recorder::end_first_tensor() {
     first_tensor_ = joined(std::move(first_tensor_));
     if (direction_ == Direction::Load && Fence::any()) Fence::wait_for_rows(first_tensor_);
@@ -132,22 +134,18 @@ Recorded Recorder::finish() {
     result.fragments = direct_fragments_;
     result.segments = direct_fragments_ + sunk_segments_;
     result.bytes = direct_bytes_ + sunk_bytes_;
-    for (uint32_t device = 0; device < builders_.size(); ++device) {
-        result.fragments += builders_[device].fragments();
-        Layout layout = builders_[device].finish();
-        if (layout.empty()) continue;
-        result.segments += layout.segments();
-        result.bytes += layout.bytes;
-        result.layouts.emplace_back(device, std::move(layout));
-    }
-    for (uint32_t device = 0; device < early_builders_.size(); ++device) {
-        result.fragments += early_builders_[device].fragments();
-        Layout layout = early_builders_[device].finish();
-        if (layout.empty()) continue;
-        result.segments += layout.segments();
-        result.bytes += layout.bytes;
-        early_layouts_.emplace_back(device, std::move(layout));
-    }
+    const auto collect = [&result](std::vector<LayoutBuilder> &builders, Layouts &layouts) {
+        for (uint32_t device = 0; device < builders.size(); ++device) {
+            result.fragments += builders[device].fragments();
+            Layout layout = builders[device].finish();
+            if (layout.empty()) continue;
+            result.segments += layout.segments();
+            result.bytes += layout.bytes;
+            layouts.emplace_back(device, std::move(layout));
+        }
+    };
+    collect(builders_, result.layouts);
+    collect(early_builders_, early_layouts_);
     return result;
 }
 

@@ -18,44 +18,49 @@ namespace kvf {
 // Collects what one thread's call of libllama would have moved.
 class Recorder {
 public:
-    // Returns the engine's device that holds [address, address + bytes); negative: none does. finish() rethrows its
-    // exceptions.
+    // Returns the engine's device that holds [address, address + bytes); negative: none does.
+    // finish() rethrows its exceptions.
     using Locate = std::function<int64_t(uint64_t address, uint64_t bytes)>;
 
-    // Takes the part of a device that has been recorded so far. It may be moved while the rest is recorded.
+    // Takes the part of a device that has been recorded so far. It may be moved while the rest is
+    // recorded.
     using Sink = std::function<void(uint32_t device, Layout &&)>;
 
     Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
              Locate locate, BlockCache &blocks);
 
-    // The sink is called as soon as `least` bytes have been recorded. Without a sink, finish() returns everything.
+    // Called when a tensor begins and `least` bytes or more have been recorded for the sink.
+    // Without a sink, finish() returns everything.
     void set_sink(Sink sink, uint64_t least) {
         sink_ = std::move(sink);
         least_part_ = least;
     }
 
-    // These bytes of the buffer (sorted, without overlaps) go to take_early(), because they must be moved before the
-    // submitting call returns. Call before recording.
+    // These bytes of the buffer, sorted, without overlap, are collected separately, for
+    // take_early(), because they must be moved before the submitting call returns. Call before
+    // recording.
     void set_early(std::vector<ByteRange> ranges) { early_ = std::move(ranges); }
 
-    // What was recorded, with the layouts that the sink has not taken. `bytes` counts all tensor bytes, early ones
-    // included. Throws if something could not be recorded.
+    // What was recorded, with the layouts that the sink has not taken. `bytes` counts all tensor
+    // bytes, early ones included. Throws if something could not be recorded.
     Recorded finish();
     // After finish(): the layouts of the early bytes.
     Layouts take_early() { return std::move(early_layouts_); }
 
     // The addresses of the recorded tensors.
     const std::vector<uint64_t> &tensors() const { return tensors_; }
-    // The recorded memory: for each tensor, from its first fragment to its last. Sorted, without overlaps.
+    // The recorded memory: for each tensor, from its first fragment to its last. Sorted, without
+    // overlaps.
     std::vector<MemoryRange> memory() const;
-    // The recorded fragments of the first tensor, if the engine moves it. In an attention cache these are the rows of one
-    // layer's keys. Sorted, without overlaps.
+    // The recorded fragments of the first tensor, if the engine moves it. In an attention cache
+    // these are the rows of one layer's keys. Sorted, without overlaps.
     std::vector<MemoryRange> first_tensor() const;
 
     // The text of the assertion that failed in libllama, or "".
     const std::string &abort_text() const { return abort_text_; }
 
-    // Called for each copy that libllama makes. True: the copy was recorded, or must not be made; false: the caller makes it.
+    // Called for each copy that libllama makes. True: the copy was recorded, or must not be made;
+    // false: the caller makes it.
     bool record(const ggml_tensor *tensor, const void *data, uint64_t offset, uint64_t bytes,
                 Direction direction, const GgmlApi &ggml) noexcept;
     BlockCache &blocks() { return blocks_; }
@@ -76,7 +81,8 @@ private:
     std::vector<MemoryRange> memory_;    // of each former tensor
     MemoryRange reached_{UINT64_MAX, 0}; // of the present one
     std::vector<MemoryRange> first_tensor_;
-    bool is_plain_ = true; // what is recorded of it needs no care
+    // No early ranges and no fences concern this tensor, and it is not the first.
+    bool is_plain_ = true;
     const ggml_tensor *tensor_ = nullptr;
     uint64_t tensor_address_ = 0;
     uint64_t direct_fragments_ = 0, direct_bytes_ = 0; // copied by the original call

@@ -57,7 +57,8 @@ bool read_tables(uint64_t base, Tables &tables) {
                 t.begin = std::min(t.begin, begin);
                 t.end = std::max(t.end, begin + segment.p_memsz);
             } else if (segment.p_type == PT_GNU_RELRO) {
-                // In whole pages, as the loader protects them: what shares the last one with data is not.
+                // In whole pages, as the loader protects them: what shares the last one with data
+                // is not.
                 t.relro_begin = page_of(t.base + segment.p_vaddr);
                 t.relro_end = page_of(t.base + segment.p_vaddr + segment.p_memsz);
             }
@@ -110,8 +111,8 @@ std::vector<RelocationSlots::Slot> RelocationSlots::find_all(const ObjectTables 
         found.push_back({place, content, replacement.bound, replacement.ours,
                          relro ? PROT_READ : PROT_READ | PROT_WRITE});
         replacement.found = true;
-        // A slot that has not been bound leads into the library itself, and from there to the loader, which would put
-        // the function into the slot in our place.
+        // A slot that has not been bound leads into the library itself, and from there to the
+        // loader, which would put the function into the slot in our place.
         const auto there = reinterpret_cast<uint64_t>(content);
         if (there < tables.begin || there >= tables.end) replacement.previous = content;
     };

@@ -1,6 +1,8 @@
-// The relocation slots of a loaded library: the words through which it calls functions of other libraries.
+// The relocation slots of a loaded library: the words through which it calls functions of other
+// libraries.
 //
-// The loader fills them in. What is written into a slot is called instead, from then on and by this library alone.
+// The loader fills them in. What is written into a slot is called instead, from then on and by this
+// library alone.
 #pragma once
 
 #include <cstdint>
@@ -16,24 +18,25 @@ struct Replacement {
     void *ours;
     bool required; // the library must call it
     void *bound;   // the function itself, as the loader binds it
-    // What our function calls: the function itself, or what somebody else has put before it. Set by find().
+    // What our function calls: the function itself, or what somebody else has put before it. Set by
+    // find().
     void *previous;
     bool found = false;
 };
 
-// The slots of one library in which functions of ours are. Not locked.
+// The slots of one library in which our functions are. Not locked.
 class RelocationSlots {
 public:
     bool empty() const { return slots_.empty(); }
 
-    // Finds the slots of the library that is loaded at `base`, and writes nothing. Throws KVF_ERR_TAP where a required
-    // function has no slot. `path` is for that text.
+    // Finds the slots of the library that is loaded at `base`, and writes nothing. Throws
+    // KVF_ERR_TAP where a required function has no slot. `path` is for that text.
     void find(uint64_t base, const std::string &path, std::span<Replacement> replacements);
-    // Puts our functions into the slots, but into those of which somebody else's function has taken possession; also into
+    // Puts our functions into the slots, except slots that somebody else has overwritten; also into
     // those that the loader has bound since. Throws KVF_ERR_TAP.
     void write();
-    // Puts back what was there before. Does nothing where somebody else has put a function there after us: they call
-    // ours, which stay.
+    // Restores what was there before. Does nothing where somebody else has put a function there
+    // after us: they call ours, which stay.
     void restore() noexcept;
 
 private:
@@ -46,7 +49,8 @@ private:
 
         void *content() const { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }
         bool is_ours() const { return content() == ours; }
-        // As if we had never been there: nobody calls ours. (Whoever else put something there after us calls us.)
+        // As if we had never been there: nobody calls ours. (Whoever else put something there after
+        // us calls us.)
         bool is_without_ours() const { return content() == previous || content() == bound; }
         void write(void *value) const;
     };

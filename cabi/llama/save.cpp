@@ -1,13 +1,14 @@
-// The way of a save: kvf_llama_save() -> Llama::save() -> libllama writes the state, the recorder notes where its tensor
-// bytes are -> a job of the engine moves these.
+// The way of a save: kvf_llama_save() -> Llama::save() -> libllama writes the state, the recorder
+// notes where its tensor bytes are -> a job of the engine moves these.
 #include "llama/envelope.h"
 #include "llama/llama.h"
+#include "memory/buffer_checks.h"
 
 namespace kvf {
 
 void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submit_options &options,
                  kvf_job *job) {
-    Submission submission = begin(Direction::Save, sequence, buffer, bytes, options);
+    Submission submission = make_submission(Direction::Save, sequence, buffer, bytes, options);
     check_sequence(sequence, true);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     if (states_->is_unseen()) states_->look_at(sequence);
@@ -41,7 +42,8 @@ void Llama::save_in_place(int32_t sequence, Submission &&submission,
     Recorder recorder = make_recorder(Direction::Save, buffer, bytes, submission.gate);
     bool stops_rows = false;
     if (states_->policy().gives_cells_away()) {
-        // Only positions tell which cells others may take, and libllama writes these while it lists.
+        // Only positions tell which cells others may take, and libllama writes these while it
+        // lists.
         const auto metadata = states_->record_metadata(sequence);
         const auto structure =
             metadata ? parse_state(metadata->view(), states_->structure()) : std::nullopt;
@@ -50,7 +52,8 @@ void Llama::save_in_place(int32_t sequence, Submission &&submission,
         stops_rows = guard_window(*structure, metadata->view(), recorder, submission.gate.get());
     }
     std::optional<OpenJob> open;
-    move_while_recording(recorder, open, submission, options, job != nullptr);
+    // From here on the recorder opens the job: Recorder::begin_tensor() calls the sink.
+    start_job_from_recorder(recorder, open, submission, options, job != nullptr);
     Recorded recorded = record_save(sequence, buffer, bytes, recorder);
     fence->raise(enclosure(Direction::Save, sequence, recorder, stops_rows));
     move_now(Direction::Save, buffer, recorded.bytes, recorder.take_early(), nullptr);

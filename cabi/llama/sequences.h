@@ -1,5 +1,6 @@
-// The sequences of one llama_context, shared by all attachments to the context, of all engines: which transfers are in
-// flight, which sequences a failed load has left to be emptied, and whether the context has been freed.
+// The sequences of one llama_context, shared by all attachments to the context, of all engines:
+// which transfers are in flight, which sequences a failed load has left to be emptied, and whether
+// the context has been freed.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@ namespace kvf {
 
 class LlamaSequences {
 public:
-    // The one object of a context, while an attachment holds it. (The model tells a context from a later one that
-    // was made at its address, mostly.)
+    // The one object of a context, while an attachment holds it. (The model tells a context from a
+    // later one that was made at its address, mostly.)
     static std::shared_ptr<LlamaSequences> of(const llama_context *context,
                                               const llama_model *model);
 
@@ -27,7 +28,7 @@ public:
     struct Transfer {
         int32_t sequence;
         Direction direction;
-        bool blocking; // by libllama's own call, on a thread of ours
+        bool blocking; // by libllama's own call, on one of the library's threads
     };
     void begin(const Transfer &transfer);
     // A load that did not end well leaves its sequence to be emptied. Needs no memory.
@@ -40,8 +41,8 @@ public:
     void check_at_rest() const;
     bool is_at_rest() const;
 
-    // The sequences to be emptied, which are then no longer known here. Throws KVF_ERR_BUSY as check_at_rest() does
-    // if there are any.
+    // The sequences to be emptied, which are then no longer known here. Throws KVF_ERR_BUSY as
+    // check_at_rest() does if there are any.
     std::set<int32_t> take_to_be_emptied();
     void forget(int32_t sequence);
 
@@ -49,7 +50,8 @@ public:
     void note_tensors(const std::vector<uint64_t> &addresses);
     std::optional<uint64_t> any_tensor() const;
 
-    // A buffer of tensors is about to be freed. True if it is the context's, whose memory goes with it.
+    // A buffer of tensors is about to be freed. True if it is the context's, whose memory goes with
+    // it.
     bool note_buffer_freed(uint64_t begin, uint64_t bytes);
     bool is_freed() const;
 

@@ -43,7 +43,7 @@ enum Hook {
 // (find_llama() sees to it that the library itself stays loaded.)
 struct Tap::Library {
     LlamaApi llama;
-    // Where functions of ours are; also after the last user, while somebody else's are on top of them.
+    // Where our functions are; also after the last user, while somebody else's are on top of them.
     RelocationSlots slots;
     // What was there before: ggml's functions, or somebody else's on the way to these.
     std::array<std::atomic<void *>, kHooks> previous{};
@@ -93,32 +93,33 @@ struct TapHooks {
 
     static inline std::array<std::atomic<Tap::Library *>, kMostLibraries> libraries{};
 
-    template <size_t index>
-    static void tensor_get(const ggml_tensor *tensor, void *data, size_t offset, size_t bytes) {
+    // A copy out of a tensor (Save) or into it (Load): recorded, or made once no transfer is in its
+    // way.
+    template <class Tensor, class Data>
+    static void move_tensor(size_t index, Direction direction, Tensor *tensor, Data *data,
+                            size_t offset, size_t bytes) {
         Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
         const GgmlApi &ggml = library.llama.ggml;
         Recorder *const recorder = Recording::current();
-        if (recorder && recorder->record(tensor, data, offset, bytes, Direction::Save, ggml)) {
+        if (recorder && recorder->record(tensor, data, offset, bytes, direction, ggml)) {
             library.recorded.fetch_add(1, std::memory_order_relaxed);
             return;
         }
         library.passed_through.fetch_add(1, std::memory_order_relaxed);
-        wait_for_transfers(tensor, offset, bytes, Access::Read, ggml);
-        library.before<decltype(ggml.tensor_get)>(kTensorGet)(tensor, data, offset, bytes);
+        const bool reads = direction == Direction::Save;
+        wait_for_transfers(tensor, offset, bytes, reads ? Access::Read : Access::Write, ggml);
+        using Function = void (*)(Tensor *, Data *, size_t, size_t);
+        library.before<Function>(reads ? kTensorGet : kTensorSet)(tensor, data, offset, bytes);
+    }
+
+    template <size_t index>
+    static void tensor_get(const ggml_tensor *tensor, void *data, size_t offset, size_t bytes) {
+        move_tensor(index, Direction::Save, tensor, data, offset, bytes);
     }
 
     template <size_t index>
     static void tensor_set(ggml_tensor *tensor, const void *data, size_t offset, size_t bytes) {
-        Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
-        const GgmlApi &ggml = library.llama.ggml;
-        Recorder *const recorder = Recording::current();
-        if (recorder && recorder->record(tensor, data, offset, bytes, Direction::Load, ggml)) {
-            library.recorded.fetch_add(1, std::memory_order_relaxed);
-            return;
-        }
-        library.passed_through.fetch_add(1, std::memory_order_relaxed);
-        wait_for_transfers(tensor, offset, bytes, Access::Write, ggml);
-        library.before<decltype(ggml.tensor_set)>(kTensorSet)(tensor, data, offset, bytes);
+        move_tensor(index, Direction::Load, tensor, data, offset, bytes);
     }
 
     template <size_t index>
@@ -227,9 +228,9 @@ struct TapHooks {
 
 namespace {
 
-// In a forked child: the attachments are the parent's. What the child frees does not concern them, and
-// their jobs would be waited for in vain. They are left as they are, since the fork may have met them
-// half changed.
+// In a forked child: the attachments are the parent's. What the child frees does not concern them,
+// and their jobs would be waited for in vain. They are left as they are, since the fork may have
+// met them half changed.
 void forget_observers() {
     for (auto &place : TapHooks::libraries) {
         auto *library = place.load(std::memory_order_acquire);
@@ -263,7 +264,7 @@ std::array<Replacement, kHooks> replacements_for(const GgmlApi &ggml,
 
 } // namespace
 
-// Whoever has put a function on top of ours before the last user went calls ours still; or does not any more.
+// Somebody who replaced our function earlier may still call it, or may not.
 void Tap::Library::install(size_t index) {
     if (slots.empty()) {
         auto replacements = replacements_for(llama.ggml, TapHooks::functions(index));

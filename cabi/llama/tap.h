@@ -1,19 +1,20 @@
-// The tap: watches libllama while it serialises a sequence, and so learns where the tensor bytes are.
+// The tap: watches libllama while it serialises a sequence, and so learns where the tensor bytes
+// are.
 //
 // libllama moves tensor bytes only through ggml_backend_tensor_get and _set, which it calls through
-// relocation slots of its own. The tap puts functions of ours into these slots. On a thread that is
-// recording they note (address, bytes, place in the state) instead of copying; on any other thread they
-// do what was there before: ggml's function, or somebody else's on the way to it. No struct of ggml or llama is read:
-// the address comes from ggml_get_data(). recorder.h says what is
+// relocation slots of its own. The tap puts the library's functions into these slots. On a thread
+// that is recording they note (address, bytes, place in the state) instead of copying; on any other
+// thread they do what was there before: ggml's function, or somebody else's on the way to it. No
+// struct of ggml or llama is read: the address comes from ggml_get_data(). recorder.h says what is
 // noted, relocation.h how slots are found, waiting.h what waits for transfers.
 //
 // Other calls are watched too:
 // - operator new and delete of large blocks, while a thread records (block_cache.h);
-// - ggml_abort, so that a failed assertion of libllama's while a thread records becomes an exception, which libllama's
-//   own handlers turn into an error, and not the end of the process;
+// - ggml_abort, so that a failed assertion of libllama's while a thread records becomes an
+//   exception, which libllama's own handlers turn into an error, and not the end of the process;
 // - ggml_backend_buffer_free, so that a cache is not freed under a transfer;
-// - ggml_backend_sched_graph_compute_async and what copies or clears tensors, so that whatever rewrites memory of a
-//   transfer in flight waits for it (waiting.h).
+// - ggml_backend_sched_graph_compute_async and what copies or clears tensors, so that whatever
+//   rewrites memory of a transfer in flight waits for it (waiting.h).
 #pragma once
 
 #include <cstdint>
@@ -35,8 +36,9 @@ public:
     Tap(const Tap &) = delete;
     Tap &operator=(const Tap &) = delete;
 
-    // Puts our functions back into slots that the loader has bound since. (It looks a function up at its first call, and
-    // may write the slot after us, where a thread was on its way meanwhile.) Call before a recording. Throws KVF_ERR_TAP.
+    // Writes our functions again into slots that the loader has bound since. (It looks a function
+    // up at its first call, and may write the slot after us, where a thread was on its way
+    // meanwhile.) Call before a recording. Throws KVF_ERR_TAP.
     void renew_slots();
 
     struct Counters {

@@ -1,17 +1,19 @@
 // What saves and loads have in common.
 #include "llama/cells.h"
 #include "llama/llama.h"
+#include "memory/buffer_checks.h"
 
 namespace kvf {
 namespace {
 
-// The least bytes that begin to move while libllama still names others. Fewer are recorded sooner than a job begins.
+// The least part that is moved while libllama still names others, in bytes. Less is recorded sooner
+// than a job begins.
 constexpr uint64_t kLeastPart = 4 << 20;
 
 } // namespace
 
-Submission Llama::begin(Direction direction, int32_t sequence, const void *buffer, uint64_t bytes,
-                        const kvf_submit_options &options) {
+Submission Llama::make_submission(Direction direction, int32_t sequence, const void *buffer,
+                                  uint64_t bytes, const kvf_submit_options &options) {
     Submission submission;
     submission.submitted_ns = now_ns();
     settle();
@@ -20,13 +22,7 @@ Submission Llama::begin(Direction direction, int32_t sequence, const void *buffe
     if (tap_) tap_->renew_slots();
     Fence::wait_for_disturbed(context_.pointer());
     if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
-    if (!MappedCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
-        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer is not mapped memory");
-    }
-    if (direction == Direction::Save &&
-        !WritableCheck()(reinterpret_cast<uint64_t>(buffer), bytes)) {
-        throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffer cannot be written");
-    }
+    check_accessible(direction, buffer, bytes);
     check_devices();
     DeviceSet moved = 0;
     for (const uint32_t device : devices_) moved |= device_set(device);
@@ -72,11 +68,12 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
                     locate, blocks_);
 }
 
-// Opens the job when libllama has named the first part, and moves that part while libllama names the others. If the call
-// fails later, the job ends without a completion. Submission, options and recorder must outlive the recording.
-void Llama::move_while_recording(Recorder &recorder, std::optional<OpenJob> &open,
-                                 Submission &submission, const kvf_submit_options &options,
-                                 bool with_handle) {
+// Has the recorder start the job when libllama has named the first part, and move that part while
+// libllama names the others. If the call fails later, the job ends without a completion.
+// Submission, options and recorder must outlive the recording.
+void Llama::start_job_from_recorder(Recorder &recorder, std::optional<OpenJob> &open,
+                                    Submission &submission, const kvf_submit_options &options,
+                                    bool with_handle) {
     const auto sink = [this, &open, &submission, &options, with_handle](uint32_t device,
                                                                         Layout &&part) {
         if (!open) open.emplace(*engine_, std::move(submission), options, with_handle);
@@ -85,9 +82,9 @@ void Llama::move_while_recording(Recorder &recorder, std::optional<OpenJob> &ope
     recorder.set_sink(sink, kLeastPart);
 }
 
-// Protects the cells that libllama may give to other sequences during the transfer: their bytes are moved before the
-// call returns. A transfer that follows a stream cannot move them so soon. Then this returns true, and the fence must stop
-// rows, so that decoding waits.
+// Protects the cells that libllama may give to other sequences during the transfer: their bytes are
+// moved before the call returns. If the transfer follows a stream, they cannot: then this returns
+// true, and the fence must stop rows, so that decoding waits.
 bool Llama::guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
                          const Gate *gate) const {
     auto ranges = bytes_free_for_others(structure, view, context_.window());
@@ -111,7 +108,8 @@ Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder
     return enclosure;
 }
 
-// Returns a function that says whether the sequence has been changed since, as far as its first and last position tell.
+// Returns a function that says whether the sequence has been changed since, as far as its first and
+// last position tell.
 std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const {
     const CachePolicy policy = states_->policy();
     const bool keeps_first = policy.keeps_first_position();
@@ -125,7 +123,8 @@ std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const 
     return is_disturbed;
 }
 
-// Moves bytes that must not be moved later, while the caller waits. Throws the error of a job that failed.
+// Moves bytes that must not be moved later, while the caller waits. Throws the error of a job that
+// failed.
 void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
                      Gate *gate) {
     if (layouts.empty()) return;
@@ -146,8 +145,8 @@ void Llama::move_now(Direction direction, unsigned char *buffer, uint64_t bytes,
     if (done.status != KVF_OK) throw Error(done.status, done.detail);
 }
 
-// A sequence with cells has tensor bytes. If none was recorded, libllama's calls do not reach the tap, and libllama has
-// moved everything itself during the call.
+// A sequence with cells has tensor bytes. If none were recorded, libllama's calls bypass the tap,
+// and libllama has moved everything itself during the call.
 void Llama::check_recorded_anything(const Recorder &recorder) {
     if (!recorder.tensors().empty()) return;
     throw Error(KVF_ERR_TAP,

@@ -16,19 +16,22 @@ MemoryRange range_of(const ggml_tensor *tensor, const GgmlApi &ggml) {
     return range_of(tensor, 0, ggml.nbytes(tensor), ggml);
 }
 
-// What a node of a graph does to memory that it does not own; nothing for views, which leave it as it is.
+// What a node of a graph does to memory that it does not own; nothing for views, which leave it as
+// it is.
 std::optional<Access> access_of(const ggml_tensor *node, const GgmlApi &ggml) {
     const char *const operation = ggml.op_desc(node);
     for (const char *view : {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}) {
         if (std::strcmp(operation, view) == 0) return std::nullopt;
     }
-    // What decoding does: the rows belong to the cells of its tokens, and so to no other sequence's.
+    // What decoding does: the rows belong to the cells of its tokens, and so to no other
+    // sequence's.
     if (std::strcmp(operation, "SET_ROWS") == 0) return Access::WriteRows;
     return Access::Write; // shifts, moves of recurrent cells
 }
 
-// The rows of keys that decoding is about to write, in a cache of one kind of attention. Releases before v0.5.0 do not
-// name this input of the graph. libllama itself writes it before it computes, so it lies in host memory.
+// The rows of keys that decoding is about to write, in a cache of one kind of attention. Releases
+// before v0.5.0 do not name this input of the graph. libllama itself writes it before it computes,
+// so it lies in host memory.
 RowNumbers rows_to_be_written(const ggml_cgraph *graph, const GgmlApi &ggml) {
     const ggml_tensor *const input = ggml.graph_get_tensor(graph, "attn_inp_k_idxs");
     if (!input) return {};

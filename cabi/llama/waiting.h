@@ -1,5 +1,5 @@
-// What calls of libllama wait for before they touch memory of tensors: the transfers in flight that they would disturb
-// (jobs/fences.h).
+// What calls of libllama wait for before they touch memory of tensors: the transfers in flight that
+// they would disturb (jobs/fences.h).
 #pragma once
 
 #include "jobs/fences.h"

@@ -9,9 +9,9 @@
 namespace kvf {
 namespace {
 
-// From here on a copy goes past the caches: it would displace what decoding wants of them, and first read
-// what it is to overwrite. (memcpy does the same, but only from sizes on that pieces never have: 13.5
-// GB/s against 10.0 on this project's development machine.)
+// From here on a copy goes past the caches: it would displace what decoding wants of them, and
+// first read what it is to overwrite. (memcpy does the same, but only from sizes on that pieces
+// never have: 13.5 GB/s against 10.0 on this project's development machine.)
 constexpr uint64_t kStreaming = 256 << 10;
 
 void copy_long(unsigned char *to, const unsigned char *from, uint64_t bytes) {
@@ -47,8 +47,9 @@ void copy(uint64_t address, unsigned char *place, uint64_t bytes, Direction dire
     std::memcpy(to, from, bytes);
 }
 
-// Rows of a width that is known to the compiler: V-transposed caches whose sequences are interleaved
-// have rows of one element, and a call of memcpy for each would cost more than the copy.
+// Rows of a width that is known to the compiler: V-transposed caches whose sequences are
+// interleaved have rows of one element, and a call of memcpy for each would cost more than the
+// copy.
 template <uint64_t width>
 void copy_narrow(const kvf_region &block, unsigned char *place, Direction direction) {
     auto *memory = reinterpret_cast<unsigned char *>(block.address);
@@ -92,8 +93,8 @@ void copy_piece(const Piece &piece, unsigned char *buffer, Direction direction) 
 
 void copy_packed(const Piece &piece, unsigned char *packed, unsigned char *buffer,
                  Direction direction) {
-    // A device reads what a load packs: from the caches, if it is there (beside an H200, 26 ms instead of 35 for a
-    // pageable gigabyte).
+    // A device reads what a load packs: from the caches, if it is there (beside an H200, 26 ms
+    // instead of 35 for a pageable gigabyte).
     const Next next = direction == Direction::Load ? Next::Reads : Next::Elsewhere;
     auto at = reinterpret_cast<uint64_t>(packed);
     if (!piece.runs) {

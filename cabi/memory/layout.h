@@ -1,5 +1,5 @@
-// What a transfer consists of: regions of one device. LayoutBuilder joins them while they are recorded; Parts hands them out
-// in pieces.
+// What a transfer consists of: regions of one device. LayoutBuilder joins them while they are
+// recorded; Parts hands them out in pieces.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ struct RunTable {
     bool packed; // in the buffer each run begins where the one before it ends
 };
 
-// A stretch of the irregular rest: the first `count` runs of a table, all moved by the same distances. The
-// tensors of a cache are fragmented alike, so that one table serves them all.
+// A stretch of the irregular rest: the first `count` runs of a table, all moved by the same
+// distances. The tensors of a cache are fragmented alike, so that one table serves them all.
 struct Span {
     std::shared_ptr<const RunTable> table;
     uint64_t count = 0;
@@ -52,8 +52,8 @@ struct Layout {
     }
 };
 
-// Checks regions that came from outside: no zero sizes, no overflow, pitches at least as wide as rows.
-// Returns the size of the buffer that they need. Throws KVF_ERR_INVALID_ARGUMENT.
+// Checks regions that came from outside: no zero sizes, no overflow, pitches at least as wide as
+// rows. Returns the size of the buffer that they need. Throws KVF_ERR_INVALID_ARGUMENT.
 uint64_t regions_size(const kvf_region *regions, uint64_t count);
 
 } // namespace kvf

@@ -37,8 +37,8 @@ void LayoutBuilder::start_block() {
         return pair_with(block_.address, block_.offset);
     }
     if (block_.rows > 1 && block_.rows < kFewRows) {
-        // The last of its rows may be the first of a block that goes on with this one: rows that repeat
-        // with a period of their own would else be paired wrongly for ever.
+        // The last of its rows may be the first of a block that goes on with this one: rows that
+        // repeat with a period of their own would else be paired wrongly for ever.
         const uint64_t before = block_.rows - 1;
         const uint64_t address = block_.address + before * block_.pitch;
         const uint64_t offset = block_.offset + before * block_.buffer_pitch;

@@ -9,9 +9,10 @@
 
 namespace kvf {
 
-// Joins fragments as they are added: neighbours in memory and in the buffer become one run, and runs of one width at one
-// pitch become one block. Half a million fragments of a cache become a few dozen blocks where its sequences were decoded in
-// turn. Where they were decoded in a random order, the runs of one tensor become the table for all tensors.
+// Joins fragments as they are added: neighbours in memory and in the buffer become one run, and
+// runs of one width at one pitch become one block. Half a million fragments of a cache become a few
+// dozen blocks where its sequences were decoded in turn. Where they were decoded in a random order,
+// the runs of one tensor become the table for all tensors.
 class LayoutBuilder {
 public:
     // One run of `bytes` at `address`, whose place in the buffer is `offset`.
@@ -30,7 +31,8 @@ public:
 
     void add(const kvf_region &region);
 
-    // What is added next lies in another allocation, and is joined to nothing that was added before.
+    // What is added next lies in another allocation, and is joined to nothing that was added
+    // before.
     void begin_allocation() {
         keep_run();
         run_ = {};
@@ -44,7 +46,8 @@ public:
 
     // After begin_tensor(): the bytes of what take() would return.
     uint64_t bytes() const { return layout_.bytes; }
-    // Returns what was added before the last begin_tensor(). What is added later is recorded as if nothing had been taken.
+    // Returns what was added before the last begin_tensor(). What is added later is recorded as if
+    // nothing had been taken.
     Layout take();
 
     Layout finish();
@@ -71,7 +74,8 @@ private:
     // A fragment passes through three stages. Each keeps what may still grow.
     Run run_{};          // neighbours; bytes == 0: none
     kvf_region block_{}; // rows; rows == 0: none
-    // The irregular rest of the tensor: equal to a former tensor's so far, or else a table of its own.
+    // The irregular rest of the tensor: equal to a former tensor's so far, or else a table of its
+    // own.
     std::shared_ptr<const RunTable> pattern_;             // of a former tensor; NULL: none
     uint64_t matched_ = 0;                                // of its runs
     bool matching_ = false;                               // else the tensor's runs are in own_

@@ -9,8 +9,8 @@
 
 namespace kvf {
 
-// The files of a version of control groups, and what its memory.stat calls the pages that the system drops before it
-// kills anybody: they are in use, and still available.
+// The files of a version of control groups, and what its memory.stat calls the pages that the
+// system drops before it kills anybody: they are in use, and still available.
 struct MemoryLimits::Version {
     bool unified;              // one hierarchy for all controllers
     const char *limit, *usage; // names of files

@@ -1,4 +1,5 @@
-// How much more memory the process may take: of the machine's, and within its control groups (cgroups).
+// How much more memory the process may take: of the machine's, and within its control groups
+// (cgroups).
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,8 @@ struct AvailableMemory {
     static constexpr uint64_t kNoLimit = UINT64_MAX;
 
     uint64_t machine = 0; // without swapping, as the system estimates it; 0 where it does not tell
-    // Before the tightest limit of a control group is reached, beyond which the system kills processes; and that limit.
+    // What is left until the tightest control group's limit, beyond which the system kills
+    // processes; and that limit.
     uint64_t group = kNoLimit;
     uint64_t group_limit = kNoLimit;
 
@@ -20,8 +22,9 @@ struct AvailableMemory {
 
 class MemoryLimits {
 public:
-    // Finds the process's control groups, of version 1 and 2, in the files of /proc below `root`, "" for the system's
-    // own. (It takes half a millisecond, and a process hardly ever moves to another group: so it is done once.)
+    // Finds the process's control groups, of version 1 and 2, in the files of /proc below `root`,
+    // "" for the system's own. (It takes half a millisecond, and a process hardly ever moves to
+    // another group: so it is done once.)
     explicit MemoryLimits(std::string root = "");
 
     // As it is now. Some tens of microseconds.

@@ -15,12 +15,14 @@
 namespace kvf {
 namespace {
 
-// Reading the list of mappings takes as long as so many questions about pages (300 us against 0.1 to 0.9 us each).
+// Reading the list of mappings takes as long as so many questions about pages (300 us against 0.1
+// to 0.9 us each).
 constexpr uint64_t kManyQuestions = 512;
 
-// That an address is mapped is not enough: the CUDA driver reserves the addresses of device memory without access. With an
-// action that does not exist, this system call reads the signal set that it is given, and then fails; with EFAULT if the set
-// cannot be read. (Abseil's address_is_readable.cc does the same.)
+// That an address is mapped is not enough: the CUDA driver reserves the addresses of device memory
+// without access. With an action that does not exist, this system call reads the signal set that it
+// is given, and then fails; with EFAULT if the set cannot be read. (Abseil's address_is_readable.cc
+// does the same.)
 bool is_readable(uint64_t address) {
     constexpr int kNoSuchAction = ~0;
     constexpr size_t kSignalSet = 8;        // bytes of the kernel's; aligned to as many
@@ -33,9 +35,9 @@ bool is_readable(uint64_t address) {
     return readable;
 }
 
-// Changes nothing: FUTEX_WAKE_OP replaces a word atomically, here by the value that the word has, so that whoever writes
-// there at the same time loses nothing. It fails with EFAULT where the word cannot be written. Nobody waits at these words.
-// (Under a microsecond.)
+// Changes nothing: FUTEX_WAKE_OP replaces a word atomically, here by the value that the word has,
+// so that whoever writes there at the same time loses nothing. It fails with EFAULT where the word
+// cannot be written. Nobody waits at these words. (Under a microsecond.)
 bool is_page_writable(uint64_t address) {
     static uint32_t nobody_waits = 0;
     constexpr uint32_t kOrNothing = FUTEX_OP(FUTEX_OP_OR, 0, FUTEX_OP_CMP_EQ, 0);
@@ -91,7 +93,8 @@ bool MappedCheck::is_accessible(uint64_t page) {
     return true;
 }
 
-// Only anonymous memory: a page of a file that lies beyond the file's end cannot be read, and the list does not tell.
+// Only anonymous memory: a page of a file that lies beyond the file's end cannot be read, and the
+// list does not tell.
 void MappedCheck::read_mappings() {
     std::ifstream file("/proc/self/maps");
     for (std::string line; std::getline(file, line);) {

@@ -1,4 +1,5 @@
-// Pages of the process's memory, and probes: whether memory may be read or written, without touching it.
+// Pages of the process's memory, and probes: whether memory may be read or written, without
+// touching it.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ namespace kvf {
 uint64_t page_size();
 inline uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Whether memory may be written: probes the pages that a range begins and ends in, and remembers the last ones.
+// Whether memory may be written: probes the pages that a range begins and ends in, and remembers
+// the last ones.
 class WritableCheck {
 public:
     bool operator()(uint64_t address, uint64_t bytes);
@@ -19,11 +21,12 @@ private:
     uint64_t last_begin_ = 0, last_end_ = 0; // pages that may be written
 };
 
-// Whether memory may be read: probes single pages at first, and reads the list of all mappings when there are many
-// questions.
+// Whether memory may be read: probes single pages at first, and reads the list of all mappings when
+// there are many questions.
 class MappedCheck {
 public:
-    // False where the page that [address, address + bytes) begins or ends in is not mapped, or without access.
+    // False where the page that [address, address + bytes) begins or ends in is not mapped, or
+    // without access.
     bool operator()(uint64_t address, uint64_t bytes);
 
 private:

@@ -46,12 +46,13 @@ public:
         return block_ < layout_->blocks.size() ? &layout_->blocks[block_] : nullptr;
     }
 
-    // Where the next piece comes from the irregular rest: its span, and how many runs of the span are left.
+    // Where the next piece comes from the irregular rest: its span, and how many runs of the span
+    // are left.
     const Span &span() const { return layout_->spans[span_]; }
     uint64_t runs_left() const { return span().count - run_; }
 
-    // Returns a piece of at most `most` bytes and `most_runs` runs. A row that is wider is split; a run is not. Must not be
-    // called at the end.
+    // Returns a piece of at most `most` bytes and `most_runs` runs. A row that is wider is split; a
+    // run is not. Must not be called at the end.
     Piece next(uint64_t most, uint64_t most_runs);
 
     void skip_blocks() { block_ = layout_->blocks.size(); }
@@ -65,8 +66,8 @@ private:
     uint64_t run_ = 0; // in the span
 };
 
-// The layouts of one leg, in the order in which they are recorded. The first may move while the next are still recorded.
-// Pieces stay valid as long as the parts live.
+// The layouts of one leg, in the order in which they are recorded. The first may move while the
+// next are still recorded. Pieces stay valid as long as the parts live.
 class Parts {
 public:
     void add(Layout &&layout) {

@@ -43,7 +43,8 @@ Pool::~Pool() {
 void *Pool::alloc(uint64_t bytes) {
     if (bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "bytes is 0");
     if (bytes >= (uint64_t{1} << 46)) throw Error(KVF_ERR_OUT_OF_MEMORY, "no machine has so much");
-    // Sizes in steps of a sixteenth at most, so that buffers of nearly the same size serve each other.
+    // Sizes in steps of a sixteenth at most, so that buffers of nearly the same size serve each
+    // other.
     uint64_t step = page_size();
     while (step < bytes / 32) step *= 2;
     uint64_t size = round_up(bytes, step);
@@ -62,10 +63,11 @@ void *Pool::alloc(uint64_t bytes) {
     return memory;
 }
 
-// Takes a free buffer of at least `size`, and sets what it has. NULL where no free buffer is near enough to that.
+// Takes a free buffer of at least `size`, and sets what it has. NULL where no free buffer is near
+// enough to that.
 void *Pool::take_free(uint64_t size, uint64_t &bytes) {
-    // A larger buffer saves the time to map another. But where bytes are limited, what a buffer takes depends on its size
-    // alone.
+    // A larger buffer saves the time to map another. But where bytes are limited, what a buffer
+    // takes depends on its size alone.
     const uint64_t most = limit_ ? size : size + size / 4;
     std::lock_guard lock(mutex_);
     const auto it = free_.lower_bound(size);
@@ -135,7 +137,8 @@ void *Pool::map_once(uint64_t &bytes, uint64_t least) {
     }
 }
 
-// Counts memory as mapped that is about to be. Throws KVF_ERR_PINNED_LIMIT where the limit leaves no room.
+// Counts memory as mapped that is about to be. Throws KVF_ERR_PINNED_LIMIT where the limit leaves
+// no room.
 void Pool::reserve(uint64_t &bytes, uint64_t least) {
     FreeBuffers unwanted; // unmapped without the lock
     uint64_t taken;
@@ -163,8 +166,8 @@ void Pool::reserve(uint64_t &bytes, uint64_t least) {
 
 void *Pool::map_and_pin(uint64_t bytes) const {
     const AvailableMemory available = limits_.available();
-    // Pinned memory is taken as a whole. Beyond a control group's limit the system kills processes; beyond the machine's
-    // memory it swaps first.
+    // Pinned memory is taken as a whole. Beyond a control group's limit the system kills processes;
+    // beyond the machine's memory it swaps first.
     if (pinner_ && bytes > available.group) {
         throw Error(KVF_ERR_OUT_OF_MEMORY, text_of_bytes(available.group_limit - available.group) +
                                                " of the control group's " +
@@ -173,8 +176,8 @@ void *Pool::map_and_pin(uint64_t bytes) const {
     }
     char *const begin = map_memory(bytes);
     try {
-        // A forked child has no use for pinned pages, and copying them on write would take them away from the parent's
-        // devices.
+        // A forked child has no use for pinned pages, and copying them on write would take them
+        // away from the parent's devices.
         if (pinner_) madvise(begin, bytes, MADV_DONTFORK);
         // The owner of more than there is may not mean to use all of it.
         if (bytes <= available.least()) populate_memory(begin, bytes);

@@ -19,8 +19,8 @@ void free_buffer(void *buffer);
 // Returns the bytes that the buffer takes of its pool.
 uint64_t buffer_capacity(const void *buffer);
 
-// Maps buffers, pinned where there is something to pin them for. Keeps them for reuse when they are freed. A thread of the
-// pool's returns them to the system when they have been free for idle_ns().
+// Maps buffers, pinned where there is something to pin them for. Keeps them for reuse when they are
+// freed. A thread of the pool's returns them to the system when they have been free for idle_ns().
 class Pool : public std::enable_shared_from_this<Pool> {
 public:
     Pool(uint64_t limit, std::shared_ptr<Pinner> pinner, MemoryLimits limits = MemoryLimits())
@@ -31,7 +31,8 @@ public:
     void *alloc(uint64_t bytes);
     // Makes a buffer free: somebody else may get it.
     void release(KnownMemory &memory);
-    // Returns free buffers that were freed before `freed_before_ns` to the system. False if there were none.
+    // Returns free buffers that were freed before `freed_before_ns` to the system. False if there
+    // were none.
     bool trim(uint64_t freed_before_ns);
 
     struct Usage {

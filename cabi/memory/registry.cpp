@@ -7,8 +7,9 @@
 namespace kvf {
 
 Registry::Registry() {
-    // The child forgets the parent's memory. Threads that the child does not have may hold the locks of its pools; and where
-    // pinned memory was, the child has nothing, or soon something else.
+    // The child forgets the parent's memory. Threads that the child does not have may hold the
+    // locks of its pools; and where pinned memory was, the child has nothing, or soon something
+    // else.
     on_fork([this] { mutex.lock(); }, [this] { mutex.unlock(); },
             [this] {
                 new (&ranges) Ranges;

@@ -1,5 +1,5 @@
-// Host memory that the library knows: buffers of an engine's pool, and ranges that a caller registered.
-// Any other memory may be used too; it is pageable, and nothing is known of it.
+// Host memory that the library knows: buffers of an engine's pool, and ranges that a caller
+// registered. Any other memory may be used too; it is pageable, and nothing is known of it.
 #pragma once
 
 #include <atomic>
@@ -25,8 +25,8 @@ struct KnownMemory {
     std::atomic<uint32_t> users{0}; // jobs in flight
 };
 
-// A job's use of the known memory that its buffer lies in. While a use lives, its memory can be neither freed nor
-// unregistered.
+// A job's use of the known memory that its buffer lies in. While a use lives, its memory can be
+// neither freed nor unregistered.
 class MemoryUse {
 public:
     explicit MemoryUse(std::shared_ptr<KnownMemory> memory)
@@ -49,7 +49,8 @@ private:
 // Returns NULL where the range does not lie wholly in known memory.
 std::shared_ptr<MemoryUse> use_memory(const void *buffer, uint64_t bytes);
 
-// All known memory of the process by its first address. Ranges do not overlap. A forked child begins with none.
+// All known memory of the process by its first address. Ranges do not overlap. A forked child
+// begins with none.
 struct Registry {
     using Ranges = std::map<uint64_t, std::shared_ptr<KnownMemory>>;
     std::mutex mutex; // of the caller of the functions below, but for remove()
@@ -59,8 +60,9 @@ struct Registry {
     // Returns the memory that holds the whole range; NULL if there is none.
     std::shared_ptr<KnownMemory> holding(uint64_t begin, uint64_t bytes) const;
     bool overlaps(uint64_t begin, uint64_t bytes) const;
-    // Takes out the memory that begins there: a pool's buffer, or a registered range. Throws KVF_ERR_INVALID_ARGUMENT where
-    // no such memory begins, and KVF_ERR_BUSY while a job in flight uses it.
+    // Takes out the memory that begins there: a pool's buffer, or a registered range. Throws
+    // KVF_ERR_INVALID_ARGUMENT where no such memory begins, and KVF_ERR_BUSY while a job in flight
+    // uses it.
     Ranges::node_type remove(const void *begin, bool of_pool);
 };
 

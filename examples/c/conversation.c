@@ -3,10 +3,12 @@
  *     conversation save MODEL.gguf FOLDER-OF-LIBLLAMA FILE
  *     conversation load MODEL.gguf FOLDER-OF-LIBLLAMA FILE
  *
- * `save` decodes a prompt, writes the state of its sequence to FILE, and prints the token that the model would say
- * next. `load` reads FILE into a new context and prints the same token, without decoding the prompt again.
+ * `save` decodes a prompt, writes the state of its sequence to FILE, and prints the token that the
+ * model would say next. `load` reads FILE into a new context and prints the same token, without
+ * decoding the prompt again.
  *
- * Every call that can fail is looked at. Each function frees on every path what it has taken, in the reverse order. */
+ * Every call that can fail is looked at. Each function frees on every path what it has taken, in
+ * the reverse order. */
 #include <errno.h>
 #include <ggml-backend.h>
 #include <inttypes.h>
@@ -30,7 +32,7 @@ static const char *reason(const char *error, int32_t status) {
     return error[0] ? error : kvf_strerror(status);
 }
 
-/* ---- llama.cpp --------------------------------------------------------------------------------- */
+/* ---- llama.cpp ------------------------------------------------------------------------------- */
 
 static void no_log(enum ggml_log_level level, const char *text, void *user_data) {
     (void)user_data;
@@ -55,7 +57,8 @@ static bool decode(struct llama_context *context, llama_pos position, int32_t co
     return decoded || failed("llama_decode", "it failed");
 }
 
-/* Decodes the token after the prompt, and prints the one that the model finds most likely to follow. */
+/* Decodes the token after the prompt, and prints the one that the model finds most likely to
+ * follow. */
 static bool go_on(struct llama_context *context) {
     if (!decode(context, PROMPT_TOKENS, 1)) return false;
     const struct llama_model *model = llama_get_model(context);
@@ -69,10 +72,11 @@ static bool go_on(struct llama_context *context) {
     return true;
 }
 
-/* ---- One transfer ------------------------------------------------------------------------------- */
+/* ---- One transfer ---------------------------------------------------------------------------- */
 
-/* Waits for a job and releases its handle. Returns whether the job has ended with success. Without a timeout the wait
- * lasts until the job has ended, so that the buffer may be freed afterwards, whatever this returns. */
+/* Waits for a job and releases its handle. Returns whether the job has ended with success. Without
+ * a timeout the wait lasts until the job has ended, so that the buffer may be freed afterwards,
+ * whatever this returns. */
 static bool finish(kvf_job job, const char *what) {
     kvf_completion done = {.status = KVF_ERR_INTERNAL};
     kvf_job_wait(job, KVF_FOREVER, &done, sizeof done);
@@ -110,7 +114,7 @@ static bool load(kvf_llama llama, const void *state, uint64_t bytes) {
     return false;
 }
 
-/* ---- The file ----------------------------------------------------------------------------------- */
+/* ---- The file -------------------------------------------------------------------------------- */
 
 static bool write_file(const char *path, const void *state, uint64_t bytes) {
     FILE *file = fopen(path, "wb");
@@ -129,7 +133,8 @@ static long size_of(FILE *file) {
     return fseek(file, 0, SEEK_SET) == 0 ? bytes : -1;
 }
 
-/* Returns a buffer with the first `bytes` of the file; free it with kvf_buffer_free(). Returns NULL if that fails. */
+/* Returns a buffer with the first `bytes` of the file; free it with kvf_buffer_free(). Returns NULL
+ * if that fails. */
 static void *read_state(kvf_engine engine, FILE *file, uint64_t bytes) {
     void *state;
     const int32_t status = kvf_buffer_alloc(engine, bytes, &state);
@@ -142,7 +147,7 @@ static void *read_state(kvf_engine engine, FILE *file, uint64_t bytes) {
     return NULL;
 }
 
-/* ---- The two ways ------------------------------------------------------------------------------- */
+/* ---- The two ways ---------------------------------------------------------------------------- */
 
 static bool save_to_file(kvf_engine engine, kvf_llama llama, const char *path) {
     uint64_t bytes;
@@ -172,7 +177,7 @@ static bool load_from_file(kvf_engine engine, kvf_llama llama, const char *path)
     return loaded;
 }
 
-/* ---- Attaching ---------------------------------------------------------------------------------- */
+/* ---- Attaching ------------------------------------------------------------------------------- */
 
 static bool run_attached(kvf_engine engine, struct llama_context *context, bool saving,
                          const char *path) {

@@ -2,9 +2,9 @@
  *
  *     sequences MODEL.gguf FOLDER-OF-LIBLLAMA
  *
- * The sequence is saved twice. The program learns that the first save is complete from poll(2), as a
- * program with an event loop does, and the second one calls a function. At the end llama.cpp's own
- * calls save and load the same sequence, and the program compares the states and the logits.
+ * The sequence is saved twice. The program learns that the first save is complete from poll(2), as
+ * a program with an event loop does, and the second one calls a function. At the end llama.cpp's
+ * own calls save and load the same sequence, and the program compares the states and the logits.
  *
  * All calls of llama.cpp and of kvf_llama_* are made by one thread: the one that runs main(). */
 #include <ggml-backend.h>
@@ -28,7 +28,7 @@ static void check(int32_t status, const char *what) {
     if (status < 0) fail(what, kvf_strerror(status));
 }
 
-/* ---- llama.cpp --------------------------------------------------------------------------------- */
+/* ---- llama.cpp ------------------------------------------------------------------------------- */
 
 static struct llama_model *model;
 static struct llama_context *context;
@@ -66,7 +66,8 @@ static void open_model(const char *model_file, const char *folder) {
     params.n_batch = PROMPT_TOKENS;
     params.n_seq_max = SEQUENCES;
     params.kv_unified = true;
-    /* llama.cpp's threads spin while they wait for each other, so leave processors for kvferry's. */
+    /* llama.cpp's threads spin while they wait for each other, so leave processors
+     * for kvferry's. */
     const long processors = sysconf(_SC_NPROCESSORS_ONLN);
     params.n_threads = params.n_threads_batch = processors > 2 ? (int32_t)processors / 2 : 1;
     context = llama_init_from_model(model, params);
@@ -74,7 +75,7 @@ static void open_model(const char *model_file, const char *folder) {
     vocabulary = llama_vocab_n_tokens(llama_model_get_vocab(model));
 }
 
-/* ---- kvferry ----------------------------------------------------------------------------------- */
+/* ---- kvferry --------------------------------------------------------------------------------- */
 
 static void report(const kvf_completion *done, const char *how, int steps) {
     check(done->status, done->detail[0] ? done->detail : how);
@@ -83,8 +84,8 @@ static void report(const kvf_completion *done, const char *how, int steps) {
            steps);
 }
 
-/* With a queue: its descriptor becomes readable when a job has completed, however many jobs there are.
- * A program waits for it together with its other descriptors. */
+/* With a queue: its descriptor becomes readable when a job has completed, however many jobs there
+ * are. A program waits for it together with its other descriptors. */
 static void save_with_poll(kvf_llama llama, void *state, uint64_t bytes) {
     kvf_queue queue;
     check(kvf_queue_create(&queue), "kvf_queue_create");
@@ -104,8 +105,8 @@ static void save_with_poll(kvf_llama llama, void *state, uint64_t bytes) {
     check(kvf_queue_destroy(queue), "kvf_queue_destroy");
 }
 
-/* With a callback: a thread of the engine calls it, and the next completion waits until it returns. So
- * it should only pass the completion on to a thread of yours. */
+/* With a callback: a thread of the engine calls it, and the next completion waits until it returns.
+ * So it should only pass the completion on to a thread of yours. */
 static kvf_completion called_with;
 static atomic_bool called;
 
@@ -126,7 +127,8 @@ static void save_with_callback(kvf_llama llama, void *state, uint64_t bytes) {
     report(&called_with, "save, callback", steps);
 }
 
-/* A sequence must not be decoded before its load is complete. Here the program waits for the job. */
+/* A sequence must not be decoded before its load is complete. Here the program waits for
+ * the job. */
 static void load(kvf_llama llama, const void *state, uint64_t bytes) {
     kvf_submit_options submit = KVF_SUBMIT_OPTIONS_INIT;
     submit.priority = KVF_PRIORITY_URGENT;
@@ -138,7 +140,7 @@ static void load(kvf_llama llama, const void *state, uint64_t bytes) {
     report(&done, "load", 0);
 }
 
-/* ---- Comparing with llama.cpp's own calls ------------------------------------------------------ */
+/* ---- Comparing with llama.cpp's own calls ---------------------------------------------------- */
 
 /* Decodes the next token of the loaded sequence, and empties the sequence. Returns a copy of the
  * token's logits, which the caller frees. */

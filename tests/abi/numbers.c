@@ -1,5 +1,5 @@
-/* Numbers and offsets that programs have compiled in, written down a second time. Once a line has been
- * released, it is never changed while the ABI's number stays; lines are added. */
+/* Numbers and offsets that programs have compiled in, written down a second time. Once a line has
+ * been released, it is never changed while the ABI's number stays; lines are added. */
 #include <kvferry.h>
 
 #define IS(name, value) _Static_assert((name) == (value), #name)

@@ -58,7 +58,8 @@ static inline bool is_readable(int fd) {
     return poll(&poll_fd, 1, 0) == 1;
 }
 
-/* Only the host device: what is tested here does not depend on the device, and must run anywhere. */
+/* Only the host device: what is tested here does not depend on the device, and must
+ * run anywhere. */
 static inline kvf_engine make_engine(void) {
     kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
     options.devices = KVF_DEVICES_HOST;
@@ -80,7 +81,8 @@ static inline kvf_region plain_region(const void *memory, uint64_t bytes, uint64
 }
 
 /* A background job that takes a minute if nobody cancels it: the same memory is saved to the same
- * place again and again. (One thread copies for background jobs, so that these copies do not race.) */
+ * place again and again. (One thread copies for background jobs, so that these copies do
+ * not race.) */
 enum { LONG_JOB_BYTES = 4 << 20, LONG_JOB_REGIONS = 100000 };
 static unsigned char long_job_memory[LONG_JOB_BYTES];
 static unsigned char long_job_buffer[LONG_JOB_BYTES];

@@ -1,6 +1,6 @@
-// Which byte of memory belongs to which byte of the buffer, and how often: the model that layouts and
-// pieces are compared with. Two sets of fragments that move the same bytes have equal coverage, however
-// they are cut or joined.
+// Which byte of memory belongs to which byte of the buffer, and how often: the model that layouts
+// and pieces are compared with. Two sets of fragments that move the same bytes have equal coverage,
+// however they are cut or joined.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ inline uint64_t runs_of(const kvf::Layout &layout) {
 class Coverage {
 public:
     void add(uint64_t address, uint64_t offset, uint64_t bytes) {
-        // Bytes whose address and offset grow together lie on one line; on it, where the count changes.
+        // Bytes whose address and offset grow together lie on one line; on it, where the count
+        // changes.
         change(address - offset, offset, 1);
         change(address - offset, offset + bytes, -1);
         bytes_ += bytes;

@@ -1,8 +1,9 @@
-// What the tests of the CUDA path share: the driver that kvferry uses too, device memory, buffers, and
-// random regions with the model that their transfers are compared with.
+// What the tests of the CUDA path share: the driver that kvferry uses too, device memory, buffers,
+// and random regions with the model that their transfers are compared with.
 //
-// The driver is the one that KVFERRY_CUDA_DRIVER names, which ctest sets to the simulated one; or, with
-// KVFERRY_TEST_GPU=1 in the environment, the real one. Tests that need faults or counters are skipped there.
+// The driver is the one that KVFERRY_CUDA_DRIVER names, which ctest sets to the simulated one; or,
+// with KVFERRY_TEST_GPU=1 in the environment, the real one. Tests that need faults or counters are
+// skipped there.
 #pragma once
 
 #include <dlfcn.h>
@@ -23,7 +24,7 @@
 
 constexpr uint64_t KiB = 1 << 10, MiB = 1 << 20, GiB = 1 << 30;
 
-// ---- The driver ----------------------------------------------------------------------------------
+// ---- The driver ---------------------------------------------------------------------------------
 
 struct Driver {
 #define MEMBER(name, symbol, parameters) CUresult(*name) parameters = nullptr;
@@ -81,7 +82,8 @@ inline void need_simulation(int devices) {
         }                                                                                          \
     } while (0)
 
-// A device's primary context, retained and current on this thread, as a program's that computes there.
+// A device's primary context, retained and current on this thread, as a program's that computes
+// there.
 class Context {
 public:
     explicit Context(int device = 0) : device_(device) {
@@ -209,7 +211,7 @@ class Holdings {
 public:
     Holdings() : at_first_(now()) {}
 
-    // Everything that was taken since has been given back.
+    // Everything that was taken since has been released.
     void check_same() const {
         if (!driver().simulated()) return;
         const auto at_last = now();
@@ -239,7 +241,7 @@ private:
     const std::vector<uint64_t> at_first_;
 };
 
-// ---- Engine, buffers, jobs -------------------------------------------------------------------------
+// ---- Engine, buffers, jobs ----------------------------------------------------------------------
 
 class Engine {
 public:
@@ -277,8 +279,8 @@ private:
     kvf_engine engine_ = 0;
 };
 
-// Checks that KVF_DEVICES_CUDA is refused with a text that has `why` in it. Returns an engine of the host alone, whose
-// description has it too.
+// Checks that KVF_DEVICES_CUDA is refused with a text that has `why` in it. Returns an engine of
+// the host alone, whose description has it too.
 inline kvf_engine make_engine_without_cuda(const char *why) {
     kvf_engine_options options = KVF_ENGINE_OPTIONS_INIT;
     char error[512] = "";
@@ -398,7 +400,7 @@ inline kvf_completion succeed(kvf_job job) {
 
 inline bool has_ended(kvf_job job) { return kvf_job_poll(job, nullptr, 0) == 1; }
 
-// ---- Random regions, and what their transfer must do -------------------------------------------------
+// ---- Random regions, and what their transfer must do --------------------------------------------
 
 using Random = std::mt19937_64;
 
@@ -416,7 +418,8 @@ inline Bytes random_bytes(Random &random, uint64_t bytes) {
     return content;
 }
 
-// How regions lie in memory. Cells: rows of 2 KiB of one cell each, as a cache of several sequences has.
+// How regions lie in memory. Cells: rows of 2 KiB of one cell each, as a cache of several sequences
+// has.
 enum class Style { Runs, CellsInTurn, CellsAtRandom, Blocks, Narrow, Long, Mixed };
 constexpr Style kStyles[] = {Style::Runs,   Style::CellsInTurn, Style::CellsAtRandom, Style::Blocks,
                              Style::Narrow, Style::Long,        Style::Mixed};
@@ -514,7 +517,8 @@ inline kvf_completion save_and_check(kvf_engine engine, const Plan &plan,
     return completion;
 }
 
-// Loads random bytes into the plan's rows of `device`, which holds `memory`, and checks the whole of it.
+// Loads random bytes into the plan's rows of `device`, which holds `memory`, and checks the whole
+// of it.
 inline void load_and_check(kvf_engine engine, const Plan &plan, const DeviceMemory &device,
                            Bytes &memory, const Buffer &buffer, Random &random,
                            uint32_t priority = KVF_PRIORITY_URGENT) {

@@ -1,5 +1,5 @@
-// Writes states as llama.cpp does (state_write in llama-kv-cache.cpp and llama-memory-recurrent.cpp of b8390 to
-// 0.6.0), with tensor bytes of 0x5a.
+// Writes states as llama.cpp does (state_write in llama-kv-cache.cpp and llama-memory-recurrent.cpp
+// of b8390 to 0.6.0), with tensor bytes of 0x5a.
 #pragma once
 
 #include <cstdint>

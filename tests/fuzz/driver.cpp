@@ -1,5 +1,6 @@
-// Runs a fuzz target without a fuzzer: on inputs made from seeds, or on the files that are named (such
-// as those that libFuzzer leaves). KVFERRY_FUZZ_RUNS sets how many inputs; KVFERRY_FUZZ_SEED the first.
+// Runs a fuzz target without a fuzzer: on inputs made from seeds, or on the files that are named
+// (such as those that libFuzzer leaves). KVFERRY_FUZZ_RUNS sets how many inputs; KVFERRY_FUZZ_SEED
+// the first.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -20,7 +21,8 @@ uint64_t setting(const char *name, uint64_t otherwise) {
 std::vector<uint8_t> make_input(uint64_t seed) {
     std::mt19937_64 random(seed);
     std::vector<uint8_t> input(random() % (uint64_t{1} << (random() % 12)));
-    // Small numbers, and now and then any: purely random fields would nearly all be refused at once.
+    // Small numbers, and now and then any: purely random fields would nearly all be refused at
+    // once.
     const uint64_t any_in = 1 + random() % 16;
     for (auto &byte : input) {
         byte = static_cast<uint8_t>(random() % any_in == 0 ? random() : random() % 3);

@@ -1,4 +1,5 @@
-// The walk through a state reads nothing outside of it, ends, and takes no damaged length for whole.
+// The walk through a state reads nothing outside of it, ends, and takes no damaged length for
+// whole.
 #include "llama/cells.h"
 
 #include "input.hpp"

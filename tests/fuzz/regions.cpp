@@ -1,4 +1,5 @@
-// Any region list is either refused or moved exactly; sizes agree with a model that cannot overflow.
+// Any region list is either refused or moved exactly; sizes agree with a model that cannot
+// overflow.
 #include <algorithm>
 #include <vector>
 

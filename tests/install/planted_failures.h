@@ -1,10 +1,11 @@
-/* Included before examples/c/conversation.c by the compiler: lets one call that can fail fail, and counts what is taken
- * and freed.
+/* Included before examples/c/conversation.c by the compiler: lets one call that can fail fail, and
+ * counts what is taken and freed.
  *
  * FAIL_AT=N          the Nth of these calls fails
  * SMALL_BUFFER=1     kvf_llama_size() says one byte too few
  *
- * The program ends with status 3 if it has not freed what it has taken. (LeakSanitizer sees only what malloc gave.) */
+ * The program ends with status 3 if it has not freed what it has taken. (LeakSanitizer sees only
+ * what malloc gave.) */
 #include <errno.h>
 #include <ggml-backend.h>
 #include <kvferry.h>

@@ -82,7 +82,8 @@ CUresult find_current_stream(CUstream handle, StreamPtr *stream) {
     return (*stream)->context == context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
 }
 
-// Nobody may ask how far a stream is that is being captured, or an event in it: that breaks the capture.
+// Nobody may ask how far a stream is that is being captured, or an event in it: that breaks the
+// capture.
 CUresult refuse_captured(Stream &stream) {
     if (!is_captured(stream)) return CUDA_SUCCESS;
     invalidate_capture(stream);
@@ -200,8 +201,9 @@ CUresult copy(CUstream handle, const Side &to, const Side &from, Shape shape, Lo
     if (CUresult error = find_current_stream(handle, &stream)) return error;
     if (shape.width == 0 || shape.height == 0) return CUDA_SUCCESS;
     if (to.address == 0 || from.address == 0) return CUDA_ERROR_INVALID_VALUE;
-    // From one allocation into another, neighbours or not, or into pinned memory that was registered for itself (seen
-    // on driver 580). What ends in no allocation of the device is found out as it is executed.
+    // From one allocation into another, neighbours or not, or into pinned memory that was
+    // registered for itself (seen on driver 580). What ends in no allocation of the device is found
+    // out as it is executed.
     for (const Side &side : {to, from}) {
         if (side.place == Place::Pageable) continue;
         const Allocation *last = allocation_of(side.address + shape.extent(side.pitch) - 1);

@@ -28,7 +28,7 @@ void discard(const Allocation &allocation) {
               static_cast<off_t>(pages(allocation.range.bytes)));
 }
 
-void give_back_device(const Allocation &allocation) {
+void release_device(const Allocation &allocation) {
     arena_of(allocation.range.address)->allocated -= allocation.range.bytes;
     driver().counters.device_bytes -= allocation.range.bytes;
     --driver().counters.live_device_allocations;
@@ -81,7 +81,8 @@ CUresult allocate_device(const ContextPtr &context, uint64_t bytes, uint64_t *ad
         arena.allocated > d.settings.device_limit - bytes)
         return CUDA_ERROR_OUT_OF_MEMORY;
 
-    // The first gap from `next` on, then from the start, with room for it and the pages that guard it.
+    // The first gap from `next` on, then from the start, with room for it and the pages that guard
+    // it.
     const uint64_t guard = d.settings.guard_pages * kPage;
     const uint64_t need = pages(bytes) + guard;
     const auto search = [&](uint64_t from) -> uint64_t {
@@ -131,7 +132,7 @@ void free_in_order(uint64_t address) {
     const Allocation allocation = d.allocations.at(address);
     if (is_used(allocation.range)) ++d.counters.hazards;
     d.allocations.erase(address);
-    give_back_device(allocation);
+    release_device(allocation);
 }
 
 void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
@@ -146,7 +147,7 @@ void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
     if (d.allocations.erase(address) == 0) return; // by somebody else meanwhile
 
     if (allocation.on_device) {
-        give_back_device(allocation);
+        release_device(allocation);
     } else {
         d.counters.pinned_bytes -= allocation.range.bytes;
         --(allocation.registered ? d.counters.live_registrations

@@ -126,7 +126,7 @@ struct Allocation {
     bool ordered = false;    // device memory: by cuMemAllocAsync()
 };
 
-// A device's memory: the same pages at two places. The public one can't be accessed.
+// A device's memory: the same pages at two places. The public one cannot be accessed.
 struct Arena {
     int file = -1;
     uint64_t address = 0;
@@ -226,7 +226,7 @@ void free_in_order(uint64_t address);
 std::byte *alias_of(uint64_t address);
 bool is_mapped(Range range);
 
-// Allocations as they are now, for use without the lock: those that operations name can't be freed
+// Allocations as they are now, for use without the lock: those that operations name cannot be freed
 // before these have ended.
 class View {
 public:
@@ -251,10 +251,11 @@ private:
 // All with the lock.
 StreamPtr new_stream(const ContextPtr &context, bool blocking);
 StreamPtr legacy_stream(const ContextPtr &context);
-// Queues it behind what the stream has. Returns its completion. What a stream is given while it is captured is never
-// executed, and counts as done.
+// Queues it behind what the stream has. Returns its completion. What a stream is given while it is
+// captured is never executed, and counts as done.
 CompletionPtr submit(const StreamPtr &stream, Operation operation);
-// An operation that a capture does not allow: a stream that is being captured will not give a graph.
+// An operation that a capture does not allow: a stream that is being captured will not give a
+// graph.
 void invalidate_capture(Stream &stream);
 bool is_captured(const Stream &stream);
 // Whether the legacy stream would have to wait for a stream that is being captured.

@@ -437,7 +437,7 @@ void copies_of_pageable_memory_are_staged() {
         std::fill(content.begin(), content.end(), 0); // it has been read
         Bytes back(size);
         OK(cuda.cuMemcpyDtoHAsync(back.data(), device, size, s.stream));
-        CHECK(back == before); // it has arrived
+        CHECK(back == before); // all of it was copied
     }
     OK(cuda.cuMemFree(device));
 }

@@ -1,5 +1,5 @@
-// Go submits a job by one call of C, with one flat struct of numbers. The struct holds no pointer, so that Go's runtime
-// has nothing to check. Go has pinned the memory that its addresses name.
+// Go submits a job by one call of C, with one flat struct of numbers. The struct holds no pointer,
+// so that Go's runtime has nothing to check. Go has pinned the memory that its addresses name.
 #pragma once
 
 #include <kvferry.h>

@@ -87,7 +87,8 @@ int main(void) {
 
     /* Memory that is not there: of a region, at its beginning or end; of the buffer. */
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    /* A page with nothing around it; wide holes, which the next mapping of anybody's does not fill. */
+    /* A page with nothing around it; wide holes, which the next mapping of anybody's does
+     * not fill. */
     enum { HOLE = 64 << 20 };
     unsigned char *begin =
         mmap(NULL, 2 * HOLE + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -111,7 +112,8 @@ int main(void) {
     CHECK(reserved != MAP_FAILED);
     const kvf_region without_access = plain_region((char *)reserved + 5, 100, 0);
     CHECK_STATUS(KVF_ERR_UNREACHABLE, submit(&without_access, 1, buffer, sizeof buffer));
-    /* Only the last page is without access: of one region, or of the last of many that lie in a row. */
+    /* Only the last page is without access: of one region, or of the last of many that lie in a
+     * row. */
     enum { PAGES = 600 };
     CHECK(mprotect(reserved, PAGES * page, PROT_READ | PROT_WRITE) == 0);
     const kvf_region ends_there = plain_region((char *)reserved + PAGES * page - 8, 16, 0);

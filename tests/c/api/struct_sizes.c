@@ -1,4 +1,5 @@
-/* Structs of older and newer programs: a short one gets defaults, a long one may have a tail of zeros. */
+/* Structs of older and newer programs: a short one gets defaults, a long one may have a tail of
+ * zeros. */
 #include <stddef.h>
 
 #include "check.h"
@@ -20,7 +21,8 @@ static void engine_options(void) {
     CHECK_OK(kvf_engine_create(NULL, &engine));
     CHECK_OK(kvf_engine_destroy(engine));
 
-    /* Every size from the first two fields up, in steps of a field. What lies behind must not be read. */
+    /* Every size from the first two fields up, in steps of a field. What lies behind must not be
+     * read. */
     for (uint32_t size = 8; size <= sizeof(kvf_engine_options); size += 8) {
         void *exact = malloc(size);
         CHECK(exact);
@@ -134,7 +136,8 @@ static void submit_options(kvf_engine engine) {
     CHECK(error[0] == 0);
 }
 
-/* Completions are written at the caller's stride: no further than it, and whole where it is longer. */
+/* Completions are written at the caller's stride: no further than it, and whole where it
+ * is longer. */
 static void completions(kvf_engine engine) {
     const kvf_queue queue = make_queue();
     static char from = 5, to; /* some of the jobs are not waited for */

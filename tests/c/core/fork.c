@@ -1,5 +1,5 @@
-/* fork() with jobs in flight: the child is told that its parent's handles are not its own, works with
- * an engine of its own, and ends cleanly; the parent goes on. */
+/* fork() with jobs in flight: the child is told that its parent's handles are not its own, works
+ * with an engine of its own, and ends cleanly; the parent goes on. */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/wait.h>
@@ -82,7 +82,8 @@ int main(void) {
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     options.queue = queue;
     job = start_long_job(engine, &options);
-#ifndef __SANITIZE_ADDRESS__ /* ASan's own allocator does not survive a fork beside threads that allocate */
+/* ASan's own allocator does not survive a fork beside threads that allocate. */
+#ifndef __SANITIZE_ADDRESS__
     pthread_t disturber;
     CHECK(pthread_create(&disturber, NULL, disturb, NULL) == 0);
 #else

@@ -1,4 +1,5 @@
-/* Handles that are zero, made up, of another type or of a destroyed object are answered, not followed. */
+/* Handles that are zero, made up, of another type or of a destroyed object are answered, not
+ * followed. */
 #include "check.h"
 
 static void check_engine_refused(kvf_engine engine, int32_t status) {

@@ -1,4 +1,5 @@
-// What stands in for functions that older systems lack does what those do. (This program is linked with the stand-ins.)
+// What stands in for functions that older systems lack does what those do. (This program is linked
+// with the stand-ins.)
 #include "core/old_symbols.h"
 
 #include "check.hpp"

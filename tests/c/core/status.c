@@ -1,5 +1,5 @@
-/* The library knows every status of the header, with the text that stands there, and no other; and no number
- * says two things.
+/* The library knows every status of the header, with the text that stands there, and no other; and
+ * no number says two things.
  *     test_status KVFERRY.H */
 #include <ctype.h>
 

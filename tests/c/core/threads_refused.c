@@ -1,4 +1,5 @@
-/* The system refuses new threads: the submission or the job fails with a status; later ones work. */
+/* The system refuses new threads: the submission or the job fails with a status; later
+ * ones work. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sys/resource.h>

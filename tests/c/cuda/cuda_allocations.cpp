@@ -1,5 +1,6 @@
-// Regions that lie in several allocations, as the tensors of a program do: rows at one pitch and runs without gaps are
-// joined within an allocation, and never across two, for a driver refuses such a copy.
+// Regions that lie in several allocations, as the tensors of a program do: rows at one pitch and
+// runs without gaps are joined within an allocation, and never across two, for a driver refuses
+// such a copy.
 #include <memory>
 
 #include "cuda.hpp"
@@ -78,7 +79,8 @@ void in_memory_of_its_own(const Engine &engine, uint64_t bytes, std::span<const 
     }
 }
 
-// What a driver tells of such memory need not be what it lies in. Where there is no hole regions may be joined.
+// What a driver tells of such memory need not be what it lies in. Where there is no hole regions
+// may be joined.
 void in_memory_of_a_pool(const Engine &engine, uint64_t bytes, std::span<const Shape> shapes) {
     if (!driver().cuMemAllocAsync || !driver().cuMemFreeAsync) return;
     const Stream stream;

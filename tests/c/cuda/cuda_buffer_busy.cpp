@@ -1,4 +1,5 @@
-// A buffer cannot be freed or unregistered while a job in flight uses it, from inside a larger one too.
+// A buffer cannot be freed or unregistered while a job in flight uses it, from inside a larger one
+// too.
 #include "cuda.hpp"
 
 int main() {
@@ -21,17 +22,17 @@ int main() {
             options.stream = stream.number();
             const kvf_region region = {memory.address(), bytes, 1, 0, 0, 0};
             unsigned char *buffer = of_pool ? static_cast<unsigned char *>(pooled) : own.data();
-            const auto give_back = [&] {
+            const auto release = [&] {
                 return of_pool ? kvf_buffer_free(pooled)
                                : kvf_buffer_unregister(engine, own.data());
             };
             kvf_job job;
             CHECK_OK(kvf_regions_save(engine, &region, 1, buffer + 5, bytes, &options, &job));
-            CHECK_STATUS(KVF_ERR_BUSY, give_back());
+            CHECK_STATUS(KVF_ERR_BUSY, release());
             barrier.open();
             succeed(job);
-            CHECK_OK(give_back());
-            CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, give_back());
+            CHECK_OK(release());
+            CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, release());
             stream.synchronize();
         }
     }

@@ -1,4 +1,5 @@
-// While another thread captures a CUDA graph in global mode, kvferry calls nothing that would break the capture.
+// While another thread captures a CUDA graph in global mode, kvferry calls nothing that would break
+// the capture.
 #include "cuda.hpp"
 
 int main() {

@@ -1,5 +1,6 @@
-// A stream that is being captured into a CUDA graph cannot be followed, nor made to wait for a job: what it is given runs
-// when the graph is launched, perhaps never. The call is refused, and the capture goes on unharmed.
+// A stream that is being captured into a CUDA graph cannot be followed, nor made to wait for a job:
+// what it is given runs when the graph is launched, perhaps never. The call is refused, and the
+// capture goes on unharmed.
 #include "cuda.hpp"
 
 namespace {

@@ -1,5 +1,6 @@
-// Every context has a default stream, and all have the same names. Meant are the one of the caller's current
-// context and those of the devices whose memory moves; where no context is current, those of all devices.
+// Every context has a default stream, and all have the same names. The name stands for the stream
+// of the caller's current context and those of the devices whose memory moves; where no context is
+// current, for those of all devices.
 #include "cuda.hpp"
 
 namespace {

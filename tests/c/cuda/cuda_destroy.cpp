@@ -1,5 +1,5 @@
-// Destroying an engine under load: what is in flight ends as it would, or soon where all was cancelled; what
-// comes later is refused.
+// Destroying an engine under load: what is in flight ends as it would, or soon where all was
+// cancelled; what comes later is refused.
 #include <atomic>
 
 #include "cuda.hpp"

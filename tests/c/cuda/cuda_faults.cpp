@@ -1,6 +1,6 @@
-// Every entry point of the driver fails in turn, at its first calls, in the middle and at the last one: an engine
-// is made or refused with a reason, each job ends once with the right bytes or an error, nothing crashes, hangs
-// or leaks.
+// Every entry point of the driver fails in turn, at its first calls, in the middle and at the last
+// one: an engine is made or refused with a reason, each job ends once with the right bytes or an
+// error, nothing crashes, hangs or leaks.
 #include <map>
 
 #include "cuda.hpp"
@@ -19,12 +19,12 @@ struct Fault {
     bool forever;
 };
 
-// What cannot be given back because the driver does not take it.
-bool gives_back(const std::string &entry_point) {
+// Whether this entry point releases something, which stays if the driver refuses to.
+bool releases(const std::string &entry_point) {
     for (const char *word : {"Free", "Destroy", "Unload", "Unregister", "Release"}) {
         if (entry_point.find(word) != std::string::npos) return true;
     }
-    // With these fail, too: kvferry gives back under a context that it makes current.
+    // kvferry releases things under a context that it makes current.
     return entry_point.find("cuCtxPushCurrent") == 0;
 }
 
@@ -41,7 +41,7 @@ public:
         if (fault_.what) d.fail(fault_.what, fault_.nth, fault_.error, fault_.forever);
         with_engine(plan, device, stream);
         for (const char *name : names()) calls[name] = d.calls(name);
-        // Ends the fault, so that what this function holds can be given back.
+        // Ends the fault, so that what this function holds can be released.
         d.reset();
         d.cuCtxSynchronize();
     }
@@ -137,7 +137,8 @@ private:
                 CHECK(std::equal(expected.begin(), expected.end(), buffer));
             } else {
                 CHECK(completion->detail[0]);
-                // Of a device that is lost, copies may be under way here that a real one would have ended.
+                // Of a device that is lost, copies may be under way here that a real one would have
+                // ended.
                 driver().cuCtxSynchronize();
             }
         }
@@ -185,7 +186,7 @@ int main() {
                 const Holdings holdings;
                 Trial trial(++trials);
                 trial.run(fault);
-                if (!trial.gave_up && !gives_back(name)) holdings.check_same();
+                if (!trial.gave_up && !releases(name)) holdings.check_same();
             }
         }
     }

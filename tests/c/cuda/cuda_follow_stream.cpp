@@ -1,5 +1,5 @@
-// A job that follows a stream begins when what the stream held at the call is done, and not before; others
-// pass it.
+// A job that follows a stream begins when what the stream held at the call is done, and not before;
+// others pass it.
 #include "cuda.hpp"
 
 int main() {

@@ -1,4 +1,5 @@
-// A child of a process that uses CUDA has no CUDA, says so, and works with host memory; the parent goes on.
+// A child of a process that uses CUDA has no CUDA, says so, and works with host memory; the parent
+// goes on.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -48,7 +49,8 @@ int main() {
             options.stream = stream.number();
             const kvf_job waiting = start(engine, Way::Save, regions, buffer, options);
             const kvf_job moving = start(engine, Way::Save, regions, pageable);
-#ifdef __SANITIZE_ADDRESS__ // its own allocator does not survive a fork beside threads that allocate, as those that start do
+// ASan's own allocator does not survive a fork while starting threads allocate.
+#ifdef __SANITIZE_ADDRESS__
             sleep_ms(100);
 #endif
             const pid_t pid = fork();

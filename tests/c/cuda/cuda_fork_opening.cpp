@@ -1,4 +1,5 @@
-// A child that is forked while another thread opens the CUDA driver has no CUDA, says so, and does not hang.
+// A child that is forked while another thread opens the CUDA driver has no CUDA, says so, and does
+// not hang.
 #include <sys/wait.h>
 #include <unistd.h>
 

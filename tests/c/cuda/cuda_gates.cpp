@@ -1,5 +1,5 @@
-// Streams that jobs follow are asked without a lock of the device's: who submits or cancels does not wait for a driver's
-// answer, however many jobs follow streams.
+// Streams that jobs follow are asked without a lock of the device's: who submits or cancels does
+// not wait for a driver's answer, however many jobs follow streams.
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -66,8 +66,9 @@ struct Test {
     Bytes on_host = Bytes(kPlaces * kBytes), buffer = Bytes(kBytes);
     uint64_t submitted = 0;
 
-    // What has been moved is not looked at: one thread copies to and from the buffer, which all jobs share. On the device
-    // jobs with a gate, of which one moves at a time, have a place of their own, and the others the rest.
+    // What has been moved is not looked at: one thread copies to and from the buffer, which all
+    // jobs share. On the device jobs with a gate, of which one moves at a time, have a place of
+    // their own, and the others the rest.
     std::shared_ptr<kvf::Job> submit(std::shared_ptr<kvf::Gate> gate = nullptr) {
         kvf::Submission submission = make_submission(direction, buffer.data(), buffer.size());
         const uint64_t place = gate ? 0 : 1 + submitted++ % (kPlaces - 1);

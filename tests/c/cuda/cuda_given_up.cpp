@@ -1,5 +1,6 @@
-// A device is given up because a copy does not end: other devices and the host go on. What the driver still has
-// registered stays mapped, is not given to anybody else, and is not taken for pinned when its owner unmaps it.
+// A device is given up because a copy does not end: other devices and the host go on. What the
+// driver still has registered stays mapped, is not given to anybody else, and is not taken for
+// pinned when its owner unmaps it.
 #include "cuda.hpp"
 
 namespace {
@@ -58,7 +59,8 @@ int main() {
     CHECK_OK(kvf_regions_save(engine, &region, 1, idle, kBytes, nullptr, &job));
     CHECK(finish(job).status == KVF_ERR_DEVICE_LOST);
 
-    // The buffer that the copy names goes to nobody; the one beside it does until it should be unmapped.
+    // The buffer that the copy names goes to nobody; the one beside it does until it should be
+    // unmapped.
     CHECK_OK(kvf_buffer_free(stuck));
     void *again = nullptr;
     CHECK_OK(kvf_buffer_alloc(engine, kBytes, &again));
@@ -70,7 +72,8 @@ int main() {
     CHECK(d.count("live_registrations") == registered && !engine.describes("\"lost\": 0,"));
     static_cast<char *>(idle)[0] = static_cast<char *>(stuck)[0] = 1; // still mapped
 
-    // Its owner is told, and may unmap it: the driver's registration of the place means nothing then.
+    // Its owner is told, and may unmap it: the driver's registration of the place means nothing
+    // then.
     CHECK_STATUS(KVF_ERR_DEVICE_LOST, kvf_buffer_unregister(engine, own));
     CHECK_STATUS(KVF_ERR_BUSY, kvf_buffer_register(engine, own, kBytes));
     CHECK(mmap(own, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,

@@ -1,5 +1,6 @@
-// Memory of the library's own goes back to the system when nobody has wanted it for a while, without any call, and at
-// once with kvf_buffer_trim(); an idle buffer of the pool makes room for one of another size.
+// Memory of the library's own goes back to the system when nobody has wanted it for a while,
+// without any call, and at once with kvf_buffer_trim(); an idle buffer of the pool makes room for
+// one of another size.
 #include "cuda.hpp"
 
 namespace {

@@ -1,5 +1,5 @@
-// Many jobs at once, saves and loads of both priorities into buffers of every kind, submitted by several
-// threads: each moves its own bytes, and each is told of once.
+// Many jobs at once, saves and loads of both priorities into buffers of every kind, submitted by
+// several threads: each moves its own bytes, and each is told of once.
 #include "cuda.hpp"
 
 namespace {

@@ -1,5 +1,6 @@
-// Device memory stays within staging_bytes for a direction, pinned memory of the library's own within 64 MiB for both,
-// and background jobs within two copies in the device's queue; urgent ones have more there.
+// Device memory stays within staging_bytes for a direction, pinned memory of the library's own
+// within 64 MiB for both, and background jobs within two copies in the device's queue; urgent ones
+// have more there.
 #include "cuda.hpp"
 
 namespace {
@@ -53,7 +54,8 @@ int main() {
     }
     CHECK(d.peak_queued(0, KVFSIM_SAVE) == 2 && d.peak_queued(0, KVFSIM_LOAD) == 2);
 
-    // What is staged for a pageable buffer takes no more staging than its bounce buffers have room for.
+    // What is staged for a pageable buffer takes no more staging than its bounce buffers have room
+    // for.
     d.reset();
     d.set("latency_us", 3000);
     {

@@ -1,5 +1,5 @@
-// Where pinned or device memory is short, jobs go on with what there is; and while a lane takes memory, nobody who
-// submits or cancels waits for it.
+// Where pinned or device memory is short, jobs go on with what there is; and while a lane takes
+// memory, nobody who submits or cancels waits for it.
 #include "cuda.hpp"
 
 namespace {
@@ -52,7 +52,8 @@ void go_on_with_little_pinned_memory(Random &random, const DeviceMemory &device)
     }
 }
 
-// Staging for which no table can be had is not taken and given back again and again while other staging is in use.
+// Staging for which no table can be had is not taken and released again and again while other
+// staging is in use.
 void remember_what_is_scarce(Random &random, const DeviceMemory &device) {
     Driver &d = driver();
     d.reset();

@@ -1,5 +1,6 @@
-// Loads ahead: the bytes are staged on the device before it is known where they belong, and then placed. All of them are
-// placed, whenever the layout comes; none where the job ends otherwise. The memory is kept for the next load, or freed.
+// Loads ahead: the bytes are staged on the device before it is known where they belong, and then
+// placed. All of them are placed, whenever the layout comes; none where the job ends otherwise. The
+// memory is kept for the next load, or freed.
 #include "inside.hpp"
 
 namespace {
@@ -28,7 +29,8 @@ struct State {
         }
         layout = builder.finish();
     }
-    // An irregular rest of so many short runs, the middle one followed by a long one that is a copy of its own.
+    // An irregular rest of so many short runs, the middle one followed by a long one that is a copy
+    // of its own.
     State(uint64_t runs, uint64_t long_run) {
         kvf::LayoutBuilder builder;
         for (uint64_t i = 0, gap = 2; i < runs; ++i, gap = 5 - gap) {
@@ -150,7 +152,8 @@ void keep_and_free(Test &test, Random &random, const unsigned char *buffer) {
     CHECK(kept >= before + test.state.bytes && kept <= before + test.state.bytes + 8 * MiB);
     load(test, random, buffer, 0);
     CHECK(d.count("device_bytes") == kept && d.calls("cuMemAlloc") == calls);
-    // Memory that is too small for the next load is freed, at once where the device is short of memory.
+    // Memory that is too small for the next load is freed, at once where the device is short of
+    // memory.
     auto larger = test.device.make_load_ahead(4 * test.state.bytes);
     CHECK(larger && d.count("device_bytes") >= before + 4 * test.state.bytes);
     while (d.count("device_bytes") >= before + 4 * test.state.bytes + 4 * MiB) sleep_ms(1);
@@ -194,7 +197,8 @@ void fail(Test &test, Random &random, const unsigned char *buffer) {
     }
 }
 
-// A table that is too long, and one whose runs do not follow one another in the buffer, are for a kernel all the same.
+// A table that is too long, and one whose runs do not follow one another in the buffer, are for a
+// kernel nevertheless.
 void unusual_tables(std::shared_ptr<kvf::Engine> engine, Random &random) {
     for (const State &state :
          {State(kvf::CudaResidentTable::kRows + 1000, 0), State(3000, kvf::kLongRun)}) {

@@ -1,5 +1,5 @@
-// Loads ahead on a device that fails when staged bytes are placed, and nothing else is under way: other devices go on, and
-// this one says so.
+// Loads ahead on a device that fails when staged bytes are placed, and nothing else is under way:
+// other devices go on, and this one says so.
 #include "inside.hpp"
 
 namespace {

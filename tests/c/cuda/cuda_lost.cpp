@@ -1,5 +1,6 @@
-// A device that is lost in flight: every job on it ends with KVF_ERR_DEVICE_LOST, the engine says that it is
-// broken and takes no more of it, other devices go on, and a new engine works where the driver allows it.
+// A device that is lost in flight: every job on it ends with KVF_ERR_DEVICE_LOST, the engine says
+// that it is broken and takes no more of it, other devices go on, and a new engine works where the
+// driver allows it.
 #include "cuda.hpp"
 
 namespace {

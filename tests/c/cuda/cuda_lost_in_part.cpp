@@ -1,5 +1,5 @@
-// A job on two devices, of which one is lost, ends soon: its leg on the other one does not wait for the stream that it
-// follows.
+// A job on two devices, of which one is lost, ends soon: its leg on the other one does not wait for
+// the stream that it follows.
 #include "cuda.hpp"
 
 namespace {

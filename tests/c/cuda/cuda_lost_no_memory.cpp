@@ -1,4 +1,4 @@
-// Where a pump that finds its device lost is refused memory, whenever that is, its jobs end all the same.
+// Where a pump that finds its device lost is refused memory, whenever that is, its jobs still end.
 #include "cuda.hpp"
 #include "refuse_memory.hpp"
 
@@ -6,7 +6,8 @@ namespace {
 
 constexpr uint64_t kBytes = MiB;
 
-// Two jobs are under way as `lose` is called. False if the pumps asked for less memory than is refused.
+// Two jobs are under way as `lose` is called. False if the pumps asked for less memory than is
+// refused.
 bool refuse(int64_t nth, void (*lose)()) {
     const Driver &d = driver();
     const Context context;

@@ -1,5 +1,5 @@
-// Without a CUDA driver or device that can be used, an engine says why: KVF_DEVICES_AUTO makes one of the host
-// alone, KVF_DEVICES_CUDA is refused.
+// Without a CUDA driver or device that can be used, an engine says why: KVF_DEVICES_AUTO makes one
+// of the host alone, KVF_DEVICES_CUDA is refused.
 #include <sys/wait.h>
 #include <unistd.h>
 

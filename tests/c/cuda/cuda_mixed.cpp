@@ -1,6 +1,7 @@
-// Jobs of all kinds at once, urgent and in the background, recorded before they move or meanwhile, of pinned and of
-// pageable buffers, some cancelled, some retracted, with little staging and with much, while another thread frees all idle
-// memory: each byte is where it belongs, and nothing beside them is touched.
+// Jobs of all kinds at once, urgent and in the background, recorded before they move or meanwhile,
+// of pinned and of pageable buffers, some cancelled, some retracted, with little staging and with
+// much, while another thread frees all idle memory: each byte is where it belongs, and nothing
+// beside them is touched.
 //
 //     test_cuda_mixed [seed [rounds]]
 #include <atomic>

@@ -1,4 +1,5 @@
-// A driver that refuses the kernels' PTX: the engine says so, and every layout comes out right without them.
+// A driver that refuses the kernels' PTX: the engine says so, and every layout comes out right
+// without them.
 #include "cuda.hpp"
 
 int main() {

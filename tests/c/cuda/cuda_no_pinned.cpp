@@ -1,4 +1,5 @@
-// Where the system pins no more memory, what wants it is told so, nothing is lost, and later it works.
+// Where the system pins no more memory, what wants it is told so, nothing is lost, and later it
+// works.
 #include "cuda.hpp"
 
 int main() {

@@ -1,4 +1,5 @@
-// With little device memory staging is smaller, and with none rows are copied one by one: slower, and right.
+// With little device memory staging is smaller, and with none rows are copied one by one: slower,
+// and right.
 #include "cuda.hpp"
 
 int main() {

@@ -1,5 +1,6 @@
-// A job may move while its submitting call still records the rest. A job that is committed completes once. A job that is
-// retracted moves nothing any more when that returns, and nobody hears of it.
+// A job may move while its submitting call still records the rest. A job that is committed
+// completes once. A job that is retracted moves nothing any more when that returns, and nobody
+// hears of it.
 #include "inside.hpp"
 
 namespace {

@@ -1,4 +1,5 @@
-// Within a priority, a pump moves the job that came first: at most as many are begun and not finished as it has slots.
+// Within a priority, a pump moves the job that came first: at most as many are begun and not
+// finished as it has slots.
 #include "cuda.hpp"
 
 namespace {

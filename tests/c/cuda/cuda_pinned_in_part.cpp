@@ -1,5 +1,6 @@
-// Memory of which only the beginning and the end are pinned counts as pageable, and so does what was pinned in several
-// pieces, with or without a gap between them: a driver refuses copies across pieces.
+// Memory of which only the beginning and the end are pinned counts as pageable, and so does what
+// was pinned in several pieces, with or without a gap between them: a driver refuses copies across
+// pieces.
 #include "cuda.hpp"
 
 int main() {

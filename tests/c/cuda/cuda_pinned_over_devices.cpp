@@ -1,12 +1,13 @@
-// What an engine pins for its own use is bounded over all devices, and not only for each. A device that finds nothing left
-// goes on with little; a device that works alone has all that it can use.
+// What an engine pins for its own use is bounded over all devices, and not only for each. A device
+// that finds nothing left goes on with little; a device that works alone has all that it can use.
 #include "cuda.hpp"
 
 namespace {
 
 constexpr int kDevices = 4;
 constexpr uint64_t kBytes = 40 * MiB;
-// As lane_memory.h has it: what two devices use at most, and the least that each device goes on with.
+// As lane_memory.h has it: what two devices use at most, and the least that each device goes on
+// with.
 constexpr uint64_t kMost = 114 * MiB + kDevices * 5 * MiB;
 constexpr uint64_t kBounces = 7 * 4 * MiB; // of one direction at most
 

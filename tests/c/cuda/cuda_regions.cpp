@@ -1,5 +1,5 @@
-// Regions of every kind, at any alignment, between device memory and every kind of buffer, come out as the
-// model says, and nothing beside them is touched.
+// Regions of every kind, at any alignment, between device memory and every kind of buffer, come out
+// as the model says, and nothing beside them is touched.
 #include "cuda.hpp"
 
 int main(int argc, char **argv) {

@@ -1,6 +1,6 @@
-// Rows of one width at one pitch, tensor after tensor with libllama's few bytes between them, at any place of the buffer
-// and while they are still being recorded: urgent loads take them through staging without a table, whole lines of the host
-// at a time, and nothing beside them is touched.
+// Rows of one width at one pitch, tensor after tensor with libllama's few bytes between them, at
+// any place of the buffer and while they are still being recorded: urgent loads take them through
+// staging without a table, whole lines of the host at a time, and nothing beside them is touched.
 #include "inside.hpp"
 
 namespace {

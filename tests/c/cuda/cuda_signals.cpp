@@ -1,5 +1,5 @@
-// No handler of the program's runs on a thread of the library: signals are blocked there, but for those of a thread's own
-// faults.
+// No handler of the program's runs on a thread of the library: signals are blocked there, but for
+// those of a thread's own faults.
 #include <dirent.h>
 
 #include <csignal>
@@ -34,7 +34,8 @@ std::map<std::string, uint64_t> look() {
     return blocked;
 }
 
-// Waits until threads of all these names have been seen; whatever is seen must block what it should.
+// Waits until threads of all these names have been seen; whatever is seen must block what it
+// should.
 void check_threads(std::vector<std::string> names) {
     const int64_t until = clock_ns() + 20 * SECONDS;
     while (!names.empty()) {

@@ -1,5 +1,5 @@
-// A snapshot holds what memory held when it was taken, whatever is written there before it has moved; without
-// room for it, it fails and nothing has happened.
+// A snapshot holds what memory held when it was taken, whatever is written there before it has
+// moved; without room for it, it fails and nothing has happened.
 #include "inside.hpp"
 
 namespace {

@@ -1,5 +1,5 @@
-// A save by snapshot completes while the device is busy with other work, whether or not the driver frees in the order
-// of streams; and memory that a snapshot has left is there for the next one.
+// A save by snapshot completes while the device is busy with other work, whether or not the driver
+// frees in the order of streams; and memory that a snapshot has left is there for the next one.
 #include "inside.hpp"
 
 namespace {

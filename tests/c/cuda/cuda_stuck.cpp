@@ -1,4 +1,5 @@
-// A copy that never ends: after a while the device is given up, the jobs end, and the engine can be destroyed.
+// A copy that never ends: after a while the device is given up, the jobs end, and the engine can be
+// destroyed.
 #include "cuda.hpp"
 
 int main() {

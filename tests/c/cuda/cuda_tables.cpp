@@ -1,5 +1,5 @@
-// Tensors that are fragmented alike are gathered and scattered through one table, which travels to the device once;
-// and the bytes are right, whatever other tables come between.
+// Tensors that are fragmented alike are gathered and scattered through one table, which travels to
+// the device once; and the bytes are right, whatever other tables come between.
 #include "inside.hpp"
 
 namespace {

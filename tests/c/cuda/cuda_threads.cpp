@@ -1,5 +1,5 @@
-// Threads of the library's are named; a pump whose jobs all wait for streams looks at these now and then, and begins
-// soon after they are done.
+// Threads of the library's are named; a pump whose jobs all wait for streams looks at these now and
+// then, and begins soon after they are done.
 #include <filesystem>
 #include <fstream>
 #include <set>

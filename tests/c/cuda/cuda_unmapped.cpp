@@ -1,4 +1,5 @@
-// Registered memory that its owner unmaps under a transfer: the job ends with an error. A read-only buffer is refused.
+// Registered memory that its owner unmaps under a transfer: the job ends with an error. A read-only
+// buffer is refused.
 #include "cuda.hpp"
 
 int main() {

@@ -1,4 +1,5 @@
-// What the tests of the CUDA path share that use the library's objects: an engine, submissions, and the ends of jobs.
+// What the tests of the CUDA path share that use the library's objects: an engine, submissions, and
+// the ends of jobs.
 #pragma once
 
 #include "cuda.hpp"

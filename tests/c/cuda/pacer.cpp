@@ -1,4 +1,5 @@
-// The pace of background copies follows the link: no larger pieces than the wanted share of its speed needs.
+// The pace of background copies follows the link: no larger pieces than the wanted share of its
+// speed needs.
 #include "cuda/pacer.h"
 
 #include <cstdlib>

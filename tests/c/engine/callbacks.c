@@ -1,4 +1,5 @@
-/* Callbacks come on one thread of the engine's, one at a time, and may call back into the library. */
+/* Callbacks come on one thread of the engine's, one at a time, and may call back into
+ * the library. */
 #include <pthread.h>
 #include <stdatomic.h>
 

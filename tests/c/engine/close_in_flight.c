@@ -1,4 +1,5 @@
-/* Destroying an engine with jobs in flight: waits for them, refuses new ones, loses no completion. */
+/* Destroying an engine with jobs in flight: waits for them, refuses new ones, loses
+ * no completion. */
 #include <pthread.h>
 #include <stdatomic.h>
 

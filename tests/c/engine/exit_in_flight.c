@@ -1,4 +1,5 @@
-/* A process may end at any time: with jobs in flight, threads that wait, and callbacks under way. */
+/* A process may end at any time: with jobs in flight, threads that wait, and callbacks
+ * under way. */
 #include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>

@@ -1,4 +1,5 @@
-// A submission with a callback that comes as its engine is being destroyed, or has been, is refused, and starts no thread.
+// A submission with a callback that comes as its engine is being destroyed, or has been, is
+// refused, and starts no thread.
 #include "engine/open_job.h"
 
 #include <cstdlib>

@@ -1,4 +1,5 @@
-/* Several threads submit to one engine, with queues of their own; each gets back what it submitted. */
+/* Several threads submit to one engine, with queues of their own; each gets back what
+ * it submitted. */
 #include <pthread.h>
 
 #include "check.h"

@@ -1,4 +1,5 @@
-/* Regions of every shape: what is saved is what stood there, what is loaded arrives, nothing else changes. */
+/* Regions of every shape: a save copies what stood there, a load writes it there, nothing else
+ * changes. */
 #include "check.h"
 
 enum { MEMORY = 3 << 20, BUFFER = 3 << 20, MOST = 4096 };

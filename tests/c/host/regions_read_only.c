@@ -1,4 +1,5 @@
-/* Memory that cannot be written is refused where it would be written, and serves where it is read. */
+/* Memory that cannot be written is refused where it would be written, and serves where it
+ * is read. */
 #include <sys/mman.h>
 
 #include "check.h"

@@ -1,5 +1,6 @@
-/* 100,000 jobs, each raced by a cancel from another thread: every one ends with exactly one completion
- * in its queue and one call of its callback, both with the same status, and nothing is moved after it. */
+/* 100,000 jobs, each raced by a cancel from another thread: every one ends with exactly one
+ * completion in its queue and one call of its callback, both with the same status, and nothing is
+ * moved after it. */
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>

@@ -91,7 +91,8 @@ void decoding_waits_at_close_ones_alone() {
     CHECK(Fence::any() && !Fence::any_stops_rows());
 }
 
-// Runs the access with numbers of rows on a thread of its own, and says whether it waits until the fence is lowered.
+// Runs the access with numbers of rows on a thread of its own, and says whether it waits until the
+// fence is lowered.
 bool waits_for(Fence &fence, MemoryRange tensor, std::vector<int64_t> numbers) {
     std::atomic<bool> passed{false};
     std::thread writer([&] {

@@ -1,5 +1,5 @@
-/* Within a priority, the job that came first goes first: a program that submits many has the first buffers back while
- * the last still wait. */
+/* Within a priority, the job that came first goes first: a program that submits many has the first
+ * buffers back while the last still wait. */
 #include "check.h"
 
 enum { JOBS = 20, BYTES = 5 << 20 /* several pieces */ };

@@ -1,4 +1,4 @@
-/* Handles are let go in any order, before and after the end; the completion arrives all the same. */
+/* Handles are released in any order, before and after the end; every job completes. */
 #include "check.h"
 
 int main(void) {

@@ -1,4 +1,5 @@
-/* A job can be polled and waited for, with and without a limit of time, from several threads at once. */
+/* A job can be polled and waited for, with and without a limit of time, from several threads at
+ * once. */
 #include <pthread.h>
 
 #include "check.h"

@@ -1,4 +1,5 @@
-/* Nobody takes: completions wait, nothing is lost, other jobs and the engine's end are not held up. */
+/* Nobody takes: completions wait, nothing is lost, other jobs and the engine's end are not
+ * held up. */
 #include "check.h"
 
 int main(void) {

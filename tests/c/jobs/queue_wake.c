@@ -1,4 +1,5 @@
-/* Each wake makes one take return 0, waiting or to come; timeouts are kept, also absurdly long ones. */
+/* Each wake makes one take return 0, waiting or to come; timeouts are kept, also absurdly long
+ * ones. */
 #define _GNU_SOURCE /* pthread_tryjoin_np */
 #include <pthread.h>
 
@@ -47,7 +48,8 @@ int main(void) {
         CHECK(!is_readable(fd));
     }
 
-    /* Each of several threads that wait needs a wake of its own; a destroy releases all that are left. */
+    /* Each of several threads that wait needs a wake of its own; a destroy releases all that are
+     * left. */
     enum { THREADS = 4 };
     pthread_t threads[THREADS];
     for (int i = 0; i < THREADS; ++i) {
@@ -80,8 +82,8 @@ int main(void) {
         if (!joined[i]) CHECK(pthread_join(threads[i], NULL) == 0);
     }
 
-    /* A wake does not hide a completion, and a completion uses up no wake: a thread that goes on until a take
-     * returns 0 would wait for ever. */
+    /* A wake does not hide a completion, and a completion uses up no wake: a thread that goes on
+     * until a take returns 0 would wait for ever. */
     const kvf_engine engine = make_engine();
     queue = make_queue();
     char from = 3, to = 0;

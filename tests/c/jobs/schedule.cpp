@@ -50,7 +50,7 @@ private:
     std::string describe() const override { return "{}"; }
     void submit(Leg &) override {}
     void extend(Leg &, kvf::Layout &&) override {}
-    void finish(Leg &) override {}
+    void close(Leg &) override {}
     void cut_short(Leg &) override {}
     void cut_short_stopping() override {}
     Snapshot snapshot(const kvf::Layout &, unsigned char *) override { return {}; }
@@ -121,7 +121,7 @@ void one_that_is_being_recorded_lets_others_pass_and_keeps_its_place() {
     CHECK(test.schedule.extend(first, runs(2)));
     for (int i = 0; i < 2; ++i) CHECK(test.take(kBackground) == &first);
     CHECK(test.take(kBackground) == &second);
-    CHECK(!test.schedule.finish(first)); // pieces are under way
+    CHECK(!test.schedule.close(first)); // pieces are under way
     for (int i = 0; i < 2; ++i) CHECK(!test.schedule.piece_ended(first));
     CHECK(test.schedule.piece_ended(first));
     CHECK(!test.schedule.extend(first, runs(1)));
@@ -190,8 +190,8 @@ void gates_are_asked_a_few_at_a_time() {
     CHECK(test.schedule.empty());
 }
 
-// A gate is asked without the lock: its leg may go meanwhile. Then the gate goes before the lock is taken again, for
-// that calls the driver.
+// A gate is asked without the lock: its leg may go meanwhile. Then the gate goes before the lock is
+// taken again, for that calls the driver.
 void one_may_be_cut_short_while_its_gate_is_asked() {
     Test test;
     auto gate = std::make_shared<TestGate>(), others = std::make_shared<TestGate>();

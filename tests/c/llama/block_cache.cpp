@@ -1,4 +1,5 @@
-// libllama's large blocks: whoever frees one names the size that it asked for, so that is the size of what it is given.
+// libllama's large blocks: whoever frees one names the size that it asked for, so that is the size
+// of what it is given.
 #include "llama/block_cache.h"
 
 #include "check.hpp"

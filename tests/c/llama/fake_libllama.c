@@ -1,5 +1,5 @@
-/* A libllama that does as little as kvferry needs, for what no real one can be made to do. Its one context keeps plain
- * attention; what it holds and says is set by the test. */
+/* A libllama that does as little as kvferry needs, for what no real one can be made to do. Its one
+ * context keeps plain attention; what it holds and says is set by the test. */
 #include "fake_libllama.h"
 
 #include <stdlib.h>

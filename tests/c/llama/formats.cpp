@@ -1,4 +1,5 @@
-// Which states are taken for whole, and which caches they fit. (Damaged at random: fuzz/formats.cpp.)
+// Which states are taken for whole, and which caches they fit. (Damaged at random:
+// fuzz/formats.cpp.)
 #include "llama/cells.h"
 
 #include "check.hpp"
@@ -157,7 +158,8 @@ void positions_of_several_sections() {
     CHECK(positions_agree(*parse(state.bytes), {state.bytes.data(), state.bytes.size()}));
 }
 
-// Of windows of every kind, the cells that llama.cpp may give away before the sequence's next token is decoded.
+// Of windows of every kind, the cells that llama.cpp may give away before the sequence's next token
+// is decoded.
 std::vector<ByteRange> free_for_others(const StateWriter &state, int32_t window) {
     const Structure structure = *parse(state.bytes);
     return bytes_free_for_others(structure, {state.bytes.data(), state.bytes.size()}, window);
@@ -180,7 +182,8 @@ void cells_free_for_others() {
     CHECK(free_for_others(attention({.streams = 2, .cells = 8, .position = 10}), 8).empty());
     // One that keeps every token.
     CHECK(free_for_others(attention({.cells = 40}), 8).empty());
-    // But of two attention sections the last is the window's, which earlier releases save with what it has left behind.
+    // But of two attention sections the last is the window's, which earlier releases save with what
+    // it has left behind.
     StateWriter both;
     both.attention({.cells = 40, .layers = 1}).attention({.cells = 40, .layers = 1});
     const auto left_behind = free_for_others(both, 8);
@@ -227,7 +230,8 @@ void damaged() {
         std::memcpy(bytes.data() + at, &value, sizeof value);
         return !parse(bytes);
     };
-    // magic, sequence, streams, cells, {position, sequences, sequence} * 3, transposed, layers, type, row
+    // magic, sequence, streams, cells, {position, sequences, sequence} * 3, transposed, layers,
+    // type, row
     CHECK(refused(0, 0x12345678));
     CHECK(refused(8, 0));   // no stream
     CHECK(refused(8, 257)); // more than LLAMA_MAX_SEQ
@@ -262,8 +266,9 @@ void damaged() {
         StateWriter().recurrent({.layers = 1, .layers_with_r = 2, .layers_with_s = 1}).bytes));
 }
 
-// Sections that read the same in several ways must not make the walk explode: its time grows with the state's length,
-// whatever is in it. (Some of these took seconds, or for ever, when it went back for each of their parts.)
+// Sections that read the same in several ways must not make the walk explode: its time grows with
+// the state's length, whatever is in it. (Some of these took seconds, or for ever, when it went
+// back for each of their parts.)
 void adversarial() {
     StateWriter zeros;
     for (int section = 0; section < 7; ++section) zeros.attention({.streams = 256, .cells = 0});

@@ -38,8 +38,8 @@ void a_context_that_shares_cells_is_refused_by_the_right_words() {
     fake->last_position = -1;
 }
 
-// The first state with cells is tried with one cell. Here libllama takes it, and there is no memory to see what it
-// writes then.
+// The first state with cells is tried with one cell. Here libllama takes it, and there is no memory
+// to see what it writes then.
 void the_cell_of_a_trial_that_fails_does_not_stay() {
     kvf_llama llama = 0;
     CHECK(kvf_llama_attach(engine, context, nullptr, &llama) == KVF_OK);

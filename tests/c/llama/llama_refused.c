@@ -1,4 +1,5 @@
-/* Attaching without a libllama in the process fails with a text that says so, and leaves the engine. */
+/* Attaching without a libllama in the process fails with a text that says so, and leaves the
+ * engine. */
 #include "check.h"
 
 int main(void) {

@@ -1,4 +1,5 @@
-// The bookkeeping of a context's transfers: their ends are noted even where there is no memory left.
+// The bookkeeping of a context's transfers: their ends are noted even where there is no memory
+// left.
 #include "llama/sequences.h"
 
 #include <new>

@@ -1,4 +1,5 @@
-/* A libllama that is loaded, but lacks what kvferry needs, is named as such: it is not "no libllama". */
+/* A libllama that is loaded, but lacks what kvferry needs, is named as such: it is not "no
+ * libllama". */
 #include <dlfcn.h>
 
 #include "check.h"

@@ -1,5 +1,5 @@
-/* A buffer's capacity is what it takes of the pool: little more than its size. With a limit it depends on the size
- * alone, and rounding is no reason to refuse. */
+/* A buffer's capacity is what it takes of the pool: little more than its size. With a limit it
+ * depends on the size alone, and rounding is no reason to refuse. */
 #include <unistd.h>
 
 #include "check.h"

@@ -1,4 +1,5 @@
-/* The pool's limit counts free buffers too, which make room for others before a buffer is refused. */
+/* The pool's limit counts free buffers too, which make room for others before a buffer
+ * is refused. */
 #include "check.h"
 
 int main(void) {

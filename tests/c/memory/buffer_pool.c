@@ -1,4 +1,5 @@
-/* Buffers of the pool: page-aligned, reused, not freed twice or under a job, valid without their engine. */
+/* Buffers of the pool: page-aligned, reused, not freed twice or under a job, valid without their
+ * engine. */
 #include <pthread.h>
 #include <unistd.h>
 

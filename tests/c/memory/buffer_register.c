@@ -1,4 +1,5 @@
-/* Memory of the caller's: registered once, not twice or overlapping, not unregistered under a job. */
+/* Memory of the caller's: registered once, not twice or overlapping, not unregistered under
+ * a job. */
 #include <sys/mman.h>
 
 #include "check.h"

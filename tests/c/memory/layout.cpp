@@ -1,4 +1,5 @@
-// How recorded fragments become few regions, and regions become pieces. (Random ones: fuzz/layout.cpp.)
+// How recorded fragments become few regions, and regions become pieces. (Random ones:
+// fuzz/layout.cpp.)
 #include "memory/layout_builder.h"
 #include "memory/pieces.h"
 
@@ -222,8 +223,8 @@ void tensors_that_differ_have_runs_of_their_own() {
     of_tensors({one, shorter, {}, one});
 }
 
-// What is taken between tensors, and the rest, move together what would have been moved at once; and tensors that
-// come after still find the table of one that was taken before.
+// What is taken between tensors, and the rest, move together what would have been moved at once;
+// and tensors that come after still find the table of one that was taken before.
 void a_layout_can_be_taken_in_parts() {
     LayoutBuilder builder;
     Coverage expected, moved;

@@ -1,5 +1,5 @@
-// How much memory may be taken, within the machine and within control groups of either version; and what the pool does
-// where it is short. The files that tell are written here.
+// How much memory may be taken, within the machine and within control groups of either version; and
+// what the pool does where it is short. The files that tell are written here.
 #include "memory/limits.h"
 
 #include <sys/mman.h>
@@ -136,7 +136,7 @@ void files_that_say_nothing_set_no_limit() {
     CHECK(system.available().group == AvailableMemory::kNoLimit);
 }
 
-// ---- The pool ------------------------------------------------------------------------------------
+// ---- The pool -----------------------------------------------------------------------------------
 
 class FakePinner final : public kvf::Pinner {
 public:
