@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,11 @@ import pytest
 if TYPE_CHECKING:
     from support.llama_reference import Context, Model
     from support.simulated_cuda import SimulatedCuda
+
+# A shell starts commands in the background with SIGINT ignored, and their children inherit that. The
+# tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
