@@ -7,9 +7,9 @@ async with kvferry.Engine() as engine:
 """
 
 from . import sync
-from ._bridge.completion import Completion
+from ._bridge.completion_record import Completion
 from ._bridge.devices import Devices
-from ._bridge.llm import LlmState
+from ._bridge.llama_cpp_object import LlmState
 from ._bridge.submission import LoadMode, Priority, SaveMode
 from ._bridge.trace import TraceEvent
 from ._native import ffi as _ffi

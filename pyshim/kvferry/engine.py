@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ._bridge.arguments import HostMemory
 from ._bridge.cancellation import await_to_end
-from ._bridge.devices import Devices
 from ._bridge.open_engine import OpenEngine
 from ._bridge.submission import Priority, SubmitOptions
 from ._bridge.trace import TraceEvent
@@ -50,23 +49,7 @@ class Engine(OpenEngine):
     which takes a few hundred milliseconds. So make an engine before serving.
     """
 
-    def __init__(
-        self,
-        devices: Devices = "auto",
-        *,
-        copy_threads: int = 0,
-        pinned_limit: int = 0,
-        staging_bytes: int = 0,
-        trace: bool = False,
-    ) -> None:
-        super().__init__(
-            devices,
-            copy_threads=copy_threads,
-            pinned_limit=pinned_limit,
-            staging_bytes=staging_bytes,
-            trace=trace,
-        )
-        self._destroyed: Call | None = None  # the last call of all
+    _destroyed: Call | None = None  # the last call of all
 
     # ---- Memory ---------------------------------------------------------------------------------
 
@@ -258,10 +241,10 @@ class Engine(OpenEngine):
                 ),
                 submit.text,
             )
-            transfer.submitted()
+            transfer.after_submit()
         except BaseException:
             # Refused; or a signal handler has raised, before the call or after it.
-            transfer.submitted()
+            transfer.after_submit()
             if not transfer.ended:
                 await transfer.abort()
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -13,7 +13,7 @@ from . import sync
 from ._bridge.arguments import HostMemory, sequence_id
 from ._bridge.attachment import Attachment
 from ._bridge.cancellation import await_to_end
-from ._bridge.core import Core
+from ._bridge.engine_core import EngineCore
 from ._bridge.submission import (
     LoadMode,
     Priority,
@@ -31,11 +31,8 @@ from .sequence_transfer import (
     SaveTransfer,
     WrongSize,
 )
-from .snapshot import Snapshot
+from .snapshot import Snapshot, state_to_load, to_verify
 from .transfer import Transfer, start_and_wait
-
-if TYPE_CHECKING:
-    pass
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,7 +53,7 @@ class Llama:
     All methods are for the thread of the event loop.
     """
 
-    def __init__(self, engine: object, core: Core, attachment: Attachment) -> None:
+    def __init__(self, engine: object, core: EngineCore, attachment: Attachment) -> None:
         """For kvferry itself. This object keeps ``engine`` alive."""
         self._engine = engine
         self._core = core
@@ -131,10 +128,10 @@ class Llama:
     ) -> Snapshot:
         """Saves a sequence, and returns its state when all bytes have been moved.
 
-        The sequence stays as it is. ``mode`` says what may be done to it meanwhile; a sequence in a
-        plain attention cache may be decoded further. ``into`` is writable contiguous memory of at
-        least ``size`` bytes, which belongs to the Snapshot until that is closed or collected; or
-        None for pinned memory from the pool.
+        The sequence stays as it is, and may be decoded further. ``mode`` says what else may be done
+        to it meanwhile, and when a decode waits for the save. ``into`` is writable contiguous
+        memory of at least ``size`` bytes, which belongs to the Snapshot until that is closed or
+        collected; or None for pinned memory from the pool.
 
         If the task is cancelled, the transfer is cancelled too; the cancellation goes on after the
         transfer has ended, and nothing is saved.
@@ -204,9 +201,10 @@ class Llama:
     ) -> None:
         """Loads a state into a sequence, in place of what the sequence held.
 
-        Returns when all bytes have been moved; the sequence must not be used before. ``state`` is a
-        Snapshot, or contiguous memory that holds a state and nothing else. ``verify`` first
-        compares the checksum of a Snapshot.
+        Returns when all bytes have been moved. A decode of the sequence before that waits for the
+        load, and blocks the context's thread; kvferry.h has a table of what else may be done.
+        ``state`` is a Snapshot, or contiguous memory that holds a state and nothing else.
+        ``verify`` first compares the checksum of a Snapshot.
 
         If this raises, ``load_outcome`` tells what the sequence holds. A load that was refused
         (StateMismatch, StateDamaged), or cancelled before it began, leaves it as it was. A load
@@ -227,11 +225,10 @@ class Llama:
         and Busy (a transfer of this sequence is in flight).
         """
         if verify:
-            if not isinstance(state, Snapshot):
-                raise TypeError("only a Snapshot can be verified")
+            snapshot = to_verify(state)
             seq = sequence_id(seq)
             self._latest_loads[seq] = None
-            await state.verify()
+            await snapshot.verify()
         await start_and_wait(self.start_load(state, seq, priority=priority, mode=mode, trust=trust))
 
     async def start_load(
@@ -250,15 +247,10 @@ class Llama:
         self._latest_loads[seq] = None
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
-        buffer = borrow(state, "state")
-        llm_state = None
-        if isinstance(state, Snapshot):
-            self._attachment.check_fingerprint(state.fingerprint)
-            llm_state = state.llm
+        buffer, llm_state = state_to_load(state, self._attachment)
         transfer = LoadTransfer(self._attachment, seq, buffer, llm_state, self._latest_loads)
-        flags = lib.KVF_SUBMIT_TRUST_STATE if trust else 0
         first = priority == "urgent"
-        await transfer.submit(lib.kvf_llama_load, priority, number, first=first, flags=flags)
+        await transfer.submit(lib.kvf_llama_load, priority, number, first=first, trust=trust)
         return transfer
 
     def load_outcome(self, seq: int) -> LoadOutcome | None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ._bridge.attachment import Attachment
-from ._bridge.completion import Completion
-from ._bridge.llm import LlmState
+from ._bridge.completion_record import Completion
+from ._bridge.llama_cpp_object import LlmState
 from ._bridge.submission import Priority, SubmitOptions
 from ._bridge.worker import Call
 from ._native import ffi, lib
@@ -24,7 +24,7 @@ T = TypeVar("T")
 LoadOutcome = Literal["in_flight", "loaded", "unchanged", "empty"]
 """What ``Llama.load_outcome`` returns for the latest load into a sequence.
 
-- ``in_flight``: the load has not ended; the sequence must not be used.
+- ``in_flight``: the load has not ended; a decode of the sequence waits for it.
 - ``loaded``: the sequence holds the loaded state.
 - ``unchanged``: the load was refused, or cancelled before it began; the sequence is as it was.
 - ``empty``: the load failed, or was cancelled, after it had begun; the sequence is empty."""
@@ -61,7 +61,7 @@ class SequenceTransfer(Transfer[T]):
         mode: int,
         *,
         first: bool,
-        flags: int = 0,
+        trust: bool = False,
     ) -> None:
         """Makes the submitting call, ``kvf_llama_save`` or ``kvf_llama_load``, on the context's
         thread; ``first`` before other calls that wait there.
@@ -70,11 +70,11 @@ class SequenceTransfer(Transfer[T]):
         """
         assert self._buffer is not None
         attachment, worker = self._attachment, self._attachment.worker
-        options = SubmitOptions(worker.completions, self.token, priority, mode=mode, flags=flags)
+        options = SubmitOptions(worker.completions, self.token, priority, mode=mode, trust=trust)
         memory, nbytes = self._buffer.memory, self._buffer.nbytes
 
-        def submit() -> None:
-            self.before_submit()
+        def make_call() -> None:
+            self.prepare()
             status = function(
                 attachment.handle, self.seq, memory, nbytes, options.options, self.job_place
             )
@@ -82,10 +82,10 @@ class SequenceTransfer(Transfer[T]):
                 self.submit_failed()
             check(status, options.text)
 
-        def submitted(_: Call) -> None:
-            self.submitted()
+        def after_call(_: Call) -> None:
+            self.after_submit()
 
-        call = worker.make(submit, after=submitted)
+        call = worker.make(make_call, after=after_call)
         try:
             self.expect()
             worker.ask_for(call, first=first)
@@ -95,7 +95,7 @@ class SequenceTransfer(Transfer[T]):
         except BaseException:
             # The call has failed; or a cancellation or a signal handler has interrupted this,
             # before, during or after the call. A call that has not begun is cancelled, else its
-            # job.
+            # job. Twice: see completions.py.
             try:
                 call.cancel()
             finally:
@@ -104,11 +104,11 @@ class SequenceTransfer(Transfer[T]):
                 await self.abort()
             raise
 
-    def before_submit(self) -> None:
-        """The submitting call follows. For the context's thread."""
+    def prepare(self) -> None:
+        """Called right before the submitting call, on the context's thread."""
 
     def submit_failed(self) -> None:
-        """The submitting call has returned an error. For the context's thread."""
+        """Called if the submitting call has returned an error, on the context's thread."""
 
     def follow_up(self, completion: Completion) -> Call | None:
         self._attachment.in_flight.pop(self, None)
@@ -135,7 +135,7 @@ class SaveTransfer(SequenceTransfer[Snapshot]):
     def _subject(self) -> str:
         return f"that saves sequence {self.seq}"
 
-    def before_submit(self) -> None:
+    def prepare(self) -> None:
         if self._llm is not None:
             self._llm_state = self._llm.state()
 
@@ -164,11 +164,11 @@ class PooledSaveTransfer(SaveTransfer):
     The submitting call raises WrongSize if the sequence does not fit it.
     """
 
-    def before_submit(self) -> None:
+    def prepare(self) -> None:
         size = self._attachment.measure(self.seq)
         if not size <= self._nbytes <= 2 * size + 131072:
             raise WrongSize(size)
-        super().before_submit()
+        super().prepare()
 
 
 class LoadTransfer(SequenceTransfer[None]):
@@ -216,8 +216,9 @@ class LoadTransfer(SequenceTransfer[None]):
             self._llm.reset()
 
     def submit_failed(self) -> None:
-        # Only the C library knows which refusals empty the sequence. For an empty one, a save fails
-        # with SEQUENCE_EMPTY, before it would fail because one byte is too small a buffer.
+        # Only the C library knows which refusals empty the sequence. A save of an empty sequence
+        # fails with SEQUENCE_EMPTY before the buffer's size is checked. So a save into one byte
+        # tells whether it is empty.
         status = lib.kvf_llama_save(
             self._attachment.handle, self.seq, ffi.new("uint8_t[1]"), 1, ffi.NULL, ffi.NULL
         )

@@ -11,9 +11,10 @@ import anyio.to_thread
 
 from ._bridge import snapshot_file
 from ._bridge.arguments import HostMemory
+from ._bridge.attachment import Attachment
 from ._bridge.claims import claim_for_snapshot
-from ._bridge.completion import Completion
-from ._bridge.llm import LlmState
+from ._bridge.completion_record import Completion
+from ._bridge.llama_cpp_object import LlmState
 from ._bridge.snapshot_file import Content
 from ._native import ffi, lib
 from .buffer import Buffer, borrow
@@ -141,3 +142,22 @@ class Snapshot(Buffer):
             checksum=content.checksum,
             llm=content.llm,
         )
+
+
+def to_verify(state: HostMemory) -> Snapshot:
+    """Returns a state that a load is to verify. Raises TypeError if it is not a Snapshot."""
+    if not isinstance(state, Snapshot):
+        raise TypeError("only a Snapshot can be verified")
+    return state
+
+
+def state_to_load(state: HostMemory, attachment: Attachment) -> tuple[Buffer, LlmState | None]:
+    """Returns the memory of a state, and what a Snapshot has for the ``llama_cpp.Llama``.
+
+    Raises StateMismatch for a Snapshot of another model, and as ``borrow``.
+    """
+    buffer = borrow(state, "state")
+    if not isinstance(buffer, Snapshot):
+        return buffer, None
+    attachment.check_fingerprint(buffer.fingerprint)
+    return buffer, buffer.llm

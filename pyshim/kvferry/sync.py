@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 from ._bridge.arguments import HostMemory, sequence_id
 from ._bridge.attachment import Attachment
 from ._bridge.claims import claim_for_transfer
-from ._bridge.completion import Completion, completion_of
-from ._bridge.core import Core
-from ._bridge.devices import Devices
+from ._bridge.completion_record import Completion, completion_of
+from ._bridge.engine_core import EngineCore
 from ._bridge.open_engine import OpenEngine
 from ._bridge.submission import (
     LoadMode,
@@ -42,7 +41,7 @@ from ._native import ffi, lib
 from .buffer import Buffer, borrow, pinned, registered, trim
 from .errors import check, error
 from .regions import Memory, RegionList, region_list
-from .snapshot import Snapshot
+from .snapshot import Snapshot, state_to_load, to_verify
 
 if TYPE_CHECKING:
     from ._native import CData
@@ -59,23 +58,6 @@ class Engine(OpenEngine):
     """
 
     _name = "kvferry.sync.Engine"
-
-    def __init__(
-        self,
-        devices: Devices = "auto",
-        *,
-        copy_threads: int = 0,
-        pinned_limit: int = 0,
-        staging_bytes: int = 0,
-        trace: bool = False,
-    ) -> None:
-        super().__init__(
-            devices,
-            copy_threads=copy_threads,
-            pinned_limit=pinned_limit,
-            staging_bytes=staging_bytes,
-            trace=trace,
-        )
 
     def allocate(self, nbytes: int) -> Buffer:
         """As ``kvferry.Engine.allocate``."""
@@ -193,7 +175,7 @@ class Llama:
     wait. Any thread may call any method.
     """
 
-    def __init__(self, engine: object, core: Core, attachment: Attachment) -> None:
+    def __init__(self, engine: object, core: EngineCore, attachment: Attachment) -> None:
         """For kvferry itself. This object keeps ``engine`` alive."""
         self._engine = engine
         self._core = core
@@ -252,24 +234,19 @@ class Llama:
         priority: Priority = "urgent",
         mode: LoadMode = "auto",
         verify: bool = False,
+        trust: bool = False,
         timeout: float | None = None,
     ) -> None:
         """As ``kvferry.Llama.load``."""
         self._attachment.check_usable()
         seq = sequence_id(seq)
-        options = SubmitOptions(None, 0, priority, mode=load_mode(mode))
-        buffer = borrow(state, "state")
-        memory = buffer.memory
-        attachment = self._attachment
-        llm = attachment.llm_of(seq)
+        options = SubmitOptions(None, 0, priority, mode=load_mode(mode), trust=trust)
         if verify:
-            if not isinstance(state, Snapshot):
-                raise TypeError("only a Snapshot can be verified")
-            state.verify_sync()
-        llm_state = None
-        if isinstance(state, Snapshot):
-            attachment.check_fingerprint(state.fingerprint)
-            llm_state = state.llm
+            to_verify(state).verify_sync()
+        attachment = self._attachment
+        buffer, llm_state = state_to_load(state, attachment)
+        memory = buffer.memory
+        llm = attachment.llm_of(seq)
 
         def submit(native: CData, job: CData) -> int:
             with attachment.worker.exclusive():

@@ -1,4 +1,4 @@
-"""A transfer that has been submitted."""
+"""A transfer, from before its submission to its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import anyio
 from ._bridge.arguments import integer
 from ._bridge.cancellation import await_to_end
 from ._bridge.claims import claim_for_transfer
-from ._bridge.completion import Completion
+from ._bridge.completion_record import Completion
 from ._bridge.completions import Completions, PendingTransfer
 from ._bridge.worker import Call
 from ._native import ffi, lib
@@ -24,7 +24,9 @@ T = TypeVar("T")
 
 
 class Transfer(PendingTransfer, Generic[T]):
-    """A transfer that has been submitted. It ends exactly once, whether or not a task waits for it.
+    """A transfer, from before its submission to its end.
+
+    It ends exactly once, whether or not a task waits for it.
 
     The memory that it uses is kept alive until then. For the event loop's thread.
     """
@@ -143,17 +145,19 @@ class Transfer(PendingTransfer, Generic[T]):
     # ---- For the submitting code ----------------------------------------------------------------
 
     def expect(self) -> None:
-        """Call this before the submitting call, and ``submitted`` after it, whatever it returns."""
+        """Call this before the submitting call, and ``after_submit`` after it in any case."""
         assert self._buffer is not None
         self._buffer.transfers.add(self)
-        self._completions.expect(self)
+        self._completions.register(self)
 
-    def submitted(self) -> None:
+    def after_submit(self) -> None:
         """The submitting call has ended, or will not be made. May be repeated."""
         job = self.job
         if job is None:
             self._completions.withdraw(self)
         elif self.ended:
+            # `completed` may have released it before: a number is never used twice, so that this
+            # is harmless.
             lib.kvf_job_release(job)
         elif self._cancel_requested:
             lib.kvf_job_cancel(job)

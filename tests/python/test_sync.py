@@ -14,7 +14,7 @@ import pytest
 from kvferry import sync
 from support.devices import DEVICES, ON_GPU
 from support.event_loops import anyio_backend  # noqa: F401
-from support.like_contexts import MakeContext
+from support.like_contexts import ENVELOPE, MakeContext
 from support.llama_reference import Context
 
 SLOW = np.zeros(1 << 28, np.uint8)[::2]  # one thread copies it in about a second
@@ -168,6 +168,22 @@ def test_what_cannot_be_done_is_refused_as_by_the_asynchronous_attachment(
             llama.load(state, 99)
         with pytest.raises(kvferry.SequenceEmpty):
             llama.save(3)
+
+
+def test_a_state_that_cannot_be_checked_is_loaded_only_if_it_is_trusted(
+    make_context: MakeContext,
+) -> None:
+    context = make_prompted(make_context, "deepseek4")
+    with sync.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        assert llama.describe()["format"] == "opaque"
+        state = llama.save(0).to_bytes()[:-ENVELOPE]
+        before = context.state_get(1)
+        with pytest.raises(kvferry.StateDamaged):
+            llama.load(state, 1)
+        assert context.state_get(1) == before
+        llama.load(state, 1, trust=True)
+        assert context.state_get(1) == as_loaded(make_context, "deepseek4", state, 1)
 
 
 def test_a_damaged_snapshot_is_found_before_it_is_loaded(make_context: MakeContext) -> None:

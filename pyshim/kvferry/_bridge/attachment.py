@@ -16,7 +16,7 @@ from ..errors import ErrorText, check, error
 from .arguments import sequence_id
 from .completions import Completions, PendingTransfer
 from .description import describe
-from .llm import SEQUENCE, LlmObject
+from .llama_cpp_object import SEQUENCE, LlamaCppObject
 from .worker import Call, Worker, context_worker
 
 
@@ -31,7 +31,7 @@ class Attachment:
         self.worker = worker
         self.owner = owner
         """A ``llama_cpp.Llama``, which frees the context when it is collected; or None."""
-        self.llm = LlmObject.of(owner)
+        self.llm = LlamaCppObject.of(owner)
         self.in_flight: dict[PendingTransfer, int] = {}
         """The sequence of each transfer in flight."""
         self.sizes: dict[int, int] = {}
@@ -64,7 +64,7 @@ class Attachment:
             description["fingerprint_covers"].append("variant")
         return description
 
-    def llm_of(self, seq: int) -> LlmObject | None:
+    def llm_of(self, seq: int) -> LlamaCppObject | None:
         """The ``llama_cpp.Llama`` that decodes this sequence and keeps its tokens; or None."""
         return self.llm if seq == SEQUENCE else None
 

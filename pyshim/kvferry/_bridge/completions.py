@@ -32,7 +32,7 @@ import anyio.lowlevel
 
 from .._native import ffi, lib
 from ..errors import check, error
-from .completion import Completion, completion_of
+from .completion_record import Completion, completion_of
 
 # How many completions are taken before other tasks run again: about half a millisecond of work.
 _BATCH = 64
@@ -70,7 +70,8 @@ class PendingTransfer(Pending):
 class PendingCall(Pending):
     """A call on a worker thread, as the bridge sees it. Its method may be called repeatedly."""
 
-    def returned(self) -> None:
+    def over(self) -> None:
+        """The call has returned, or has been cancelled before it began."""
         raise NotImplementedError
 
 
@@ -114,8 +115,8 @@ class Completions:
     def new_token(self) -> int:
         return next(self._tokens)
 
-    def expect(self, transfer: PendingTransfer) -> None:
-        """Registers a transfer before its submitting call.
+    def register(self, transfer: PendingTransfer) -> None:
+        """Enters a transfer before its submitting call.
 
         Another thread may make that call, and the completion may be here before the call returns.
         """
@@ -209,7 +210,7 @@ class Completions:
         successor = next(iter(self._followers), None)
         if successor is not None:
             successor.set()
-        # In this order, so that the successor is the reader, a follower or both.
+        # In this order, so that the successor is never neither reader nor follower.
         self._reader = successor
         if successor is not None:
             self._followers.pop(successor, None)
@@ -243,8 +244,8 @@ class Completions:
         self._handle_records()
 
     def _handle_records(self) -> None:
-        """Ends the transfers of the records that were taken. A record without a token is no more:
-        tokens are never 0."""
+        """Ends the transfers of the records that were taken. A record whose token is 0 has been
+        handled: no transfer has this token."""
         while self._handled < _BATCH and (token := self._records[self._handled].user_data):
             record = self._records[self._handled]
             transfer = self._transfers.get(token)
@@ -260,7 +261,7 @@ class Completions:
         self._woken = False
         for _ in range(min(len(self._posted), _BATCH)):
             call = self._posted[0]
-            call.returned()
+            call.over()
             self.end(call)
             self._posted.popleft()
         if self._posted:

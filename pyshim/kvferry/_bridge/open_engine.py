@@ -10,8 +10,8 @@ from ..errors import ErrorText, check
 from .arguments import integer
 from .attachment import Attachment, attach
 from .completions import Completions
-from .core import Core, in_flight
 from .devices import Devices, engine_devices
+from .engine_core import EngineCore, in_flight
 
 _UINT32_MAX = (1 << 32) - 1
 
@@ -23,12 +23,12 @@ class OpenEngine:
 
     def __init__(
         self,
-        devices: Devices,
+        devices: Devices = "auto",
         *,
-        copy_threads: int,
-        pinned_limit: int,
-        staging_bytes: int,
-        trace: bool,
+        copy_threads: int = 0,
+        pinned_limit: int = 0,
+        staging_bytes: int = 0,
+        trace: bool = False,
     ) -> None:
         kind, cuda_devices = engine_devices(devices)
         text = ErrorText()
@@ -53,7 +53,7 @@ class OpenEngine:
         try:
             completions.open()
             check(lib.kvf_engine_create(options, handle), text)
-            core = Core(handle[0], completions)
+            core = EngineCore(handle[0], completions)
             # Called when this object is collected unclosed, or by atexit.
             self._finalizer = weakref.finalize(self, core.abandon)
             self._core = core
@@ -81,7 +81,7 @@ class OpenEngine:
         return attachment
 
     def __repr__(self) -> str:
-        core: Core | None = getattr(self, "_core", None)
+        core: EngineCore | None = getattr(self, "_core", None)
         if core is None:
             return f"<{self._name} that could not be made>"
         condition = "closed" if core.closed else in_flight(len(core.completions.transfers()))

@@ -20,7 +20,7 @@ import numpy
 from .._native import lib
 from ..errors import error
 from .files import replacement
-from .llm import LlmState
+from .llama_cpp_object import LlmState
 
 _MAGIC = b"kvferry snapshot %d\n"
 _VERSION = 2

@@ -24,11 +24,11 @@ _PRIORITIES: dict[str, int] = {
 }
 
 SaveMode = Literal["auto", "in_place", "snapshot"]
-"""``in_place`` moves the bytes straight from the cache. Until the save has ended, the sequence must
-not be removed, shifted, divided or copied onto, nor decoded if it is recurrent or sliding-window.
-``snapshot`` first copies the bytes aside: the sequence may be used as soon as the save has been
-started. ``auto`` is ``snapshot`` where decoding the sequence would overwrite what is being saved,
-else ``in_place``."""
+"""``in_place`` moves the bytes straight from the cache. kvferry.h has a table of what may be done
+to the sequence until the save has ended; for most of it, the next decode waits. A decode of a
+recurrent or sliding-window sequence waits, too. ``snapshot`` first copies the bytes aside: the
+sequence may be used as soon as the save has been started. ``auto`` is ``snapshot`` where decoding
+the sequence would overwrite what is being saved, else ``in_place``."""
 
 _SAVE_MODES: dict[str, int] = {
     "auto": lib.KVF_SAVE_AUTO,
@@ -66,9 +66,14 @@ class SubmitOptions:
         priority: Priority,
         *,
         mode: int = 0,
-        flags: int = 0,
+        trust: bool = False,
         after_stream: int | None = None,
     ) -> None:
+        flags = 0
+        if trust:
+            flags |= lib.KVF_SUBMIT_TRUST_STATE
+        if after_stream is not None:
+            flags |= lib.KVF_SUBMIT_FOLLOW_STREAM
         self.text = ErrorText()
         self.options: CData = ffi.new(
             "kvf_submit_options *",
@@ -78,7 +83,7 @@ class SubmitOptions:
                 "queue": 0 if completions is None else completions.queue,
                 "user_data": token,
                 "mode": mode,
-                "flags": flags | (0 if after_stream is None else lib.KVF_SUBMIT_FOLLOW_STREAM),
+                "flags": flags,
                 "stream": after_stream or 0,
                 "error": self.text.buffer,
                 "error_size": ffi.sizeof(self.text.buffer),

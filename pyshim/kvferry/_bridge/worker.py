@@ -92,7 +92,7 @@ class Call(PendingCall):
         if not self.discard():
             return False
         self.failure = error(lib.KVF_ERR_CANCELLED)
-        self.returned()
+        self.over()
         self.worker.completions.end(self)
         return True
 
@@ -103,7 +103,7 @@ class Call(PendingCall):
         """
         return self._decided.setdefault("by", "the caller") == "the caller"
 
-    def returned(self) -> None:
+    def over(self) -> None:
         # The thread may hold this object a little longer: then it must not keep memory alive.
         self._function, self._arguments, self._context = None, (), None
         if self._after is not None:

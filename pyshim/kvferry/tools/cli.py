@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import anyio
 
@@ -50,6 +51,10 @@ def _cause(failure: BaseException) -> BaseException:
     return _cause(inner[0]) if len(inner) == 1 else failure
 
 
+# What add_subparsers() returns; argparse has no public name for it.
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvferry",
@@ -57,7 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvferry {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
+    _add_doctor(commands)
+    _add_demo(commands)
+    _add_bench(commands)
+    _add_config(commands)
+    return parser
 
+
+def _add_doctor(commands: _Commands) -> None:
     doctor = commands.add_parser("doctor", help="report what this machine offers to kvferry")
     _llama_lib(doctor)
     doctor.add_argument(
@@ -70,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.set_defaults(command=_doctor)
 
+
+def _add_demo(commands: _Commands) -> None:
     demo = commands.add_parser("demo", help="save and load while decoding, and compare")
     _common(demo)
     demo.add_argument("--json", metavar="FILE", help="write all figures to this file")
@@ -87,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(command=_demo)
 
+
+def _add_bench(commands: _Commands) -> None:
     bench = commands.add_parser("bench", help="measure speed, and compare it with goals and limits")
     _common(bench)
     bench.add_argument(
@@ -104,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(command=_bench)
 
+
+def _add_config(commands: _Commands) -> None:
     config = commands.add_parser(
         "config",
         help="print what builds in C and Go need to use the library of this package",
@@ -122,7 +140,6 @@ def _parser() -> argparse.ArgumentParser:
         "--cgo", action="store_true", help="print shell commands that set Go's environment"
     )
     config.set_defaults(command=_config)
-    return parser
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

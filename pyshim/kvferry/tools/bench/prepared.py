@@ -236,53 +236,50 @@ class Prepared:
         """
 
         async def measure() -> Beside:
-            idle: list[Step] = []
-            paced: list[Step] = []
-            idle_seconds = busy_seconds = pump_seconds = 0.0
-            busy_steps = 0
-            spans: list[Span] = []
-            transfers: list[Completion] = []
-            await self.transfer("save", "pinned", "background")  # the warm-up
-            await self.decoding.several(3)
-            for _ in range(rounds):
-                await self.decoding.rewind()
-                begin = time.monotonic()
-                idle += await self.decoding.several(steps)
-                idle_seconds += time.monotonic() - begin
-                await self.decoding.rewind()
-                self.drain_trace()
-                first, begin_ns = len(self.decoding.steps), time.monotonic_ns()
-                pump_seconds -= own_seconds()
-                await self._keep_transferring(direction, steps, spans, transfers)
-                pump_seconds += own_seconds()
-                end_ns = time.monotonic_ns()
-                busy_seconds += (end_ns - begin_ns) / 1e9
-                busy_steps += len(self.decoding.steps) - first
-                moved = self.drain_trace()
-                await self.decoding.rewind()
-                paced += await self._beside_raw(direction, steps)
-            found = [
-                step
-                for span in spans
-                for step in self.decoding.during(span.submitted_ns, span.finished_ns)
-            ]
-            after = {step.begin_ns: step for step in self._first_steps(spans)}
-            during = {step.begin_ns: step for step in found if step.begin_ns not in after}
-            if direction == "save":
-                self._keep_timeline(begin_ns, end_ns, spans, moved)
-            return Beside(
-                idle,
-                list(during.values()),
-                list(after.values()),
-                idle_seconds,
-                busy_steps,
-                busy_seconds,
-                transfers,
-                pump_seconds,
-                paced,
-            )
+            return await self._measure_beside(direction, rounds, steps)
 
         return await self.once(f"beside {direction}", measure)
+
+    async def _measure_beside(self, direction: Direction, rounds: int, steps: int) -> Beside:
+        idle: list[Step] = []
+        paced: list[Step] = []
+        idle_seconds = busy_seconds = pump_seconds = 0.0
+        busy_steps = 0
+        spans: list[Span] = []
+        transfers: list[Completion] = []
+        await self.transfer("save", "pinned", "background")  # the warm-up
+        await self.decoding.several(3)
+        for _ in range(rounds):
+            await self.decoding.rewind()
+            begin = time.monotonic()
+            idle += await self.decoding.several(steps)
+            idle_seconds += time.monotonic() - begin
+            await self.decoding.rewind()
+            self.drain_trace()
+            first, begin_ns = len(self.decoding.steps), time.monotonic_ns()
+            pump_seconds -= own_seconds()
+            await self._keep_transferring(direction, steps, spans, transfers)
+            pump_seconds += own_seconds()
+            end_ns = time.monotonic_ns()
+            busy_seconds += (end_ns - begin_ns) / 1e9
+            busy_steps += len(self.decoding.steps) - first
+            moved = self.drain_trace()
+            await self.decoding.rewind()
+            paced += await self._beside_raw(direction, steps)
+        if direction == "save":
+            self._keep_timeline(begin_ns, end_ns, spans, moved)
+        during, first_steps = self._steps_beside(spans)
+        return Beside(
+            idle,
+            during,
+            first_steps,
+            idle_seconds,
+            busy_steps,
+            busy_seconds,
+            transfers,
+            pump_seconds,
+            paced,
+        )
 
     async def _keep_transferring(
         self, direction: Direction, steps: int, spans: list[Span], transfers: list[Completion]
@@ -304,10 +301,18 @@ class Prepared:
                 spans.append(Span(direction, done.submitted_ns, recorded_ns, done.finished_ns))
                 transfers.append(done)
 
-    def _first_steps(self, spans: list[Span]) -> list[Step]:
+    def _steps_beside(self, spans: list[Span]) -> tuple[list[Step], list[Step]]:
+        """Returns ``during`` and ``first`` of Beside. Each step is once in one of them."""
         begins = [step.begin_ns for step in self.decoding.steps]
         at = (bisect.bisect_left(begins, span.recorded_ns) for span in spans)
-        return [self.decoding.steps[index] for index in at if index < len(begins)]
+        first = {begins[index]: self.decoding.steps[index] for index in at if index < len(begins)}
+        during = {
+            step.begin_ns: step
+            for span in spans
+            for step in self.decoding.during(span.submitted_ns, span.finished_ns)
+            if step.begin_ns not in first
+        }
+        return list(during.values()), list(first.values())
 
     async def _beside_raw(self, direction: Direction, steps: int) -> list[Step]:
         """Decodes beside raw copies at the pace that kvferry has found."""
@@ -390,20 +395,13 @@ async def prepare(
     with Context(model, options) as context:
         library = model.library.loaded_as
         async with engine.attach(context.address, library=library) as llama:
-            await llama.run(context.decode, [(SMALL, 1)] * small)
-            await llama.run(context.remove, SMALL)
-            if arrangement == "alone":
-                # A short sequence of its own, so that its steps cost about the same throughout.
-                await llama.run(context.decode, [(DECODED, 1)] * small)
+            await _warm_up(llama, context, arrangement, small)
             items = prompt(arrangement, tokens, model.vocabulary)
             prefill = await llama.run(context.decode, items)
             nbytes = llama.size(SAVED)
             pinned = await engine.allocate(nbytes)
             pageable = numpy.ones(nbytes, numpy.uint8)
-            free = make_raw.device_free_bytes()
-            await llama.save(SAVED, into=pinned, priority="urgent")
-            await llama.load(pinned, LOADED, priority="urgent")
-            free_after = make_raw.device_free_bytes()
+            taken = await _first_transfers(llama, pinned, make_raw)
             pageable[:] = pinned.numpy()
             raw = make_raw(pinned.numpy().ctypes.data, pageable.ctypes.data, nbytes)
             prepared = Prepared(
@@ -419,11 +417,28 @@ async def prepare(
                 repeats,
                 prefill.ms,
                 len(items),
+                device_bytes_taken=taken,
             )
-            if free is not None and free_after is not None:
-                prepared.device_bytes_taken = free - free_after
             try:
                 yield prepared
             finally:
                 prepared.drain_trace()
                 raw.close()
+
+
+async def _warm_up(llama: Llama, context: Context, arrangement: Arrangement, tokens: int) -> None:
+    await llama.run(context.decode, [(SMALL, 1)] * tokens)
+    await llama.run(context.remove, SMALL)
+    if arrangement == "alone":
+        # A short sequence of its own, so that its steps cost about the same throughout.
+        await llama.run(context.decode, [(DECODED, 1)] * tokens)
+
+
+async def _first_transfers(llama: Llama, buffer: Buffer, make_raw: RawMaker) -> int | None:
+    """Saves and loads once. Returns how many bytes of device memory that has taken; None where
+    nothing tells."""
+    before = make_raw.device_free_bytes()
+    await llama.save(SAVED, into=buffer, priority="urgent")
+    await llama.load(buffer, LOADED, priority="urgent")
+    after = make_raw.device_free_bytes()
+    return None if before is None or after is None else before - after

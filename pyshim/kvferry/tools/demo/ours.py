@@ -57,21 +57,14 @@ async def with_kvferry(
         await run.save("urgent")
     alone = run.saves[1:]
     run.saves.clear()
-    idle: list[Step] = []
-    timeline = None
-    for _ in range(REPEATS):
-        # Measured in turn with the transfers: steps get slower as the sequence gets longer.
-        idle += await run.decoding.several(_IDLE_STEPS)
-        timeline = await run.beside_decoding(layout.name)
-    assert timeline is not None
-    beside_saves, beside_loads = list(run.saves), list(run.loads)
+    idle, timeline = await _beside_decoding(run, layout.name)
     during = run.steps_during_transfers()
+    beside = {
+        "save_beside_decoding_ms": _median_ms(run.saves),
+        "load_beside_decoding_ms": _median_ms(run.loads),
+    }
     run.loads.clear()
-    # Decoding other sequences may have taken cells that have left a sliding window, so both states
-    # are of the same moment.
-    snapshot = await run.save("urgent")
-    reference = numpy.empty(llama.size(SAVED), numpy.uint8)
-    await llama.run(context.state_get, SAVED, reference.ctypes.data, reference.nbytes)
+    snapshot, reference = await _save_by_both(run, llama, context)
     for _ in range(REPEATS):
         await run.load(snapshot, "urgent")
     completion = alone[-1].completion
@@ -91,10 +84,9 @@ async def with_kvferry(
             "save_mode": {1: "in_place", 2: "snapshot"}[completion.mode],
             "size_query_us": size_query_us,
             "submit_ms": statistics.median(each.submit_ms for each in alone),
-            "save_ms": statistics.median(each.ms for each in alone),
-            "load_ms": statistics.median(each.ms for each in run.loads),
-            "save_beside_decoding_ms": statistics.median(each.ms for each in beside_saves),
-            "load_beside_decoding_ms": statistics.median(each.ms for each in beside_loads),
+            "save_ms": _median_ms(alone),
+            "load_ms": _median_ms(run.loads),
+            **beside,
             "prefill_ms": prefill.ms,
             "prefill_tokens": len(items),
             "decode_p50_ms": _both(idle, during, 50),
@@ -103,6 +95,31 @@ async def with_kvferry(
         },
         timeline=timeline,
     )
+
+
+async def _beside_decoding(run: _Run, name: str) -> tuple[list[Step], Timeline]:
+    """Saves and loads beside decoding. Returns decode steps without transfers, and the last
+    timeline."""
+    idle: list[Step] = []
+    for _ in range(REPEATS):
+        # Measured in turn with the transfers: steps get slower as the sequence gets longer.
+        idle += await run.decoding.several(_IDLE_STEPS)
+        timeline = await run.beside_decoding(name)
+    return idle, timeline
+
+
+async def _save_by_both(
+    run: _Run, llama: Llama, context: Context
+) -> tuple[Snapshot, NDArray[numpy.uint8]]:
+    """Saves a sequence by kvferry, and by llama.cpp's own call.
+
+    Both states are of the same moment: decoding other sequences may take cells that have left a
+    sliding window.
+    """
+    snapshot = await run.save("urgent")
+    reference = numpy.empty(llama.size(SAVED), numpy.uint8)
+    await llama.run(context.state_get, SAVED, reference.ctypes.data, reference.nbytes)
+    return snapshot, reference
 
 
 @dataclass(frozen=True)
@@ -188,6 +205,10 @@ class _Run:
             (step.begin_ns, index) for index, step in enumerate(self.decoding.steps)
         ]
         return [event for _, event in sorted(events + self._transfers, key=lambda pair: pair[0])]
+
+
+def _median_ms(transfers: list[_Timed]) -> float:
+    return statistics.median(each.ms for each in transfers)
 
 
 def _both(idle: list[Step], during: list[Step], percent: float) -> dict[str, float | None]:

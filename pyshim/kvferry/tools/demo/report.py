@@ -11,48 +11,50 @@ from ..table import Progress, mib, ms, table
 from ..timeline import Timeline, draw
 from .script import REPEATS
 
+_HEADER = [
+    "\nlayout",
+    "state\nMiB",
+    "\nfragments",
+    "size\nµs",
+    "submit\nms",
+    "save ms\nkvferry",
+    "\nllama.cpp",
+    "load ms\nkvferry",
+    "\nllama.cpp",
+    "prefill\nms",
+    "decode step ms: idle\np50/p99",
+    "beside\np50/p99",
+    "bit_\nidentical",
+]
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    """The figures of a layout, in the order of the header."""
+    return [
+        row["layout"],
+        mib(row["state_bytes"]),
+        f"{row['fragments']:,}",
+        f"{row['size_query_us']:.0f}",
+        ms(row["submit_ms"]),
+        ms(row["save_ms"]),
+        ms(row["native_save_ms"]),
+        ms(row["load_ms"]),
+        ms(row["native_load_ms"]),
+        ms(row["prefill_ms"]),
+        _steps(row, "idle"),
+        _steps(row, "during_transfers"),
+        str(row["bit_identical"]).lower(),
+    ]
+
+
+def _steps(row: dict[str, Any], when: str) -> str:
+    if not row["decode_steps"][when]:
+        return "-"  # the transfers ended between two steps
+    return f"{ms(row['decode_p50_ms'][when])}/{ms(row['decode_p99_ms'][when])}"
+
 
 def print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool) -> None:
-    header = [
-        "\nlayout",
-        "state\nMiB",
-        "\nfragments",
-        "size\nµs",
-        "submit\nms",
-        "save ms\nkvferry",
-        "\nllama.cpp",
-        "load ms\nkvferry",
-        "\nllama.cpp",
-        "prefill\nms",
-        "decode step ms: idle\np50/p99",
-        "beside\np50/p99",
-        "bit_\nidentical",
-    ]
-
-    def steps(row: dict[str, Any], when: str) -> str:
-        if not row["decode_steps"][when]:
-            return "-"  # the transfers ended between two steps
-        return f"{ms(row['decode_p50_ms'][when])}/{ms(row['decode_p99_ms'][when])}"
-
-    lines = [
-        [
-            row["layout"],
-            mib(row["state_bytes"]),
-            f"{row['fragments']:,}",
-            f"{row['size_query_us']:.0f}",
-            ms(row["submit_ms"]),
-            ms(row["save_ms"]),
-            ms(row["native_save_ms"]),
-            ms(row["load_ms"]),
-            ms(row["native_load_ms"]),
-            ms(row["prefill_ms"]),
-            steps(row, "idle"),
-            steps(row, "during_transfers"),
-            str(row["bit_identical"]).lower(),
-        ]
-        for row in rows
-    ]
-    print(f"\n{table(header, lines)}\n", flush=True)
+    print(f"\n{table(_HEADER, [_line(row) for row in rows])}\n", flush=True)
     print(
         f"Medians of {REPEATS}. save, load: with nothing else running, from the call to the "
         "completion; kvferry's are urgent.\nbeside: decode steps of another sequence while kvferry "

@@ -31,7 +31,7 @@ T = TypeVar("T")
 _PATIENCE_SECONDS = 2.0
 
 
-class Core:
+class EngineCore:
     """The handle of the C engine, and all that lives and dies with it."""
 
     def __init__(self, handle: int, completions: Completions) -> None:

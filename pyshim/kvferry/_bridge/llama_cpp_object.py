@@ -36,14 +36,14 @@ class LlmState:
     """The sampler's seed; None if it is not known: then a load does not change it."""
 
 
-class LlmObject:
+class LlamaCppObject:
     """The ``llama_cpp.Llama`` of an attachment. For the context's thread, between decodes."""
 
     def __init__(self, llm: llama_cpp.Llama) -> None:
         self._llm: Any = llm  # attributes differ between its versions
 
     @classmethod
-    def of(cls, owner: object) -> LlmObject | None:
+    def of(cls, owner: object) -> LlamaCppObject | None:
         """Returns None unless ``owner`` is a ``llama_cpp.Llama``. (If it is one, the program has
         imported llama_cpp.)"""
         module = sys.modules.get("llama_cpp")
