@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from support.llama_reference import Context, Model
     from support.simulated_cuda import SimulatedCuda
 
-# A shell starts commands in the background with SIGINT ignored, and their children inherit that. The
-# tests of Ctrl-C would wait for ever.
+# A shell starts commands in the background with SIGINT ignored, and their children inherit that:
+# the tests of Ctrl-C would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
