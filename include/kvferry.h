@@ -402,10 +402,11 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  * 3: The next llama_decode, kvf_llama_save or kvf_llama_load waits for the transfer if this
  *    sequence has changed. kvferry notices a change of the sequence's first or last position. From
  *    llama.cpp v0.5.0 on, in a cache with one kind of attention and no sliding window, kvferry also
- *    notices that a decode is about to write cells that the transfer moves. Elsewhere two changes
- *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; or cells
- *    at its end are removed, and one batch decodes new ones up to the same position (beside a save
- *    in place of a cache with attention alone and no sliding window: to that position or beyond).
+ *    notices that a decode is about to write cells that the transfer moves. Elsewhere three changes
+ *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; cells at
+ *    its end are removed, and one batch decodes new ones up to the same position (beside a save in
+ *    place of a cache with attention alone and no sliding window: to that position or beyond); the
+ *    whole sequence is replaced by one with the same first and last position.
  * "no": Where the cache is unified, the copy shares its cells with this sequence. libllama does not
  *    tell which sequences share cells: a decode of the copy reads cells that have not been loaded
  *    yet.

@@ -53,8 +53,9 @@ public:
         }
         for (uint64_t bytes = most_bytes_;; bytes /= 2) {
             try {
-                add(bytes, make);
-                return true;
+                if (add(bytes, make)) return true;
+                if (bytes / 2 >= least_bytes_) continue;
+                return is_any_free();
             } catch (const Error &error) {
                 if (error.status == KVF_ERR_OUT_OF_MEMORY && bytes / 2 >= least_bytes_) continue;
                 if (error.status == KVF_ERR_DEVICE_LOST || !note_scarce()) throw;
@@ -74,10 +75,10 @@ public:
                 if (free_.empty()) return;
                 item = std::move(free_.back());
                 free_.pop_back();
+                // Before the memory is free, so that a lane that has no other item gets one
+                // meanwhile: the driver may take milliseconds to free.
+                uncharge(item->pinned_bytes());
             }
-            const uint64_t bytes = item->pinned_bytes();
-            item.reset();
-            uncharge(bytes);
         }
     }
     // Whether there is no item, free or in use.
@@ -91,32 +92,45 @@ public:
     }
 
 private:
-    // Without the lock while the driver allocates, since that takes its time.
+    // Without the lock while the driver allocates, since that takes its time. Returns false where
+    // the budget has no more: other devices may release some at any time.
     template <class Make>
-    void add(uint64_t bytes, Make &make) {
-        charge(bytes);
+    bool add(uint64_t bytes, Make &make) {
+        if (!charge(bytes)) return false;
         try {
             std::unique_ptr<Item> made = make(bytes);
             std::lock_guard lock(mutex_);
             free_.push_back(std::move(made)); // there is room
+            return true;
         } catch (...) {
+            std::lock_guard lock(mutex_);
             uncharge(bytes);
             throw;
         }
     }
 
-    // What so many pinned bytes are charged with.
-    uint64_t charge_of(uint64_t bytes) const { return bytes - std::min(bytes, least_bytes_); }
-    // Throws KVF_ERR_OUT_OF_MEMORY where the budget has no more.
-    void charge(uint64_t bytes) {
+    // Returns false if one in use has to be waited for. Throws where there is none at all: the
+    // first one costs the budget nothing, so that another thread is making it.
+    bool is_any_free() const {
         std::lock_guard lock(mutex_);
-        if (!budget_.acquire(charge_of(pinned_bytes_ + bytes) - charge_of(pinned_bytes_))) {
+        if (free_.empty() && used_ == 0) {
             throw Error(KVF_ERR_OUT_OF_MEMORY, "other devices use the pinned memory");
         }
-        pinned_bytes_ += bytes;
+        return !free_.empty();
     }
-    void uncharge(uint64_t bytes) noexcept {
+
+    // What so many pinned bytes are charged with.
+    uint64_t charge_of(uint64_t bytes) const { return bytes - std::min(bytes, least_bytes_); }
+    // False where the budget has no more.
+    bool charge(uint64_t bytes) {
         std::lock_guard lock(mutex_);
+        if (!budget_.acquire(charge_of(pinned_bytes_ + bytes) - charge_of(pinned_bytes_)))
+            return false;
+        pinned_bytes_ += bytes;
+        return true;
+    }
+    // With the lock.
+    void uncharge(uint64_t bytes) noexcept {
         const uint64_t before = charge_of(pinned_bytes_);
         pinned_bytes_ -= bytes;
         budget_.release(before - charge_of(pinned_bytes_));

@@ -153,7 +153,10 @@ void Fence::wait_for_disturbed(const void *context) {
         if (fence->enclosure_.context == context && line.is_disturbed(*fence))
             disturbed.insert(fence);
     }
-    line.wait_while_any(lock, [&](const Fence *fence) { return disturbed.count(fence) > 0; });
+    // A new fence of another context may stand where one of these stood.
+    line.wait_while_any(lock, [&](const Fence *fence) {
+        return fence->enclosure_.context == context && disturbed.count(fence) > 0;
+    });
 }
 
 } // namespace kvf

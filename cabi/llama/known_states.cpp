@@ -10,6 +10,8 @@
 namespace kvf {
 namespace {
 
+const char kDisagrees[] = "its parts have cells at different positions";
+
 // Whether a known format accounts for the state, and every part of it has cells, or none.
 bool looks_known(const StateView &view) {
     const auto found = parse_state_in_every_way(view);
@@ -164,15 +166,14 @@ Structure KnownStates::examine_known(const StateView &view) const {
     // cells in another.
     if (policy_.lacks_cells(*structure))
         throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
-    check_positions(*structure, view);
+    if (disagrees(*structure, view)) throw Error(KVF_ERR_STATE_DAMAGED, kDisagrees);
     return std::move(*structure);
 }
 
 // libllama takes a state whose parts disagree. Some layers then have tokens that other layers do
 // not have.
-void KnownStates::check_positions(const Structure &structure, const StateView &view) const {
-    if (!positions_agree_ || positions_agree(structure, view)) return;
-    throw Error(KVF_ERR_STATE_DAMAGED, "its parts have cells at different positions");
+bool KnownStates::disagrees(const Structure &structure, const StateView &view) const {
+    return positions_agree_ && !positions_agree(structure, view);
 }
 
 // For a context that has never had a cell: its first state with cells comes from outside. Its
@@ -186,16 +187,21 @@ Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
         const std::string why = skeleton ? mismatch(*other, *skeleton) : "";
         throw Error(KVF_ERR_STATE_MISMATCH, why);
     }
+    bool any_disagrees = false;
     for (Structure &candidate : candidates) {
         if (candidate.cells() == 0) return std::move(candidate);
         if (!candidate.has_cells_everywhere()) {
             throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
         }
-        check_positions(candidate, view);
+        if (disagrees(candidate, view)) {
+            any_disagrees = true; // read in another way it may agree
+            continue;
+        }
         if (!takes_format_of(sequence, candidate)) continue;
         note_believed(candidate);
         return std::move(candidate);
     }
+    if (any_disagrees) throw Error(KVF_ERR_STATE_DAMAGED, kDisagrees);
     throw Error(KVF_ERR_STATE_MISMATCH,
                 format("this context does not take states of its structure (format \"%s\")",
                        candidates.front().format->name));

@@ -94,7 +94,7 @@ private:
     Structure examine_known(const StateView &view) const;
     Structure examine_first(int32_t sequence, const StateView &view);
     IncomingState examine_sealed(const unsigned char *state, uint64_t bytes, uint32_t flags) const;
-    void check_positions(const Structure &structure, const StateView &view) const;
+    bool disagrees(const Structure &structure, const StateView &view) const;
     bool takes_format_of(int32_t sequence, const Structure &candidate);
     bool writes_as(int32_t sequence, const Structure &candidate);
 

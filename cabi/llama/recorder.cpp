@@ -45,14 +45,14 @@ bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offs
     try {
         if (tensor != tensor_) begin_tensor(tensor, offset, bytes, ggml);
         const uint64_t address = tensor_address_ + offset;
-        reached_.begin = std::min(reached_.begin, address);
-        reached_.end = std::max(reached_.end, address + bytes);
         if (!builder_) {
             // No device of the engine reaches this tensor: the original call, here and now.
             ++direct_fragments_;
             direct_bytes_ += bytes;
             return false;
         }
+        reached_.begin = std::min(reached_.begin, address);
+        reached_.end = std::max(reached_.end, address + bytes);
         if (is_plain_) {
             builder_->add(address, place, bytes);
         } else {

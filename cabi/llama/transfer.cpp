@@ -101,10 +101,12 @@ Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder
     enclosure.stops_rows = stops_rows;
     enclosure.context = context_.pointer();
     enclosure.is_disturbed = watch(direction, sequence);
-    if (states_->policy().tells_rows()) {
-        enclosure.rows = recorder.first_tensor();
-        enclosure.row_bytes = states_->structure()->sections[0].tensors[0].row;
-    }
+    if (!states_->policy().tells_rows()) return enclosure;
+    // A state without cells, in a context that has never had one, tells of no tensor.
+    const auto &tensors = states_->structure()->sections[0].tensors;
+    if (tensors.empty()) return enclosure;
+    enclosure.rows = recorder.first_tensor();
+    enclosure.row_bytes = tensors[0].row;
     return enclosure;
 }
 

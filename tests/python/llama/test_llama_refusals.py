@@ -92,6 +92,18 @@ async def test_an_empty_sequence_is_not_saved_but_an_empty_state_empties_one(
     assert context.state_get(0) == other or not load_keeps_others(kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_empty_state_goes_into_a_context_that_has_never_decoded(
+    make_context: MakeContext, kind: str
+) -> None:
+    context = make_context(kind)
+    empty = context.state_get(1)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        await llama.load(empty, 1, trust=kind in OPAQUE)
+    assert context.state_get(1) == empty
+
+
 async def test_a_buffer_that_is_too_small_is_refused_and_not_touched(
     make_context: MakeContext,
 ) -> None:
