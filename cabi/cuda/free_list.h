@@ -13,7 +13,7 @@
 
 namespace kvf {
 
-// One thread acquires and releases items; any thread may trim.
+// One thread makes, acquires and releases items; any thread may trim.
 template <class Item>
 class CudaFreeList {
 public:
@@ -55,7 +55,7 @@ public:
             try {
                 if (add(bytes, make)) return true;
                 if (bytes / 2 >= least_bytes_) continue;
-                return is_any_free();
+                return false; // others are in use, since the first costs the budget nothing
             } catch (const Error &error) {
                 if (error.status == KVF_ERR_OUT_OF_MEMORY && bytes / 2 >= least_bytes_) continue;
                 if (error.status == KVF_ERR_DEVICE_LOST || !note_scarce()) throw;
@@ -107,16 +107,6 @@ private:
             uncharge(bytes);
             throw;
         }
-    }
-
-    // Returns false if one in use has to be waited for. Throws where there is none at all: the
-    // first one costs the budget nothing, so that another thread is making it.
-    bool is_any_free() const {
-        std::lock_guard lock(mutex_);
-        if (free_.empty() && used_ == 0) {
-            throw Error(KVF_ERR_OUT_OF_MEMORY, "other devices use the pinned memory");
-        }
-        return !free_.empty();
     }
 
     // What so many pinned bytes are charged with.
