@@ -14,6 +14,8 @@
  *   1 Engine                kvf_engine_create, _describe, _cancel, _destroy
  *   2 llama.cpp sequences   kvf_llama_attach, _size, _save, _load, _remove, _settle, _describe,
  *                           _detach
+ *   2a Blocks, checkpoints  kvf_llama_blocks_allowed, _block_size, _save_blocks, _checkpoint_size,
+ *                           _save_checkpoint, _load_blocks; kvf_state_cut, _join
  *   3 Jobs and completions  kvf_submit_options, kvf_completion, kvf_queue_*, kvf_job_*
  *   4 Memory                kvf_buffer_alloc, _alloc_with_error, _capacity, _free, _register,
  *                           _unregister, _trim
@@ -72,6 +74,8 @@
  * in place    a transfer between the cache and the buffer, without device memory beside the cache.
  * snapshot    a copy of a sequence, made during the call of a save; the job moves that copy.
  * opaque      a cache whose states have a format that kvferry does not know: see kvf_llama_size().
+ * block       the state of a run of tokens, in the layers that keep every token: section 2a.
+ * checkpoint  the state of sliding windows and recurrent layers at one position: section 2a.
  * envelope    64 bytes behind the state of an opaque cache, which tell damage.
  * attachment  what kvf_llama_attach() makes of an engine and a context: a kvf_llama.
  * fragment    a run of tensor bytes that libllama would move with one call.
@@ -558,6 +562,9 @@ KVF_API int32_t kvf_llama_settle(kvf_llama llama);
  *     "format"                kvferry's name for the format of the states; "opaque" where kvferry
  *                             does not know it, "unseen" until a state with cells has been seen
  *     "guarded_by"            how loads check a state: "structure", or "envelope"
+ *     "blocks", "why"         what kvf_llama_blocks_allowed() says: "unseen", "none", "checkpoints",
+ *                             "blocks+checkpoints" or "blocks"; and its reason
+ *     "parts_in_blocks"       how many of the parts blocks hold: see kvf_state_options
  *     "window"                the tokens of the model's sliding window, or 0
  *     "default_mode"          what KVF_SAVE_AUTO means here: "in_place" or "snapshot"
  *     "tap"                   whether the tap is used; false: libllama's blocking calls
@@ -590,6 +597,209 @@ KVF_API int32_t kvf_llama_describe(kvf_llama llama, char *json, uint64_t capacit
  * Errors:    KVF_ERR_BUSY (a completion callback makes the call; nothing has changed)
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_detach(kvf_llama llama);
+
+/* ------------------------------------------------------------------------------------------------
+ * 2a Blocks and checkpoints
+ *
+ * A block is the state of the tokens at the positions [begin, end) of a sequence, in the layers
+ * that keep every token: bit for bit what libllama would write for a sequence that held these
+ * tokens alone, under the same sequence id. For plain attention a block is a state of its own,
+ * which kvf_llama_load() and llama.cpp itself load; beside windows or recurrent layers it is the
+ * beginning of one. A conversation that is saved in blocks of 256 tokens, say, moves after each
+ * turn what is new, and conversations that begin alike can share the blocks of their beginning.
+ *
+ * A checkpoint is the rest of a state: sliding windows and recurrent layers at one position, the
+ * state that llama.cpp writes with LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY. A window's rows and a
+ * recurrent state of an earlier position are gone once decoding has gone on, so checkpoints are
+ * saved between calls of llama_decode().
+ *
+ * kvf_llama_blocks_allowed() tells what a cache allows. Without the tap nothing of this section is
+ * supported.
+ * --------------------------------------------------------------------------------------------- */
+
+/* What kvf_llama_blocks_allowed() returns. */
+typedef enum kvf_blocks_allowed {
+    /* No state with cells has been seen yet. */
+    KVF_BLOCKS_UNSEEN = 0,
+    /* Neither blocks nor checkpoints: save and load whole states. */
+    KVF_BLOCKS_NONE = 1,
+    /* Checkpoints alone: every layer is recurrent, and a checkpoint is a whole state. */
+    KVF_BLOCKS_CHECKPOINTS_ALONE = 2,
+    /* Blocks, and a checkpoint at the end of the last one. */
+    KVF_BLOCKS_WITH_CHECKPOINTS = 3,
+    /* Blocks alone. */
+    KVF_BLOCKS_ALONE = 4,
+} kvf_blocks_allowed;
+
+/* One block: where its bytes are, and which positions it covers. */
+typedef struct kvf_block {
+    /* Host memory, the caller's. Blocks of one call must not overlap in memory. */
+    void *buffer;
+    /* The bytes at `buffer`. A save reads the room, and writes the size of the block. A load takes
+     * the exact size. */
+    uint64_t bytes;
+    /* The first position of the block, and the position after its last. */
+    int32_t begin, end;
+} kvf_block;
+
+/* Tells what the cache allows, and why not more.
+ *
+ * `reason` gets one line of text, "" where blocks alone are allowed, cut to `capacity` bytes with
+ * the terminating 0. It may be NULL when `capacity` is 0.
+ *
+ * Thread:    the context's
+ * May block: no
+ * Returns:   a value of kvf_blocks_allowed.
+ * Errors:    KVF_ERR_CONTEXT_FREED, KVF_ERR_BUSY (a blocking transfer is in flight)
+ * Since:     0.1 */
+KVF_API int32_t kvf_llama_blocks_allowed(kvf_llama llama, char *reason, uint64_t capacity);
+
+/* Tells how many bytes a block of `tokens` tokens has, without moving any of them.
+ *
+ * That holds for tokens at positions of their own. Where positions repeat (the patches of an image
+ * for a model with M-RoPE) or are missing, a block has as many tokens as there are cells at its
+ * positions; kvf_llama_save_blocks() then says the size.
+ *
+ * Thread:    the context's
+ * May block: no
+ * Returns:   KVF_OK; `*bytes` is the size.
+ * Errors:    KVF_ERR_SEQUENCE_EMPTY (no sequence of the context has had cells yet),
+ *            KVF_ERR_UNSUPPORTED (the cache does not allow blocks), KVF_ERR_INVALID_ARGUMENT
+ *            (`tokens` is 0), KVF_ERR_CONTEXT_FREED, KVF_ERR_BUSY (a blocking transfer is in
+ *            flight)
+ * Since:     0.1 */
+KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t *bytes);
+
+/* Saves blocks of a sequence, asynchronously: one job, with one completion.
+ *
+ * `blocks` is an array of `count` blocks in ascending order, each of `block_size` bytes, which is
+ * sizeof(kvf_block). Blocks need not follow one another. The call writes the size of each block
+ * into its `bytes`, and copies the array; the buffers must not be touched until the completion.
+ * The completion's `bytes` is the sum of the sizes.
+ *
+ * `options->mode` is as of kvf_llama_save(); AUTO is IN_PLACE, since decoding never overwrites what
+ * blocks consist of. The table of what may be done meanwhile holds as for a save in place. Where
+ * the cache is unified and a sequence id of the context is empty, the call borrows the id, so that
+ * libllama lists the cells of the blocks alone and not the whole sequence. The id is empty again
+ * when the call returns, also when the call fails.
+ *
+ * Thread:    the context's
+ * May block: as kvf_llama_save()
+ * Returns:   KVF_OK; one completion follows.
+ * Errors:    KVF_ERR_UNSUPPORTED (the cache does not allow blocks), KVF_ERR_INVALID_ARGUMENT
+ *            (blocks are empty, misordered or overlap; a buffer cannot be written; the options are
+ *            those of a load), KVF_ERR_SEQUENCE_EMPTY (the sequence has no token at the positions
+ *            of a block), KVF_ERR_BUFFER_TOO_SMALL (`bytes` of every block says what is needed),
+ *            and those of kvf_llama_save()
+ * Since:     0.1 */
+KVF_API int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_block *blocks,
+                                      uint64_t block_size, uint32_t count,
+                                      const kvf_submit_options *options, kvf_job *job);
+
+/* Tells how many bytes a checkpoint of a sequence has now, without moving any of them.
+ *
+ * Thread:    the context's
+ * May block: no
+ * Returns:   KVF_OK; `*bytes` is the size.
+ * Errors:    KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows
+ *            none), KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA, KVF_ERR_BUSY (a
+ *            blocking transfer is in flight)
+ * Since:     0.1 */
+KVF_API int32_t kvf_llama_checkpoint_size(kvf_llama llama, int32_t sequence, uint64_t *bytes);
+
+/* Saves a checkpoint of a sequence at its present position, asynchronously.
+ *
+ * The buffer needs kvf_llama_checkpoint_size() bytes. The completion's `bytes` is the size of the
+ * checkpoint. AUTO is SNAPSHOT: decoding may go on when the call returns.
+ *
+ * Thread:    the context's
+ * May block: as kvf_llama_save() by snapshot
+ * Returns:   KVF_OK; one completion follows.
+ * Errors:    KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none), and those of
+ *            kvf_llama_save()
+ * Since:     0.1 */
+KVF_API int32_t kvf_llama_save_checkpoint(kvf_llama llama, int32_t sequence, void *buffer,
+                                          uint64_t bytes, const kvf_submit_options *options,
+                                          kvf_job *job);
+
+/* Loads blocks into a sequence, asynchronously; they replace what the sequence held.
+ *
+ * The first block begins where the sequence shall begin, and each other block where the one before
+ * it ends. Where the cache allows KVF_BLOCKS_WITH_CHECKPOINTS, `checkpoint` is the checkpoint at
+ * the last position of the last block. Where checkpoints stand alone, `count` is 0. Elsewhere
+ * `checkpoint` is NULL and `checkpoint_bytes` 0. Sequence ids in blocks and checkpoints need not be
+ * `sequence`. The array is copied; the buffers must not change until the completion. The
+ * completion's `bytes` is the sum of the sizes.
+ *
+ * kvferry checks everything before libllama is called: each block and the checkpoint as
+ * kvf_llama_load() checks a state, that the blocks cover their positions, in order and without a
+ * gap, and that the checkpoint belongs to their end. The tensor bytes are not checked. A load that
+ * is refused leaves the sequence as it was. A load that fails later leaves it empty, as
+ * kvf_llama_load() does.
+ *
+ * Thread:    the context's
+ * May block: as kvf_llama_load()
+ * Returns:   KVF_OK; one completion follows.
+ * Errors:    KVF_ERR_UNSUPPORTED (the cache does not allow blocks), KVF_ERR_INVALID_ARGUMENT
+ *            (blocks are empty or misordered, overlap, or leave a gap; a checkpoint is missing, or
+ *            given where none belongs), KVF_ERR_STATE_DAMAGED (a block or the checkpoint is damaged,
+ *            or holds other positions than it should), and those of kvf_llama_load()
+ * Since:     0.1 */
+KVF_API int32_t kvf_llama_load_blocks(kvf_llama llama, int32_t sequence, const kvf_block *blocks,
+                                      uint64_t block_size, uint32_t count, const void *checkpoint,
+                                      uint64_t checkpoint_bytes, const kvf_submit_options *options,
+                                      kvf_job *job);
+
+typedef struct kvf_state_options {
+    /* sizeof(kvf_state_options); KVF_STATE_OPTIONS_INIT sets it. */
+    uint32_t size;
+    /* How many of the state's parts blocks hold; the rest is the checkpoint. kvf_llama_describe()
+     * tells it as "parts_in_blocks". 0: the first part. */
+    uint32_t parts_in_blocks;
+    /* Where one line of text is written if the call fails; NULL: nowhere. */
+    char *error;
+    /* The bytes that `error` has room for, terminating 0 included. */
+    uint64_t error_size;
+} kvf_state_options;
+#define KVF_STATE_OPTIONS_INIT {sizeof(kvf_state_options), 0, 0, 0}
+
+/* Cuts a state into blocks and a checkpoint, on plain memory: no context, no engine.
+ *
+ * The state is what kvf_llama_save(), llama_state_seq_get_data() or another program has written.
+ * Writes the size of each block into its `bytes`, and of the checkpoint into `*checkpoint_bytes`,
+ * which holds the room at `checkpoint` before. A block whose `buffer` is NULL is sized only, and so
+ * is the checkpoint if `checkpoint` is NULL. A state of plain attention has no checkpoint:
+ * `*checkpoint_bytes` becomes 0. `checkpoint_bytes` may be NULL if the checkpoint is not wanted.
+ *
+ * Thread:    any
+ * May block: no (it copies)
+ * Returns:   KVF_OK.
+ * Errors:    KVF_ERR_STATE_DAMAGED, KVF_ERR_UNSUPPORTED (the state has no parts that keep every
+ *            token, or several formats describe it), KVF_ERR_SEQUENCE_EMPTY (the state has no token
+ *            at the positions of a block), KVF_ERR_BUFFER_TOO_SMALL (all sizes have been written;
+ *            nothing else), KVF_ERR_INVALID_ARGUMENT (blocks are empty, misordered or overlap)
+ * Since:     0.1 */
+KVF_API int32_t kvf_state_cut(const void *state, uint64_t bytes, kvf_block *blocks,
+                              uint64_t block_size, uint32_t count, void *checkpoint,
+                              uint64_t *checkpoint_bytes, const kvf_state_options *options);
+
+/* Joins blocks, and a checkpoint if there is one, to a state that llama.cpp itself loads.
+ *
+ * The opposite of kvf_state_cut(), for blocks as of kvf_llama_load_blocks(). `*state_bytes` holds
+ * the room at `state`, and becomes the size of the state; if `state` is NULL, the state is sized
+ * only.
+ *
+ * Thread:    any
+ * May block: no (it copies)
+ * Returns:   KVF_OK.
+ * Errors:    KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH (the blocks are not of one kind of
+ *            cache), KVF_ERR_UNSUPPORTED (several formats describe them), KVF_ERR_BUFFER_TOO_SMALL
+ *            (`*state_bytes` says what is needed), KVF_ERR_INVALID_ARGUMENT (there are none, or
+ *            they are misordered, overlap or leave a gap)
+ * Since:     0.1 */
+KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uint32_t count,
+                               const void *checkpoint, uint64_t checkpoint_bytes, void *state,
+                               uint64_t *state_bytes, const kvf_state_options *options);
 
 /* ------------------------------------------------------------------------------------------------
  * 3 Jobs and completions
