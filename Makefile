@@ -299,7 +299,8 @@ TESTED_BUILDS := $(NPM_BUILDS) $(WHEEL_BUILD)
 TESTED_STAMPS := $(foreach build,$(TESTED_BUILDS),$(call stamp_of,$(build)))
 # What uses a libllama and fits any of them.
 LLAMA_TESTS := $(filter-out $(LLAMA_TESTS_ON_CUDA) %/test_llama_cpp_python.py,$(wildcard tests/python/llama/test_*.py)) \
-    $(addprefix tests/python/,test_snapshot.py tools/test_cli.py tools/test_libllama.py tools/test_synthetic_models.py)
+    $(addprefix tests/python/,test_snapshot.py $(addprefix tools/,test_cli.py test_config.py test_demo.py test_doctor.py \
+    test_libllama.py test_synthetic_models.py))
 QUICK_LLAMA_TESTS := $(addprefix tests/python/,tools/test_libllama.py llama/test_llama_basic.py \
     llama/test_llama_kinds.py)
 

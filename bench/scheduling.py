@@ -151,50 +151,63 @@ def cancels(library: Library) -> dict[str, float]:
     }
 
 
+class HeldStream:
+    """A stream of the CUDA driver that is at work until `release`, and some device memory."""
+
+    def __init__(self) -> None:
+        ffi = cffi.FFI()
+        ffi.cdef(DRIVER)
+        cuda = ffi.dlopen(os.environ["KVFERRY_CUDA_DRIVER"])
+
+        def done(result: int) -> None:
+            if result:
+                raise RuntimeError(f"CUDA error {result}")
+
+        context, stream, word = (ffi.new("void **") for _ in range(3))
+        device_word, memory = (ffi.new("uint64_t *") for _ in range(2))
+        done(cuda.cuInit(0))
+        done(cuda.cuDevicePrimaryCtxRetain(context, 0))
+        done(cuda.cuCtxSetCurrent(context[0]))
+        done(cuda.cuStreamCreateWithPriority(stream, NON_BLOCKING, 0))
+        done(cuda.cuMemAlloc_v2(memory, 4096))
+        done(cuda.cuMemHostAlloc(word, 4, PORTABLE_AND_MAPPED))
+        done(cuda.cuMemHostGetDevicePointer_v2(device_word, word[0], 0))
+        self._driver = cuda  # cffi unloads the library with this object
+        self._word = ffi.cast("uint32_t *", word[0])
+        self._word[0] = 0
+        done(cuda.cuStreamWaitValue32_v2(stream[0], device_word[0], 1, WAIT_EQUAL))
+        self.handle = int(ffi.cast("uintptr_t", stream[0]))
+        self.memory: int = memory[0]
+        """The address of 4096 bytes on the device."""
+
+    def release(self) -> None:
+        self._word[0] = 1
+
+
 def submissions(library: Library) -> dict[str, float]:
     """Jobs are submitted beside others that follow a stream, which is at work all the time."""
     ffi, lib = library.ffi, library.lib
-    cuda_ffi = cffi.FFI()
-    cuda_ffi.cdef(DRIVER)
-    cuda = cuda_ffi.dlopen(os.environ["KVFERRY_CUDA_DRIVER"])
-
-    def done(result: int) -> None:
-        if result:
-            raise RuntimeError(f"CUDA error {result}")
-
-    context, stream, word = (cuda_ffi.new("void **") for _ in range(3))
-    device_word, memory = (cuda_ffi.new("uint64_t *") for _ in range(2))
-    done(cuda.cuInit(0))
-    done(cuda.cuDevicePrimaryCtxRetain(context, 0))
-    done(cuda.cuCtxSetCurrent(context[0]))
-    done(cuda.cuStreamCreateWithPriority(stream, NON_BLOCKING, 0))
-    done(cuda.cuMemAlloc_v2(memory, 4096))
-    done(cuda.cuMemHostAlloc(word, 4, PORTABLE_AND_MAPPED))
-    done(cuda.cuMemHostGetDevicePointer_v2(device_word, word[0], 0))
-    at_work = cuda_ffi.cast("uint32_t *", word[0])
-    at_work[0] = 0
-    done(cuda.cuStreamWaitValue32_v2(stream[0], device_word[0], 1, WAIT_EQUAL))
-
+    stream = HeldStream()
     engine = library.engine(lib.KVF_DEVICES_CUDA)
     buffer = ffi.new("void **")
     library.check(lib.kvf_buffer_alloc(engine, 4096, buffer))
     follow = library.submitter(
         engine,
-        memory[0],
+        stream.memory,
         4096,
         buffer[0],
         flags=lib.KVF_SUBMIT_FOLLOW_STREAM,
-        stream=int(cuda_ffi.cast("uintptr_t", stream[0])),
+        stream=stream.handle,
     )
     jobs = [follow() for _ in range(FOLLOWING)]
-    submit = library.submitter(engine, memory[0], 4096, buffer[0])
+    submit = library.submitter(engine, stream.memory, 4096, buffer[0])
     times = []
     for _ in range(300):
         begin = time.perf_counter()
         jobs.append(submit())
         times.append((time.perf_counter() - begin) * 1e3)
         time.sleep(0.002)
-    at_work[0] = 1
+    stream.release()
     for job in jobs:
         library.wait(job)
     library.check(lib.kvf_buffer_free(buffer[0]))

@@ -5,10 +5,12 @@
 #include <cstring>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "engine/regions.h"
 #include "llama/llama.h"
 #include "memory/registration.h"
+#include "states/blocks.h"
 
 namespace kvf {
 namespace {
@@ -82,6 +84,39 @@ template <class T>
 void require(const T *pointer, const char *name) {
     if (!pointer) throw Error(KVF_ERR_INVALID_ARGUMENT, std::string(name) + " is NULL");
 }
+
+// The caller's array of blocks, as this version knows them. What is written into `bytes` is the
+// caller's again when this ends.
+class BlocksOfCaller {
+public:
+    BlocksOfCaller(kvf_block *given, uint64_t size, uint32_t count)
+        : given_(reinterpret_cast<unsigned char *>(given)), size_(size) {
+        if (count) require(given, "blocks");
+        if (size < sizeof(kvf_block) || size > kLargestStruct || size % alignof(kvf_block)) {
+            throw Error(KVF_ERR_STRUCT_SIZE,
+                        format("block_size is %llu", static_cast<unsigned long long>(size)));
+        }
+        blocks.resize(count);
+        for (uint32_t i = 0; i < count; ++i)
+            std::memcpy(&blocks[i], given_ + i * size_, sizeof(kvf_block));
+        before_ = blocks;
+    }
+    ~BlocksOfCaller() {
+        for (size_t i = 0; i < blocks.size(); ++i) {
+            if (blocks[i].bytes == before_[i].bytes) continue;
+            std::memcpy(given_ + i * size_, &blocks[i], sizeof(kvf_block));
+        }
+    }
+    BlocksOfCaller(const BlocksOfCaller &) = delete;
+    BlocksOfCaller &operator=(const BlocksOfCaller &) = delete;
+
+    std::vector<kvf_block> blocks;
+
+private:
+    unsigned char *const given_;
+    const uint64_t size_;
+    std::vector<kvf_block> before_;
+};
 
 void check_submit(const kvf_submit_options &options, uint32_t flags) {
     if (options.priority > KVF_PRIORITY_URGENT) {
@@ -432,6 +467,102 @@ int32_t kvf_llama_load(kvf_llama llama, int32_t sequence, const void *buffer, ui
         check_submit(options, KVF_SUBMIT_FOLLOW_STREAM | KVF_SUBMIT_TRUST_STATE);
         check_load_mode(options.mode);
         find<Llama>(llama)->load(sequence, buffer, bytes, options, job);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_llama_blocks_allowed(kvf_llama llama, char *reason, uint64_t capacity) {
+    return guarded([&]() -> int32_t {
+        if (capacity) require(reason, "reason");
+        std::string why;
+        const kvf_blocks_allowed allowed = find<Llama>(llama)->blocks_allowed(why);
+        copy_text(why, reason, capacity);
+        return allowed;
+    });
+}
+
+int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t *bytes) {
+    return guarded([&]() -> int32_t {
+        require(bytes, "bytes");
+        *bytes = find<Llama>(llama)->block_size(tokens);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_block *blocks,
+                              uint64_t block_size, uint32_t count, const kvf_submit_options *given,
+                              kvf_job *job) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        const auto options = read_options(given);
+        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
+        check_save_mode(options.mode);
+        BlocksOfCaller all(blocks, block_size, count);
+        find<Llama>(llama)->save_blocks(sequence, all.blocks, options, job);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_llama_checkpoint_size(kvf_llama llama, int32_t sequence, uint64_t *bytes) {
+    return guarded([&]() -> int32_t {
+        require(bytes, "bytes");
+        *bytes = find<Llama>(llama)->checkpoint_size(sequence);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_llama_save_checkpoint(kvf_llama llama, int32_t sequence, void *buffer, uint64_t bytes,
+                                  const kvf_submit_options *given, kvf_job *job) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        const auto options = read_options(given);
+        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
+        check_save_mode(options.mode);
+        find<Llama>(llama)->save_checkpoint(sequence, buffer, bytes, options, job);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_llama_load_blocks(kvf_llama llama, int32_t sequence, const kvf_block *blocks,
+                              uint64_t block_size, uint32_t count, const void *checkpoint,
+                              uint64_t checkpoint_bytes, const kvf_submit_options *given,
+                              kvf_job *job) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        const auto options = read_options(given);
+        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
+        check_load_mode(options.mode);
+        const BlocksOfCaller all(const_cast<kvf_block *>(blocks), block_size, count);
+        find<Llama>(llama)->load_blocks(sequence, all.blocks, checkpoint, checkpoint_bytes, options,
+                                        job);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_state_cut(const void *state, uint64_t bytes, kvf_block *blocks, uint64_t block_size,
+                      uint32_t count, void *checkpoint, uint64_t *checkpoint_bytes,
+                      const kvf_state_options *given) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        require(state, "state");
+        const auto options = read_options(given);
+        BlocksOfCaller all(blocks, block_size, count);
+        cut_state({static_cast<const unsigned char *>(state), bytes},
+                  std::max(options.parts_in_blocks, 1U), all.blocks, checkpoint, checkpoint_bytes);
+        return KVF_OK;
+    });
+}
+
+int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uint32_t count,
+                       const void *checkpoint, uint64_t checkpoint_bytes, void *state,
+                       uint64_t *state_bytes, const kvf_state_options *given) {
+    const auto [error, error_size] = error_place(given);
+    return guarded(error, error_size, [&]() -> int32_t {
+        require(state_bytes, "state_bytes");
+        const auto options = read_options(given);
+        const BlocksOfCaller all(const_cast<kvf_block *>(blocks), block_size, count);
+        join_state(all.blocks, checkpoint, checkpoint_bytes, std::max(options.parts_in_blocks, 1U),
+                   state, state_bytes);
         return KVF_OK;
     });
 }

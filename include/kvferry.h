@@ -562,12 +562,11 @@ KVF_API int32_t kvf_llama_settle(kvf_llama llama);
  *     "format"                kvferry's name for the format of the states; "opaque" where kvferry
  *                             does not know it, "unseen" until a state with cells has been seen
  *     "guarded_by"            how loads check a state: "structure", or "envelope"
- *     "blocks", "why"         what kvf_llama_blocks_allowed() says: "unseen", "none", "checkpoints",
- *                             "blocks+checkpoints" or "blocks"; and its reason
- *     "parts_in_blocks"       how many of the parts blocks hold: see kvf_state_options
- *     "window"                the tokens of the model's sliding window, or 0
- *     "default_mode"          what KVF_SAVE_AUTO means here: "in_place" or "snapshot"
- *     "tap"                   whether the tap is used; false: libllama's blocking calls
+ *     "blocks", "why"         what kvf_llama_blocks_allowed() says: "unseen", "none",
+ * "checkpoints", "blocks+checkpoints" or "blocks"; and its reason "parts_in_blocks"       how many
+ * of the parts blocks hold: see kvf_state_options "window"                the tokens of the model's
+ * sliding window, or 0 "default_mode"          what KVF_SAVE_AUTO means here: "in_place" or
+ * "snapshot" "tap"                   whether the tap is used; false: libllama's blocking calls
  *     "recorded_calls", "passed_calls"
  *                             calls that the tap has recorded, and that it has passed to ggml
  *     "sequences"             how many sequences the context may have
@@ -742,9 +741,9 @@ KVF_API int32_t kvf_llama_save_checkpoint(kvf_llama llama, int32_t sequence, voi
  * Returns:   KVF_OK; one completion follows.
  * Errors:    KVF_ERR_UNSUPPORTED (the cache does not allow blocks), KVF_ERR_INVALID_ARGUMENT
  *            (blocks are empty or misordered, overlap, or leave a gap; a checkpoint is missing, or
- *            given where none belongs), KVF_ERR_STATE_DAMAGED (a block or the checkpoint is damaged,
- *            or holds other positions than it should), and those of kvf_llama_load()
- * Since:     0.1 */
+ *            given where none belongs), KVF_ERR_STATE_DAMAGED (a block or the checkpoint is
+ * damaged, or holds other positions than it should), and those of kvf_llama_load() Since:     0.1
+ */
 KVF_API int32_t kvf_llama_load_blocks(kvf_llama llama, int32_t sequence, const kvf_block *blocks,
                                       uint64_t block_size, uint32_t count, const void *checkpoint,
                                       uint64_t checkpoint_bytes, const kvf_submit_options *options,

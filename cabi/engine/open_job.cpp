@@ -6,18 +6,22 @@ namespace {
 std::shared_ptr<Job> make_job(Engine &engine, Submission &submission,
                               const kvf_submit_options &options) {
     JobResources resources;
-    if (submission.buffer_bytes) {
-        resources.memory = use_memory(submission.buffer, submission.buffer_bytes);
+    auto parts = std::move(submission.parts);
+    if (parts.empty() && submission.buffer_bytes)
+        parts.emplace_back(submission.buffer, submission.buffer_bytes);
+    bool pinned = !parts.empty();
+    for (const auto &[buffer, bytes] : parts) {
+        auto use = use_memory(buffer, bytes);
+        pinned &= (use && use->pinned()) ||
+                  (engine.pinner() && engine.pinner()->is_pinned(buffer, bytes));
+        if (use) resources.memory.push_back(std::move(use));
     }
     JobRequest request;
     request.direction = submission.direction;
     request.priority = options.priority;
     request.mode = submission.mode;
     request.buffer = submission.buffer;
-    request.pinned = resources.memory && resources.memory->pinned();
-    if (!request.pinned && engine.pinner() && submission.buffer_bytes) {
-        request.pinned = engine.pinner()->is_pinned(submission.buffer, submission.buffer_bytes);
-    }
+    request.pinned = pinned;
     request.user_data = options.user_data;
     request.submitted_ns = submission.submitted_ns;
     request.attachment = submission.attachment;

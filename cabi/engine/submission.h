@@ -10,6 +10,8 @@ struct Submission {
     Direction direction = Direction::Save;
     unsigned char *buffer = nullptr;
     uint64_t buffer_bytes = 0;
+    // The parts of the buffer that the job uses, where it uses several and not all of it.
+    std::vector<std::pair<const void *, uint64_t>> parts;
     uint32_t mode = 0;
     uint64_t submitted_ns = 0;
     const void *attachment = nullptr; // that it belongs to; NULL: none

@@ -51,7 +51,7 @@ void Job::note_started(uint64_t ns) {
 }
 
 void Job::mark_buffer_lost() {
-    if (resources_.memory) resources_.memory->mark_lost();
+    for (const auto &use : resources_.memory) use->mark_lost();
 }
 
 Leg &Job::add_leg(std::unique_ptr<Leg> leg) {
@@ -116,7 +116,7 @@ void Job::make_completion() {
 void Job::release_resources() {
     if (resources_.on_end) resources_.on_end(completion_.status);
     resources_.on_end = nullptr;
-    resources_.memory.reset();
+    resources_.memory.clear();
     for (const auto &leg : legs_) leg->load_ahead.reset();
     resources_.keep_alive.clear();
     resources_.gate.reset();

@@ -43,8 +43,8 @@ struct JobRecord {
 
 // What a job holds until it has ended.
 struct JobResources {
-    std::shared_ptr<MemoryUse> memory; // of the buffer
-    std::shared_ptr<Gate> gate;        // that the job follows; NULL: none
+    std::vector<std::shared_ptr<MemoryUse>> memory; // of the buffer, or of its parts
+    std::shared_ptr<Gate> gate;                     // that the job follows; NULL: none
     std::vector<std::shared_ptr<void>> keep_alive;
     // Called once, with the final status, before anybody can see the completion.
     std::function<void(int32_t)> on_end;

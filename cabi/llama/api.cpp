@@ -135,6 +135,7 @@ void find_functions(const Functions &functions, LlamaApi &api) {
     functions.need(api.get_model, "llama_get_model");
     functions.need(api.get_memory, "llama_get_memory");
     functions.need(api.memory_seq_rm, "llama_memory_seq_rm");
+    functions.need(api.memory_seq_cp, "llama_memory_seq_cp");
     functions.need(api.memory_seq_pos_min, "llama_memory_seq_pos_min");
     functions.need(api.memory_seq_pos_max, "llama_memory_seq_pos_max");
     functions.need(api.n_ctx, "llama_n_ctx");

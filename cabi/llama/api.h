@@ -53,6 +53,7 @@ struct LlamaApi {
     const llama_model *(*get_model)(const llama_context *) = nullptr;
     llama_memory (*get_memory)(const llama_context *) = nullptr;
     bool (*memory_seq_rm)(llama_memory, int32_t, int32_t, int32_t) = nullptr;
+    void (*memory_seq_cp)(llama_memory, int32_t, int32_t, int32_t, int32_t) = nullptr;
     int32_t (*memory_seq_pos_min)(llama_memory, int32_t) = nullptr;
     int32_t (*memory_seq_pos_max)(llama_memory, int32_t) = nullptr;
     uint32_t (*n_ctx)(const llama_context *) = nullptr;

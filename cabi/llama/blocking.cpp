@@ -1,8 +1,8 @@
 // Without the tap: saves and loads by libllama's own blocking calls, on one of the library's
 // threads. The context rests meanwhile.
-#include "llama/envelope.h"
 #include "llama/llama.h"
 #include "memory/buffer_checks.h"
+#include "states/envelope.h"
 
 namespace kvf {
 

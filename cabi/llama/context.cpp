@@ -92,22 +92,27 @@ void LlamaContext::remove(int32_t sequence) const {
     api_.memory_seq_rm(memory(), sequence, -1, -1);
 }
 
-uint64_t LlamaContext::state_bytes(int32_t sequence) const {
-    return api_.state_seq_get_size(context_, sequence, 0);
+void LlamaContext::share(int32_t from, int32_t to, int32_t begin, int32_t end) const {
+    api_.memory_seq_cp(memory(), from, to, begin, end);
+}
+
+uint64_t LlamaContext::state_bytes(int32_t sequence, Extent extent) const {
+    return api_.state_seq_get_size(context_, sequence, static_cast<uint32_t>(extent));
 }
 
 uint64_t LlamaContext::write_state(int32_t sequence, unsigned char *buffer, uint64_t bytes,
-                                   Recorder &recorder) const {
+                                   Recorder &recorder, Extent extent) const {
     uint64_t written = 0;
     try {
         Recording recording(recorder);
-        written = api_.state_seq_get_data(context_, buffer, bytes, sequence, 0);
+        written = api_.state_seq_get_data(context_, buffer, bytes, sequence,
+                                          static_cast<uint32_t>(extent));
     } catch (...) {
         written = 0; // an assertion that libllama did not catch itself
     }
     if (written > 0) return written;
     if (!recorder.abort_text().empty()) throw Error(KVF_ERR_LLAMA, recorder.abort_text());
-    check_room(state_bytes(sequence), bytes);
+    check_room(state_bytes(sequence, extent), bytes);
     throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_data_ext failed");
 }
 

@@ -4,8 +4,8 @@
 #include <string>
 
 #include "llama/api.h"
-#include "llama/formats.h"
 #include "llama/recorder.h"
+#include "states/formats.h"
 
 namespace kvf {
 
@@ -38,13 +38,19 @@ public:
     int32_t last_position(int32_t sequence) const;
     bool holds_cells(int32_t sequence) const { return last_position(sequence) >= 0; }
     void remove(int32_t sequence) const;
+    // Lets `to` share the cells of `from` at the positions [begin, end).
+    void share(int32_t from, int32_t to, int32_t begin, int32_t end) const;
+
+    // Which state of a sequence: all of it, or windows and recurrent layers alone, which is
+    // LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY of llama.h.
+    enum class Extent : uint32_t { Whole = 0, Partial = 1 };
 
     // 0: libllama refuses.
-    uint64_t state_bytes(int32_t sequence) const;
+    uint64_t state_bytes(int32_t sequence, Extent extent = Extent::Whole) const;
     // Has libllama write the state, whose tensor bytes the recorder notes. Returns the bytes of the
     // state. Throws KVF_ERR_BUFFER_TOO_SMALL or KVF_ERR_LLAMA.
     uint64_t write_state(int32_t sequence, unsigned char *buffer, uint64_t bytes,
-                         Recorder &recorder) const;
+                         Recorder &recorder, Extent extent = Extent::Whole) const;
     // Has libllama take the state, whose tensor bytes the recorder notes. False where it did not
     // take all of it.
     bool read_state(int32_t sequence, const StateView &view, Recorder &recorder) const;

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "llama/cells.h"
-#include "llama/envelope.h"
+#include "states/cells.h"
+#include "states/envelope.h"
 
 namespace kvf {
 namespace {

@@ -1,9 +1,25 @@
 #include "llama/llama.h"
 
 #include "core/json.h"
-#include "llama/envelope.h"
+#include "states/envelope.h"
 
 namespace kvf {
+namespace {
+
+const char kNoTap[] = "blocks need the tap: libllama's calls cannot be recorded";
+
+const char *blocks_word(kvf_blocks_allowed allowed) {
+    switch (allowed) {
+    case KVF_BLOCKS_UNSEEN: return "unseen";
+    case KVF_BLOCKS_NONE: return "none";
+    case KVF_BLOCKS_CHECKPOINTS_ALONE: return "checkpoints";
+    case KVF_BLOCKS_WITH_CHECKPOINTS: return "blocks+checkpoints";
+    case KVF_BLOCKS_ALONE: return "blocks";
+    }
+    return "none";
+}
+
+} // namespace
 
 Llama::Llama(std::shared_ptr<Engine> engine, llama_context *context,
              const kvf_llama_options &options)
@@ -65,6 +81,10 @@ std::string Llama::describe() const {
     return "{" + context_.describe() + ", \"cache\": " + json_quote(policy.kind()) +
            ", \"format\": " + json_quote(policy.format_name()) +
            ", \"guarded_by\": " + (policy.seals_states() ? "\"envelope\"" : "\"structure\"") +
+           ", \"blocks\": " +
+           json_quote(blocks_word(tap_ ? policy.blocks_allowed() : KVF_BLOCKS_NONE)) +
+           ", \"why\": " + json_quote(tap_ ? policy.why_not_more_blocks() : kNoTap) +
+           format(", \"parts_in_blocks\": %zu", policy.parts_in_blocks()) +
            format(", \"window\": %d", policy.window()) + ", \"default_mode\": " +
            (policy.save_mode(KVF_SAVE_AUTO) == KVF_SAVE_SNAPSHOT ? "\"snapshot\""
                                                                  : "\"in_place\"") +

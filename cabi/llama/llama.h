@@ -2,6 +2,7 @@
 #pragma once
 
 #include <set>
+#include <span>
 
 #include "core/thread_pool.h"
 #include "engine/open_job.h"
@@ -24,6 +25,15 @@ public:
               kvf_job *job);
     void load(int32_t sequence, const void *buffer, uint64_t bytes,
               const kvf_submit_options &options, kvf_job *job);
+    kvf_blocks_allowed blocks_allowed(std::string &why);
+    uint64_t block_size(uint32_t tokens);
+    void save_blocks(int32_t sequence, std::span<kvf_block> blocks,
+                     const kvf_submit_options &options, kvf_job *job);
+    void load_blocks(int32_t sequence, std::span<const kvf_block> blocks, const void *checkpoint,
+                     uint64_t checkpoint_bytes, const kvf_submit_options &options, kvf_job *job);
+    uint64_t checkpoint_size(int32_t sequence);
+    void save_checkpoint(int32_t sequence, void *buffer, uint64_t bytes,
+                         const kvf_submit_options &options, kvf_job *job);
     void remove(int32_t sequence);
     uint32_t settle();
     void detach();
@@ -38,8 +48,9 @@ private:
     void release();
 
     // transfer.cpp: what saves and loads have in common.
-    Submission make_submission(Direction direction, int32_t sequence, const void *buffer,
-                               uint64_t bytes, const kvf_submit_options &options);
+    Submission make_submission(Direction direction, int32_t sequence,
+                               const kvf_submit_options &options);
+    static void set_buffer(Submission &submission, const void *buffer, uint64_t bytes);
     bool may_be_written_by_stream(const void *buffer, uint64_t bytes) const;
     Recorder make_recorder(Direction direction, const void *buffer, uint64_t bytes,
                            std::shared_ptr<Gate> gate);
@@ -57,11 +68,14 @@ private:
 
     // save.cpp
     Recorded record_save(int32_t sequence, unsigned char *buffer, uint64_t bytes,
-                         Recorder &recorder);
+                         Recorder &recorder,
+                         LlamaContext::Extent extent = LlamaContext::Extent::Whole);
     void save_in_place(int32_t sequence, Submission &&submission, const kvf_submit_options &options,
                        kvf_job *job);
     void save_snapshot(int32_t sequence, Submission &&submission, const kvf_submit_options &options,
                        kvf_job *job);
+    void submit_snapshot(Submission &&submission, Recorded &&recorded,
+                         const kvf_submit_options &options, kvf_job *job);
     bool take_snapshot(Submission &submission, Recorded &recorded);
     void save_during_call(int32_t sequence, Submission &&submission,
                           const kvf_submit_options &options, kvf_job *job);
@@ -69,12 +83,20 @@ private:
     // load.cpp
     void load_recorded(int32_t sequence, const IncomingState &state, Submission &&submission,
                        const kvf_submit_options &options, kvf_job *job);
+    Recorded take_cells(int32_t sequence, const IncomingState &state, Recorder &recorder);
     void load_during_call(int32_t sequence, const IncomingState &state, Submission &&submission,
                           const kvf_submit_options &options, kvf_job *job);
     std::shared_ptr<LoadAhead> make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device);
     static void check_recorded_whole(const Structure &structure, const Recorded &recorded);
     Error load_failure(int32_t sequence, const std::string &abort_text,
                        const std::optional<Structure> &state);
+
+    // blocks.cpp
+    class BorrowedSequence;
+    int32_t find_empty_sequence() const;
+    void look_for_blocks(int32_t sequence);
+    void check_blocks_allowed(bool checkpoints) const;
+    void check_loadable(size_t blocks, bool has_checkpoint) const;
 
     // blocking.cpp
     void save_blocking(int32_t sequence, Submission &&submission, const kvf_submit_options &options,

@@ -1,13 +1,14 @@
 // The way of a load: kvf_llama_load() -> Llama::load() -> the state is checked -> libllama takes
 // cells, the recorder notes where their tensor bytes belong -> a job of the engine moves these.
-#include "llama/envelope.h"
 #include "llama/llama.h"
+#include "states/envelope.h"
 
 namespace kvf {
 
 void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
                  const kvf_submit_options &options, kvf_job *job) {
-    Submission submission = make_submission(Direction::Load, sequence, buffer, bytes, options);
+    Submission submission = make_submission(Direction::Load, sequence, options);
+    set_buffer(submission, buffer, bytes);
     check_sequence(sequence, false);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     const auto *const given = static_cast<const unsigned char *>(buffer);
@@ -60,15 +61,13 @@ void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submissi
     } else {
         start_job_from_recorder(recorder, open, submission, options, job != nullptr);
     }
-    if (!context_.read_state(sequence, view, recorder)) {
+    Recorded recorded;
+    try {
+        recorded = take_cells(sequence, state, recorder);
+    } catch (...) {
         open.reset(); // no byte may move when the sequence loses its cells
-        throw load_failure(sequence, recorder.abort_text(), state.structure);
+        throw;
     }
-    Recorded recorded = recorder.finish();
-    if (context_.holds_cells(sequence)) check_recorded_anything(recorder);
-    sequences_->note_tensors(recorder.tensors());
-    check_recorded_whole(*state.structure, recorded);
-    states_->note_believed(*state.structure);
     recorded.bytes = view.bytes;
     fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
     move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
@@ -79,6 +78,18 @@ void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submissi
     } else {
         submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
     }
+}
+
+// Has libllama take the state's cells, whose tensor bytes the recorder notes.
+Recorded Llama::take_cells(int32_t sequence, const IncomingState &state, Recorder &recorder) {
+    if (!context_.read_state(sequence, state.view, recorder))
+        throw load_failure(sequence, recorder.abort_text(), state.structure);
+    Recorded recorded = recorder.finish();
+    if (context_.holds_cells(sequence)) check_recorded_anything(recorder);
+    sequences_->note_tensors(recorder.tensors());
+    check_recorded_whole(*state.structure, recorded);
+    states_->note_believed(*state.structure);
+    return recorded;
 }
 
 // The call moves all bytes; the job has nothing left to move.

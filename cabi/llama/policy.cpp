@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "kvferry.h"
-
 namespace kvf {
 
 void CachePolicy::note_parts(const Structure &structure) {
@@ -14,6 +12,9 @@ void CachePolicy::note_parts(const Structure &structure) {
     kind_ = structure.kind();
     recurs_ |= std::any_of(structure.sections.begin(), structure.sections.end(), is_recurrent);
     has_one_attention_ = structure.has_one_attention_first();
+    parts_ = structure.sections.size();
+    attentions_ = parts_ - static_cast<size_t>(std::count_if(
+                               structure.sections.begin(), structure.sections.end(), is_recurrent));
 }
 
 void CachePolicy::note_known(const Structure &structure) {
@@ -32,6 +33,36 @@ void CachePolicy::note_opaque() {
 uint32_t CachePolicy::save_mode(uint32_t asked) const {
     if (asked != KVF_SAVE_AUTO) return asked;
     return appends_only() ? KVF_SAVE_IN_PLACE : KVF_SAVE_SNAPSHOT;
+}
+
+size_t CachePolicy::parts_in_blocks() const {
+    // Of several attention parts the last is the window's.
+    return window_ > 0 && attentions_ > 0 ? attentions_ - 1 : attentions_;
+}
+
+kvf_blocks_allowed CachePolicy::blocks_allowed() const {
+    if (format_ == Format::Unseen) return KVF_BLOCKS_UNSEEN;
+    if (format_ == Format::Opaque) return KVF_BLOCKS_NONE;
+    if (attentions_ == 0) return KVF_BLOCKS_CHECKPOINTS_ALONE;
+    if (parts_in_blocks() == 0) return KVF_BLOCKS_NONE;
+    return parts_in_blocks() == parts_ ? KVF_BLOCKS_ALONE : KVF_BLOCKS_WITH_CHECKPOINTS;
+}
+
+const char *CachePolicy::why_not_more_blocks() const {
+    switch (blocks_allowed()) {
+    case KVF_BLOCKS_UNSEEN: return "no sequence of the context has had cells yet";
+    case KVF_BLOCKS_NONE:
+        return format_ == Format::Opaque
+                   ? "the format of this cache's states is not known to kvferry"
+                   : "every layer has a sliding window, in one part of the cache";
+    case KVF_BLOCKS_CHECKPOINTS_ALONE: return "every layer is recurrent, and keeps no tokens";
+    case KVF_BLOCKS_WITH_CHECKPOINTS:
+        return recurs_ && window_ > 0 ? "some layers are recurrent or have a sliding window"
+               : recurs_              ? "some layers are recurrent"
+                                      : "some layers have a sliding window";
+    case KVF_BLOCKS_ALONE: break;
+    }
+    return "";
 }
 
 bool CachePolicy::lacks_cells(const Structure &structure) const {

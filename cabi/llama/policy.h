@@ -4,7 +4,8 @@
 
 #include <string>
 
-#include "llama/formats.h"
+#include "kvferry.h"
+#include "states/formats.h"
 
 namespace kvf {
 
@@ -54,6 +55,12 @@ public:
     // The rows that decoding writes can be told from the graph, where it names them.
     bool tells_rows() const { return has_one_attention_ && window_ == 0; }
 
+    // What may be done by blocks and checkpoints, and in words why not more.
+    kvf_blocks_allowed blocks_allowed() const;
+    const char *why_not_more_blocks() const;
+    // How many of the parts keep every token, and so consist of blocks. They come first.
+    size_t parts_in_blocks() const;
+
     // True if a part has no cells although the sequence has a last position. libllama never writes
     // such a state, except for a window that was emptied: false.
     bool lacks_cells(const Structure &structure) const;
@@ -63,6 +70,7 @@ private:
     bool recurs_;
     bool knows_parts_ = false;
     bool has_one_attention_ = false; // and that is the first part
+    size_t attentions_ = 0, parts_ = 0;
     Format format_ = Format::Unseen;
     std::string kind_ = "unknown";
     std::string format_name_ = "unseen";

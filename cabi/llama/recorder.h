@@ -10,8 +10,8 @@
 #include "jobs/fences.h"
 #include "llama/api.h"
 #include "llama/block_cache.h"
-#include "llama/cells.h"
 #include "memory/layout_builder.h"
+#include "states/cells.h"
 
 namespace kvf {
 

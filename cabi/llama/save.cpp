@@ -1,14 +1,15 @@
 // The way of a save: kvf_llama_save() -> Llama::save() -> libllama writes the state, the recorder
 // notes where its tensor bytes are -> a job of the engine moves these.
-#include "llama/envelope.h"
 #include "llama/llama.h"
 #include "memory/buffer_checks.h"
+#include "states/envelope.h"
 
 namespace kvf {
 
 void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submit_options &options,
                  kvf_job *job) {
-    Submission submission = make_submission(Direction::Save, sequence, buffer, bytes, options);
+    Submission submission = make_submission(Direction::Save, sequence, options);
+    set_buffer(submission, buffer, bytes);
     check_sequence(sequence, true);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     if (states_->is_unseen()) states_->look_at(sequence);
@@ -24,8 +25,8 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
 
 // Has libllama write the state into the buffer, but for its tensor bytes.
 Recorded Llama::record_save(int32_t sequence, unsigned char *buffer, uint64_t bytes,
-                            Recorder &recorder) {
-    const uint64_t written = context_.write_state(sequence, buffer, bytes, recorder);
+                            Recorder &recorder, LlamaContext::Extent extent) {
+    const uint64_t written = context_.write_state(sequence, buffer, bytes, recorder, extent);
     Recorded recorded = recorder.finish();
     check_recorded_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
@@ -69,6 +70,12 @@ void Llama::save_snapshot(int32_t sequence, Submission &&submission,
         make_recorder(Direction::Save, submission.buffer, submission.buffer_bytes, submission.gate);
     Recorded recorded = record_save(sequence, submission.buffer, submission.buffer_bytes, recorder);
     submission.buffer_bytes = recorded.bytes;
+    submit_snapshot(std::move(submission), std::move(recorded), options, job);
+}
+
+// Copies aside what was recorded, and lets the job move the copy.
+void Llama::submit_snapshot(Submission &&submission, Recorded &&recorded,
+                            const kvf_submit_options &options, kvf_job *job) {
     submission.mode = KVF_SAVE_SNAPSHOT;
     if (take_snapshot(submission, recorded)) {
         submit_job(*engine_, std::move(submission), std::move(recorded), options, job);

@@ -77,6 +77,11 @@ void LlamaSequences::check_idle(int32_t sequence, Busy busy) const {
     }
 }
 
+bool LlamaSequences::is_idle(int32_t sequence) const {
+    std::lock_guard lock(mutex_);
+    return sequences_.find(sequence) == sequences_.end();
+}
+
 void LlamaSequences::check_at_rest() const {
     std::lock_guard lock(mutex_);
     check_at_rest_locked();

@@ -37,6 +37,7 @@ public:
     // Throws KVF_ERR_BUSY where the sequence has transfers of this kind in flight.
     enum class Busy { WithLoads, WithAny };
     void check_idle(int32_t sequence, Busy busy) const;
+    bool is_idle(int32_t sequence) const; // and not to be emptied
     // Throws KVF_ERR_BUSY while a blocking transfer uses the context.
     void check_at_rest() const;
     bool is_at_rest() const;

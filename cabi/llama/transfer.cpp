@@ -1,7 +1,7 @@
 // What saves and loads have in common.
-#include "llama/cells.h"
 #include "llama/llama.h"
 #include "memory/buffer_checks.h"
+#include "states/cells.h"
 
 namespace kvf {
 namespace {
@@ -12,8 +12,8 @@ constexpr uint64_t kLeastPart = 4 << 20;
 
 } // namespace
 
-Submission Llama::make_submission(Direction direction, int32_t sequence, const void *buffer,
-                                  uint64_t bytes, const kvf_submit_options &options) {
+Submission Llama::make_submission(Direction direction, int32_t sequence,
+                                  const kvf_submit_options &options) {
     Submission submission;
     submission.submitted_ns = now_ns();
     settle();
@@ -21,16 +21,12 @@ Submission Llama::make_submission(Direction direction, int32_t sequence, const v
     engine_->check(options); // invalid options must not cost a sequence its cells
     if (tap_) tap_->renew_slots();
     Fence::wait_for_disturbed(context_.pointer());
-    if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
-    check_accessible(direction, buffer, bytes);
     check_devices();
     DeviceSet moved = 0;
     for (const uint32_t device : devices_) moved |= device_set(device);
     submission.gate = engine_->make_gate(options, moved);
     for (const uint32_t device : devices_) engine_->device(device).announce(direction);
     submission.direction = direction;
-    submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));
-    submission.buffer_bytes = bytes;
     submission.attachment = this;
     const LlamaSequences::Transfer transfer{sequence, direction, blocking_ != nullptr};
     submission.fence = std::make_shared<Fence>(direction);
@@ -41,6 +37,13 @@ Submission Llama::make_submission(Direction direction, int32_t sequence, const v
         sequences->end(transfer, status);
     };
     return submission;
+}
+
+void Llama::set_buffer(Submission &submission, const void *buffer, uint64_t bytes) {
+    if (!buffer || bytes == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "buffer is NULL or empty");
+    check_accessible(submission.direction, buffer, bytes);
+    submission.buffer = static_cast<unsigned char *>(const_cast<void *>(buffer));
+    submission.buffer_bytes = bytes;
 }
 
 // A copy engine or a kernel that a stream has been given writes to pinned memory alone.

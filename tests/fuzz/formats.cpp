@@ -1,6 +1,6 @@
 // The walk through a state reads nothing outside of it, ends, and takes no damaged length for
 // whole.
-#include "llama/cells.h"
+#include "states/cells.h"
 
 #include "input.hpp"
 #include "state_writer.hpp"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,14 @@ import pytest
 if TYPE_CHECKING:
     from support.llama_reference import Context, Model
     from support.simulated_cuda import SimulatedCuda
+
+# By default the CUDA driver loads a kernel when the kernel is first used. Loading a kernel may
+# synchronise the context (CUDA C++ programming guide, "Lazy Loading", concurrent execution). A
+# decode that uses a kernel for the first time then waits for every stream of the context, also for
+# the stream that a test holds until the decode has returned. This is set before anything opens the
+# driver, which reads the variable; programs that tests start inherit it.
+if os.environ.get("KVFERRY_TEST_GPU"):
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 # A shell starts commands in the background with SIGINT ignored, and their children inherit that:
 # the tests of Ctrl-C would wait for ever.

@@ -1,4 +1,4 @@
-"""Runs random walks (random_walk.py) for as long as wanted: `make soak`.
+"""Runs random walks (support/random_walk) for as long as wanted: `make soak`.
 
     make soak ARGS="--steps 10000"                     every kind and cache, one seed
     make soak ARGS="--hours 3"                         new seeds until the time is over

@@ -27,10 +27,13 @@ ROOMS = {
     "cuda": {"core", "memory", "jobs"},
     # The only room that knows every kind of device; it knows nothing of llama.cpp.
     "engine": {"core", "memory", "jobs", "host", "cuda"},
+    # What the bytes of a state mean: testable on plain memory, without libllama and without an
+    # engine.
+    "states": {"core"},
     # What a llama.cpp context stores, turned into submissions to an engine.
-    "llama": {"core", "memory", "jobs", "engine"},
+    "llama": {"core", "memory", "jobs", "engine", "states"},
     # abi.cpp: arguments and handles of the C functions. Nothing includes it.
-    "": {"core", "memory", "jobs", "engine", "llama"},
+    "": {"core", "memory", "jobs", "engine", "states", "llama"},
 }
 # Headers without a room: the public one, which every room may include, and what the build makes.
 OUTSIDE = {"kvferry.h", "gather_ptx.h"}
@@ -91,7 +94,8 @@ def plant(cabi: Path) -> list[str]:
     breaks = {
         "a later room": ("memory/layout.h", '#include "jobs/job.h"'),
         "the room beside": ("host/device.cpp", '#  include "cuda/device.h"'),
-        "a device from llama": ("llama/formats.cpp", '#include "cuda/device.h"'),
+        "a device from llama": ("llama/policy.cpp", '#include "cuda/device.h"'),
+        "libllama from states": ("states/formats.cpp", '#include "llama/api.h"'),
         "a circle in a room": ("jobs/queue.h", '#include "jobs/job.h"'),
         "a missing file": ("core/fork.h", '#include "core/missing.h"'),
         "an unknown room": ("other/new.h", '#include "core/status.h"'),

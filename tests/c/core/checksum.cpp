@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "llama/envelope.h"
+#include "states/envelope.h"
 
 using namespace kvf;
 

@@ -21,11 +21,6 @@ pytestmark = pytest.mark.anyio
 C_DEVICES = c_interface.Devices[DEVICES.upper()]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def make_prompted(make_context: MakeContext, kind: str) -> Context:
     context = make_context(kind)
     context.decode_in_turn([0, 1], 40)

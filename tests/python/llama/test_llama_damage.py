@@ -43,11 +43,6 @@ KINDS_AND_CACHES = [
 each_kind_and_cache = pytest.mark.parametrize(("kind", "cache"), KINDS_AND_CACHES)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Scene:
     """A context with sequences 0 and 1 in use, and all that must be unchanged in the end."""
 

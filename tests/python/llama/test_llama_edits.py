@@ -19,11 +19,6 @@ from support.llama_reference import Context
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def remove_from_the_middle(context: Context) -> None:
     assert context.seq_rm(0, 10, 20)
 

@@ -20,16 +20,16 @@ from support.cuda_driver import NEEDS_CUDA
 from support.devices import ON_GPU
 from support.holds import ByStream, ByUrgentCopies
 from support.in_flight import (
-    OPERATIONS,
-    OTHER,
-    OWN,
     PATIENCE,
-    SPARE,
-    Ferried,
     Kind,
-    Operation,
-    Side,
     beside_a_transfer,
+    moves_at_once,
+    shares_a_window,
+)
+from support.like_contexts import CACHES, MakeContext
+from support.llama_reference import BUILD, NAMES_ROWS, Context, Model
+from support.operations import (
+    OPERATIONS,
     clear,
     copy_onto_own,
     decode,
@@ -41,17 +41,14 @@ from support.in_flight import (
     divide,
     divide_own,
     keep_other,
-    live_alike,
     load,
     load_within_own,
-    moves_at_once,
     pending_copy,
     pending_shift,
     remove_a_part,
     remove_own,
     remove_within_own,
     save,
-    shares_a_window,
     shift,
     shift_own,
     state_get,
@@ -60,8 +57,15 @@ from support.in_flight import (
     state_set,
     state_set_own,
 )
-from support.like_contexts import CACHES, MakeContext
-from support.llama_reference import BUILD, NAMES_ROWS, Context, Model
+from support.sides import (
+    OTHER,
+    OWN,
+    SPARE,
+    Ferried,
+    Operation,
+    Side,
+    live_alike,
+)
 from support.simulated_cuda import SimulatedCuda
 
 pytestmark = NEEDS_CUDA

@@ -25,12 +25,6 @@ from support.llama_reference import llama as libllama
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """One event loop is enough: the bytes that are moved do not depend on it."""
-    return "asyncio"
-
-
 def contiguous(context: Context) -> None:
     # Longer than a sliding window, so that a part of it has been masked.
     context.decode(0, context.model.prompt(2 * GEOMETRIES["small"].window))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
 from typing import Any
 
 import kvferry
@@ -25,17 +24,6 @@ OVERWRITTEN = {"gemma3", "mamba", "hybrid", "hybrid-iswa"}
 LARGE_TOKENS = 48 * LARGER
 
 IN_PLACE, SNAPSHOT = lib.KVF_SAVE_IN_PLACE, lib.KVF_SAVE_SNAPSHOT
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
-def large_model(model: Callable[..., Model]) -> Model:
-    """1 MiB a token: moving LARGE_TOKENS takes some milliseconds, and many decode steps."""
-    return model("llama", geometry="bench")
 
 
 def large_context(make_context: MakeContext, model: Model) -> Context:

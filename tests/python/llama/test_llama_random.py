@@ -1,4 +1,4 @@
-"""Short random walks (random_walk.py) with fixed seeds. `make soak` runs longer ones."""
+"""Short random walks (support/random_walk) with fixed seeds. `make soak` runs longer ones."""
 
 from __future__ import annotations
 

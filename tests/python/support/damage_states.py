@@ -133,6 +133,15 @@ class Loader:
         assert lib.kvf_llama_remove(self._llama[0], TARGET) == 0
 
 
+def every_cell_can_be_used(context: Context, loader: Loader, state: bytes, *, taken: int) -> None:
+    """Fills the cache; in a unified cache, `taken` cells belong to other sequences."""
+    unified = context.options.kv_unified
+    cells = context.options.n_ctx // (1 if unified else context.options.n_seq_max)
+    assert loader.load(state) == 0
+    loader.remove()
+    context.decode(TARGET, context.model.prompt(cells - taken if unified else cells))
+
+
 def main() -> None:
     path, kind, options, first, count = sys.argv[1:]
     context = Model(path).context(ContextOptions(**json.loads(options)))
@@ -171,14 +180,8 @@ def main() -> None:
             assert [context.state_get(0), context.state_get(1)] == others, number
     assert [context.state_get(0), context.state_get(1)] == others
 
-    # Every cell can still be used.
-    unified = context.options.kv_unified
-    cells = context.options.n_ctx // (1 if unified else context.options.n_seq_max)
     for target, loader in loaders:
-        assert loader.load(state) == 0
-        loader.remove()
-        taken = 40 if unified and target is context else 0
-        target.decode(TARGET, target.model.prompt(cells - taken))
+        every_cell_can_be_used(target, loader, state, taken=40 if target is context else 0)
     print(f"refused {refused}", flush=True)
 
 

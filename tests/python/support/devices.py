@@ -19,3 +19,6 @@ DEVICES: Literal["host", "cuda"] = "cuda" if ON_GPU else "host"
 LARGER = 4 if ON_GPU else 1
 """How many times larger a state must be on this device, so that its transfer takes some
 milliseconds."""
+
+LARGE_TOKENS = 32 * LARGER
+"""Tokens of the fixture `large_model` whose transfer takes some milliseconds."""

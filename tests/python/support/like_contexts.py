@@ -16,7 +16,7 @@ import kvferry
 import numpy as np
 
 from support.devices import DEVICES
-from support.llama_reference import CacheType, Context
+from support.llama_reference import CacheType, Context, Model
 
 MakeContext = Callable[..., Context]
 
@@ -43,6 +43,13 @@ RECURRENT = {"mamba", "hybrid", "hybrid-iswa", *OPAQUE}
 
 ENVELOPE = 64
 """Bytes that kvferry appends to an opaque state."""
+
+
+def make_prompted(make_context: MakeContext, source: str | Model, **options: Any) -> Context:
+    """Returns a context whose sequences 0 and 1 have 20 tokens each."""
+    context = make_context(source, **options)
+    context.decode_in_turn([0, 1], 20)
+    return context
 
 
 def by_llama_cpp(llama: kvferry.Llama, snapshot: kvferry.Snapshot) -> bytes:

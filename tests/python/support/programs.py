@@ -33,3 +33,11 @@ def run_python(
         timeout=timeout,
         check=False,
     )
+
+
+def run_kvferry(
+    *arguments: str, first: str = "", environment: Mapping[str, str | None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command kvferry in a process of its own, after the Python statements ``first``."""
+    code = f"import sys; {first}\nfrom kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
+    return run_python("-c", code, *arguments, environment=environment, timeout=240)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from kvferry.tools import bench
-from kvferry.tools.bench import figures
+from kvferry.tools.bench.beside import Beside
+from kvferry.tools.bench.figures import beside_decoding
 from kvferry.tools.bench.measurement import Measurement, Reading, Stage, at_least, at_most
-from kvferry.tools.bench.prepared import Beside
 from kvferry.tools.libllama import Step
 from kvferry.tools.table import Progress
 
@@ -71,7 +71,9 @@ async def test_no_step_beside_a_transfer_is_nothing_measured(
     run = bench._Run(tmp_path, Progress(), only=None)
     run.facts["raw"] = "memcpy"
 
-    await run.stage(stage(TransfersTooShort(), figures.decode_percentile("load", 50, at_most(4))))
+    await run.stage(
+        stage(TransfersTooShort(), beside_decoding.decode_percentile("load", 50, at_most(4)))
+    )
     run.finish()
 
     [line] = run.results

@@ -1,8 +1,8 @@
 """``kvferry bench``: measures kvferry's speed, and compares each figure with its goal and limit.
 
-``matrix`` lists the measurements, ``figures`` and ``event_loop`` define them, ``prepared`` prepares
-their contexts. All run in one process. A measurement that fails loses only its own line. Each
-result is written to the disk at once.
+``matrix`` lists the measurements, ``figures`` defines them, and ``preparing`` makes their contexts.
+``alone`` and ``beside`` time the transfers that several figures share. All run in one process. A
+measurement that fails loses only its own line. Each result is written to the disk at once.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from ..models import on_gpu, synthetic_model
 from ..table import Progress, table
 from ..timeline import Timeline, draw
 from . import matrix
+from .beside import Beside
 from .measurement import Measurement, Result, Stage, failure, result
 from .pictures import Bars, Latencies, draw_bars, draw_latencies
-from .prepared import Beside, Prepared
+from .prepared import Prepared
 from .raw import Memcpy, PinnedCopies
 from .trace import Trace
 

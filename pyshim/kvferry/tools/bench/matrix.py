@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from ... import Engine
 from ..libllama import Model
 from ..workload import SEQUENCES, Arrangement
-from . import event_loop, figures
+from .figures import beside_decoding, event_loop, memory, state, transfers
 from .measurement import Goal, Measurement, Stage, at_least, at_most
-from .prepared import Prepared, prepare
+from .prepared import Prepared
+from .preparing import prepare
 from .raw import RawMaker
 
 if TYPE_CHECKING:
@@ -77,13 +78,13 @@ def host(bench: Bench) -> list[Stage]:
             bench,
             Shape("contiguous", 256, sizes=wide, repeats=5),
             [
-                figures.same_bytes(),
-                figures.size_query(at_most(5)),
-                figures.of_raw("save", at_least(0.9)),
-                figures.of_raw("load", at_least(0.9)),
-                figures.against_native("save", None),
-                figures.against_native("load", None),
-                figures.host_memory(at_most(64)),
+                state.same_bytes(),
+                state.size_query(at_most(5)),
+                transfers.of_raw("save", at_least(0.9)),
+                transfers.of_raw("load", at_least(0.9)),
+                transfers.against_native("save", None),
+                transfers.against_native("load", None),
+                memory.host_memory(at_most(64)),
                 event_loop.longest_stall(at_most(1)),
                 event_loop.longest_own_stall(at_most(1)),
             ],
@@ -92,31 +93,31 @@ def host(bench: Bench) -> list[Stage]:
             bench,
             Shape("V transposed", 512, flash_attention=False, repeats=5),
             [
-                figures.same_bytes(),
-                figures.against_native("save", None),
-                figures.against_native("load", None),
+                state.same_bytes(),
+                transfers.against_native("save", None),
+                transfers.against_native("load", None),
             ],
         ),
         _stage(
             bench,
             Shape("four in turn", 256, "in turn", repeats=9),
             [
-                figures.same_bytes(),
-                figures.size_query(at_most(5)),
-                figures.against_native("save", at_least(1)),
-                figures.against_native("load", at_least(1)),
+                state.same_bytes(),
+                state.size_query(at_most(5)),
+                transfers.against_native("save", at_least(1)),
+                transfers.against_native("load", at_least(1)),
             ],
         ),
         _stage(
             bench,
             Shape("8B geometry", 512, steps=100, repeats=5),
             [
-                figures.decode_loss("save", None),
-                figures.decode_percentile("save", 50, None),
-                figures.decode_percentile("save", 99, None),
-                figures.background_speed("save", None),
-                figures.decode_loss("load", None),
-                figures.background_speed("load", None),
+                beside_decoding.decode_loss("save", None),
+                beside_decoding.decode_percentile("save", 50, None),
+                beside_decoding.decode_percentile("save", 99, None),
+                beside_decoding.background_speed("save", None),
+                beside_decoding.decode_loss("load", None),
+                beside_decoding.background_speed("load", None),
             ],
         ),
     ]
@@ -133,16 +134,16 @@ def cuda(bench: Bench) -> list[Stage]:
             Shape("contiguous", tokens, steps=steps),
             [
                 *_common(0.98, 0.98, beyond=1, native=1),
-                figures.pageable_against_native("save", at_least(2.5)),
-                figures.pageable_against_native("load", at_least(4)),
+                transfers.pageable_against_native("save", at_least(2.5)),
+                transfers.pageable_against_native("load", at_least(4)),
                 *_beside_decoding(p50=3, p99=8, speed=0.95),
-                figures.against_prefill(prefill),
-                figures.against_prefill(prefill, "ahead"),
-                figures.both_directions(at_least(1.7)),
-                figures.device_memory(at_most(64)),
-                figures.host_memory(at_most(64)),
-                figures.first_byte(at_most(100)),
-                figures.size_query(at_most(5)),
+                transfers.against_prefill(prefill),
+                transfers.against_prefill(prefill, "ahead"),
+                transfers.both_directions(at_least(1.7)),
+                memory.device_memory(at_most(64)),
+                memory.host_memory(at_most(64)),
+                transfers.first_byte(at_most(100)),
+                state.size_query(at_most(5)),
                 event_loop.longest_stall(at_most(1)),
                 event_loop.longest_own_stall(at_most(1)),
             ],
@@ -158,8 +159,8 @@ def cuda(bench: Bench) -> list[Stage]:
             [
                 *_common(0.98, 0.98, beyond=15, native=150, interleaved=SEQUENCES),
                 *_beside_decoding(p50=4, p99=9, speed=0.88),
-                figures.device_memory(at_most(64)),
-                figures.host_memory(at_most(64)),
+                memory.device_memory(at_most(64)),
+                memory.host_memory(at_most(64)),
             ],
         ),
         _stage(
@@ -168,7 +169,7 @@ def cuda(bench: Bench) -> list[Stage]:
             [
                 *_common(0.98, 0.97, native=150),
                 *_beside_decoding(p50=4, p99=9, speed=0.88),
-                figures.device_memory(at_most(64)),
+                memory.device_memory(at_most(64)),
             ],
         ),
     ]
@@ -184,16 +185,16 @@ def _common(
 ) -> list[Measurement]:
     goal: Goal | None = at_most(beyond) if beyond is not None else None
     return [
-        figures.same_bytes(),
-        figures.of_raw("save", at_least(save), interleaved),
-        figures.of_raw("load", at_least(load), interleaved),
-        figures.beyond_raw("save", goal),
-        figures.beyond_raw("load", goal),
-        figures.against_native("save", at_least(native)),
-        figures.against_native("load", at_least(native)),
+        state.same_bytes(),
+        transfers.of_raw("save", at_least(save), interleaved),
+        transfers.of_raw("load", at_least(load), interleaved),
+        transfers.beyond_raw("save", goal),
+        transfers.beyond_raw("load", goal),
+        transfers.against_native("save", at_least(native)),
+        transfers.against_native("load", at_least(native)),
         # These take as much extra device memory as the state has bytes.
-        figures.beyond_raw("load", goal, "ahead"),
-        figures.against_native("load", at_least(native), "ahead"),
+        transfers.beyond_raw("load", goal, "ahead"),
+        transfers.against_native("load", at_least(native), "ahead"),
     ]
 
 
@@ -202,10 +203,10 @@ def _beside_decoding(*, p50: float, p99: float, speed: float) -> list[Measuremen
         measurement
         for direction in ("save", "load")
         for measurement in (
-            figures.decode_percentile(direction, 50, at_most(p50)),
-            figures.decode_percentile(direction, 99, at_most(p99)),
-            figures.background_speed(direction, at_least(speed)),
-            figures.decode_loss(direction, None),
-            figures.pacing_cost(direction, at_most(0.6)),
+            beside_decoding.decode_percentile(direction, 50, at_most(p50)),
+            beside_decoding.decode_percentile(direction, 99, at_most(p99)),
+            beside_decoding.background_speed(direction, at_least(speed)),
+            beside_decoding.decode_loss(direction, None),
+            beside_decoding.pacing_cost(direction, at_most(0.6)),
         )
     ]

@@ -67,7 +67,6 @@ async def with_kvferry(
     snapshot, reference = await _save_by_both(run, llama, context)
     for _ in range(REPEATS):
         await run.load(snapshot, "urgent")
-    completion = alone[-1].completion
 
     resaved = await llama.save(LOADED)
     await llama.run(context.decode, next_token(context))
@@ -79,22 +78,35 @@ async def with_kvferry(
         script=run.script(),
         figures={
             "state_bytes": nbytes,
-            "fragments": completion.fragments,
-            "segments": completion.segments,
-            "save_mode": {1: "in_place", 2: "snapshot"}[completion.mode],
+            **_figures_of_save(alone),
             "size_query_us": size_query_us,
-            "submit_ms": statistics.median(each.submit_ms for each in alone),
-            "save_ms": _median_ms(alone),
             "load_ms": _median_ms(run.loads),
             **beside,
             "prefill_ms": prefill.ms,
             "prefill_tokens": len(items),
-            "decode_p50_ms": _both(idle, during, 50),
-            "decode_p99_ms": _both(idle, during, 99),
-            "decode_steps": {"idle": len(idle), "during_transfers": len(during)},
+            **_figures_of_decoding(idle, during),
         },
         timeline=timeline,
     )
+
+
+def _figures_of_save(saves: list[_Timed]) -> dict[str, Any]:
+    completion = saves[-1].completion
+    return {
+        "fragments": completion.fragments,
+        "segments": completion.segments,
+        "save_mode": {1: "in_place", 2: "snapshot"}[completion.mode],
+        "submit_ms": statistics.median(each.submit_ms for each in saves),
+        "save_ms": _median_ms(saves),
+    }
+
+
+def _figures_of_decoding(idle: list[Step], during: list[Step]) -> dict[str, Any]:
+    return {
+        "decode_p50_ms": _both(idle, during, 50),
+        "decode_p99_ms": _both(idle, during, 99),
+        "decode_steps": {"idle": len(idle), "during_transfers": len(during)},
+    }
 
 
 async def _beside_decoding(run: _Run, name: str) -> tuple[list[Step], Timeline]:

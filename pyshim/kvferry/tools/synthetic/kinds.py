@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .attention import describe_gemma3, describe_llama, describe_qwen2vl
-from .deepseek import describe_deepseek2, describe_deepseek4, describe_deepseek32
+from .deepseek import describe_deepseek2, describe_deepseek32
+from .deepseek4 import describe_deepseek4
 from .geometry import Geometry
 from .model_file import ModelFile
 from .qwen4exp import describe_qwen4exp, describe_qwen4exp_ngrams

@@ -31,15 +31,7 @@ def write_model(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of model {kind!r}; there are {', '.join(KINDS)}")
-    if isinstance(geometry, str):
-        if geometry not in GEOMETRIES:
-            raise ValueError(f"unknown geometry {geometry!r}; there are {', '.join(GEOMETRIES)}")
-        geometry = GEOMETRIES[geometry]
-    unknown = sizes.keys() - {field.name for field in dataclasses.fields(Geometry)}
-    if unknown:
-        raise ValueError(f"unknown sizes: {', '.join(sorted(unknown))}")
-    geometry = dataclasses.replace(geometry, **sizes)
-
+    chosen = _geometry(geometry, sizes)
     try:
         import gguf
     except ImportError as error:
@@ -53,10 +45,22 @@ def write_model(
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         model = ModelFile(gguf, partial, architecture, seed)
-        describe_ends(model, geometry)
-        describe(model, geometry)
+        describe_ends(model, chosen)
+        describe(model, chosen)
         model.write()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _geometry(geometry: str | Geometry, sizes: dict[str, int]) -> Geometry:
+    """Returns the geometry with `sizes` in place of its own. Raises ValueError."""
+    if isinstance(geometry, str):
+        if geometry not in GEOMETRIES:
+            raise ValueError(f"unknown geometry {geometry!r}; there are {', '.join(GEOMETRIES)}")
+        geometry = GEOMETRIES[geometry]
+    unknown = sizes.keys() - {field.name for field in dataclasses.fields(Geometry)}
+    if unknown:
+        raise ValueError(f"unknown sizes: {', '.join(sorted(unknown))}")
+    return dataclasses.replace(geometry, **sizes)

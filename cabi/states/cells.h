@@ -1,9 +1,17 @@
 // What the cells of a state tell, once its structure is known.
 #pragma once
 
-#include "llama/formats.h"
+#include "states/formats.h"
 
 namespace kvf {
+
+// The position of a cell of a section.
+int32_t position_of_cell(const Structure &structure, size_t section, const StateView &state,
+                         uint64_t cell);
+
+// Copies what stands around the tensor bytes of a state, from its byte `from` on, to `memory + to`.
+void copy_metadata(const Structure &structure, const StateView &state, unsigned char *memory,
+                   uint64_t from, uint64_t to);
 
 // Whether each attention section has no other positions than the first one. libllama keeps every
 // token of a sequence in the cells of the first, and of a window it removes some: so do its states,

@@ -1,4 +1,4 @@
-#include "llama/envelope.h"
+#include "states/envelope.h"
 
 #include <cstring>
 

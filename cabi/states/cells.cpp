@@ -1,4 +1,4 @@
-#include "llama/cells.h"
+#include "states/cells.h"
 
 #include <algorithm>
 #include <cstring>
@@ -8,9 +8,9 @@ namespace {
 
 int32_t position_of(const Section &section, const StateFormat &format, const StateView &state,
                     uint64_t cell) {
-    const uint64_t stride = (3 + format.cell_words) * sizeof(uint32_t);
     int32_t position;
-    std::memcpy(&position, state.data + section.cells_at + cell * stride, sizeof position);
+    std::memcpy(&position, state.data + section.cells_at + cell * cell_bytes(format),
+                sizeof position);
     return position;
 }
 
@@ -63,6 +63,27 @@ void add_cells(const Section &section, uint64_t begin, uint64_t end, std::vector
 }
 
 } // namespace
+
+int32_t position_of_cell(const Structure &structure, size_t index, const StateView &state,
+                         uint64_t cell) {
+    const Section &section = structure.sections[index];
+    // A recurrent section has one cell.
+    if (section.kind == Section::Kind::Recurrent) cell = 0;
+    return position_of(section, *structure.format, state, cell);
+}
+
+void copy_metadata(const Structure &structure, const StateView &state, unsigned char *memory,
+                   uint64_t from, uint64_t to) {
+    uint64_t at = from; // what has been copied, or is of a tensor
+    for (const Section &section : structure.sections) {
+        for (size_t i = 0; i < section.tensors.size(); ++i) {
+            const uint64_t begin = section.tensor_at[i];
+            std::memcpy(memory + to + (at - from), state.data + at, begin - at);
+            at = begin + section.cells * section.tensors[i].row;
+        }
+    }
+    std::memcpy(memory + to + (at - from), state.data + at, state.bytes - at);
+}
 
 bool positions_agree(const Structure &structure, const StateView &state) {
     const auto positions_in_order = [&](const Section &section) {

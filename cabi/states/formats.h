@@ -41,6 +41,7 @@ struct Section {
     enum class Kind : uint8_t { Attention, Recurrent };
     Kind kind = Kind::Attention;
     uint32_t streams = 1;             // of an attention section
+    uint32_t stream = 0;              // of them, the one that has the cells
     uint64_t cells = 0;               // over all streams
     bool transposed = false;          // V; known if there are cells
     uint32_t layers = 0;              // known if there are cells, or it is recurrent
@@ -57,6 +58,7 @@ struct Structure {
     bool framed = true;
     std::vector<Section> sections;
     uint64_t tensor_bytes = 0;
+    uint64_t bytes = 0; // of the state
 
     uint64_t cells() const;
     bool has_cells_everywhere() const;
@@ -72,6 +74,16 @@ struct StateView {
     uint64_t bytes;
     int32_t last_position = INT32_MAX - 1; // positions beyond it are damaged
 };
+
+// The bytes of a cell of an attention section: position, number of sequences, further words,
+// sequence.
+constexpr uint64_t cell_bytes(const StateFormat &format) {
+    return (3 + uint64_t{format.cell_words}) * sizeof(uint32_t);
+}
+
+constexpr uint32_t kStateMagic = 0xaf143cd8; // io_magic in llama-context.cpp
+// The frame: the magic number, and the sequence.
+constexpr uint64_t kFrameBytes = 2 * sizeof(uint32_t);
 
 // Walks through a state. Nothing where no known format accounts for every byte of it. Where several
 // do, the first. `like` (may be NULL) is what other states of this cache look like: sections that

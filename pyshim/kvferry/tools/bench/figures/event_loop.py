@@ -11,8 +11,8 @@ import anyio
 import anyio.lowlevel
 import numpy
 
-from .measurement import Goal, Measurement, Reading
-from .prepared import Prepared
+from ..measurement import Goal, Measurement, Reading
+from ..prepared import Prepared
 
 _STALL_BYTES = 256 << 20
 _LONG_MS = 0.5

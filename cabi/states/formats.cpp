@@ -1,4 +1,4 @@
-#include "llama/formats.h"
+#include "states/formats.h"
 
 #include <algorithm>
 #include <cstring>
@@ -21,11 +21,9 @@ constexpr StateFormat kFormats[] = {
     {"rotated-2d-token", true, 3, 2, "0.6.0: M-RoPE, n-gram models"},
 };
 
-constexpr uint32_t kMagic = 0xaf143cd8;                // io_magic in llama-context.cpp
-constexpr uint64_t kFrameBytes = 2 * sizeof(uint32_t); // that, and the sequence
-constexpr uint32_t kMostStreams = 256;                 // LLAMA_MAX_SEQ
-constexpr uint32_t kMostLayers = 4096;                 // far above any model
-constexpr uint32_t kMostTypes = 256;                   // far above GGML_TYPE_COUNT
+constexpr uint32_t kMostStreams = 256; // LLAMA_MAX_SEQ
+constexpr uint32_t kMostLayers = 4096; // far above any model
+constexpr uint32_t kMostTypes = 256;   // far above GGML_TYPE_COUNT
 constexpr size_t kMostSections = 8;
 
 class Reader {
@@ -60,7 +58,7 @@ private:
 
 bool has_magic(const StateView &state) {
     uint32_t magic;
-    return Reader(state, 0).read(magic) && magic == kMagic;
+    return Reader(state, 0).read(magic) && magic == kStateMagic;
 }
 
 bool plausible(int32_t type) { return type >= 0 && static_cast<uint32_t>(type) < kMostTypes; }
@@ -76,6 +74,7 @@ public:
     std::optional<Structure> run() {
         structure_.format = &format_;
         structure_.framed = format_.framed;
+        structure_.bytes = state_.bytes;
         const uint64_t frame = format_.framed ? kFrameBytes : 0;
         if (state_.bytes < frame || !read_sections(Reader(state_, frame))) return std::nullopt;
         if (structure_.cells() == 0) structure_.format = nullptr;
@@ -153,8 +152,7 @@ private:
     }
 
     bool read_stream(Reader &reader, uint32_t cells, bool has_values, Section &section) {
-        const uint64_t cell_bytes = (3 + format_.cell_words) * sizeof(uint32_t);
-        if (cells > reader.left() / cell_bytes) return false;
+        if (cells > reader.left() / cell_bytes(format_)) return false;
         section.cells = cells;
         section.cells_at = reader.at();
         uint32_t transposed;
@@ -185,6 +183,7 @@ private:
             // A sequence lies in one stream; a state with two would be loaded twice into the same
             // cells.
             if (section.cells || !read_stream(reader, cells, has_values, section)) return false;
+            section.stream = stream;
         }
         // Without cells it reads the same with values and without.
         return section.cells > 0 || has_values;
@@ -319,7 +318,7 @@ bool is_frame_alone(const StateView &state) {
 
 std::vector<unsigned char> make_state_of_one_cell(const Structure &structure) {
     Writer out;
-    if (structure.framed) out.add(kMagic).add<int32_t>(0);
+    if (structure.framed) out.add(kStateMagic).add<int32_t>(0);
     for (const Section &section : structure.sections) {
         if (section.kind == Section::Kind::Attention) {
             out.add(section.streams).add<uint32_t>(1);

@@ -1,6 +1,6 @@
 // Which states are taken for whole, and which caches they fit. (Damaged at random:
 // fuzz/formats.cpp.)
-#include "llama/cells.h"
+#include "states/cells.h"
 
 #include "check.hpp"
 #include "state_writer.hpp"

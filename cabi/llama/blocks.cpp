@@ -1,0 +1,332 @@
+// The way of blocks: as of a state (save.cpp, load.cpp), but what libllama writes or takes is a
+// state of which only the metadata exists, and the bytes that the recorder notes lie in blocks.
+#include "states/blocks.h"
+
+#include "llama/llama.h"
+#include "memory/buffer_checks.h"
+
+namespace kvf {
+namespace {
+
+// The memory of blocks and of a checkpoint, as one buffer from the lowest address to the highest.
+struct BufferOfParts {
+    std::vector<std::pair<const void *, uint64_t>> parts;
+    unsigned char *begin = nullptr;
+    uint64_t extent = 0; // to the end of the last part
+    uint64_t bytes = 0;  // of the parts together
+
+    BufferOfParts(Direction direction, std::span<const kvf_block> blocks, const void *checkpoint,
+                  uint64_t checkpoint_bytes) {
+        for (const kvf_block &block : blocks) add(direction, block.buffer, block.bytes);
+        if (checkpoint) add(direction, checkpoint, checkpoint_bytes);
+        auto sorted = parts;
+        std::sort(sorted.begin(), sorted.end());
+        for (size_t i = 1; i < sorted.size(); ++i) {
+            if (end_of(sorted[i - 1]) > sorted[i].first)
+                throw Error(KVF_ERR_INVALID_ARGUMENT, "the buffers of blocks overlap");
+        }
+        if (sorted.empty()) return;
+        begin = static_cast<unsigned char *>(const_cast<void *>(sorted.front().first));
+        extent = static_cast<uint64_t>(end_of(sorted.back()) - begin);
+    }
+    // Where a part begins in the buffer.
+    uint64_t offset(size_t part) const {
+        return static_cast<uint64_t>(static_cast<const unsigned char *>(parts[part].first) - begin);
+    }
+
+private:
+    static const unsigned char *end_of(const std::pair<const void *, uint64_t> &part) {
+        return static_cast<const unsigned char *>(part.first) + part.second;
+    }
+    void add(Direction direction, const void *buffer, uint64_t count) {
+        if (!buffer || count == 0)
+            throw Error(KVF_ERR_INVALID_ARGUMENT, "a buffer is NULL or empty");
+        check_accessible(direction, buffer, count);
+        parts.emplace_back(buffer, count);
+        bytes += count;
+    }
+};
+
+// Layouts of a state become layouts of the blocks: for each block in turn, what of it was recorded.
+class Spreader {
+public:
+    Spreader(BlockMap map, const BufferOfParts &buffer) : map_(std::move(map)), buffer_(buffer) {}
+
+    Layouts spread(const Layouts &layouts) {
+        Layouts result;
+        for (const auto &[device, layout] : layouts) {
+            std::vector<LayoutBuilder> builders(buffer_.parts.size());
+            for (const kvf_region &region : layout.blocks) {
+                for (uint64_t row = 0; row < region.rows; ++row) {
+                    add(builders, region.address + row * region.pitch,
+                        region.offset + row * region.buffer_pitch, region.width);
+                }
+            }
+            for (const Span &span : layout.spans) {
+                for (LayoutBuilder &builder : builders) builder.begin_tensor();
+                for (uint64_t i = 0; i < span.count; ++i) {
+                    const Run &run = span.table->runs[i];
+                    add(builders, run.address + span.address_distance,
+                        run.offset + span.offset_distance, run.bytes);
+                }
+            }
+            Layout whole;
+            for (LayoutBuilder &builder : builders) append(whole, builder.finish());
+            if (!whole.empty()) result.emplace_back(device, std::move(whole));
+        }
+        return result;
+    }
+
+private:
+    void add(std::vector<LayoutBuilder> &builders, uint64_t address, uint64_t place,
+             uint64_t bytes) {
+        map_.for_each(place, bytes, [&](size_t block, uint64_t offset, uint64_t at, uint64_t n) {
+            builders[block].add(address + (at - place), buffer_.offset(block) + offset, n);
+        });
+    }
+    static void append(Layout &whole, Layout &&part) {
+        whole.blocks.insert(whole.blocks.end(), part.blocks.begin(), part.blocks.end());
+        whole.spans.insert(whole.spans.end(), part.spans.begin(), part.spans.end());
+        whole.bytes += part.bytes;
+    }
+
+    BlockMap map_;
+    const BufferOfParts &buffer_;
+};
+
+void check_all_recorded(const Structure &structure, const Layouts &layouts) {
+    uint64_t bytes = 0;
+    for (const auto &[device, layout] : layouts) bytes += layout.bytes;
+    if (bytes == structure.tensor_bytes) return;
+    throw Error(KVF_ERR_UNSUPPORTED,
+                "a part of the cache is in memory that no device of the engine reaches");
+}
+
+} // namespace
+
+// A sequence id that is lent by the context, shares some cells of another sequence, and is empty
+// again afterwards.
+class Llama::BorrowedSequence {
+public:
+    BorrowedSequence(Llama &llama, int32_t from, int32_t begin, int32_t end)
+        : llama_(llama), id(llama.find_empty_sequence()) {
+        if (id >= 0) llama_.context_.share(from, id, begin, end);
+    }
+    ~BorrowedSequence() {
+        if (id >= 0) llama_.context_.remove(id);
+    }
+    BorrowedSequence(const BorrowedSequence &) = delete;
+    BorrowedSequence &operator=(const BorrowedSequence &) = delete;
+
+private:
+    Llama &llama_;
+
+public:
+    const int32_t id; // negative: none was to be had
+};
+
+// A sequence without cells, and without a transfer in flight; negative: there is none.
+int32_t Llama::find_empty_sequence() const {
+    // libllama shares cells within one stream alone. A copy of a part of a recurrent sequence has
+    // the recurrent cell of all of it, which would then move.
+    const Structure *const structure = states_->structure();
+    if (!structure || context_.has_recurrent_layers()) return -1;
+    if (structure->sections[0].streams != 1) return -1;
+    for (uint32_t i = context_.sequence_count(); i-- > 0;) {
+        const auto sequence = static_cast<int32_t>(i);
+        if (!context_.holds_cells(sequence) && sequences_->is_idle(sequence)) return sequence;
+    }
+    return -1;
+}
+
+void Llama::look_for_blocks(int32_t sequence) {
+    settle();
+    check_usable();
+    if (!tap_) return;
+    if (states_->is_unseen() && context_.holds_cells(sequence)) states_->look_at(sequence);
+    if (states_->is_unseen()) states_->look_at_any();
+}
+
+void Llama::check_blocks_allowed(bool checkpoints) const {
+    if (!tap_)
+        throw Error(KVF_ERR_UNSUPPORTED,
+                    "blocks need the tap: libllama's calls cannot be recorded");
+    const CachePolicy policy = states_->policy();
+    const kvf_blocks_allowed allowed = policy.blocks_allowed();
+    const bool has_blocks = allowed == KVF_BLOCKS_ALONE || allowed == KVF_BLOCKS_WITH_CHECKPOINTS;
+    const bool has_checkpoints =
+        allowed == KVF_BLOCKS_CHECKPOINTS_ALONE || allowed == KVF_BLOCKS_WITH_CHECKPOINTS;
+    if (checkpoints ? has_checkpoints : has_blocks) return;
+    if (allowed == KVF_BLOCKS_ALONE)
+        throw Error(KVF_ERR_UNSUPPORTED, "every layer keeps every token: blocks are enough");
+    throw Error(allowed == KVF_BLOCKS_UNSEEN ? KVF_ERR_SEQUENCE_EMPTY : KVF_ERR_UNSUPPORTED,
+                policy.why_not_more_blocks());
+}
+
+kvf_blocks_allowed Llama::blocks_allowed(std::string &why) {
+    look_for_blocks(0);
+    why = tap_ ? states_->policy().why_not_more_blocks() : "libllama's calls cannot be recorded";
+    return tap_ ? states_->policy().blocks_allowed() : KVF_BLOCKS_NONE;
+}
+
+uint64_t Llama::block_size(uint32_t tokens) {
+    look_for_blocks(0);
+    check_blocks_allowed(false);
+    if (tokens == 0) throw Error(KVF_ERR_INVALID_ARGUMENT, "tokens is 0");
+    return block_bytes(parts_in_blocks(*states_->structure(), states_->policy().parts_in_blocks()),
+                       tokens);
+}
+
+void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
+                        const kvf_submit_options &options, kvf_job *job) {
+    check_ranges(blocks, false);
+    const BufferOfParts given(Direction::Save, blocks, nullptr, 0);
+    Submission submission = make_submission(Direction::Save, sequence, options);
+    check_sequence(sequence, true);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
+    look_for_blocks(sequence);
+    check_blocks_allowed(false);
+    if (blocks.empty()) throw Error(KVF_ERR_INVALID_ARGUMENT, "there are no blocks");
+
+    const BorrowedSequence borrowed(*this, sequence, blocks.front().begin, blocks.back().end);
+    const int32_t listed = borrowed.id < 0 ? sequence : borrowed.id;
+    if (!context_.holds_cells(listed))
+        throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token at the positions of the blocks");
+    const uint64_t bytes = context_.state_bytes(listed);
+    const ScratchState scratch(bytes);
+    Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes, submission.gate);
+    Recorded recorded = record_save(listed, scratch.data, bytes, recorder);
+    const StateView view{scratch.data, recorded.bytes};
+    const auto whole = parse_state(view, states_->structure());
+    if (!whole || !whole->format)
+        throw Error(KVF_ERR_LLAMA, "it wrote a state of another format than before");
+    check_all_recorded(*whole, recorded.layouts);
+    const StateCut cut(*whole, view, states_->policy().parts_in_blocks(), blocks);
+    const auto sizes = cut.sizes();
+    bool fits = true;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        fits &= blocks[i].bytes >= sizes[i];
+        blocks[i].bytes = sizes[i];
+    }
+    if (!fits) throw Error(KVF_ERR_BUFFER_TOO_SMALL, "of a block");
+    const BufferOfParts buffer(Direction::Save, blocks, nullptr, 0);
+    cut.write(blocks, sequence);
+
+    recorded.layouts = Spreader(cut.map(), buffer).spread(recorded.layouts);
+    recorded.bytes = buffer.bytes;
+    submission.buffer = buffer.begin;
+    submission.buffer_bytes = buffer.extent;
+    submission.parts = buffer.parts;
+    // Decoding never overwrites what blocks consist of.
+    submission.mode = options.mode == KVF_SAVE_AUTO ? uint32_t{KVF_SAVE_IN_PLACE} : options.mode;
+    const auto fence = submission.fence;
+    if (submission.mode == KVF_SAVE_SNAPSHOT) {
+        submit_snapshot(std::move(submission), std::move(recorded), options, job);
+        return;
+    }
+    fence->raise(enclosure(Direction::Save, sequence, recorder, false));
+    submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+}
+
+uint64_t Llama::checkpoint_size(int32_t sequence) {
+    look_for_blocks(sequence);
+    check_sequence(sequence, true);
+    check_blocks_allowed(true);
+    const uint64_t bytes = context_.state_bytes(sequence, LlamaContext::Extent::Partial);
+    if (bytes == 0) throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_size_ext failed");
+    return bytes;
+}
+
+void Llama::save_checkpoint(int32_t sequence, void *buffer, uint64_t bytes,
+                            const kvf_submit_options &options, kvf_job *job) {
+    Submission submission = make_submission(Direction::Save, sequence, options);
+    set_buffer(submission, buffer, bytes);
+    check_sequence(sequence, true);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
+    look_for_blocks(sequence);
+    check_blocks_allowed(true);
+    Recorder recorder =
+        make_recorder(Direction::Save, submission.buffer, submission.buffer_bytes, submission.gate);
+    Recorded recorded = record_save(sequence, submission.buffer, submission.buffer_bytes, recorder,
+                                    LlamaContext::Extent::Partial);
+    const Structure like =
+        parts_in_checkpoint(*states_->structure(), states_->policy().parts_in_blocks());
+    if (!parse_state({submission.buffer, recorded.bytes}, &like)) {
+        throw Error(KVF_ERR_UNSUPPORTED,
+                    "this libllama does not write windows and recurrent layers alone");
+    }
+    submission.buffer_bytes = recorded.bytes;
+    submit_snapshot(std::move(submission), std::move(recorded), options, job);
+}
+
+void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, const void *checkpoint,
+                        uint64_t checkpoint_bytes, const kvf_submit_options &options,
+                        kvf_job *job) {
+    check_ranges(blocks, true);
+    const BufferOfParts buffer(Direction::Load, blocks, checkpoint, checkpoint_bytes);
+    if (buffer.parts.empty()) throw Error(KVF_ERR_INVALID_ARGUMENT, "there are no blocks");
+    Submission submission = make_submission(Direction::Load, sequence, options);
+    check_sequence(sequence, false);
+    sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
+    for (const auto &[part, bytes] : buffer.parts) {
+        if (submission.gate && may_be_written_by_stream(part, bytes)) submission.gate->wait();
+    }
+    look_for_blocks(sequence);
+    check_loadable(blocks.size(), checkpoint != nullptr);
+    const CachePolicy policy = states_->policy();
+    const bool is_known = policy.format() == CachePolicy::Format::Known;
+    const StateJoin join(is_known ? states_->structure() : nullptr,
+                         is_known ? policy.parts_in_blocks() : 0, blocks, checkpoint,
+                         checkpoint_bytes, context_.last_sane_position());
+    const ScratchState scratch(join.bytes());
+    join.write(scratch.data);
+    const IncomingState state = states_->examine(sequence, scratch.data, join.bytes(), 0);
+    if (!state.structure) throw Error(KVF_ERR_UNSUPPORTED, states_->policy().why_not_more_blocks());
+
+    // From here on a failure leaves the sequence empty.
+    Spreader spreader(join.map(), buffer);
+    submission.buffer = buffer.begin;
+    submission.buffer_bytes = buffer.extent;
+    submission.parts = buffer.parts;
+    submission.mode = KVF_LOAD_IN_PLACE;
+    const auto fence = submission.fence;
+    const auto gate = submission.gate;
+    Recorder recorder = make_recorder(Direction::Load, state.view.data, state.view.bytes, gate);
+    const bool stops_rows = guard_window(*state.structure, state.view, recorder, gate.get());
+    try {
+        if (!state.structure->has_cells_everywhere()) {
+            states_->empty_sequence(sequence);
+            states_->note_empty(sequence);
+        }
+        Recorded recorded = take_cells(sequence, state, recorder);
+        Layouts early = recorder.take_early();
+        Layouts all = recorded.layouts;
+        all.insert(all.end(), early.begin(), early.end());
+        check_all_recorded(*state.structure, all);
+        recorded.layouts = spreader.spread(recorded.layouts);
+        recorded.bytes = buffer.bytes;
+        fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
+        move_now(Direction::Load, buffer.begin, buffer.extent, spreader.spread(early), nullptr);
+        submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+    } catch (...) {
+        states_->empty_sequence(sequence);
+        throw;
+    }
+}
+
+void Llama::check_loadable(size_t blocks, bool has_checkpoint) const {
+    if (states_->is_unseen() && tap_) return; // the state tells
+    const kvf_blocks_allowed allowed = states_->policy().blocks_allowed();
+    check_blocks_allowed(allowed == KVF_BLOCKS_CHECKPOINTS_ALONE);
+    const bool needs_blocks = allowed != KVF_BLOCKS_CHECKPOINTS_ALONE;
+    const bool needs_checkpoint = allowed != KVF_BLOCKS_ALONE;
+    if (needs_blocks != (blocks > 0)) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT,
+                    needs_blocks ? "there are no blocks" : "this cache has no blocks");
+    }
+    if (needs_checkpoint == has_checkpoint) return;
+    throw Error(KVF_ERR_INVALID_ARGUMENT, needs_checkpoint ? "this cache needs a checkpoint"
+                                                           : "this cache has no checkpoints");
+}
+
+} // namespace kvf

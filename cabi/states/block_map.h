@@ -1,0 +1,96 @@
+// Where the tensor bytes of a whole state lie in blocks, and the rest of it in a checkpoint.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "states/formats.h"
+
+namespace kvf {
+
+// Cells that follow one another in a section of a whole state, and in the same section of a block.
+struct CellRun {
+    uint64_t first; // in the whole
+    uint64_t count;
+    size_t block;
+    uint64_t first_in_block;
+};
+
+class BlockMap {
+public:
+    // A section of the whole, the same section of each block, and the runs of cells, in the order
+    // of the whole. Cells in no run are in no block. Sections are added in the order of the whole.
+    void add_section(const Section &whole, const std::vector<const Section *> &blocks,
+                     std::vector<CellRun> runs);
+    // The bytes [begin, end) of the whole lie in one buffer more, from `offset` on. It counts as
+    // the block behind the last. Added behind the sections.
+    void add_rest(uint64_t begin, uint64_t end, size_t block, uint64_t offset);
+
+    // Calls `take(block, offset in the block, place in the whole, bytes)` for each run of the
+    // tensor bytes [place, place + bytes) of the whole, in their order. Leaves out what no block
+    // has. Bytes that are asked for in ascending order are found soonest.
+    template <class Take>
+    void for_each(uint64_t place, uint64_t bytes, Take &&take);
+
+    // Calls `take` for everything.
+    template <class Take>
+    void for_all(Take &&take) {
+        for (const Tensor &tensor : tensors_)
+            for_each(tensor.begin, tensor.end - tensor.begin, take);
+    }
+
+private:
+    struct Tensor {
+        uint64_t begin, end; // in the whole
+        uint64_t unit;       // bytes of one cell in a stripe: a row, or one element
+        uint64_t stripe;     // bytes of all cells of the whole, `unit` each
+        size_t section;      // index into sections_
+        size_t index;        // of the tensor in its section
+    };
+    struct InBlocks {
+        std::vector<CellRun> runs;
+        std::vector<uint64_t> cells;                  // by block
+        std::vector<std::vector<uint64_t>> tensor_at; // by block, tensor
+    };
+
+    const Tensor *tensor_at(uint64_t place);
+
+    std::vector<Tensor> tensors_; // in the order of the whole
+    std::vector<InBlocks> sections_;
+    size_t last_ = 0; // the tensor that was found last
+};
+
+template <class Take>
+void BlockMap::for_each(uint64_t place, uint64_t bytes, Take &&take) {
+    while (bytes) {
+        const Tensor *const tensor = tensor_at(place);
+        if (!tensor) return;
+        const InBlocks &section = sections_[tensor->section];
+        uint64_t offset = place - tensor->begin;
+        const uint64_t stripe = offset / tensor->stripe;
+        offset %= tensor->stripe;
+        const uint64_t cell = offset / tensor->unit;
+        const uint64_t here = std::min({bytes, tensor->end - place, tensor->stripe - offset});
+        // The first run that ends behind the cell.
+        auto run =
+            std::partition_point(section.runs.begin(), section.runs.end(),
+                                 [&](const CellRun &one) { return one.first + one.count <= cell; });
+        uint64_t done = 0;
+        for (; run != section.runs.end() && done < here; ++run) {
+            const uint64_t begin = std::max(run->first * tensor->unit, offset + done);
+            const uint64_t end = std::min((run->first + run->count) * tensor->unit, offset + here);
+            if (begin >= end) break;
+            const uint64_t in_block = section.tensor_at[run->block][tensor->index] +
+                                      stripe * section.cells[run->block] * tensor->unit +
+                                      run->first_in_block * tensor->unit +
+                                      (begin - run->first * tensor->unit);
+            take(run->block, in_block, place + (begin - offset), end - begin);
+            done = end - offset;
+        }
+        place += here;
+        bytes -= here;
+    }
+}
+
+} // namespace kvf

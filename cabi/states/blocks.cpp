@@ -1,0 +1,411 @@
+#include "states/blocks.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "states/cells.h"
+#include "states/writer.h"
+
+namespace kvf {
+namespace {
+
+int32_t sequence_of(const Structure &structure, const StateView &view) {
+    int32_t sequence = 0;
+    if (structure.framed) std::memcpy(&sequence, view.data + sizeof kStateMagic, sizeof sequence);
+    return sequence;
+}
+
+// Copies the metadata of a cell, as a cell of `sequence`.
+void copy_cell(StateWriter &out, const unsigned char *cell, const StateFormat &format,
+               int32_t sequence) {
+    out.copy(cell, cell_bytes(format) - sizeof sequence);
+    out.add(sequence);
+}
+
+std::string name_of(size_t index, const kvf_block &block) {
+    return format("block %zu (positions %d to %d)", index, block.begin, block.end - 1);
+}
+
+// The bytes that stand before the sections.
+uint64_t frame_bytes(const Structure &structure) { return structure.framed ? kFrameBytes : 0; }
+
+// What the sections that blocks hold leave of a whole state.
+uint64_t end_of_parts(const Structure &whole, size_t parts, const StateFormat &format) {
+    StateWriter out(nullptr);
+    write_frame(out, whole, 0);
+    for (size_t i = 0; i < parts; ++i) {
+        const Section &section = whole.sections[i];
+        write_attention(out, section, section.cells,
+                        [&](StateWriter &o, uint64_t) { o.skip(cell_bytes(format)); });
+    }
+    return out.at();
+}
+
+} // namespace
+
+Structure parts_in_blocks(const Structure &structure, size_t parts) {
+    Structure some = structure;
+    some.sections.resize(parts);
+    return some;
+}
+
+Structure parts_in_checkpoint(const Structure &structure, size_t parts) {
+    Structure some = structure;
+    some.sections.erase(some.sections.begin(),
+                        some.sections.begin() + static_cast<ptrdiff_t>(parts));
+    return some;
+}
+
+void check_ranges(std::span<const kvf_block> blocks, bool no_gaps) {
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const kvf_block &block = blocks[i];
+        if (block.begin < 0 || block.end <= block.begin) {
+            throw Error(
+                KVF_ERR_INVALID_ARGUMENT,
+                format("block %zu has no positions: begin %d, end %d", i, block.begin, block.end));
+        }
+        if (i == 0) continue;
+        const kvf_block &before = blocks[i - 1];
+        const char *const why = block.begin < before.begin            ? "comes before"
+                                : block.begin < before.end            ? "overlaps"
+                                : no_gaps && block.begin > before.end ? "leaves a gap behind"
+                                                                      : nullptr;
+        if (!why) continue;
+        throw Error(KVF_ERR_INVALID_ARGUMENT,
+                    name_of(i, block) + format(" %s block %zu", why, i - 1));
+    }
+}
+
+uint64_t block_bytes(const Structure &parts, uint64_t cells) {
+    StateWriter out(nullptr);
+    write_frame(out, parts, 0);
+    for (const Section &section : parts.sections) {
+        write_attention(out, section, cells,
+                        [&](StateWriter &o, uint64_t) { o.skip(cell_bytes(*parts.format)); });
+    }
+    return out.at();
+}
+
+// ---- A state is cut ----------------------------------------------------------------------------
+
+StateCut::StateCut(const Structure &whole, const StateView &state, size_t parts,
+                   std::span<const kvf_block> blocks)
+    : whole_(whole), state_(state), parts_(parts) {
+    for (size_t part = 0; part < parts; ++part) {
+        std::vector<CellRun> runs;
+        std::vector<uint64_t> in_block(blocks.size(), 0);
+        for (uint64_t cell = 0; cell < whole.sections[part].cells; ++cell) {
+            const int32_t position = position_of_cell(whole, part, state, cell);
+            const auto block =
+                std::partition_point(blocks.begin(), blocks.end(),
+                                     [&](const kvf_block &one) { return one.end <= position; });
+            if (block == blocks.end() || position < block->begin) continue;
+            const auto index = static_cast<size_t>(block - blocks.begin());
+            const uint64_t place = in_block[index]++;
+            if (!runs.empty() && runs.back().block == index &&
+                runs.back().first + runs.back().count == cell) {
+                ++runs.back().count;
+            } else {
+                runs.push_back({cell, 1, index, place});
+            }
+        }
+        const auto empty = std::find(in_block.begin(), in_block.end(), 0);
+        if (empty != in_block.end()) {
+            const auto index = static_cast<size_t>(empty - in_block.begin());
+            throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token for " + name_of(index, blocks[index]));
+        }
+        runs_.push_back(std::move(runs));
+        in_block_.push_back(std::move(in_block));
+    }
+    structures_ = lay_out(blocks, 0, false);
+}
+
+// Lays each block out, and writes its metadata if `write`. Keeps their sizes.
+std::vector<Structure> StateCut::lay_out(std::span<const kvf_block> blocks, int32_t sequence,
+                                         bool write) const {
+    // The cells of each block in each section, in their order.
+    std::vector<std::vector<std::vector<uint64_t>>> cells(
+        parts_, std::vector<std::vector<uint64_t>>(blocks.size()));
+    for (size_t part = 0; part < parts_; ++part) {
+        for (const CellRun &run : runs_[part]) {
+            for (uint64_t i = 0; i < run.count; ++i)
+                cells[part][run.block].push_back(run.first + i);
+        }
+    }
+    std::vector<Structure> structures;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        StateWriter out(write ? static_cast<unsigned char *>(blocks[i].buffer) : nullptr);
+        Structure structure = parts_in_blocks(whole_, parts_);
+        write_frame(out, whole_, sequence);
+        for (size_t part = 0; part < parts_; ++part) {
+            const Section &section = whole_.sections[part];
+            const unsigned char *const from = state_.data + section.cells_at;
+            const auto copy = [&](StateWriter &o, uint64_t cell) {
+                copy_cell(o, from + cells[part][i][cell] * cell_bytes(*whole_.format),
+                          *whole_.format, sequence);
+            };
+            structure.sections[part] = write_attention(out, section, in_block_[part][i], copy);
+        }
+        structure.tensor_bytes = 0;
+        structure.bytes = out.at();
+        structures.push_back(std::move(structure));
+    }
+    return structures;
+}
+
+std::vector<uint64_t> StateCut::sizes() const {
+    std::vector<uint64_t> sizes;
+    for (const Structure &structure : structures_) sizes.push_back(structure.bytes);
+    return sizes;
+}
+
+void StateCut::write(std::span<const kvf_block> blocks, int32_t sequence) const {
+    lay_out(blocks, sequence, true);
+}
+
+BlockMap StateCut::map() const {
+    BlockMap map;
+    for (size_t part = 0; part < parts_; ++part) {
+        std::vector<const Section *> sections;
+        for (const Structure &structure : structures_)
+            sections.push_back(&structure.sections[part]);
+        map.add_section(whole_.sections[part], sections, runs_[part]);
+    }
+    return map;
+}
+
+// ---- Blocks are joined -------------------------------------------------------------------------
+
+StateJoin::StateJoin(const Structure *like, size_t parts, std::span<const kvf_block> blocks,
+                     const void *checkpoint, uint64_t checkpoint_bytes, int32_t last_position)
+    : blocks_(blocks) {
+    std::optional<Structure> known;
+    if (like && parts) known = parts_in_blocks(*like, parts);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const StateView view{static_cast<const unsigned char *>(blocks[i].buffer), blocks[i].bytes,
+                             last_position};
+        auto found = parse_state_in_every_way(view, known ? &*known : nullptr);
+        std::erase_if(found, [&](const Structure &one) {
+            const bool attention =
+                std::all_of(one.sections.begin(), one.sections.end(), [](const Section &section) {
+                    return section.kind == Section::Kind::Attention;
+                });
+            return !attention || !one.has_cells_everywhere() ||
+                   (parts && one.sections.size() != parts);
+        });
+        if (found.empty()) {
+            if (known) {
+                const auto other = parse_state(view);
+                const std::string why = other ? mismatch(*other, *known) : "";
+                if (!why.empty())
+                    throw Error(KVF_ERR_STATE_MISMATCH, name_of(i, blocks[i]) + ": " + why);
+            }
+            throw Error(KVF_ERR_STATE_DAMAGED, name_of(i, blocks[i]));
+        }
+        if (found.size() > 1)
+            throw Error(KVF_ERR_UNSUPPORTED,
+                        "several known formats describe " + name_of(i, blocks[i]));
+        if (!known) known = found.front();
+        const std::string why = mismatch(found.front(), *known);
+        if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, name_of(i, blocks[i]) + ": " + why);
+        views_.push_back(view);
+        structures_.push_back(std::move(found.front()));
+        check_block(i, blocks[i]);
+    }
+    if (checkpoint) {
+        checkpoint_ = {static_cast<const unsigned char *>(checkpoint), checkpoint_bytes,
+                       last_position};
+        std::optional<Structure> other;
+        if (like) other = parts_in_checkpoint(*like, parts);
+        auto found = parse_state_in_every_way(checkpoint_, other ? &*other : nullptr);
+        if (found.empty()) throw Error(KVF_ERR_STATE_DAMAGED, "the checkpoint");
+        // Recurrent sections read the same in several formats.
+        const auto same = std::find_if(found.begin(), found.end(), [&](const Structure &one) {
+            return structures_.empty() || one.format == structures_.front().format;
+        });
+        if (same == found.end()) {
+            throw Error(KVF_ERR_STATE_MISMATCH,
+                        "the checkpoint has another format than the blocks");
+        }
+        rest_ = std::move(*same);
+        if (!structures_.empty()) check_checkpoint();
+    }
+    joined_ = structures_.empty() ? rest_.value() : structures_.front();
+    joined_ = lay_out(nullptr);
+}
+
+// The cells of a block have its positions, and each position of a text stands once.
+void StateJoin::check_block(size_t index, const kvf_block &block) const {
+    const Structure &structure = structures_[index];
+    for (size_t part = 0; part < structure.sections.size(); ++part) {
+        std::set<int32_t> positions;
+        for (uint64_t cell = 0; cell < structure.sections[part].cells; ++cell) {
+            const int32_t position = position_of_cell(structure, part, views_[index], cell);
+            if (position < block.begin || position >= block.end) {
+                throw Error(KVF_ERR_STATE_DAMAGED,
+                            name_of(index, block) + format(" holds position %d", position));
+            }
+            // Patches of an image share a position, and differ in their coordinates.
+            if (!positions.insert(position).second && structure.format->cell_words == 0) {
+                throw Error(KVF_ERR_STATE_DAMAGED,
+                            name_of(index, block) + format(" holds position %d twice", position));
+            }
+        }
+    }
+}
+
+// Windows and recurrent layers stand at the end of the last block.
+void StateJoin::check_checkpoint() const {
+    const int32_t end = blocks_.back().end;
+    for (size_t part = 0; part < rest_->sections.size(); ++part) {
+        int32_t last = -1;
+        for (uint64_t cell = 0; cell < rest_->sections[part].cells; ++cell)
+            last = std::max(last, position_of_cell(*rest_, part, checkpoint_, cell));
+        if (last == end - 1) continue;
+        throw Error(KVF_ERR_STATE_DAMAGED,
+                    format("the checkpoint is of position %d; the blocks end with position %d",
+                           last, end - 1));
+    }
+}
+
+Structure StateJoin::lay_out(unsigned char *memory) const {
+    StateWriter out(memory);
+    Structure joined = joined_;
+    joined.sections.clear();
+    if (structures_.empty()) {
+        // A checkpoint alone is a state.
+        if (memory) copy_metadata(*rest_, checkpoint_, memory, 0, 0);
+        joined = *rest_;
+        joined.bytes = checkpoint_.bytes;
+        return joined;
+    }
+    const Structure &first = structures_.front();
+    const int32_t sequence = sequence_of(first, views_.front());
+    write_frame(out, first, sequence);
+    for (size_t part = 0; part < first.sections.size(); ++part) {
+        uint64_t cells = 0;
+        for (const Structure &structure : structures_) cells += structure.sections[part].cells;
+        size_t block = 0;
+        uint64_t before = 0; // cells of the blocks before
+        const auto copy = [&](StateWriter &o, uint64_t cell) {
+            while (cell - before == structures_[block].sections[part].cells)
+                before += structures_[block++].sections[part].cells;
+            const Section &section = structures_[block].sections[part];
+            copy_cell(o,
+                      views_[block].data + section.cells_at +
+                          (cell - before) * cell_bytes(*first.format),
+                      *first.format, sequence);
+        };
+        joined.sections.push_back(write_attention(out, first.sections[part], cells, copy));
+    }
+    joined.bytes = out.at();
+    if (!rest_) return joined;
+    const uint64_t frame = frame_bytes(*rest_);
+    if (memory) copy_metadata(*rest_, checkpoint_, memory, frame, out.at());
+    for (Section section : rest_->sections) {
+        section.cells_at += out.at() - frame;
+        for (uint64_t &at : section.tensor_at) at += out.at() - frame;
+        joined.sections.push_back(std::move(section));
+    }
+    joined.bytes += checkpoint_.bytes - frame;
+    return joined;
+}
+
+BlockMap StateJoin::map() const {
+    BlockMap map;
+    for (size_t part = 0; !structures_.empty() && part < structures_[0].sections.size(); ++part) {
+        std::vector<const Section *> sections;
+        std::vector<CellRun> runs;
+        uint64_t first = 0;
+        for (size_t i = 0; i < structures_.size(); ++i) {
+            const Section &section = structures_[i].sections[part];
+            sections.push_back(&section);
+            runs.push_back({first, section.cells, i, 0});
+            first += section.cells;
+        }
+        map.add_section(joined_.sections[part], sections, std::move(runs));
+    }
+    if (rest_) {
+        const uint64_t own = structures_.empty() ? 0 : frame_bytes(*rest_);
+        const uint64_t body = checkpoint_.bytes - own;
+        map.add_rest(joined_.bytes - body, joined_.bytes, blocks_.size(), own);
+    }
+    return map;
+}
+
+// ---- On plain memory ---------------------------------------------------------------------------
+
+void cut_state(const StateView &state, size_t parts, std::span<kvf_block> blocks, void *checkpoint,
+               uint64_t *checkpoint_bytes) {
+    check_ranges(blocks, false);
+    auto found = parse_state_in_every_way(state);
+    if (found.empty()) throw Error(KVF_ERR_STATE_DAMAGED);
+    const size_t all = found.front().sections.size();
+    const auto has_parts = [&](const Structure &structure) {
+        if (!structure.format || parts > structure.sections.size()) return false;
+        return std::all_of(structure.sections.begin(),
+                           structure.sections.begin() + static_cast<ptrdiff_t>(parts),
+                           [](const Section &section) {
+                               return section.kind == Section::Kind::Attention && section.cells;
+                           });
+    };
+    std::erase_if(found, [&](const Structure &structure) { return !has_parts(structure); });
+    if (found.empty()) {
+        throw Error(KVF_ERR_UNSUPPORTED,
+                    format("the state has no %zu parts of %zu that keep every token", parts, all));
+    }
+    if (found.size() > 1)
+        throw Error(KVF_ERR_UNSUPPORTED, "several known formats describe the state");
+    const Structure &whole = found.front();
+    const StateCut cut(whole, state, parts, blocks);
+    const uint64_t frame = frame_bytes(whole);
+    const uint64_t rest = end_of_parts(whole, parts, *whole.format);
+    const bool has_rest = whole.sections.size() > parts;
+    const uint64_t rest_bytes = has_rest ? frame + state.bytes - rest : 0;
+    const std::vector<uint64_t> sizes = cut.sizes();
+    bool fits = true;
+    std::vector<kvf_block> wanted; // with a buffer
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        fits &= !blocks[i].buffer || blocks[i].bytes >= sizes[i];
+        blocks[i].bytes = sizes[i];
+        if (blocks[i].buffer) wanted.push_back(blocks[i]);
+    }
+    if (checkpoint_bytes) {
+        fits &= !checkpoint || *checkpoint_bytes >= rest_bytes;
+        *checkpoint_bytes = rest_bytes;
+    }
+    if (!fits) throw Error(KVF_ERR_BUFFER_TOO_SMALL);
+    if (!wanted.empty()) {
+        const StateCut own(whole, state, parts, wanted);
+        own.write(wanted, sequence_of(whole, state));
+        own.map().for_all([&](size_t block, uint64_t offset, uint64_t place, uint64_t bytes) {
+            std::memcpy(static_cast<unsigned char *>(wanted[block].buffer) + offset,
+                        state.data + place, bytes);
+        });
+    }
+    if (checkpoint && checkpoint_bytes && has_rest) {
+        auto *const out = static_cast<unsigned char *>(checkpoint);
+        std::memcpy(out, state.data, frame);
+        std::memcpy(out + frame, state.data + rest, state.bytes - rest);
+    }
+}
+
+void join_state(std::span<const kvf_block> blocks, const void *checkpoint,
+                uint64_t checkpoint_bytes, size_t parts, void *state, uint64_t *state_bytes) {
+    check_ranges(blocks, true);
+    if (blocks.empty()) throw Error(KVF_ERR_INVALID_ARGUMENT, "there are no blocks");
+    const StateJoin join(nullptr, parts, blocks, checkpoint, checkpoint_bytes, INT32_MAX - 1);
+    const bool fits = !state || *state_bytes >= join.bytes();
+    *state_bytes = join.bytes();
+    if (!fits) throw Error(KVF_ERR_BUFFER_TOO_SMALL);
+    if (!state) return;
+    auto *const out = static_cast<unsigned char *>(state);
+    join.write(out);
+    join.map().for_all([&](size_t block, uint64_t offset, uint64_t place, uint64_t bytes) {
+        const void *const from = block == blocks.size() ? checkpoint : blocks[block].buffer;
+        std::memcpy(out + place, static_cast<const unsigned char *>(from) + offset, bytes);
+    });
+}
+
+} // namespace kvf

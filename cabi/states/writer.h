@@ -1,0 +1,59 @@
+// Writes what stands around the tensor bytes of a state.
+#pragma once
+
+#include <cstring>
+
+#include "states/formats.h"
+
+namespace kvf {
+
+// Writes behind what was written before. Without memory it only counts.
+class StateWriter {
+public:
+    explicit StateWriter(unsigned char *memory) : memory_(memory) {}
+
+    template <class T>
+    void add(T value) {
+        copy(&value, sizeof value);
+    }
+    void copy(const void *bytes, uint64_t count) {
+        if (memory_ && count) std::memcpy(memory_ + at_, bytes, count);
+        at_ += count;
+    }
+    // Room for tensor bytes, which somebody else writes.
+    void skip(uint64_t count) { at_ += count; }
+    uint64_t at() const { return at_; }
+
+private:
+    unsigned char *const memory_;
+    uint64_t at_ = 0;
+};
+
+void write_frame(StateWriter &out, const Structure &structure, int32_t sequence);
+
+// Writes an attention section that is like `shape` and has `cells` cells. `write_cell(out, i)`
+// writes the metadata of cell i, cell_bytes() of it. Returns the section as it was written.
+template <class WriteCell>
+Section write_attention(StateWriter &out, const Section &shape, uint64_t cells,
+                        WriteCell &&write_cell);
+
+// ---- Implementation ----------------------------------------------------------------------------
+
+// The type and the row size of a tensor, with what else its entry has before its bytes.
+void write_tensor_entry(StateWriter &out, const TensorShape &shape);
+void write_before_cells(StateWriter &out, const Section &section);
+void write_behind_cells(StateWriter &out, Section &section);
+
+template <class WriteCell>
+Section write_attention(StateWriter &out, const Section &shape, uint64_t cells,
+                        WriteCell &&write_cell) {
+    Section section = shape;
+    section.cells = cells;
+    write_before_cells(out, section);
+    section.cells_at = out.at();
+    for (uint64_t i = 0; i < cells; ++i) write_cell(out, i);
+    write_behind_cells(out, section);
+    return section;
+}
+
+} // namespace kvf

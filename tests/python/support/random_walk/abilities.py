@@ -1,0 +1,62 @@
+"""The kinds of models and caches of walks, and what llama.cpp can do with each."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from support.like_contexts import CACHES, RECURRENT
+
+KINDS = (
+    "llama",
+    "gemma3",
+    "mamba",
+    "hybrid",
+    "hybrid-iswa",
+    "deepseek2",
+    "deepseek32",
+    "qwen2vl",
+)
+"""The kinds of models. States of other kinds are opaque, and differ from those of llama.cpp."""
+
+SEQUENCES = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Abilities:
+    """What llama.cpp can do with a kind of model and cache."""
+
+    recurs: bool
+    """It has recurrent cells, so that only whole sequences can be removed."""
+    shifts: bool
+    appends: bool
+    """A sequence may be decoded while it is saved in place."""
+    streams: bool
+    """Each sequence has a stream of its own, and shares no cells."""
+    windows: bool
+    """Other sequences may take cells that have left a sliding window."""
+    interleaves: bool
+    """Bytes of different sequences alternate in memory."""
+
+    @classmethod
+    def of(cls, kind: str, cache: str) -> Abilities:
+        """Returns them by names in `kvferry.tools.synthetic.KINDS` and `like_contexts.CACHES`."""
+        recurs = kind in RECURRENT
+        # Quantised latent rows end the process.
+        shiftable = kind in ("llama", "gemma3") or (kind == "deepseek2" and "_0" not in cache)
+        return cls(
+            recurs=recurs,
+            shifts=shiftable,
+            appends=not recurs and kind != "gemma3",
+            streams="streams" in cache,
+            windows=kind in ("gemma3", "hybrid-iswa"),
+            interleaves="transposed" in cache,
+        )
+
+
+def cache_options(cache: str) -> dict[str, Any]:
+    """Returns options for a cache so small that the sequences of a walk compete for its cells."""
+    options = {"n_ctx": 256, "n_ubatch": 32} | CACHES[cache]
+    if "streams" in cache:
+        options["n_ctx"] = 256 * len(SEQUENCES)
+    return options
