@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from .._native import ffi, lib
 from ..errors import ErrorText, check, error
+from .arguments import sequence_id
 from .block_list import ALLOWED, BlocksAllowed, Span, spans
 from .completions import Completions, PendingTransfer
 from .description import describe
@@ -79,9 +80,13 @@ class Attachment:
         """The ``llama_cpp.Llama`` that decodes this sequence and keeps its tokens; or None."""
         return self.llm if seq == SEQUENCE else None
 
+    def size(self, seq: int) -> int:
+        """Size of a sequence's state in bytes. Blocks while the context's thread is at work."""
+        self.check_usable()
+        return self.exclusively(self.measure, sequence_id(seq))
+
     def exclusively(self, function: Callable[..., T], *arguments: object) -> T:
         """Makes a call on this thread. Blocks while the context's thread is at work."""
-        self.check_usable()
         with self.worker.exclusive():
             return function(*arguments)
 

@@ -53,14 +53,26 @@ ALLOWED: dict[int, BlocksAllowed] = {
 """By the numbers of the C library."""
 
 
-def position(name: str, value: object) -> int:
+def checked_position(name: str, value: object) -> int:
     """Returns a position as an int. Raises TypeError, InvalidArgument."""
     return integer(name, value, most=_POSITION_MAX)
 
 
+def block_tokens(value: object) -> int:
+    """Returns how many tokens a block has. Raises TypeError, InvalidArgument."""
+    return integer("tokens", value, least=1, most=_POSITION_MAX)
+
+
+def checked_key(name: str, value: object) -> bytes:
+    """Returns a key of a block or a checkpoint. Raises TypeError."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"{name}: a key is bytes, not {type(value).__name__}")
+    return value
+
+
 def span(begin: object, end: object) -> Span:
     """Returns the positions [begin, end) of a block. Raises TypeError, InvalidArgument."""
-    first, after = position("begin", begin), position("end", end)
+    first, after = checked_position("begin", begin), checked_position("end", end)
     if first >= after:
         raise invalid(f"there is no position between begin, {first}, and end, {after}")
     return first, after

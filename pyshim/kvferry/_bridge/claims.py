@@ -1,6 +1,6 @@
 """Who uses which host memory at the moment: one user that writes, or several that only read.
 
-A transfer claims its buffers while it is in flight. A Snapshot, a Block and a Checkpoint claim their
+A transfer claims its buffers while it is in flight. Snapshots, Blocks and Checkpoints claim their
 bytes while they live. A claim lasts as long as the Claim object, so that it ends however a call is
 interrupted. One table serves the whole process, because several engines can be given the same
 memory.

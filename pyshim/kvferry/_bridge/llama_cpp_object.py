@@ -63,7 +63,7 @@ class LlamaCppObject:
         return cls(owner)
 
     def state(self, begin: int = 0, end: int | None = None) -> LlmState:
-        """Returns a copy of what the object knows now, of all tokens or of those at [begin, end)."""
+        """Returns a copy of what the object knows now of its tokens at [begin, end), or of all."""
         llm = self._llm
         part = slice(begin, llm.n_tokens if end is None else min(end, llm.n_tokens))
         return LlmState(
