@@ -25,6 +25,16 @@ std::chrono::nanoseconds duration_of(const Operation &operation) {
     return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
 }
 
+// Returns the name that rules have for operations of this kind, or NULL.
+const char *name_of(Kind kind) {
+    switch (kind) {
+    case Kind::Copy: return "copy";
+    case Kind::Kernel: return "kernel";
+    case Kind::Other: break;
+    }
+    return nullptr;
+}
+
 // Waits while the operation is held.
 void pass_hold(Lock &lock, const Context &context, const char *what) {
     Driver &d = driver();
@@ -53,9 +63,7 @@ CUresult execute(Lock &lock, const Context &context, Operation &operation) {
     while (operation.ready && !context.error && !operation.ready())
         d.progress.wait_for(lock, std::chrono::microseconds(50));
 
-    const char *what = operation.kind == Kind::Copy     ? "copy"
-                       : operation.kind == Kind::Kernel ? "kernel"
-                                                        : nullptr;
+    const char *what = name_of(operation.kind);
     if (what && !context.error) {
         pass_hold(lock, context, what);
         if (CUresult error = injected_error(what, what)) return error;

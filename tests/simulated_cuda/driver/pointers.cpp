@@ -13,15 +13,17 @@ void write(void *to, T value) {
     std::memcpy(to, &value, sizeof value);
 }
 
+unsigned int memory_type(const Allocation *a) {
+    if (!a) return 0;
+    return a->on_device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
+}
+
+// Writes one attribute of a pointer; NULL: of a pointer that lies in no allocation.
 CUresult attribute_of(void *value, CUpointer_attribute attribute, const Allocation *a,
                       uint64_t address) {
     switch (attribute) {
     case CU_POINTER_ATTRIBUTE_CONTEXT: write(value, a ? a->context->handle : nullptr); break;
-    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-        write<unsigned int>(value, !a             ? 0
-                                   : a->on_device ? CU_MEMORYTYPE_DEVICE
-                                                  : CU_MEMORYTYPE_HOST);
-        break;
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: write<unsigned int>(value, memory_type(a)); break;
     case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: write<CUdeviceptr>(value, a ? address : 0); break;
     case CU_POINTER_ATTRIBUTE_HOST_POINTER:
         if (a && a->on_device) return CUDA_ERROR_INVALID_VALUE;

@@ -18,9 +18,10 @@ struct Test {
 #define TEST(function)                                                                             \
     Test { #function, function }
 
-// Each program defines both lists. What a real driver does too; and what only the simulated driver
-// can show. Each test of the second list begins with kvfsim_reset().
-extern const std::vector<Test> kAnyDriver, kSimulatedOnly;
+// Each program defines two lists of tests: what a real driver does too, and what only the simulated
+// driver can show. kvfsim_reset() is called before each test of the second list.
+extern const std::vector<Test> kAnyDriver;
+extern const std::vector<Test> kSimulatedOnly;
 
 // ---- The driver's functions ---------------------------------------------------------------------
 
@@ -44,7 +45,8 @@ void check_result(CUresult got, CUresult wanted, const char *what, const char *f
 
 // ---- A device and its memory --------------------------------------------------------------------
 
-// Retains a device's primary context, makes it current on this thread, and has a stream.
+// A device's primary context, retained and current on the calling thread, and a stream. The
+// destructor releases both.
 struct Session {
     int device;
     CUcontext context = nullptr;
@@ -60,8 +62,9 @@ using Bytes = std::vector<unsigned char>;
 
 Bytes random_bytes(size_t size);
 
-// Device memory, for cuMemFree(); pinned host memory, for cuMemFreeHost().
+// Allocates device memory, which the caller frees with cuMemFree().
 CUdeviceptr allocate(size_t bytes);
+// Allocates pinned host memory, which the caller frees with cuMemFreeHost().
 unsigned char *allocate_host(size_t bytes);
 
 // Returns a host address as an address for calls that take either.
