@@ -51,19 +51,7 @@ public:
             if (!free_.empty()) return true;
             if (used_ > 0 && (is_scarce_ || used_ == count_)) return false;
         }
-        for (uint64_t bytes = most_bytes_;; bytes /= 2) {
-            try {
-                if (add(bytes, make)) return true;
-                if (bytes / 2 >= least_bytes_) continue;
-                return false; // others are in use, since the first costs the budget nothing
-            } catch (const Error &error) {
-                if (error.status == KVF_ERR_OUT_OF_MEMORY && bytes / 2 >= least_bytes_) continue;
-                if (error.status == KVF_ERR_DEVICE_LOST || !note_scarce()) throw;
-            } catch (const std::bad_alloc &) {
-                if (!note_scarce()) throw Error(KVF_ERR_OUT_OF_MEMORY);
-            }
-            return false;
-        }
+        return make_item(make);
     }
     // Destroys the free items.
     void trim() noexcept {
@@ -92,6 +80,25 @@ public:
     }
 
 private:
+    // Returns true if an item is free now, false if one in use has to be waited for.
+    template <class Make>
+    bool make_item(Make &make) {
+        for (uint64_t bytes = most_bytes_; bytes >= least_bytes_; bytes /= 2) {
+            try {
+                if (add(bytes, make)) return true;
+            } catch (const Error &error) {
+                const bool may_be_smaller = bytes / 2 >= least_bytes_;
+                if (error.status == KVF_ERR_OUT_OF_MEMORY && may_be_smaller) continue;
+                if (error.status == KVF_ERR_DEVICE_LOST || !note_scarce()) throw;
+                return false;
+            } catch (const std::bad_alloc &) {
+                if (!note_scarce()) throw Error(KVF_ERR_OUT_OF_MEMORY);
+                return false;
+            }
+        }
+        return false; // others are in use, since the first item costs the budget nothing
+    }
+
     // Without the lock while the driver allocates, since that takes its time. Returns false where
     // the budget has no more: other devices may release some at any time.
     template <class Make>

@@ -49,6 +49,7 @@ private:
     Missing acquire_staging(CudaSlot &slot, const Leg &leg, bool urgent, uint64_t most_bytes);
     Missing acquire_rows(CudaSlot &slot, const Leg &leg);
     bool acquire_resident(const Leg &leg);
+    bool goes_with(const CudaSlot &slot, const Leg &leg, bool urgent) const;
     uint64_t room_for_next(const CudaSlot &slot, const Parts &parts, uint64_t most,
                            uint64_t rows_left) const;
     uint64_t place(const CudaSlot &slot, const Job &job, const Piece &piece) const;
