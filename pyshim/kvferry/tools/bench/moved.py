@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Literal
 
-from ... import Block, Buffer, Engine, Llama, LoadMode, Snapshot, Transfer
+from ... import Block, Buffer, Engine, Llama, LoadMode, Transfer
 from ..libllama import LlamaError
 from ..workload import LOADED, SAVED
 
@@ -44,7 +44,7 @@ class Blocks:
         buffers = [await engine.allocate(sizes[count]) for count in counts]
         return cls(llama, begin, end, buffers)
 
-    def start_save(self, priority: Priority) -> Awaitable[Transfer[list[Block]]]:
+    def start_save(self, priority: Priority) -> Awaitable[Transfer[Any]]:
         for block in self.saved:
             block.close()  # the save goes to the same memory
         self.saved = []
@@ -60,7 +60,7 @@ class Blocks:
     def start_load(self, priority: Priority, mode: LoadMode) -> Awaitable[Transfer[None]]:
         return self._llama.start_load_blocks(self.saved, LOADED, priority=priority, mode=mode)
 
-    def end_save(self, result: list[Block]) -> None:
+    def end_save(self, result: Any) -> None:
         self.saved = result
 
 
@@ -70,11 +70,11 @@ class WholeState:
     def __init__(self, llama: Llama, buffer: Any) -> None:
         self._llama, self._buffer = llama, buffer
 
-    def start_save(self, priority: Priority) -> Awaitable[Transfer[Snapshot]]:
+    def start_save(self, priority: Priority) -> Awaitable[Transfer[Any]]:
         return self._llama.start_save(SAVED, into=self._buffer, priority=priority)
 
     def start_load(self, priority: Priority, mode: LoadMode) -> Awaitable[Transfer[None]]:
         return self._llama.start_load(self._buffer, LOADED, priority=priority, mode=mode)
 
-    def end_save(self, result: Snapshot) -> None:
+    def end_save(self, result: Any) -> None:
         result.close()  # the next save goes to the same memory

@@ -17,7 +17,7 @@ from ..prepared import Prepared
 
 
 def of_raw(
-    direction: Direction, goal: Goal, interleaved: int = 1, moved: Moved = "state"
+    direction: Direction, goal: Goal | None, interleaved: int = 1, moved: Moved = "state"
 ) -> Measurement:
     """Speed while bytes move, compared with raw copies. ``beyond_raw`` includes the recording.
 
