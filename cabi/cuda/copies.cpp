@@ -40,7 +40,7 @@ void CudaCopies::launch(const CudaSlot &slot, uint32_t blocks) const {
         const Piece &piece = slot.pieces[i];
         launch(slot.rows_in == CudaRowsIn::Resident
                    ? planner_.resident().rows(piece, slot.places[i])
-                   : CudaRows::of(piece.block, slot.places[i]));
+                   : CudaRows::of(piece.region, slot.places[i]));
     }
 }
 
@@ -53,17 +53,17 @@ void CudaCopies::copy_direct(const CudaSlot &slot) const {
     const Job &job = *slot.leg->job;
     unsigned char *packed = slot.bounce ? slot.bounce->data() : nullptr;
     for (const Piece &piece : slot.pieces) {
-        const kvf_region &block = piece.block;
+        const kvf_region &region = piece.region;
         if (piece.runs) {
             const Run run = piece.run(0);
             copy_run(slot, run.address,
                      job.request.pinned ? job.request.buffer + run.offset : packed, run.bytes);
         } else if (job.request.pinned) {
-            copy_rows(slot, block.address, block.pitch, job.request.buffer + block.offset,
-                      block.buffer_pitch, block.width, block.rows);
+            copy_rows(slot, region.address, region.pitch, job.request.buffer + region.offset,
+                      region.buffer_pitch, region.width, region.rows);
         } else {
-            copy_rows(slot, block.address, block.pitch, packed, block.width, block.width,
-                      block.rows);
+            copy_rows(slot, region.address, region.pitch, packed, region.width, region.width,
+                      region.rows);
         }
         packed += piece.bytes;
     }
@@ -92,7 +92,7 @@ void CudaCopies::copy_staged(const CudaSlot &slot) const {
     };
     for (size_t i = 0; i < slot.pieces.size(); ++i) {
         const Piece &piece = slot.pieces[i];
-        const kvf_region &block = piece.block;
+        const kvf_region &region = piece.region;
         uint64_t at = slot.places[i];
         if (piece.is_packed()) {
             add(at, piece.offset(), piece.bytes, true);
@@ -102,15 +102,15 @@ void CudaCopies::copy_staged(const CudaSlot &slot) const {
                 add(at, run.offset, run.bytes, k == 0);
                 at += run.bytes;
             }
-        } else if (block.buffer_pitch > max_pitch_) {
-            for (uint64_t k = 0; k < block.rows; ++k) {
-                add(at, block.offset + k * block.buffer_pitch, block.width, k == 0);
-                at += block.width;
+        } else if (region.buffer_pitch > max_pitch_) {
+            for (uint64_t k = 0; k < region.rows; ++k) {
+                add(at, region.offset + k * region.buffer_pitch, region.width, k == 0);
+                at += region.width;
             }
         } else {
             flush();
-            copy_rows(slot, staging + at, block.width, job.request.buffer + block.offset,
-                      block.buffer_pitch, block.width, block.rows);
+            copy_rows(slot, staging + at, region.width, job.request.buffer + region.offset,
+                      region.buffer_pitch, region.width, region.rows);
         }
     }
     flush();

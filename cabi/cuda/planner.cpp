@@ -6,7 +6,7 @@
 namespace kvf {
 namespace {
 
-// A shorter stretch of the irregular rest, or a smaller block, is not worth a launch of its own.
+// A shorter stretch of the irregular rest, or a smaller region, is not worth a launch of its own.
 constexpr uint64_t kLeastResident = 64; // runs
 constexpr uint64_t kLeastRegular = 512 << 10;
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
@@ -116,9 +116,9 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
         if (slot.rows_in == CudaRowsIn::Pieces) {
             if (!is_regular(parts)) break;
         } else if (slot.rows_in == CudaRowsIn::Resident) {
-            if (parts.block() || parts.span().table != *piece.table) break;
+            if (parts.region() || parts.span().table != *piece.table) break;
         } else {
-            rows_left -= piece.runs ? piece.count : piece.block.rows;
+            rows_left -= piece.runs ? piece.count : piece.region.rows;
         }
     } while (!parts.empty() && slot.bytes < most && rows_left > 0 &&
              slot.pieces.size() < kMostPieces && way_of(leg, urgent) == slot.way);
@@ -133,15 +133,15 @@ uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, ui
         const uint64_t room = slot.staging.bytes - end_in_staging(slot);
         bytes = std::min(bytes, room - std::min(room, kPieceRoom));
     }
-    const kvf_region *block = parts.block();
-    if (!block) {
+    const kvf_region *region = parts.region();
+    if (!region) {
         const bool might_not_fit = bytes < std::min(kLongRun, parts.left());
         return !is_first && might_not_fit ? 0 : bytes;
     }
-    if (slot.way == CudaWay::Run) return std::min(bytes, block->width);
-    if (is_staged && !is_first && block->width > bytes) return 0;
+    if (slot.way == CudaWay::Run) return std::min(bytes, region->width);
+    if (is_staged && !is_first && region->width > bytes) return 0;
     if (is_staged && slot.rows_in == CudaRowsIn::Table) {
-        return std::min(bytes, block->width * rows_left);
+        return std::min(bytes, region->width * rows_left);
     }
     return bytes;
 }
@@ -162,7 +162,7 @@ uint64_t CudaPlanner::place(const CudaSlot &slot, const Job &job, const Piece &p
 }
 
 bool CudaPlanner::is_for_resident(const Leg &leg) {
-    return !leg.parts.block() && leg.parts.runs_left() >= kLeastResident;
+    return !leg.parts.region() && leg.parts.runs_left() >= kLeastResident;
 }
 
 // Acquires the resident table for the next piece of the irregular rest. Returns false where that
@@ -175,30 +175,30 @@ bool CudaPlanner::acquire_resident(const Leg &leg) {
 }
 
 CudaWay CudaPlanner::way_of(const Leg &leg, bool urgent) const {
-    const kvf_region *block = leg.parts.block();
-    if (!block) return memory_.has_staging() ? CudaWay::Staged : CudaWay::Run;
-    if (block->rows == 1 || block->width >= kUrgentBytes) return CudaWay::Run;
+    const kvf_region *region = leg.parts.region();
+    if (!region) return memory_.has_staging() ? CudaWay::Staged : CudaWay::Run;
+    if (region->rows == 1 || region->width >= kUrgentBytes) return CudaWay::Run;
     const uint64_t pitch =
-        std::max(block->pitch, leg.job->request.pinned ? block->buffer_pitch : 0);
-    const bool is_direct = block->width >= kNarrow && pitch <= max_pitch_;
-    if (is_direct && !(urgent && is_read_badly(*leg.job, *block))) return CudaWay::Block;
-    if (memory_.has_staging() && block->width <= kLongRun) return CudaWay::Staged;
-    return pitch <= max_pitch_ ? CudaWay::Block : CudaWay::Run;
+        std::max(region->pitch, leg.job->request.pinned ? region->buffer_pitch : 0);
+    const bool is_direct = region->width >= kNarrow && pitch <= max_pitch_;
+    if (is_direct && !(urgent && is_read_badly(*leg.job, *region))) return CudaWay::Rows;
+    if (memory_.has_staging() && region->width <= kLongRun) return CudaWay::Staged;
+    return pitch <= max_pitch_ ? CudaWay::Rows : CudaWay::Run;
 }
 
-// Whether a block is loaded faster through staging.
-bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &block) const {
-    if (direction_ == Direction::Save || !job.request.pinned || block.width >= kWide ||
-        block.buffer_pitch != block.width || block.width * block.rows < kLeastRegular)
+// Whether a region is loaded faster through staging.
+bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &region) const {
+    if (direction_ == Direction::Save || !job.request.pinned || region.width >= kWide ||
+        region.buffer_pitch != region.width || region.width * region.rows < kLeastRegular)
         return false;
-    const uint64_t begin = reinterpret_cast<uint64_t>(job.request.buffer) + block.offset;
-    return (begin | block.width) % kHostLine != 0;
+    const uint64_t begin = reinterpret_cast<uint64_t>(job.request.buffer) + region.offset;
+    return (begin | region.width) % kHostLine != 0;
 }
 
-// Whether the next piece is of a block that is worth a launch of its own.
+// Whether the next piece is of a region that is worth a launch of its own.
 bool CudaPlanner::is_regular(const Parts &parts) {
-    const kvf_region *block = parts.block();
-    return block && block->width * block->rows >= kLeastRegular;
+    const kvf_region *region = parts.region();
+    return region && region->width * region->rows >= kLeastRegular;
 }
 
 } // namespace kvf

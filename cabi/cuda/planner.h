@@ -43,7 +43,7 @@ public:
     CudaResidentTable &resident() const { return *resident_; }
 
 private:
-    bool is_read_badly(const Job &job, const kvf_region &block) const;
+    bool is_read_badly(const Job &job, const kvf_region &region) const;
     static bool is_regular(const Parts &parts);
     static bool is_for_resident(const Leg &leg);
     Missing acquire_staging(CudaSlot &slot, const Leg &leg, bool urgent, uint64_t most_bytes);

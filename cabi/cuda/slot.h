@@ -12,12 +12,12 @@ namespace kvf {
 
 // How pieces get to the host and back: as runs; as two-dimensional copies; through staging and a
 // kernel.
-enum class CudaWay { Run, Block, Staged };
+enum class CudaWay { Run, Rows, Staged };
 constexpr size_t kCudaWays = 3;
 
 // Where a kernel finds its rows.
 enum class CudaRowsIn {
-    Pieces,   // each piece is a block and needs no table
+    Pieces,   // each piece is a region and needs no table
     Resident, // each piece is of the resident table
     Table,    // all pieces are in a table of the slot's own
 };

@@ -15,10 +15,10 @@ void CudaRowTable::add(const Piece &piece, uint64_t place) {
             place += piece.runs[i].bytes;
         }
     } else {
-        const kvf_region &block = piece.block;
-        for (uint64_t i = 0; i < block.rows; ++i) {
-            add(block.address + i * block.pitch, place, block.width);
-            place += block.width;
+        const kvf_region &region = piece.region;
+        for (uint64_t i = 0; i < region.rows; ++i) {
+            add(region.address + i * region.pitch, place, region.width);
+            place += region.width;
         }
     }
 }

@@ -40,13 +40,13 @@ constexpr uint64_t kFewRows = 8;
 
 // Regions of one device, in the order in which they were recorded.
 struct Layout {
-    std::vector<kvf_region> blocks; // long runs (rows == 1) and two-dimensional blocks
-    std::vector<Span> spans;        // the irregular rest
+    std::vector<kvf_region> regions; // long runs (rows == 1) and two-dimensional regions
+    std::vector<Span> spans;         // the irregular rest
     uint64_t bytes = 0;
 
-    bool empty() const { return blocks.empty() && spans.empty(); }
+    bool empty() const { return regions.empty() && spans.empty(); }
     uint64_t segments() const {
-        uint64_t count = blocks.size();
+        uint64_t count = regions.size();
         for (const Span &span : spans) count += span.count;
         return count;
     }

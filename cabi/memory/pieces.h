@@ -10,10 +10,10 @@
 
 namespace kvf {
 
-// A part of a layout: one block, or a stretch of the irregular rest.
+// A part of a layout: one region, or a stretch of the irregular rest.
 struct Piece {
-    kvf_region block{};
-    const Run *runs = nullptr; // not NULL: `count` runs instead of the block ...
+    kvf_region region{};
+    const Run *runs = nullptr; // not NULL: `count` runs instead of the region ...
     uint64_t count = 0;
     const std::shared_ptr<const RunTable> *table =
         nullptr; // ... of this table; lives as long as the layout
@@ -21,10 +21,10 @@ struct Piece {
     uint64_t bytes = 0;
 
     // Where the piece begins in the buffer.
-    uint64_t offset() const { return runs ? runs->offset + offset_distance : block.offset; }
+    uint64_t offset() const { return runs ? runs->offset + offset_distance : region.offset; }
     // True if the whole piece is one run in the buffer.
     bool is_packed() const {
-        return runs ? (*table)->packed : block.rows == 1 || block.buffer_pitch == block.width;
+        return runs ? (*table)->packed : region.rows == 1 || region.buffer_pitch == region.width;
     }
     Run run(uint64_t i) const {
         return {runs[i].address + address_distance, runs[i].offset + offset_distance,
@@ -39,11 +39,11 @@ public:
     explicit Cursor(const Layout &layout) : layout_(&layout) {}
 
     bool at_end() const {
-        return block_ == layout_->blocks.size() && span_ == layout_->spans.size();
+        return region_ == layout_->regions.size() && span_ == layout_->spans.size();
     }
-    // The block that the next piece comes from; NULL where it comes from the irregular rest.
-    const kvf_region *block() const {
-        return block_ < layout_->blocks.size() ? &layout_->blocks[block_] : nullptr;
+    // The region that the next piece comes from; NULL where it comes from the irregular rest.
+    const kvf_region *region() const {
+        return region_ < layout_->regions.size() ? &layout_->regions[region_] : nullptr;
     }
 
     // Where the next piece comes from the irregular rest: its span, and how many runs of the span
@@ -55,12 +55,12 @@ public:
     // run is not. Must not be called at the end.
     Piece next(uint64_t most, uint64_t most_runs);
 
-    void skip_blocks() { block_ = layout_->blocks.size(); }
+    void skip_regions() { region_ = layout_->regions.size(); }
 
 private:
     const Layout *layout_ = nullptr;
-    size_t block_ = 0;
-    uint64_t row_ = 0;    // in the block
+    size_t region_ = 0;
+    uint64_t row_ = 0;    // in the region
     uint64_t column_ = 0; // bytes of that row that have been handed out
     size_t span_ = 0;
     uint64_t run_ = 0; // in the span
@@ -93,7 +93,7 @@ public:
     uint64_t left() const { return bytes_ - handed_out_; } // of what has not been handed out
 
     // As of a cursor. Must not be called while empty().
-    const kvf_region *block() const { return cursor_.block(); }
+    const kvf_region *region() const { return cursor_.region(); }
     const Span &span() const { return cursor_.span(); }
     uint64_t runs_left() const { return cursor_.runs_left(); }
     Piece next(uint64_t most, uint64_t most_runs) {
