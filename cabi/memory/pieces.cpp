@@ -6,6 +6,8 @@ namespace kvf {
 
 Piece Cursor::next(uint64_t most, uint64_t most_runs) {
     Piece piece;
+    piece.gap = gap_;
+    if (owns_gaps()) gap_ = Piece::Gap::Rewrite;
     if (!this->region()) {
         const Span &span = layout_->spans[span_];
         piece.runs = span.table->runs.data() + run_;

@@ -20,6 +20,15 @@ struct Piece {
     uint64_t address_distance = 0, offset_distance = 0; // as in Span
     uint64_t bytes = 0;
 
+    // What may be done with the bytes of the buffer between the piece before it and this one.
+    enum class Gap {
+        Read,    // both are in one buffer
+        Rewrite, // they are the job's: Layout::owns_gaps
+        Nothing, // they may belong to another buffer
+    };
+    Gap gap = Gap::Read;
+
+    uint64_t rows() const { return runs ? count : region.rows; }
     // Where the piece begins in the buffer.
     uint64_t offset() const { return runs ? runs->offset + offset_distance : region.offset; }
     // True if the whole piece is one run in the buffer.
@@ -36,7 +45,8 @@ struct Piece {
 class Cursor {
 public:
     Cursor() = default; // to be assigned to
-    explicit Cursor(const Layout &layout) : layout_(&layout) {}
+    explicit Cursor(const Layout &layout)
+        : layout_(&layout), gap_(layout.owns_gaps ? Piece::Gap::Nothing : Piece::Gap::Read) {}
 
     bool at_end() const {
         return region_ == layout_->regions.size() && span_ == layout_->spans.size();
@@ -51,6 +61,12 @@ public:
     const Span &span() const { return layout_->spans[span_]; }
     uint64_t runs_left() const { return span().count - run_; }
 
+    // Whether a save may write the gaps between the pieces. Where the layout has regions and an
+    // irregular rest, one may lie in the other's gaps.
+    bool owns_gaps() const {
+        return layout_->owns_gaps && (layout_->regions.empty() || layout_->spans.empty());
+    }
+
     // Returns a piece of at most `most` bytes and `most_runs` runs. A row that is wider is split; a
     // run is not. Must not be called at the end.
     Piece next(uint64_t most, uint64_t most_runs);
@@ -59,6 +75,7 @@ public:
 
 private:
     const Layout *layout_ = nullptr;
+    Piece::Gap gap_ = Piece::Gap::Read; // before the next piece
     size_t region_ = 0;
     uint64_t row_ = 0;    // in the region
     uint64_t column_ = 0; // bytes of that row that have been handed out
@@ -96,6 +113,7 @@ public:
     const kvf_region *region() const { return cursor_.region(); }
     const Span &span() const { return cursor_.span(); }
     uint64_t runs_left() const { return cursor_.runs_left(); }
+    bool owns_gaps() const { return cursor_.owns_gaps(); }
     Piece next(uint64_t most, uint64_t most_runs) {
         const Piece piece = cursor_.next(most, most_runs);
         handed_out_ += piece.bytes;
