@@ -114,6 +114,7 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
     do {
         const uint64_t bytes = room_for_next(slot, parts, most, rows_left);
         if (bytes == 0) break;
+        const bool is_long = is_long_row(parts);
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
         if (slot.way != CudaWay::Staged) continue;
@@ -124,6 +125,8 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
         } else if (slot.rows_in == CudaRowsIn::Resident) {
             if (parts.region() || parts.span().table != *piece.table) break;
         } else {
+            // Among many rows a kernel would leave the long ones to few of its blocks.
+            if (is_long_row(parts) != is_long) break;
             rows_left -= std::min(rows_left, piece.rows() + (fills_gaps(leg) ? kGapRows : 0));
         }
     } while (!parts.empty() && slot.bytes < most && rows_left > 0 &&
@@ -224,6 +227,12 @@ bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &region) const 
         return false;
     const uint64_t begin = reinterpret_cast<uint64_t>(job.request.buffer) + region.offset;
     return (begin | region.width) % kHostLine != 0;
+}
+
+// Whether the next piece is of a region of one row.
+bool CudaPlanner::is_long_row(const Parts &parts) {
+    const kvf_region *region = parts.region();
+    return region && region->rows == 1;
 }
 
 // Whether the next piece is of a region that is worth a launch of its own.

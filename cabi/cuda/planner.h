@@ -45,6 +45,7 @@ public:
 private:
     bool is_read_badly(const Job &job, const kvf_region &region) const;
     static bool is_regular(const Parts &parts);
+    static bool is_long_row(const Parts &parts);
     static bool is_for_resident(const Leg &leg);
     bool is_gathered(const Leg &leg) const;
     bool fills_gaps(const Leg &leg) const;

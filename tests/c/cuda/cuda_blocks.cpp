@@ -19,7 +19,7 @@ struct Places {
     Places(Random &random, const Blocks &blocks) : distances(blocks.count) {
         std::vector<uint64_t> order(blocks.count);
         std::iota(order.begin(), order.end(), 0);
-        std::shuffle(order.begin(), order.end(), random);
+        if (random() % 2) std::shuffle(order.begin(), order.end(), random);
         for (const uint64_t block : order) {
             distances[block] = bytes;
             bytes += blocks.buffer_bytes() + 4 * between(random, 0, 40);
@@ -182,10 +182,10 @@ void foreign_gaps_are_not_written(Random &random, kvf::Engine &engine) {
 
 void cancelled(Random &random, kvf::Engine &engine) {
     if (!driver().simulated()) return;
-    for (const Cells cells : kCells) {
+    for (const Cells cells : {Cells::Contiguous, Cells::Transposed, Cells::AtRandom}) {
         const Blocks blocks{cells, 3, 8, 256, 2048};
         for (const Way way : {Way::Save, Way::Load}) {
-            for (const uint64_t nth : {1, 2, 3}) {
+            for (const uint64_t nth : {1, 3}) {
                 Test test(random, engine, blocks, true, way);
                 driver().hold("copy", nth, 1);
                 const auto job = test.begin({way, KVF_PRIORITY_BACKGROUND});
