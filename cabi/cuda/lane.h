@@ -10,8 +10,10 @@
 //     save    gather kernel*  ->  copy to the host  ->  copy threads empty the bounce buffer**
 //     load    copy threads fill the bounce buffer**  ->  copy to the device  ->  scatter kernel*
 //
-// *  for the irregular rest, for narrow rows, and for rows that the copy engine would read from
-//    the host at unfavourable addresses: these go through staging on the device
+// *  for the irregular rest, for narrow rows, for rows that the copy engine would read from the
+// host
+//    at unfavourable addresses, and for small regions of a block, which one copy then moves
+//    together: these go through staging on the device
 // ** for a pageable buffer, which the copy engine does not reach
 #pragma once
 

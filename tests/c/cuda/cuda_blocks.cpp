@@ -155,8 +155,10 @@ void few_copies(Random &random, kvf::Engine &engine) {
             const char *const copy = way == Way::Save ? "cuMemcpyDtoHAsync" : "cuMemcpyHtoDAsync";
             const uint64_t before = calls(copy) + calls("cuMemcpy2DAsync");
             succeed(test.begin({way}));
-            // 12 MiB: one slot, which may be cut by the table's room, and a table where it loads.
-            CHECK(calls(copy) + calls("cuMemcpy2DAsync") - before <= blocks.count + 3);
+            // 12 MiB fit one slot. K's long rows and V's short ones have slots of their own, and
+            // each load of long rows has a table.
+            const uint64_t most = cells == Cells::Transposed ? 3 * blocks.count : blocks.count + 1;
+            CHECK(calls(copy) + calls("cuMemcpy2DAsync") - before <= most);
             test.check_moved();
         }
     }
