@@ -17,6 +17,8 @@ from support.llama_reference.library import llama, log_lines
 
 Logits = NDArray[np.float32]
 
+_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+
 
 class CacheType(enum.IntEnum):
     """The element types of a cache, by ggml's numbers."""
@@ -227,6 +229,15 @@ class Context:
     def state_get_into(self, seq: int, buffer: Any) -> int:
         """Writes the state into a ctypes array; returns the bytes written, 0 if refused."""
         return int(llama.llama_state_seq_get_data(self.pointer, buffer, len(buffer), seq))
+
+    def partial_state_get(self, seq: int) -> bytes:
+        """Returns the state of sliding windows and recurrent layers alone."""
+        size = int(llama.llama_state_seq_get_size_ext(self.pointer, seq, _PARTIAL_ONLY))
+        buffer = (ctypes.c_uint8 * size)()
+        written = llama.llama_state_seq_get_data_ext(
+            self.pointer, buffer, size, seq, _PARTIAL_ONLY
+        )
+        return bytes(buffer[:written])
 
     def state_set(self, seq: int, state: bytes) -> int:
         """Replaces a sequence by a state; returns the bytes read, 0 if refused."""

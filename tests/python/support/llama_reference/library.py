@@ -128,6 +128,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_state_get_data": (_SIZE, [_POINTER, _BYTES, _SIZE]),
     "llama_state_seq_get_data": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT]),
     "llama_state_seq_set_data": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT]),
+    "llama_state_seq_get_size_ext": (_SIZE, [_POINTER, _INT, ctypes.c_uint32]),
+    "llama_state_seq_get_data_ext": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT, ctypes.c_uint32]),
 }
 
 
