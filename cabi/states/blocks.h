@@ -58,7 +58,7 @@ public:
     StateJoin(const Structure *like, size_t parts, std::span<const kvf_block> blocks,
               const void *checkpoint, uint64_t checkpoint_bytes, int32_t last_position);
 
-    uint64_t bytes() const { return bytes_; } // of the state
+    uint64_t bytes() const { return joined_.bytes; } // of the state
     // Writes the state's metadata into `memory`, which has bytes().
     void write(unsigned char *memory) const { lay_out(memory); }
     // For all tensor bytes of the state. The checkpoint counts as the block behind the last.
@@ -75,7 +75,6 @@ private:
     StateView checkpoint_{};
     std::optional<Structure> rest_; // of the checkpoint
     Structure joined_;
-    uint64_t bytes_ = 0;
 };
 
 // kvf_state_cut() and kvf_state_join().
