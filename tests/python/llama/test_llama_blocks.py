@@ -180,7 +180,7 @@ def test_what_a_cache_does_not_allow_is_refused(
         (kind, cache, history)
         for kind, cache in KINDS_WITH_BLOCKS
         for history in HISTORIES
-        if can(history, kind)
+        if can(history, kind, cache)
     ],
 )
 def test_blocks_are_saved_and_loaded_as_by_llama_cpp(

@@ -10,18 +10,15 @@ from typing import Any
 
 from kvferry.tools.synthetic import GEOMETRIES
 
-from support.like_contexts import CACHES, RECURRENT
+from support.like_contexts import CACHES
 from support.llama_reference import Context
+from support.random_walk.abilities import Abilities
 
 SEQ = 0
 TARGET, SPARE = 4, 5
 SEQUENCES = 6
 
 WINDOW = GEOMETRIES["small"].window
-
-UNSHIFTABLE = {"qwen2vl", "deepseek32", *RECURRENT}
-"""Kinds whose sequences llama.cpp cannot shift."""
-
 
 def options(cache: str) -> dict[str, Any]:
     """Returns the options of a context for histories."""
@@ -86,8 +83,9 @@ HISTORIES: dict[str, Callable[[Context], None]] = {
 }
 
 
-def can(history: str, kind: str) -> bool:
-    """Whether llama.cpp can do this history with a kind of model."""
+def can(history: str, kind: str, cache: str) -> bool:
+    """Whether llama.cpp can do this history with a kind of model and cache."""
+    abilities = Abilities.of(kind, cache)
     if history == "shifted":
-        return kind not in UNSHIFTABLE
-    return history != "removed" or kind not in RECURRENT
+        return abilities.shifts
+    return history != "removed" or not abilities.recurs
