@@ -7,13 +7,11 @@ from __future__ import annotations
 import collections
 import ctypes
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 
 import pytest
 from kvferry.tools.synthetic import KINDS
-from support import c_interface
-from support.block_histories import HISTORIES, SEQ, SEQUENCES, TARGET, can, options
+from support.block_histories import HISTORIES, SEQ, SEQUENCES, TARGET, can
 from support.block_reference import (
     PARTS_IN_BLOCKS,
     WITH_CHECKPOINTS,
@@ -22,10 +20,9 @@ from support.block_reference import (
     positions_in_order,
     rest_of,
 )
-from support.c_interface import Block, Blocks, BlocksAllowed
-from support.devices import ON_GPU
-from support.like_contexts import CACHES, LATENT, OPAQUE, MakeContext
-from support.llama_reference import Context, ContextOptions, Model
+from support.blocks import LIBRARY, MakePair, others, ranges_of, save_blocks, save_checkpoint
+from support.c_interface import Blocks, BlocksAllowed, Engine, Failure
+from support.like_contexts import CACHES, LATENT, OPAQUE
 
 KINDS_AND_CACHES = [
     (kind, cache)
@@ -34,75 +31,6 @@ KINDS_AND_CACHES = [
     if not (kind in LATENT and cache == "q8_0-keys-transposed")
 ]
 KINDS_WITH_BLOCKS = [(kind, cache) for kind, cache in KINDS_AND_CACHES if kind in PARTS_IN_BLOCKS]
-
-LIBRARY = c_interface.Library(c_interface.LIBRARY)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[c_interface.Engine]:
-    devices = c_interface.Devices.CUDA if ON_GPU else c_interface.Devices.HOST
-    with LIBRARY.engine(devices) as engine:
-        yield engine
-
-
-Pair = tuple[Context, Context]
-
-
-@pytest.fixture(scope="module")
-def pair(model: Callable[..., Model]) -> Iterator[Callable[[str, str], Pair]]:
-    """`pair(kind, cache)` returns two equal, empty contexts: one for kvferry, one for llama.cpp.
-    The last pair is used again as long as tests ask for the same.
-    """
-    made: dict[tuple[str, str], Pair] = {}
-    with ExitStack() as closing:
-
-        def give(kind: str, cache: str) -> Pair:
-            if (kind, cache) not in made:
-                made.clear()
-                closing.pop_all().close()
-                chosen = ContextOptions(**options(cache))
-                ours, like = (
-                    closing.enter_context(model(kind).context(chosen)) for _ in range(2)
-                )
-                made[kind, cache] = ours, like
-            for context in made[kind, cache]:
-                context.clear()
-            return made[kind, cache]
-
-        yield give
-
-
-@contextmanager
-def attached(engine: c_interface.Engine, context: Context) -> Iterator[c_interface.Attachment]:
-    with engine.attach(context.address) as attachment:
-        yield attachment
-
-
-def ranges_of(state: bytes, kind: str, tokens: int = 16) -> list[tuple[int, int]]:
-    """Returns ranges that cover the positions of a state; the last is the shorter tail."""
-    positions = positions_in_order(kind, state)
-    begin, end = min(positions), max(positions) + 1
-    return [(at, min(at + tokens, end)) for at in range(begin, end, tokens)]
-
-
-def save_blocks(
-    attachment: c_interface.Attachment, ranges: Sequence[tuple[int, int]], seq: int = SEQ
-) -> list[Block]:
-    most = max(end - begin for begin, end in ranges)
-    blocks = Blocks.with_room(ranges, attachment.block_size(most))
-    assert attachment.save_blocks(seq, blocks).wait() == "KVF_OK"
-    return blocks.read()
-
-
-def save_checkpoint(attachment: c_interface.Attachment, seq: int = SEQ) -> bytes:
-    buffer = ctypes.create_string_buffer(attachment.checkpoint_size(seq))
-    assert attachment.save_checkpoint(seq, buffer).wait() == "KVF_OK"
-    return buffer.raw
-
-
-def others(context: Context) -> list[bytes]:
-    """Returns the states of all sequences but the target."""
-    return [context.state_get(seq) for seq in range(SEQUENCES) if seq != TARGET]
 
 
 # ---- What is allowed -----------------------------------------------------------------------------
@@ -129,10 +57,10 @@ NAMES = {
 
 @pytest.mark.parametrize(("kind", "cache"), KINDS_AND_CACHES)
 def test_a_cache_says_whether_it_allows_blocks(
-    engine: c_interface.Engine, pair: Callable[[str, str], Pair], kind: str, cache: str
+    c_engine: Engine, pair: MakePair, kind: str, cache: str
 ) -> None:
     ours, _ = pair(kind, cache)
-    with attached(engine, ours) as attachment:
+    with c_engine.attach(ours.address) as attachment:
         ours.decode(1, ours.model.prompt(20))
         says, why = attachment.blocks_allowed()
         assert says == allowed(kind)
@@ -145,13 +73,13 @@ def test_a_cache_says_whether_it_allows_blocks(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_cache_does_not_allow_is_refused(
-    engine: c_interface.Engine, pair: Callable[[str, str], Pair], kind: str
+    c_engine: Engine, pair: MakePair, kind: str
 ) -> None:
     ours, _ = pair(kind, "flash")
     ours.decode_in_turn([0, 1], 20)
     before = [ours.state_get(seq) for seq in range(SEQUENCES)]
     buffer = ctypes.create_string_buffer(1 << 20)
-    with attached(engine, ours) as attachment:
+    with c_engine.attach(ours.address) as attachment:
         says, _ = attachment.blocks_allowed()
         refused: list[Callable[[], object]] = []
         if says in (BlocksAllowed.NONE, BlocksAllowed.CHECKPOINTS_ALONE):
@@ -165,7 +93,7 @@ def test_what_a_cache_does_not_allow_is_refused(
                 lambda: attachment.save_checkpoint(0, buffer),
             ]
         for call in refused:
-            with pytest.raises(c_interface.Failure) as failure:
+            with pytest.raises(Failure) as failure:
                 call()
             assert failure.value.name == "KVF_ERR_UNSUPPORTED"
     assert [ours.state_get(seq) for seq in range(SEQUENCES)] == before
@@ -184,8 +112,8 @@ def test_what_a_cache_does_not_allow_is_refused(
     ],
 )
 def test_blocks_are_saved_and_loaded_as_by_llama_cpp(
-    engine: c_interface.Engine,
-    pair: Callable[[str, str], Pair],
+    c_engine: Engine,
+    pair: MakePair,
     kind: str,
     cache: str,
     history: str,
@@ -198,7 +126,7 @@ def test_blocks_are_saved_and_loaded_as_by_llama_cpp(
     assert like.state_get(SEQ) == state
     ranges = ranges_of(state, kind)
     parts = PARTS_IN_BLOCKS[kind]
-    with attached(engine, ours) as attachment:
+    with c_engine.attach(ours.address) as attachment:
         blocks = save_blocks(attachment, ranges)
         expected = blocks_by_llama_cpp(like, kind, HISTORIES[history], ranges)
         assert [block.state for block in blocks] == expected

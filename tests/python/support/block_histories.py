@@ -20,6 +20,7 @@ SEQUENCES = 6
 
 WINDOW = GEOMETRIES["small"].window
 
+
 def options(cache: str) -> dict[str, Any]:
     """Returns the options of a context for histories."""
     chosen = {"n_ctx": 512, "n_seq_max": SEQUENCES, "n_ubatch": 64} | CACHES[cache]
@@ -79,7 +80,8 @@ def shared(context: Context) -> None:
 
 
 HISTORIES: dict[str, Callable[[Context], None]] = {
-    each.__name__: each for each in (contiguous, in_turn, at_random, reused, removed, shifted, shared)
+    each.__name__: each
+    for each in (contiguous, in_turn, at_random, reused, removed, shifted, shared)
 }
 
 

@@ -360,9 +360,7 @@ class Attachment:
 
     def save_blocks(self, sequence: int, blocks: Blocks, **options: Any) -> Job:
         arguments = (self.handle, sequence, *blocks.arguments)
-        return _submit(
-            self.library, "kvf_llama_save_blocks", *arguments, keep=blocks, **options
-        )
+        return _submit(self.library, "kvf_llama_save_blocks", *arguments, keep=blocks, **options)
 
     def load_blocks(
         self, sequence: int, blocks: Blocks, checkpoint: bytes | None = None, **options: Any

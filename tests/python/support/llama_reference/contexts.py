@@ -234,9 +234,7 @@ class Context:
         """Returns the state of sliding windows and recurrent layers alone."""
         size = int(llama.llama_state_seq_get_size_ext(self.pointer, seq, _PARTIAL_ONLY))
         buffer = (ctypes.c_uint8 * size)()
-        written = llama.llama_state_seq_get_data_ext(
-            self.pointer, buffer, size, seq, _PARTIAL_ONLY
-        )
+        written = llama.llama_state_seq_get_data_ext(self.pointer, buffer, size, seq, _PARTIAL_ONLY)
         return bytes(buffer[:written])
 
     def state_set(self, seq: int, state: bytes) -> int:
