@@ -17,12 +17,14 @@ from support.block_reference import (
     WITH_CHECKPOINTS,
     blocks_by_llama_cpp,
     content,
+    cut_by_format,
     positions_in_order,
     rest_of,
 )
 from support.blocks import LIBRARY, MakePair, others, ranges_of, save_blocks, save_checkpoint
 from support.c_interface import Blocks, BlocksAllowed, Engine, Failure
 from support.like_contexts import CACHES, LATENT, OPAQUE
+from support.llama_reference import Context
 
 KINDS_AND_CACHES = [
     (kind, cache)
@@ -161,3 +163,48 @@ def test_blocks_are_saved_and_loaded_as_by_llama_cpp(
     for seq in (TARGET, SEQ, TARGET):
         assert ours.decode(seq, [7]).tobytes() == like.decode(seq, [7]).tobytes()
     assert ours.state_get(TARGET) == like.state_get(TARGET)
+
+
+def lose_the_window(context: Context) -> None:
+    """Sequence 1 takes cells of a sliding window that sequence 0 no longer sees."""
+    context.decode(SEQ, context.model.prompt(150))
+    for seed in range(4):
+        context.decode(1, context.model.prompt(64, seed=seed))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "hybrid-iswa"])
+@pytest.mark.parametrize("cache", ["flash", "transposed", "streams"])
+def test_blocks_are_saved_though_the_window_has_lost_their_tokens(
+    c_engine: Engine, pair: MakePair, kind: str, cache: str
+) -> None:
+    ours, like = pair(kind, cache)
+    lose_the_window(ours)
+    lose_the_window(like)
+    ranges = [(0, 16), (40, 41), (60, 90)]
+    with c_engine.attach(ours.address) as attachment:
+        # One at a time: none has anything to do with a token that is still in the window.
+        blocks = [block for each in ranges for block in save_blocks(attachment, [each])]
+    assert [block.state for block in blocks] == blocks_by_llama_cpp(
+        like, kind, lose_the_window, ranges
+    )
+
+
+def test_a_sequence_of_which_only_the_window_is_empty_is_not_borrowed(
+    c_engine: Engine, pair: MakePair
+) -> None:
+    """libllama says that it is empty, but it has cells in the layers that keep every token."""
+    ours, _ = pair("gemma3", "flash")
+    last = SEQUENCES - 1
+    ours.decode(last, ours.model.prompt(150))
+    for seed in range(2):
+        ours.decode(SEQ, ours.model.prompt(64, seed=seed))
+    assert ours.seq_rm(last, 5, -1)
+    assert ours.pos_max(last) == -1
+    for seq in range(1, last):
+        ours.decode(seq, [7])
+    before = [ours.state_get(seq) for seq in range(SEQUENCES)]
+    assert len(before[last]) > 5 * ours.model.n_swa
+    with c_engine.attach(ours.address) as attachment:
+        [block] = save_blocks(attachment, [(0, 16)])
+        assert block.state == cut_by_format("gemma3", before[SEQ], 0, 16)
+    assert [ours.state_get(seq) for seq in range(SEQUENCES)] == before
