@@ -28,10 +28,14 @@ def ranges_of(state: bytes, kind: str, tokens: int = 16) -> list[tuple[int, int]
 
 
 def save_blocks(
-    attachment: c_interface.Attachment, ranges: Sequence[tuple[int, int]], seq: int = SEQ
+    attachment: c_interface.Attachment,
+    ranges: Sequence[tuple[int, int]],
+    seq: int = SEQ,
+    room: int = 0,
 ) -> list[Block]:
+    """Saves blocks into buffers of `room` bytes; 0: of one cell for each position."""
     most = max(end - begin for begin, end in ranges)
-    blocks = Blocks.with_room(ranges, attachment.block_size(most))
+    blocks = Blocks.with_room(ranges, room or attachment.block_size(most))
     assert attachment.save_blocks(seq, blocks).wait() == "KVF_OK"
     return blocks.read()
 

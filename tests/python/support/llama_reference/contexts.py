@@ -169,6 +169,37 @@ class Context:
         logits: Logits = np.ctypeslib.as_array(pointer, (self.model.vocabulary,)).copy()
         return logits
 
+    def decode_image(self, seq: int, rows: int, columns: int, seed: int = 0) -> None:
+        """Appends the patches of an image of random content to a sequence of a model with M-RoPE:
+        all have the same position, and each its own coordinates.
+        """
+        count = rows * columns
+        width = int(llama.llama_model_n_embd(self.model.pointer))
+        content = np.random.default_rng(seed).standard_normal((count, width), dtype=np.float32)
+        position = self.pos_max(seq) + 1
+        row, column = np.divmod(np.arange(count, dtype=np.int32), columns)
+        same = np.full(count, position, dtype=np.int32)
+        # By axes: the position, row and column; the fourth has no meaning.
+        places = np.concatenate([same, same + row, same + column, 0 * same]).astype(np.int32)
+        batch = llama.llama_batch_init(count, width, 1)
+        pointer = type(batch.pos)
+        own = ctypes.cast(batch.pos, ctypes.c_void_p).value  # room for one position each
+        try:
+            batch.n_tokens = count
+            ctypes.memmove(batch.embd, content.ctypes.data, content.nbytes)
+            batch.pos = ctypes.cast(places.ctypes.data, pointer)
+            for index in range(count):
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = seq
+                batch.logits[index] = index == count - 1
+            log_lines.clear()
+            status = llama.llama_decode(self.pointer, batch)
+        finally:
+            batch.pos = ctypes.cast(own, pointer)
+            llama.llama_batch_free(batch)
+        if status != 0:
+            raise Refused(f"llama_decode returned {status}: {_refusal()}")
+
     def decode_in_turn(self, seqs: Iterable[int], length: int, seed: int = 0) -> dict[int, Logits]:
         """Appends `length` random tokens to each sequence, one token of each in turn, so that in a
         unified cache no two cells of a sequence are neighbours.
