@@ -203,13 +203,13 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
     const BorrowedSequence borrowed(*this, sequence, blocks.front().begin, blocks.back().end);
     const int32_t listed = borrowed.id < 0 ? sequence : borrowed.id;
     const uint64_t bytes = context_.state_bytes(listed);
+    if (borrowed.id >= 0 && bytes == empty_state_bytes(*states_->structure()))
+        throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token at the positions of the blocks");
     const ScratchState scratch(bytes);
     Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes, submission.gate);
     Recorded recorded = record_save(listed, scratch.data, bytes, recorder);
     const StateView view{scratch.data, recorded.bytes};
     const auto whole = parse_state(view, states_->structure());
-    if (whole && whole->cells() == 0)
-        throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token at the positions of the blocks");
     if (!whole || !whole->format)
         throw Error(KVF_ERR_LLAMA, "it wrote a state of another format than before");
     check_all_recorded(*whole, recorded.layouts);
