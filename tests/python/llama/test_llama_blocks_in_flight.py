@@ -15,9 +15,10 @@ from support.block_reference import PARTS_IN_BLOCKS, WITH_CHECKPOINTS, cut_by_fo
 from support.blocks import LIBRARY, MakePair, others, ranges_of, save_blocks, save_checkpoint
 from support.c_interface import Attachment, Block, Blocks, Engine, Failure, LoadMode
 from support.cuda_driver import NEEDS_CUDA
-from support.holds import ByStream, released_after
+from support.devices import ON_GPU
+from support.holds import ByStream, ByUrgentCopies, released_after
 from support.like_contexts import MakeContext
-from support.llama_reference import Refused
+from support.llama_reference import Logits, Refused
 from support.simulated_cuda import SimulatedCuda
 
 pytestmark = NEEDS_CUDA
@@ -47,6 +48,13 @@ def is_refused(call: Callable[[], object], status: str) -> bool:
     return failure.value.name == status
 
 
+def are_equal(some: dict[int, Logits], others: dict[int, Logits]) -> bool:
+    def as_bytes(logits: dict[int, Logits]) -> dict[int, bytes]:
+        return {seq: each.tobytes() for seq, each in logits.items()}
+
+    return as_bytes(some) == as_bytes(others)
+
+
 @kinds
 @caches
 def test_blocks_are_saved_as_they_were_while_decoding_goes_on(
@@ -65,7 +73,7 @@ def test_blocks_are_saved_as_they_were_while_decoding_goes_on(
         for tokens in (1, 40):
             with released_after(PATIENCE, hold):
                 logits = ours.decode_in_turn([SEQ, 1, 2], tokens)
-            assert str(logits) == str(like.decode_in_turn([SEQ, 1, 2], tokens))
+            assert are_equal(logits, like.decode_in_turn([SEQ, 1, 2], tokens))
         for context in (ours, like):
             context.seq_rm(3)
         hold.release()
@@ -95,7 +103,7 @@ def test_other_sequences_are_decoded_while_blocks_are_loaded(
         assert like.state_set(TARGET, state) == len(state)
         with released_after(PATIENCE, hold):
             logits = ours.decode_in_turn([SEQ, 1, 2], 30)
-        assert str(logits) == str(like.decode_in_turn([SEQ, 1, 2], 30))
+        assert are_equal(logits, like.decode_in_turn([SEQ, 1, 2], 30))
         hold.release()
         assert job.wait() == "KVF_OK"
         assert ours.state_get(TARGET) == like.state_get(TARGET)
@@ -216,31 +224,28 @@ def test_transfers_of_one_sequence_refuse_each_other(
 
 
 @pytest.mark.parametrize("direction", ["save", "load"])
+@pytest.mark.skipif(ON_GPU, reason="the queue holds transfers on the host alone")
 def test_no_buffer_of_a_block_is_freed_while_it_is_in_use(
     cuda: SimulatedCuda, engine: Engine, pair: MakePair, direction: str
 ) -> None:
     ours, _ = pair("llama", "flash")
     HISTORIES["in_turn"](ours)
     ranges = [(0, 16), (16, 32), (32, 45)]
-    with cuda.stream() as stream, engine.attach(ours.address) as attachment, ExitStack() as pool:
+    with engine.attach(ours.address) as attachment, ExitStack() as pool:
         size = attachment.block_size(16)
-        buffers = [pool.enter_context(engine.allocate(size)) for _ in range(4)]
-        unused = ctypes.addressof(buffers.pop(1))
+        buffers = [pool.enter_context(engine.allocate(size)) for _ in range(3)]
         blocks = Blocks(ranges, buffers)
-        hold = ByStream(stream)
+        assert attachment.save_blocks(SEQ, blocks).wait() == "KVF_OK"
+        # A load from pinned memory would wait for a stream during the call.
+        hold = ByUrgentCopies(engine)
+        pool.callback(hold.release)
         if direction == "load":
-            assert attachment.save_blocks(SEQ, blocks).wait() == "KVF_OK"
             job = attachment.load_blocks(TARGET, blocks, **hold.options)
         else:
             job = attachment.save_blocks(SEQ, blocks, **hold.options)
         for buffer in buffers:
             address = ctypes.c_void_p(ctypes.addressof(buffer))
             assert is_refused(lambda a=address: LIBRARY.call("kvf_buffer_free", a), "KVF_ERR_BUSY")
-        # What lies between them is none of it.
-        LIBRARY.call("kvf_buffer_free", ctypes.c_void_p(unused))
-        again = ctypes.c_void_p()
-        LIBRARY.call("kvf_buffer_alloc", engine.handle, ctypes.c_uint64(size), ctypes.byref(again))
-        assert again.value == unused
         hold.release()
         assert job.wait() == "KVF_OK"
 
