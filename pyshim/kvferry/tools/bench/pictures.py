@@ -131,7 +131,7 @@ def draw_growth(growth: Growth, path: Path, *, heading: str) -> None:
             (growth.tokens[-1], values[-1]),
             xytext=(10, 0),
             textcoords="offset points",
-            va="center",
+            va="bottom",  # the lower curve is close to the axis
             fontsize=10.5,
             color=colour,
             fontweight="bold",
