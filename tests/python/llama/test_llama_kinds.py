@@ -10,7 +10,7 @@ import kvferry
 import pytest
 from kvferry.tools.synthetic import GEOMETRIES, KINDS
 from support import c_interface
-from support.devices import DEVICES
+from support.devices import DEVICES, ON_GPU
 from support.like_contexts import (
     CACHES,
     LATENT,
@@ -56,6 +56,8 @@ HISTORIES = [contiguous, in_turn, at_random]
 async def test_a_sequence_is_moved_as_by_llama_cpp(
     make_context: MakeContext, kind: str, cache: str, history: Callable[[Context], None]
 ) -> None:
+    if ON_GPU and kind == "deepseek4" and "q" in cache:
+        pytest.skip("llama.cpp ends the process in ggml-cpu: ggml_is_contiguous(src0)")
     ours, like = (make_context(kind, **CACHES[cache]) for _ in range(2))
     history(ours)
     history(like)
