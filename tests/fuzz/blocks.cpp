@@ -25,10 +25,12 @@ struct Parts {
 
 Parts any_ranges(Input &input) {
     Parts parts;
-    int32_t position = static_cast<int32_t>(input.below(3));
-    for (uint64_t count = 1 + input.below(4); count > 0; --count) {
-        if (input.below(8) == 0) position += static_cast<int32_t>(input.below(3));
-        const auto end = position + static_cast<int32_t>(input.below(16) ? 1 + input.below(4) : 0);
+    // Small numbers are the likely ones, and the states have few cells.
+    int32_t position = static_cast<int32_t>(input.below(16) / 15);
+    for (uint64_t count = 1 + input.below(3); count > 0; --count) {
+        if (input.below(16) > 13) position += static_cast<int32_t>(input.below(3));
+        const auto end =
+            position + static_cast<int32_t>(input.below(64) < 63 ? 1 + input.below(3) : 0);
         parts.blocks.push_back({nullptr, 0, position, end});
         position = end;
     }
@@ -92,9 +94,9 @@ void check_cut_again(const Bytes &state, const Parts &parts, const kvf_state_opt
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     Input input(data, size);
     kvf_state_options options = KVF_STATE_OPTIONS_INIT;
-    options.parts_in_blocks = static_cast<uint32_t>(input.below(4));
+    options.parts_in_blocks = static_cast<uint32_t>(input.below(3));
     Parts parts = any_ranges(input);
-    const bool damage_state = input.below(2);
+    const bool damage_state = input.below(8) > 5;
     const uint64_t damaged = input.below(parts.blocks.size() + 1);
     Bytes state = any_state(input).bytes;
     if (damage_state) damage(input, state);
