@@ -16,7 +16,7 @@ import (
 	"example.org/kvferry"
 )
 
-func TestProgramComparesFourWays(t *testing.T) {
+func TestProgramComparesFiveWays(t *testing.T) {
 	f := quickFlags(t)
 	var out bytes.Buffer
 	if err := run(context.Background(), f, &out, io.Discard); err != nil {
@@ -35,7 +35,7 @@ func TestProgramComparesFourWays(t *testing.T) {
 	if err := json.Unmarshal(text, &figures); err != nil {
 		t.Fatal(err)
 	}
-	if len(figures.Rows) != 4 || figures.Check.States == 0 || figures.Check.Identical != figures.Check.States {
+	if len(figures.Rows) != 5 || figures.Check.States == 0 || figures.Check.Identical != figures.Check.States {
 		t.Errorf("%s", text)
 	}
 	inPlace, llamaCpp, ours := figures.Rows[1], figures.Rows[2], figures.Rows[3]
@@ -77,7 +77,7 @@ func holdWith(t *testing.T, f flags, name string, progress func(*kvferry.Engine)
 		t.Fatal(err)
 	}
 	defer engine.Close()
-	for _, w := range ways(engine, f.Budget) {
+	for _, w := range ways(engine, f.settings) {
 		if w.name != name {
 			continue
 		}
