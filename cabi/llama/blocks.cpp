@@ -29,9 +29,22 @@ struct BufferOfParts {
         begin = static_cast<unsigned char *>(const_cast<void *>(sorted.front().first));
         extent = static_cast<uint64_t>(end_of(sorted.back()) - begin);
     }
-    // Where a part begins in the buffer.
-    uint64_t offset(size_t part) const {
-        return static_cast<uint64_t>(static_cast<const unsigned char *>(parts[part].first) - begin);
+    // Where each part begins in the buffer.
+    std::vector<uint64_t> places() const {
+        std::vector<uint64_t> places;
+        for (const auto &[part, count] : parts)
+            places.push_back(
+                static_cast<uint64_t>(static_cast<const unsigned char *>(part) - begin));
+        return places;
+    }
+    // The parts in the order of the buffer.
+    std::vector<BufferPart> in_order() const {
+        std::vector<BufferPart> order;
+        const std::vector<uint64_t> at = places();
+        for (size_t i = 0; i < parts.size(); ++i) order.push_back({at[i], parts[i].second});
+        std::sort(order.begin(), order.end(),
+                  [](const BufferPart &a, const BufferPart &b) { return a.offset < b.offset; });
+        return order;
     }
 
 private:
@@ -50,56 +63,83 @@ private:
 // Layouts of a state become layouts of the blocks: for each block in turn, what of it was recorded.
 class Spreader {
 public:
-    Spreader(BlockMap map, const BufferOfParts &buffer) : map_(std::move(map)), buffer_(buffer) {}
+    // `places`: where each part begins, in the buffer or in device memory that it is staged in.
+    Spreader(BlockMap map, std::vector<uint64_t> places)
+        : map_(std::move(map)), places_(std::move(places)) {}
 
+    // A layout for each part, in the order of the parts.
+    std::vector<Layout> spread(const Layout &layout) {
+        std::vector<LayoutBuilder> builders(places_.size());
+        std::vector<size_t> tensors(places_.size(), SIZE_MAX); // that was added last
+        const auto add = [&](uint64_t address, uint64_t place, uint64_t bytes) {
+            map_.for_each(
+                place, bytes, [&](size_t block, uint64_t offset, uint64_t at, uint64_t count) {
+                    if (std::exchange(tensors[block], map_.tensor()) != map_.tensor())
+                        builders[block].begin_tensor();
+                    builders[block].add(address + (at - place), places_[block] + offset, count);
+                });
+        };
+        for (const kvf_region &region : layout.regions) {
+            for (uint64_t row = 0; row < region.rows; ++row) {
+                add(region.address + row * region.pitch, region.offset + row * region.buffer_pitch,
+                    region.width);
+            }
+        }
+        for (const Span &span : layout.spans) {
+            for (uint64_t i = 0; i < span.count; ++i) {
+                const Run &run = span.table->runs[i];
+                add(run.address + span.address_distance, run.offset + span.offset_distance,
+                    run.bytes);
+            }
+        }
+        std::vector<Layout> parts;
+        for (LayoutBuilder &builder : builders) parts.push_back(builder.finish());
+        return parts;
+    }
+    // The same for several devices. The bytes between the rows of a block are the job's own, where
+    // one device has all rows.
     Layouts spread(const Layouts &layouts) {
         Layouts result;
         for (const auto &[device, layout] : layouts) {
-            std::vector<LayoutBuilder> builders(buffer_.parts.size());
-            for (const kvf_region &region : layout.blocks) {
-                for (uint64_t row = 0; row < region.rows; ++row) {
-                    add(builders, region.address + row * region.pitch,
-                        region.offset + row * region.buffer_pitch, region.width);
-                }
+            for (Layout &part : spread(layout)) {
+                if (part.empty()) continue;
+                part.owns_gaps = layouts.size() == 1;
+                result.emplace_back(device, std::move(part));
             }
-            for (const Span &span : layout.spans) {
-                for (LayoutBuilder &builder : builders) builder.begin_tensor();
-                for (uint64_t i = 0; i < span.count; ++i) {
-                    const Run &run = span.table->runs[i];
-                    add(builders, run.address + span.address_distance,
-                        run.offset + span.offset_distance, run.bytes);
-                }
-            }
-            Layout whole;
-            for (LayoutBuilder &builder : builders) append(whole, builder.finish());
-            if (!whole.empty()) result.emplace_back(device, std::move(whole));
         }
         return result;
     }
+    // As one layout.
+    Layout spread_as_one(const Layout &layout) {
+        Layout whole;
+        for (const Layout &part : spread(layout)) {
+            whole.regions.insert(whole.regions.end(), part.regions.begin(), part.regions.end());
+            whole.spans.insert(whole.spans.end(), part.spans.begin(), part.spans.end());
+            whole.bytes += part.bytes;
+        }
+        return whole;
+    }
 
 private:
-    void add(std::vector<LayoutBuilder> &builders, uint64_t address, uint64_t place,
-             uint64_t bytes) {
-        map_.for_each(place, bytes, [&](size_t block, uint64_t offset, uint64_t at, uint64_t n) {
-            builders[block].add(address + (at - place), buffer_.offset(block) + offset, n);
-        });
-    }
-    static void append(Layout &whole, Layout &&part) {
-        whole.blocks.insert(whole.blocks.end(), part.blocks.begin(), part.blocks.end());
-        whole.spans.insert(whole.spans.end(), part.spans.begin(), part.spans.end());
-        whole.bytes += part.bytes;
-    }
-
     BlockMap map_;
-    const BufferOfParts &buffer_;
+    const std::vector<uint64_t> places_;
 };
 
-void check_all_recorded(const Structure &structure, const Layouts &layouts) {
+void check_all_recorded(const Structure &structure, const Layouts &layouts,
+                        const Layouts &early = {}) {
     uint64_t bytes = 0;
     for (const auto &[device, layout] : layouts) bytes += layout.bytes;
+    for (const auto &[device, layout] : early) bytes += layout.bytes;
     if (bytes == structure.tensor_bytes) return;
     throw Error(KVF_ERR_UNSUPPORTED,
                 "a part of the cache is in memory that no device of the engine reaches");
+}
+
+// The size of a state without cells, where every section is of attention and has one stream: the
+// number of its streams, and that of its cells.
+uint64_t empty_state_bytes(const Structure &structure) {
+    const uint64_t sections = structure.sections.size() * 2 * sizeof(uint32_t);
+    return structure.framed ? kFrameBytes + sections : sections;
 }
 
 } // namespace
@@ -132,9 +172,14 @@ int32_t Llama::find_empty_sequence() const {
     const Structure *const structure = states_->structure();
     if (!structure || context_.has_recurrent_layers()) return -1;
     if (structure->sections[0].streams != 1) return -1;
+    // libllama says that a sequence is empty of which only the window is; its state has cells.
+    const uint64_t empty = empty_state_bytes(*structure);
     for (uint32_t i = context_.sequence_count(); i-- > 0;) {
         const auto sequence = static_cast<int32_t>(i);
-        if (!context_.holds_cells(sequence) && sequences_->is_idle(sequence)) return sequence;
+        if (!context_.holds_cells(sequence) && sequences_->is_idle(sequence) &&
+            context_.state_bytes(sequence) == empty) {
+            return sequence;
+        }
     }
     return -1;
 }
@@ -190,9 +235,9 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
 
     const BorrowedSequence borrowed(*this, sequence, blocks.front().begin, blocks.back().end);
     const int32_t listed = borrowed.id < 0 ? sequence : borrowed.id;
-    if (!context_.holds_cells(listed))
-        throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token at the positions of the blocks");
     const uint64_t bytes = context_.state_bytes(listed);
+    if (borrowed.id >= 0 && bytes == empty_state_bytes(*states_->structure()))
+        throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token at the positions of the blocks");
     const ScratchState scratch(bytes);
     Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes, submission.gate);
     Recorded recorded = record_save(listed, scratch.data, bytes, recorder);
@@ -212,7 +257,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
     const BufferOfParts buffer(Direction::Save, blocks, nullptr, 0);
     cut.write(blocks, sequence);
 
-    recorded.layouts = Spreader(cut.map(), buffer).spread(recorded.layouts);
+    recorded.layouts = Spreader(cut.map(), buffer.places()).spread(recorded.layouts);
     recorded.bytes = buffer.bytes;
     submission.buffer = buffer.begin;
     submission.buffer_bytes = buffer.extent;
@@ -224,8 +269,19 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
         submit_snapshot(std::move(submission), std::move(recorded), options, job);
         return;
     }
-    fence->raise(enclosure(Direction::Save, sequence, recorder, false));
+    Enclosure enclosed = enclosure(Direction::Save, sequence, recorder, false);
+    enclosed.is_disturbed = watch_blocks(sequence, blocks.back().end);
+    fence->raise(std::move(enclosed));
     submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+}
+
+// As watch() of a save: blocks stay as they are while the sequence holds their positions.
+std::function<bool()> Llama::watch_blocks(int32_t sequence, int32_t end) const {
+    const bool keeps_first = states_->policy().keeps_first_position();
+    return [=, this, first = context_.first_position(sequence)] {
+        if (context_.last_position(sequence) < end - 1) return true;
+        return keeps_first && context_.first_position(sequence) != first;
+    };
 }
 
 uint64_t Llama::checkpoint_size(int32_t sequence) {
@@ -284,11 +340,9 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
     if (!state.structure) throw Error(KVF_ERR_UNSUPPORTED, states_->policy().why_not_more_blocks());
 
     // From here on a failure leaves the sequence empty.
-    Spreader spreader(join.map(), buffer);
     submission.buffer = buffer.begin;
     submission.buffer_bytes = buffer.extent;
     submission.parts = buffer.parts;
-    submission.mode = KVF_LOAD_IN_PLACE;
     const auto fence = submission.fence;
     const auto gate = submission.gate;
     Recorder recorder = make_recorder(Direction::Load, state.view.data, state.view.bytes, gate);
@@ -298,16 +352,41 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
             states_->empty_sequence(sequence);
             states_->note_empty(sequence);
         }
+        std::optional<OpenJob> open;
+        uint32_t device = Device::kHost;
+        const auto load_ahead = make_load_ahead(options.mode, buffer.in_order(), device);
+        submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
+        if (load_ahead) {
+            open.emplace(*engine_, std::move(submission), options, job != nullptr);
+            open->stage(device, load_ahead);
+        }
         Recorded recorded = take_cells(sequence, state, recorder);
-        Layouts early = recorder.take_early();
-        Layouts all = recorded.layouts;
-        all.insert(all.end(), early.begin(), early.end());
-        check_all_recorded(*state.structure, all);
-        recorded.layouts = spreader.spread(recorded.layouts);
+        const Layouts early = recorder.take_early();
+        check_all_recorded(*state.structure, recorded.layouts, early);
+        Spreader in_buffer(join.map(), buffer.places());
+        Layouts in_place;
+        std::optional<Layout> staged;
+        for (auto &[on, layout] : recorded.layouts) {
+            if (load_ahead && on == device) {
+                std::vector<uint64_t> places;
+                for (const uint64_t place : buffer.places())
+                    places.push_back(load_ahead->bytes_before(place));
+                staged = Spreader(join.map(), std::move(places)).spread_as_one(layout);
+            } else {
+                in_place.emplace_back(on, std::move(layout));
+            }
+        }
+        recorded.layouts = in_buffer.spread(in_place);
+        if (staged) recorded.layouts.emplace_back(device, std::move(*staged));
         recorded.bytes = buffer.bytes;
         fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
-        move_now(Direction::Load, buffer.begin, buffer.extent, spreader.spread(early), nullptr);
-        submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+        move_now(Direction::Load, buffer.begin, buffer.extent, in_buffer.spread(early), nullptr);
+        if (load_ahead && !devices_.contains(device)) recorded.mode = KVF_LOAD_IN_PLACE;
+        if (open) {
+            open->commit(std::move(recorded), job);
+        } else {
+            submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+        }
     } catch (...) {
         states_->empty_sequence(sequence);
         throw;
