@@ -53,7 +53,7 @@ const (
 // WithPriority sets the transfer's priority.
 func WithPriority(p Priority) Option { return Option{kind: optionPriority, value: uint64(p)} }
 
-// WithMode sets the mode of Sequence.Save. Other transfers ignore it.
+// WithMode sets the mode of Sequence.Save and Sequence.SaveBlocks. Other transfers ignore it.
 func WithMode(m SaveMode) Option { return Option{kind: optionMode, value: uint64(m)} }
 
 // Ahead makes Sequence.Load copy the bytes to device memory of their own at once, while libllama still takes cells, and
