@@ -15,6 +15,7 @@ import kvferry
 import numpy as np
 import pytest
 from kvferry import BlocksAllowed, cut_state, join_blocks, sync
+from kvferry._bridge.attachment import Attachment
 from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
 from support.like_contexts import MakeContext
@@ -229,6 +230,21 @@ async def test_blocks_are_saved_into_the_callers_memory(context: Context) -> Non
         with sync.Engine(DEVICES) as blocking:
             again = blocking.attach(context.address).save_blocks(0, tokens=100, into=list(memory))
             assert [block.to_bytes() for block in again] == expected
+
+
+async def test_blocks_that_are_larger_than_expected_get_larger_buffers(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where positions repeat, only the save itself tells how large blocks are."""
+    with sync.Engine(DEVICES) as blocking:
+        llama = blocking.attach(context.address)
+        expected = [block.to_bytes() for block in llama.save_blocks(0, tokens=BLOCK)]
+        monkeypatch.setattr(Attachment, "measure_block", lambda *_: 100)
+        assert [block.to_bytes() for block in llama.save_blocks(0, tokens=BLOCK)] == expected
+    async with kvferry.Engine(DEVICES) as engine:
+        llama_async = engine.attach(context.address)
+        blocks = await llama_async.save_blocks(0, tokens=BLOCK)
+        assert [block.to_bytes() for block in blocks] == expected
 
 
 async def test_each_block_has_a_buffer_of_the_pool_which_it_frees(context: Context) -> None:
