@@ -77,10 +77,10 @@ void CudaDevice::cut_short_stopping() {
 }
 
 // Kernels place the bytes. Without kernels nothing is loaded ahead.
-std::shared_ptr<LoadAhead> CudaDevice::make_load_ahead(uint64_t bytes) {
+std::shared_ptr<LoadAhead> CudaDevice::make_load_ahead(std::vector<BufferPart> parts) {
     if (!kernels_) return nullptr;
-    auto load_ahead =
-        std::make_shared<CudaLoadAhead>(*context_, *kernels_, ahead_, copy_threads_, bytes);
+    auto load_ahead = std::make_shared<CudaLoadAhead>(*context_, *kernels_, ahead_, copy_threads_,
+                                                      std::move(parts));
     return load_ahead->has_memory() ? load_ahead : nullptr;
 }
 

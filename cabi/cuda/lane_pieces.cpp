@@ -125,14 +125,16 @@ void CudaLane::end_piece(CudaSlot &slot) {
     schedule_.piece_ended(leg);
 }
 
-// Returns the offset in the buffer up to which all bytes are staged, once those of this slot are.
+// Returns how many bytes of a load ahead are staged from its beginning on, once those of this slot
+// are.
 uint64_t CudaLane::staged_up_to(const CudaSlot &slot) {
-    uint64_t offset = schedule_.bytes_taken(*slot.leg);
+    uint64_t bytes = schedule_.bytes_taken(*slot.leg);
     for (const CudaSlot &other : slots_) {
         if (&other == &slot || other.leg != slot.leg) continue;
-        offset = std::min(offset, other.pieces.front().offset());
+        const LoadAhead &load_ahead = *slot.leg->load_ahead;
+        bytes = std::min(bytes, load_ahead.bytes_before(other.pieces.front().offset()));
     }
-    return offset;
+    return bytes;
 }
 
 // ---- Failures ----------------------------------------------------------------------------------

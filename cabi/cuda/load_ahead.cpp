@@ -9,23 +9,27 @@ namespace kvf {
 
 // Nothing can fail once there is memory, which has to be released.
 CudaLoadAhead::CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels,
-                             CudaAheadPool &pool, ThreadPool &copy_threads, uint64_t bytes)
-    : context_(context), pool_(pool), copy_threads_(copy_threads), bytes_(bytes),
-      placer_(context, kernels), memory_(pool.acquire(bytes)) {}
+                             CudaAheadPool &pool, ThreadPool &copy_threads,
+                             std::vector<BufferPart> parts)
+    : context_(context), pool_(pool), copy_threads_(copy_threads), parts_(std::move(parts)),
+      placer_(context, kernels), memory_(pool.acquire(parts_.bytes())) {}
 
 Layout CudaLoadAhead::staging_layout() const {
     LayoutBuilder builder;
-    builder.add(memory_->address(), 0, bytes_);
+    for (size_t i = 0; i < parts_.parts().size(); ++i) {
+        const BufferPart &part = parts_.parts()[i];
+        builder.add(memory_->address() + parts_.begin(i), part.offset, part.bytes);
+    }
     return builder.finish();
 }
 
-void CudaLoadAhead::staged_up_to(uint64_t offset) noexcept {
-    update([&] { staged_ = std::max(staged_, offset); });
+void CudaLoadAhead::staged_up_to(uint64_t bytes) noexcept {
+    update([&] { staged_ = std::max(staged_, bytes); });
 }
 
 void CudaLoadAhead::staging_ended() noexcept {
     update([&] {
-        staged_ = bytes_;
+        staged_ = parts_.bytes();
         staging_ended_ = true;
     });
 }

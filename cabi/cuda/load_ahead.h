@@ -16,15 +16,16 @@ namespace kvf {
 // places.
 class CudaLoadAhead final : public LoadAhead, public std::enable_shared_from_this<CudaLoadAhead> {
 public:
-    // For a state of `bytes`. Must not outlive the pool.
+    // For parts of a buffer. Must not outlive the pool.
     CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels, CudaAheadPool &pool,
-                  ThreadPool &copy_threads, uint64_t bytes);
+                  ThreadPool &copy_threads, std::vector<BufferPart> parts);
     ~CudaLoadAhead() override { release_memory(); }
     // Whether the device had room for the state. If not, no other function may be called.
     bool has_memory() const { return memory_ != nullptr; }
 
     Layout staging_layout() const override;
-    void staged_up_to(uint64_t offset) noexcept override;
+    uint64_t bytes_before(uint64_t offset) const override { return parts_.place_of(offset); }
+    void staged_up_to(uint64_t bytes) noexcept override;
     void staging_ended() noexcept override;
     void place(std::shared_ptr<Job> job, Layout &&layout) noexcept override;
 
@@ -39,10 +40,10 @@ private:
     const CudaContext &context_;
     CudaAheadPool &pool_;
     ThreadPool &copy_threads_;
-    const uint64_t bytes_;
+    const StagedParts parts_;
 
     std::mutex mutex_;
-    uint64_t staged_ = 0; // all bytes before this offset in the buffer have been staged
+    uint64_t staged_ = 0; // bytes of the device memory that have been filled, from its beginning
     bool staging_ended_ = false;
     bool has_task_ = false;    // a task runs, which will look at the two members above again
     std::shared_ptr<Job> job_; // from place() until the task has finished

@@ -60,10 +60,10 @@ public:
     };
     virtual Snapshot snapshot(const Layout &layout, unsigned char *buffer) = 0;
 
-    // Returns device memory for a state of `bytes` that is to be loaded ahead; NULL where there is
-    // no room for it, or where the device loads nothing ahead.
-    virtual std::shared_ptr<LoadAhead> make_load_ahead(uint64_t bytes) {
-        (void)bytes;
+    // Returns device memory for the parts of a buffer that are to be loaded ahead; NULL where there
+    // is no room for them, or where the device loads nothing ahead.
+    virtual std::shared_ptr<LoadAhead> make_load_ahead(std::vector<BufferPart> parts) {
+        (void)parts;
         return nullptr;
     }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "memory/layout.h"
 
@@ -11,18 +12,45 @@ namespace kvf {
 
 class Job;
 
+// A run of bytes of a buffer. Staged parts are in ascending order.
+struct BufferPart {
+    uint64_t offset;
+    uint64_t bytes;
+};
+
+// Where the parts lie in device memory of their own: one behind the other.
+class StagedParts {
+public:
+    explicit StagedParts(std::vector<BufferPart> parts);
+
+    uint64_t bytes() const { return bytes_; } // of device memory
+    // Where a part begins there.
+    uint64_t begin(size_t part) const { return begins_[part]; }
+    const std::vector<BufferPart> &parts() const { return parts_; }
+    // Where the byte at `offset` in the buffer lies there. It must be of a part.
+    uint64_t place_of(uint64_t offset) const;
+
+private:
+    std::vector<BufferPart> parts_;
+    std::vector<uint64_t> begins_;
+    uint64_t bytes_ = 0;
+};
+
 // Device memory for one state, and the copies from there. Any thread may call these functions.
 class LoadAhead {
 public:
     virtual ~LoadAhead() = default;
 
-    // The layout of the leg that stages the whole buffer.
+    // The layout of the leg that stages all parts of the buffer.
     virtual Layout staging_layout() const = 0;
-    // All bytes before `offset` in the buffer have been staged.
-    virtual void staged_up_to(uint64_t offset) noexcept = 0;
+    // How many bytes are staged before the byte at `offset` in the buffer, which is of a part.
+    virtual uint64_t bytes_before(uint64_t offset) const = 0;
+    // The first `bytes` have been staged.
+    virtual void staged_up_to(uint64_t bytes) noexcept = 0;
     // The leg has ended: the whole buffer has been staged, or the job is stopping.
     virtual void staging_ended() noexcept = 0;
-    // Tells where the bytes belong. Called once, before or after the bytes have been staged. Calls
+    // Tells where the bytes belong. Offsets of the layout are those in the device memory
+    // (StagedParts). Called once, before or after the bytes have been staged. Calls
     // job->end_work() once: when all bytes are in their places, or when the job is stopping and no
     // copy from here is under way.
     virtual void place(std::shared_ptr<Job> job, Layout &&layout) noexcept = 0;

@@ -29,9 +29,22 @@ struct BufferOfParts {
         begin = static_cast<unsigned char *>(const_cast<void *>(sorted.front().first));
         extent = static_cast<uint64_t>(end_of(sorted.back()) - begin);
     }
-    // Where a part begins in the buffer.
-    uint64_t offset(size_t part) const {
-        return static_cast<uint64_t>(static_cast<const unsigned char *>(parts[part].first) - begin);
+    // Where each part begins in the buffer.
+    std::vector<uint64_t> places() const {
+        std::vector<uint64_t> places;
+        for (const auto &[part, count] : parts)
+            places.push_back(
+                static_cast<uint64_t>(static_cast<const unsigned char *>(part) - begin));
+        return places;
+    }
+    // The parts in the order of the buffer.
+    std::vector<BufferPart> in_order() const {
+        std::vector<BufferPart> order;
+        const std::vector<uint64_t> at = places();
+        for (size_t i = 0; i < parts.size(); ++i) order.push_back({at[i], parts[i].second});
+        std::sort(order.begin(), order.end(),
+                  [](const BufferPart &a, const BufferPart &b) { return a.offset < b.offset; });
+        return order;
     }
 
 private:
@@ -50,30 +63,33 @@ private:
 // Layouts of a state become layouts of the blocks: for each block in turn, what of it was recorded.
 class Spreader {
 public:
-    Spreader(BlockMap map, const BufferOfParts &buffer) : map_(std::move(map)), buffer_(buffer) {}
+    // `places`: where each part begins, in the buffer or in device memory that it is staged in.
+    Spreader(BlockMap map, std::vector<uint64_t> places)
+        : map_(std::move(map)), places_(std::move(places)) {}
 
+    Layout spread(const Layout &layout) {
+        std::vector<LayoutBuilder> builders(places_.size());
+        for (const kvf_region &region : layout.blocks) {
+            for (uint64_t row = 0; row < region.rows; ++row) {
+                add(builders, region.address + row * region.pitch,
+                    region.offset + row * region.buffer_pitch, region.width);
+            }
+        }
+        for (const Span &span : layout.spans) {
+            for (LayoutBuilder &builder : builders) builder.begin_tensor();
+            for (uint64_t i = 0; i < span.count; ++i) {
+                const Run &run = span.table->runs[i];
+                add(builders, run.address + span.address_distance,
+                    run.offset + span.offset_distance, run.bytes);
+            }
+        }
+        Layout whole;
+        for (LayoutBuilder &builder : builders) append(whole, builder.finish());
+        return whole;
+    }
     Layouts spread(const Layouts &layouts) {
         Layouts result;
-        for (const auto &[device, layout] : layouts) {
-            std::vector<LayoutBuilder> builders(buffer_.parts.size());
-            for (const kvf_region &region : layout.blocks) {
-                for (uint64_t row = 0; row < region.rows; ++row) {
-                    add(builders, region.address + row * region.pitch,
-                        region.offset + row * region.buffer_pitch, region.width);
-                }
-            }
-            for (const Span &span : layout.spans) {
-                for (LayoutBuilder &builder : builders) builder.begin_tensor();
-                for (uint64_t i = 0; i < span.count; ++i) {
-                    const Run &run = span.table->runs[i];
-                    add(builders, run.address + span.address_distance,
-                        run.offset + span.offset_distance, run.bytes);
-                }
-            }
-            Layout whole;
-            for (LayoutBuilder &builder : builders) append(whole, builder.finish());
-            if (!whole.empty()) result.emplace_back(device, std::move(whole));
-        }
+        for (const auto &[device, layout] : layouts) result.emplace_back(device, spread(layout));
         return result;
     }
 
@@ -81,7 +97,7 @@ private:
     void add(std::vector<LayoutBuilder> &builders, uint64_t address, uint64_t place,
              uint64_t bytes) {
         map_.for_each(place, bytes, [&](size_t block, uint64_t offset, uint64_t at, uint64_t n) {
-            builders[block].add(address + (at - place), buffer_.offset(block) + offset, n);
+            builders[block].add(address + (at - place), places_[block] + offset, n);
         });
     }
     static void append(Layout &whole, Layout &&part) {
@@ -91,12 +107,14 @@ private:
     }
 
     BlockMap map_;
-    const BufferOfParts &buffer_;
+    const std::vector<uint64_t> places_;
 };
 
-void check_all_recorded(const Structure &structure, const Layouts &layouts) {
+void check_all_recorded(const Structure &structure, const Layouts &layouts,
+                        const Layouts &early = {}) {
     uint64_t bytes = 0;
     for (const auto &[device, layout] : layouts) bytes += layout.bytes;
+    for (const auto &[device, layout] : early) bytes += layout.bytes;
     if (bytes == structure.tensor_bytes) return;
     throw Error(KVF_ERR_UNSUPPORTED,
                 "a part of the cache is in memory that no device of the engine reaches");
@@ -212,7 +230,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
     const BufferOfParts buffer(Direction::Save, blocks, nullptr, 0);
     cut.write(blocks, sequence);
 
-    recorded.layouts = Spreader(cut.map(), buffer).spread(recorded.layouts);
+    recorded.layouts = Spreader(cut.map(), buffer.places()).spread(recorded.layouts);
     recorded.bytes = buffer.bytes;
     submission.buffer = buffer.begin;
     submission.buffer_bytes = buffer.extent;
@@ -224,8 +242,19 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
         submit_snapshot(std::move(submission), std::move(recorded), options, job);
         return;
     }
-    fence->raise(enclosure(Direction::Save, sequence, recorder, false));
+    Enclosure enclosed = enclosure(Direction::Save, sequence, recorder, false);
+    enclosed.is_disturbed = watch_blocks(sequence, blocks.back().end);
+    fence->raise(std::move(enclosed));
     submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+}
+
+// As watch() of a save: blocks stay as they are while the sequence holds their positions.
+std::function<bool()> Llama::watch_blocks(int32_t sequence, int32_t end) const {
+    const bool keeps_first = states_->policy().keeps_first_position();
+    return [=, this, first = context_.first_position(sequence)] {
+        if (context_.last_position(sequence) < end - 1) return true;
+        return keeps_first && context_.first_position(sequence) != first;
+    };
 }
 
 uint64_t Llama::checkpoint_size(int32_t sequence) {
@@ -284,11 +313,9 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
     if (!state.structure) throw Error(KVF_ERR_UNSUPPORTED, states_->policy().why_not_more_blocks());
 
     // From here on a failure leaves the sequence empty.
-    Spreader spreader(join.map(), buffer);
     submission.buffer = buffer.begin;
     submission.buffer_bytes = buffer.extent;
     submission.parts = buffer.parts;
-    submission.mode = KVF_LOAD_IN_PLACE;
     const auto fence = submission.fence;
     const auto gate = submission.gate;
     Recorder recorder = make_recorder(Direction::Load, state.view.data, state.view.bytes, gate);
@@ -298,16 +325,37 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
             states_->empty_sequence(sequence);
             states_->note_empty(sequence);
         }
+        std::optional<OpenJob> open;
+        uint32_t device = Device::kHost;
+        const auto load_ahead = make_load_ahead(options.mode, buffer.in_order(), device);
+        submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
+        if (load_ahead) {
+            open.emplace(*engine_, std::move(submission), options, job != nullptr);
+            open->stage(device, load_ahead);
+        }
         Recorded recorded = take_cells(sequence, state, recorder);
-        Layouts early = recorder.take_early();
-        Layouts all = recorded.layouts;
-        all.insert(all.end(), early.begin(), early.end());
-        check_all_recorded(*state.structure, all);
-        recorded.layouts = spreader.spread(recorded.layouts);
+        const Layouts early = recorder.take_early();
+        check_all_recorded(*state.structure, recorded.layouts, early);
+        Spreader in_buffer(join.map(), buffer.places());
+        for (auto &[on, layout] : recorded.layouts) {
+            if (load_ahead && on == device) {
+                std::vector<uint64_t> staged;
+                for (const uint64_t place : buffer.places())
+                    staged.push_back(load_ahead->bytes_before(place));
+                layout = Spreader(join.map(), std::move(staged)).spread(layout);
+            } else {
+                layout = in_buffer.spread(layout);
+            }
+        }
         recorded.bytes = buffer.bytes;
         fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
-        move_now(Direction::Load, buffer.begin, buffer.extent, spreader.spread(early), nullptr);
-        submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+        move_now(Direction::Load, buffer.begin, buffer.extent, in_buffer.spread(early), nullptr);
+        if (load_ahead && !devices_.contains(device)) recorded.mode = KVF_LOAD_IN_PLACE;
+        if (open) {
+            open->commit(std::move(recorded), job);
+        } else {
+            submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+        }
     } catch (...) {
         states_->empty_sequence(sequence);
         throw;

@@ -62,6 +62,7 @@ private:
     Enclosure enclosure(Direction direction, int32_t sequence, const Recorder &recorder,
                         bool stops_rows) const;
     std::function<bool()> watch(Direction direction, int32_t sequence) const;
+    std::function<bool()> watch_blocks(int32_t sequence, int32_t end) const;
     void move_now(Direction direction, unsigned char *buffer, uint64_t bytes, Layouts &&layouts,
                   Gate *gate);
     static void check_recorded_anything(const Recorder &recorder);
@@ -86,7 +87,8 @@ private:
     Recorded take_cells(int32_t sequence, const IncomingState &state, Recorder &recorder);
     void load_during_call(int32_t sequence, const IncomingState &state, Submission &&submission,
                           const kvf_submit_options &options, kvf_job *job);
-    std::shared_ptr<LoadAhead> make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device);
+    std::shared_ptr<LoadAhead> make_load_ahead(uint32_t mode, std::vector<BufferPart> parts,
+                                               uint32_t &device);
     static void check_recorded_whole(const Structure &structure, const Recorded &recorded);
     Error load_failure(int32_t sequence, const std::string &abort_text,
                        const std::optional<Structure> &state);

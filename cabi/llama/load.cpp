@@ -53,7 +53,7 @@ void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submissi
     const bool stops_rows = guard_window(*state.structure, view, recorder, gate.get());
     std::optional<OpenJob> open;
     uint32_t device = Device::kHost;
-    const auto load_ahead = make_load_ahead(options.mode, view.bytes, device);
+    const auto load_ahead = make_load_ahead(options.mode, {{0, view.bytes}}, device);
     submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
     if (load_ahead) {
         open.emplace(*engine_, std::move(submission), options, job != nullptr);
@@ -110,9 +110,10 @@ void Llama::load_during_call(int32_t sequence, const IncomingState &state, Submi
     submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
 }
 
-// Returns device memory to load a state ahead, and on which device it is. NULL where the load is
-// done in place.
-std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, uint64_t bytes, uint32_t &device) {
+// Returns device memory to load parts of the buffer ahead, and on which device it is. NULL where
+// the load is done in place.
+std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, std::vector<BufferPart> parts,
+                                                  uint32_t &device) {
     if (mode != KVF_LOAD_AHEAD) return nullptr;
     std::set<uint32_t> devices(devices_);
     devices.erase(Device::kHost);
@@ -120,7 +121,7 @@ std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, uint64_t bytes,
     if (devices_.empty() && engine_->device_count() == 2) devices.insert(1);
     if (devices.size() != 1) return nullptr;
     device = *devices.begin();
-    return engine_->device(device).make_load_ahead(bytes);
+    return engine_->device(device).make_load_ahead(std::move(parts));
 }
 
 // If libllama moved bytes without the tap, they are not in the record.

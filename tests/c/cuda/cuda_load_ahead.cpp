@@ -100,7 +100,7 @@ void load(Test &test, Random &random, const unsigned char *buffer, int64_t wait_
     test.state.model(expected, Bytes(buffer, buffer + test.state.bytes));
     std::shared_ptr<kvf::Job> job;
     {
-        const auto load_ahead = test.device.make_load_ahead(test.state.bytes);
+        const auto load_ahead = test.device.make_load_ahead({{0, test.state.bytes}});
         CHECK(load_ahead);
         kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
         job = open.job();
@@ -116,7 +116,7 @@ void load(Test &test, Random &random, const unsigned char *buffer, int64_t wait_
 void load_nothing(Test &test, const unsigned char *buffer) {
     kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
     const auto job = open.job();
-    open.stage(1, test.device.make_load_ahead(test.state.bytes));
+    open.stage(1, test.device.make_load_ahead({{0, test.state.bytes}}));
     open.commit({}, nullptr);
     succeed(job);
 }
@@ -130,7 +130,7 @@ void end_otherwise(Test &test, Random &random, const unsigned char *buffer) {
         {
             kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
             job = open.job();
-            open.stage(1, test.device.make_load_ahead(test.state.bytes));
+            open.stage(1, test.device.make_load_ahead({{0, test.state.bytes}}));
             if (i % 3 == 1) job->fail(KVF_ERR_CANCELLED, "");
             if (i % 2 == 0) sleep_ms(i % 4);
             if (i % 3 != 0) open.commit(test.recorded(), nullptr);
@@ -154,19 +154,19 @@ void keep_and_free(Test &test, Random &random, const unsigned char *buffer) {
     CHECK(d.count("device_bytes") == kept && d.calls("cuMemAlloc") == calls);
     // Memory that is too small for the next load is freed, at once where the device is short of
     // memory.
-    auto larger = test.device.make_load_ahead(4 * test.state.bytes);
+    auto larger = test.device.make_load_ahead({{0, 4 * test.state.bytes}});
     CHECK(larger && d.count("device_bytes") >= before + 4 * test.state.bytes);
     while (d.count("device_bytes") >= before + 4 * test.state.bytes + 4 * MiB) sleep_ms(1);
     larger.reset(); // kept
     d.set("device_limit", before + 16 * test.state.bytes + 8 * MiB);
-    larger = test.device.make_load_ahead(16 * test.state.bytes);
+    larger = test.device.make_load_ahead({{0, 16 * test.state.bytes}});
     CHECK(larger);
     larger.reset();
     test.engine->trim();
     while (d.count("device_bytes") != before) sleep_ms(1); // copy threads may free some of it
 
     d.set("device_limit", d.count("device_bytes") + test.state.bytes / 2);
-    CHECK(!test.device.make_load_ahead(test.state.bytes));
+    CHECK(!test.device.make_load_ahead({{0, test.state.bytes}}));
     d.set("device_limit", UINT64_MAX);
 }
 
@@ -181,7 +181,7 @@ void fail(Test &test, Random &random, const unsigned char *buffer) {
             const uint64_t calls = d.calls(name);
             int32_t status = KVF_OK;
             try {
-                const auto load_ahead = test.device.make_load_ahead(test.state.bytes);
+                const auto load_ahead = test.device.make_load_ahead({{0, test.state.bytes}});
                 kvf::OpenJob open(*test.engine, test.submission(buffer), test.options(), false);
                 const auto job = open.job();
                 open.stage(1, load_ahead);

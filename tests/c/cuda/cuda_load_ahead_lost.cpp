@@ -19,7 +19,7 @@ kvf::Layout layout(uint64_t address) {
 template <class Function>
 int32_t load(kvf::Engine &engine, const DeviceMemory &device, unsigned char *buffer,
              Function &&happens) {
-    const auto load_ahead = engine.device(1).make_load_ahead(kState);
+    const auto load_ahead = engine.device(1).make_load_ahead({{0, kState}});
     CHECK(load_ahead);
     kvf::OpenJob open(engine, make_submission(Way::Load, buffer, kState), KVF_SUBMIT_OPTIONS_INIT,
                       false);
