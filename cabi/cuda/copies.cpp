@@ -25,9 +25,24 @@ struct Stretch {
 void CudaCopies::send_table(const CudaSlot &slot) const {
     if (slot.rows_in == CudaRowsIn::Resident) return planner_.resident().send(slot.stream);
     if (slot.rows_in == CudaRowsIn::Pieces) return;
+    // The copy of a save writes the gaps that it moves: staging must hold what the host has there.
+    const auto gap_before = [&](size_t i) -> uint64_t {
+        if (i == 0 || direction_ == Direction::Load) return 0;
+        return slot.places[i] - (slot.places[i - 1] + slot.pieces[i - 1].bytes);
+    };
+    uint64_t rows = 0;
+    for (size_t i = 0; i < slot.pieces.size(); ++i) {
+        rows += slot.pieces[i].rows() + (gap_before(i) > 0);
+    }
     CudaRowTable &table = *slot.table;
-    table.clear();
-    for (size_t i = 0; i < slot.pieces.size(); ++i) table.add(slot.pieces[i], slot.places[i]);
+    table.clear(rows);
+    for (size_t i = 0; i < slot.pieces.size(); ++i) {
+        const Piece &piece = slot.pieces[i];
+        const uint64_t place = slot.places[i], gap = gap_before(i);
+        const unsigned char *host = slot.leg->job->request.buffer + piece.offset();
+        if (gap > 0) table.add_bytes(host - gap, gap, place - gap);
+        table.add(piece, place);
+    }
     table.send(slot.stream);
 }
 
@@ -40,7 +55,7 @@ void CudaCopies::launch(const CudaSlot &slot, uint32_t blocks) const {
         const Piece &piece = slot.pieces[i];
         launch(slot.rows_in == CudaRowsIn::Resident
                    ? planner_.resident().rows(piece, slot.places[i])
-                   : CudaRows::of(piece.block, slot.places[i]));
+                   : CudaRows::of(piece.region, slot.places[i]));
     }
 }
 
@@ -53,17 +68,17 @@ void CudaCopies::copy_direct(const CudaSlot &slot) const {
     const Job &job = *slot.leg->job;
     unsigned char *packed = slot.bounce ? slot.bounce->data() : nullptr;
     for (const Piece &piece : slot.pieces) {
-        const kvf_region &block = piece.block;
+        const kvf_region &region = piece.region;
         if (piece.runs) {
             const Run run = piece.run(0);
             copy_run(slot, run.address,
                      job.request.pinned ? job.request.buffer + run.offset : packed, run.bytes);
         } else if (job.request.pinned) {
-            copy_rows(slot, block.address, block.pitch, job.request.buffer + block.offset,
-                      block.buffer_pitch, block.width, block.rows);
+            copy_rows(slot, region.address, region.pitch, job.request.buffer + region.offset,
+                      region.buffer_pitch, region.width, region.rows);
         } else {
-            copy_rows(slot, block.address, block.pitch, packed, block.width, block.width,
-                      block.rows);
+            copy_rows(slot, region.address, region.pitch, packed, region.width, region.width,
+                      region.rows);
         }
         packed += piece.bytes;
     }
@@ -84,7 +99,7 @@ void CudaCopies::copy_staged(const CudaSlot &slot) const {
         if (stretch.extend(place, offset, bytes)) return;
         flush();
         // Pieces that are loaded have room in staging for what precedes them on their line in the
-        // host.
+        // host, if that is in their buffer.
         const auto begin = reinterpret_cast<uint64_t>(job.request.buffer) + offset;
         const bool has_room = is_first && direction_ == Direction::Load;
         const uint64_t before = has_room ? std::min(begin % CudaPlanner::kHostLine, offset) : 0;
@@ -92,25 +107,28 @@ void CudaCopies::copy_staged(const CudaSlot &slot) const {
     };
     for (size_t i = 0; i < slot.pieces.size(); ++i) {
         const Piece &piece = slot.pieces[i];
-        const kvf_region &block = piece.block;
+        const kvf_region &region = piece.region;
         uint64_t at = slot.places[i];
+        const bool is_one_buffer = piece.gap == Piece::Gap::Read;
+        if (piece.gap == Piece::Gap::Nothing) flush(); // another buffer may begin
         if (piece.is_packed()) {
-            add(at, piece.offset(), piece.bytes, true);
+            add(at, piece.offset(), piece.bytes, is_one_buffer);
         } else if (piece.runs) {
             for (uint64_t k = 0; k < piece.count; ++k) {
                 const Run run = piece.run(k);
-                add(at, run.offset, run.bytes, k == 0);
+                add(at, run.offset, run.bytes, k == 0 && is_one_buffer);
                 at += run.bytes;
             }
-        } else if (block.buffer_pitch > max_pitch_) {
-            for (uint64_t k = 0; k < block.rows; ++k) {
-                add(at, block.offset + k * block.buffer_pitch, block.width, k == 0);
-                at += block.width;
+        } else if (region.buffer_pitch > max_pitch_) {
+            for (uint64_t k = 0; k < region.rows; ++k) {
+                add(at, region.offset + k * region.buffer_pitch, region.width,
+                    k == 0 && is_one_buffer);
+                at += region.width;
             }
         } else {
             flush();
-            copy_rows(slot, staging + at, block.width, job.request.buffer + block.offset,
-                      block.buffer_pitch, block.width, block.rows);
+            copy_rows(slot, staging + at, region.width, job.request.buffer + region.offset,
+                      region.buffer_pitch, region.width, region.rows);
         }
     }
     flush();

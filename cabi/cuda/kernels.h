@@ -17,14 +17,14 @@ struct CudaRows {
     uint64_t pitch = 0;
     uint32_t width = 0;
 
-    // Returns the rows of a block, which lie one after another in staging from `place` on.
-    static CudaRows of(const kvf_region &block, uint64_t place) {
+    // Returns the rows of a region, which lie one after another in staging from `place` on.
+    static CudaRows of(const kvf_region &region, uint64_t place) {
         CudaRows rows;
-        rows.count = static_cast<uint32_t>(block.rows);
-        rows.address_distance = block.address;
+        rows.count = static_cast<uint32_t>(region.rows);
+        rows.address_distance = region.address;
         rows.offset_distance = static_cast<uint32_t>(place);
-        rows.pitch = block.pitch;
-        rows.width = static_cast<uint32_t>(block.width);
+        rows.pitch = region.pitch;
+        rows.width = static_cast<uint32_t>(region.width);
         return rows;
     }
 };

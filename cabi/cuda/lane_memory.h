@@ -20,7 +20,7 @@ class CudaLaneMemory {
 public:
     static constexpr uint64_t kLeastDevice = 2 << 20;
 
-    // The most that a lane pins: seven bounce buffers of 4 MiB, four tables of 512 KiB and one of 1
+    // The most that a lane pins: seven bounce buffers of 4 MiB, four tables of 544 KiB and one of 1
     // MiB. (A lane has eight slots; those without a bounce buffer or a table wait for one.)
     static constexpr size_t kMostBounces = 7, kMostRows = 4;
     static constexpr uint64_t kBounce = 4 << 20, kLeastBounce = 1 << 20;

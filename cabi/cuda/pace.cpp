@@ -5,14 +5,14 @@ namespace {
 
 // Where pacing begins, and the share of the link that it aims at: best on an H200
 // (docs/performance.md). Loads cost decoding more than saves, and reach more with less.
-constexpr uint64_t kFirstRun = 4 << 20, kFirstBlock = 6 << 20, kFirstStaged = 4 << 20;
+constexpr uint64_t kFirstRun = 4 << 20, kFirstRows = 6 << 20, kFirstStaged = 4 << 20;
 constexpr double kSavedRunShare = 0.975, kLoadedRunShare = 0.97, kRowsShare = 0.93;
 
 } // namespace
 
 CudaPace::CudaPace(Direction direction)
     : pacers_{Pacer(direction == Direction::Save ? kSavedRunShare : kLoadedRunShare, kFirstRun),
-              Pacer(kRowsShare, kFirstBlock), Pacer(kRowsShare, kFirstStaged)} {
+              Pacer(kRowsShare, kFirstRows), Pacer(kRowsShare, kFirstStaged)} {
     for (size_t way = 0; way < kCudaWays; ++way) publish(way);
 }
 
@@ -42,7 +42,7 @@ std::string CudaPace::describe() const {
         return format("\"%s\": {\"bytes\": %llu, \"queued\": %u}", name,
                       static_cast<unsigned long long>(pace.bytes.load()), pace.window.load());
     };
-    return "{" + describe_way("runs", CudaWay::Run) + ", " + describe_way("rows", CudaWay::Block) +
+    return "{" + describe_way("runs", CudaWay::Run) + ", " + describe_way("rows", CudaWay::Rows) +
            ", " + describe_way("gathered", CudaWay::Staged) + "}";
 }
 

@@ -14,8 +14,8 @@ constexpr std::chrono::microseconds kPoll{10};
 // Where a piece ends in the buffer.
 uint64_t end_in_buffer(const Piece &piece) {
     if (!piece.runs) {
-        const kvf_region &block = piece.block;
-        return block.offset + (block.rows - 1) * block.buffer_pitch + block.width;
+        const kvf_region &region = piece.region;
+        return region.offset + (region.rows - 1) * region.buffer_pitch + region.width;
     }
     uint64_t end = 0;
     for (uint64_t i = piece.is_packed() ? piece.count - 1 : 0; i < piece.count; ++i) {
@@ -61,15 +61,15 @@ bool CudaPlacer::take_next() {
 }
 
 void CudaPlacer::copy(const Piece &piece) {
-    const kvf_region &block = piece.block;
+    const kvf_region &region = piece.region;
     if (piece.runs) {
         copy_runs(piece);
-    } else if (block.rows > 1 && piece.is_packed()) {
-        scatter(CudaRows::of(block, 0), block.offset);
+    } else if (region.rows > 1 && piece.is_packed()) {
+        scatter(CudaRows::of(region, 0), region.offset);
     } else {
-        for (uint64_t i = 0; i < block.rows; ++i) {
-            copy_run(block.address + i * block.pitch, block.offset + i * block.buffer_pitch,
-                     block.width);
+        for (uint64_t i = 0; i < region.rows; ++i) {
+            copy_run(region.address + i * region.pitch, region.offset + i * region.buffer_pitch,
+                     region.width);
         }
     }
 }

@@ -6,7 +6,7 @@
 namespace kvf {
 namespace {
 
-// A shorter stretch of the irregular rest, or a smaller block, is not worth a launch of its own.
+// A shorter stretch of the irregular rest, or a smaller region, is not worth a launch of its own.
 constexpr uint64_t kLeastResident = 64; // runs
 constexpr uint64_t kLeastRegular = 512 << 10;
 // Rows narrower than this are gathered: the copy engine moves them slower than the link.
@@ -15,9 +15,11 @@ constexpr uint64_t kNarrow = 1024;
 // H200 loaded rows of 2 KiB at offsets that are not multiples of a line at 0.966 of the raw speed,
 // others at 0.990.)
 constexpr uint64_t kWide = 8 << 10;
-// Where the gap between two pieces that are loaded through staging is no larger than this, one copy
-// moves both and the gap: libllama writes 12 bytes of metadata between two tensors.
-constexpr uint64_t kBridge = 256;
+// A smaller region is gathered where one copy can then move several: a copy of its own costs the
+// copy engine 2 to 3 us, in which the link moves 0.15 MiB.
+constexpr uint64_t kLeastAlone = 4 << 20;
+// The room that a gap takes in a table: a row, and the bytes.
+constexpr uint64_t kGapRows = 1 + kBridge / sizeof(kvferry_row);
 // What a piece may need in staging beside its bytes: the beginning of its first line in the host,
 // and alignment.
 constexpr uint64_t kPieceRoom = 2 * CudaPlanner::kHostLine;
@@ -30,8 +32,6 @@ uint64_t most_rows(const CudaSlot &slot) {
     if (slot.way != CudaWay::Staged) return 1;
     return slot.rows_in == CudaRowsIn::Resident ? CudaResidentTable::kRows : CudaRowTable::kRows;
 }
-
-uint64_t rows_of(const Piece &piece) { return piece.runs ? piece.count : piece.block.rows; }
 
 // Where the pieces that have their places in staging end.
 uint64_t end_in_staging(const CudaSlot &slot) {
@@ -80,6 +80,10 @@ CudaPlanner::Missing CudaPlanner::acquire_staging(CudaSlot &slot, const Leg &leg
 
 // Decides where the kernel finds the slot's rows.
 CudaPlanner::Missing CudaPlanner::acquire_rows(CudaSlot &slot, const Leg &leg) {
+    if (fills_gaps(leg)) {
+        slot.table = memory_.acquire_rows();
+        return slot.table ? Missing::Nothing : Missing::Table;
+    }
     if (is_regular(leg.parts)) {
         slot.rows_in = CudaRowsIn::Pieces;
         return Missing::Nothing;
@@ -116,11 +120,17 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
     do {
         const uint64_t bytes = room_for_next(slot, parts, most, rows_left);
         if (bytes == 0) break;
+        const bool is_long = is_long_row(parts);
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
         if (slot.way == CudaWay::Staged) {
             slot.places.push_back(place(slot, *leg.job, piece));
-            if (slot.rows_in == CudaRowsIn::Table) rows_left -= rows_of(piece);
+            if (slot.rows_in == CudaRowsIn::Table)
+                rows_left -= std::min(rows_left, piece.rows() + (fills_gaps(leg) ? kGapRows : 0));
+            // Among many rows a kernel would leave the long ones to few of its blocks.
+            if (slot.rows_in == CudaRowsIn::Table && !parts.empty() &&
+                is_long_row(parts) != is_long)
+                break;
         }
     } while (!parts.empty() && slot.bytes < most && rows_left > 0 &&
              slot.pieces.size() < kMostPieces && goes_with(slot, leg, urgent));
@@ -134,7 +144,7 @@ bool CudaPlanner::goes_with(const CudaSlot &slot, const Leg &leg, bool urgent) c
     switch (slot.rows_in) {
     case CudaRowsIn::Pieces: return is_regular(leg.parts);
     case CudaRowsIn::Resident:
-        return !leg.parts.block() && leg.parts.span().table == *slot.pieces.back().table;
+        return !leg.parts.region() && leg.parts.span().table == *slot.pieces.back().table;
     case CudaRowsIn::Table: break;
     }
     return true;
@@ -149,36 +159,60 @@ uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, ui
         const uint64_t room = slot.staging.bytes - end_in_staging(slot);
         bytes = std::min(bytes, room - std::min(room, kPieceRoom));
     }
-    const kvf_region *block = parts.block();
-    if (!block) {
+    const kvf_region *region = parts.region();
+    if (!region) {
         const bool might_not_fit = bytes < std::min(kLongRun, parts.left());
         return !is_first && might_not_fit ? 0 : bytes;
     }
-    if (slot.way == CudaWay::Run) return std::min(bytes, block->width);
-    if (is_staged && !is_first && block->width > bytes) return 0;
+    if (slot.way == CudaWay::Run) return std::min(bytes, region->width);
+    if (is_staged && !is_first && region->width > bytes) {
+        const bool is_worth_splitting = region->rows == 1 && bytes >= kLongRun;
+        return is_worth_splitting ? bytes : 0;
+    }
     if (is_staged && slot.rows_in == CudaRowsIn::Table) {
-        return std::min(bytes, block->width * rows_left);
+        return std::min(bytes, region->width * rows_left);
     }
     return bytes;
 }
 
-// Where the next piece goes in staging: behind the one before it. A piece that is loaded keeps a
-// short distance from the one before it as it has that in the host, so that one copy moves both;
-// else it leaves room for the line of the host that it begins in.
+// Where the next piece goes in staging: behind the one before it, and at the distance that it has
+// in the host where that is short and one copy may move both. Else a piece that is loaded leaves
+// room for the line of the host that it begins in.
 uint64_t CudaPlanner::place(const CudaSlot &slot, const Job &job, const Piece &piece) const {
     const size_t count = slot.places.size(); // of the pieces before it
     const uint64_t end = end_in_staging(slot);
-    if (direction_ == Direction::Save || !job.request.pinned) return end;
-    if (count > 0 && slot.pieces[count - 1].is_packed()) {
+    if (!job.request.pinned) return end;
+    if (count > 0 && slot.pieces[count - 1].is_packed() && may_bridge(slot, piece)) {
         const Piece &last = slot.pieces[count - 1];
         const uint64_t gap = piece.offset() - (last.offset() + last.bytes);
         if (gap <= kBridge) return end + gap;
     }
+    if (direction_ == Direction::Save) return end;
     return (end + kHostLine - 1) / kHostLine * kHostLine + kHostLine;
 }
 
+// Whether one copy may move the piece, the one before it, and the gap between them.
+bool CudaPlanner::may_bridge(const CudaSlot &slot, const Piece &piece) const {
+    if (piece.gap == Piece::Gap::Nothing) return false;
+    if (direction_ == Direction::Load) return true;
+    return piece.gap == Piece::Gap::Rewrite && slot.rows_in == CudaRowsIn::Table;
+}
+
+// Whether the next piece of a save is one that gaps are moved with.
+bool CudaPlanner::fills_gaps(const Leg &leg) const {
+    return direction_ == Direction::Save && leg.job->request.pinned && leg.parts.owns_gaps();
+}
+
+// Whether the next piece is of a region that goes through staging so that one copy moves several.
+bool CudaPlanner::is_gathered(const Leg &leg) const {
+    const kvf_region &region = *leg.parts.region();
+    return memory_.has_staging() && leg.job->request.pinned && leg.parts.owns_gaps() &&
+           (region.rows == 1 || region.buffer_pitch == region.width) &&
+           region.width * region.rows < kLeastAlone;
+}
+
 bool CudaPlanner::is_for_resident(const Leg &leg) {
-    return !leg.parts.block() && leg.parts.runs_left() >= kLeastResident;
+    return !leg.parts.region() && leg.parts.runs_left() >= kLeastResident;
 }
 
 // Acquires the resident table for the next piece of the irregular rest. Returns false where that
@@ -191,30 +225,37 @@ bool CudaPlanner::acquire_resident(const Leg &leg) {
 }
 
 CudaWay CudaPlanner::way_of(const Leg &leg, bool urgent) const {
-    const kvf_region *block = leg.parts.block();
-    if (!block) return memory_.has_staging() ? CudaWay::Staged : CudaWay::Run;
-    if (block->rows == 1 || block->width >= kUrgentBytes) return CudaWay::Run;
+    const kvf_region *region = leg.parts.region();
+    if (!region) return memory_.has_staging() ? CudaWay::Staged : CudaWay::Run;
+    if (is_gathered(leg)) return CudaWay::Staged;
+    if (region->rows == 1 || region->width >= kUrgentBytes) return CudaWay::Run;
     const uint64_t pitch =
-        std::max(block->pitch, leg.job->request.pinned ? block->buffer_pitch : 0);
-    const bool is_direct = block->width >= kNarrow && pitch <= max_pitch_;
-    if (is_direct && !(urgent && is_read_badly(*leg.job, *block))) return CudaWay::Block;
-    if (memory_.has_staging() && block->width <= kLongRun) return CudaWay::Staged;
-    return pitch <= max_pitch_ ? CudaWay::Block : CudaWay::Run;
+        std::max(region->pitch, leg.job->request.pinned ? region->buffer_pitch : 0);
+    const bool is_direct = region->width >= kNarrow && pitch <= max_pitch_;
+    if (is_direct && !(urgent && is_read_badly(*leg.job, *region))) return CudaWay::Rows;
+    if (memory_.has_staging() && region->width <= kLongRun) return CudaWay::Staged;
+    return pitch <= max_pitch_ ? CudaWay::Rows : CudaWay::Run;
 }
 
-// Whether a block is loaded faster through staging.
-bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &block) const {
-    if (direction_ == Direction::Save || !job.request.pinned || block.width >= kWide ||
-        block.buffer_pitch != block.width || block.width * block.rows < kLeastRegular)
+// Whether a region is loaded faster through staging.
+bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &region) const {
+    if (direction_ == Direction::Save || !job.request.pinned || region.width >= kWide ||
+        region.buffer_pitch != region.width || region.width * region.rows < kLeastRegular)
         return false;
-    const uint64_t begin = reinterpret_cast<uint64_t>(job.request.buffer) + block.offset;
-    return (begin | block.width) % kHostLine != 0;
+    const uint64_t begin = reinterpret_cast<uint64_t>(job.request.buffer) + region.offset;
+    return (begin | region.width) % kHostLine != 0;
 }
 
-// Whether the next piece is of a block that is worth a launch of its own.
+// Whether the next piece is of a region of one row.
+bool CudaPlanner::is_long_row(const Parts &parts) {
+    const kvf_region *region = parts.region();
+    return region && region->rows == 1;
+}
+
+// Whether the next piece is of a region that is worth a launch of its own.
 bool CudaPlanner::is_regular(const Parts &parts) {
-    const kvf_region *block = parts.block();
-    return block && block->width * block->rows >= kLeastRegular;
+    const kvf_region *region = parts.region();
+    return region && region->rows >= kFewRows && region->width * region->rows >= kLeastRegular;
 }
 
 } // namespace kvf

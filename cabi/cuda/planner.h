@@ -43,9 +43,13 @@ public:
     CudaResidentTable &resident() const { return *resident_; }
 
 private:
-    bool is_read_badly(const Job &job, const kvf_region &block) const;
+    bool is_read_badly(const Job &job, const kvf_region &region) const;
     static bool is_regular(const Parts &parts);
+    static bool is_long_row(const Parts &parts);
     static bool is_for_resident(const Leg &leg);
+    bool is_gathered(const Leg &leg) const;
+    bool fills_gaps(const Leg &leg) const;
+    bool may_bridge(const CudaSlot &slot, const Piece &piece) const;
     Missing acquire_staging(CudaSlot &slot, const Leg &leg, bool urgent, uint64_t most_bytes);
     Missing acquire_rows(CudaSlot &slot, const Leg &leg);
     bool acquire_resident(const Leg &leg);

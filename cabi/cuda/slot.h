@@ -12,12 +12,12 @@ namespace kvf {
 
 // How pieces move between the device and the host: as runs, as two-dimensional copies, or through
 // staging and a kernel.
-enum class CudaWay { Run, Block, Staged };
+enum class CudaWay { Run, Rows, Staged };
 constexpr size_t kCudaWays = 3;
 
 // Where a kernel finds its rows.
 enum class CudaRowsIn {
-    Pieces,   // each piece is a block, which needs no table
+    Pieces,   // each piece is a region, which needs no table
     Resident, // each piece has its rows in the resident table
     Table,    // the slot has a table of its own for all pieces
 };

@@ -64,29 +64,30 @@ Device::Snapshot CudaSnapshots::take(const Layout &layout) {
 }
 
 void CudaSnapshots::pack(const Layout &layout, Packed &packed) {
-    for (const kvf_region &block : layout.blocks) pack_block(block, packed);
+    for (const kvf_region &region : layout.regions) pack_region(region, packed);
     if (!layout.spans.empty()) pack_irregular(layout, packed);
 }
 
-void CudaSnapshots::pack_block(const kvf_region &block, Packed &packed) {
+void CudaSnapshots::pack_region(const kvf_region &region, Packed &packed) {
     const CUdeviceptr to = packed.at;
-    if (block.rows == 1 || block.pitch > max_pitch_) {
-        for (uint64_t i = 0; i < block.rows; ++i) {
-            copy(to + i * block.width, block.address + i * block.pitch, block.width);
+    if (region.rows == 1 || region.pitch > max_pitch_) {
+        for (uint64_t i = 0; i < region.rows; ++i) {
+            copy(to + i * region.width, region.address + i * region.pitch, region.width);
         }
     } else {
         CUDA_MEMCPY2D rows{};
         rows.srcMemoryType = rows.dstMemoryType = CU_MEMORYTYPE_DEVICE;
-        rows.srcDevice = block.address;
-        rows.srcPitch = block.pitch;
+        rows.srcDevice = region.address;
+        rows.srcPitch = region.pitch;
         rows.dstDevice = to;
-        rows.dstPitch = block.width;
-        rows.WidthInBytes = block.width;
-        rows.Height = block.rows;
+        rows.dstPitch = region.width;
+        rows.WidthInBytes = region.width;
+        rows.Height = region.rows;
         driver_.check(driver_.cuMemcpy2DAsync(&rows, stream_), "cuMemcpy2DAsync");
     }
-    packed.layout.add({to, block.width, block.rows, block.width, block.offset, block.buffer_pitch});
-    packed.at += block.width * block.rows;
+    packed.layout.add(
+        {to, region.width, region.rows, region.width, region.offset, region.buffer_pitch});
+    packed.at += region.width * region.rows;
 }
 
 void CudaSnapshots::pack_irregular(const Layout &layout, Packed &packed) {
@@ -95,7 +96,7 @@ void CudaSnapshots::pack_irregular(const Layout &layout, Packed &packed) {
         pinned_bytes_ = rows_->pinned_bytes();
     }
     Cursor cursor(layout);
-    cursor.skip_blocks();
+    cursor.skip_regions();
     while (!cursor.at_end()) {
         // Offsets within one launch have 32 bits.
         const Piece piece = cursor.next(UINT32_MAX, CudaRowTable::kRows);

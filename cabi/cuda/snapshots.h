@@ -43,7 +43,7 @@ private:
     bool take_left(CUdeviceptr &address);
 
     void pack(const Layout &layout, Packed &packed);
-    void pack_block(const kvf_region &block, Packed &packed);
+    void pack_region(const kvf_region &region, Packed &packed);
     void pack_irregular(const Layout &layout, Packed &packed);
     void gather(const Piece &piece, CUdeviceptr to);
     void copy(CUdeviceptr to, uint64_t from, uint64_t bytes);

@@ -1,5 +1,7 @@
 #include "cuda/tables.h"
 
+#include <cstring>
+
 namespace kvf {
 
 CudaRowTable::CudaRowTable(const CudaContext &context, CUdeviceptr memory, uint32_t rows)
@@ -15,12 +17,18 @@ void CudaRowTable::add(const Piece &piece, uint64_t place) {
             place += piece.runs[i].bytes;
         }
     } else {
-        const kvf_region &block = piece.block;
-        for (uint64_t i = 0; i < block.rows; ++i) {
-            add(block.address + i * block.pitch, place, block.width);
-            place += block.width;
+        const kvf_region &region = piece.region;
+        for (uint64_t i = 0; i < region.rows; ++i) {
+            add(region.address + i * region.pitch, place, region.width);
+            place += region.width;
         }
     }
+}
+
+void CudaRowTable::add_bytes(const unsigned char *from, uint64_t bytes, uint64_t place) {
+    std::memcpy(pinned_.data() + bytes_end_, from, bytes);
+    add(memory_ + bytes_end_, place, bytes);
+    bytes_end_ += bytes;
 }
 
 void CudaRowTable::add(const RunTable &table) {
@@ -40,8 +48,9 @@ bool CudaRowTable::add_as_in_buffer(const Piece &piece) {
 }
 
 void CudaRowTable::send(CUstream stream) const {
-    driver_.check(driver_.cuMemcpyHtoDAsync(memory_, rows_, count_ * sizeof(kvferry_row), stream),
-                  "cuMemcpyHtoDAsync");
+    const bool has_bytes = bytes_end_ > bytes_begin_;
+    const uint64_t bytes = has_bytes ? bytes_end_ : count_ * sizeof(kvferry_row);
+    driver_.check(driver_.cuMemcpyHtoDAsync(memory_, rows_, bytes, stream), "cuMemcpyHtoDAsync");
 }
 
 CudaResidentTable::CudaResidentTable(const CudaContext &context, CUdeviceptr memory)

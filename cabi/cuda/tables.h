@@ -13,7 +13,8 @@ namespace kvf {
 // A table that is written anew for each launch.
 class CudaRowTable {
 public:
-    static constexpr uint32_t kRows = 32768;
+    // 16 MiB in rows of 512 bytes (256 elements of V transposed), and the gaps between 64 pieces.
+    static constexpr uint32_t kRows = 32768 + 2048;
     static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row); // in either memory
 
     // `memory` is the caller's device memory for `rows` rows, and outlives the table. 0: the table
@@ -23,10 +24,16 @@ public:
     CudaRowTable(const CudaRowTable &) = delete;
     CudaRowTable &operator=(const CudaRowTable &) = delete;
 
-    // Empties the table. Kernels that were launched with it must have ended.
-    void clear() { count_ = 0; }
+    // Empties the table. Kernels that were launched with it must have ended. Bytes of add_bytes()
+    // come behind so many rows.
+    void clear(uint64_t rows_before_bytes = 0) {
+        count_ = 0;
+        bytes_begin_ = bytes_end_ = rows_before_bytes * sizeof(kvferry_row);
+    }
     // Adds the rows of a piece that lies in staging at `place`, one row after another.
     void add(const Piece &piece, uint64_t place);
+    // Adds bytes of the host's, which travel with the table, as a row for staging at `place`.
+    void add_bytes(const unsigned char *from, uint64_t bytes, uint64_t place);
     // Adds all runs of a table, each at its distance from the first one in the buffer.
     void add(const RunTable &table);
     // Adds the runs of a piece, each at its distance from the first one in the buffer. Returns
@@ -56,6 +63,7 @@ private:
     const CudaPinnedMemory pinned_;
     kvferry_row *const rows_; // in pinned_
     uint32_t count_ = 0;
+    uint64_t bytes_begin_ = 0, bytes_end_ = 0; // in pinned_: of the bytes behind the rows
 };
 
 // A table of runs that stays on the device while pieces refer to it. The tensors of a cache share

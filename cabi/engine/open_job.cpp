@@ -1,5 +1,7 @@
 #include "engine/open_job.h"
 
+#include <algorithm>
+
 namespace kvf {
 namespace {
 
@@ -102,13 +104,15 @@ std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Layout &staged) {
         Leg *const leg = leg_on(device);
         if (!leg) {
             complete.push_back(&make_leg(device, std::move(layout)));
-            complete.back()->parts.close();
+        } else if (std::find(complete.begin(), complete.end(), leg) != complete.end()) {
+            leg->parts.add(std::move(layout));
         } else if (leg->load_ahead) {
             staged = std::move(layout);
         } else {
             leg->device.extend(*leg, std::move(layout));
         }
     }
+    for (Leg *leg : complete) leg->parts.close();
     return complete;
 }
 

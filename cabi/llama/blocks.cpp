@@ -67,45 +67,60 @@ public:
     Spreader(BlockMap map, std::vector<uint64_t> places)
         : map_(std::move(map)), places_(std::move(places)) {}
 
-    Layout spread(const Layout &layout) {
+    // A layout for each part, in the order of the parts.
+    std::vector<Layout> spread(const Layout &layout) {
         std::vector<LayoutBuilder> builders(places_.size());
-        for (const kvf_region &region : layout.blocks) {
+        std::vector<size_t> tensors(places_.size(), SIZE_MAX); // that was added last
+        const auto add = [&](uint64_t address, uint64_t place, uint64_t bytes) {
+            map_.for_each(
+                place, bytes, [&](size_t block, uint64_t offset, uint64_t at, uint64_t count) {
+                    if (std::exchange(tensors[block], map_.tensor()) != map_.tensor())
+                        builders[block].begin_tensor();
+                    builders[block].add(address + (at - place), places_[block] + offset, count);
+                });
+        };
+        for (const kvf_region &region : layout.regions) {
             for (uint64_t row = 0; row < region.rows; ++row) {
-                add(builders, region.address + row * region.pitch,
-                    region.offset + row * region.buffer_pitch, region.width);
+                add(region.address + row * region.pitch, region.offset + row * region.buffer_pitch,
+                    region.width);
             }
         }
         for (const Span &span : layout.spans) {
-            for (LayoutBuilder &builder : builders) builder.begin_tensor();
             for (uint64_t i = 0; i < span.count; ++i) {
                 const Run &run = span.table->runs[i];
-                add(builders, run.address + span.address_distance,
-                    run.offset + span.offset_distance, run.bytes);
+                add(run.address + span.address_distance, run.offset + span.offset_distance,
+                    run.bytes);
             }
         }
-        Layout whole;
-        for (LayoutBuilder &builder : builders) append(whole, builder.finish());
-        return whole;
+        std::vector<Layout> parts;
+        for (LayoutBuilder &builder : builders) parts.push_back(builder.finish());
+        return parts;
     }
+    // The same for several devices. The bytes between the rows of a block are the job's own, where
+    // one device has all rows.
     Layouts spread(const Layouts &layouts) {
         Layouts result;
-        for (const auto &[device, layout] : layouts) result.emplace_back(device, spread(layout));
+        for (const auto &[device, layout] : layouts) {
+            for (Layout &part : spread(layout)) {
+                if (part.empty()) continue;
+                part.owns_gaps = layouts.size() == 1;
+                result.emplace_back(device, std::move(part));
+            }
+        }
         return result;
+    }
+    // As one layout.
+    Layout spread_as_one(const Layout &layout) {
+        Layout whole;
+        for (const Layout &part : spread(layout)) {
+            whole.regions.insert(whole.regions.end(), part.regions.begin(), part.regions.end());
+            whole.spans.insert(whole.spans.end(), part.spans.begin(), part.spans.end());
+            whole.bytes += part.bytes;
+        }
+        return whole;
     }
 
 private:
-    void add(std::vector<LayoutBuilder> &builders, uint64_t address, uint64_t place,
-             uint64_t bytes) {
-        map_.for_each(place, bytes, [&](size_t block, uint64_t offset, uint64_t at, uint64_t n) {
-            builders[block].add(address + (at - place), places_[block] + offset, n);
-        });
-    }
-    static void append(Layout &whole, Layout &&part) {
-        whole.blocks.insert(whole.blocks.end(), part.blocks.begin(), part.blocks.end());
-        whole.spans.insert(whole.spans.end(), part.spans.begin(), part.spans.end());
-        whole.bytes += part.bytes;
-    }
-
     BlockMap map_;
     const std::vector<uint64_t> places_;
 };
@@ -337,16 +352,20 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
         const Layouts early = recorder.take_early();
         check_all_recorded(*state.structure, recorded.layouts, early);
         Spreader in_buffer(join.map(), buffer.places());
+        Layouts in_place;
+        std::optional<Layout> staged;
         for (auto &[on, layout] : recorded.layouts) {
             if (load_ahead && on == device) {
-                std::vector<uint64_t> staged;
+                std::vector<uint64_t> places;
                 for (const uint64_t place : buffer.places())
-                    staged.push_back(load_ahead->bytes_before(place));
-                layout = Spreader(join.map(), std::move(staged)).spread(layout);
+                    places.push_back(load_ahead->bytes_before(place));
+                staged = Spreader(join.map(), std::move(places)).spread_as_one(layout);
             } else {
-                layout = in_buffer.spread(layout);
+                in_place.emplace_back(on, std::move(layout));
             }
         }
+        recorded.layouts = in_buffer.spread(in_place);
+        if (staged) recorded.layouts.emplace_back(device, std::move(*staged));
         recorded.bytes = buffer.bytes;
         fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
         move_now(Direction::Load, buffer.begin, buffer.extent, in_buffer.spread(early), nullptr);

@@ -51,29 +51,29 @@ void copy(uint64_t address, unsigned char *place, uint64_t bytes, Direction dire
 // interleaved have rows of one element, and a call of memcpy for each would cost more than the
 // copy.
 template <uint64_t width>
-void copy_narrow(const kvf_region &block, unsigned char *place, Direction direction) {
-    auto *memory = reinterpret_cast<unsigned char *>(block.address);
+void copy_narrow(const kvf_region &region, unsigned char *place, Direction direction) {
+    auto *memory = reinterpret_cast<unsigned char *>(region.address);
     if (direction == Direction::Save) {
-        for (uint64_t i = 0; i < block.rows; ++i) {
-            std::memcpy(place + i * block.buffer_pitch, memory + i * block.pitch, width);
+        for (uint64_t i = 0; i < region.rows; ++i) {
+            std::memcpy(place + i * region.buffer_pitch, memory + i * region.pitch, width);
         }
     } else {
-        for (uint64_t i = 0; i < block.rows; ++i) {
-            std::memcpy(memory + i * block.pitch, place + i * block.buffer_pitch, width);
+        for (uint64_t i = 0; i < region.rows; ++i) {
+            std::memcpy(memory + i * region.pitch, place + i * region.buffer_pitch, width);
         }
     }
 }
 
-void copy_block(const kvf_region &block, unsigned char *place, Direction direction, Next next) {
-    switch (block.width) {
-    case 1: return copy_narrow<1>(block, place, direction);
-    case 2: return copy_narrow<2>(block, place, direction);
-    case 4: return copy_narrow<4>(block, place, direction);
-    case 8: return copy_narrow<8>(block, place, direction);
-    case 16: return copy_narrow<16>(block, place, direction);
+void copy_region(const kvf_region &region, unsigned char *place, Direction direction, Next next) {
+    switch (region.width) {
+    case 1: return copy_narrow<1>(region, place, direction);
+    case 2: return copy_narrow<2>(region, place, direction);
+    case 4: return copy_narrow<4>(region, place, direction);
+    case 8: return copy_narrow<8>(region, place, direction);
+    case 16: return copy_narrow<16>(region, place, direction);
     default:
-        for (uint64_t i = 0; i < block.rows; ++i) {
-            copy(block.address + i * block.pitch, place + i * block.buffer_pitch, block.width,
+        for (uint64_t i = 0; i < region.rows; ++i) {
+            copy(region.address + i * region.pitch, place + i * region.buffer_pitch, region.width,
                  direction, next);
         }
     }
@@ -83,7 +83,7 @@ void copy_block(const kvf_region &block, unsigned char *place, Direction directi
 
 void copy_piece(const Piece &piece, unsigned char *buffer, Direction direction) {
     if (!piece.runs) {
-        return copy_block(piece.block, buffer + piece.block.offset, direction, Next::Elsewhere);
+        return copy_region(piece.region, buffer + piece.region.offset, direction, Next::Elsewhere);
     }
     for (uint64_t i = 0; i < piece.count; ++i) {
         const Run run = piece.run(i);
@@ -98,10 +98,10 @@ void copy_packed(const Piece &piece, unsigned char *packed, unsigned char *buffe
     const Next next = direction == Direction::Load ? Next::Reads : Next::Elsewhere;
     auto at = reinterpret_cast<uint64_t>(packed);
     if (!piece.runs) {
-        kvf_region block = piece.block;
-        block.address = at;
-        block.pitch = block.width;
-        return copy_block(block, buffer + block.offset, direction, next);
+        kvf_region region = piece.region;
+        region.address = at;
+        region.pitch = region.width;
+        return copy_region(region, buffer + region.offset, direction, next);
     }
     for (uint64_t i = 0; i < piece.count; ++i) {
         const Run run = piece.run(i);

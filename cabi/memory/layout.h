@@ -37,16 +37,25 @@ struct Span {
 constexpr uint64_t kLongRun = 64 << 10;
 // Fewer rows than this are not worth a two-dimensional copy of their own.
 constexpr uint64_t kFewRows = 8;
+// Where the buffer has no more bytes than this between two pieces, one copy can move both and the
+// gap: libllama writes 12 bytes of metadata between two tensors.
+constexpr uint64_t kBridge = 256;
 
 // Regions of one device, in the order in which they were recorded.
 struct Layout {
-    std::vector<kvf_region> blocks; // long runs (rows == 1) and two-dimensional blocks
-    std::vector<Span> spans;        // the irregular rest
+    std::vector<kvf_region> regions; // long runs (rows == 1) and two-dimensional regions
+    std::vector<Span> spans;         // the irregular rest
     uint64_t bytes = 0;
+    // Promises for the range of the buffer from the layout's first byte to its last: one buffer
+    // holds the range; regions and runs were added in the order of their offsets; what lies between
+    // them has been written already, and nobody else writes there until the job has ended. A save
+    // may then write these gaps again, unchanged, so that one copy moves many small regions. A job
+    // whose bytes lie in several buffers has a layout for each of them.
+    bool owns_gaps = false;
 
-    bool empty() const { return blocks.empty() && spans.empty(); }
+    bool empty() const { return regions.empty() && spans.empty(); }
     uint64_t segments() const {
-        uint64_t count = blocks.size();
+        uint64_t count = regions.size();
         for (const Span &span : spans) count += span.count;
         return count;
     }

@@ -18,57 +18,57 @@ void LayoutBuilder::add(const kvf_region &region) {
     }
     keep_run();
     run_ = {};
-    keep_block();
+    keep_region();
     fragments_ += region.rows;
     layout_.bytes += region.width * region.rows;
-    layout_.blocks.push_back(region);
+    layout_.regions.push_back(region);
 }
 
-// The run does not continue the block that is being grown.
-void LayoutBuilder::start_block() {
+// The run does not continue the region that is being grown.
+void LayoutBuilder::start_region() {
     const auto is_next_row = [this](uint64_t address, uint64_t offset) {
-        return run_.bytes == block_.width && run_.address >= address + run_.bytes &&
+        return run_.bytes == region_.width && run_.address >= address + run_.bytes &&
                run_.offset >= offset + run_.bytes;
     };
     const auto pair_with = [this](uint64_t address, uint64_t offset) {
-        block_ = {address, run_.bytes, 2, run_.address - address, offset, run_.offset - offset};
+        region_ = {address, run_.bytes, 2, run_.address - address, offset, run_.offset - offset};
     };
-    if (block_.rows == 1 && is_next_row(block_.address, block_.offset)) {
-        return pair_with(block_.address, block_.offset);
+    if (region_.rows == 1 && is_next_row(region_.address, region_.offset)) {
+        return pair_with(region_.address, region_.offset);
     }
-    if (block_.rows > 1 && block_.rows < kFewRows) {
-        // The last of its rows may be the first of a block that goes on with this one: rows that
+    if (region_.rows > 1 && region_.rows < kFewRows) {
+        // The last of its rows may be the first of a region that goes on with this one: rows that
         // repeat with a period of their own would else be paired wrongly for ever.
-        const uint64_t before = block_.rows - 1;
-        const uint64_t address = block_.address + before * block_.pitch;
-        const uint64_t offset = block_.offset + before * block_.buffer_pitch;
+        const uint64_t before = region_.rows - 1;
+        const uint64_t address = region_.address + before * region_.pitch;
+        const uint64_t offset = region_.offset + before * region_.buffer_pitch;
         if (is_next_row(address, offset)) {
             keep_rows(before);
             return pair_with(address, offset);
         }
     }
-    keep_block();
-    block_ = {run_.address, run_.bytes, 1, 0, run_.offset, 0};
+    keep_region();
+    region_ = {run_.address, run_.bytes, 1, 0, run_.offset, 0};
 }
 
-void LayoutBuilder::keep_block() {
-    if (block_.rows >= kFewRows || (block_.rows > 0 && block_.width >= kLongRun)) {
-        layout_.blocks.push_back(block_);
+void LayoutBuilder::keep_region() {
+    if (region_.rows >= kFewRows || (region_.rows > 0 && region_.width >= kLongRun)) {
+        layout_.regions.push_back(region_);
     } else {
-        keep_rows(block_.rows);
+        keep_rows(region_.rows);
     }
-    block_ = {};
+    region_ = {};
 }
 
-// The first rows of the block, each for itself.
+// The first rows of the region, each for itself.
 void LayoutBuilder::keep_rows(uint64_t rows) {
     for (uint64_t i = 0; i < rows; ++i) {
-        const uint64_t address = block_.address + i * block_.pitch;
-        const uint64_t offset = block_.offset + i * block_.buffer_pitch;
-        if (block_.width >= kLongRun) {
-            layout_.blocks.push_back({address, block_.width, 1, 0, offset, 0});
+        const uint64_t address = region_.address + i * region_.pitch;
+        const uint64_t offset = region_.offset + i * region_.buffer_pitch;
+        if (region_.width >= kLongRun) {
+            layout_.regions.push_back({address, region_.width, 1, 0, offset, 0});
         } else {
-            keep_irregular({address, offset, block_.width});
+            keep_irregular({address, offset, region_.width});
         }
     }
 }

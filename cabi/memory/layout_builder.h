@@ -10,9 +10,9 @@
 namespace kvf {
 
 // Joins fragments as they are added: neighbours in memory and in the buffer become one run, and
-// runs of one width at one pitch become one block. Half a million fragments of a cache become a few
-// dozen blocks where its sequences were decoded in turn. Where they were decoded in a random order,
-// the runs of one tensor become the table for all tensors.
+// runs of one width at one pitch become one region. Half a million fragments of a cache become a
+// few dozen regions where its sequences were decoded in turn. Where they were decoded in a random
+// order, the runs of one tensor become the table for all tensors.
 class LayoutBuilder {
 public:
     // One run of `bytes` at `address`, whose place in the buffer is `offset`.
@@ -36,7 +36,7 @@ public:
     void begin_allocation() {
         keep_run();
         run_ = {};
-        keep_block();
+        keep_region();
     }
 
     // What is added next lies in another tensor, which may be fragmented as the last one was.
@@ -54,16 +54,16 @@ public:
 
 private:
     void keep_run() {
-        if (block_.rows > 1 && run_.bytes == block_.width &&
-            run_.address == block_.address + block_.rows * block_.pitch &&
-            run_.offset == block_.offset + block_.rows * block_.buffer_pitch) {
-            ++block_.rows;
+        if (region_.rows > 1 && run_.bytes == region_.width &&
+            run_.address == region_.address + region_.rows * region_.pitch &&
+            run_.offset == region_.offset + region_.rows * region_.buffer_pitch) {
+            ++region_.rows;
         } else if (run_.bytes) {
-            start_block();
+            start_region();
         }
     }
-    void start_block();
-    void keep_block();
+    void start_region();
+    void keep_region();
     void keep_rows(uint64_t rows);
     void keep_irregular(const Run &run);
     void stop_matching();
@@ -72,8 +72,8 @@ private:
     uint64_t fragments_ = 0;
 
     // A fragment passes through three stages. Each keeps what may still grow.
-    Run run_{};          // neighbours; bytes == 0: none
-    kvf_region block_{}; // rows; rows == 0: none
+    Run run_{};           // neighbours; bytes == 0: none
+    kvf_region region_{}; // rows; rows == 0: none
     // The irregular rest of the tensor: equal to a former tensor's so far, or else a table of its
     // own.
     std::shared_ptr<const RunTable> pattern_;             // of a former tensor; NULL: none

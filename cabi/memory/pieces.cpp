@@ -6,7 +6,9 @@ namespace kvf {
 
 Piece Cursor::next(uint64_t most, uint64_t most_runs) {
     Piece piece;
-    if (!this->block()) {
+    piece.gap = gap_;
+    if (owns_gaps()) gap_ = Piece::Gap::Rewrite;
+    if (!this->region()) {
         const Span &span = layout_->spans[span_];
         piece.runs = span.table->runs.data() + run_;
         piece.table = &span.table;
@@ -26,27 +28,28 @@ Piece Cursor::next(uint64_t most, uint64_t most_runs) {
         return piece;
     }
 
-    const kvf_region &block = layout_->blocks[block_];
-    piece.block = block;
-    piece.block.address += row_ * block.pitch + column_;
-    piece.block.offset += row_ * block.buffer_pitch + column_;
-    if (column_ > 0 || block.width > most || block.rows == 1) {
+    const kvf_region &region = layout_->regions[region_];
+    piece.region = region;
+    piece.region.address += row_ * region.pitch + column_;
+    piece.region.offset += row_ * region.buffer_pitch + column_;
+    if (column_ > 0 || region.width > most || region.rows == 1) {
         // Part of one row.
-        piece.block.rows = 1;
-        piece.block.width = std::min(most, block.width - column_);
-        column_ += piece.block.width;
-        if (column_ == block.width) {
+        piece.region.rows = 1;
+        piece.region.width = std::min(most, region.width - column_);
+        column_ += piece.region.width;
+        if (column_ == region.width) {
             column_ = 0;
             ++row_;
         }
     } else {
-        piece.block.rows = std::min(std::max<uint64_t>(1, most / block.width), block.rows - row_);
-        row_ += piece.block.rows;
+        piece.region.rows =
+            std::min(std::max<uint64_t>(1, most / region.width), region.rows - row_);
+        row_ += piece.region.rows;
     }
-    piece.bytes = piece.block.width * piece.block.rows;
-    if (row_ == block.rows) {
+    piece.bytes = piece.region.width * piece.region.rows;
+    if (row_ == region.rows) {
         row_ = 0;
-        ++block_;
+        ++region_;
     }
     return piece;
 }

@@ -33,6 +33,9 @@ public:
     template <class Take>
     void for_each(uint64_t place, uint64_t bytes, Take &&take);
 
+    // While `take` runs: which tensor of the whole the bytes are of.
+    size_t tensor() const { return last_; }
+
     // Calls `take` for everything.
     template <class Take>
     void for_all(Take &&take) {

@@ -37,7 +37,7 @@ public:
     }
 
     void add(const kvf::Piece &piece) {
-        if (!piece.runs) return add(piece.block);
+        if (!piece.runs) return add(piece.region);
         for (uint64_t i = 0; i < piece.count; ++i) {
             const kvf::Run run = piece.run(i);
             add(run.address, run.offset, run.bytes);

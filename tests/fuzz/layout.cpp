@@ -109,7 +109,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     for (const Layout &layout : model.taken) {
         segments += layout.segments();
         bytes += layout.bytes;
-        for (const auto &block : layout.blocks)
+        for (const auto &block : layout.regions)
             CHECK(block.rows >= kFewRows || block.width >= kLongRun);
         for (const auto &span : layout.spans)
             for (const auto &run : span.table->runs) CHECK(run.bytes < kLongRun);

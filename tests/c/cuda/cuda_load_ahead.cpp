@@ -49,12 +49,12 @@ struct State {
         kvf::Cursor cursor(layout);
         while (!cursor.at_end()) {
             const kvf::Piece piece = cursor.next(UINT64_MAX, UINT64_MAX);
-            for (uint64_t i = 0; i < (piece.runs ? piece.count : piece.block.rows); ++i) {
+            for (uint64_t i = 0; i < (piece.runs ? piece.count : piece.region.rows); ++i) {
                 const kvf::Run run =
                     piece.runs ? piece.run(i)
-                               : kvf::Run{piece.block.address + i * piece.block.pitch,
-                                          piece.block.offset + i * piece.block.buffer_pitch,
-                                          piece.block.width};
+                               : kvf::Run{piece.region.address + i * piece.region.pitch,
+                                          piece.region.offset + i * piece.region.buffer_pitch,
+                                          piece.region.width};
                 std::memcpy(&memory[run.address - kBase], &buffer[run.offset], run.bytes);
             }
         }
@@ -66,7 +66,7 @@ private:
 
     kvf::Layout moved(uint64_t distance) const {
         kvf::Layout there = layout;
-        for (kvf_region &block : there.blocks) block.address += distance;
+        for (kvf_region &block : there.regions) block.address += distance;
         for (kvf::Span &span : there.spans) span.address_distance += distance;
         return there;
     }

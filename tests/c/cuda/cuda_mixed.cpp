@@ -132,18 +132,23 @@ private:
                           false);
         kvf::LayoutBuilder builder;
         const uint64_t at_once = between(random_, 1, 4);
+        const bool owns_gaps = chance(2);
+        const auto with_gaps = [owns_gaps](kvf::Layout &&layout) {
+            layout.owns_gaps = owns_gaps;
+            return std::move(layout);
+        };
         for (uint64_t i = 0; i < tensors.count; ++i) {
             for (const kvf_region &region : tensors.regions(i, device.address())) {
                 builder.add(region);
             }
             builder.begin_tensor();
-            if (i % at_once == 0) open.add(1, builder.take());
+            if (i % at_once == 0) open.add(1, with_gaps(builder.take()));
             pause();
             if (chance(20)) open.job()->cancel();
         }
         const std::shared_ptr<kvf::Job> job = open.job();
         if (chance(8)) return KVF_ERR_CANCELLED; // and retracts the job
-        open.commit(make_recorded(1, builder.finish()), nullptr);
+        open.commit(make_recorded(1, with_gaps(builder.finish())), nullptr);
         return finish(job).status;
     }
 

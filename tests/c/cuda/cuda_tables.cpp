@@ -82,7 +82,7 @@ void trimmed_meanwhile(kvf::Engine &engine, const Fragmented &what, const Device
     auto *a = static_cast<unsigned char *>(engine.pool().alloc(what.bytes()));
     auto *b = static_cast<unsigned char *>(engine.pool().alloc(kRows * kNarrow));
     kvf::Layout layout;
-    layout.blocks.push_back({device.address(), kNarrow, kRows, 2 * kNarrow, 0, kNarrow});
+    layout.regions.push_back({device.address(), kNarrow, kRows, 2 * kNarrow, 0, kNarrow});
     layout.bytes = kRows * kNarrow;
     driver().set("latency_us", 100'000);
     const uint64_t kernels = driver().calls("cuLaunchKernel");

@@ -45,7 +45,7 @@ void check_moves_the_same(const std::vector<Run> &fragments, const Layout &layou
 Layout check(const std::vector<Run> &fragments, size_t blocks, size_t runs) {
     Layout layout = of_fragments(fragments);
     check_moves_the_same(fragments, layout);
-    CHECK(layout.blocks.size() == blocks);
+    CHECK(layout.regions.size() == blocks);
     CHECK(runs_of(layout) == runs);
     return layout;
 }
@@ -60,7 +60,7 @@ void neighbours_become_one_run() {
     std::vector<Run> fragments;
     for (uint64_t i = 0; i < 1000; ++i) fragments.push_back({kBase + i * 256, i * 256, 256});
     const Layout layout = check(fragments, 1, 0);
-    CHECK(layout.blocks[0].rows == 1 && layout.blocks[0].width == 256000);
+    CHECK(layout.regions[0].rows == 1 && layout.regions[0].width == 256000);
     // Neighbours of unequal sizes too.
     check({{kBase, 0, 100}, {kBase + 100, 100, 70000}, {kBase + 70100, 70100, 1}}, 1, 0);
     // Neighbours in memory alone, or in the buffer alone, are none.
@@ -73,8 +73,8 @@ void rows_become_one_block() {
     for (uint64_t i = 0; i < 100000; ++i)
         fragments.push_back({kBase + i * 8192, 7 + i * 2048, 2048});
     const Layout layout = check(fragments, 1, 0);
-    CHECK(layout.blocks[0].rows == 100000 && layout.blocks[0].pitch == 8192);
-    CHECK(layout.blocks[0].buffer_pitch == 2048 && layout.blocks[0].offset == 7);
+    CHECK(layout.regions[0].rows == 100000 && layout.regions[0].pitch == 8192);
+    CHECK(layout.regions[0].buffer_pitch == 2048 && layout.regions[0].offset == 7);
 }
 
 void a_few_rows_stay_runs() {
@@ -102,7 +102,7 @@ void periods_do_not_pair_wrongly() {
             fragments.push_back({kBase + layer * 1000000 + row * 512, offset, 128});
         }
     }
-    CHECK(of_fragments(fragments).blocks.size() == 20);
+    CHECK(of_fragments(fragments).regions.size() == 20);
     check_moves_the_same(fragments, of_fragments(fragments));
 }
 
@@ -152,13 +152,13 @@ void nothing_joins_across_allocations() {
         CHECK(coverage(layout, 1 << 30, 1 << 30) == expected);
         return layout;
     };
-    CHECK(of_allocations(kLongRun, kLongRun, 5).blocks.size() == 3);
+    CHECK(of_allocations(kLongRun, kLongRun, 5).regions.size() == 3);
     const Layout rows = of_allocations(2048, 8192, 100);
-    CHECK(rows.blocks.size() == 3 && rows.blocks[1].rows == 100);
+    CHECK(rows.regions.size() == 3 && rows.regions[1].rows == 100);
     const Layout few = of_allocations(2048, 8192, kFewRows - 1);
-    CHECK(few.blocks.empty() && few.spans.size() == 1 && runs_of(few) == 3 * (kFewRows - 1));
+    CHECK(few.regions.empty() && few.spans.size() == 1 && runs_of(few) == 3 * (kFewRows - 1));
     const Layout neighbours = of_allocations(100, 100, 10);
-    CHECK(neighbours.blocks.empty() && runs_of(neighbours) == 3);
+    CHECK(neighbours.regions.empty() && runs_of(neighbours) == 3);
 }
 
 // The fragments of one tensor of `cells` cells at random places, the same ones for the same seed.
@@ -266,7 +266,7 @@ void parts_are_handed_out_as_they_come() {
     const Piece small = parts.next(kLongRun, 1);
     CHECK(small.runs && small.run(0).address == kBase + 2 * kLongRun);
     parts.close();
-    CHECK(!parts.empty() && parts.block()->width == kLongRun + 1);
+    CHECK(!parts.empty() && parts.region()->width == kLongRun + 1);
     CHECK(parts.next(~0ull, 1).bytes == kLongRun + 1);
     CHECK(parts.at_end() && parts.bytes() == 2 * kLongRun + 6);
     CHECK(small.run(0).bytes == 5); // it is still there
