@@ -637,8 +637,10 @@ typedef struct kvf_block {
     /* The bytes at `buffer`. A save reads the room, and writes the size of the block. A load takes
      * the exact size. */
     uint64_t bytes;
-    /* The first position of the block, and the position after its last. */
-    int32_t begin, end;
+    /* The first position of the block. */
+    int32_t begin;
+    /* The position after its last. */
+    int32_t end;
 } kvf_block;
 
 /* Tells what the cache allows, and why not more.
@@ -742,8 +744,8 @@ KVF_API int32_t kvf_llama_save_checkpoint(kvf_llama llama, int32_t sequence, voi
  * Errors:    KVF_ERR_UNSUPPORTED (the cache does not allow blocks), KVF_ERR_INVALID_ARGUMENT
  *            (blocks are empty or misordered, overlap, or leave a gap; a checkpoint is missing, or
  *            given where none belongs), KVF_ERR_STATE_DAMAGED (a block or the checkpoint is
- * damaged, or holds other positions than it should), and those of kvf_llama_load() Since:     0.1
- */
+ *            damaged, or holds other positions than it should), and those of kvf_llama_load()
+ * Since:     0.1 */
 KVF_API int32_t kvf_llama_load_blocks(kvf_llama llama, int32_t sequence, const kvf_block *blocks,
                                       uint64_t block_size, uint32_t count, const void *checkpoint,
                                       uint64_t checkpoint_bytes, const kvf_submit_options *options,

@@ -135,6 +135,13 @@ void check_all_recorded(const Structure &structure, const Layouts &layouts,
                 "a part of the cache is in memory that no device of the engine reaches");
 }
 
+// The size of a state without cells, where every section is of attention and has one stream: the
+// number of its streams, and that of its cells.
+uint64_t empty_state_bytes(const Structure &structure) {
+    const uint64_t sections = structure.sections.size() * 2 * sizeof(uint32_t);
+    return structure.framed ? kFrameBytes + sections : sections;
+}
+
 } // namespace
 
 // A sequence id that is lent by the context, shares some cells of another sequence, and is empty
@@ -165,9 +172,14 @@ int32_t Llama::find_empty_sequence() const {
     const Structure *const structure = states_->structure();
     if (!structure || context_.has_recurrent_layers()) return -1;
     if (structure->sections[0].streams != 1) return -1;
+    // libllama says that a sequence is empty of which only the window is; its state has cells.
+    const uint64_t empty = empty_state_bytes(*structure);
     for (uint32_t i = context_.sequence_count(); i-- > 0;) {
         const auto sequence = static_cast<int32_t>(i);
-        if (!context_.holds_cells(sequence) && sequences_->is_idle(sequence)) return sequence;
+        if (!context_.holds_cells(sequence) && sequences_->is_idle(sequence) &&
+            context_.state_bytes(sequence) == empty) {
+            return sequence;
+        }
     }
     return -1;
 }
@@ -223,9 +235,9 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
 
     const BorrowedSequence borrowed(*this, sequence, blocks.front().begin, blocks.back().end);
     const int32_t listed = borrowed.id < 0 ? sequence : borrowed.id;
-    if (!context_.holds_cells(listed))
-        throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token at the positions of the blocks");
     const uint64_t bytes = context_.state_bytes(listed);
+    if (borrowed.id >= 0 && bytes == empty_state_bytes(*states_->structure()))
+        throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token at the positions of the blocks");
     const ScratchState scratch(bytes);
     Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes, submission.gate);
     Recorded recorded = record_save(listed, scratch.data, bytes, recorder);

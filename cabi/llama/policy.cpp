@@ -36,6 +36,7 @@ uint32_t CachePolicy::save_mode(uint32_t asked) const {
 }
 
 size_t CachePolicy::parts_in_blocks() const {
+    if (format_ == Format::Opaque) return 0;
     // Of several attention parts the last is the window's.
     return window_ > 0 && attentions_ > 0 ? attentions_ - 1 : attentions_;
 }

@@ -51,6 +51,11 @@ IS(KVF_SAVE_SNAPSHOT, 2);
 IS(KVF_LOAD_AUTO, 0);
 IS(KVF_LOAD_IN_PLACE, 16);
 IS(KVF_LOAD_AHEAD, 17);
+IS(KVF_BLOCKS_UNSEEN, 0);
+IS(KVF_BLOCKS_NONE, 1);
+IS(KVF_BLOCKS_CHECKPOINTS_ALONE, 2);
+IS(KVF_BLOCKS_WITH_CHECKPOINTS, 3);
+IS(KVF_BLOCKS_ALONE, 4);
 IS(KVF_DIRECTION_SAVE, 0);
 IS(KVF_DIRECTION_LOAD, 1);
 IS(KVF_FOREVER, -1);
@@ -107,6 +112,14 @@ AT(kvf_trace_event, direction, 44);
 
 /* Arrays of it are passed without a stride: it cannot grow. */
 IS(sizeof(kvf_region), 48);
+AT(kvf_block, buffer, 0);
+AT(kvf_block, bytes, 8);
+AT(kvf_block, begin, 16);
+AT(kvf_block, end, 20);
+AT(kvf_state_options, size, 0);
+AT(kvf_state_options, parts_in_blocks, 4);
+AT(kvf_state_options, error, 8);
+AT(kvf_state_options, error_size, 16);
 AT(kvf_region, address, 0);
 AT(kvf_region, width, 8);
 AT(kvf_region, rows, 16);

@@ -122,6 +122,14 @@ EXPORTED size_t llama_state_seq_set_data_ext(void *context, const uint8_t *buffe
     return bytes;
 }
 
+EXPORTED void llama_memory_seq_cp(void *of, int32_t from, int32_t to, int32_t begin, int32_t end) {
+    (void)of;
+    (void)from;
+    (void)to;
+    (void)begin;
+    (void)end;
+}
+
 EXPORTED bool llama_memory_seq_rm(void *of, int32_t sequence, int32_t begin, int32_t end) {
     (void)of;
     (void)sequence;

@@ -12,8 +12,9 @@ several copies of the library in one process.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,24 @@ class Region(ctypes.Structure):
     )
 
 
+class BlockStruct(ctypes.Structure):
+    _fields_ = (
+        ("buffer", ctypes.c_void_p),
+        ("bytes", u64),
+        ("begin", ctypes.c_int32),
+        ("end", ctypes.c_int32),
+    )
+
+
+class StateOptions(ctypes.Structure):
+    _fields_ = (
+        ("size", u32),
+        ("parts_in_blocks", u32),
+        ("error", text),
+        ("error_size", u64),
+    )
+
+
 class Completion(ctypes.Structure):
     _fields_ = (
         ("job", u64),
@@ -85,6 +104,14 @@ class Completion(ctypes.Structure):
         ("detail", ctypes.c_char * 128),
         ("more_numbers", u64 * 2),
     )
+
+
+class BlocksAllowed(enum.IntEnum):
+    UNSEEN = 0
+    NONE = 1
+    CHECKPOINTS_ALONE = 2
+    WITH_CHECKPOINTS = 3
+    ALONE = 4
 
 
 class Devices(enum.IntEnum):
@@ -121,6 +148,64 @@ class Failure(Exception):
         self.name = name
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A block that has been saved: the positions [begin, end), and its bytes."""
+
+    begin: int
+    end: int
+    state: bytes
+
+
+class Blocks:
+    """An array of `kvf_block` with a buffer for each."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]], buffers: Sequence[Any]) -> None:
+        self.buffers = buffers
+        self.array = (BlockStruct * len(ranges))()
+        for one, (begin, end), buffer in zip(self.array, ranges, buffers, strict=True):
+            one.begin, one.end = begin, end
+            one.buffer, one.bytes = ctypes.addressof(buffer), ctypes.sizeof(buffer)
+
+    @classmethod
+    def with_room(cls, ranges: Sequence[tuple[int, int]], nbytes: int) -> Blocks:
+        """Returns buffers of `nbytes` each."""
+        return cls(ranges, [ctypes.create_string_buffer(max(nbytes, 1)) for _ in ranges])
+
+    @classmethod
+    def sized_only(cls, ranges: Sequence[tuple[int, int]]) -> Blocks:
+        """Returns blocks without buffers, of which `Library.cut` says the sizes."""
+        blocks = cls.with_room(ranges, 0)
+        for one in blocks.array:
+            one.buffer, one.bytes = None, 0
+        return blocks
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> Blocks:
+        """Returns buffers that hold saved blocks."""
+        return cls(
+            [(block.begin, block.end) for block in blocks],
+            # create_string_buffer(b"", 0) has no address of its own.
+            [ctypes.create_string_buffer(block.state, len(block.state)) for block in blocks],
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        return [int(one.bytes) for one in self.array]
+
+    def read(self) -> list[Block]:
+        """Returns what the buffers hold, as long as the array says."""
+        return [
+            Block(int(one.begin), int(one.end), buffer.raw[: int(one.bytes)])
+            for one, buffer in zip(self.array, self.buffers, strict=True)
+        ]
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any]:
+        """The array, the size of a `kvf_block`, and how many there are."""
+        return self.array, u64(ctypes.sizeof(BlockStruct)), u32(len(self.array))
+
+
 class Library:
     """A libkvferry, which may be a copy."""
 
@@ -139,8 +224,43 @@ class Library:
             raise Failure(self.status_name(status), why)
         return status
 
+    def cut(self, state: bytes, blocks: Blocks, checkpoint: Any = None, parts: int = 0) -> int:
+        """Cuts a state into blocks and into `checkpoint`, a ctypes array. Returns the size of the
+        checkpoint."""
+        options, error = _state_options(parts)
+        nbytes = u64(0 if checkpoint is None else len(checkpoint))
+        arguments = (state, u64(len(state)), *blocks.arguments, checkpoint, ctypes.byref(nbytes))
+        self.call("kvf_state_cut", *arguments, ctypes.byref(options), error=error)
+        return nbytes.value
+
+    def join(
+        self, blocks: Blocks, checkpoint: bytes | None = None, parts: int = 0, room: int = -1
+    ) -> bytes:
+        """Joins blocks to a state. Asks for the size first, unless `room` tells it."""
+        options, error = _state_options(parts)
+        given = (*blocks.arguments, checkpoint, u64(len(checkpoint or b"")))
+        nbytes = u64(max(room, 0))
+        if room < 0:
+            sized = (*given, None, ctypes.byref(nbytes), ctypes.byref(options))
+            self.call("kvf_state_join", *sized, error=error)
+        state = ctypes.create_string_buffer(max(nbytes.value, 1))
+        whole = (*given, state, ctypes.byref(nbytes), ctypes.byref(options))
+        self.call("kvf_state_join", *whole, error=error)
+        return state.raw[: nbytes.value]
+
     def engine(self, devices: Devices = Devices.CUDA, copy_threads: int = 0) -> Engine:
         return Engine(self, devices, copy_threads)
+
+
+def _state_options(parts: int) -> tuple[StateOptions, Any]:
+    error = ctypes.create_string_buffer(256)
+    options = StateOptions(
+        size=ctypes.sizeof(StateOptions),
+        parts_in_blocks=parts,
+        error=ctypes.addressof(error),
+        error_size=len(error),
+    )
+    return options, error
 
 
 class Engine:
@@ -178,8 +298,8 @@ class Engine:
             self.library.call("kvf_buffer_free", address)
 
     def save_regions(self, regions: ctypes.Array[Region], into: Any, **options: Any) -> Job:
-        arguments = (self.handle, regions, u64(len(regions)))
-        return _submit(self.library, "kvf_regions_save", *arguments, buffer=into, **options)
+        arguments = (self.handle, regions, u64(len(regions)), into, u64(len(into)))
+        return _submit(self.library, "kvf_regions_save", *arguments, keep=into, **options)
 
     def __enter__(self) -> Engine:
         return self
@@ -222,7 +342,46 @@ class Attachment:
         return self._submit("kvf_llama_load", sequence, state, **options)
 
     def _submit(self, function: str, sequence: int, buffer: Any, **options: Any) -> Job:
-        return _submit(self.library, function, self.handle, sequence, buffer=buffer, **options)
+        arguments = (self.handle, sequence, buffer, u64(len(buffer)))
+        return _submit(self.library, function, *arguments, keep=buffer, **options)
+
+    def blocks_allowed(self) -> tuple[BlocksAllowed, str]:
+        """Returns what the cache allows, and the reason."""
+        reason = ctypes.create_string_buffer(256)
+        arguments = (self.handle, reason, u64(len(reason)))
+        allowed = self.library.call("kvf_llama_blocks_allowed", *arguments)
+        return BlocksAllowed(allowed), reason.value.decode()
+
+    def block_size(self, tokens: int) -> int:
+        nbytes = u64()
+        arguments = (self.handle, u32(tokens), ctypes.byref(nbytes))
+        self.library.call("kvf_llama_block_size", *arguments)
+        return nbytes.value
+
+    def save_blocks(self, sequence: int, blocks: Blocks, **options: Any) -> Job:
+        arguments = (self.handle, sequence, *blocks.arguments)
+        return _submit(self.library, "kvf_llama_save_blocks", *arguments, keep=blocks, **options)
+
+    def load_blocks(
+        self, sequence: int, blocks: Blocks, checkpoint: bytes | None = None, **options: Any
+    ) -> Job:
+        size = u64(len(checkpoint or b""))
+        arguments = (self.handle, sequence, *blocks.arguments, checkpoint, size)
+        return _submit(
+            self.library,
+            "kvf_llama_load_blocks",
+            *arguments,
+            keep=(blocks, checkpoint),
+            **options,
+        )
+
+    def checkpoint_size(self, sequence: int) -> int:
+        nbytes = u64()
+        self.library.call("kvf_llama_checkpoint_size", self.handle, sequence, ctypes.byref(nbytes))
+        return nbytes.value
+
+    def save_checkpoint(self, sequence: int, into: Any, **options: Any) -> Job:
+        return self._submit("kvf_llama_save_checkpoint", sequence, into, **options)
 
     def remove(self, sequence: int) -> None:
         self.library.call("kvf_llama_remove", self.handle, sequence)
@@ -249,7 +408,7 @@ def _submit(
     library: Library,
     function: str,
     *arguments: Any,
-    buffer: Any,
+    keep: Any,
     stream: int | None = None,
     mode: int = 0,
     priority: int = 0,
@@ -269,22 +428,20 @@ def _submit(
     library.call(
         function,
         *arguments,
-        buffer,
-        u64(len(buffer)),
         ctypes.byref(options),
         ctypes.byref(job),
         error=error,
     )
-    return Job(library, job, buffer)
+    return Job(library, job, keep)
 
 
 class Job:
-    """A transfer. It keeps its buffer alive."""
+    """A transfer. It keeps its buffers alive."""
 
-    def __init__(self, library: Library, handle: ctypes.c_uint64, buffer: Any) -> None:
+    def __init__(self, library: Library, handle: ctypes.c_uint64, buffers: Any) -> None:
         self.library = library
         self.handle = handle
-        self._buffer = buffer
+        self._buffers = buffers
         self.detail = ""
 
     @property

@@ -17,6 +17,8 @@ from support.llama_reference.library import llama, log_lines
 
 Logits = NDArray[np.float32]
 
+_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+
 
 class CacheType(enum.IntEnum):
     """The element types of a cache, by ggml's numbers."""
@@ -167,6 +169,37 @@ class Context:
         logits: Logits = np.ctypeslib.as_array(pointer, (self.model.vocabulary,)).copy()
         return logits
 
+    def decode_image(self, seq: int, rows: int, columns: int, seed: int = 0) -> None:
+        """Appends the patches of an image of random content to a sequence of a model with M-RoPE:
+        all have the same position, and each its own coordinates.
+        """
+        count = rows * columns
+        width = int(llama.llama_model_n_embd(self.model.pointer))
+        content = np.random.default_rng(seed).standard_normal((count, width), dtype=np.float32)
+        position = self.pos_max(seq) + 1
+        row, column = np.divmod(np.arange(count, dtype=np.int32), columns)
+        same = np.full(count, position, dtype=np.int32)
+        # By axes: the position, row and column; the fourth has no meaning.
+        places = np.concatenate([same, same + row, same + column, 0 * same]).astype(np.int32)
+        batch = llama.llama_batch_init(count, width, 1)
+        pointer = type(batch.pos)
+        own = ctypes.cast(batch.pos, ctypes.c_void_p).value  # room for one position each
+        try:
+            batch.n_tokens = count
+            ctypes.memmove(batch.embd, content.ctypes.data, content.nbytes)
+            batch.pos = ctypes.cast(places.ctypes.data, pointer)
+            for index in range(count):
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = seq
+                batch.logits[index] = index == count - 1
+            log_lines.clear()
+            status = llama.llama_decode(self.pointer, batch)
+        finally:
+            batch.pos = ctypes.cast(own, pointer)
+            llama.llama_batch_free(batch)
+        if status != 0:
+            raise Refused(f"llama_decode returned {status}: {_refusal()}")
+
     def decode_in_turn(self, seqs: Iterable[int], length: int, seed: int = 0) -> dict[int, Logits]:
         """Appends `length` random tokens to each sequence, one token of each in turn, so that in a
         unified cache no two cells of a sequence are neighbours.
@@ -227,6 +260,13 @@ class Context:
     def state_get_into(self, seq: int, buffer: Any) -> int:
         """Writes the state into a ctypes array; returns the bytes written, 0 if refused."""
         return int(llama.llama_state_seq_get_data(self.pointer, buffer, len(buffer), seq))
+
+    def partial_state_get(self, seq: int) -> bytes:
+        """Returns the state of sliding windows and recurrent layers alone."""
+        size = int(llama.llama_state_seq_get_size_ext(self.pointer, seq, _PARTIAL_ONLY))
+        buffer = (ctypes.c_uint8 * size)()
+        written = llama.llama_state_seq_get_data_ext(self.pointer, buffer, size, seq, _PARTIAL_ONLY)
+        return bytes(buffer[:written])
 
     def state_set(self, seq: int, state: bytes) -> int:
         """Replaces a sequence by a state; returns the bytes read, 0 if refused."""

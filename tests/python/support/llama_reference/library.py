@@ -114,6 +114,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_log_set": (None, [_LogCallback, _POINTER]),
     "llama_model_is_hybrid": (_BOOL, [_POINTER]),
     "llama_model_n_swa": (_INT, [_POINTER]),
+    "llama_model_n_embd": (_INT, [_POINTER]),
     "llama_context_default_params": (ContextParams, []),
     "llama_init_from_model": (_POINTER, [_POINTER, ContextParams]),
     "llama_set_abort_callback": (None, [_POINTER, AbortCallback, _POINTER]),
@@ -128,6 +129,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_state_get_data": (_SIZE, [_POINTER, _BYTES, _SIZE]),
     "llama_state_seq_get_data": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT]),
     "llama_state_seq_set_data": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT]),
+    "llama_state_seq_get_size_ext": (_SIZE, [_POINTER, _INT, ctypes.c_uint32]),
+    "llama_state_seq_get_data_ext": (_SIZE, [_POINTER, _BYTES, _SIZE, _INT, ctypes.c_uint32]),
 }
 
 
