@@ -7,6 +7,7 @@ async with kvferry.Engine() as engine:
 """
 
 from . import sync
+from ._bridge.block_list import BlocksAllowed
 from ._bridge.completion_record import Completion
 from ._bridge.devices import Devices
 from ._bridge.llama_cpp_object import LlmState
@@ -14,6 +15,7 @@ from ._bridge.submission import LoadMode, Priority, SaveMode
 from ._bridge.trace import TraceEvent
 from ._native import ffi as _ffi
 from ._native import lib as _lib
+from .blocks import Block, Checkpoint
 from .buffer import Buffer
 from .engine import Engine
 from .errors import (
@@ -43,13 +45,17 @@ from .llama import Llama
 from .regions import Region
 from .sequence_transfer import LoadOutcome
 from .snapshot import Snapshot
+from .state_blocks import cut_state, join_blocks
 from .transfer import Transfer
 
 __all__ = [
+    "Block",
+    "BlocksAllowed",
     "Buffer",
     "BufferTooSmall",
     "Busy",
     "CacheFull",
+    "Checkpoint",
     "Completion",
     "ContextFreed",
     "DeviceLost",
@@ -82,6 +88,8 @@ __all__ = [
     "TransferCancelled",
     "Unreachable",
     "__version__",
+    "cut_state",
+    "join_blocks",
     "sync",
 ]
 

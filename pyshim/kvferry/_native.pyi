@@ -66,6 +66,11 @@ class _Lib:
     KVF_LOAD_AUTO: int
     KVF_LOAD_IN_PLACE: int
     KVF_LOAD_AHEAD: int
+    KVF_BLOCKS_UNSEEN: int
+    KVF_BLOCKS_NONE: int
+    KVF_BLOCKS_CHECKPOINTS_ALONE: int
+    KVF_BLOCKS_WITH_CHECKPOINTS: int
+    KVF_BLOCKS_ALONE: int
     KVF_DIRECTION_SAVE: int
     KVF_DIRECTION_LOAD: int
 
@@ -140,6 +145,56 @@ class _Lib:
     def kvf_llama_remove(self, llama: int, sequence: int) -> int: ...
     def kvf_llama_settle(self, llama: int) -> int: ...
     def kvf_llama_detach(self, llama: int) -> int: ...
+    def kvf_llama_blocks_allowed(self, llama: int, reason: CData, capacity: int) -> int: ...
+    def kvf_llama_block_size(self, llama: int, tokens: int, bytes: CData) -> int: ...
+    def kvf_llama_save_blocks(
+        self,
+        llama: int,
+        sequence: int,
+        blocks: CData,
+        block_size: int,
+        count: int,
+        options: CData,
+        job: CData,
+    ) -> int: ...
+    def kvf_llama_checkpoint_size(self, llama: int, sequence: int, bytes: CData) -> int: ...
+    def kvf_llama_save_checkpoint(
+        self, llama: int, sequence: int, buffer: CData, bytes: int, options: CData, job: CData
+    ) -> int: ...
+    def kvf_llama_load_blocks(
+        self,
+        llama: int,
+        sequence: int,
+        blocks: CData,
+        block_size: int,
+        count: int,
+        checkpoint: CData,
+        checkpoint_bytes: int,
+        options: CData,
+        job: CData,
+    ) -> int: ...
+    def kvf_state_cut(
+        self,
+        state: CData,
+        bytes: int,
+        blocks: CData,
+        block_size: int,
+        count: int,
+        checkpoint: CData,
+        checkpoint_bytes: CData,
+        options: CData,
+    ) -> int: ...
+    def kvf_state_join(
+        self,
+        blocks: CData,
+        block_size: int,
+        count: int,
+        checkpoint: CData,
+        checkpoint_bytes: int,
+        state: CData,
+        state_bytes: CData,
+        options: CData,
+    ) -> int: ...
 
 ffi: _FFI
 lib: _Lib

@@ -219,10 +219,10 @@ class Engine(OpenEngine):
         core = self._core
         transfer = Transfer(
             core.completions,
-            buffer,
+            [buffer],
             regions.owner,
             lambda _: buffer,
-            writes_buffer=function is lib.kvf_regions_save,
+            writes_buffers=function is lib.kvf_regions_save,
         )
         try:
             submit = SubmitOptions(

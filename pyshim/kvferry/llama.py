@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
@@ -12,6 +12,7 @@ import anyio.lowlevel
 from . import sync
 from ._bridge.arguments import HostMemory, sequence_id
 from ._bridge.attachment import Attachment
+from ._bridge.block_list import BlocksAllowed, block_tokens
 from ._bridge.cancellation import await_to_end
 from ._bridge.engine_core import EngineCore
 from ._bridge.submission import (
@@ -20,17 +21,20 @@ from ._bridge.submission import (
     SaveMode,
     load_mode,
     save_mode,
+    stream_handle,
 )
-from ._native import lib
+from .block_transfer import (
+    BlocksToSave,
+    LoadBlocksTransfer,
+    SaveBlocksTransfer,
+    SaveCheckpointTransfer,
+    SaveOfBlocks,
+    pinned_each,
+)
+from .blocks import Block, BlocksToLoad, Checkpoint
 from .buffer import borrow, pinned
-from .errors import check
-from .sequence_transfer import (
-    LoadOutcome,
-    LoadTransfer,
-    PooledSaveTransfer,
-    SaveTransfer,
-    WrongSize,
-)
+from .errors import BufferTooSmall, check
+from .sequence_transfer import BufferSave, LoadOutcome, LoadTransfer, SaveTransfer, WrongSize
 from .snapshot import Snapshot, state_to_load, to_verify
 from .transfer import Transfer, start_and_wait
 
@@ -156,34 +160,58 @@ class Llama:
         number = save_mode(mode)
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
+        attachment = self._attachment
+        return await self._start_save(
+            seq,
+            functools.partial(SaveTransfer, attachment, seq),
+            attachment.measure,
+            attachment.sizes,
+            into=into,
+            priority=priority,
+            mode=number,
+        )
+
+    async def _start_save(
+        self,
+        seq: int,
+        make: Callable[..., BufferSave[T]],
+        measure: Callable[[int], int],
+        measured: Mapping[int, int],
+        *,
+        into: HostMemory | None,
+        priority: Priority,
+        mode: int,
+        after_stream: int | None = None,
+    ) -> Transfer[T]:
+        """Starts the save that ``make(buffer, pooled=...)`` returns. ``measured`` has what
+        ``measure`` has returned the last time."""
         first = priority == "urgent"
         if into is not None:
-            buffer = borrow(into, "into", writable=True)
-            transfer = SaveTransfer(self._attachment, seq, buffer)
-            await transfer.submit(lib.kvf_llama_save, priority, number, first=first)
+            transfer = make(borrow(into, "into", writable=True), pooled=False)
+            await transfer.submit(priority, mode, first=first, after_stream=after_stream)
             return transfer
         # Pinning new memory takes long, and must not keep the context's thread busy. So the buffer
         # is allocated first, by the size of the last save, and the size is checked on the thread.
-        attachment = self._attachment
-        expected, measured = attachment.sizes.get(seq), False
+        worker = self._attachment.worker
+        expected, has_measured = measured.get(seq), False
         while True:
             if expected is None:
-                expected = await attachment.worker.call(attachment.measure, seq, first=first)
-                first = measured = True  # it has had its turn
+                expected = await worker.call(measure, seq, first=first)
+                first = has_measured = True  # it has had its turn
             nbytes = expected + expected // 16 + 65536
             try:
                 buffer = await self._core.on_memory_thread(pinned, nbytes)
             except MemoryError:
-                if measured:
+                if has_measured:
                     raise
                 expected = None  # the sequence may be smaller now
                 continue
-            transfer = PooledSaveTransfer(attachment, seq, buffer)
+            transfer = make(buffer, pooled=True)
             try:
-                await transfer.submit(lib.kvf_llama_save, priority, number, first=first)
+                await transfer.submit(priority, mode, first=first, after_stream=after_stream)
             except WrongSize as wrong:
                 expected = wrong.size
-                first = measured = True  # likewise
+                first = has_measured = True  # likewise
                 continue
             return transfer
 
@@ -248,9 +276,8 @@ class Llama:
         self._attachment.worker.check_awaitable()
         await anyio.lowlevel.checkpoint_if_cancelled()
         buffer, llm_state = state_to_load(state, self._attachment)
-        transfer = LoadTransfer(self._attachment, seq, buffer, llm_state, self._latest_loads)
-        first = priority == "urgent"
-        await transfer.submit(lib.kvf_llama_load, priority, number, first=first, trust=trust)
+        transfer = LoadTransfer(self._attachment, seq, [buffer], llm_state, self._latest_loads)
+        await transfer.submit(priority, number, first=priority == "urgent", trust=trust)
         return transfer
 
     def load_outcome(self, seq: int) -> LoadOutcome | None:
@@ -264,6 +291,264 @@ class Llama:
             return None
         transfer = loads[seq]
         return "unchanged" if transfer is None else transfer.outcome
+
+    # ---- Blocks and checkpoints -----------------------------------------------------------------
+
+    def blocks_allowed(self) -> tuple[BlocksAllowed, str]:
+        """Returns what the cache allows, and in one line why not more, "" where blocks alone do.
+
+        Blocks as ``size`` does. Raises EngineClosed, ContextFreed.
+        """
+        self._attachment.check_usable()
+        return self._attachment.exclusively(self._attachment.blocks_allowed)
+
+    async def blocks_allowed_async(self) -> tuple[BlocksAllowed, str]:
+        """As ``blocks_allowed``, on the context's thread."""
+        self._attachment.check_usable()
+        return await self._attachment.worker.call(self._attachment.blocks_allowed)
+
+    def block_size(self, tokens: int = 256) -> int:
+        """Returns the size in bytes of a block of so many tokens at positions of their own.
+
+        A block has more bytes where positions repeat (the patches of an image for a model with
+        M-RoPE), and fewer where some are missing. Blocks as ``size`` does. Raises SequenceEmpty (no
+        sequence has had cells yet), KvferryError (the cache does not allow blocks), EngineClosed,
+        ContextFreed.
+        """
+        self._attachment.check_usable()
+        tokens = block_tokens(tokens)
+        return self._attachment.exclusively(self._attachment.measure_block, tokens)
+
+    async def block_size_async(self, tokens: int = 256) -> int:
+        """As ``block_size``, on the context's thread."""
+        self._attachment.check_usable()
+        tokens = block_tokens(tokens)
+        return await self._attachment.worker.call(self._attachment.measure_block, tokens)
+
+    def checkpoint_size(self, seq: int = 0) -> int:
+        """Returns the size in bytes of a checkpoint of a sequence, if it were saved now.
+
+        Blocks as ``size`` does. Raises SequenceEmpty, SequenceRange, KvferryError (the cache needs
+        no checkpoints, or allows none), EngineClosed, ContextFreed.
+        """
+        self._attachment.check_usable()
+        seq = sequence_id(seq)
+        return self._attachment.exclusively(self._attachment.measure_checkpoint, seq)
+
+    async def checkpoint_size_async(self, seq: int = 0) -> int:
+        """As ``checkpoint_size``, on the context's thread."""
+        self._attachment.check_usable()
+        seq = sequence_id(seq)
+        return await self._attachment.worker.call(self._attachment.measure_checkpoint, seq)
+
+    async def save_blocks(
+        self,
+        seq: int = 0,
+        begin: int = 0,
+        end: int | None = None,
+        *,
+        tokens: int = 256,
+        into: Sequence[HostMemory] | None = None,
+        keys: Sequence[bytes] | None = None,
+        parent: bytes | None = None,
+        priority: Priority = "background",
+        mode: SaveMode = "auto",
+        after_stream: int | None = None,
+    ) -> list[Block]:
+        """Saves the tokens at the positions [begin, end) of a sequence, in blocks of ``tokens``.
+
+        The tail that fills no block is a shorter block. Without ``end`` the last block ends with
+        the sequence. All blocks are one transfer. The sequence stays as it is, and may be decoded
+        further meanwhile.
+
+        ``into`` has writable contiguous memory for each block, of at least ``block_size`` bytes,
+        which belongs to the Block until that is closed or collected. Without ``into`` each block
+        gets a buffer of pinned memory from the pool. ``keys`` has the ``key`` of each Block;
+        ``parent`` is the key of the block before the first one. ``after_stream`` is a CUDA stream:
+        the transfer begins when the stream has done the work that it holds now.
+
+        Cancelling is as for ``save``. Raises SequenceRange, SequenceEmpty (there is no token at the
+        positions of a block), InvalidArgument, BufferTooSmall, PinnedLimit, EngineClosed,
+        ContextFreed, KvferryError (the cache does not allow blocks), and Busy (a load into the
+        sequence is in flight; or a transfer in flight, a Snapshot or a Block uses ``into``).
+        """
+        start = self.start_save_blocks(
+            seq,
+            begin,
+            end,
+            tokens=tokens,
+            into=into,
+            keys=keys,
+            parent=parent,
+            priority=priority,
+            mode=mode,
+            after_stream=after_stream,
+        )
+        return await start_and_wait(start)
+
+    async def start_save_blocks(
+        self,
+        seq: int = 0,
+        begin: int = 0,
+        end: int | None = None,
+        *,
+        tokens: int = 256,
+        into: Sequence[HostMemory] | None = None,
+        keys: Sequence[bytes] | None = None,
+        parent: bytes | None = None,
+        priority: Priority = "background",
+        mode: SaveMode = "auto",
+        after_stream: int | None = None,
+    ) -> Transfer[list[Block]]:
+        """As ``save_blocks``, but returns when the layout of the blocks has been recorded."""
+        attachment = self._attachment
+        attachment.check_usable()
+        seq = sequence_id(seq)
+        number, stream = save_mode(mode), stream_handle(after_stream)
+        asked = BlocksToSave.checked(begin, end, tokens, into, keys, parent)
+        attachment.worker.check_awaitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        first = priority == "urgent"
+        if end is None:
+            spans = await attachment.worker.call(asked.spans, attachment, seq, first=first)
+        else:
+            spans = asked.spans(attachment, seq)
+        sizes = attachment.known_block_sizes(spans)
+        if asked.into is None and sizes is None:
+            sizes = await attachment.worker.call(attachment.measure_blocks, spans, first=first)
+        repeated = False
+        while True:
+            buffers = asked.borrowed()
+            if buffers is None:
+                buffers = await self._core.on_memory_thread(pinned_each, sizes)
+            save = SaveOfBlocks(asked, spans, buffers)
+            transfer = SaveBlocksTransfer(attachment, seq, save, buffers)
+            try:
+                await transfer.submit(priority, number, first=first, after_stream=stream)
+            except BufferTooSmall:
+                if asked.into is not None or repeated:
+                    raise
+                # Positions repeat: only now is known how many cells a block has.
+                sizes, repeated = save.sizes, True
+                continue
+            return transfer
+
+    async def save_checkpoint(
+        self,
+        seq: int = 0,
+        *,
+        into: HostMemory | None = None,
+        key: bytes | None = None,
+        priority: Priority = "background",
+        mode: SaveMode = "auto",
+        after_stream: int | None = None,
+    ) -> Checkpoint:
+        """Saves the windows and recurrent layers of a sequence, as they are at its last position.
+
+        Call this between two decodes of the sequence: what windows and recurrent layers held at an
+        earlier position is gone. The save is by snapshot, so that decoding may go on when the save
+        has started. ``into`` is as for ``save``, of at least ``checkpoint_size`` bytes; ``key`` is
+        the ``key`` of the Checkpoint; ``after_stream`` is as for ``save_blocks``.
+
+        Cancelling is as for ``save``. Raises as ``save``, and KvferryError (the cache needs no
+        checkpoints, or allows none).
+        """
+        start = self.start_save_checkpoint(
+            seq, into=into, key=key, priority=priority, mode=mode, after_stream=after_stream
+        )
+        return await start_and_wait(start)
+
+    async def start_save_checkpoint(
+        self,
+        seq: int = 0,
+        *,
+        into: HostMemory | None = None,
+        key: bytes | None = None,
+        priority: Priority = "background",
+        mode: SaveMode = "auto",
+        after_stream: int | None = None,
+    ) -> Transfer[Checkpoint]:
+        """As ``save_checkpoint``, but returns when the snapshot has been taken."""
+        attachment = self._attachment
+        attachment.check_usable()
+        seq = sequence_id(seq)
+        number, stream = save_mode(mode), stream_handle(after_stream)
+        attachment.worker.check_awaitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return await self._start_save(
+            seq,
+            functools.partial(SaveCheckpointTransfer, attachment, seq, key=key),
+            attachment.measure_checkpoint,
+            attachment.checkpoint_sizes,
+            into=into,
+            priority=priority,
+            mode=number,
+            after_stream=stream,
+        )
+
+    async def load_blocks(
+        self,
+        blocks: Sequence[Block],
+        seq: int,
+        *,
+        checkpoint: Checkpoint | None = None,
+        priority: Priority = "background",
+        mode: LoadMode = "auto",
+        after_stream: int | None = None,
+    ) -> None:
+        """Loads blocks into a sequence, in place of what the sequence held.
+
+        The first block begins where the sequence shall begin, and each other block where the one
+        before it ends. ``checkpoint`` is the one at the end of the last block, where the cache
+        needs checkpoints; where checkpoints stand alone, ``blocks`` is empty. Nothing is copied
+        into one buffer.
+
+        All are checked before libllama is called: the model, the positions, the structure, and the
+        keys of those that have some. ``mode`` and ``load_outcome`` are as for ``load``, and so is
+        what the sequence holds if this raises. ``after_stream`` is as for ``save_blocks``.
+
+        Raises StateMismatch (another model or kind of cache; keys of several conversations),
+        StateDamaged (also for other positions than the Block or Checkpoint says), InvalidArgument
+        (misordered, overlapping, a gap; a checkpoint is missing, or given where none belongs),
+        CacheFull, SequenceRange, EngineClosed, ContextFreed, KvferryError (one of them has been
+        closed; the cache does not allow blocks), and Busy (a transfer of this sequence is in
+        flight).
+        """
+        start = self.start_load_blocks(
+            blocks,
+            seq,
+            checkpoint=checkpoint,
+            priority=priority,
+            mode=mode,
+            after_stream=after_stream,
+        )
+        await start_and_wait(start)
+
+    async def start_load_blocks(
+        self,
+        blocks: Sequence[Block],
+        seq: int,
+        *,
+        checkpoint: Checkpoint | None = None,
+        priority: Priority = "background",
+        mode: LoadMode = "auto",
+        after_stream: int | None = None,
+    ) -> Transfer[None]:
+        """As ``load_blocks``, but returns when llama.cpp has taken the cells and named all
+        fragments."""
+        attachment = self._attachment
+        attachment.check_usable()
+        seq = sequence_id(seq)
+        number, stream = load_mode(mode), stream_handle(after_stream)
+        self._latest_loads[seq] = None
+        attachment.worker.check_awaitable()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        given = BlocksToLoad(blocks, checkpoint)
+        given.check_model(attachment)
+        transfer = LoadBlocksTransfer(attachment, seq, given, self._latest_loads)
+        first = priority == "urgent"
+        await transfer.submit(priority, number, first=first, after_stream=stream)
+        return transfer
 
     # ---- Remove ---------------------------------------------------------------------------------
 

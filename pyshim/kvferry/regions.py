@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ._bridge import dlpack
 from ._bridge.arguments import Array, check_no_objects, integer, invalid
+from ._bridge.submission import stream_handle
 from ._native import ffi, lib
 from .errors import check, error
 
@@ -98,10 +99,9 @@ def region_list(memory: Memory, *, writable: bool, after_stream: int | None = No
     sources: Sequence[object] = memory if isinstance(memory, (list, tuple)) else [memory]
     # Each array is asked once, and before the first __dlpack__ call: that needs the stream.
     interfaces = [getattr(source, "__cuda_array_interface__", None) for source in sources]
-    if after_stream is None:
+    stream = stream_handle(after_stream)
+    if stream is None:
         stream = _named_stream(interfaces)
-    else:
-        stream = integer("after_stream", after_stream)
     regions: list[_Native] = []
     owners: list[object] = []
     arrays = 0

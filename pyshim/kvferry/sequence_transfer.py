@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ._bridge.attachment import Attachment
@@ -37,13 +37,13 @@ class SequenceTransfer(Transfer[T]):
         self,
         attachment: Attachment,
         seq: int,
-        buffer: Buffer,
+        buffers: Sequence[Buffer],
         result: Callable[[Completion], T],
         *,
-        writes_buffer: bool,
+        writes_buffers: bool,
     ) -> None:
         super().__init__(
-            attachment.worker.completions, buffer, None, result, writes_buffer=writes_buffer
+            attachment.worker.completions, buffers, None, result, writes_buffers=writes_buffers
         )
         self._attachment = attachment
         self.seq = seq
@@ -56,28 +56,31 @@ class SequenceTransfer(Transfer[T]):
 
     async def submit(
         self,
-        function: Callable[[int, int, CData, int, CData, CData], int],
         priority: Priority,
         mode: int,
         *,
         first: bool,
         trust: bool = False,
+        after_stream: int | None = None,
     ) -> None:
-        """Makes the submitting call, ``kvf_llama_save`` or ``kvf_llama_load``, on the context's
-        thread; ``first`` before other calls that wait there.
+        """Makes the submitting call on the context's thread; ``first`` before other calls that wait
+        there.
 
         When this raises, whatever the reason, the transfer is not in flight any more.
         """
-        assert self._buffer is not None
-        attachment, worker = self._attachment, self._attachment.worker
-        options = SubmitOptions(worker.completions, self.token, priority, mode=mode, trust=trust)
-        memory, nbytes = self._buffer.memory, self._buffer.nbytes
+        worker = self._attachment.worker
+        options = SubmitOptions(
+            worker.completions,
+            self.token,
+            priority,
+            mode=mode,
+            trust=trust,
+            after_stream=after_stream,
+        )
 
         def make_call() -> None:
             self.prepare()
-            status = function(
-                attachment.handle, self.seq, memory, nbytes, options.options, self.job_place
-            )
+            status = self.submitting_call(options.options, self.job_place)
             if status < 0:
                 self.submit_failed()
             check(status, options.text)
@@ -107,6 +110,10 @@ class SequenceTransfer(Transfer[T]):
     def prepare(self) -> None:
         """Called right before the submitting call, on the context's thread."""
 
+    def submitting_call(self, options: CData, job: CData) -> int:
+        """Calls the function of the C library that submits this, and returns its status."""
+        raise NotImplementedError
+
     def submit_failed(self) -> None:
         """Called if the submitting call has returned an error, on the context's thread."""
 
@@ -123,52 +130,67 @@ class SequenceTransfer(Transfer[T]):
         self._llm_state = None
 
 
-class SaveTransfer(SequenceTransfer[Snapshot]):
-    """A save of one sequence."""
+class WrongSize(Exception):
+    """The pool buffer for a save is too small for the sequence, or far too large."""
 
-    def __init__(self, attachment: Attachment, seq: int, buffer: Buffer) -> None:
-        memory = buffer.memory
-        super().__init__(
-            attachment, seq, buffer, lambda done: self._snapshot(memory, done), writes_buffer=True
-        )
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+        """Size in bytes of what is to be saved."""
+
+
+class BufferSave(SequenceTransfer[T]):
+    """A save of one sequence, or of a part of its state, into one buffer."""
+
+    def __init__(self, attachment: Attachment, seq: int, buffer: Buffer, *, pooled: bool) -> None:
+        """``pooled``: the buffer is of the pool, and was allocated by the size of an earlier save.
+        Then the submitting call raises WrongSize if the buffer does not fit."""
+        super().__init__(attachment, seq, [buffer], self._saved, writes_buffers=True)
+        self._memory: CData | None = buffer.memory
+        self._pooled = pooled
+
+    def prepare(self) -> None:
+        if self._pooled:
+            size = self._measure()
+            if not size <= self._nbytes <= 2 * size + 131072:
+                raise WrongSize(size)
+        if self._llm is not None:
+            self._llm_state = self._llm.state()
+
+    def _measure(self) -> int:
+        """Returns how many bytes are to be saved. Called on the context's thread."""
+        raise NotImplementedError
+
+    def _saved(self, done: Completion) -> T:
+        """Returns the result, of memory that the buffer keeps alive."""
+        raise NotImplementedError
+
+    def _drop_memory(self) -> None:
+        super()._drop_memory()
+        self._memory = None
+
+
+class SaveTransfer(BufferSave[Snapshot]):
+    """A save of one sequence."""
 
     def _subject(self) -> str:
         return f"that saves sequence {self.seq}"
 
-    def prepare(self) -> None:
-        if self._llm is not None:
-            self._llm_state = self._llm.state()
+    def submitting_call(self, options: CData, job: CData) -> int:
+        handle = self._attachment.handle
+        return lib.kvf_llama_save(handle, self.seq, self._memory, self._nbytes, options, job)
 
-    def _snapshot(self, memory: CData, done: Completion) -> Snapshot:
+    def _measure(self) -> int:
+        return self._attachment.measure(self.seq)
+
+    def _saved(self, done: Completion) -> Snapshot:
         return Snapshot(
-            memory,
+            self._memory,
             done.bytes,
             fingerprint=self._attachment.fingerprint,
             completion=done,
             llm=self._llm_state,
         )
-
-
-class WrongSize(Exception):
-    """The buffer for a save is too small for the sequence, or far too large."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.size = size
-        """Size of the state in bytes."""
-
-
-class PooledSaveTransfer(SaveTransfer):
-    """A save into a pool buffer that was allocated by the size of an earlier state.
-
-    The submitting call raises WrongSize if the sequence does not fit it.
-    """
-
-    def prepare(self) -> None:
-        size = self._attachment.measure(self.seq)
-        if not size <= self._nbytes <= 2 * size + 131072:
-            raise WrongSize(size)
-        super().prepare()
 
 
 class LoadTransfer(SequenceTransfer[None]):
@@ -180,17 +202,22 @@ class LoadTransfer(SequenceTransfer[None]):
         self,
         attachment: Attachment,
         seq: int,
-        buffer: Buffer,
+        buffers: Sequence[Buffer],
         llm_state: LlmState | None,
         latest_loads: dict[int, LoadTransfer | None],
     ) -> None:
-        """``submit`` enters it into ``latest_loads``."""
-        super().__init__(attachment, seq, buffer, lambda _: None, writes_buffer=False)
+        """``submit`` enters it into ``latest_loads``. A state has one buffer."""
+        super().__init__(attachment, seq, buffers, lambda _: None, writes_buffers=False)
         self._llm_state = llm_state
         self._latest_loads = latest_loads
 
     def _subject(self) -> str:
         return f"that loads sequence {self.seq}"
+
+    def submitting_call(self, options: CData, job: CData) -> int:
+        (buffer,) = self._buffers
+        handle = self._attachment.handle
+        return lib.kvf_llama_load(handle, self.seq, buffer.memory, buffer.nbytes, options, job)
 
     def expect(self) -> None:
         self._latest_loads[self.seq] = self

@@ -12,26 +12,24 @@ import anyio.to_thread
 from ._bridge import snapshot_file
 from ._bridge.arguments import HostMemory
 from ._bridge.attachment import Attachment
-from ._bridge.claims import claim_for_snapshot
 from ._bridge.completion_record import Completion
 from ._bridge.llama_cpp_object import LlmState
 from ._bridge.snapshot_file import Content
 from ._native import ffi, lib
 from .buffer import Buffer, borrow
 from .errors import error
+from .saved import Saved
 
 if TYPE_CHECKING:
     from ._native import CData
 
 
-class Snapshot(Buffer):
+class Snapshot(Saved):
     """The state of one sequence, bit for bit as ``llama_state_seq_get_data`` would write it.
 
     A read-only Buffer. While it lives, its memory is refused as a target with Busy. Methods whose
     names end in ``_sync`` block; the others do their work on a thread, for an event loop.
     """
-
-    _writable = False
 
     def __init__(
         self,
@@ -43,19 +41,9 @@ class Snapshot(Buffer):
         completion: Completion | None = None,
         llm: LlmState | None = None,
     ) -> None:
-        super().__init__(memory, nbytes)
-        self._claim: object = claim_for_snapshot(memory, nbytes)
-        self.fingerprint = fingerprint
-        """The ``Llama.fingerprint`` of the attachment that saved it. None if it is unknown: then
-        a load does not check it."""
+        super().__init__(memory, nbytes, fingerprint=fingerprint, completion=completion, llm=llm)
         self.sealed = checksum
         """The CRC-32 from ``seal()`` or from the file; None if it has not been sealed."""
-        self.completion = completion
-        """How the save ended; None for a state that this process has not saved."""
-        self.llm = llm
-        """What the attached ``llama_cpp.Llama`` knew when its sequence was saved; None if the
-        attachment was made with something else. A load into an attachment to such an object gives
-        it that knowledge."""
 
     @classmethod
     def from_bytes(
@@ -69,10 +57,6 @@ class Snapshot(Buffer):
         copy."""
         borrowed = borrow(state, "state")
         return cls(borrowed.memory, borrowed.nbytes, fingerprint=fingerprint, llm=llm)
-
-    def close(self) -> None:
-        super().close()
-        self._claim = None
 
     def _condition(self) -> str:
         tokens = "" if self.llm is None else f", {len(self.llm.tokens)} tokens"
@@ -154,10 +138,11 @@ def to_verify(state: HostMemory) -> Snapshot:
 def state_to_load(state: HostMemory, attachment: Attachment) -> tuple[Buffer, LlmState | None]:
     """Returns the memory of a state, and what a Snapshot has for the ``llama_cpp.Llama``.
 
-    Raises StateMismatch for a Snapshot of another model, and as ``borrow``.
+    Raises StateMismatch for a Snapshot or a Block of another model, and as ``borrow``.
     """
     buffer = borrow(state, "state")
-    if not isinstance(buffer, Snapshot):
+    if not isinstance(buffer, Saved):
         return buffer, None
     attachment.check_fingerprint(buffer.fingerprint)
-    return buffer, buffer.llm
+    # The tokens of a Block are not all that the sequence will hold.
+    return buffer, buffer.llm if isinstance(buffer, Snapshot) else None

@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._bridge.arguments import HostMemory, sequence_id
 from ._bridge.attachment import Attachment
+from ._bridge.block_list import BlocksAllowed, block_tokens, checked_key
 from ._bridge.claims import claim_for_transfer
 from ._bridge.completion_record import Completion, completion_of
 from ._bridge.engine_core import EngineCore
+from ._bridge.llama_cpp_object import LlmState
 from ._bridge.open_engine import OpenEngine
 from ._bridge.submission import (
     LoadMode,
@@ -35,16 +37,21 @@ from ._bridge.submission import (
     SubmitOptions,
     load_mode,
     save_mode,
+    stream_handle,
 )
 from ._bridge.trace import TraceEvent
 from ._native import ffi, lib
+from .block_transfer import BlocksToSave, SaveOfBlocks, pinned_each
+from .blocks import Block, BlocksToLoad, Checkpoint
 from .buffer import Buffer, borrow, pinned, registered, trim
-from .errors import check, error
+from .errors import BufferTooSmall, check, error
 from .regions import Memory, RegionList, region_list
 from .snapshot import Snapshot, state_to_load, to_verify
 
 if TYPE_CHECKING:
     from ._native import CData
+
+T = TypeVar("T")
 
 # Signal handlers run between two waits of this length.
 _WAIT_NS = 50_000_000
@@ -137,7 +144,7 @@ class Engine(OpenEngine):
 
         options = SubmitOptions(None, 0, priority, after_stream=regions.stream)
         writing = function is lib.kvf_regions_save
-        _submit_and_wait(submit, options, buffer, timeout, writing=writing)
+        _submit_and_wait(submit, options, [buffer], timeout, writing=writing)
 
     def describe(self) -> dict[str, Any]:
         """As ``kvferry.Engine.describe``."""
@@ -202,29 +209,53 @@ class Llama:
         """As ``kvferry.Llama.save``."""
         self._attachment.check_usable()
         seq = sequence_id(seq)
-        options = SubmitOptions(None, 0, priority, mode=save_mode(mode))
+        memory, done, llm_state, _ = self._save(
+            seq,
+            lib.kvf_llama_save,
+            self._attachment.measure,
+            lambda _: None,
+            SubmitOptions(None, 0, priority, mode=save_mode(mode)),
+            into,
+            timeout,
+        )
+        return Snapshot(
+            memory, done.bytes, fingerprint=self.fingerprint, completion=done, llm=llm_state
+        )
+
+    def _save(
+        self,
+        seq: int,
+        function: Callable[[int, int, CData, int, CData, CData], int],
+        measure: Callable[[int], int],
+        look: Callable[[int], T],
+        options: SubmitOptions,
+        into: HostMemory | None,
+        timeout: float | None,
+    ) -> tuple[CData, Completion, LlmState | None, T]:
+        """Saves a sequence, or a part of its state, into one buffer.
+
+        Returns the memory, the completion, what the ``llama_cpp.Llama`` knew, and what ``look``
+        returned right before the submitting call.
+        """
         attachment = self._attachment
         llm = attachment.llm_of(seq)
         with ExitStack() as until_submitted:
             until_submitted.enter_context(attachment.worker.exclusive())
             # No thread decodes meanwhile, so that the size stays right.
             if into is None:
-                buffer = pinned(self._core.handle, attachment.measure(seq))
+                buffer = pinned(self._core.handle, measure(seq))
             else:
                 buffer = borrow(into, "into", writable=True)
             memory = buffer.memory
+            seen = look(seq)
             llm_state = None if llm is None else llm.state()
 
             def submit(native: CData, job: CData) -> int:
                 with until_submitted:
-                    return lib.kvf_llama_save(
-                        attachment.handle, seq, memory, buffer.nbytes, native, job
-                    )
+                    return function(attachment.handle, seq, memory, buffer.nbytes, native, job)
 
-            done = _submit_and_wait(submit, options, buffer, timeout, writing=True)
-        return Snapshot(
-            memory, done.bytes, fingerprint=self.fingerprint, completion=done, llm=llm_state
-        )
+            done = _submit_and_wait(submit, options, [buffer], timeout, writing=True)
+        return memory, done, llm_state, seen
 
     def load(
         self,
@@ -246,16 +277,31 @@ class Llama:
         attachment = self._attachment
         buffer, llm_state = state_to_load(state, attachment)
         memory = buffer.memory
-        llm = attachment.llm_of(seq)
 
         def submit(native: CData, job: CData) -> int:
+            return lib.kvf_llama_load(attachment.handle, seq, memory, buffer.nbytes, native, job)
+
+        self._load(seq, submit, options, [buffer], llm_state, timeout)
+
+    def _load(
+        self,
+        seq: int,
+        submit: Callable[[CData, CData], int],
+        options: SubmitOptions,
+        buffers: Sequence[Buffer],
+        llm_state: LlmState | None,
+        timeout: float | None,
+    ) -> None:
+        """Makes the submitting call ``submit``, and does what must follow a load."""
+        attachment = self._attachment
+        llm = attachment.llm_of(seq)
+
+        def submit_alone(native: CData, job: CData) -> int:
             with attachment.worker.exclusive():
-                return lib.kvf_llama_load(
-                    attachment.handle, seq, memory, buffer.nbytes, native, job
-                )
+                return submit(native, job)
 
         try:
-            _submit_and_wait(submit, options, buffer, timeout, writing=False)
+            _submit_and_wait(submit_alone, options, buffers, timeout, writing=False)
         except BaseException:
             with attachment.worker.exclusive():
                 if lib.kvf_llama_settle(attachment.handle) >= 0 and llm is not None:
@@ -264,6 +310,136 @@ class Llama:
         if llm is not None:
             with attachment.worker.exclusive():
                 llm.restore(llm_state)
+
+    def blocks_allowed(self) -> tuple[BlocksAllowed, str]:
+        """As ``kvferry.Llama.blocks_allowed``."""
+        self._attachment.check_usable()
+        return self._attachment.exclusively(self._attachment.blocks_allowed)
+
+    def block_size(self, tokens: int = 256) -> int:
+        """As ``kvferry.Llama.block_size``."""
+        self._attachment.check_usable()
+        tokens = block_tokens(tokens)
+        return self._attachment.exclusively(self._attachment.measure_block, tokens)
+
+    def checkpoint_size(self, seq: int = 0) -> int:
+        """As ``kvferry.Llama.checkpoint_size``."""
+        self._attachment.check_usable()
+        seq = sequence_id(seq)
+        return self._attachment.exclusively(self._attachment.measure_checkpoint, seq)
+
+    def save_blocks(
+        self,
+        seq: int = 0,
+        begin: int = 0,
+        end: int | None = None,
+        *,
+        tokens: int = 256,
+        into: Sequence[HostMemory] | None = None,
+        keys: Sequence[bytes] | None = None,
+        parent: bytes | None = None,
+        priority: Priority = "urgent",
+        mode: SaveMode = "auto",
+        after_stream: int | None = None,
+        timeout: float | None = None,
+    ) -> list[Block]:
+        """As ``kvferry.Llama.save_blocks``."""
+        attachment = self._attachment
+        attachment.check_usable()
+        seq = sequence_id(seq)
+        asked = BlocksToSave.checked(begin, end, tokens, into, keys, parent)
+        options = SubmitOptions(
+            None, 0, priority, mode=save_mode(mode), after_stream=stream_handle(after_stream)
+        )
+        llm = attachment.llm_of(seq)
+        with ExitStack() as until_submitted:
+            until_submitted.enter_context(attachment.worker.exclusive())
+            # No thread decodes meanwhile, so that the positions stay right.
+            spans = asked.spans(attachment, seq)
+            sizes = [] if asked.into else attachment.measure_blocks(spans)
+            repeated = False
+            while True:
+                buffers = asked.borrowed() or pinned_each(self._core.handle, sizes)
+                save = SaveOfBlocks(asked, spans, buffers)
+                llm_state = None if llm is None else save.llm_state(llm)
+
+                def submit(native: CData, job: CData, save: SaveOfBlocks = save) -> int:
+                    status = save.submit(attachment, seq, native, job)
+                    if status >= 0:
+                        until_submitted.close()
+                    return status
+
+                try:
+                    done = _submit_and_wait(submit, options, buffers, timeout, writing=True)
+                except BufferTooSmall:
+                    if asked.into or repeated:
+                        raise
+                    # Positions repeat: only now is known how many cells a block has.
+                    sizes, repeated = save.sizes, True
+                    continue
+                return save.saved(attachment, done, llm_state)
+
+    def save_checkpoint(
+        self,
+        seq: int = 0,
+        *,
+        into: HostMemory | None = None,
+        key: bytes | None = None,
+        priority: Priority = "urgent",
+        mode: SaveMode = "auto",
+        after_stream: int | None = None,
+        timeout: float | None = None,
+    ) -> Checkpoint:
+        """As ``kvferry.Llama.save_checkpoint``."""
+        attachment = self._attachment
+        attachment.check_usable()
+        seq = sequence_id(seq)
+        stream = stream_handle(after_stream)
+        key = None if key is None else checked_key("key", key)
+        memory, done, llm_state, position = self._save(
+            seq,
+            lib.kvf_llama_save_checkpoint,
+            attachment.measure_checkpoint,
+            attachment.last_position,
+            SubmitOptions(None, 0, priority, mode=save_mode(mode), after_stream=stream),
+            into,
+            timeout,
+        )
+        return Checkpoint(
+            memory,
+            done.bytes,
+            position=position,
+            key=key,
+            fingerprint=self.fingerprint,
+            completion=done,
+            llm=llm_state,
+        )
+
+    def load_blocks(
+        self,
+        blocks: Sequence[Block],
+        seq: int,
+        *,
+        checkpoint: Checkpoint | None = None,
+        priority: Priority = "urgent",
+        mode: LoadMode = "auto",
+        after_stream: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """As ``kvferry.Llama.load_blocks``."""
+        attachment = self._attachment
+        attachment.check_usable()
+        seq = sequence_id(seq)
+        options = SubmitOptions(
+            None, 0, priority, mode=load_mode(mode), after_stream=stream_handle(after_stream)
+        )
+        given = BlocksToLoad(blocks, checkpoint)
+        given.check_model(attachment)
+
+        def submit(native: CData, job: CData) -> int:
+            return given.submit(attachment.handle, seq, native, job)
+
+        self._load(seq, submit, options, given.parts, given.llm, timeout)
 
     def remove(self, seq: int) -> None:
         """As ``kvferry.Llama.remove``, but raises Busy while a transfer of it is in flight."""
@@ -297,22 +473,25 @@ class Llama:
 def _submit_and_wait(
     submit: Callable[[CData, CData], int],
     options: SubmitOptions,
-    buffer: Buffer,
+    buffers: Sequence[Buffer],
     timeout: float | None,
     *,
     writing: bool,
 ) -> Completion:
     """Submits a transfer and waits for its end. When this raises, it is not in flight any more.
 
-    Raises Busy if something else in this process uses the buffer.
+    Raises Busy if something else in this process uses one of the buffers.
     """
-    claim = claim_for_transfer(buffer.memory, buffer.nbytes, writing=writing)
+    claims = [
+        claim_for_transfer(buffer.memory, buffer.nbytes, writing=writing) for buffer in buffers
+    ]
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     # The C library writes the job's handle here, so that the handle is known even if an exception
     # interrupts what follows the submitting call.
     job = ffi.new("kvf_job *")
     try:
-        buffer.transfers.add(claim)
+        for buffer, claim in zip(buffers, claims, strict=True):
+            buffer.transfers.add(claim)
         check(submit(options.options, job), options.text)
         done, timed_out = _wait(job[0], deadline)
     except BaseException:
@@ -322,7 +501,8 @@ def _submit_and_wait(
     finally:
         if job[0]:
             lib.kvf_job_release(job[0])
-        buffer.transfers.discard(claim)
+        for buffer, claim in zip(buffers, claims, strict=True):
+            buffer.transfers.discard(claim)
     if done.status == lib.KVF_ERR_CANCELLED and timed_out:
         raise error(lib.KVF_ERR_TIMEOUT, f"{timeout} seconds")
     if done.status != lib.KVF_OK:

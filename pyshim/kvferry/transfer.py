@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
@@ -37,34 +37,35 @@ class Transfer(PendingTransfer, Generic[T]):
     def __init__(
         self,
         completions: Completions,
-        buffer: Buffer,
+        buffers: Sequence[Buffer],
         source: object,
         result: Callable[[Completion], T],
         *,
-        writes_buffer: bool,
+        writes_buffers: bool,
     ) -> None:
         """For kvferry itself. ``source`` is an object to keep alive until the end. ``result`` makes
         the result of a transfer that has succeeded.
 
-        Raises Busy if something else in this process uses the buffer.
+        Raises Busy if something else in this process uses one of the buffers.
         """
         super().__init__()
         self._completions = completions
-        self._buffer: Buffer | None = buffer
+        self._buffers = tuple(buffers)
         self._source = source
         self._make_result: Callable[[Completion], T] | None = result
         self._result: T | None = None
         self._following_call: Call | None = None
         self._cancel_requested = False
-        self._nbytes = buffer.nbytes
+        self._nbytes = sum(buffer.nbytes for buffer in buffers)
         # The C library writes the job's handle here, so that the handle is known even if an
         # exception interrupts what follows the submitting call.
         self.job_place: CData = ffi.new("kvf_job *")
         self.token = completions.new_token()
         completions.take_unattended()
-        self._claim: object = claim_for_transfer(
-            buffer.memory, buffer.nbytes, writing=writes_buffer
-        )
+        self._claims: object = [
+            claim_for_transfer(buffer.memory, buffer.nbytes, writing=writes_buffers)
+            for buffer in buffers
+        ]
 
     @property
     def job(self) -> int | None:
@@ -146,8 +147,8 @@ class Transfer(PendingTransfer, Generic[T]):
 
     def expect(self) -> None:
         """Call this before the submitting call, and ``after_submit`` after it in any case."""
-        assert self._buffer is not None
-        self._buffer.transfers.add(self)
+        for buffer in self._buffers:
+            buffer.transfers.add(self)
         self._completions.register(self)
 
     def after_submit(self) -> None:
@@ -192,12 +193,12 @@ class Transfer(PendingTransfer, Generic[T]):
 
     def _drop_memory(self) -> None:
         # A program may keep this object: then it must not keep the memory alive.
-        if self._buffer is not None:
-            self._buffer.transfers.discard(self)
+        for buffer in self._buffers:
+            buffer.transfers.discard(self)
         self._make_result = None
-        self._buffer = None
+        self._buffers = ()
         self._source = None
-        self._claim = None
+        self._claims = None
 
 
 async def start_and_wait(start: Coroutine[Any, Any, Transfer[T]]) -> T:

@@ -9,15 +9,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from .._native import ffi, lib
 from ..errors import ErrorText, check, error
 from .arguments import sequence_id
+from .block_list import ALLOWED, BlocksAllowed, Span, spans
 from .completions import Completions, PendingTransfer
 from .description import describe
+from .libllama_positions import LibllamaPositions
 from .llama_cpp_object import SEQUENCE, LlamaCppObject
 from .worker import Call, Worker, context_worker
+
+T = TypeVar("T")
 
 
 class Attachment:
@@ -36,12 +41,19 @@ class Attachment:
         """The sequence of each transfer in flight."""
         self.sizes: dict[int, int] = {}
         """The size of each sequence's state in bytes, as it was last measured."""
+        self.checkpoint_sizes: dict[int, int] = {}
+        """The size of each sequence's checkpoint in bytes, as it was last measured."""
+        self._block_sizes: dict[int, int] = {}
+        """The size in bytes of a block of so many tokens."""
+        self._positions: LibllamaPositions | None = None
         self.detaching = False
         self._variant = variant
         self._detach: Call | None = None
         description = self.describe()
         self.model: str = description["model"]
         self.fingerprint: str = description["fingerprint"]
+        self._library: str = description["library"]
+        self._sequences: int = description["sequences"]
 
     def check_usable(self) -> None:
         """Raises Forked, EngineClosed or ContextFreed where nothing can be asked of it."""
@@ -71,9 +83,12 @@ class Attachment:
     def size(self, seq: int) -> int:
         """Size of a sequence's state in bytes. Blocks while the context's thread is at work."""
         self.check_usable()
-        seq = sequence_id(seq)
+        return self.exclusively(self.measure, sequence_id(seq))
+
+    def exclusively(self, function: Callable[..., T], *arguments: object) -> T:
+        """Makes a call on this thread. Blocks while the context's thread is at work."""
         with self.worker.exclusive():
-            return self.measure(seq)
+            return function(*arguments)
 
     # ---- On the context's thread, or while that is held off -------------------------------------
 
@@ -84,6 +99,54 @@ class Attachment:
         size: int = nbytes[0]
         self.sizes[seq] = size
         return size
+
+    def measure_checkpoint(self, seq: int) -> int:
+        """Size of a sequence's checkpoint in bytes."""
+        nbytes = ffi.new("uint64_t *")
+        check(lib.kvf_llama_checkpoint_size(self.handle, seq, nbytes))
+        size: int = nbytes[0]
+        self.checkpoint_sizes[seq] = size
+        return size
+
+    def measure_block(self, tokens: int) -> int:
+        """Size in bytes of a block of so many tokens at positions of their own."""
+        nbytes = ffi.new("uint64_t *")
+        check(lib.kvf_llama_block_size(self.handle, tokens, nbytes))
+        size: int = nbytes[0]
+        self._block_sizes[tokens] = size
+        return size
+
+    def measure_blocks(self, spans: Sequence[Span]) -> list[int]:
+        """Size in bytes of each block, if its tokens have positions of their own."""
+        return [self.measure_block(end - begin) for begin, end in spans]
+
+    def known_block_sizes(self, spans: Sequence[Span]) -> list[int] | None:
+        """As ``measure_blocks``, on any thread; None if one of them has not been measured yet."""
+        sizes = [self._block_sizes.get(end - begin, 0) for begin, end in spans]
+        return sizes if all(sizes) else None
+
+    def blocks_allowed(self) -> tuple[BlocksAllowed, str]:
+        """What the cache allows, and why not more."""
+        reason = ffi.new("char[]", 256)
+        number = check(lib.kvf_llama_blocks_allowed(self.handle, reason, ffi.sizeof(reason)))
+        return ALLOWED[number], ffi.string(reason).decode(errors="replace")
+
+    def last_position(self, seq: int) -> int:
+        """The last position of a sequence; -1 if it is empty."""
+        check(lib.kvf_llama_blocks_allowed(self.handle, ffi.NULL, 0))  # the context is alive
+        if not 0 <= seq < self._sequences:
+            raise error(lib.KVF_ERR_SEQUENCE_RANGE, f"sequence {seq}")
+        if self._positions is None:
+            self._positions = LibllamaPositions(self._library, self.address)
+        return self._positions.last(seq)
+
+    def spans(self, seq: int, begin: int, end: int | None, tokens: int) -> list[Span]:
+        """The positions of the blocks from ``begin`` to ``end``, or to the sequence's end."""
+        if end is None:
+            end = self.last_position(seq) + 1
+            if end <= begin:
+                raise error(lib.KVF_ERR_SEQUENCE_EMPTY, f"no token from position {begin} on")
+        return spans(begin, end, tokens)
 
     def remove(self, seq: int) -> None:
         """Empties a sequence."""

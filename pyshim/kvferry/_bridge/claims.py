@@ -1,8 +1,9 @@
 """Who uses which host memory at the moment: one user that writes, or several that only read.
 
-A transfer claims its buffer while it is in flight, a Snapshot claims its bytes while it lives. A
-claim lasts as long as the Claim object, so that it ends however a call is interrupted. One table
-serves the whole process, because several engines can be given the same memory.
+A transfer claims its buffers while it is in flight. Snapshots, Blocks and Checkpoints claim their
+bytes while they live. A claim lasts as long as the Claim object, so that it ends however a call is
+interrupted. One table serves the whole process, because several engines can be given the same
+memory.
 """
 
 from __future__ import annotations
@@ -111,8 +112,11 @@ def claim_for_transfer(memory: CData, nbytes: int, *, writing: bool) -> Claim:
     return claim
 
 
-def claim_for_snapshot(memory: CData, nbytes: int) -> Claim:
-    """Claims a state that has just been saved. The claim of its transfer ends a little later."""
-    claim = Claim("a Snapshot that has not been closed has", writing=False)
+def claim_for_saved(memory: CData, nbytes: int, kind: str) -> Claim:
+    """Claims bytes that have just been saved. The claim of their transfer ends a little later.
+
+    ``kind`` is the name of the class that holds them.
+    """
+    claim = Claim(f"a {kind} that has not been closed has", writing=False)
     _table.add(int(ffi.cast("uintptr_t", memory)), nbytes, claim)
     return claim

@@ -8,6 +8,7 @@ shares with ``input_ids``. So when kvferry changes the cache, it changes these t
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,16 @@ class LlmState:
     """The sampler's seed; None if it is not known: then a load does not change it."""
 
 
+def joined(parts: Sequence[LlmState]) -> LlmState:
+    """Returns what is known of tokens that follow one another: of the last part, the seed."""
+    scores = [part.scores for part in parts if part.scores is not None]
+    return LlmState(
+        tokens=numpy.concatenate([part.tokens for part in parts]),
+        scores=numpy.concatenate(scores) if len(scores) == len(parts) else None,
+        seed=parts[-1].seed,
+    )
+
+
 class LlamaCppObject:
     """The ``llama_cpp.Llama`` of an attachment. For the context's thread, between decodes."""
 
@@ -51,13 +62,13 @@ class LlamaCppObject:
             return None
         return cls(owner)
 
-    def state(self) -> LlmState:
-        """Returns a copy of what the object knows now."""
+    def state(self, begin: int = 0, end: int | None = None) -> LlmState:
+        """Returns a copy of what the object knows now of its tokens at [begin, end), or of all."""
         llm = self._llm
-        count = llm.n_tokens
+        part = slice(begin, llm.n_tokens if end is None else min(end, llm.n_tokens))
         return LlmState(
-            tokens=numpy.array(llm.input_ids[:count], numpy.int32),
-            scores=numpy.array(llm.scores[:count], numpy.float32) if self._keeps_scores() else None,
+            tokens=numpy.array(llm.input_ids[part], numpy.int32),
+            scores=numpy.array(llm.scores[part], numpy.float32) if self._keeps_scores() else None,
             seed=getattr(llm, "_seed", None),
         )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .._native import ffi, lib
 from ..errors import ErrorText
-from .arguments import choice
+from .arguments import choice, integer
 from .completions import Completions
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ def save_mode(mode: SaveMode) -> int:
 
 def load_mode(mode: LoadMode) -> int:
     return choice("mode", mode, _LOAD_MODES)
+
+
+def stream_handle(after_stream: int | None) -> int | None:
+    """Returns the handle of the CUDA stream to follow, or None. Raises TypeError."""
+    return None if after_stream is None else integer("after_stream", after_stream)
 
 
 class SubmitOptions:

@@ -104,6 +104,13 @@ def _add_demo(commands: _Commands) -> None:
 
 def _add_bench(commands: _Commands) -> None:
     bench = commands.add_parser("bench", help="measure speed, and compare it with goals and limits")
+    bench.add_argument(
+        "matrix",
+        choices=("states", "blocks"),
+        nargs="?",
+        default="states",
+        help="what to measure: whole states (the default), or blocks beside them",
+    )
     _common(bench)
     bench.add_argument(
         "--out",
@@ -214,6 +221,7 @@ def _bench(options: argparse.Namespace) -> int:
         tokens=options.tokens,
         device=options.device,
         only=options.only,
+        matrix=options.matrix,
     )
     return 0 if anyio.run(bench.bench, chosen, Progress()) else _DIFFERS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
@@ -131,18 +132,28 @@ async def submit(llama: Llama, start: Awaitable[Transfer[T]]) -> tuple[Transfer[
     """Starts a transfer; returns it, and the time when the submitting call returned.
 
     The context's thread takes that time right after the call: while copying keeps all cores busy,
-    this task continues much later. (For asyncio, which begins tasks in order.)
+    this task continues much later. The thread waits at a gate until both calls have been queued, so
+    that it never waits for this task between them. (For asyncio, which begins tasks in order.)
     """
     transfers: list[Transfer[T]] = []
+    times: list[int] = []
+    gate = threading.Event()
 
     async def wait() -> None:
         transfers.append(await start)
 
+    async def take_time() -> None:
+        times.append(await llama.run(time.monotonic_ns))
+
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(wait)
-        await anyio.lowlevel.checkpoint()  # now the task has asked for its call
-        recorded_ns = await llama.run(time.monotonic_ns)
-    return transfers[0], recorded_ns
+        try:
+            tasks.start_soon(llama.run, gate.wait)
+            for task in (wait, take_time):
+                tasks.start_soon(task)
+            await anyio.lowlevel.checkpoint()  # now the tasks have queued their calls
+        finally:
+            gate.set()
+    return transfers[0], times[0]
 
 
 def ended(transfer: Transfer[Any]) -> Completion:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ... import Devices, Engine, __version__
 from ..._bridge.arguments import invalid
@@ -24,16 +24,22 @@ from ..limits import Direction, RawCuda
 from ..models import on_gpu, synthetic_model
 from ..table import Progress, table
 from ..timeline import Timeline, draw
-from . import matrix
+from . import block_matrix, matrix
 from .beside import Beside
+from .conversation import Turn
 from .measurement import Measurement, Result, Stage, failure, result
-from .pictures import Bars, Latencies, draw_bars, draw_latencies
-from .prepared import Prepared
+from .moved import BLOCK_TOKENS, Moved, of_moved
+from .pictures import Bars, Growth, Latencies, draw_bars, draw_growth, draw_latencies
+from .prepared import CONVERSATION, Prepared, beside_key
 from .raw import Memcpy, PinnedCopies
 from .trace import Trace
 
 _SECONDS = 285
 """After so many seconds no measurement is begun any more: rented GPUs are paid by time."""
+
+
+Matrix = Literal["states", "blocks"]
+"""What is measured: whole states (``matrix``), or blocks beside them (``block_matrix``)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Options:
     tokens: int | None = None
     device: Devices = "auto"
     only: Sequence[str] | None = None
+    matrix: Matrix = "states"
 
 
 async def bench(options: Options, progress: Progress) -> bool:
@@ -67,7 +74,8 @@ async def bench(options: Options, progress: Progress) -> bool:
         else:
             raw = Memcpy(description["devices"][0]["copy_threads"])
         plan = matrix.Bench(engine, models.open, raw, options.tokens, options.model is not None)
-        stages = matrix.cuda(plan) if gpu else matrix.host(plan)
+        measured = block_matrix if options.matrix == "blocks" else matrix
+        stages = measured.cuda(plan) if gpu else measured.host(plan)
         _check_wanted(options.only, stages)
         run = _Run(_folder(options.out), progress, options.only)
         run.facts = {
@@ -138,6 +146,7 @@ class _Run:
         self._timelines: list[Timeline] = []
         self._bars: list[Bars] = []
         self._latencies: list[Latencies] = []
+        self._growth: Growth | None = None
         self._trace = Trace()
 
     async def stage(self, stage: Stage) -> None:
@@ -206,18 +215,26 @@ class _Run:
             if any(way.startswith("llama.cpp") for way in ways):
                 size = f"{prepared.nbytes / 2**20:.0f} MiB"
                 self._bars.append(Bars(f"{direction}, {prepared.name}\n{size}", ways))
-            beside: Beside | None = prepared.known(f"beside {direction}")
-            if beside is not None:
-                self._latencies.append(
-                    Latencies(
-                        f"{prepared.name}, background {direction}s",
-                        [step.ms for step in beside.idle],
-                        [step.ms for step in beside.during],
+            for moved in get_args(Moved):
+                beside: Beside | None = prepared.known(beside_key(direction, moved))
+                if beside is not None:
+                    self._latencies.append(
+                        Latencies(
+                            f"{prepared.name}, background {direction}s{of_moved(moved)}",
+                            [step.ms for step in beside.idle],
+                            [step.ms for step in beside.during],
+                        )
                     )
-                )
+        turns: list[Turn] | None = prepared.known(CONVERSATION)
+        if turns is not None:
+            self._growth = _growth(turns)
         if prepared.timeline is not None:
             self._timelines.append(prepared.timeline)
         self._trace.add(prepared.name, prepared.decoding.steps, prepared.pieces)
+
+    def _draw_growth(self, path: Path) -> None:
+        assert self._growth is not None
+        draw_growth(self._growth, path, heading="Bytes moved by the save after each turn")
 
     def finish(self) -> None:
         text = _table(self.results)
@@ -241,6 +258,11 @@ class _Run:
                 ),
             ),
             (
+                "turns.png",
+                self._growth is not None,
+                self._draw_growth,
+            ),
+            (
                 "timeline.png",
                 bool(self._timelines),
                 lambda path: draw(
@@ -256,6 +278,15 @@ class _Run:
             except Exception as error:  # the figures have been written
                 self._progress.say(f"no {name}: {type(error).__name__}: {error}")
         self._progress.say(f"written to {self._out}/")
+
+
+def _growth(turns: Sequence[Turn]) -> Growth:
+    return Growth(
+        f"turns of {BLOCK_TOKENS} tokens; {turns[0].block_bytes / 2**20:.1f} MiB of KV cache each",
+        [turn.tokens for turn in turns],
+        [turn.state_bytes / 2**20 for turn in turns],
+        [turn.block_bytes / 2**20 for turn in turns],
+    )
 
 
 def _ways(prepared: Prepared, direction: Direction) -> dict[str, float]:

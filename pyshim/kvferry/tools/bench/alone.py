@@ -14,6 +14,7 @@ from ..libllama import LlamaError
 from ..limits import Direction
 from ..workload import LOADED, SAVED, seconds
 from .context import Memory, PreparedContext
+from .moved import Moved
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Samples:
     """From the first piece to the completion, without recording the layout."""
     raw: list[float]
     completions: list[Completion]
+    held: list[float]
+    """From the submitting call to its return: for so long the context's thread is held."""
 
     @property
     def completion(self) -> Completion:
@@ -50,20 +53,32 @@ class Samples:
         return statistics.median(self.moving) * 1e3
 
     @property
+    def held_ms(self) -> float:
+        return statistics.median(self.held) * 1e3
+
+    @property
     def raw_ms(self) -> float:
         return statistics.median(self.raw) * 1e3
 
 
 async def time_transfers(
-    prepared: PreparedContext, direction: Direction, memory: Memory, mode: LoadMode
+    prepared: PreparedContext,
+    direction: Direction,
+    memory: Memory,
+    mode: LoadMode,
+    moved: Moved = "state",
 ) -> Samples:
-    """Times urgent transfers in turn with raw copies. ``mode`` is the mode of loads."""
-    ours, moving, raw = [], [], []
+    """Times urgent transfers in turn with raw copies of as many bytes. ``mode`` is the mode of
+    loads."""
+    ours, moving, raw, held = [], [], [], []
     completions: list[Completion] = []
     copy = prepared.raw.save_seconds if direction == "save" else prepared.raw.load_seconds
     for index in range(prepared.repeats + 1):
-        completion = await prepared.transfer(direction, memory, "urgent", mode)
-        raw_seconds = await anyio.to_thread.run_sync(copy)
+        completion, recorded_ns = await prepared.timed_transfer(
+            direction, memory, "urgent", mode, moved
+        )
+        nbytes = min(completion.bytes, prepared.nbytes)
+        raw_seconds = await anyio.to_thread.run_sync(copy, nbytes)
         if mode == "ahead" and completion.mode != lib.KVF_LOAD_AHEAD:
             raise LlamaError("device memory is too short for a load ahead")
         if index:  # the first round is the warm-up
@@ -71,7 +86,8 @@ async def time_transfers(
             moving.append((completion.finished_ns - completion.started_ns) / 1e9)
             raw.append(raw_seconds)
             completions.append(completion)
-    return Samples(ours, moving, raw, completions)
+            held.append((recorded_ns - completion.submitted_ns) / 1e9)
+    return Samples(ours, moving, raw, completions, held)
 
 
 async def time_native(prepared: PreparedContext, direction: Direction, memory: Memory) -> float:

@@ -15,8 +15,9 @@ from ... import Completion, TraceEvent
 from ..libllama import Step
 from ..limits import Direction, Pace
 from ..timeline import Span, Timeline
-from ..workload import LOADED, SAVED, Decoding, ended, submit
+from ..workload import Decoding
 from .context import PreparedContext
+from .moved import Moved
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class _Busy:
 
 
 async def decode_beside(
-    prepared: PreparedContext, direction: Direction, rounds: int, steps: int
+    prepared: PreparedContext, direction: Direction, rounds: int, steps: int, moved: Moved
 ) -> Beside:
     """Decodes ``rounds`` times ``steps`` steps alone, and as many while there is always a
     background transfer in flight.
@@ -74,7 +75,7 @@ async def decode_beside(
     idle_seconds = 0.0
     busy: list[_Busy] = []
     paced: list[Step] = []
-    await prepared.transfer("save", "pinned", "background")  # the warm-up
+    await prepared.transfer("save", "pinned", "background", moved=moved)  # the warm-up
     await decoding.several(3)
     for _ in range(rounds):
         await decoding.rewind()
@@ -82,7 +83,7 @@ async def decode_beside(
         idle += await decoding.several(steps)
         idle_seconds += time.monotonic() - begin
         await decoding.rewind()
-        busy.append(await _busy_round(prepared, direction, steps))
+        busy.append(await _busy_round(prepared, direction, steps, moved))
         await decoding.rewind()
         paced += await _beside_raw(prepared, direction, steps)
     if direction == "save":
@@ -101,7 +102,9 @@ async def decode_beside(
     )
 
 
-async def _busy_round(prepared: PreparedContext, direction: Direction, steps: int) -> _Busy:
+async def _busy_round(
+    prepared: PreparedContext, direction: Direction, steps: int, moved: Moved
+) -> _Busy:
     """Makes background transfers, one after the other, until ``steps`` steps are decoded."""
     decoding = prepared.decoding
     spans: list[Span] = []
@@ -110,7 +113,9 @@ async def _busy_round(prepared: PreparedContext, direction: Direction, steps: in
     first, begin_ns, begin_pump = len(decoding.steps), time.monotonic_ns(), own_seconds()
     async with decoding.running():
         while len(decoding.steps) < first + steps and decoding.left > 0:
-            done, recorded_ns = await _transfer(prepared, direction)
+            done, recorded_ns = await prepared.timed_transfer(
+                direction, "pinned", "background", moved=moved
+            )
             spans.append(Span(direction, done.submitted_ns, recorded_ns, done.finished_ns))
             transfers.append(done)
     pump_seconds = own_seconds() - begin_pump
@@ -118,19 +123,6 @@ async def _busy_round(prepared: PreparedContext, direction: Direction, steps: in
     decoded = len(decoding.steps) - first
     pieces = prepared.drain_trace()
     return _Busy(begin_ns, end_ns, decoded, spans, transfers, pump_seconds, pieces)
-
-
-async def _transfer(prepared: PreparedContext, direction: Direction) -> tuple[Completion, int]:
-    """Returns the completion, and when the submitting call returned."""
-    llama = prepared.llama
-    if direction == "save":
-        start_save = llama.start_save(SAVED, into=prepared.pinned)
-        save, recorded_ns = await submit(llama, start_save)
-        (await save.wait()).close()  # the next save goes to the same memory
-        return ended(save), recorded_ns
-    load, recorded_ns = await submit(llama, llama.start_load(prepared.pinned, LOADED))
-    await load.wait()
-    return ended(load), recorded_ns
 
 
 def _steps_beside(decoding: Decoding, spans: list[Span]) -> tuple[list[Step], list[Step]]:

@@ -45,9 +45,13 @@ class Shape:
     steps: int = 0
     """The most single tokens that a measurement decodes."""
     repeats: int = 10
+    sequences: int = SEQUENCES
+    """The sequences of the context."""
+    apart: bool = False
+    """Whether the prompt is decoded by ``Context.decode_apart``."""
 
 
-def _stage(bench: Bench, shape: Shape, measurements: list[Measurement]) -> Stage:
+def open_stage(bench: Bench, shape: Shape, measurements: list[Measurement]) -> Stage:
     @asynccontextmanager
     async def open_() -> AsyncIterator[Prepared]:
         async with (
@@ -62,6 +66,8 @@ def _stage(bench: Bench, shape: Shape, measurements: list[Measurement]) -> Stage
                 flash_attention=shape.flash_attention,
                 steps=shape.steps,
                 repeats=shape.repeats,
+                sequences=shape.sequences,
+                apart=shape.apart,
             ) as prepared,
         ):
             yield prepared
@@ -74,7 +80,7 @@ def host(bench: Bench) -> list[Stage]:
     # 4 MiB a token: 1 GiB after 256 tokens. Few, because attention takes time by tokens x bytes.
     wide = {"layers": 64, "heads": 128, "kv_heads": 128, "embedding": 32, "feed_forward": 32}
     return [
-        _stage(
+        open_stage(
             bench,
             Shape("contiguous", 256, sizes=wide, repeats=5),
             [
@@ -89,7 +95,7 @@ def host(bench: Bench) -> list[Stage]:
                 event_loop.longest_own_stall(at_most(1)),
             ],
         ),
-        _stage(
+        open_stage(
             bench,
             Shape("V transposed", 512, flash_attention=False, repeats=5),
             [
@@ -98,7 +104,7 @@ def host(bench: Bench) -> list[Stage]:
                 transfers.against_native("load", None),
             ],
         ),
-        _stage(
+        open_stage(
             bench,
             Shape("four in turn", 256, "in turn", repeats=9),
             [
@@ -108,7 +114,7 @@ def host(bench: Bench) -> list[Stage]:
                 transfers.against_native("load", at_least(1)),
             ],
         ),
-        _stage(
+        open_stage(
             bench,
             Shape("8B geometry", 512, steps=100, repeats=5),
             [
@@ -129,7 +135,7 @@ def cuda(bench: Bench) -> list[Stage]:
     steps = 100
     prefill = at_least(20) if bench.real_model else None
     return [
-        _stage(
+        open_stage(
             bench,
             Shape("contiguous", tokens, steps=steps),
             [
@@ -148,12 +154,12 @@ def cuda(bench: Bench) -> list[Stage]:
                 event_loop.longest_own_stall(at_most(1)),
             ],
         ),
-        _stage(
+        open_stage(
             bench,
             Shape("V transposed", tokens, flash_attention=False, steps=20),
             _common(0.98, 0.98, native=12),
         ),
-        _stage(
+        open_stage(
             bench,
             Shape("four in turn", tokens, "in turn", steps=steps),
             [
@@ -163,7 +169,7 @@ def cuda(bench: Bench) -> list[Stage]:
                 memory.host_memory(at_most(64)),
             ],
         ),
-        _stage(
+        open_stage(
             bench,
             Shape("at random", tokens, "at random", steps=steps),
             [

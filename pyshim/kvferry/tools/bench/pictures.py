@@ -1,5 +1,6 @@
-"""The pictures of the benchmark, 1200 pixels wide: times by layout, and decode steps with and
-without transfers. (``kvferry.tools.timeline`` draws the timeline.)"""
+"""The pictures of the benchmark, 1200 pixels wide: times by layout, decode steps with and without
+transfers, and bytes moved by the turns of a conversation. (``kvferry.tools.timeline`` draws the
+timeline.)"""
 
 from __future__ import annotations
 
@@ -34,6 +35,16 @@ class Latencies:
     label: str
     idle: Sequence[float]
     during: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """MiB that the save after each turn of a conversation moves, by the conversation's length."""
+
+    label: str
+    tokens: Sequence[int]
+    states: Sequence[float]
+    blocks: Sequence[float]
 
 
 def draw_bars(bars: Sequence[Bars], path: Path, *, heading: str) -> None:
@@ -99,6 +110,42 @@ def draw_latencies(latencies: Sequence[Latencies], path: Path, *, heading: str) 
         axis.legend(loc="lower right", fontsize=9, frameon=False)
     for first in axes[:, 0]:
         first.set_ylabel("% of steps at most so long", fontsize=10)
+    figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def draw_growth(growth: Growth, path: Path, *, heading: str) -> None:
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(12, 4.6), dpi=100, layout="constrained")
+    curves = (
+        ("whole state", growth.states, "#dd8452"),
+        ("blocks: what is new", growth.blocks, "#4c72b0"),
+    )
+    for label, values, colour in curves:
+        axis.plot(growth.tokens, values, color=colour, linewidth=2.2, marker="o", markersize=4)
+        axis.fill_between(growth.tokens, values, color=colour, alpha=0.12)
+        axis.annotate(
+            f"{label}\n{values[-1]:,.0f} MiB a turn",
+            (growth.tokens[-1], values[-1]),
+            xytext=(10, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10.5,
+            color=colour,
+            fontweight="bold",
+        )
+    axis.set_xlim(0, growth.tokens[-1] * 1.22)
+    axis.set_ylim(0, max(growth.states) * 1.08)
+    axis.set_xlabel("tokens of the conversation", fontsize=10)
+    axis.set_ylabel("MiB moved by the save after a turn", fontsize=10)
+    axis.set_xticks([tick for tick in axis.get_xticks() if tick <= growth.tokens[-1]])
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(growth.label, fontsize=10.5, loc="left")
     figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
     figure.savefig(path)
     pyplot.close(figure)

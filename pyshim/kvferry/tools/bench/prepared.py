@@ -14,8 +14,13 @@ from ..limits import Direction
 from .alone import Samples, time_native, time_transfers
 from .beside import Beside, decode_beside
 from .context import Memory, PreparedContext
+from .conversation import Turn, hold_conversation
+from .moved import Moved
 
 T = TypeVar("T")
+
+CONVERSATION = "conversation"
+"""The key of ``Prepared.conversation``."""
 
 
 @dataclass
@@ -35,28 +40,45 @@ class Prepared(PreparedContext):
         return self._known.get(key)
 
     async def transfers(
-        self, direction: Direction, memory: Memory = "pinned", mode: LoadMode = "auto"
+        self,
+        direction: Direction,
+        memory: Memory = "pinned",
+        mode: LoadMode = "auto",
+        moved: Moved = "state",
     ) -> Samples:
         """As ``time_transfers``."""
-        key = _key(direction, memory, mode)
-        return await self.once(key, lambda: time_transfers(self, direction, memory, mode))
+        key = _key(direction, memory, mode, moved)
+        return await self.once(key, lambda: time_transfers(self, direction, memory, mode, moved))
 
     def known_transfers(
         self, direction: Direction, memory: Memory = "pinned", mode: LoadMode = "auto"
     ) -> Samples | None:
         """As ``known``."""
-        return cast("Samples | None", self.known(_key(direction, memory, mode)))
+        return cast("Samples | None", self.known(_key(direction, memory, mode, "state")))
 
     async def native(self, direction: Direction, memory: Memory) -> float:
         """As ``time_native``."""
         key = f"native {direction} {memory}"
         return await self.once(key, lambda: time_native(self, direction, memory))
 
-    async def beside(self, direction: Direction, rounds: int, steps: int) -> Beside:
+    async def beside(
+        self, direction: Direction, rounds: int, steps: int, moved: Moved = "state"
+    ) -> Beside:
         """As ``decode_beside``."""
-        key = f"beside {direction}"
-        return await self.once(key, lambda: decode_beside(self, direction, rounds, steps))
+        return await self.once(
+            beside_key(direction, moved),
+            lambda: decode_beside(self, direction, rounds, steps, moved),
+        )
+
+    async def conversation(self) -> list[Turn]:
+        """As ``hold_conversation``."""
+        return await self.once(CONVERSATION, lambda: hold_conversation(self))
 
 
-def _key(direction: Direction, memory: Memory, mode: LoadMode) -> str:
-    return f"{direction} {memory} {mode}"
+def _key(direction: Direction, memory: Memory, mode: LoadMode, moved: Moved) -> str:
+    return f"{direction} {memory} {mode} {moved}"
+
+
+def beside_key(direction: Direction, moved: Moved) -> str:
+    """Returns the key of ``Prepared.beside``."""
+    return f"beside {direction} {moved}"

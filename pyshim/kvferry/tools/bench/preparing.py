@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from ... import Buffer, Engine, Llama
-from ..libllama import Context, ContextOptions, Model
+from ..libllama import Context, ContextOptions, Model, Step
 from ..workload import (
     DECODED,
     LOADED,
@@ -16,11 +16,13 @@ from ..workload import (
     SEQUENCES,
     Arrangement,
     Decoding,
+    Items,
     cells,
     decoding_threads,
     prompt,
 )
 from .context import SMALL
+from .moved import BLOCK_TOKENS
 from .prepared import Prepared
 from .raw import RawMaker
 
@@ -43,15 +45,18 @@ async def prepare(
     flash_attention: bool,
     steps: int,
     repeats: int,
+    sequences: int = SEQUENCES,
+    apart: bool = False,
 ) -> AsyncIterator[Prepared]:
     """Decodes the prompts and allocates the buffers.
 
-    ``steps`` is the most tokens that measurements decode later.
+    ``steps`` is the most tokens that measurements decode later. With ``apart``, the prompt of the
+    arrangement "alone" is decoded in parts that do not see each other.
     """
     small = _GPU_WARM_UP_TOKENS if model.gpu else _WARM_UP_TOKENS
     options = ContextOptions(
         n_ctx=cells(arrangement, tokens, steps + 2 * small + 8),
-        n_seq_max=SEQUENCES,
+        n_seq_max=sequences,
         threads=decoding_threads(),
         flash_attention=flash_attention,
     )
@@ -60,7 +65,10 @@ async def prepare(
         async with engine.attach(context.address, library=library) as llama:
             await _warm_up(llama, context, arrangement, small)
             items = prompt(arrangement, tokens, model.vocabulary)
-            prefill = await llama.run(context.decode, items)
+            if apart:
+                prefill = await _decode_apart(llama, context, items)
+            else:
+                prefill = await llama.run(context.decode, items)
             nbytes = llama.size(SAVED)
             pinned = await engine.allocate(nbytes)
             pageable = numpy.ones(nbytes, numpy.uint8)
@@ -80,7 +88,9 @@ async def prepare(
                 repeats,
                 prefill.ms,
                 len(items),
+                tokens,
                 device_bytes_taken=taken,
+                decodes_apart=apart,
             )
             try:
                 yield prepared
@@ -95,6 +105,15 @@ async def _warm_up(llama: Llama, context: Context, arrangement: Arrangement, tok
     if arrangement == "alone":
         # A short sequence of its own, so that its steps cost about the same throughout.
         await llama.run(context.decode, [(DECODED, 1)] * tokens)
+
+
+async def _decode_apart(llama: Llama, context: Context, items: Items) -> Step:
+    tokens = [token for _, token in items]
+    steps = [
+        await llama.run(context.decode_apart, SAVED, tokens[first : first + BLOCK_TOKENS], SMALL)
+        for first in range(0, len(tokens), BLOCK_TOKENS)
+    ]
+    return Step(steps[0].begin_ns, steps[-1].end_ns)
 
 
 async def _first_transfers(llama: Llama, buffer: Buffer, make_raw: RawMaker) -> int | None:

@@ -16,8 +16,12 @@ class Raw(Protocol):
     Buffers that hold the state hold it afterwards too.
     """
 
-    def save_seconds(self) -> float: ...
-    def load_seconds(self) -> float: ...
+    def save_seconds(self, nbytes: int | None = None) -> float:
+        """Copies the first ``nbytes`` bytes, or all."""
+
+    def load_seconds(self, nbytes: int | None = None) -> float:
+        """Likewise."""
+
     def both_seconds(self, other: int) -> float:
         """Saves and loads at the same time. ``other`` is the pinned buffer that is loaded."""
 
@@ -63,11 +67,13 @@ class _HostCopies:
         self._threads, self._nbytes = threads, nbytes
         self._pinned, self._pageable = pinned, pageable
 
-    def save_seconds(self) -> float:
-        return memcpy_seconds(self._pinned, self._pageable, self._nbytes, self._threads)
+    def save_seconds(self, nbytes: int | None = None) -> float:
+        nbytes = nbytes or self._nbytes
+        return memcpy_seconds(self._pinned, self._pageable, nbytes, self._threads)
 
-    def load_seconds(self) -> float:
-        return memcpy_seconds(self._pageable, self._pinned, self._nbytes, self._threads)
+    def load_seconds(self, nbytes: int | None = None) -> float:
+        nbytes = nbytes or self._nbytes
+        return memcpy_seconds(self._pageable, self._pinned, nbytes, self._threads)
 
     def both_seconds(self, other: int) -> float:
         raise NotImplementedError("one memory has no two directions")
@@ -106,11 +112,11 @@ class _DeviceCopies:
         # A save must not change the buffer, so the device gets the same bytes.
         cuda.load_seconds(self._source, pinned, nbytes)
 
-    def save_seconds(self) -> float:
-        return self._cuda.save_seconds(self._pinned, self._source, self._nbytes)
+    def save_seconds(self, nbytes: int | None = None) -> float:
+        return self._cuda.save_seconds(self._pinned, self._source, nbytes or self._nbytes)
 
-    def load_seconds(self) -> float:
-        return self._cuda.load_seconds(self._target, self._pinned, self._nbytes)
+    def load_seconds(self, nbytes: int | None = None) -> float:
+        return self._cuda.load_seconds(self._target, self._pinned, nbytes or self._nbytes)
 
     def both_seconds(self, other: int) -> float:
         return self._cuda.both_seconds(

@@ -18,6 +18,7 @@ from ..timeline import Span, Timeline
 from ..workload import LOADED, SAVED, Decoding, Items, ended, step_percentile, submit
 from .layouts import Layout
 from .script import REPEATS, SPARE, Event, median_us, next_token
+from .turn import save_turn
 
 _IDLE_STEPS = 6  # before each save and load beside decoding
 
@@ -57,6 +58,7 @@ async def with_kvferry(
         await run.save("urgent")
     alone = run.saves[1:]
     run.saves.clear()
+    turn = await save_turn(engine, llama, sum(seq == SAVED for seq, _ in items))
     idle, timeline = await _beside_decoding(run, layout.name)
     during = run.steps_during_transfers()
     beside = {
@@ -79,6 +81,7 @@ async def with_kvferry(
         figures={
             "state_bytes": nbytes,
             **_figures_of_save(alone),
+            **turn,
             "size_query_us": size_query_us,
             "load_ms": _median_ms(run.loads),
             **beside,

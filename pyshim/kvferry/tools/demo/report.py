@@ -28,6 +28,29 @@ _HEADER = [
 ]
 
 
+_TURN_HEADER = [
+    "save after\na turn",
+    "tokens of\nthe turn",
+    "MiB whole\nstate",
+    "\nblocks",
+    "ms whole\nstate",
+    "\nblocks",
+]
+
+
+def _turn_line(row: dict[str, Any]) -> list[str]:
+    """The figures of a turn, in the order of its header."""
+    known = row["turn_bytes"] is not None
+    return [
+        row["layout"],
+        str(row["turn_tokens"]),
+        mib(row["state_bytes"]),
+        mib(row["turn_bytes"]) + "*" * row["turn_checkpoint"] if known else "-",
+        ms(row["save_ms"]),
+        ms(row["turn_ms"]) if known else "-",
+    ]
+
+
 def _line(row: dict[str, Any]) -> list[str]:
     """The figures of a layout, in the order of the header."""
     return [
@@ -55,6 +78,9 @@ def _steps(row: dict[str, Any], when: str) -> str:
 
 def print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool) -> None:
     print(f"\n{table(_HEADER, [_line(row) for row in rows])}\n", flush=True)
+    print(f"{table(_TURN_HEADER, [_turn_line(row) for row in rows])}\n", flush=True)
+    if any(row["turn_checkpoint"] for row in rows):
+        print("* with a checkpoint of the sliding windows or the recurrent layers")
     print(
         f"Medians of {REPEATS}. save, load: with nothing else running, from the call to the "
         "completion; kvferry's are urgent.\nbeside: decode steps of another sequence while kvferry "

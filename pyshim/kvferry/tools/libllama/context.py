@@ -141,8 +141,25 @@ class Context:
 
     def decode(self, items: Sequence[tuple[int, int]]) -> Step:
         """Appends (sequence, token) pairs in this order. Only the last one gets logits."""
+        return self._decode(items, {})
+
+    def decode_apart(self, seq: int, tokens: Sequence[int], spare: int) -> Step:
+        """Appends tokens to a sequence that see only each other, not what is before them.
+
+        They get the same cells and positions as by ``decode``, but other values. It takes time by
+        their number, whereas ``decode`` takes time by their number times the sequence's length.
+        ``spare`` is an empty sequence, and is empty afterwards.
+        """
+        functions, memory = self._functions, self._memory
+        end = functions.llama_memory_seq_pos_max(memory, seq) + 1
+        step = self._decode([(spare, token) for token in tokens], {spare: end})
+        functions.llama_memory_seq_cp(memory, spare, seq, -1, -1)
+        self.remove(spare)
+        return step
+
+    def _decode(self, items: Sequence[tuple[int, int]], position: dict[int, int]) -> Step:
+        """``position`` has the next position of sequences; the others go on where they end."""
         begin_ns = time.monotonic_ns()
-        position: dict[int, int] = {}
         for start in range(0, len(items), self.options.n_batch):
             self._fill(items[start : start + self.options.n_batch], position)
             status = self._functions.llama_decode(self.pointer, self._batch)

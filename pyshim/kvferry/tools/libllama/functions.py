@@ -57,6 +57,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_synchronize": (None, [_POINTER]),
     "llama_get_logits_ith": (_POINTER, [_POINTER, _INT]),
     "llama_memory_seq_rm": (_BOOL, [_POINTER, _INT, _INT, _INT]),
+    "llama_memory_seq_cp": (None, [_POINTER, _INT, _INT, _INT, _INT]),
     "llama_memory_seq_pos_max": (_INT, [_POINTER, _INT]),
     "llama_state_seq_get_size": (_SIZE, [_POINTER, _INT]),
     "llama_state_seq_get_data": (_SIZE, [_POINTER, _POINTER, _SIZE, _INT]),

@@ -9,6 +9,7 @@ from ...table import ms
 from ...workload import step_percentile
 from ..beside import Beside
 from ..measurement import Goal, Measurement, Reading, nothing_measured
+from ..moved import Moved, of_moved
 from ..prepared import Prepared
 
 _ROUNDS, _STEPS = 6, 40
@@ -16,15 +17,23 @@ _ROUNDS, _STEPS = 6, 40
 
 
 def _beside(
-    direction: Direction, name: str, unit: str, goal: Goal | None, of: Callable[[Beside], Reading]
+    direction: Direction,
+    name: str,
+    unit: str,
+    goal: Goal | None,
+    of: Callable[[Beside], Reading],
+    moved: Moved = "state",
 ) -> Measurement:
     async def measure(prepared: Prepared) -> Reading:
-        return of(await prepared.beside(direction, _ROUNDS, _STEPS))
+        return of(await prepared.beside(direction, _ROUNDS, _STEPS, moved))
 
-    return Measurement(f"{name} beside a background {direction}", unit, goal, measure)
+    name = f"{name} beside a background {direction}{of_moved(moved)}"
+    return Measurement(name, unit, goal, measure)
 
 
-def decode_percentile(direction: Direction, percent: int, goal: Goal | None) -> Measurement:
+def decode_percentile(
+    direction: Direction, percent: int, goal: Goal | None, moved: Moved = "state"
+) -> Measurement:
     def of(beside: Beside) -> Reading:
         idle = step_percentile(beside.idle, percent)
         during = step_percentile(beside.during, percent)
@@ -45,7 +54,7 @@ def decode_percentile(direction: Direction, percent: int, goal: Goal | None) -> 
             text += f"; raw copies at that pace +{100 * (paced / idle - 1):.1f} %"
         return Reading(100 * (during / idle - 1), text, details)
 
-    return _beside(direction, f"decode p{percent}", "% more", goal, of)
+    return _beside(direction, f"decode p{percent}", "% more", goal, of, moved)
 
 
 def decode_loss(direction: Direction, goal: Goal | None) -> Measurement:
@@ -70,10 +79,12 @@ def pacing_cost(direction: Direction, goal: Goal) -> Measurement:
     return _beside(direction, "cores that pacing takes", "of a core", goal, of)
 
 
-def background_speed(direction: Direction, goal: Goal | None) -> Measurement:
+def background_speed(
+    direction: Direction, goal: Goal | None, moved: Moved = "state"
+) -> Measurement:
     async def measure(prepared: Prepared) -> Reading:
-        beside = await prepared.beside(direction, _ROUNDS, _STEPS)
-        raw = (await prepared.transfers(direction)).raw_ms
+        beside = await prepared.beside(direction, _ROUNDS, _STEPS, moved)
+        raw = (await prepared.transfers(direction, moved=moved)).raw_ms
         text = f"{ms(beside.moving_ms)} ms, raw {ms(raw)} ms alone"
         pace: dict[str, dict[str, int]] = {}
         for device in prepared.engine.describe()["devices"]:
@@ -83,4 +94,5 @@ def background_speed(direction: Direction, goal: Goal | None) -> Measurement:
             text += f"; MiB queued: {' | '.join(found)} (runs, rows, gathered)"
         return Reading(raw / beside.moving_ms, text, {"pace": pace})
 
-    return Measurement(f"background {direction} beside decoding", "of raw speed", goal, measure)
+    name = f"background {direction}{of_moved(moved)} beside decoding"
+    return Measurement(name, "of raw speed", goal, measure)

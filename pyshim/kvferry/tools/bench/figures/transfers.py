@@ -12,10 +12,13 @@ from ...table import ms
 from ...workload import SAVED, ended
 from ..context import SMALL
 from ..measurement import Goal, Measurement, Reading
+from ..moved import Moved, of_moved
 from ..prepared import Prepared
 
 
-def of_raw(direction: Direction, goal: Goal, interleaved: int = 1) -> Measurement:
+def of_raw(
+    direction: Direction, goal: Goal | None, interleaved: int = 1, moved: Moved = "state"
+) -> Measurement:
     """Speed while bytes move, compared with raw copies. ``beyond_raw`` includes the recording.
 
     ``interleaved`` is the number of sequences whose rows alternate. If there are several, the time
@@ -23,7 +26,7 @@ def of_raw(direction: Direction, goal: Goal, interleaved: int = 1) -> Measuremen
     """
 
     async def measure(prepared: Prepared) -> Reading:
-        samples = await prepared.transfers(direction)
+        samples = await prepared.transfers(direction, moved=moved)
         gb_per_s = prepared.nbytes / samples.moving_ms / 1e6
         text = f"{ms(samples.moving_ms)} ms, raw {ms(samples.raw_ms)} ms; {gb_per_s:.1f} GB/s"
         if interleaved > 1:
@@ -44,14 +47,17 @@ def of_raw(direction: Direction, goal: Goal, interleaved: int = 1) -> Measuremen
             },
         )
 
-    return Measurement(f"urgent {direction}", "of raw speed", goal, measure)
+    name = f"urgent {direction}{of_moved(moved)}"
+    return Measurement(name, "of raw speed", goal, measure)
 
 
-def beyond_raw(direction: Direction, goal: Goal | None, mode: LoadMode = "auto") -> Measurement:
+def beyond_raw(
+    direction: Direction, goal: Goal | None, mode: LoadMode = "auto", moved: Moved = "state"
+) -> Measurement:
     """Milliseconds from the submitting call to the completion, less those of a raw copy."""
 
     async def measure(prepared: Prepared) -> Reading:
-        samples = await prepared.transfers(direction, mode=mode)
+        samples = await prepared.transfers(direction, mode=mode, moved=moved)
         return Reading(
             samples.our_ms - samples.raw_ms,
             f"{ms(samples.our_ms)} ms, raw {ms(samples.raw_ms)} ms; libllama lists for "
@@ -60,7 +66,7 @@ def beyond_raw(direction: Direction, goal: Goal | None, mode: LoadMode = "auto")
             {"listing_ms": samples.listing_ms, "naming_ms": samples.naming_ms},
         )
 
-    name = f"submit to completion of a {_name(direction, mode)}, beyond raw"
+    name = f"submit to completion of a {_name(direction, mode)}{of_moved(moved)}, beyond raw"
     return Measurement(name, "ms", goal, measure)
 
 

@@ -1,0 +1,233 @@
+"""Saves and loads of blocks and checkpoints: as sequence_transfer.py, with several buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ._bridge.arguments import HostMemory, invalid
+from ._bridge.attachment import Attachment
+from ._bridge.block_list import BlockList, Span, block_tokens, checked_key, checked_position
+from ._bridge.block_list import span as checked_span
+from ._bridge.completion_record import Completion
+from ._bridge.llama_cpp_object import LlamaCppObject, LlmState
+from ._native import lib
+from .blocks import Block, BlocksToLoad, Checkpoint
+from .buffer import Buffer, borrow, pinned
+from .sequence_transfer import BufferSave, LoadTransfer, SequenceTransfer
+
+if TYPE_CHECKING:
+    from ._native import CData
+
+
+@dataclass(frozen=True)
+class BlocksToSave:
+    """What a program asks of a save of blocks, with its arguments checked."""
+
+    begin: int
+    end: int | None
+    tokens: int
+    into: list[HostMemory] | None
+    keys: list[bytes] | None
+    parent: bytes | None
+
+    @classmethod
+    def checked(
+        cls,
+        begin: int,
+        end: int | None,
+        tokens: int,
+        into: Sequence[HostMemory] | None,
+        keys: Sequence[bytes] | None,
+        parent: bytes | None,
+    ) -> BlocksToSave:
+        """Raises TypeError, InvalidArgument."""
+        begin = checked_position("begin", begin)
+        if end is not None:
+            begin, end = checked_span(begin, end)
+        return cls(
+            begin,
+            end,
+            block_tokens(tokens),
+            None if into is None else list(into),
+            None if keys is None else [checked_key("keys", key) for key in keys],
+            None if parent is None else checked_key("parent", parent),
+        )
+
+    def borrowed(self) -> list[Buffer] | None:
+        """Returns the caller's memory for each block; None if blocks go to the pool's."""
+        if self.into is None:
+            return None
+        return [borrow(memory, "into", writable=True) for memory in self.into]
+
+    def spans(self, attachment: Attachment, seq: int) -> list[Span]:
+        """Returns the positions of each block. For the context's thread."""
+        spans = attachment.spans(seq, self.begin, self.end, self.tokens)
+        for name, given in (("into", self.into), ("keys", self.keys)):
+            if given is not None and len(given) != len(spans):
+                raise invalid(f"{name} has {len(given)} items for {len(spans)} blocks")
+        return spans
+
+
+class SaveOfBlocks:
+    """One submission of a save of blocks into given buffers."""
+
+    def __init__(self, asked: BlocksToSave, spans: Sequence[Span], buffers: Sequence[Buffer]):
+        self._asked = asked
+        self._spans = spans
+        # These keep the memory alive.
+        self._memories = [buffer.memory for buffer in buffers]
+        self._list = BlockList(
+            [
+                (buffer.memory, buffer.nbytes, span)
+                for buffer, span in zip(buffers, spans, strict=True)
+            ]
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of each block, after the submitting call: also if it says that a buffer is too
+        small."""
+        return self._list.sizes
+
+    def llm_state(self, llm: LlamaCppObject) -> LlmState:
+        """Returns what the object knows of the tokens of the blocks."""
+        return llm.state(self._spans[0][0], self._spans[-1][1])
+
+    def submit(self, attachment: Attachment, seq: int, options: CData, job: CData) -> int:
+        """Calls ``kvf_llama_save_blocks``."""
+        blocks = self._list
+        return lib.kvf_llama_save_blocks(
+            attachment.handle, seq, blocks.native, blocks.item_size, blocks.count, options, job
+        )
+
+    def saved(
+        self, attachment: Attachment, done: Completion, llm_state: LlmState | None
+    ) -> list[Block]:
+        """Returns the blocks, of a save that has succeeded."""
+        keys: Sequence[bytes | None] = self._asked.keys or [None] * len(self._spans)
+        parents = [self._asked.parent, *keys[:-1]]
+        return [
+            Block(
+                memory,
+                nbytes,
+                begin=begin,
+                end=end,
+                key=key,
+                parent=parent,
+                fingerprint=attachment.fingerprint,
+                completion=done,
+                llm=llm_state and _part_of(llm_state, begin, end, self._spans[0][0]),
+            )
+            for memory, nbytes, (begin, end), key, parent in zip(
+                self._memories, self.sizes, self._spans, keys, parents, strict=True
+            )
+        ]
+
+
+def _part_of(state: LlmState, begin: int, end: int, first: int) -> LlmState:
+    """Returns what belongs to the positions [begin, end), of a state that begins at ``first``."""
+    part = slice(begin - first, end - first)
+    scores = None if state.scores is None else state.scores[part]
+    return LlmState(state.tokens[part], scores, state.seed)
+
+
+def pinned_each(engine: int, sizes: Sequence[int]) -> list[Buffer]:
+    """Takes a buffer of each size from the pool of the engine with this handle. Blocks, as
+    ``pinned``."""
+    return [pinned(engine, nbytes) for nbytes in sizes]
+
+
+class SaveBlocksTransfer(SequenceTransfer[list[Block]]):
+    """A save of blocks of one sequence."""
+
+    def __init__(
+        self, attachment: Attachment, seq: int, save: SaveOfBlocks, buffers: Sequence[Buffer]
+    ) -> None:
+        super().__init__(attachment, seq, buffers, self._saved, writes_buffers=True)
+        self._save: SaveOfBlocks | None = save
+
+    def _subject(self) -> str:
+        return f"that saves blocks of sequence {self.seq}"
+
+    def prepare(self) -> None:
+        assert self._save is not None
+        if self._llm is not None:
+            self._llm_state = self._save.llm_state(self._llm)
+
+    def submitting_call(self, options: CData, job: CData) -> int:
+        assert self._save is not None
+        return self._save.submit(self._attachment, self.seq, options, job)
+
+    def _saved(self, done: Completion) -> list[Block]:
+        assert self._save is not None
+        return self._save.saved(self._attachment, done, self._llm_state)
+
+    def _drop_memory(self) -> None:
+        super()._drop_memory()
+        self._save = None
+
+
+class SaveCheckpointTransfer(BufferSave[Checkpoint]):
+    """A save of the checkpoint of one sequence."""
+
+    _position = -1
+
+    def __init__(
+        self, attachment: Attachment, seq: int, buffer: Buffer, *, pooled: bool, key: bytes | None
+    ) -> None:
+        """Raises TypeError for a key of another type."""
+        super().__init__(attachment, seq, buffer, pooled=pooled)
+        self._key = None if key is None else checked_key("key", key)
+
+    def _subject(self) -> str:
+        return f"that saves a checkpoint of sequence {self.seq}"
+
+    def prepare(self) -> None:
+        super().prepare()
+        self._position = self._attachment.last_position(self.seq)
+
+    def submitting_call(self, options: CData, job: CData) -> int:
+        return lib.kvf_llama_save_checkpoint(
+            self._attachment.handle, self.seq, self._memory, self._nbytes, options, job
+        )
+
+    def _measure(self) -> int:
+        return self._attachment.measure_checkpoint(self.seq)
+
+    def _saved(self, done: Completion) -> Checkpoint:
+        return Checkpoint(
+            self._memory,
+            done.bytes,
+            position=self._position,
+            key=self._key,
+            fingerprint=self._attachment.fingerprint,
+            completion=done,
+            llm=self._llm_state,
+        )
+
+
+class LoadBlocksTransfer(LoadTransfer):
+    """A load of blocks, and of a checkpoint where one is needed, into one sequence."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        seq: int,
+        given: BlocksToLoad,
+        latest_loads: dict[int, LoadTransfer | None],
+    ) -> None:
+        super().__init__(attachment, seq, given.parts, given.llm, latest_loads)
+        self._given: BlocksToLoad | None = given
+
+    def _subject(self) -> str:
+        return f"that loads blocks into sequence {self.seq}"
+
+    def submitting_call(self, options: CData, job: CData) -> int:
+        assert self._given is not None
+        return self._given.submit(self._attachment.handle, self.seq, options, job)
+
+    def _drop_memory(self) -> None:
+        super()._drop_memory()
+        self._given = None
