@@ -136,7 +136,7 @@ func (s Sequence) SaveCheckpoint(ctx context.Context, to Memory, options ...Opti
 // Buffer.
 //
 // LoadBlocks blocks, and can be cancelled, as Load does. Until it returns, the sequence must not be used; other sequences
-// may be decoded. It ignores Ahead.
+// may be decoded.
 //
 // kvferry checks the structure of all blocks and of the checkpoint before libllama sees them, and no tensor bytes. These
 // errors leave the sequence as it was: ErrInvalidArgument (blocks are empty or misordered, overlap, or leave a gap; a

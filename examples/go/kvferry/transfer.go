@@ -14,7 +14,7 @@ import (
 type Completion struct {
 	Bytes     int64    // size of the state, of the blocks, or of the regions
 	Mode      SaveMode // of a sequence's save: the mode in which it was done
-	Ahead     bool     // of Sequence.Load: it was done as Ahead says
+	Ahead     bool     // of a sequence's load: it was done as Ahead says
 	Fragments int64    // separate pieces of tensor memory that the transfer consists of
 	Segments  int64    // what remained of the fragments after joining runs and rows into blocks
 
