@@ -359,9 +359,11 @@ test-gpu: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 # any setting: examples/go/kvferry/kvferry-go.pc says how. After this, `cd examples/go && go run ./cmd/kvcache` works.
 GO_LIBRARY := examples/go/kvferry/kvferry.pc
 GO_MODEL := build/models/kvcache.gguf
+# Their caches need checkpoints: the Go tests of blocks use them.
+GO_TEST_MODELS := $(patsubst %,build/models/go-%.gguf,gemma3 hybrid mamba)
 
 .PHONY: go-kvcache
-go-kvcache: $(GO_LIBRARY) $(GO_MODEL) $(OTHER_LLAMA)
+go-kvcache: $(GO_LIBRARY) $(GO_MODEL) $(GO_TEST_MODELS) $(OTHER_LLAMA)
 	@echo 'now: cd examples/go && go run ./cmd/kvcache'
 
 $(GO_LIBRARY): $(TOOLS) $(shell find CMakeLists.txt include cabi -type f)
@@ -380,6 +382,10 @@ $(GO_MODEL): $(wildcard pyshim/kvferry/tools/synthetic/*.py) | $(TOOLS)
 	mkdir -p $(@D)
 	PYTHONPATH=pyshim/kvferry/tools python -c 'from synthetic import write_model; write_model("llama", "$@", \
 	    layers=12, embedding=512, heads=8, kv_heads=4, head_dim=64, feed_forward=1024, context=8192)'
+
+build/models/go-%.gguf: $(wildcard pyshim/kvferry/tools/synthetic/*.py) | $(TOOLS)
+	mkdir -p $(@D)
+	PYTHONPATH=pyshim/kvferry/tools python -c 'from synthetic import write_model; write_model("$*", "$@")'
 
 # Go's race detector watches the C code's callers, GOGC=1 collects whatever is not held, checkptr checks unsafe pointers.
 .PHONY: test-go

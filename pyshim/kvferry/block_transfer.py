@@ -28,7 +28,7 @@ class BlocksToSave:
     begin: int
     end: int | None
     tokens: int
-    into: list[Buffer] | None
+    into: list[HostMemory] | None
     keys: list[bytes] | None
     parent: bytes | None
 
@@ -46,17 +46,20 @@ class BlocksToSave:
         begin = checked_position("begin", begin)
         if end is not None:
             begin, end = checked_span(begin, end)
-        memories = None
-        if into is not None:
-            memories = [borrow(memory, "into", writable=True) for memory in into]
         return cls(
             begin,
             end,
             block_tokens(tokens),
-            memories,
+            None if into is None else list(into),
             None if keys is None else [checked_key("keys", key) for key in keys],
             None if parent is None else checked_key("parent", parent),
         )
+
+    def borrowed(self) -> list[Buffer] | None:
+        """Returns the caller's memory for each block; None if blocks go to the pool's."""
+        if self.into is None:
+            return None
+        return [borrow(memory, "into", writable=True) for memory in self.into]
 
     def spans(self, attachment: Attachment, seq: int) -> list[Span]:
         """Returns the positions of each block. For the context's thread."""

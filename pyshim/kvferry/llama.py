@@ -418,7 +418,7 @@ class Llama:
             sizes = await attachment.worker.call(attachment.measure_blocks, spans, first=first)
         repeated = False
         while True:
-            buffers = asked.into
+            buffers = asked.borrowed()
             if buffers is None:
                 buffers = await self._core.on_memory_thread(pinned_each, sizes)
             save = SaveOfBlocks(asked, spans, buffers)

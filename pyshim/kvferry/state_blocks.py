@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._bridge.arguments import HostMemory, integer
+from ._bridge.arguments import HostMemory, integer, invalid
 from ._bridge.block_list import BlockList, span
 from ._native import ffi, lib
 from .blocks import Block, BlocksToLoad, Checkpoint
@@ -53,6 +53,8 @@ def cut_state(
     buffer = borrow(state, "state")
     fingerprint = buffer.fingerprint if isinstance(buffer, Snapshot) else None
     positions = [span(begin, end) for begin, end in spans]
+    if not positions:
+        raise invalid("a state is cut into at least one block")
     options = _StateOptions(parts_in_blocks)
     room = ffi.new("uint64_t *")
 

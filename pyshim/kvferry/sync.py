@@ -359,7 +359,7 @@ class Llama:
             sizes = [] if asked.into else attachment.measure_blocks(spans)
             repeated = False
             while True:
-                buffers = asked.into or pinned_each(self._core.handle, sizes)
+                buffers = asked.borrowed() or pinned_each(self._core.handle, sizes)
                 save = SaveOfBlocks(asked, spans, buffers)
                 llm_state = None if llm is None else save.llm_state(llm)
 

@@ -85,6 +85,34 @@ async def load(self, snapshot, seq):
 kvferry.Llama.load = load
 """
 
+# ---- Blocks --------------------------------------------------------------------------------------
+
+
+def test_blocks_go_on_as_llama_cpp_does_without_them(default_model: Model) -> None:
+    example = module("blocks.py")
+    with default_model.context(n_ctx=1024, n_seq_max=2, n_threads=1) as context:
+        context.decode(0, example.PROMPT)
+        context.decode(0, example.TURN)
+        logits = context.decode(0, [example.NEXT])
+
+    prompt, turn, last = run("blocks.py").splitlines()
+    assert prompt.startswith("prompt: saved 3 blocks, positions 0 to 63, 64 to 127, 128 to 191: ")
+    assert turn.startswith("turn: saved 2 blocks, positions 192 to 255, 256 to 291: ")
+    assert last == (
+        f"most likely next token: {logits.argmax()}; its logits are the same as without the save"
+    )
+
+
+def test_blocks_notice_a_load_that_loads_nothing() -> None:
+    first = """
+import kvferry
+async def load_blocks(self, blocks, seq, *, checkpoint=None):
+    pass
+kvferry.Llama.load_blocks = load_blocks
+"""
+    assert "NOT those without the save" in run("blocks.py", first)
+
+
 # ---- A cache of PyTorch --------------------------------------------------------------------------
 
 WITHOUT_PYTORCH = "import sys; sys.modules['torch'] = None"

@@ -137,6 +137,7 @@ async def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         whole.replace(b'"columns": 2', b'"columns": 2e', 1),
         whole.replace(b'"seed": 7', b'"seed":[]', 1),
         whole.replace(b'"llm": {', b'"llm": 5, "x": {', 1),
+        b'"crc33"'.join(whole.rsplit(b'"crc32"', 1)),  # of the tokens
         whole[:-1] + bytes([whole[-1] ^ 1]),  # a score
         whole.replace(b"snapshot 2", b"snapshot 3", 1),
         whole.replace(b"snapshot 2", b"snapshot 1", 1)[: -len(STATE)],

@@ -36,7 +36,9 @@ type waiter struct {
 	submission C.kvgo_submission
 	pinner     runtime.Pinner
 	memory     []byte // keeps the memory reachable that C works on
-	keepsJob   bool   // the transfer itself releases the job's handle
+	blocks     []C.kvf_block
+	claimed    []*Buffer // that the blocks are in
+	keepsJob   bool      // the transfer itself releases the job's handle
 
 	// True from before the submission until the completion. Go's memory model does not see that C calls lie between what
 	// the submitter writes and what the reader reads: this flag orders the two. The channel orders the way back.
@@ -135,9 +137,9 @@ func (w *waiter) complete(completion *C.kvf_completion) bool {
 		Recorded:  time.Duration(completion.recorded_ns),
 	}
 	switch w.submission.operation {
-	case C.KVGO_SAVE_SEQUENCE:
+	case C.KVGO_SAVE_SEQUENCE, C.KVGO_SAVE_BLOCKS, C.KVGO_SAVE_CHECKPOINT:
 		w.result.Mode = SaveMode(completion.mode)
-	case C.KVGO_LOAD_SEQUENCE:
+	case C.KVGO_LOAD_SEQUENCE, C.KVGO_LOAD_BLOCKS:
 		w.result.Ahead = completion.mode == C.KVF_LOAD_AHEAD
 	}
 	if completion.status != C.KVF_OK {
@@ -171,6 +173,7 @@ func (c *completions) get() *waiter {
 func (c *completions) put(w *waiter) {
 	w.pinner.Unpin()
 	w.memory = nil
+	w.releaseBlocks()
 	w.detail = ""
 	c.mutex.Lock()
 	c.free = append(c.free, w)

@@ -33,6 +33,13 @@
 // Whoever makes an Engine, a Llama, a Buffer or a Registration closes it: first the Llama, then its context and its
 // Engine. Buffers may outlive the engine. Memory of a transfer in flight cannot be freed: see [Memory].
 //
+// # Blocks and checkpoints
+//
+// A conversation need not be saved whole after every turn. [Sequence.SaveBlocks] saves the tokens at some positions, and
+// [Sequence.LoadBlocks] makes a sequence of blocks, also of blocks that several conversations share. Sliding windows and
+// recurrent layers are not in blocks: [Sequence.SaveCheckpoint] saves them, small, at the sequence's end.
+// [Llama.BlocksAllowed] tells what the cache of a model needs.
+//
 // # Errors and cancellation
 //
 // Errors are of type [*Error]; errors.Is finds their [Status], such as [ErrCacheFull]. When the context.Context of a

@@ -176,6 +176,58 @@ func ExampleSequence_Load() {
 	// goes on as before: true
 }
 
+// After each turn only what is new is saved. A conversation that begins like another one takes the blocks of that
+// beginning, and needs no prefill for them.
+func ExampleSequence_SaveBlocks() {
+	llama := openContext() // stands for your bindings of llama.cpp
+	defer llama.Close()
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer engine.Close()
+	model, err := engine.Attach(llama.Address, &llama.Lock, kvferry.AttachOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer model.Close()
+	save := func(begin, end int) kvferry.Block {
+		size, err := model.BlockSize(end - begin)
+		if err != nil {
+			log.Fatal(err)
+		}
+		block := kvferry.Block{Memory: kvferry.Bytes(make([]byte, size)), Begin: begin, End: end}
+		completion, err := model.Sequence(0).SaveBlocks(context.Background(), []kvferry.Block{block})
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Printf("saved positions %d to %d: %d bytes\n", begin, end-1, completion.Bytes)
+		return block
+	}
+
+	llama.Decode(0, 3, 1, 4, 1, 5, 9, 2, 6) // the system prompt
+	system := save(0, 8)
+	llama.Decode(0, 5, 3)
+	turn := save(8, 10)
+	expected := llama.Decode(0, 5)
+
+	// The same conversation, in another sequence.
+	if _, err := model.Sequence(1).LoadBlocks(context.Background(), []kvferry.Block{system, turn}, nil); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("goes on as before:", llama.Decode(1, 5) == expected)
+
+	// Another conversation with the same system prompt.
+	if _, err := model.Sequence(2).LoadBlocks(context.Background(), []kvferry.Block{system}, nil); err != nil {
+		log.Fatal(err)
+	}
+	llama.Decode(2, 8, 9, 7)
+	// Output:
+	// saved positions 0 to 7: 98720 bytes
+	// saved positions 8 to 9: 24920 bytes
+	// goes on as before: true
+}
+
 // Any memory of a device or of the host can be saved and loaded, here bytes of a text.
 func ExampleEngine_SaveRegions() {
 	engine, err := kvferry.NewEngine(kvferry.EngineOptions{Devices: kvferry.HostOnly})

@@ -146,3 +146,14 @@ func (l *Llama) Describe() (json.RawMessage, error) {
 		return C.kvf_llama_describe(l.handle, text, capacity, needed)
 	})
 }
+
+// locked calls a function of the library that needs the context's lock. It returns the function's status.
+func (l *Llama) locked(call func() C.int32_t) C.int32_t {
+	if !l.inFlight.enter() {
+		return C.KVF_ERR_CLOSED
+	}
+	defer l.inFlight.leave()
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	return call()
+}

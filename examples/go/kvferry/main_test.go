@@ -46,12 +46,14 @@ func leaveOut(pattern string) {
 }
 
 // openContext opens a llama_context as a program's own bindings do.
-func openContext() *llamatest.Context {
+func openContext() *llamatest.Context { return openModel(llamaModel) }
+
+func openModel(model string) *llamatest.Context {
 	folder, err := filepath.Abs(llamaLibrary)
 	if err != nil {
 		log.Fatal(err)
 	}
-	context, err := llamatest.Open(folder, llamaModel, 3)
+	context, err := llamatest.Open(folder, model, 3)
 	if err != nil {
 		log.Fatal(err)
 	}

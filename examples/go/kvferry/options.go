@@ -53,14 +53,14 @@ const (
 // WithPriority sets the transfer's priority.
 func WithPriority(p Priority) Option { return Option{kind: optionPriority, value: uint64(p)} }
 
-// WithMode sets the mode of Sequence.Save. Other transfers ignore it.
+// WithMode sets the mode of Sequence.Save and Sequence.SaveBlocks. Other transfers ignore it.
 func WithMode(m SaveMode) Option { return Option{kind: optionMode, value: uint64(m)} }
 
-// Ahead makes Sequence.Load copy the bytes to device memory of their own at once, while libllama still takes cells, and
-// from there to their cells. The load ends sooner, and needs as much device memory as the state has bytes; the engine
-// keeps that memory for the next such load for half a minute. The bytes go straight to the cache where there is too
-// little device memory, and where the cache is not in the memory of one CUDA device: Completion.Ahead tells. Other
-// transfers ignore it.
+// Ahead makes Sequence.Load and Sequence.LoadBlocks copy the bytes to device memory of their own at once, while libllama
+// still takes cells, and from there to their cells. The load ends sooner, and needs as much device memory as it moves
+// bytes; the engine keeps that memory for the next such load for half a minute. The bytes go straight to the cache where
+// there is too little device memory, and where the cache is not in the memory of one CUDA device: Completion.Ahead tells.
+// Other transfers ignore it.
 func Ahead() Option { return Option{kind: optionAhead} }
 
 // TrustState makes Sequence.Load pass a state to libllama that has no checksum: one that kvferry has not saved, for a

@@ -25,15 +25,10 @@ func (s Sequence) ID() int32 { return s.id }
 //
 // Errors: ErrSequenceRange, ErrContextFreed, ErrClosed.
 func (s Sequence) Size() (int, error) {
-	if !s.llama.inFlight.enter() {
-		return 0, &Error{Status: ErrClosed}
-	}
-	defer s.llama.inFlight.leave()
+	l := s.llama
 	var size C.uint64_t
-	s.llama.lock.Lock()
-	status := C.kvf_llama_size(s.llama.handle, C.int32_t(s.id), &size)
-	s.llama.lock.Unlock()
-	return int(size), check(status)
+	err := check(l.locked(func() C.int32_t { return C.kvf_llama_size(l.handle, C.int32_t(s.id), &size) }))
+	return int(size), err
 }
 
 // Save writes the sequence's state into memory of at least Size bytes: the bytes that llama_state_seq_get_data would
@@ -71,11 +66,38 @@ func (s Sequence) Save(ctx context.Context, to Memory, options ...Option) (Compl
 // After any other error the sequence is empty: ErrCancelled in flight, ErrCacheFull, ErrLlama, ErrTap, ErrDeviceLost.
 // (A state that has more cells than a sequence may ever have is refused with ErrCacheFull before, and then the sequence
 // is as it was.)
-func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (completion Completion, err error) {
+func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (Completion, error) {
 	if !s.llama.inFlight.enter() {
 		return Completion{}, &Error{Status: ErrClosed}
 	}
 	defer s.llama.inFlight.leave()
+	memory, buffer, err := claim(from)
+	if err != nil {
+		return Completion{}, err
+	}
+	defer buffer.release()
+	return s.load(ctx, C.KVGO_LOAD_SEQUENCE, nil, memory, settingsOf(options))
+}
+
+// Remove empties the sequence, as llama_memory_seq_rm does, but is refused while a transfer of it is in flight.
+//
+// Errors: ErrBusy (a transfer of this sequence is in flight), ErrSequenceRange, ErrContextFreed, ErrClosed.
+func (s Sequence) Remove() error {
+	l := s.llama
+	return check(l.locked(func() C.int32_t { return C.kvf_llama_remove(l.handle, C.int32_t(s.id)) }))
+}
+
+func (s Sequence) transfer(ctx context.Context, operation C.uint32_t, m Memory, set settings) (Completion, error) {
+	memory, buffer, err := claim(m)
+	if err != nil {
+		return Completion{}, err
+	}
+	defer buffer.release()
+	return s.submit(ctx, operation, nil, memory, set)
+}
+
+// load makes a transfer that replaces what the sequence holds.
+func (s Sequence) load(ctx context.Context, operation C.uint32_t, blocks []Block, memory []byte, set settings) (completion Completion, err error) {
 	returned := false // stays false where the function of a StreamWait panics
 	defer func() {
 		// A load that was submitted and failed has left cells without their bytes: remove them.
@@ -85,30 +107,12 @@ func (s Sequence) Load(ctx context.Context, from Memory, options ...Option) (com
 			C.kvf_llama_settle(s.llama.handle)
 		}
 	}()
-	completion, err = s.transfer(ctx, C.KVGO_LOAD_SEQUENCE, from, settingsOf(options))
+	completion, err = s.submit(ctx, operation, blocks, memory, set)
 	returned = true
 	return completion, err
 }
 
-// Remove empties the sequence, as llama_memory_seq_rm does, but is refused while a transfer of it is in flight.
-//
-// Errors: ErrBusy (a transfer of this sequence is in flight), ErrSequenceRange, ErrContextFreed, ErrClosed.
-func (s Sequence) Remove() error {
-	if !s.llama.inFlight.enter() {
-		return &Error{Status: ErrClosed}
-	}
-	defer s.llama.inFlight.leave()
-	s.llama.lock.Lock()
-	defer s.llama.lock.Unlock()
-	return check(C.kvf_llama_remove(s.llama.handle, C.int32_t(s.id)))
-}
-
-func (s Sequence) transfer(ctx context.Context, operation C.uint32_t, m Memory, set settings) (Completion, error) {
-	memory, buffer, err := claim(m)
-	if err != nil {
-		return Completion{}, err
-	}
-	defer buffer.release()
+func (s Sequence) submit(ctx context.Context, operation C.uint32_t, blocks []Block, memory []byte, set settings) (Completion, error) {
 	return s.llama.engine.transfer(ctx, request{operation: operation, owner: s.llama.handle, lock: s.llama.lock,
-		blocking: s.llama.blocking, sequence: s.id, memory: memory, settings: set})
+		blocking: s.llama.blocking, sequence: s.id, blocks: blocks, memory: memory, settings: set})
 }

@@ -1,6 +1,6 @@
 #include "shim.h"
 
-int32_t kvgo_submit(kvgo_submission *s, const kvf_region *regions) {
+int32_t kvgo_submit(kvgo_submission *s, const kvf_region *regions, kvf_block *blocks) {
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     options.priority = s->priority;
     options.queue = s->queue;
@@ -21,6 +21,14 @@ int32_t kvgo_submit(kvgo_submission *s, const kvf_region *regions) {
         return kvf_llama_save(s->owner, s->sequence, buffer, s->bytes, &options, job);
     case KVGO_LOAD_SEQUENCE:
         return kvf_llama_load(s->owner, s->sequence, buffer, s->bytes, &options, job);
+    case KVGO_SAVE_BLOCKS:
+        return kvf_llama_save_blocks(s->owner, s->sequence, blocks, sizeof *blocks,
+                                     (uint32_t)s->count, &options, job);
+    case KVGO_LOAD_BLOCKS:
+        return kvf_llama_load_blocks(s->owner, s->sequence, blocks, sizeof *blocks,
+                                     (uint32_t)s->count, buffer, s->bytes, &options, job);
+    case KVGO_SAVE_CHECKPOINT:
+        return kvf_llama_save_checkpoint(s->owner, s->sequence, buffer, s->bytes, &options, job);
     }
     return KVF_ERR_INVALID_ARGUMENT;
 }

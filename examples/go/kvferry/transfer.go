@@ -12,9 +12,9 @@ import (
 
 // Completion says how a transfer went. It is the value zero where nothing was submitted.
 type Completion struct {
-	Bytes     int64    // size of the state, or of the regions
-	Mode      SaveMode // of Sequence.Save: the mode in which it was done
-	Ahead     bool     // of Sequence.Load: it was done as Ahead says
+	Bytes     int64    // size of the state, of the blocks, or of the regions
+	Mode      SaveMode // of a sequence's save: the mode in which it was done
+	Ahead     bool     // of a sequence's load: it was done as Ahead says
 	Fragments int64    // separate pieces of tensor memory that the transfer consists of
 	Segments  int64    // what remained of the fragments after joining runs and rows into blocks
 
@@ -38,7 +38,8 @@ type request struct {
 	blocking  bool        // the lock is held until the transfer has ended
 	sequence  int32
 	regions   []Region
-	memory    []byte
+	blocks    []Block
+	memory    []byte // of LoadBlocks: the checkpoint
 	settings
 }
 
@@ -54,6 +55,9 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	defer e.inFlight.leave()
 	w := e.completions.get()
 	defer e.completions.put(w)
+	if err := w.claimBlocks(r.blocks, r.operation == C.KVGO_LOAD_BLOCKS); err != nil {
+		return Completion{}, err
+	}
 	w.prepare(r, ctx.Done() != nil)
 
 	lock := r.lock
@@ -62,7 +66,11 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 		defer lock.Unlock()
 		lock = alreadyLocked{}
 	}
-	if err := w.submit(ctx, lock, r.regions); err != nil {
+	err := w.submit(ctx, lock, r.regions)
+	if r.operation == C.KVGO_SAVE_BLOCKS {
+		w.setSizes(r.blocks, err)
+	}
+	if err != nil {
 		w.armed.Store(false)
 		return Completion{}, err
 	}
@@ -86,14 +94,17 @@ func (w *waiter) prepare(r request, cancellable bool) {
 	}
 	s := &w.submission
 	s.operation, s.owner, s.sequence = r.operation, r.owner, C.int32_t(r.sequence)
-	s.buffer, s.bytes, s.count = C.uint64_t(uintptr(start)), C.uint64_t(len(r.memory)), C.uint64_t(len(r.regions))
+	s.buffer, s.bytes = C.uint64_t(uintptr(start)), C.uint64_t(len(r.memory))
+	s.count = C.uint64_t(len(r.regions) + len(r.blocks)) // a transfer has either
 	s.priority, s.mode, s.flags, s.stream = r.priority, 0, r.flags, r.stream
 	switch r.operation {
-	case C.KVGO_SAVE_SEQUENCE:
+	case C.KVGO_SAVE_SEQUENCE, C.KVGO_SAVE_BLOCKS, C.KVGO_SAVE_CHECKPOINT:
 		s.mode = r.saveMode
 	case C.KVGO_LOAD_SEQUENCE:
 		s.mode = r.loadMode
 		s.flags |= r.loadFlags
+	case C.KVGO_LOAD_BLOCKS:
+		s.mode = r.loadMode
 	}
 	s.error[0] = 0
 	// Only a job that may have to be cancelled, or that a stream has to wait for, needs a handle. For a stream the handle
@@ -122,7 +133,7 @@ func (w *waiter) submit(ctx context.Context, lock sync.Locker, regions []Region)
 			return cancelled(ctx)
 		}
 	}
-	status := C.kvgo_submit(&w.submission, regionsPointer(regions))
+	status := C.kvgo_submit(&w.submission, regionsPointer(regions), unsafe.SliceData(w.blocks))
 	if status != C.KVF_OK {
 		return failure(status, w.submission.error[:])
 	}

@@ -1,10 +1,11 @@
 """Files of bytes that say what they are.
 
 A file has, in this order: a line with its kind and the version of the kind's format; a line with
-the length of the header in bytes, in decimal; the header, in JSON; the bytes. The header may have
-an entry ``llm``: then the tokens (int32) and the scores (float32, one row for each token) of a
-``llama_cpp.Llama`` follow the bytes, both little-endian. Lengths in the header are compared with
-the size of the file before any memory is allocated.
+the length of the header in bytes, in decimal, and, in some kinds, with the XXH64 of the header; the
+header, in JSON; the bytes. The header may have an entry ``llm``: then the tokens (int32) and the
+scores (float32, one row for each token) of a ``llama_cpp.Llama`` follow the bytes, both
+little-endian. Lengths in the header are compared with the size of the file before any memory is
+allocated.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy
+import xxhash
 
 from .._native import lib
 from ..errors import error
@@ -36,9 +38,15 @@ class Kind(NamedTuple):
     name: str
     version: int
     """The newest version of its format: the one that is written. All older ones are read."""
+    header_checksum: bool
+    """Whether the XXH64 of the header is in the file."""
 
     def first_line(self, version: int | None = None) -> bytes:
         return b"kvferry %s %d\n" % (self.name.encode(), version or self.version)
+
+    def second_line(self, header: bytes) -> bytes:
+        checksum = b" %016x" % xxhash.xxh64_intdigest(header) if self.header_checksum else b""
+        return b"%d%s\n" % (len(header), checksum)
 
 
 def write(path: Path, kind: Kind, header: Header, content: Bytes, llm: LlmState | None) -> None:
@@ -61,7 +69,7 @@ def write(path: Path, kind: Kind, header: Header, content: Bytes, llm: LlmState 
         }
     text = json.dumps(header).encode() + b"\n"
     with replacement(path) as file:
-        file.write(kind.first_line() + b"%d\n" % len(text) + text)
+        file.write(kind.first_line() + kind.second_line(text) + text)
         file.write(content)
         file.writelines(more)
 
@@ -80,19 +88,24 @@ def read(
             newer = first.startswith(kind.first_line().rstrip(b"0123456789\n"))
             raise damaged(f"{path} is no {kind.name}{' that this version knows' if newer else ''}")
         try:
-            length = int(file.readline(16))
+            second = file.readline(40)
+            length = int(second.split()[0])
             if not 0 < length <= _MAX_HEADER:
                 raise ValueError("length of the header")
-            header = json.loads(file.read(length))
+            text = file.read(length)
+            if kind.header_checksum and second != kind.second_line(text):
+                raise ValueError("checksum of the header")
+            header = json.loads(text)
             understood, nbytes = understand(header), count(header["bytes"])
             llm = header.get("llm")
             rest = 0
             if llm is not None:
                 columns = 0 if llm["columns"] is None else count(llm["columns"])
                 rest = 4 * count(llm["tokens"]) * (1 + columns)
+                count(llm["crc32"])
                 if not (llm["seed"] is None or isinstance(llm["seed"], int)):
                     raise TypeError("seed")
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError):
             raise damaged(f"the header of {path}") from None
         if os.fstat(file.fileno()).st_size - file.tell() != nbytes + rest:
             raise damaged(f"{path} is truncated")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import xxhash
 
@@ -12,8 +11,8 @@ from . import described_file
 from .described_file import Bytes, Header, Kind, count, damaged
 from .llama_cpp_object import LlmState
 
-BLOCK = Kind("block", 1)
-CHECKPOINT = Kind("checkpoint", 1)
+BLOCK = Kind("block", 1, header_checksum=True)
+CHECKPOINT = Kind("checkpoint", 1, header_checksum=True)
 
 
 class Content(NamedTuple):
@@ -37,7 +36,6 @@ def write(path: Path, kind: Kind, content: Content) -> None:
         "keys": {name: None if key is None else key.hex() for name, key in content.keys.items()},
         "xxh64": content.checksum,
     }
-    header["header_xxh64"] = _checksum_of(header)
     described_file.write(path, kind, header, content.data, content.llm)
 
 
@@ -51,20 +49,14 @@ def read(path: Path, kind: Kind) -> Content:
 
 
 def _understand(header: Header) -> Content:
-    own = {name: header[name] for name in ("fingerprint", "positions", "keys", "xxh64")}
-    if _checksum_of(own) != header["header_xxh64"]:
-        raise ValueError("checksum")
     return Content(
         data=bytearray(),
-        positions={name: count(value) for name, value in own["positions"].items()},
+        positions={name: count(value) for name, value in header["positions"].items()},
         keys={
-            name: None if key is None else bytes.fromhex(key) for name, key in own["keys"].items()
+            name: None if key is None else bytes.fromhex(key)
+            for name, key in header["keys"].items()
         },
-        fingerprint=described_file.text_or_none(own["fingerprint"]),
-        checksum=count(own["xxh64"]),
+        fingerprint=described_file.text_or_none(header["fingerprint"]),
+        checksum=count(header["xxh64"]),
         llm=None,
     )
-
-
-def _checksum_of(header: dict[str, Any]) -> int:
-    return xxhash.xxh64_intdigest(json.dumps(header, sort_keys=True).encode())

@@ -9,7 +9,7 @@ from . import described_file
 from .described_file import Bytes, Header, Kind
 from .llama_cpp_object import LlmState
 
-_KIND = Kind("snapshot", 2)
+_KIND = Kind("snapshot", 2, header_checksum=False)
 
 
 class Content(NamedTuple):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
+import kvferry
 import pytest
 from support import c_interface
 from support.cuda_driver import NEEDS_CUDA
@@ -62,6 +63,45 @@ async def test_a_snapshot_is_taken_after_the_streams_work(
         stream.release()
         assert save.result(20).wait() == "KVF_OK"
     assert buffer.raw == state
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+async def test_blocks_and_checkpoints_follow_a_stream(
+    simulated: SimulatedCuda, make_context: Callable[..., Any], kind: str
+) -> None:
+    context = make_context(kind)
+    context.decode(0, context.model.prompt(100))
+    state = context.state_get(0)
+    ended: list[Any] = []
+
+    async def follow(transfer: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Begins a transfer while the stream holds work; checks that it ends after that work."""
+        ended.clear()
+
+        async def run() -> None:
+            ended.append(await transfer(*arguments, after_stream=stream.handle, **options))
+
+        with simulated.stream() as stream:
+            stream.hold()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(run)
+                await anyio.sleep(0.05)
+                assert not ended
+                stream.release()
+        return ended[0]
+
+    async with kvferry.Engine("cuda") as engine:
+        llama = engine.attach(context.address)
+        blocks = await follow(llama.save_blocks, 0, tokens=64)
+        allowed, _ = await llama.blocks_allowed_async()
+        checkpoint = await follow(llama.save_checkpoint, 0) if allowed.checkpoints else None
+        await llama.remove(0)
+        await follow(llama.load_blocks, blocks, 0, checkpoint=checkpoint)
+        with pytest.raises(kvferry.InvalidArgument, match="this stream"):
+            await llama.save_blocks(0, after_stream=0xDEAD0)
+        with pytest.raises(kvferry.InvalidArgument, match="this stream"):
+            llama.sync.save_blocks(0, after_stream=0xDEAD0)
+    assert context.state_get(0) == state
 
 
 async def test_a_stream_that_nobody_knows_costs_a_sequence_nothing(

@@ -24,8 +24,9 @@ from support.block_reference import (
 )
 from support.blocks import LIBRARY, MakePair, others, ranges_of, save_blocks, save_checkpoint
 from support.c_interface import Blocks, BlocksAllowed, Engine, Failure, LoadMode, SaveMode
-from support.like_contexts import CACHES, LATENT, OPAQUE, MakeContext
+from support.like_contexts import CACHES, LATENT, OPAQUE, RECURRENT, MakeContext
 from support.llama_reference import Context
+from support.sequence_edits import EDITS, can_edit, copy_a_part
 
 KINDS_AND_CACHES = [
     (kind, cache)
@@ -164,6 +165,41 @@ def test_blocks_are_saved_and_loaded_as_by_llama_cpp(
     for seq in (TARGET, SEQ, TARGET):
         assert ours.decode(seq, [7]).tobytes() == like.decode(seq, [7]).tobytes()
     assert ours.state_get(TARGET) == like.state_get(TARGET)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("cache", ["flash", "streams"])
+@pytest.mark.parametrize("kind", PARTS_IN_BLOCKS)
+def test_no_edited_sequence_has_blocks_that_are_taken_for_damaged(
+    c_engine: Engine, pair: MakePair, kind: str, cache: str, edit: Callable[[Context], None]
+) -> None:
+    """Positions may be missing, and after a division they repeat."""
+    if not can_edit(edit, kind):
+        pytest.skip("llama.cpp ends the process")
+    ours, like = pair(kind, cache)
+    for context in (ours, like):
+        context.decode(0, context.model.prompt(70))
+        context.decode(1, context.model.prompt(40, seed=1))
+        edit(context)
+    if ours.pos_max(SEQ) < 0:
+        return
+    state = ours.state_get(SEQ)
+    ranges = ranges_of(state, kind)
+    with c_engine.attach(ours.address) as attachment:
+        blocks = save_blocks(attachment, ranges, room=attachment.block_size(70))
+        for block in blocks:
+            assert block.state == cut_by_format(kind, state, block.begin, block.end)
+        checkpoint = save_checkpoint(attachment) if kind in WITH_CHECKPOINTS else None
+        assert checkpoint in (None, rest_of(kind, state))
+        if edit is copy_a_part and kind in RECURRENT and cache == "flash":
+            # The recurrent cell is now that of sequence 1, which ends at another position.
+            with pytest.raises(Failure, match="the checkpoint is of position 39"):
+                attachment.load_blocks(TARGET, Blocks.of(blocks), checkpoint)
+            return
+        joined = LIBRARY.join(Blocks.of(blocks), checkpoint, PARTS_IN_BLOCKS[kind])
+        assert attachment.load_blocks(TARGET, Blocks.of(blocks), checkpoint).wait() == "KVF_OK"
+        assert like.state_set(TARGET, joined) == len(joined)
+        assert ours.state_get(TARGET) == like.state_get(TARGET)
 
 
 def lose_the_window(context: Context) -> None:

@@ -363,6 +363,61 @@ async def test_a_file_goes_on_in_another_object(make_llm: MakeLlm, tmp_path: Pat
         assert await model.run(logits_of, two) == logits_of(one)
 
 
+async def test_blocks_bring_the_tokens_of_their_positions_back(
+    make_llm: MakeLlm, tmp_path: Path
+) -> None:
+    llm = make_llm(logits_all=True)
+    prompt = llm.tokenize(TEXT)
+    async with kvferry.Engine("host") as engine:
+        model = engine.attach(llm)
+        await model.run(llm.eval, prompt)
+        scores = llm.scores[: len(prompt)].copy()
+        blocks = await model.save_blocks(0, tokens=16)
+        for block in blocks:
+            assert block.llm is not None
+            assert block.llm.tokens.tolist() == prompt[block.begin : block.end]
+        await blocks[1].write(tmp_path / "block")
+        blocks[1] = await kvferry.Block.read(tmp_path / "block")
+        for count in (len(blocks), 2):
+            await model.run(llm.reset)
+            await model.run(llm.eval, llm.tokenize(b"something else"))
+            await model.load_blocks(blocks[:count], 0)
+            kept = blocks[count - 1].end
+            assert llm.n_tokens == kept
+            assert llm.input_ids[:kept].tolist() == prompt[:kept]
+            assert np.array_equal(llm.scores[:kept], scores[:kept])
+        await model.run(llm.eval, prompt[32:])
+        assert llm.n_tokens == len(prompt)
+
+        model.sync.load_blocks(model.sync.save_blocks(0, tokens=16), 0)
+        assert llm.input_ids[: len(prompt)].tolist() == prompt
+        blocks[0].llm = None  # as blocks that another program has saved
+        await model.load_blocks(blocks, 0)
+        assert llm.n_tokens == len(prompt)
+        assert (llm.input_ids[: len(prompt)] == -1).all()
+
+
+async def test_a_refused_load_of_blocks_leaves_the_object_and_a_failed_one_resets_it(
+    make_llm: MakeLlm,
+) -> None:
+    llm = make_prompted(make_llm)
+    count = llm.n_tokens
+    async with kvferry.Engine("host") as engine:
+        model = engine.attach(llm)
+        blocks = await model.save_blocks(0, tokens=16)
+        with pytest.raises(kvferry.InvalidArgument):
+            await model.load_blocks(blocks[::-1], 0)
+        assert llm.n_tokens == count
+        load = await model.start_load_blocks(blocks, 0)
+        load.cancel()
+        try:
+            await load.wait()
+        except kvferry.TransferCancelled:
+            assert llm.n_tokens == 0
+        else:
+            assert llm.n_tokens == count
+
+
 async def test_logits_from_before_a_load_are_not_sampled(
     make_llm: MakeLlm,
 ) -> None:

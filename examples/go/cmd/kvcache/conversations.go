@@ -16,9 +16,11 @@ type settings struct {
 	Conversations int    `json:"conversations"`
 	Sequences     int    `json:"sequences"`
 	Turns         int    `json:"turns"`    // of all conversations together
-	Prompt        int    `json:"prompt"`   // tokens that a conversation begins with, on average
+	System        int    `json:"system"`   // tokens that all conversations begin with
+	Prompt        int    `json:"prompt"`   // tokens that follow them in the first turn, on average
 	User          int    `json:"user"`     // tokens of a later turn
 	Generate      int    `json:"generate"` // tokens of an answer
+	Block         int    `json:"block"`    // tokens of a block, at most
 	Budget        int64  `json:"budget_bytes"`
 	Seed          uint64 `json:"seed"`
 }
@@ -45,6 +47,7 @@ func schedule(s settings, vocabulary int) []turn {
 		weights[i] = 1 / math.Pow(float64(i+1), 0.8)
 		total += weights[i]
 	}
+	system := randomTokens(rand.New(rand.NewPCG(s.Seed, 2)), s.System, vocabulary)
 	begun := make([]bool, s.Conversations)
 	turns := make([]turn, s.Turns)
 	for i := range turns {
@@ -54,16 +57,23 @@ func schedule(s settings, vocabulary int) []turn {
 			n++
 		}
 		length := s.User
+		var said []llama.Token
 		if !begun[n] {
 			begun[n] = true
 			length = s.Prompt/2 + random.IntN(s.Prompt+1)
+			said = system
 		}
-		turns[i] = turn{n, make([]llama.Token, max(1, length))}
-		for j := range turns[i].tokens {
-			turns[i].tokens[j] = llama.Token(random.IntN(vocabulary))
-		}
+		turns[i] = turn{n, slices.Concat(said, randomTokens(random, max(1, length), vocabulary))}
 	}
 	return turns
+}
+
+func randomTokens(random *rand.Rand, count, vocabulary int) []llama.Token {
+	tokens := make([]llama.Token, count)
+	for i := range tokens {
+		tokens[i] = llama.Token(random.IntN(vocabulary))
+	}
+	return tokens
 }
 
 // lineUp puts the turns into the order in which they are held: turn i in sequence i % sequences, when the turn before it in
@@ -193,12 +203,13 @@ func (r *runner) serve(ctx context.Context, sequence llama.SeqId, line []turn) e
 // conversation the sequence holds.
 func (r *runner) change(ctx context.Context, sequence llama.SeqId, last, next turn) (start time.Time, known int, err error) {
 	if !last.isRest() {
-		// The last token that was generated is not in the sequence.
-		err = r.way.end(ctx, sequence, last.conversation, len(r.conversations[last.conversation].tokens)-1)
+		said := r.conversations[last.conversation].tokens
+		err = r.way.end(ctx, sequence, last.conversation, said[:len(said)-1]) // the last token that was generated is not in it
 	}
 	start = time.Now()
 	if err == nil && !next.isRest() {
-		known, err = r.way.begin(ctx, sequence, next.conversation)
+		said := slices.Concat(r.conversations[next.conversation].tokens, next.tokens)
+		known, err = r.way.begin(ctx, sequence, next.conversation, said)
 	}
 	return start, known, err
 }

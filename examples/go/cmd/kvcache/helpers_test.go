@@ -93,7 +93,7 @@ func save(tb testing.TB, f kvferryMover, sequence llama.SeqId) *kvferry.Buffer {
 }
 
 func quickFlags(t *testing.T) flags {
-	f, err := parse([]string{"-conversations", "4", "-sequences", "2", "-turns", "10", "-prompt", "40", "-user", "5",
+	f, err := parse([]string{"-conversations", "4", "-sequences", "2", "-turns", "10", "-system", "0", "-prompt", "40", "-block", "16", "-user", "5",
 		"-generate", "4", "-budget", "2", "-llama-lib", testLibrary(), "-model", testModel,
 		"-json", filepath.Join(t.TempDir(), "figures.json")}, os.Stderr)
 	if err != nil {

@@ -2,9 +2,10 @@
 // conversation in a cache, loads it while other sequences decode, and saves it again after the answer. The cache has a
 // budget of bytes, and evicts the state that was used least recently.
 //
-// The same turns are held in three other ways: by prefilling again; without a cache, where each conversation stays in its
-// sequence until another conversation needs the sequence; and with the cache, but with llama.cpp's own blocking calls. A
-// table compares them.
+// The same turns are held in four other ways: by prefilling again; without a cache, where each conversation stays in its
+// sequence until another conversation needs the sequence; with the cache, but with llama.cpp's own blocking calls; and with
+// a cache of blocks of conversations, of which only what is new is saved after a turn, and which conversations share where
+// they begin alike. A table compares them.
 //
 // yzma decodes, on an unmodified libllama. kvferry saves and loads.
 package main
@@ -60,9 +61,11 @@ func parse(arguments []string, out io.Writer) (f flags, err error) {
 	set.IntVar(&f.Conversations, "conversations", 12, "how many `conversations` there are")
 	set.IntVar(&f.Sequences, "sequences", 4, "how many `sequences` the context has, and turns at a time")
 	set.IntVar(&f.Turns, "turns", 40, "`turns` of all conversations together")
-	set.IntVar(&f.Prompt, "prompt", 256, "`tokens` that a conversation begins with, on average")
+	set.IntVar(&f.System, "system", 256, "`tokens` that all conversations begin with, a system prompt")
+	set.IntVar(&f.Prompt, "prompt", 256, "`tokens` that follow them in the first turn, on average")
 	set.IntVar(&f.User, "user", 24, "`tokens` of every later turn")
 	set.IntVar(&f.Generate, "generate", 16, "`tokens` of every answer")
+	set.IntVar(&f.Block, "block", 256, "`tokens` of a block, at most")
 	set.Float64Var(&budget, "budget", 24, "`MiB` of states that the cache may hold")
 	set.Uint64Var(&f.Seed, "seed", 1, "`number` that decides who says what when")
 	set.IntVar(&f.threads, "threads", max(1, runtime.NumCPU()/2), "`threads` that decode; llama.cpp's wait for each other by spinning, so leave cores for the transfers")
@@ -77,8 +80,8 @@ func parse(arguments []string, out io.Writer) (f flags, err error) {
 		return f, err
 	}
 	f.Budget = max(1, int64(budget*(1<<20))) // 0 would be no limit
-	if set.NArg() > 0 || min(f.Conversations, f.Sequences, f.Turns, f.Prompt, f.User, f.Generate, f.threads) < 1 || budget <= 0 {
-		err := errors.New("every number must be at least 1, and there are no other arguments")
+	if set.NArg() > 0 || min(f.Conversations, f.Sequences, f.Turns, f.Prompt, f.User, f.Generate, f.Block, f.threads) < 1 || f.System < 0 || budget <= 0 {
+		err := errors.New("every number must be at least 1 (-system 0), and there are no other arguments")
 		fmt.Fprintln(out, "kvcache:", err)
 		return f, err
 	}
@@ -102,13 +105,17 @@ func run(ctx context.Context, f flags, out, progress io.Writer) error {
 	result := report{Settings: f.settings}
 
 	// Each way gets an empty context of its own.
-	for _, w := range ways(engine, f.Budget) {
+	for _, w := range ways(engine, f.settings) {
 		err := withRun(ctx, f, w, showProgress(progress, w.name, f.Turns), func(r *runner, measured row) (err error) {
 			result.Rows = append(result.Rows, measured)
-			if states, cached := r.way.(*cached); cached {
-				if mover, ours := states.mover.(kvferryMover); ours {
-					result.Check, err = check(ctx, r.model, mover, states.states, r.conversations)
+			switch way := r.way.(type) {
+			case *cached:
+				if mover, ours := way.mover.(kvferryMover); ours {
+					result.Check, err = check(ctx, r.model, mover, way.states, r.conversations)
 				}
+			case *inBlocks:
+				result.NotInBlocks = way.reason
+				result.BlocksCheck, err = checkBlocks(ctx, way, r.conversations)
 			}
 			return err
 		})
@@ -124,8 +131,10 @@ func run(ctx context.Context, f flags, out, progress io.Writer) error {
 			return err
 		}
 	}
-	if c := result.Check; c.Identical != c.States {
-		return fmt.Errorf("%d states are not what llama.cpp makes of them", c.States-c.Identical)
+	for _, c := range []checked{result.Check, result.BlocksCheck} {
+		if c.Identical != c.States {
+			return fmt.Errorf("%d states are not what llama.cpp makes of them", c.States-c.Identical)
+		}
 	}
 	return nil
 }
@@ -141,14 +150,18 @@ type namedWay struct {
 	open func(*model) (way, error)
 }
 
-func ways(engine *kvferry.Engine, budget int64) []namedWay {
+func ways(engine *kvferry.Engine, s settings) []namedWay {
 	return []namedWay{
 		{"prefill again", func(m *model) (way, error) { return prefillAgain{m}, nil }},
 		{"keep sequences in place", func(m *model) (way, error) { return newKeepInPlace(m), nil }},
-		{"llama.cpp", func(m *model) (way, error) { return newCached(engine, m, llamaMover{m}, budget), nil }},
+		{"llama.cpp", func(m *model) (way, error) { return newCached(engine, m, llamaMover{m}, s.Budget), nil }},
 		{"kvferry", func(m *model) (way, error) {
 			mover, err := newKvferryMover(engine, m)
-			return newCached(engine, m, mover, budget), err
+			return newCached(engine, m, mover, s.Budget), err
+		}},
+		{"kvferry, blocks", func(m *model) (way, error) {
+			mover, err := newKvferryMover(engine, m)
+			return newInBlocks(engine, m, mover, s), err
 		}},
 	}
 }

@@ -16,7 +16,7 @@ import (
 	"example.org/kvferry"
 )
 
-func TestProgramComparesFourWays(t *testing.T) {
+func TestProgramComparesFiveWays(t *testing.T) {
 	f := quickFlags(t)
 	var out bytes.Buffer
 	if err := run(context.Background(), f, &out, io.Discard); err != nil {
@@ -27,15 +27,9 @@ func TestProgramComparesFourWays(t *testing.T) {
 			t.Errorf("the table lacks %q:\n%s", word, out.String())
 		}
 	}
-	text, err := os.ReadFile(f.json)
-	if err != nil {
-		t.Fatal(err)
-	}
 	var figures report
-	if err := json.Unmarshal(text, &figures); err != nil {
-		t.Fatal(err)
-	}
-	if len(figures.Rows) != 4 || figures.Check.States == 0 || figures.Check.Identical != figures.Check.States {
+	text := readJSON(t, f.json, &figures)
+	if len(figures.Rows) != 5 || figures.Check.States == 0 || figures.Check.Identical != figures.Check.States {
 		t.Errorf("%s", text)
 	}
 	inPlace, llamaCpp, ours := figures.Rows[1], figures.Rows[2], figures.Rows[3]
@@ -53,6 +47,19 @@ func TestProgramComparesFourWays(t *testing.T) {
 	if prefilled := figures.Rows[0].Prefilled; prefilled <= inPlace.Prefilled || prefilled <= ours.Prefilled {
 		t.Errorf("%d tokens prefilled again, %d in place, %d by kvferry", prefilled, inPlace.Prefilled, ours.Prefilled)
 	}
+}
+
+// readJSON reads the figures of a run, and returns the text too.
+func readJSON(t *testing.T, path string, figures *report) []byte {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(text, figures)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
 }
 
 func TestSmallBudgetStillGivesATable(t *testing.T) {
@@ -77,7 +84,7 @@ func holdWith(t *testing.T, f flags, name string, progress func(*kvferry.Engine)
 		t.Fatal(err)
 	}
 	defer engine.Close()
-	for _, w := range ways(engine, f.Budget) {
+	for _, w := range ways(engine, f.settings) {
 		if w.name != name {
 			continue
 		}

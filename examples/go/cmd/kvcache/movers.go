@@ -26,6 +26,11 @@ type transfer struct {
 	held time.Duration // for how much of that time nothing could be decoded
 }
 
+// plus returns what two transfers take, one after the other.
+func (t transfer) plus(other transfer) transfer {
+	return transfer{took: t.took + other.took, held: t.held + other.held}
+}
+
 // kvferryMover saves and loads with kvferry, while other sequences decode.
 type kvferryMover struct {
 	engine *kvferry.Engine
@@ -55,6 +60,26 @@ func (k kvferryMover) load(ctx context.Context, sequence llama.SeqId, from *kvfe
 	before := k.lock.held()
 	done, err := k.llama.Sequence(int32(sequence)).Load(ctx, from, kvferry.WithPriority(kvferry.Urgent))
 	return k.measured(done, before), err
+}
+
+// saveBlocks makes one background transfer of all blocks. It returns how many bytes they have.
+func (k kvferryMover) saveBlocks(ctx context.Context, sequence llama.SeqId, blocks []kvferry.Block) (transfer, int64, error) {
+	before := k.lock.held()
+	done, err := k.llama.Sequence(int32(sequence)).SaveBlocks(ctx, blocks)
+	return k.measured(done, before), done.Bytes, err
+}
+
+func (k kvferryMover) saveCheckpoint(ctx context.Context, sequence llama.SeqId, to *kvferry.Buffer) (transfer, int64, error) {
+	before := k.lock.held()
+	done, err := k.llama.Sequence(int32(sequence)).SaveCheckpoint(ctx, to)
+	return k.measured(done, before), done.Bytes, err
+}
+
+// loadBlocks makes one urgent transfer of all blocks and of the checkpoint, which is nil where none belongs.
+func (k kvferryMover) loadBlocks(ctx context.Context, sequence llama.SeqId, blocks []kvferry.Block, checkpoint kvferry.Memory) (transfer, int64, error) {
+	before := k.lock.held()
+	done, err := k.llama.Sequence(int32(sequence)).LoadBlocks(ctx, blocks, checkpoint, kvferry.WithPriority(kvferry.Urgent))
+	return k.measured(done, before), done.Bytes, err
 }
 
 func (k kvferryMover) close() { k.llama.Close() }

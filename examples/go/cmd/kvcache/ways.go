@@ -12,10 +12,11 @@ import (
 // way is what a server does with a conversation between its turns. One goroutine at a time calls begin and end, in the
 // same order in every run. Other sequences decode at the same time.
 type way interface {
-	// begin gives a sequence to a conversation. It returns how many of the conversation's tokens the sequence holds.
-	begin(ctx context.Context, sequence llama.SeqId, conversation int) (known int, err error)
-	// end is called when a turn is over, with the number of the conversation's tokens that the sequence holds.
-	end(ctx context.Context, sequence llama.SeqId, conversation, tokens int) error
+	// begin gives a sequence to a conversation, of which `said` has been said, the new turn included. It returns how many
+	// of these tokens the sequence holds.
+	begin(ctx context.Context, sequence llama.SeqId, conversation int, said []llama.Token) (known int, err error)
+	// end is called when a turn is over, with the conversation's tokens that the sequence holds.
+	end(ctx context.Context, sequence llama.SeqId, conversation int, held []llama.Token) error
 	figures() wayFigures
 	close()
 }
@@ -27,14 +28,17 @@ type wayFigures struct {
 	held         []time.Duration // for how long each load and save kept all sequences from being decoded
 	savedBytes   int64
 	loadedBytes  int64
+	keptBytes    int64 // in the cache, in the end
 }
 
 // prefillAgain keeps nothing between turns.
 type prefillAgain struct{ model *model }
 
-func (p prefillAgain) begin(context.Context, llama.SeqId, int) (int, error) { return 0, nil }
+func (p prefillAgain) begin(context.Context, llama.SeqId, int, []llama.Token) (int, error) {
+	return 0, nil
+}
 
-func (p prefillAgain) end(_ context.Context, sequence llama.SeqId, _, _ int) error {
+func (p prefillAgain) end(_ context.Context, sequence llama.SeqId, _ int, _ []llama.Token) error {
 	p.model.clear(sequence)
 	return nil
 }
@@ -57,7 +61,7 @@ func newKeepInPlace(m *model) *keepInPlace {
 	return &keepInPlace{model: m, inside: map[llama.SeqId]resident{}}
 }
 
-func (k *keepInPlace) begin(_ context.Context, sequence llama.SeqId, conversation int) (int, error) {
+func (k *keepInPlace) begin(_ context.Context, sequence llama.SeqId, conversation int, _ []llama.Token) (int, error) {
 	inside, occupied := k.inside[sequence]
 	if occupied && inside.conversation == conversation {
 		k.counts.Hits++
@@ -72,8 +76,8 @@ func (k *keepInPlace) begin(_ context.Context, sequence llama.SeqId, conversatio
 	return 0, nil
 }
 
-func (k *keepInPlace) end(_ context.Context, sequence llama.SeqId, conversation, tokens int) error {
-	k.inside[sequence] = resident{conversation, tokens}
+func (k *keepInPlace) end(_ context.Context, sequence llama.SeqId, conversation int, held []llama.Token) error {
+	k.inside[sequence] = resident{conversation, len(held)}
 	return nil
 }
 
@@ -95,7 +99,7 @@ func newCached(engine *kvferry.Engine, m *model, mover mover, budget int64) *cac
 	return &cached{engine: engine, model: m, mover: mover, states: newCache(budget, release)}
 }
 
-func (c *cached) begin(ctx context.Context, sequence llama.SeqId, conversation int) (int, error) {
+func (c *cached) begin(ctx context.Context, sequence llama.SeqId, conversation int, _ []llama.Token) (int, error) {
 	state, tokens, found := c.states.take(conversation)
 	if !found {
 		return 0, nil
@@ -111,7 +115,7 @@ func (c *cached) begin(ctx context.Context, sequence llama.SeqId, conversation i
 	return tokens, nil
 }
 
-func (c *cached) end(ctx context.Context, sequence llama.SeqId, conversation, tokens int) error {
+func (c *cached) end(ctx context.Context, sequence llama.SeqId, conversation int, held []llama.Token) error {
 	defer c.model.clear(sequence)
 	size, err := c.mover.size(sequence)
 	if err != nil || !c.states.makeRoom(wholePages(size)) {
@@ -126,7 +130,7 @@ func (c *cached) end(ctx context.Context, sequence llama.SeqId, conversation, to
 		state.Close()
 		return err
 	}
-	c.states.put(conversation, state, tokens, int64(state.Cap()))
+	c.states.put(conversation, state, len(held), int64(state.Cap()))
 	c.measured.saves = append(c.measured.saves, save.took)
 	c.measured.held = append(c.measured.held, save.held)
 	c.measured.savedBytes += int64(size)
@@ -141,6 +145,7 @@ func wholePages(size int) int64 {
 
 func (c *cached) figures() wayFigures {
 	c.measured.counts = c.states.counts
+	c.measured.keptBytes = c.states.used
 	return c.measured
 }
 
