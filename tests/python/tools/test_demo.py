@@ -29,6 +29,9 @@ FIGURES = {
     "decode_p50_ms",
     "decode_p99_ms",
     "bit_identical",
+    "turn_tokens",
+    "turn_bytes",
+    "turn_ms",
 }
 
 
@@ -46,6 +49,10 @@ def test_demo_is_bit_identical_in_every_layout(tmp_path: Path) -> None:
         assert layout.keys() >= FIGURES
     for name in names:
         assert name in done.stdout
+    for layout in layouts[:3]:
+        assert not layout["turn_checkpoint"]
+        share = layout["turn_bytes"] / layout["state_bytes"]
+        assert share == pytest.approx(layout["turn_tokens"] / layout["tokens"], rel=0.05)
     header = picture.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(header[16:20], "big") == 1200  # pixels wide
@@ -115,8 +122,8 @@ def test_demo_names_what_fails_in_a_task(tmp_path: Path) -> None:
     done = run_kvferry(
         *("demo", "--tokens", "16", "--picture", str(tmp_path / "demo.png")),
         first="""
-from kvferry import errors, llama
-async def fails(*_, **__): raise errors.error(llama.lib.KVF_ERR_DEVICE, "on purpose")
+from kvferry import _native, errors, llama
+async def fails(*_, **__): raise errors.error(_native.lib.KVF_ERR_DEVICE, "on purpose")
 llama.Llama.start_load = fails
 """,
     )

@@ -60,14 +60,14 @@ def test_doctor_finds_out_that_libllama_loads_nothing(tmp_path: Path) -> None:
     ("fault", "found"),
     [
         (
-            "from kvferry import errors, llama\n"
-            "async def load(*_, **__): raise errors.error(llama.lib.KVF_ERR_STATE_DAMAGED, 'so')\n"
+            "from kvferry import errors, llama\nfrom kvferry._native import lib\n"
+            "async def load(*_, **__): raise errors.error(lib.KVF_ERR_STATE_DAMAGED, 'so')\n"
             "llama.Llama.load = load",
             "the load fails: the state is truncated or its structure is damaged: so",
         ),
         (
-            "from kvferry import errors, llama\n"
-            "async def save(*_, **__): raise errors.error(llama.lib.KVF_ERR_LLAMA, 'so')\n"
+            "from kvferry import errors, llama\nfrom kvferry._native import lib\n"
+            "async def save(*_, **__): raise errors.error(lib.KVF_ERR_LLAMA, 'so')\n"
             "llama.Llama.save = save",
             "the save fails: ",
         ),
@@ -102,11 +102,11 @@ def test_doctor_tries_blocking_calls_where_there_is_no_tap() -> None:
     done = run_kvferry(
         *("doctor", "--json"),
         first="""
-from kvferry import engine, errors, llama
+from kvferry import _native, engine, errors, llama
 attach = engine.Engine.attach
 def without_tap(self, llm, *, allow_blocking=False, **options):
     if not allow_blocking:
-        raise errors.error(llama.lib.KVF_ERR_TAP, "on purpose")
+        raise errors.error(_native.lib.KVF_ERR_TAP, "on purpose")
     return attach(self, llm, allow_blocking=True, **options)
 engine.Engine.attach = without_tap
 """,
