@@ -15,6 +15,7 @@ import anyio
 
 from .. import __version__
 from ..errors import KvferryError
+from .causes import cause
 from .libllama import ENVIRONMENT_VARIABLE, LlamaError
 from .table import Progress
 
@@ -38,17 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # On Python 3.10 anyio handles SIGINT itself, and reports it as a cancellation.
         return _INTERRUPTED
     except Exception as failure:
-        cause = _cause(failure)
-        if not isinstance(cause, (KvferryError, LlamaError, OSError)):
+        named = cause(failure)
+        if not isinstance(named, (KvferryError, LlamaError, OSError)):
             raise
-        print(f"kvferry {options.name}: error: {cause}", file=sys.stderr)
+        print(f"kvferry {options.name}: error: {named}", file=sys.stderr)
         return _FAILED
-
-
-def _cause(failure: BaseException) -> BaseException:
-    """Returns the exception of a task, without the groups that task groups wrap it in."""
-    inner: Sequence[BaseException] = getattr(failure, "exceptions", ())
-    return _cause(inner[0]) if len(inner) == 1 else failure
 
 
 # What add_subparsers() returns; argparse has no public name for it.

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from kvferry.tools import bench
 from kvferry.tools.bench.beside import Beside
@@ -58,6 +59,22 @@ async def test_a_measurement_that_fails_loses_no_other(tmp_path: Path) -> None:
         ("b", "", True),
     ]
     assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2
+
+
+async def test_a_measurement_that_fails_in_a_task_is_named(tmp_path: Path) -> None:
+    async def fails_in_a_task(_: object) -> Reading:
+        async def fail() -> None:
+            raise RuntimeError("out of luck")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fail)
+        return Reading(0)
+
+    run = bench._Run(tmp_path, Progress(), only=None)
+
+    await run.stage(stage(NothingPrepared(), Measurement("a", "x", None, fails_in_a_task)))
+
+    assert [each.error for each in run.results] == ["RuntimeError: out of luck"]
 
 
 async def test_no_step_beside_a_transfer_is_nothing_measured(

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from ... import Devices, Engine, __version__
 from ..._bridge.arguments import invalid
+from ..causes import cause
 from ..libllama import Libllama, Model, find
 from ..limits import Direction, RawCuda
 from ..models import on_gpu, synthetic_model
@@ -169,9 +170,9 @@ class _Run:
         except Exception as error:  # a stage that fails must not lose the others
             done = {(each.stage, each.name) for each in self.results}
             missing = [each for each in wanted if (stage.name, each.name) not in done]
-            self._all_failed(stage, missing, f"{type(error).__name__}: {error}")
+            self._all_failed(stage, missing, _text(error))
             if not missing:
-                self._progress.say(f"{stage.name}: {type(error).__name__}: {error}")
+                self._progress.say(f"{stage.name}: {_text(error)}")
 
     async def _measure(self, stage: str, measurement: Measurement, prepared: Prepared) -> None:
         if self._time_is_up():
@@ -180,7 +181,7 @@ class _Run:
         try:
             reading = await measurement.measure(prepared)
         except Exception as error:  # a measurement that fails must not lose the others
-            self._add(failure(stage, measurement, f"{type(error).__name__}: {error}"))
+            self._add(failure(stage, measurement, _text(error)))
             return
         finally:
             prepared.drain_trace()
@@ -278,6 +279,11 @@ class _Run:
             except Exception as error:  # the figures have been written
                 self._progress.say(f"no {name}: {type(error).__name__}: {error}")
         self._progress.say(f"written to {self._out}/")
+
+
+def _text(error: Exception) -> str:
+    named = cause(error)
+    return f"{type(named).__name__}: {named}"
 
 
 def _growth(turns: Sequence[Turn]) -> Growth:
