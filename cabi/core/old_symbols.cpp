@@ -14,12 +14,12 @@
 // -T` the functions.
 #include <dlfcn.h>
 #include <pthread.h>
-#include <signal.h>
 #include <sys/stat.h>
-#include <time.h>
 
 #include <cerrno>
 #include <condition_variable>
+#include <csignal>
+#include <ctime>
 #include <mutex>
 #include <new>
 
@@ -113,7 +113,7 @@ HIDDEN void
 exception_release(void *) __asm__("_ZNSt15__exception_ptr13exception_ptr10_M_releaseEv");
 void exception_add_reference(void *pointer) {
     void *copy; // never destroyed: the reference is the one that was asked for
-    old_exception_copy(&copy, pointer);
+    old_exception_copy(static_cast<void *>(&copy), pointer);
 }
 void exception_release(void *pointer) {
     old_exception_destroy(pointer);

@@ -20,7 +20,7 @@ public:
     CudaAheadMemory(const CudaAheadMemory &) = delete;
     CudaAheadMemory &operator=(const CudaAheadMemory &) = delete;
 
-    // Of the tables, in device memory; they pin as much of the host's.
+    // Device memory of the tables. They pin as much host memory.
     static constexpr uint64_t kTableBytes = CudaResidentTable::kBytes + CudaRowTable::kBytes;
 
     CUdeviceptr address() const { return memory_.address(); }
@@ -40,14 +40,14 @@ private:
 // The memory of loads ahead on one device, which is kept for later loads until trim(). Any thread.
 class CudaAheadPool {
 public:
-    // The copy threads free what has become useless: freeing waits for everything that the device
-    // is doing.
+    // The copy threads free memory that became useless, since freeing waits for everything that the
+    // device is doing.
     CudaAheadPool(const CudaContext &context, ThreadPool &copy_threads)
         : context_(context), copy_threads_(copy_threads) {}
     CudaAheadPool(const CudaAheadPool &) = delete;
     CudaAheadPool &operator=(const CudaAheadPool &) = delete;
 
-    // Returns memory for a state of `bytes`; NULL where there is no room for it.
+    // Returns memory for a state of `bytes`, or NULL if there is no room.
     std::unique_ptr<CudaAheadMemory> acquire(uint64_t bytes);
     void release(std::unique_ptr<CudaAheadMemory> memory) noexcept;
 

@@ -22,12 +22,12 @@ public:
     static constexpr uint64_t kAlignment = 512;
     static constexpr uint64_t kLeast = 256 << 10; // less is of no use
 
-    // `bytes` at most. Allocates nothing yet.
+    // The arena will have `bytes` at most. Allocates nothing yet.
     CudaArena(const CudaContext &context, uint64_t bytes) : context_(context), most_(bytes) {}
     CudaArena(const CudaArena &) = delete;
     CudaArena &operator=(const CudaArena &) = delete;
 
-    // Allocates the memory, less where the device is short of it. Throws where there is less than
+    // Allocates the memory: less where the device is short of it. Throws if there is less than
     // kLeast.
     void allocate();
     bool is_allocated() const { return bytes() > 0; }

@@ -31,8 +31,8 @@ public:
     // the thread work while another one captures a CUDA graph.
     void adopt_thread() const;
 
-    // Something in the context never ends, and whatever frees, unpins or releases would wait for
-    // it. From now on nobody makes the context current any more, and what it holds is never freed.
+    // Some work in the context never ends, and every call that frees, unpins or releases would wait
+    // for it. From now on nobody makes the context current, and nothing in it is freed.
     void give_up() const { given_up_.store(true, std::memory_order_relaxed); }
     bool given_up() const { return given_up_.load(std::memory_order_relaxed); }
 
@@ -40,9 +40,9 @@ public:
     void note_lost() const { lost_.store(true, std::memory_order_relaxed); }
     bool lost() const { return lost_.load(std::memory_order_relaxed); }
 
-    // Calls `free(driver)` with the context current, to free something that lies in the context.
-    // Does nothing where the context was given up or cannot be made current: the driver frees a
-    // context's contents with the context.
+    // Calls `free(driver)` with the context current, to free something of the context. Does nothing
+    // if the context was given up or cannot be made current: the driver frees what is in a context
+    // together with the context.
     template <class Function>
     void clean_up(Function &&free) const noexcept;
 
@@ -56,16 +56,16 @@ private:
 
 using CudaContexts = std::vector<std::shared_ptr<const CudaContext>>;
 
-// Returns a context to ask for what is the same in all of them: the first that works, or else the
-// first that was not given up. Throws KVF_ERR_DEVICE_LOST where all were given up.
+// Returns one of the contexts, for calls that do the same in all of them: the first that works, or
+// else the first that was not given up. Throws KVF_ERR_DEVICE_LOST if all were given up.
 const CudaContext &usable(const CudaContexts &contexts);
 
 // As CudaContext::clean_up(), for something that all contexts share: in one that is usable.
 template <class Function>
 void clean_up(const CudaContexts &contexts, Function &&free) noexcept;
 
-// Work that has not ended after this many nanoseconds never will, and its device is given up: a
-// minute, or KVFERRY_STUCK_SECONDS of the environment.
+// Returns after how many nanoseconds work that has not ended is taken never to end, so that its
+// device is given up: a minute, or KVFERRY_STUCK_SECONDS of the environment.
 uint64_t stuck_ns();
 
 // While it lives, the calling thread may work although another thread captures a CUDA graph.

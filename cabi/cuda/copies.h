@@ -1,5 +1,5 @@
-// Queues on a slot's stream what moves its pieces: copies, tables of rows, kernels. Each function
-// may throw what the driver says, after it has queued a part of that.
+// Queues copies, tables of rows and kernels on a slot's stream. If a call of the driver fails, a
+// function throws its error; it may have queued a part of its work by then.
 #pragma once
 
 #include "cuda/planner.h"
@@ -8,7 +8,7 @@ namespace kvf {
 
 class CudaCopies {
 public:
-    // `kernels` may be NULL where no slot is staged.
+    // `kernels` may be NULL if no slot is staged.
     CudaCopies(const CudaContext &context, const CudaKernels *kernels, Direction direction,
                uint64_t max_pitch, const CudaPlanner &planner)
         : driver_(context.driver()), kernels_(kernels), direction_(direction),
@@ -18,8 +18,8 @@ public:
     // the rows between the cache and staging.
     void send_table(const CudaSlot &slot) const;
     void launch(const CudaSlot &slot, uint32_t blocks) const;
-    // Copies between the device and the host, where the pieces are in the job's buffer or in the
-    // bounce buffer.
+    // Copies the pieces between the device and the host. On the host they are in the job's buffer,
+    // or in the bounce buffer if the slot has one.
     void copy(const CudaSlot &slot) const;
 
 private:

@@ -27,8 +27,8 @@ namespace kvf {
 
 class CudaDevice final : public Device {
 public:
-    // So much may all devices of an engine pin together, beside CudaLaneMemory::kLeastPinned for
-    // each lane: two devices have all that they can use.
+    // The most host memory that all devices of an engine may pin together, in addition to
+    // CudaLaneMemory::kLeastPinned for each lane. It is all that two devices can use.
     static constexpr uint64_t kPinnedBudget =
         4 * (CudaLaneMemory::kMostPinned - CudaLaneMemory::kLeastPinned);
 
@@ -60,7 +60,7 @@ private:
 
     const std::shared_ptr<const CudaContext> context_;
     std::unique_ptr<CudaKernels> kernels_;
-    std::string no_kernels_; // why there are none
+    std::string no_kernels_; // the reason, if kernels_ is NULL
     const uint64_t staging_bytes_;
     const std::shared_ptr<CudaPinnedBudget> budget_;
     ThreadPool copy_threads_;

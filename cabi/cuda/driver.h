@@ -12,7 +12,7 @@ namespace kvf {
 class CudaDriver {
 public:
     // Opens the driver that the environment variable KVFERRY_CUDA_DRIVER names, or libcuda.so.1,
-    // once for the process. Returns NULL, and the reason in `why`, where no driver can be used.
+    // once for the process. Returns NULL, and the reason in `why`, if no driver can be used.
     static std::shared_ptr<const CudaDriver> get(std::string &why);
 
 #define KVF_CUDA_MEMBER(name, symbol, parameters) CUresult(*name) parameters = nullptr;

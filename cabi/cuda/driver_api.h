@@ -211,8 +211,8 @@ typedef struct CUDA_MEMCPY2D_st {
 } CUDA_MEMCPY2D;
 
 /* ---- Entry points -------------------------------------------------------------------------------
- * X(name, symbol, parameters): `symbol` is what the library exports and what dlsym() takes; all
- * return CUresult. */
+ * X(name, symbol, parameters): `name` is a function of cuda.h, and `symbol` is the name by which
+ * the library exports it. All functions return CUresult. */
 
 #define CUDA_DRIVER_REQUIRED(X)                                                                    \
     X(cuInit, cuInit, (unsigned int flags))                                                        \
@@ -284,7 +284,7 @@ typedef struct CUDA_MEMCPY2D_st {
     X(cuThreadExchangeStreamCaptureMode, cuThreadExchangeStreamCaptureMode,                        \
       (CUstreamCaptureMode * mode))
 
-/* Newer than the oldest driver that the rest of the table needs; check for NULL. */
+/* Functions that a driver may lack, since they are newer than CUDA 11.0. They are NULL then. */
 #define CUDA_DRIVER_OPTIONAL(X)                                                                    \
     X(cuEventElapsedTime_v2, cuEventElapsedTime_v2,                                                \
       (float *milliseconds, CUevent start, CUevent end)) /* CUDA 12.8 */                           \
@@ -298,7 +298,7 @@ typedef struct CUDA_MEMCPY2D_st {
 
 #define CUDA_DRIVER_ENTRY_POINTS(X) CUDA_DRIVER_REQUIRED(X) CUDA_DRIVER_OPTIONAL(X)
 
-/* The kernels of gather.cu read a table of these. */
+/* A row of the tables that the kernels of gather.cu read. */
 typedef struct kvferry_row {
     uint64_t address; /* in device memory, or mapped pinned memory */
     uint32_t offset;  /* in staging */

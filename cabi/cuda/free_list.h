@@ -1,5 +1,4 @@
-// A free list of things that hold pinned memory: what a lane has used is kept for the pieces that
-// follow.
+// A free list of items that hold pinned memory: what a lane has used is kept for later pieces.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +16,9 @@ namespace kvf {
 template <class Item>
 class CudaFreeList {
 public:
-    // `count` items at most, of `most_bytes` each, or down to `least_bytes` where memory is short.
-    // `least_bytes` of the first item is free, the rest is charged to the budget: so that there is
-    // always one item, whatever other lists have taken.
+    // The list has `count` items at most, of `most_bytes` each, or down to `least_bytes` where
+    // memory is short. The budget is charged for all that they pin, except for `least_bytes` of the
+    // first item, so that there can always be one item, whatever other lists have taken.
     CudaFreeList(CudaPinnedBudget &budget, size_t count, uint64_t most_bytes, uint64_t least_bytes)
         : budget_(budget), count_(count), most_bytes_(most_bytes), least_bytes_(least_bytes) {
         free_.reserve(count);
@@ -43,7 +42,7 @@ public:
         free_.push_back(std::move(item)); // there is room
     }
     // Makes an item with `make(bytes)` unless one is free. Returns true if one is free now, false
-    // if one in use has to be waited for. Throws what `make` throws where there is no item at all.
+    // if the caller must wait for one in use. Throws what `make` throws if there is no item at all.
     template <class Make>
     bool ensure(Make &&make) {
         {
@@ -51,19 +50,7 @@ public:
             if (!free_.empty()) return true;
             if (used_ > 0 && (is_scarce_ || used_ == count_)) return false;
         }
-        for (uint64_t bytes = most_bytes_;; bytes /= 2) {
-            try {
-                if (add(bytes, make)) return true;
-                if (bytes / 2 >= least_bytes_) continue;
-                return false; // others are in use, since the first costs the budget nothing
-            } catch (const Error &error) {
-                if (error.status == KVF_ERR_OUT_OF_MEMORY && bytes / 2 >= least_bytes_) continue;
-                if (error.status == KVF_ERR_DEVICE_LOST || !note_scarce()) throw;
-            } catch (const std::bad_alloc &) {
-                if (!note_scarce()) throw Error(KVF_ERR_OUT_OF_MEMORY);
-            }
-            return false;
-        }
+        return make_item(make);
     }
     // Destroys the free items.
     void trim() noexcept {
@@ -75,8 +62,8 @@ public:
                 if (free_.empty()) return;
                 item = std::move(free_.back());
                 free_.pop_back();
-                // Before the memory is free, so that a lane that has no other item gets one
-                // meanwhile: the driver may take milliseconds to free.
+                // Before the memory is freed, which may take milliseconds: a lane that has no other
+                // item can get one during that time.
                 uncharge(item->pinned_bytes());
             }
         }
@@ -92,8 +79,27 @@ public:
     }
 
 private:
-    // Without the lock while the driver allocates, since that takes its time. Returns false where
-    // the budget has no more: other devices may release some at any time.
+    // Returns true if an item is free now, false if the caller must wait for one in use.
+    template <class Make>
+    bool make_item(Make &make) {
+        for (uint64_t bytes = most_bytes_; bytes >= least_bytes_; bytes /= 2) {
+            try {
+                if (add(bytes, make)) return true;
+            } catch (const Error &error) {
+                const bool may_be_smaller = bytes / 2 >= least_bytes_;
+                if (error.status == KVF_ERR_OUT_OF_MEMORY && may_be_smaller) continue;
+                if (error.status == KVF_ERR_DEVICE_LOST || !note_scarce()) throw;
+                return false;
+            } catch (const std::bad_alloc &) {
+                if (!note_scarce()) throw Error(KVF_ERR_OUT_OF_MEMORY);
+                return false;
+            }
+        }
+        return false; // others are in use, since the first item costs the budget nothing
+    }
+
+    // Makes an item, without the lock, since the driver takes its time. Returns false if the budget
+    // has too little left. (Other devices may release some at any time.)
     template <class Make>
     bool add(uint64_t bytes, Make &make) {
         if (!charge(bytes)) return false;
@@ -109,9 +115,9 @@ private:
         }
     }
 
-    // What so many pinned bytes are charged with.
+    // Returns what the budget is charged for so many pinned bytes.
     uint64_t charge_of(uint64_t bytes) const { return bytes - std::min(bytes, least_bytes_); }
-    // False where the budget has no more.
+    // Returns false if the budget has too little left.
     bool charge(uint64_t bytes) {
         std::lock_guard lock(mutex_);
         if (!budget_.acquire(charge_of(pinned_bytes_ + bytes) - charge_of(pinned_bytes_)))
@@ -126,7 +132,7 @@ private:
         budget_.release(before - charge_of(pinned_bytes_));
     }
 
-    // No more items could be made. Returns false if there is none at all.
+    // Notes that no more items could be made. Returns false if there is none at all.
     bool note_scarce() {
         std::lock_guard lock(mutex_);
         return is_scarce_ = used_ > 0;
@@ -138,7 +144,7 @@ private:
     mutable std::mutex mutex_;
     std::vector<std::unique_ptr<Item>> free_;
     size_t used_ = 0;
-    bool is_scarce_ = false; // no more are made before the next trim()
+    bool is_scarce_ = false; // no more items are made before the next trim()
     uint64_t pinned_bytes_ = 0;
 };
 

@@ -6,8 +6,9 @@
 
 namespace kvf {
 
-// Rows that a kernel moves: either a table in device memory, with what is added to each row's
-// address and to its place in staging; or, without a table, rows of one width at one pitch.
+// Rows that a kernel moves. Either they are in a table in device memory; the distances are added to
+// each row's address and to its place in staging. Or there is no table, and the rows have one width
+// and one pitch.
 struct CudaRows {
     CUdeviceptr table = 0;
     uint32_t count = 0;
@@ -16,7 +17,7 @@ struct CudaRows {
     uint64_t pitch = 0;
     uint32_t width = 0;
 
-    // The rows of a block, which lie one after another in staging from `place` on.
+    // Returns the rows of a block, which lie one after another in staging from `place` on.
     static CudaRows of(const kvf_region &block, uint64_t place) {
         CudaRows rows;
         rows.count = static_cast<uint32_t>(block.rows);
@@ -30,7 +31,7 @@ struct CudaRows {
 
 class CudaKernels {
 public:
-    // Compiles the PTX for the device. Throws where the driver refuses it.
+    // Compiles the PTX for the device. Throws if the driver refuses it.
     explicit CudaKernels(const CudaContext &context);
     ~CudaKernels();
     CudaKernels(const CudaKernels &) = delete;

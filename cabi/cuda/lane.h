@@ -1,18 +1,19 @@
-// The pump: moves the legs of one direction of one CUDA device, piece by piece.
+// The lane moves the legs of one direction of one CUDA device, piece by piece, on a thread of its
+// own: the pump. lane.cpp has the pump's loop, lane_pieces.cpp the way of one piece.
 //
-// Urgent jobs keep the copy engine's queue filled. Background jobs have one or two copies in it, on
-// streams of their own: llama.cpp copies its inputs and logits at every step, and a step waits for
-// whatever was queued before it. (On an H200 with a full queue, a decode step of 5.1 ms became 19.4
-// ms.) The pacer finds how many copies to queue, and how large.
+// Urgent jobs keep the copy engine's queue filled. Background jobs have one or two copies in the
+// queue. llama.cpp copies its inputs and logits at every decode step, and the step waits for all
+// that was queued before. (On an H200 with a full queue, a decode step of 5.1 ms became 19.4 ms.)
+// The pacer finds how many copies to queue, and how large.
 //
 // Pieces pass through slots, each of which has a stream of its own:
 //
 //     save    gather kernel*  ->  copy to the host  ->  copy threads empty the bounce buffer**
 //     load    copy threads fill the bounce buffer**  ->  copy to the device  ->  scatter kernel*
 //
-// *  for the irregular rest, for narrow rows, and for rows that the copy engine would read from
-//    the host at unfavourable addresses: these go through staging on the device
-// ** for a pageable buffer, which the copy engine does not reach
+// *  only for pieces that go through staging on the device: the irregular rest, narrow rows, and
+//    rows at addresses that the copy engine reads slowly from the host
+// ** only for a pageable buffer, which the copy engine cannot reach
 #pragma once
 
 #include <array>
@@ -31,12 +32,14 @@ namespace kvf {
 class CudaLane {
 public:
     struct Limits {
-        uint64_t staging_bytes; // of device memory, over all slots
-        uint64_t max_pitch;     // of a two-dimensional copy
+        // Device memory that all slots may use together.
+        uint64_t staging_bytes;
+        // The largest pitch of a two-dimensional copy.
+        uint64_t max_pitch;
         CudaPinnedBudget &pinned;
     };
-    // `kernels` may be NULL: rows are then copied one by one. The lane trims `ahead`, which may be
-    // NULL, when it has been idle.
+    // `kernels` may be NULL: rows are then copied one by one. `ahead` may be NULL; otherwise the
+    // lane trims it when the lane has been idle.
     CudaLane(JobOwner &owner, const CudaContext &context, const CudaKernels *kernels,
              ThreadPool &copy_threads, CudaAheadPool *ahead, uint32_t device, Direction direction,
              Limits limits);
@@ -44,21 +47,20 @@ public:
     CudaLane(const CudaLane &) = delete;
     CudaLane &operator=(const CudaLane &) = delete;
 
-    // As of Device.
+    // As those of Device. Any thread.
     void submit(Leg &leg);
     void extend(Leg &leg, Layout &&part) { schedule_.extend(leg, std::move(part)); }
     void close(Leg &leg) { schedule_.close(leg); }
     void announce() { schedule_.announce(); }
-    // The pump need not wake: it does not wait for this leg while others can move.
+    // Does not wake the pump, which waits for no leg while others can move.
     void cut_short(Leg &leg) { schedule_.cut_short(leg); }
     void cut_short_stopping() { schedule_.cut_short_stopping(); }
-    // Frees the memory that no piece uses at the moment. (A lane that has been idle does so
-    // itself.)
+    // Frees the memory that no piece uses. (A lane that has been idle does so itself.)
     void trim() { memory_.trim(); }
     void stop();
-    // The pace of background copies, a JSON object. Any thread.
+    // Returns the pace of background copies, as a JSON object. Any thread.
     std::string describe_pace() const { return pace_.describe(); }
-    // Host memory that the lane has pinned for itself. Any thread.
+    // Returns how much host memory the lane has pinned for itself. Any thread.
     uint64_t pinned_bytes() const { return memory_.pinned_bytes(); }
 
 private:
@@ -74,6 +76,7 @@ private:
     void pump();
     bool poll_slots();
     bool queue_copies();
+    bool may_queue(const CudaSlot &slot) const;
     bool refill();
     void trim_idle();
     void wait_for_pieces();
@@ -82,11 +85,10 @@ private:
     Leg *next_leg();
     CudaSlot *idle_slot();
     bool allocate(Missing missing, const std::shared_ptr<Job> &job);
-    void begin_piece(CudaSlot &slot);
 
-    // The way of a piece, step by step.
+    // The way of a piece, step by step: lane_pieces.cpp.
+    void begin_piece(CudaSlot &slot);
     void start_host_copy(CudaSlot &slot, Stage stage);
-    bool may_queue(const CudaSlot &slot) const;
     void queue_copy(CudaSlot &slot);
     bool poll_stream(CudaSlot &slot);
     void leave_queue(const CudaSlot &slot);
@@ -96,7 +98,7 @@ private:
     uint64_t staged_up_to(const CudaSlot &slot);
     uint32_t kernel_blocks() const;
 
-    // Failures.
+    // Failures: lane_pieces.cpp.
     template <class Function>
     void attempt(CudaSlot &slot, Function &&function);
     void fail_piece(CudaSlot &slot, const Error &error);
@@ -114,21 +116,27 @@ private:
     const Direction direction_;
 
     CudaLaneSchedule schedule_;
-    std::thread thread_; // started with the first leg, under the schedule's lock
+    // Started with the first leg, under the schedule's lock.
+    std::thread thread_;
     std::atomic<bool> broken_{false};
-    std::string why_broken_; // under the schedule's lock
+    // Written under the schedule's lock.
+    std::string why_broken_;
 
     CudaLaneMemory memory_;
     CudaPlanner planner_;
     const CudaCopies copies_;
     CudaPace pace_;
 
-    // The pump's own.
+    // For the pump alone.
     std::array<CudaSlot, kSlots> slots_;
-    uint32_t pieces_ = 0; // slots that are not idle
-    bool urgent_ = false; // whether the pieces in the slots are urgent
+    // How many slots are not idle.
+    uint32_t pieces_ = 0;
+    // Whether the pieces in the slots are urgent.
+    bool urgent_ = false;
+    // The copies that are queued and have not ended, and their bytes.
     uint32_t copies_queued_ = 0;
-    uint64_t bytes_queued_ = 0; // of these copies
+    uint64_t bytes_queued_ = 0;
+    // The way of the copy that was queued last.
     CudaWay last_queued_ = CudaWay::Run;
 };
 

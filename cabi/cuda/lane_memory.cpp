@@ -5,7 +5,7 @@
 namespace kvf {
 namespace {
 
-constexpr uint64_t kMostStaging = 64 << 20; // the pieces of a lane have no use for more
+constexpr uint64_t kMostStaging = 64 << 20; // the pieces of a lane cannot use more
 // With less device memory than this, all of it is for staging and tables of rows.
 constexpr uint64_t kLeastForResident = 8 << 20;
 size_t most_rows(uint64_t device_bytes) {
@@ -52,7 +52,7 @@ void CudaLaneMemory::allocate_staging() {
         if (!allocate_rows() || !has_staging()) return;
         arena_.allocate();
     } catch (...) {
-        // Pieces go without staging. If the device is lost, their copies will say so.
+        // Pieces do without staging. If the device is lost, their copies will report it.
         has_staging_.store(false, std::memory_order_relaxed);
     }
 }
@@ -62,7 +62,7 @@ void CudaLaneMemory::allocate_resident() {
         residents_.ensure(
             [this](uint64_t) { return std::make_unique<CudaResidentTable>(context_); });
     } catch (...) {
-        has_resident_.store(false, std::memory_order_relaxed); // rows travel with each piece
+        has_resident_.store(false, std::memory_order_relaxed); // each piece brings its own table
     }
 }
 

@@ -8,9 +8,9 @@
 namespace kvf {
 namespace {
 
-// For so long a pump stays awake for a leg that has been announced.
+// How long a pump stays awake for a leg that has been announced.
 constexpr uint64_t kExpectNs = 500'000;
-// Between two looks at the streams that legs follow.
+// The time between two questions to the streams that legs follow.
 constexpr uint64_t kLeastStreamSleepNs = 20'000, kMostStreamSleepNs = 1'000'000;
 
 } // namespace
@@ -18,7 +18,7 @@ constexpr uint64_t kLeastStreamSleepNs = 20'000, kMostStreamSleepNs = 1'000'000;
 void CudaLaneSchedule::extend(Leg &leg, Layout &&part) {
     std::lock_guard lock(mutex_);
     legs_.extend(leg, std::move(part));
-    ++arrivals_;
+    ++additions_;
     work_.notify_one();
 }
 
@@ -43,7 +43,7 @@ void CudaLaneSchedule::host_copy_ended(std::atomic<bool> &flag) {
 
 std::unique_lock<std::mutex> CudaLaneSchedule::look() {
     std::unique_lock lock(mutex_);
-    seen_arrivals_ = arrivals_;
+    seen_additions_ = additions_;
     follows_streams_ =
         legs_.has_following(KVF_PRIORITY_URGENT) || legs_.has_following(KVF_PRIORITY_BACKGROUND);
     return lock;
@@ -80,9 +80,9 @@ void CudaLaneSchedule::wait_for_host_copy() {
     host_copy_ended_ = false;
 }
 
-void CudaLaneSchedule::wait_for_arrival(uint64_t ns) {
+void CudaLaneSchedule::wait_for_addition(uint64_t ns) {
     std::unique_lock lock(mutex_);
-    work_.wait_for(lock, std::chrono::nanoseconds(ns), [this] { return has_arrival(); });
+    work_.wait_for(lock, std::chrono::nanoseconds(ns), [this] { return has_additions(); });
 }
 
 CudaLaneSchedule::Next CudaLaneSchedule::wait(bool may_rest) {
@@ -104,18 +104,19 @@ CudaLaneSchedule::Next CudaLaneSchedule::wait(bool may_rest) {
     return Next::Look;
 }
 
-// All legs follow streams that are still at work, or are still being recorded. Recording announces
-// what comes. A stream announces nothing, and is asked ever more seldom: each sleep is an eighth of
-// the wait so far, within limits, and at least as long as asking took, so that asking takes half of
-// the pump's time at most.
+// No leg can begin: each is still being recorded, or follows a stream that is not done. A recording
+// announces its parts. A stream announces nothing, so the pump asks it, less and less often: each
+// sleep is an eighth of the wait so far, within limits. The sleep is at least as long as asking
+// took, so that asking takes half of the pump's time at most.
 void CudaLaneSchedule::wait_for_streams(std::unique_lock<std::mutex> &lock) {
-    if (follows_streams_ && !(all_asked_[0] && all_asked_[1])) return; // first the others
+    if (follows_streams_ && !(all_asked_[0] && all_asked_[1]))
+        return; // the other streams are asked first
     const uint64_t now = now_ns();
     if (!gated_since_ns_) gated_since_ns_ = now;
     const uint64_t waited_ns = now - gated_since_ns_;
     const uint64_t sleep_ns =
         std::max(std::clamp(waited_ns / 8, kLeastStreamSleepNs, kMostStreamSleepNs), asking_ns_);
-    const auto is_wanted = [this] { return stopping_ || has_arrival(); };
+    const auto is_wanted = [this] { return stopping_ || has_additions(); };
     if (work_.wait_for(lock, std::chrono::nanoseconds(sleep_ns), is_wanted)) gated_since_ns_ = 0;
     all_asked_ = {};
     asking_ns_ = 0;

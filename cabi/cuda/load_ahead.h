@@ -10,16 +10,17 @@
 
 namespace kvf {
 
-// Two threads report what they know, in any order: the pump how much has been staged, the
-// submitting call where the bytes belong. A task of the copy threads copies to its place whatever
-// both allow. So when the last piece has been staged, all but that piece is in its place.
+// Two threads report in any order: the pump tells how much has been staged, and the submitting call
+// tells where the bytes belong. A task on the copy threads copies to their places all bytes of
+// which both are known. So when the last piece has been staged, all other pieces are in their
+// places.
 class CudaLoadAhead final : public LoadAhead, public std::enable_shared_from_this<CudaLoadAhead> {
 public:
     // For a state of `bytes`. Must not outlive the pool.
     CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels, CudaAheadPool &pool,
                   ThreadPool &copy_threads, uint64_t bytes);
     ~CudaLoadAhead() override { release_memory(); }
-    // Whether the device had room for the state. Without, no other function may be called.
+    // Whether the device had room for the state. If not, no other function may be called.
     bool has_memory() const { return memory_ != nullptr; }
 
     Layout staging_layout() const override;
@@ -41,9 +42,9 @@ private:
     const uint64_t bytes_;
 
     std::mutex mutex_;
-    uint64_t staged_ = 0; // all bytes before it in the buffer
+    uint64_t staged_ = 0; // all bytes before this offset in the buffer have been staged
     bool staging_ended_ = false;
-    bool has_task_ = false;    // which will look at the two above again
+    bool has_task_ = false;    // a task runs, which will look at the two members above again
     std::shared_ptr<Job> job_; // from place() until the task has finished
 
     CudaPlacer placer_; // the task's own, after place()

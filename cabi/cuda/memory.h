@@ -1,4 +1,4 @@
-// Device memory and pinned host memory that the library takes for itself.
+// Device memory and pinned host memory that the library allocates for its own use.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@
 
 namespace kvf {
 
-// Device memory, which is freed at the end. Freeing waits for everything that the device is doing.
+// Device memory. The destructor frees it, which waits for everything that the device is doing.
 class CudaDeviceMemory {
 public:
     static constexpr uint64_t kGrain = 2 << 20; // drivers hand out device memory in units of this
 
     CudaDeviceMemory() = default; // none
-    // Throws KVF_ERR_OUT_OF_MEMORY where the device has no more.
+    // Throws KVF_ERR_OUT_OF_MEMORY if the device has too little left.
     CudaDeviceMemory(const CudaContext &context, uint64_t bytes);
     ~CudaDeviceMemory();
     CudaDeviceMemory(CudaDeviceMemory &&other) noexcept;
@@ -29,10 +29,10 @@ private:
     uint64_t bytes_ = 0;
 };
 
-// Host memory that the copy engines of all devices reach, which is freed at the end.
+// Host memory that the copy engines of all devices reach. The destructor frees it.
 class CudaPinnedMemory {
 public:
-    // Throws KVF_ERR_OUT_OF_MEMORY where the driver has no more.
+    // Throws KVF_ERR_OUT_OF_MEMORY if the driver has too little left.
     CudaPinnedMemory(const CudaContext &context, uint64_t bytes);
     ~CudaPinnedMemory();
     CudaPinnedMemory(const CudaPinnedMemory &) = delete;

@@ -11,21 +11,21 @@
 
 namespace kvf {
 
-// For the pump alone, but for describe().
+// For the pump alone, except describe().
 class CudaPace {
 public:
     explicit CudaPace(Direction direction);
 
     const Pacer::Pace &of(CudaWay way) const { return pacer(way).pace(); }
-    // The time from one copy's end to the next, in nanoseconds; 0 where the times have to be
-    // measured exactly at the moment, or where nothing is known yet.
+    // The time from one copy's end to the next, in nanoseconds. 0 while the pacer measures, when
+    // the pump must not sleep; and while nothing is known yet.
     uint64_t expected_ns(CudaWay way) const;
 
-    // A copy has ended. The pacer learns from it where it was a background copy and other copies
-    // were always waiting to be queued: `more` tells whether some are now.
+    // A copy has ended. The pacer learns from a background copy if others were waiting to be queued
+    // all the time. `more` tells whether some are waiting now.
     void copy_ended(const CudaSlot &slot, bool is_urgent, bool more);
 
-    // A JSON object. Any thread.
+    // Returns a JSON object. Any thread.
     std::string describe() const;
 
 private:
@@ -38,7 +38,8 @@ private:
     void publish(size_t way);
 
     std::array<Pacer, kCudaWays> pacers_;
-    uint64_t last_end_ns_ = 0; // of a background copy that had more behind it; 0: none
+    // When the last background copy ended, if others were waiting to be queued then; otherwise 0.
+    uint64_t last_end_ns_ = 0;
     std::array<Published, kCudaWays> published_{};
 };
 

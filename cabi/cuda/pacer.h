@@ -38,11 +38,11 @@ public:
     // The pace of the next piece.
     const Pace &pace() const { return pace_; }
 
-    // A piece of that epoch has ended, `ns` after the piece before it. Others were there to be
-    // queued all the time.
+    // A piece of that epoch has ended, `ns` nanoseconds after the piece before it. Other pieces
+    // were waiting to be queued all the time.
     void note(uint32_t epoch, uint64_t bytes, uint64_t ns);
 
-    // Whether the times of pieces should be exact at the moment.
+    // Whether pieces are being measured, so that their times must be exact.
     bool measuring() const { return phase_ != Phase::Settled; }
     // The time from one piece's end to the next at the settled pace; 0: not known yet.
     uint64_t expected_ns() const { return expected_ns_; }
@@ -50,9 +50,9 @@ public:
 private:
     static constexpr uint32_t kMeasured = 16;  // pieces of an epoch that is measured
     static constexpr uint32_t kSettled = 1024; // pieces from one measurement to the next
-    static constexpr uint32_t kRounds = 5;     // the median of so many measurements counts
-    // Pieces at the start of an epoch that are left out, since the epoch before has touched their
-    // times.
+    static constexpr uint32_t kRounds = 5;     // measurements of which the median counts
+    // Pieces at the start of an epoch that are left out, since pieces of the epoch before have
+    // influenced their times.
     static constexpr uint32_t kSkipped = 2;
 
     enum class Phase { Full, Half, Alone, Settled };

@@ -13,7 +13,7 @@ public:
     CudaPinnedBudget(const CudaPinnedBudget &) = delete;
     CudaPinnedBudget &operator=(const CudaPinnedBudget &) = delete;
 
-    // Returns false, and takes nothing, where less is left.
+    // Returns false, and takes nothing, if less is left.
     bool acquire(uint64_t bytes) noexcept {
         uint64_t left = left_.load(std::memory_order_relaxed);
         do {

@@ -10,8 +10,8 @@ class CudaPinner final : public Pinner {
 public:
     explicit CudaPinner(CudaContexts contexts) : contexts_(std::move(contexts)) {}
     void pin(void *memory, uint64_t bytes) override;
-    // Returns false once a context has been given up: its copy that did not end may use the range,
-    // and the driver might wait for that copy for ever.
+    // Returns false once a context has been given up: the copy that did not end may use the range,
+    // and the driver might wait for that copy forever.
     bool unpin(void *memory, uint64_t bytes) noexcept override;
     bool is_pinned(const void *memory, uint64_t bytes) const override;
 

@@ -12,12 +12,12 @@ public:
     CudaPlacer(const CudaContext &context, const CudaKernels &kernels)
         : context_(context), driver_(context.driver()), kernels_(kernels) {}
 
-    // Where the state's bytes are, and where they belong. The memory outlives the placer or its
-    // next end().
+    // Begins with a state whose bytes are in `memory` and belong where `layout` says. The memory
+    // must live until end().
     void begin(CudaAheadMemory &memory, Layout &&layout);
     // Copies all pieces whose bytes lie before `offset` in the buffer, and waits for the copies.
     void place_up_to(uint64_t offset);
-    // No more is copied: lets the memory go. Does nothing where nothing has begun.
+    // Copies no more, and no longer uses the memory. Does nothing if nothing has begun.
     void end() noexcept;
 
 private:

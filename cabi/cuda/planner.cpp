@@ -25,6 +25,14 @@ static_assert(kBridge <= kPieceRoom && CudaPlanner::kHostLine <= CudaArena::kAli
 constexpr uint64_t kLeastSegment = 128 << 10;
 static_assert(kLeastSegment >= kLongRun + kPieceRoom && 2 * kLeastSegment <= CudaArena::kLeast);
 
+// The most rows that the slot can take, where a table limits them.
+uint64_t most_rows(const CudaSlot &slot) {
+    if (slot.way != CudaWay::Staged) return 1;
+    return slot.rows_in == CudaRowsIn::Resident ? CudaResidentTable::kRows : CudaRowTable::kRows;
+}
+
+uint64_t rows_of(const Piece &piece) { return piece.runs ? piece.count : piece.block.rows; }
+
 // Where the pieces that have their places in staging end.
 uint64_t end_in_staging(const CudaSlot &slot) {
     const size_t count = slot.places.size();
@@ -41,8 +49,10 @@ bool CudaPlanner::is_worth_waiting(const Leg &leg) const {
 
 CudaPlanner::Missing CudaPlanner::acquire_memory(CudaSlot &slot, const Leg &leg, bool urgent,
                                                  uint64_t most_bytes) {
-    if (!leg.job->request.pinned && !(slot.bounce = memory_.acquire_bounce()))
-        return Missing::Bounce;
+    if (!leg.job->request.pinned) {
+        slot.bounce = memory_.acquire_bounce();
+        if (!slot.bounce) return Missing::Bounce;
+    }
     if (slot.way != CudaWay::Staged) return Missing::Nothing;
     slot.rows_in = CudaRowsIn::Table;
     Missing missing = acquire_staging(slot, leg, urgent, most_bytes);
@@ -99,9 +109,7 @@ void CudaPlanner::release_memory(CudaSlot &slot) {
 void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
     Parts &parts = leg.parts;
     if (slot.bounce) most = std::min(most, slot.bounce->bytes());
-    uint64_t rows_left = slot.way != CudaWay::Staged            ? 1
-                         : slot.rows_in == CudaRowsIn::Resident ? CudaResidentTable::kRows
-                                                                : CudaRowTable::kRows;
+    uint64_t rows_left = most_rows(slot);
     slot.pieces.clear();
     slot.places.clear();
     slot.bytes = 0;
@@ -110,18 +118,26 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
         if (bytes == 0) break;
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
-        if (slot.way != CudaWay::Staged) continue;
-        slot.places.push_back(place(slot, *leg.job, piece));
-        if (parts.empty()) break;
-        if (slot.rows_in == CudaRowsIn::Pieces) {
-            if (!is_regular(parts)) break;
-        } else if (slot.rows_in == CudaRowsIn::Resident) {
-            if (parts.block() || parts.span().table != *piece.table) break;
-        } else {
-            rows_left -= piece.runs ? piece.count : piece.block.rows;
+        if (slot.way == CudaWay::Staged) {
+            slot.places.push_back(place(slot, *leg.job, piece));
+            if (slot.rows_in == CudaRowsIn::Table) rows_left -= rows_of(piece);
         }
     } while (!parts.empty() && slot.bytes < most && rows_left > 0 &&
-             slot.pieces.size() < kMostPieces && way_of(leg, urgent) == slot.way);
+             slot.pieces.size() < kMostPieces && goes_with(slot, leg, urgent));
+}
+
+// Whether the leg's next piece goes the way of the slot's pieces, and the kernel finds its rows
+// where it finds theirs.
+bool CudaPlanner::goes_with(const CudaSlot &slot, const Leg &leg, bool urgent) const {
+    if (way_of(leg, urgent) != slot.way) return false;
+    if (slot.way != CudaWay::Staged) return true;
+    switch (slot.rows_in) {
+    case CudaRowsIn::Pieces: return is_regular(leg.parts);
+    case CudaRowsIn::Resident:
+        return !leg.parts.block() && leg.parts.span().table == *slot.pieces.back().table;
+    case CudaRowsIn::Table: break;
+    }
+    return true;
 }
 
 // The most bytes that the slot can take as its next piece; 0 where it should take none.

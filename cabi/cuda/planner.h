@@ -1,6 +1,6 @@
-// Decides which pieces a slot of a lane takes of a leg, which way they go and where in staging they
-// lie; and acquires the memory that the slot needs for them. For the pump alone, which holds the
-// lock of its schedule.
+// Decides which pieces of a leg a slot takes, which way they go, and where they lie in staging; and
+// acquires the memory that the slot needs for them. For the pump alone, while it holds the lock of
+// its schedule.
 #pragma once
 
 #include "cuda/slot.h"
@@ -9,30 +9,30 @@ namespace kvf {
 
 class CudaPlanner {
 public:
-    // The most that an urgent slot takes at once: queuing costs little beside moving so much, and a
-    // cancelled job still stops within a millisecond.
+    // The most bytes that an urgent slot takes at once. To queue costs little compared with moving
+    // so much, and a cancelled job still stops within a millisecond.
     static constexpr uint64_t kUrgentBytes = 16 << 20;
     static constexpr size_t kMostPieces = 64; // of a slot
 
     // The copy engine reads whole lines of this many bytes from the host: a copy that begins within
-    // a line costs one line more. (Where the engine writes, a copy may begin anywhere.) So where
-    // pieces that are loaded do not follow one another, there is room for a line before each of
-    // them in staging, and a copy can begin with the whole line.
+    // a line costs one line more. (Where the engine writes, a copy may begin anywhere.) Therefore
+    // pieces that are loaded and do not follow one another have room for a line before them in
+    // staging, so that a copy can begin with the whole line.
     static constexpr uint64_t kHostLine = 256;
 
     CudaPlanner(Direction direction, CudaLaneMemory &memory, uint64_t max_pitch)
         : direction_(direction), memory_(memory), max_pitch_(max_pitch) {}
 
-    // Which way the next piece of a leg goes.
+    // Returns which way the next piece of a leg goes.
     CudaWay way_of(const Leg &leg, bool urgent) const;
-    // Whether to wait until more of an urgent leg is recorded, if the device is busy meanwhile:
-    // what is staged goes in large pieces.
+    // Whether the pump should wait until more of an urgent leg is recorded, while the device is
+    // busy: pieces that are staged should be large.
     bool is_worth_waiting(const Leg &leg) const;
 
     // The memory that is missing.
     enum class Missing { Nothing, Staging, Segment, Resident, Table, Bounce };
-    // Acquires the memory that a slot needs for pieces of its way, of `most_bytes` at most
-    // together. Where something is missing, the slot has nothing afterwards.
+    // Acquires the memory that a slot needs for pieces of its way, which have `most_bytes` at most
+    // together. If something is missing, the slot has no memory afterwards.
     Missing acquire_memory(CudaSlot &slot, const Leg &leg, bool urgent, uint64_t most_bytes);
     void release_memory(CudaSlot &slot);
     // Moves pieces of the leg into the slot, which has its memory. Cannot fail, since the slot's
@@ -49,6 +49,7 @@ private:
     Missing acquire_staging(CudaSlot &slot, const Leg &leg, bool urgent, uint64_t most_bytes);
     Missing acquire_rows(CudaSlot &slot, const Leg &leg);
     bool acquire_resident(const Leg &leg);
+    bool goes_with(const CudaSlot &slot, const Leg &leg, bool urgent) const;
     uint64_t room_for_next(const CudaSlot &slot, const Parts &parts, uint64_t most,
                            uint64_t rows_left) const;
     uint64_t place(const CudaSlot &slot, const Job &job, const Piece &piece) const;

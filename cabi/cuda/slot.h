@@ -1,5 +1,5 @@
-// What a lane moves at a time: pieces of one leg, with a stream of their own and the memory that
-// they use.
+// A slot of a lane: pieces of one leg that move together, their stream, and the memory that they
+// use.
 #pragma once
 
 #include <atomic>
@@ -10,16 +10,16 @@
 
 namespace kvf {
 
-// How pieces get to the host and back: as runs; as two-dimensional copies; through staging and a
-// kernel.
+// How pieces move between the device and the host: as runs, as two-dimensional copies, or through
+// staging and a kernel.
 enum class CudaWay { Run, Block, Staged };
 constexpr size_t kCudaWays = 3;
 
 // Where a kernel finds its rows.
 enum class CudaRowsIn {
-    Pieces,   // each piece is a block and needs no table
-    Resident, // each piece is of the resident table
-    Table,    // all pieces are in a table of the slot's own
+    Pieces,   // each piece is a block, which needs no table
+    Resident, // each piece has its rows in the resident table
+    Table,    // the slot has a table of its own for all pieces
 };
 
 struct CudaSlot {
@@ -27,8 +27,8 @@ struct CudaSlot {
         Idle,
         Filling,   // copy threads fill the bounce buffer
         Ready,     // the copy may be queued
-        Copying,   // the copy is queued or under way
-        Finishing, // the stream still holds something else, which must end
+        Copying,   // the copy is queued, or moves
+        Finishing, // the stream still does something else, which must end
         Draining,  // copy threads empty the bounce buffer
     };
 
@@ -38,21 +38,21 @@ struct CudaSlot {
 
     Leg *leg = nullptr;
     CudaWay way = CudaWay::Run;
-    // All of one way. Small pieces go together, since each copy costs the copy engine some
-    // microseconds.
+    // All pieces go the same way. Small pieces move together, since each copy costs the copy engine
+    // some microseconds.
     std::vector<Piece> pieces;
     uint64_t bytes = 0; // of all pieces
 
-    // Where the way is Staged.
+    // Used if the way is Staged.
     CudaRowsIn rows_in = CudaRowsIn::Table;
     std::vector<uint64_t> places; // of the pieces in staging
 
-    // The lane's, while the slot needs them.
+    // Memory of the lane, while the slot needs it.
     CudaSegment staging;
     std::unique_ptr<CudaRowTable> table;
     std::unique_ptr<CudaPinnedMemory> bounce; // for a pageable buffer
 
-    uint32_t epoch = 0; // of the pacer, when the pieces were taken
+    uint32_t epoch = 0; // the pacer's, when the pieces were taken
     std::atomic<bool> host_copied{false};
     uint64_t begin_ns = 0, queued_ns = 0;
 };

@@ -19,7 +19,7 @@ public:
     // `kernels` may be NULL: runs are then copied one by one. The copy threads free snapshots that
     // have been moved.
     CudaSnapshots(const CudaContext &context, const CudaKernels *kernels, ThreadPool &copy_threads);
-    // The copy threads have ended.
+    // The copy threads must have ended.
     ~CudaSnapshots();
     CudaSnapshots(const CudaSnapshots &) = delete;
     CudaSnapshots &operator=(const CudaSnapshots &) = delete;
@@ -62,7 +62,7 @@ private:
     std::atomic<uint64_t> pinned_bytes_{0}; // of rows_
 
     std::mutex freeing_mutex_;           // held while memory is freed
-    std::mutex left_mutex_;              // for what follows
+    std::mutex left_mutex_;              // guards left_
     std::vector<CUdeviceptr> left_;      // snapshots that have been moved, to be freed
     std::atomic<uint32_t> allocated_{0}; // snapshots that have not been freed
 };

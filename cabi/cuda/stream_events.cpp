@@ -1,7 +1,7 @@
 #include "cuda/stream_events.h"
 
 #include <algorithm>
-#include <optional>
+#include <exception>
 
 namespace kvf {
 namespace {
@@ -108,20 +108,20 @@ CudaStreamEvents record_events(const CudaContexts &contexts, CUstream stream, De
         }
         return events;
     }
-    std::optional<Error> lost;
+    std::exception_ptr lost;
     for (const auto &context : contexts) {
         try {
             events.push_back(std::make_unique<CudaStreamEvent>(context, stream));
             return events;
         } catch (const Error &error) {
             if (error.status == KVF_ERR_DEVICE_LOST) {
-                lost = error; // the stream may be of another device
+                lost = std::current_exception(); // the stream may be of another device
             } else if (error.status != KVF_ERR_DEVICE) {
                 throw; // a context refuses a stream of another device with KVF_ERR_DEVICE
             }
         }
     }
-    if (lost) throw *lost;
+    if (lost) std::rethrow_exception(lost);
     throw Error(KVF_ERR_INVALID_ARGUMENT, "no device of the engine knows this stream");
 }
 

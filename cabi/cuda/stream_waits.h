@@ -20,9 +20,9 @@ public:
     CudaStreamWaits(const CudaStreamWaits &) = delete;
     CudaStreamWaits &operator=(const CudaStreamWaits &) = delete;
 
-    // What `stream` is given from now on waits until the job has ended. Throws KVF_ERR_UNSUPPORTED
-    // for a driver older than CUDA 11.7, KVF_ERR_BUSY where too many waits are outstanding, and
-    // what record_events() throws. Any thread.
+    // Makes all that is queued on `stream` from now on wait until the job has ended. Throws
+    // KVF_ERR_UNSUPPORTED for a driver older than CUDA 11.7, KVF_ERR_BUSY if too many waits are
+    // outstanding, and what record_events() throws. Any thread.
     void make_wait(uint64_t stream, Job &job);
 
 private:

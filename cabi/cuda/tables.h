@@ -1,6 +1,6 @@
 // Tables of rows for the gather and scatter kernels. The host writes a table in pinned memory, and
-// the kernels read a copy of it in device memory. (Kernels that read the table through the link
-// would wait for it while the link is full of our own copies, and keep their multiprocessors.)
+// the kernels read a copy of it in device memory. (Kernels that read the pinned table would wait
+// for the link, which is full of the library's own copies, and would occupy their multiprocessors.)
 #pragma once
 
 #include <memory>
@@ -16,14 +16,14 @@ public:
     static constexpr uint32_t kRows = 32768;
     static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row); // in either memory
 
-    // `memory` is device memory of the caller's for `rows` rows, which outlives the table; 0: the
-    // table has its own.
+    // `memory` is the caller's device memory for `rows` rows, and outlives the table. 0: the table
+    // allocates its own.
     explicit CudaRowTable(const CudaContext &context, CUdeviceptr memory = 0,
                           uint32_t rows = kRows);
     CudaRowTable(const CudaRowTable &) = delete;
     CudaRowTable &operator=(const CudaRowTable &) = delete;
 
-    // Empties the table. What was launched with it before must have ended.
+    // Empties the table. Kernels that were launched with it must have ended.
     void clear() { count_ = 0; }
     // Adds the rows of a piece that lies in staging at `place`, one row after another.
     void add(const Piece &piece, uint64_t place);
@@ -35,7 +35,7 @@ public:
 
     // Queues the copy of the table to the device.
     void send(CUstream stream) const;
-    // The rows that were sent, for a launch on the same stream.
+    // Returns the rows that were sent, for a launch on the same stream.
     CudaRows rows() const {
         CudaRows rows;
         rows.table = memory_;
@@ -59,31 +59,31 @@ private:
 };
 
 // A table of runs that stays on the device while pieces refer to it. The tensors of a cache share
-// one, so that it travels once and not once for each piece. It can be exchanged for another while
-// nobody uses it.
+// one table, which is copied once, not once for each piece. While nobody uses the table, another
+// can take its place.
 class CudaResidentTable {
 public:
     static constexpr uint32_t kRows = 65536;
     static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row); // in either memory
 
-    // `memory` is kBytes of device memory of the caller's, which outlive the table; 0: the table
-    // has its own.
+    // `memory` is kBytes of the caller's device memory, and outlives the table. 0: the table
+    // allocates its own.
     explicit CudaResidentTable(const CudaContext &context, CUdeviceptr memory = 0);
     ~CudaResidentTable();
     CudaResidentTable(const CudaResidentTable &) = delete;
     CudaResidentTable &operator=(const CudaResidentTable &) = delete;
 
-    // Adds a user of the table of runs. Returns false if another one is resident and in use, or if
-    // this one does not fit. Each true is followed by one release(), when what was launched with
-    // the table has ended.
+    // Adds a user of the table of runs. Returns false if another table is resident and in use, or
+    // if this one does not fit. The caller calls release() once for each true, when the kernels
+    // that were launched with the table have ended.
     bool acquire(const std::shared_ptr<const RunTable> &table);
     void release() { --users_; }
     bool in_use() const { return users_ > 0; }
 
-    // Makes what the stream is given from now on find the acquired table: copies it if that has not
-    // been done.
+    // All that is queued on the stream from now on finds the acquired table on the device: queues
+    // the table's copy, or a wait for it.
     void send(CUstream stream);
-    // The rows of a piece of the acquired table, which lies in staging at `place`.
+    // Returns the rows of a piece of the acquired table. The piece lies in staging at `place`.
     CudaRows rows(const Piece &piece, uint64_t place) const;
 
     uint64_t pinned_bytes() const { return rows_.pinned_bytes(); }

@@ -128,7 +128,8 @@ void Fence::wait(MemoryRange range, Access access, RowNumbers rows) {
     if (access == Access::WriteRows) {
         line.stop_rows_if([&](const Fence &fence) {
             return overlap(fence.enclosure_.memory, range) &&
-                   (writes_a_row_of(fence.enclosure_, range, rows) || line.is_disturbed(fence));
+                   (writes_a_row_of(fence.enclosure_, range, rows) ||
+                    FenceLine::is_disturbed(fence));
         });
     }
     line.wait_while_any(lock, [&](const Fence *fence) {
@@ -150,12 +151,12 @@ void Fence::wait_for_disturbed(const void *context) {
     std::unique_lock lock(line.mutex);
     std::set<const Fence *> disturbed;
     for (const Fence *fence : line.fences) {
-        if (fence->enclosure_.context == context && line.is_disturbed(*fence))
+        if (fence->enclosure_.context == context && FenceLine::is_disturbed(*fence))
             disturbed.insert(fence);
     }
     // A new fence of another context may stand where one of these stood.
     line.wait_while_any(lock, [&](const Fence *fence) {
-        return fence->enclosure_.context == context && disturbed.count(fence) > 0;
+        return fence->enclosure_.context == context && disturbed.contains(fence);
     });
 }
 

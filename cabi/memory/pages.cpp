@@ -110,7 +110,9 @@ void MappedCheck::read_mappings() {
 
 bool MappedCheck::is_in_mappings(uint64_t page) {
     auto it = mappings_.upper_bound(page);
-    if (it == mappings_.begin() || page >= (--it)->second) return false;
+    if (it == mappings_.begin()) return false;
+    --it;
+    if (page >= it->second) return false;
     known_begin_ = it->first;
     known_end_ = it->second;
     return true;

@@ -1,3 +1,5 @@
+#include "allocations.h"
+
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -6,7 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "state.h"
+#include "operations.h"
 
 namespace simulated {
 namespace {
@@ -15,12 +17,12 @@ constexpr uint64_t kPage = 4096;
 
 uint64_t pages(uint64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
-[[noreturn]] void give_up(const char *what) {
+[[noreturn]] void fail(const char *what) {
     std::perror(what);
     std::abort();
 }
 
-// Gives the pages back to the system; they read as zero if they are allocated again.
+// Frees the pages. They read as zero if they are allocated again.
 void discard(const Allocation &allocation) {
     Arena &arena = *arena_of(allocation.range.address);
     fallocate(arena.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
@@ -49,17 +51,17 @@ void open_arena(int device) {
     const uint64_t bytes = pages(driver().settings.device_bytes);
     arena.file = memfd_create("simulated_cuda", MFD_CLOEXEC);
     if (arena.file < 0 || ftruncate(arena.file, static_cast<off_t>(bytes)) != 0)
-        give_up("simulated_cuda: memfd_create");
+        fail("simulated_cuda: memfd_create");
     void *shown =
         mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     void *alias =
         mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, arena.file, 0);
-    if (shown == MAP_FAILED || alias == MAP_FAILED) give_up("simulated_cuda: mmap");
+    if (shown == MAP_FAILED || alias == MAP_FAILED) fail("simulated_cuda: mmap");
     madvise(alias, bytes, MADV_DONTDUMP);
     arena.address = reinterpret_cast<uint64_t>(shown);
     arena.alias = static_cast<std::byte *>(alias);
     arena.next = arena.address;
-    arena.bytes = bytes; // last: this is what says that it is open
+    arena.bytes = bytes; // last, since this says that the arena is open
 }
 
 std::byte *alias_of(uint64_t address) {
@@ -81,8 +83,8 @@ CUresult allocate_device(const ContextPtr &context, uint64_t bytes, uint64_t *ad
         arena.allocated > d.settings.device_limit - bytes)
         return CUDA_ERROR_OUT_OF_MEMORY;
 
-    // The first gap from `next` on, then from the start, with room for it and the pages that guard
-    // it.
+    // The first gap with room for the allocation and its guard pages: from `next` on, or else from
+    // the start.
     const uint64_t guard = d.settings.guard_pages * kPage;
     const uint64_t need = pages(bytes) + guard;
     const auto search = [&](uint64_t from) -> uint64_t {
@@ -103,7 +105,7 @@ CUresult allocate_device(const ContextPtr &context, uint64_t bytes, uint64_t *ad
 
     arena.next = found + need;
     arena.allocated += bytes;
-    d.allocations[found] = {{found, bytes}, context, d.next_buffer++, true, false, false};
+    d.allocations[found] = {{found, bytes}, context, d.next_allocation_id++, true, false, false};
     ++d.counters.live_device_allocations;
     d.counters.device_bytes += bytes;
     d.counters.peak_device_bytes = std::max(d.counters.peak_device_bytes, d.counters.device_bytes);
@@ -120,7 +122,8 @@ CUresult pin(const ContextPtr &context, Range range, bool registered) {
     if ((next != d.allocations.end() && next->second.range.meets(range)) ||
         (next != d.allocations.begin() && std::prev(next)->second.range.meets(range)))
         return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
-    d.allocations[range.address] = {range, context, d.next_buffer++, false, registered, false};
+    d.allocations[range.address] = {range, context,    d.next_allocation_id++,
+                                    false, registered, false};
     ++(registered ? d.counters.live_registrations : d.counters.live_host_allocations);
     d.counters.pinned_bytes += range.bytes;
     d.counters.peak_pinned_bytes = std::max(d.counters.peak_pinned_bytes, d.counters.pinned_bytes);
@@ -144,7 +147,7 @@ void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
         ++d.counters.hazards;
     wait_for_uses(lock, allocation.range,
                   allocation.on_device ? allocation.context.get() : nullptr);
-    if (d.allocations.erase(address) == 0) return; // by somebody else meanwhile
+    if (d.allocations.erase(address) == 0) return; // another thread has freed it
 
     if (allocation.on_device) {
         release_device(allocation);
@@ -157,7 +160,8 @@ void release_allocation(Lock &lock, uint64_t address, bool abandoned) {
 }
 
 bool is_mapped(Range range) {
-    unsigned char residency[4096]; // mincore() fills in one byte a page; only its error matters
+    // mincore() writes one byte for each page. Only its error matters.
+    unsigned char residency[4096];
     uint64_t at = range.address / kPage * kPage;
     while (at < range.end()) {
         const uint64_t step = std::min<uint64_t>(pages(range.end() - at), sizeof residency * kPage);
@@ -165,42 +169,6 @@ bool is_mapped(Range range) {
         at += step;
     }
     return true;
-}
-
-View::View() {
-    parts_.reserve(driver().allocations.size());
-    for (const auto &[address, allocation] : driver().allocations)
-        parts_.push_back(
-            {allocation.range, allocation.on_device ? allocation.context->device : -1});
-}
-
-const View::Part *View::find(uint64_t address, uint64_t bytes) {
-    if (!recent_ || !recent_->range.holds(address, bytes)) {
-        auto it =
-            std::upper_bound(parts_.begin(), parts_.end(), address,
-                             [](uint64_t a, const Part &part) { return a < part.range.address; });
-        if (it == parts_.begin() || !std::prev(it)->range.holds(address, bytes)) return nullptr;
-        recent_ = &*std::prev(it);
-    }
-    return recent_;
-}
-
-std::byte *View::device(uint64_t address, uint64_t bytes, int device) {
-    const Part *part = find(address, bytes);
-    if (!part || part->device < 0 || (device >= 0 && part->device != device)) return nullptr;
-    return alias_of(address);
-}
-
-std::byte *View::kernel(uint64_t address, uint64_t bytes, int on_device) {
-    const Part *part = find(address, bytes);
-    if (!part) return nullptr;
-    if (part->device >= 0) return device(address, bytes, on_device);
-    return is_mapped({address, bytes}) ? reinterpret_cast<std::byte *>(address) : nullptr;
-}
-
-std::byte *View::any(uint64_t address, uint64_t bytes) {
-    if (arena_of(address)) return device(address, bytes, -1);
-    return is_mapped({address, bytes}) ? reinterpret_cast<std::byte *>(address) : nullptr;
 }
 
 } // namespace simulated

@@ -1,15 +1,20 @@
+#include "operations.h"
+
 #include <algorithm>
 #include <chrono>
 #include <thread>
+#include <utility>
 
-#include "state.h"
+#include "capture.h"
+#include "contexts.h"
+#include "faults.h"
 
 namespace simulated {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Time that the settings ask for, from the start of an operation.
+// Returns how long an operation takes, by the settings.
 std::chrono::nanoseconds duration_of(const Operation &operation) {
     const Settings &s = driver().settings;
     if (operation.kind == Kind::Other) return std::chrono::nanoseconds(0);
@@ -20,7 +25,17 @@ std::chrono::nanoseconds duration_of(const Operation &operation) {
     return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
 }
 
-// Waits while a hold applies to this operation.
+// Returns the name that rules have for operations of this kind, or NULL.
+const char *name_of(Kind kind) {
+    switch (kind) {
+    case Kind::Copy: return "copy";
+    case Kind::Kernel: return "kernel";
+    case Kind::Other: break;
+    }
+    return nullptr;
+}
+
+// Waits while the operation is held.
 void pass_hold(Lock &lock, const Context &context, const char *what) {
     Driver &d = driver();
     if (!injected_hold(what)) return;
@@ -31,7 +46,7 @@ void pass_hold(Lock &lock, const Context &context, const char *what) {
     --d.counters.held;
 }
 
-void count(const Operation &operation) {
+void count_executed(const Operation &operation) {
     Counters &c = driver().counters;
     if (operation.kind == Kind::Kernel) ++c.kernels;
     if (operation.kind != Kind::Copy || operation.device < 0) return;
@@ -41,14 +56,14 @@ void count(const Operation &operation) {
     *bytes[operation.direction] += operation.bytes;
 }
 
+// Executes an operation, without the mutex while the operation runs. Returns the operation's error,
+// or the context's.
 CUresult execute(Lock &lock, const Context &context, Operation &operation) {
     Driver &d = driver();
     while (operation.ready && !context.error && !operation.ready())
         d.progress.wait_for(lock, std::chrono::microseconds(50));
 
-    const char *what = operation.kind == Kind::Copy     ? "copy"
-                       : operation.kind == Kind::Kernel ? "kernel"
-                                                        : nullptr;
+    const char *what = name_of(operation.kind);
     if (what && !context.error) {
         pass_hold(lock, context, what);
         if (CUresult error = injected_error(what, what)) return error;
@@ -66,14 +81,14 @@ CUresult execute(Lock &lock, const Context &context, Operation &operation) {
         result = operation.run();
         lock.lock();
         while (!context.error && Clock::now() < end) d.progress.wait_until(lock, end);
-        if (!result) count(operation);
+        if (!result) count_executed(operation);
     }
     if (lane) std::erase(lane->queue, &operation);
     return result;
 }
 
-// A stream's thread. It ends when the stream is closed and empty.
-void work(const StreamPtr &stream) {
+// The function of a stream's thread, which ends when the stream is closed and empty.
+void execute_queue(const StreamPtr &stream) {
     Driver &d = driver();
     Context &context = *stream->context;
     Lock lock(d.mutex);
@@ -118,7 +133,7 @@ StreamPtr new_stream(const ContextPtr &context, bool blocking) {
     stream->context = context;
     stream->blocking = blocking;
     context->streams.push_back(stream);
-    std::thread(work, stream).detach();
+    std::thread(execute_queue, stream).detach();
     return stream;
 }
 
@@ -151,19 +166,6 @@ CompletionPtr submit(const StreamPtr &stream, Operation operation) {
     return completion;
 }
 
-bool is_captured(const Stream &stream) { return stream.capture != CU_STREAM_CAPTURE_STATUS_NONE; }
-
-void invalidate_capture(Stream &stream) {
-    if (is_captured(stream)) stream.capture = CU_STREAM_CAPTURE_STATUS_INVALIDATED;
-}
-
-bool meets_capture(const Context &context, const Stream &stream) {
-    return &stream == context.legacy.get() &&
-           std::any_of(context.streams.begin(), context.streams.end(), [](const StreamPtr &other) {
-               return other->blocking && is_captured(*other);
-           });
-}
-
 void wait_for(Lock &lock, const CompletionPtr &completion) {
     if (completion) driver().progress.wait(lock, [&] { return completion->done; });
 }
@@ -180,15 +182,12 @@ void close_stream(Stream &stream) {
     stream.wake.notify_one();
 }
 
-// What is left of a broken context counts as ended: nobody can wait for it.
 bool is_used(Range range) {
     return any_operation([&](const Context &in, const Operation &operation) {
         return !in.error && names(operation, range);
     });
 }
 
-// Kernels are waited for whatever they name, since their rows name more; and so is all of
-// `context`, as the driver does when device memory is freed.
 void wait_for_uses(Lock &lock, Range range, const Context *context) {
     driver().progress.wait(lock, [&] {
         return !any_operation([&](const Context &in, const Operation &operation) {

@@ -1,0 +1,199 @@
+// Modules, and the kernels that gather and scatter rows.
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <utility>
+
+#include "driver_test.h"
+
+namespace {
+
+// ---- What a real driver does too ----------------------------------------------------------------
+
+// Moves rows of these lengths, in random order, with gaps between them in memory and in staging. If
+// `aligned`, all begin at multiples of 16 bytes.
+void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, unsigned int blocks,
+                        bool aligned) {
+    std::mt19937_64 engine(lengths.size());
+    const uint64_t align = aligned ? 16 : 1;
+    std::vector<kvferry_row> rows;
+    uint64_t offset = 0, address = 0;
+    for (const uint32_t bytes : lengths) {
+        offset += engine() % 37;
+        address += engine() % 101;
+        offset = (offset + align - 1) / align * align;
+        address = (address + align - 1) / align * align;
+        rows.push_back({address, static_cast<uint32_t>(offset), bytes});
+        offset += bytes;
+        address += bytes;
+    }
+    for (size_t i = rows.size(); i > 1; --i) std::swap(rows[i - 1], rows[engine() % i]);
+    const Bytes memory = random_bytes(address + 64), staging = random_bytes(offset + 64);
+    const CUdeviceptr device_memory = allocate(memory.size()),
+                      device_staging = allocate(staging.size());
+    upload(s, device_memory, memory);
+    upload(s, device_staging, staging);
+    uint64_t address_distance = aligned ? 0 : engine();
+    auto offset_distance = static_cast<uint32_t>(aligned ? 0 : engine());
+    Bytes wanted_staging = staging, wanted_memory = random_bytes(memory.size());
+    const Bytes other_memory = wanted_memory;
+    auto *table =
+        reinterpret_cast<kvferry_row *>(allocate_host(rows.size() * sizeof(kvferry_row) + 16));
+    for (size_t i = 0; i < rows.size(); ++i) {
+        const kvferry_row &row = rows[i];
+        std::memcpy(&wanted_staging[row.offset], &memory[row.address], row.bytes);
+        std::memcpy(&wanted_memory[row.address], &memory[row.address], row.bytes);
+        // The distances are random, so that some sums wrap around.
+        table[i] = {row.address + device_memory - address_distance, row.offset - offset_distance,
+                    row.bytes};
+    }
+
+    CUmodule module = nullptr;
+    CUfunction gather = nullptr, scatter = nullptr;
+    OK(cuda.cuModuleLoadDataEx(&module, ptx.c_str(), 0, nullptr, nullptr));
+    OK(cuda.cuModuleGetFunction(&gather, module, "kvferry_gather"));
+    OK(cuda.cuModuleGetFunction(&scatter, module, "kvferry_scatter"));
+    CUdeviceptr staging_argument = device_staging, table_argument = as_device(table);
+    auto count = static_cast<uint32_t>(rows.size());
+    uint64_t pitch = engine(); // without meaning where there is a table
+    auto width = static_cast<uint32_t>(engine());
+    void *arguments[] = {&staging_argument, &table_argument, &count, &address_distance,
+                         &offset_distance,  &pitch,          &width};
+    OK(cuda.cuLaunchKernel(gather, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
+    CHECK(download(s, device_staging, staging.size()) == wanted_staging);
+    upload(s, device_memory, other_memory);
+    OK(cuda.cuLaunchKernel(scatter, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
+    CHECK(download(s, device_memory, memory.size()) == wanted_memory);
+    OK(cuda.cuModuleUnload(module));
+    OK(cuda.cuMemFreeHost(table));
+    OK(cuda.cuMemFree(device_memory));
+    OK(cuda.cuMemFree(device_staging));
+}
+
+// Moves rows of one width at one pitch, without a table. Staging holds other bytes before `begin`
+// and behind the rows.
+void gather_and_scatter_regular(const Session &s, uint32_t rows, uint32_t width, uint64_t pitch,
+                                uint32_t begin, unsigned int blocks) {
+    const uint64_t address = begin % 7;
+    const Bytes memory = random_bytes(address + rows * pitch),
+                staging = random_bytes(begin + rows * width + 64);
+    const CUdeviceptr device_memory = allocate(memory.size()),
+                      device_staging = allocate(staging.size());
+    upload(s, device_memory, memory);
+    upload(s, device_staging, staging);
+    const Bytes other_memory = random_bytes(memory.size());
+    Bytes wanted_staging = staging, wanted_memory = other_memory;
+    for (uint64_t i = 0; i < rows; ++i) {
+        const uint64_t at = address + i * pitch;
+        std::memcpy(&wanted_staging[begin + i * width], &memory[at], width);
+        std::memcpy(&wanted_memory[at], &memory[at], width);
+    }
+    CUmodule module = nullptr;
+    OK(cuda.cuModuleLoadDataEx(&module, ptx.c_str(), 0, nullptr, nullptr));
+    CUdeviceptr staging_argument = device_staging, table = 0;
+    uint64_t address_distance = device_memory + address;
+    void *arguments[] = {
+        &staging_argument, &table, &rows, &address_distance, &begin, &pitch, &width};
+    for (const bool is_gather : {true, false}) {
+        CUfunction function = nullptr;
+        OK(cuda.cuModuleGetFunction(&function, module,
+                                    is_gather ? "kvferry_gather" : "kvferry_scatter"));
+        OK(cuda.cuLaunchKernel(function, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
+        if (!is_gather) continue;
+        CHECK(download(s, device_staging, staging.size()) == wanted_staging);
+        upload(s, device_memory, other_memory);
+    }
+    CHECK(download(s, device_memory, memory.size()) == wanted_memory);
+    OK(cuda.cuModuleUnload(module));
+    OK(cuda.cuMemFree(device_memory));
+    OK(cuda.cuMemFree(device_staging));
+}
+
+void wrong_modules_are_refused() {
+    Session s;
+    CUmodule module = nullptr;
+    CHECK(cuda.cuModuleLoadData(&module, "not PTX at all") != CUDA_SUCCESS);
+    OK(cuda.cuModuleLoadData(&module, ptx.c_str()));
+    CUfunction function = nullptr;
+    RETURNS(CUDA_ERROR_NOT_FOUND, cuda.cuModuleGetFunction(&function, module, "kvferry_nothing"));
+    OK(cuda.cuModuleUnload(module));
+}
+
+void kernels_move_regular_rows() {
+    Session s;
+    for (const unsigned int blocks : {1u, 64u}) {
+        gather_and_scatter_regular(s, 1, 1, 1, 0, blocks);
+        gather_and_scatter_regular(s, 7, 100, 260, 13, blocks);
+        gather_and_scatter_regular(s, 300, 2048, 8192, 268, blocks);
+        gather_and_scatter_regular(s, 5000, 2048, 2560, 256, blocks);
+        gather_and_scatter_regular(s, 70000, 2, 6, 5, blocks);
+        gather_and_scatter_regular(s, 20, 70000, 70001, 4, blocks);
+    }
+}
+
+void kernels_move_rows_of_every_length_and_alignment() {
+    Session s;
+    std::mt19937_64 engine(1);
+    std::vector<uint32_t> small, mixed, skewed(3000, 2);
+    for (uint32_t bytes = 0; bytes <= 200; ++bytes) small.push_back(bytes);
+    for (int i = 0; i < 3000; ++i)
+        mixed.push_back(static_cast<uint32_t>(engine() % (i % 50 == 0 ? 40000 : 600)));
+    skewed[1234] = 3u << 20;
+    for (const bool aligned : {true, false}) {
+        gather_and_scatter(s, {}, 16, aligned);
+        gather_and_scatter(s, {0}, 16, aligned);
+        gather_and_scatter(s, {1}, 16, aligned);
+        gather_and_scatter(s, {(8u << 20) + 5}, 64, aligned);
+        gather_and_scatter(s, {1, 70000, 0, 8192, 8193, 33, 32, 31, 16384}, 3, aligned);
+        gather_and_scatter(s, small, 16, aligned);
+        gather_and_scatter(s, std::vector<uint32_t>(4096, 2048), 64, aligned);
+        gather_and_scatter(s, std::vector<uint32_t>(70000, 2), 64, aligned);
+        gather_and_scatter(s, mixed, 1, aligned);
+        gather_and_scatter(s, mixed, 64, aligned);
+        gather_and_scatter(s, skewed, 16, aligned);
+    }
+}
+
+// ---- What only the simulated driver can show ----------------------------------------------------
+
+void kernels_check_their_bounds() {
+    for (const int wrong : {0, 1, 2, 3}) {
+        Session s;
+        const CUdeviceptr memory = allocate(1000), staging = allocate(1000);
+        auto *table = reinterpret_cast<kvferry_row *>(allocate_host(64));
+        Bytes pageable(1000);
+        table[0] = {memory + 900, 0, 100};
+        if (wrong == 0) table[0].bytes = 101;
+        if (wrong == 1) table[0].offset = 901;
+        if (wrong == 2) table[0].address = as_device(pageable.data());
+        CUmodule module = nullptr;
+        CUfunction gather = nullptr;
+        OK(cuda.cuModuleLoadData(&module, ptx.c_str()));
+        OK(cuda.cuModuleGetFunction(&gather, module, "kvferry_gather"));
+        CUdeviceptr staging_argument = staging, rows = as_device(table);
+        uint32_t count = wrong == 3 ? 5 : 1; // the table has room for four
+        uint64_t address_distance = 0;
+        uint32_t offset_distance = 0;
+        uint64_t pitch = 0;
+        uint32_t width = 0;
+        void *arguments[] = {&staging_argument, &rows,  &count, &address_distance,
+                             &offset_distance,  &pitch, &width};
+        OK(cuda.cuLaunchKernel(gather, 16, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
+        RETURNS(CUDA_ERROR_ILLEGAL_ADDRESS, cuda.cuStreamSynchronize(s.stream));
+        cuda.cuModuleUnload(module);
+        cuda.cuMemFreeHost(table);
+        cuda.cuMemFree(memory);
+        cuda.cuMemFree(staging);
+    }
+}
+
+} // namespace
+
+const std::vector<Test> kAnyDriver = {
+    TEST(wrong_modules_are_refused),
+    TEST(kernels_move_regular_rows),
+    TEST(kernels_move_rows_of_every_length_and_alignment),
+};
+const std::vector<Test> kSimulatedOnly = {
+    TEST(kernels_check_their_bounds),
+};
