@@ -562,11 +562,17 @@ KVF_API int32_t kvf_llama_settle(kvf_llama llama);
  *     "format"                kvferry's name for the format of the states; "opaque" where kvferry
  *                             does not know it, "unseen" until a state with cells has been seen
  *     "guarded_by"            how loads check a state: "structure", or "envelope"
- *     "blocks", "why"         what kvf_llama_blocks_allowed() says: "unseen", "none",
- * "checkpoints", "blocks+checkpoints" or "blocks"; and its reason "parts_in_blocks"       how many
- * of the parts blocks hold: see kvf_state_options "window"                the tokens of the model's
- * sliding window, or 0 "default_mode"          what KVF_SAVE_AUTO means here: "in_place" or
- * "snapshot" "tap"                   whether the tap is used; false: libllama's blocking calls
+ *     "blocks", "why"
+ *                             what kvf_llama_blocks_allowed() says: "unseen", "none",
+ *                             "checkpoints", "blocks+checkpoints" or "blocks"; and its reason
+ *     "parts_in_blocks"
+ *                             how many of the parts blocks hold: see kvf_state_options
+ *     "window"
+ *                             the tokens of the model's sliding window, or 0
+ *     "default_mode"
+ *                             what KVF_SAVE_AUTO means here: "in_place" or "snapshot"
+ *     "tap"
+ *                             whether the tap is used; false: libllama's blocking calls
  *     "recorded_calls", "passed_calls"
  *                             calls that the tap has recorded, and that it has passed to ggml
  *     "sequences"             how many sequences the context may have

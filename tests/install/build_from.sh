@@ -31,6 +31,8 @@ check() {
     test -n "$llama" || return 0
     "$2sequences_$3" "$KVFERRY_LLAMA_MODEL" "$llama"
     check_linked "$2sequences_$3" "$3"
+    "$2blocks_$3" "$KVFERRY_LLAMA_MODEL" "$llama"
+    check_linked "$2blocks_$3" "$3"
     "$here/conversation.sh" "$2conversation_$3" "$KVFERRY_LLAMA_MODEL" "$llama"
     check_linked "$2conversation_$3" "$3"
 }
@@ -43,7 +45,7 @@ pkg_config() { # shared|static [OPTION] PACKAGE: what pkg-config says is all tha
     shift
     for compiler in "${compilers[@]}"; do
         $compiler $flags $(pkg-config --cflags "$@") "$here/program.c" -o "$work/program_$kind" $(pkg-config --libs "$@")
-        for example in ${llama:+sequences conversation}; do
+        for example in ${llama:+sequences conversation blocks}; do
             $compiler $flags -I"$llama/include" $(pkg-config --cflags "$@") "$here/../../examples/c/$example.c" \
                 -o "$work/${example}_$kind" -L"$llama" -lllama -lggml -Wl,--allow-shlib-undefined $(pkg-config --libs "$@")
         done
