@@ -561,6 +561,9 @@ KVF_API int32_t kvf_llama_settle(kvf_llama llama);
  *                             "unknown"
  *     "format"                kvferry's name for the format of the states; "opaque" where kvferry
  *                             does not know it, "unseen" until a state with cells has been seen
+ *     "layout"                a hash of the format and of all types, row sizes and streams of the
+ *                             cache, in hex: states and blocks fit where it is equal; "" until a
+ *                             state with cells has been seen, and where the format is not known
  *     "guarded_by"            how loads check a state: "structure", or "envelope"
  *     "blocks", "why"
  *                             what kvf_llama_blocks_allowed() says: "unseen", "none",

@@ -80,6 +80,7 @@ std::string Llama::describe() const {
     const CachePolicy policy = states_->policy();
     return "{" + context_.describe() + ", \"cache\": " + json_quote(policy.kind()) +
            ", \"format\": " + json_quote(policy.format_name()) +
+           ", \"layout\": " + json_quote(policy.layout()) +
            ", \"guarded_by\": " + (policy.seals_states() ? "\"envelope\"" : "\"structure\"") +
            ", \"blocks\": " +
            json_quote(blocks_word(tap_ ? policy.blocks_allowed() : KVF_BLOCKS_NONE)) +

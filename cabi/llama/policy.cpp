@@ -20,11 +20,13 @@ void CachePolicy::note_parts(const Structure &structure) {
 void CachePolicy::note_known(const Structure &structure) {
     format_ = Format::Known;
     format_name_ = structure.format->name;
+    layout_ = layout_hash(structure);
 }
 
 void CachePolicy::note_opaque() {
     format_ = Format::Opaque;
     format_name_ = "opaque";
+    layout_.clear();
     kind_ = "unknown";
     knows_parts_ = false;
     has_one_attention_ = false;

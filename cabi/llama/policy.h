@@ -33,6 +33,8 @@ public:
     bool is_opaque() const { return format_ == Format::Opaque; }
     const std::string &kind() const { return kind_; } // such as "attention+recurrent"
     const std::string &format_name() const { return format_name_; }
+    // layout_hash() of the cache's states; "" unless the format is known
+    const std::string &layout() const { return layout_; }
     int32_t window() const { return window_; }
 
     // Decoding a sequence never overwrites its former tokens. Recurrent states are overwritten, and
@@ -74,6 +76,7 @@ private:
     Format format_ = Format::Unseen;
     std::string kind_ = "unknown";
     std::string format_name_ = "unseen";
+    std::string layout_;
 };
 
 } // namespace kvf

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/checksum.h"
 #include "core/status.h"
 
 namespace kvf {
@@ -366,6 +367,22 @@ std::string mismatch(const Structure &state, const Structure &cache) {
         if (a.rotation != b.rotation) return "its keys or values are rotated differently";
     }
     return "";
+}
+
+std::string layout_hash(const Structure &structure) {
+    std::string text = structure.format ? structure.format->name : "";
+    text += structure.framed ? " framed" : " bare";
+    for (const Section &section : structure.sections) {
+        const bool attention = section.kind == Section::Kind::Attention;
+        text += format("; %s streams %u layers %u %s", attention ? "attention" : "recurrent",
+                       attention ? section.streams : 1, section.layers,
+                       section.transposed ? "transposed" : "straight");
+        for (const uint32_t word : section.rotation) text += format(" rotated %u", word);
+        for (const TensorShape &tensor : section.tensors)
+            text += format(" (%d %llu %u)", tensor.type,
+                           static_cast<unsigned long long>(tensor.row), tensor.element);
+    }
+    return format("%016llx", static_cast<unsigned long long>(checksum(text.data(), text.size())));
 }
 
 } // namespace kvf

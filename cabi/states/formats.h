@@ -105,4 +105,8 @@ std::vector<unsigned char> make_state_of_one_cell(const Structure &structure);
 // it can. Sections without cells say less, and are compared by what they say.
 std::string mismatch(const Structure &state, const Structure &cache);
 
+// Everything that mismatch() compares, as a hash in hex. Two structures with cells in every section
+// match if and only if their hashes are equal (but for collisions of 64 bits).
+std::string layout_hash(const Structure &structure);
+
 } // namespace kvf
