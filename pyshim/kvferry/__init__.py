@@ -46,6 +46,7 @@ from .regions import Region
 from .sequence_transfer import LoadOutcome
 from .snapshot import Snapshot
 from .state_blocks import cut_state, join_blocks
+from .store import Found, Store
 from .transfer import Transfer
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "Forked",
+    "Found",
     "InvalidArgument",
     "KvferryError",
     "LibraryNotFound",
@@ -81,6 +83,7 @@ __all__ = [
     "Snapshot",
     "StateDamaged",
     "StateMismatch",
+    "Store",
     "TapUnavailable",
     "TimedOut",
     "TraceEvent",

@@ -50,6 +50,16 @@ class Buffer:
         return self._nbytes
 
     @property
+    def capacity(self) -> int:
+        """The bytes of memory that this takes: of a buffer from the pool what it takes of the
+        engine's ``pinned_limit``, at least ``nbytes``; of other memory ``nbytes``."""
+        taken = ffi.new("uint64_t *")
+        if lib.kvf_buffer_capacity(self.memory, taken) < 0:
+            return self._nbytes
+        capacity: int = taken[0]
+        return capacity
+
+    @property
     def jobs(self) -> int:
         """How many transfers in flight use this Buffer."""
         return len(self.transfers)

@@ -80,6 +80,12 @@ class Llama:
         """
         return self._attachment.fingerprint
 
+    @property
+    def model_path(self) -> str | None:
+        """The file of the model, where the attachment was made with a ``llama_cpp.Llama``."""
+        llm = self._attachment.llm
+        return None if llm is None else llm.model_path
+
     # ---- The context's thread -------------------------------------------------------------------
 
     async def run(self, function: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs) -> T:

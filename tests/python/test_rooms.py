@@ -15,6 +15,8 @@ ROOMS = [
     ("the exceptions", ["errors"]),
     ("the bridge", ["_bridge"]),
     ("what programs import", ["*"]),
+    ("the store", ["store"]),
+    ("the package itself", [""]),
     ("the tools", ["tools", "__main__"]),
 ]
 

@@ -62,6 +62,11 @@ class LlamaCppObject:
             return None
         return cls(owner)
 
+    @property
+    def model_path(self) -> str | None:
+        path = getattr(self._llm, "model_path", None)
+        return path if isinstance(path, str) else None
+
     def state(self, begin: int = 0, end: int | None = None) -> LlmState:
         """Returns a copy of what the object knows now of its tokens at [begin, end), or of all."""
         llm = self._llm

@@ -1,0 +1,81 @@
+"""What must be equal for the state of one context to be of use in another."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import anyio.to_thread
+
+from .._bridge.block_list import BlocksAllowed
+from ..llama import Llama
+from .keys import root_key
+from .weights import weights_hash
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A cache for which something may be kept: its root, and what it allows."""
+
+    root: bytes
+    allowed: BlocksAllowed
+
+
+class Identities:
+    """The roots of the keys. For the thread of the event loop.
+
+    libllama does not tell the types and layout of a cache before a state with cells has been seen.
+    So the layouts for which something was kept are remembered, for each model and salt: for a
+    context that is new all of them are tried.
+    """
+
+    def __init__(self, files: anyio.CapacityLimiter) -> None:
+        self._files = files
+        self._models: WeakKeyDictionary[Llama, list[bytes]] = WeakKeyDictionary()
+        self._layouts: WeakKeyDictionary[Llama, tuple[str, BlocksAllowed, str]] = (
+            WeakKeyDictionary()
+        )
+        self._known: dict[bytes, dict[bytes, BlocksAllowed]] = {}
+
+    async def candidates(self, llama: Llama, salt: bytes) -> list[Kept]:
+        """The roots under which something for this context may be kept."""
+        model = await self._model(llama, salt)
+        layout, allowed, _ = await self._layout(llama)
+        if allowed is BlocksAllowed.UNSEEN:
+            return [Kept(*each) for each in self._known.get(model, {}).items()]
+        if allowed is BlocksAllowed.NONE:
+            return []
+        return [Kept(root_key([model, layout.encode()]), allowed)]
+
+    async def to_keep(self, llama: Llama, salt: bytes) -> tuple[Kept, str]:
+        """The root for this context, which is remembered; and why not more is allowed."""
+        model = await self._model(llama, salt)
+        layout, allowed, why = await self._layout(llama)
+        root = root_key([model, layout.encode()])
+        if allowed.blocks or allowed.checkpoints:
+            self._known.setdefault(model, {})[root] = allowed
+        return Kept(root, allowed), why
+
+    async def is_unseen(self, llama: Llama) -> bool:
+        return (await self._layout(llama))[1] is BlocksAllowed.UNSEEN
+
+    async def _model(self, llama: Llama, salt: bytes) -> bytes:
+        """The hash of a salt and a model."""
+        if llama not in self._models:
+            path = llama.model_path
+            weights = b""
+            if path is not None:
+                read = functools.partial(weights_hash, path)
+                weights = await anyio.to_thread.run_sync(read, limiter=self._files)
+            self._models[llama] = [llama.fingerprint.encode(), weights]
+        return root_key([salt, *self._models[llama]])
+
+    async def _layout(self, llama: Llama) -> tuple[str, BlocksAllowed, str]:
+        if (known := self._layouts.get(llama)) is not None:
+            return known
+        allowed, why = await llama.blocks_allowed_async()
+        found = (llama.describe()["layout"], allowed, why)
+        if allowed is not BlocksAllowed.UNSEEN:
+            self._layouts[llama] = found
+        return found
