@@ -103,6 +103,23 @@ def test_blocks_go_on_as_llama_cpp_does_without_them(default_model: Model) -> No
     )
 
 
+def test_a_store_brings_back_a_prompt() -> None:
+    kept, restored, last = run("store.py").splitlines()
+    assert kept == "kept 292 tokens"
+    assert restored == "the next prompt has 342 tokens, of which 292 were restored"
+    assert last.endswith("its logits are the same as without the store")
+
+
+def test_the_example_of_a_store_notices_a_load_that_loads_nothing() -> None:
+    first = """
+import kvferry
+async def load_blocks(self, blocks, seq, *, checkpoint=None, priority=None):
+    pass
+kvferry.Llama.load_blocks = load_blocks
+"""
+    assert "NOT those without the store" in run("store.py", first)
+
+
 def test_blocks_notice_a_load_that_loads_nothing() -> None:
     first = """
 import kvferry
