@@ -1,0 +1,1 @@
+"""Keeps blocks and checkpoints, and finds them again."""
