@@ -115,8 +115,9 @@ class Disk:
     def write(self, description: Description, data: bytes | bytearray | memoryview) -> bool:
         """Keeps a part: it is on the disk when this returns True, also if it was there before.
 
-        Returns False if the limit leaves no room, or a file of a newer version has the name. Raises ValueError if the data are not those
-        described; OSError, such as for a full disk: then nothing of the part stays.
+        Returns False if the limit leaves no room, or a file of a newer version has the name.
+        Raises ValueError if the data are not those described; OSError, such as for a full disk:
+        then nothing of the part stays.
         """
         part_format.check(description)
         memory = memoryview(data).cast("B")
@@ -148,7 +149,8 @@ class Disk:
         """Fills ``memory``, of ``description.nbytes`` bytes, with the part's bytes.
 
         Returns False if the part is not there or not right; then what stands there is quarantined
-        and ``memory`` has any content. Raises OSError where the process lacks descriptors or memory.
+        and ``memory`` has any content. Raises OSError where the process lacks descriptors or
+        memory.
         """
         part_format.check(description)
         view = memoryview(memory).cast("B")
@@ -382,7 +384,10 @@ class Disk:
             self._to_quarantine(name, reason)
 
     def _with_index(self, use: Callable[[Index], T]) -> T:
-        """Uses the index; if it is lost or corrupt, makes it anew from the files. Raises OSError."""
+        """Uses the index; makes it anew from the files if it is lost or corrupt.
+
+        Raises OSError.
+        """
         with self._folder.in_thread():
             try:
                 if self._index is not None and self._index.is_current():

@@ -56,8 +56,9 @@ def test_each_call_fails_once(tmp_path: Path, fault: str) -> None:
         try:
             written = disk.write(part, data)
             assert written
-        except OSError as error:
-            assert fault not in ("EINTR", "short"), error
+        except OSError:
+            if fault in ("EINTR", "short"):
+                raise
             written = False
         before = system.calls
         if not written:
