@@ -140,4 +140,4 @@ class Index:
 
     def _rows(self, where: str, *values: object) -> list[Description]:
         rows = self._sql.execute(f"SELECT {_COLUMNS} FROM part WHERE {where}", values).fetchall()
-        return [Description(*row[:7], int.from_bytes(row[7], "big")) for row in rows]
+        return [Description(*row[:6], row[6], int.from_bytes(row[7], "big")) for row in rows]

@@ -14,7 +14,7 @@ from typing import cast
 
 import xxhash
 
-from .description import Description
+from .description import Description, Kind
 from .system import System
 
 MAGIC = b"kvfstore"
@@ -91,14 +91,14 @@ def parse_header(header: bytes | bytearray) -> Description:
     try:
         name = kind.rstrip(b"\0").decode("ascii")
         found = Description(
-            cast("str", name),
+            cast("Kind", name),
             key,
             parent,
             begin,
             end,
             root,
             nbytes,
-            checksum,  # type: ignore[arg-type]
+            checksum,
         )
         check(found)
     except ValueError as error:
