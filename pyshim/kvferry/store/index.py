@@ -140,4 +140,9 @@ class Index:
 
     def _rows(self, where: str, *values: object) -> list[Description]:
         rows = self._sql.execute(f"SELECT {_COLUMNS} FROM part WHERE {where}", values).fetchall()
-        return [Description(*row[:6], row[6], int.from_bytes(row[7], "big")) for row in rows]
+        return [
+            Description(
+                kind, key, parent, begin, end, root, nbytes, int.from_bytes(checksum, "big")
+            )
+            for kind, key, parent, begin, end, root, nbytes, checksum in rows
+        ]

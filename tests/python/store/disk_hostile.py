@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -56,5 +57,6 @@ def run(folder: Path, count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable()  # a line for each file
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder) / "store", int(sys.argv[1]), seed=1)
