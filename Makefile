@@ -72,6 +72,7 @@ help:
 	@echo "make test-builds  all tests that use libllama, on each of $(words $(TESTED_BUILDS)) builds; make builds-table: what is seen there"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
 	@echo "make soak      random operations beside transfers, compared with llama.cpp's own; as long as ARGS says"
+	@echo "make soak-disk killed writers and mutated files in the store's folder"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
@@ -345,6 +346,12 @@ soak: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
 soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
+
+# The disk tier of the store: writers that are killed 1,000 times, and 100,000 mutated files.
+.PHONY: soak-disk
+soak-disk: $(PACKAGE)
+	python tests/python/store/disk_killed.py 1000
+	python tests/python/store/disk_hostile.py 100000
 
 # Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU. What its build cannot
 # do is known by its name, such as KVFERRY_LLAMA_BUILD=b10361.
