@@ -32,7 +32,7 @@ from .block_transfer import (
     pinned_each,
 )
 from .blocks import Block, BlocksToLoad, Checkpoint
-from .buffer import borrow, pinned
+from .buffer import Buffer, borrow, pinned
 from .errors import BufferTooSmall, check
 from .sequence_transfer import BufferSave, LoadOutcome, LoadTransfer, SaveTransfer, WrongSize
 from .snapshot import Snapshot, state_to_load, to_verify
@@ -85,6 +85,10 @@ class Llama:
         """The file of the model, where the attachment was made with a ``llama_cpp.Llama``."""
         llm = self._attachment.llm
         return None if llm is None else llm.model_path
+
+    async def allocate(self, nbytes: int) -> Buffer:
+        """As ``Engine.allocate`` of the engine that this was made by."""
+        return await self._core.on_memory_thread(pinned, nbytes)
 
     # ---- The context's thread -------------------------------------------------------------------
 

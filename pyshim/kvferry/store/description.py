@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["block", "checkpoint"]
+Kind = Literal["block", "checkpoint", "layout"]
+"""A "layout" is a note that something is kept for a cache: its key is the root, its parent stands
+for the model, and its bytes are a value of BlocksAllowed."""
 
 
 @dataclass(frozen=True)

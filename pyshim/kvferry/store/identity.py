@@ -10,6 +10,7 @@ import anyio.to_thread
 
 from .._bridge.block_list import BlocksAllowed
 from ..llama import Llama
+from .behind import Behind, layout_note
 from .keys import root_key
 from .weights import weights_hash
 
@@ -30,8 +31,9 @@ class Identities:
     context that is new all of them are tried.
     """
 
-    def __init__(self, files: anyio.CapacityLimiter) -> None:
+    def __init__(self, files: anyio.CapacityLimiter, behind: Behind | None) -> None:
         self._files = files
+        self._behind = behind
         self._models: WeakKeyDictionary[Llama, list[bytes]] = WeakKeyDictionary()
         self._layouts: WeakKeyDictionary[Llama, tuple[str, BlocksAllowed, str]] = (
             WeakKeyDictionary()
@@ -43,7 +45,10 @@ class Identities:
         model = await self._model(llama, salt)
         layout, allowed, _ = await self._layout(llama)
         if allowed is BlocksAllowed.UNSEEN:
-            return [Kept(*each) for each in self._known.get(model, {}).items()]
+            known = self._known.get(model, {})
+            if self._behind is not None:
+                known = {**await self._behind.call(self._behind.layouts, model), **known}
+            return [Kept(*each) for each in known.items()]
         if allowed is BlocksAllowed.NONE:
             return []
         return [Kept(root_key([model, layout.encode()]), allowed)]
@@ -54,7 +59,10 @@ class Identities:
         layout, allowed, why = await self._layout(llama)
         root = root_key([model, layout.encode()])
         if allowed.blocks or allowed.checkpoints:
-            self._known.setdefault(model, {})[root] = allowed
+            known = self._known.setdefault(model, {})
+            if self._behind is not None and root not in known:
+                self._behind.write(layout_note(model, root, allowed))
+            known[root] = allowed
         return Kept(root, allowed), why
 
     async def is_unseen(self, llama: Llama) -> bool:

@@ -4,73 +4,116 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from .._bridge.block_list import BlocksAllowed
+from .description import Description, Kind
+from .disk import Disk
 from .keys import Link, Tokens, chain, next_key
-from .ram import Entry, Ram
+from .ram import Ram
+
+
+class Lookup(Protocol):
+    """Where parts are looked for."""
+
+    def find(self, kind: Kind, key: bytes) -> Description | None: ...
+    def ends(self, parent: bytes) -> list[int]: ...
+
+
+class InBoth:
+    """Looks into RAM, then into the folder. May block on the disk."""
+
+    def __init__(self, ram: Ram, disk: Disk) -> None:
+        self._ram = ram
+        self._disk = disk
+
+    def find(self, kind: Kind, key: bytes) -> Description | None:
+        return self._ram.find(kind, key) or self._disk.find(kind, key)
+
+    def ends(self, parent: bytes) -> list[int]:
+        on_disk = {each.end for each in self._disk.children(parent)}
+        return list(on_disk.union(self._ram.ends(parent)))
 
 
 @dataclass(frozen=True)
 class Prefix:
     """What a load of the first tokens of a prompt needs."""
 
-    blocks: list[Entry]
-    checkpoint: Entry | None
+    blocks: list[Description]
+    checkpoint: Description | None
     end: int
     """How many tokens it has."""
 
     @property
-    def entries(self) -> list[Entry]:
+    def parts(self) -> list[Description]:
         return self.blocks if self.checkpoint is None else [*self.blocks, self.checkpoint]
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.description.nbytes for entry in self.entries)
+        return sum(part.nbytes for part in self.parts)
 
 
-def longest_prefix(
-    ram: Ram, root: bytes, allowed: BlocksAllowed, tokens: Tokens, block_tokens: int
-) -> Prefix | None:
-    """Returns the longest prefix of the tokens that is kept and can be loaded; None if there is
-    none.
+@dataclass(frozen=True)
+class Search:
+    """A search for the longest prefix of tokens that is kept and can be loaded.
 
     Keys of whole blocks are followed from the root on. What ends elsewhere is found by its parent:
     the tokens up to where it ends must give its key.
     """
-    links = chain(root, tokens[: len(tokens) // block_tokens * block_tokens], block_tokens)
-    blocks: list[Entry] = []
-    if allowed.blocks:
-        for link in links:
-            if (block := ram.get("block", link.key)) is None:
-                break
-            blocks.append(block)
-        links = links[: len(blocks)]
-    for count in range(len(links), -1, -1):
-        parent = links[count - 1].key if count else root
-        for link in _shorter(ram, parent, count * block_tokens, tokens, block_tokens):
-            if found := _loadable(ram, allowed, blocks[:count], link):
+
+    lookup: Lookup
+    root: bytes
+    allowed: BlocksAllowed
+    tokens: Tokens
+    block_tokens: int
+
+    def run(self) -> Prefix | None:
+        """Returns None if there is none."""
+        whole = len(self.tokens) // self.block_tokens * self.block_tokens
+        links = chain(self.root, self.tokens[:whole], self.block_tokens)
+        blocks: list[Description] = []
+        if self.allowed.blocks:
+            for link in links:
+                if (block := self._block(link)) is None:
+                    break
+                blocks.append(block)
+            links = links[: len(blocks)]
+        for count in range(len(links), -1, -1):
+            parent = links[count - 1].key if count else self.root
+            for link in self._shorter(parent, count * self.block_tokens):
+                if found := self._loadable(blocks[:count], link):
+                    return found
+            if count and (found := self._loadable(blocks[: count - 1], links[count - 1])):
                 return found
-        if count and (found := _loadable(ram, allowed, blocks[: count - 1], links[count - 1])):
-            return found
-    return None
-
-
-def _shorter(
-    ram: Ram, parent: bytes, begin: int, tokens: Tokens, block_tokens: int
-) -> Iterator[Link]:
-    """What may be kept behind a whole block and ends before the next whole one, longest first."""
-    for end in ram.ends(parent):
-        if begin < end < begin + block_tokens and end <= len(tokens):
-            yield Link(begin, end, next_key(parent, tokens[begin:end]), parent)
-
-
-def _loadable(ram: Ram, allowed: BlocksAllowed, before: list[Entry], last: Link) -> Prefix | None:
-    """The prefix that ends with ``last``, if all that it needs is there."""
-    blocks, checkpoint = [], None
-    if allowed.blocks:
-        if (block := ram.get("block", last.key)) is None:
-            return None
-        blocks = [*before, block]
-    if allowed.checkpoints and (checkpoint := ram.get("checkpoint", last.key)) is None:
         return None
-    return Prefix(blocks, checkpoint, last.end)
+
+    def _shorter(self, parent: bytes, begin: int) -> Iterator[Link]:
+        """What may be kept behind a whole block and ends before the next one, longest first."""
+        for end in sorted(self.lookup.ends(parent), reverse=True):
+            if begin < end < begin + self.block_tokens and end <= len(self.tokens):
+                yield Link(begin, end, next_key(parent, self.tokens[begin:end]), parent)
+
+    def _loadable(self, before: list[Description], last: Link) -> Prefix | None:
+        """The prefix that ends with ``last``, if all that it needs is there."""
+        blocks: list[Description] = []
+        checkpoint = None
+        if self.allowed.blocks:
+            if (block := self._block(last)) is None:
+                return None
+            blocks = [*before, block]
+        if self.allowed.checkpoints and (checkpoint := self._checkpoint(last)) is None:
+            return None
+        return Prefix(blocks, checkpoint, last.end)
+
+    def _block(self, link: Link) -> Description | None:
+        return self._right(self.lookup.find("block", link.key), link, link.begin)
+
+    def _checkpoint(self, link: Link) -> Description | None:
+        return self._right(self.lookup.find("checkpoint", link.key), link, link.end)
+
+    def _right(self, found: Description | None, link: Link, begin: int) -> Description | None:
+        """What was found, if it says of itself what its key stands for: a file may say anything."""
+        if found is None:
+            return None
+        told = (found.key, found.parent, found.begin, found.end, found.root)
+        return found if told == (link.key, link.parent, begin, link.end, self.root) else None

@@ -36,7 +36,7 @@ class Entry:
 
 
 class Ram:
-    """Blocks and checkpoints in buffers. For one thread.
+    """Blocks and checkpoints in buffers. For one thread; any thread may call ``find`` and ``ends``.
 
     A block goes only after the blocks that follow it and the checkpoint at its end: without those
     before it a block is of no use.
@@ -85,9 +85,14 @@ class Ram:
                 entry.expires = max(entry.expires, expires)
         return entry
 
+    def find(self, kind: Kind, key: bytes) -> Description | None:
+        """As ``get``, without the bytes."""
+        entry = self.get(kind, key)
+        return None if entry is None else entry.description
+
     def ends(self, parent: bytes) -> list[int]:
-        """Where the entries with this parent end, the last position first."""
-        return sorted(self._ends.get(parent, ()), reverse=True)
+        """Where the entries with this parent end."""
+        return list(self._ends.get(parent, ()))
 
     def use(self, entries: Iterable[Entry]) -> None:
         """Notes that entries have been of use."""

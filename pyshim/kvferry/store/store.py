@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,12 +21,13 @@ from .._bridge.llama_cpp_object import LlmState
 from .._bridge.submission import Priority
 from .._native import lib
 from ..blocks import Block, Checkpoint
-from ..errors import StateDamaged, StateMismatch, error
+from ..errors import KvferryError, StateDamaged, StateMismatch, error
 from ..llama import Llama
+from .behind import Behind
 from .description import Description
 from .identity import Identities, Kept
 from .keys import Link, Tokens, chain, checked_tokens
-from .prefix import Prefix, longest_prefix
+from .prefix import InBoth, Prefix, Search
 from .ram import Entry, Ram
 from .sizes import size
 
@@ -32,6 +36,10 @@ log = logging.getLogger("kvferry.store")
 _POOL_ROUNDING = 1 << 16
 """A buffer of the pool may have so many bytes more than it was asked for, and more by a sixteenth:
 ``Llama.save_checkpoint`` asks for that much."""
+
+
+_SEARCHES = 8
+"""How often a restore searches again, after a file that cannot be used was put aside."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class Found:
     nbytes: int
     """The bytes that a restore would move."""
     tier: str
-    """Where they lie: "ram"; "" where nothing is kept."""
+    """Where they lie: "ram"; "disk", where some of them are on disk alone; "" where
+    nothing is kept."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,11 @@ class Store:
     ram
         The most bytes that the buffers of all that is kept may take: an int, or a string such as
         "8 GiB". Buffers that are being filled count.
+    disk
+        A folder, which several processes may share. What is kept is written there behind, and found
+        again when the process has been started anew.
+    disk_limit
+        The most bytes that the folder may take. Given with ``disk``.
     block_tokens
         How many tokens a block has. Only what was kept with this number is found.
     salt
@@ -82,15 +96,28 @@ class Store:
         several owners.
     """
 
-    def __init__(self, *, ram: int | str, block_tokens: int = 256, salt: bytes = b"") -> None:
+    def __init__(
+        self,
+        *,
+        ram: int | str,
+        disk: str | os.PathLike[str] | None = None,
+        disk_limit: int | str | None = None,
+        block_tokens: int = 256,
+        salt: bytes = b"",
+    ) -> None:
         """Raises TypeError, InvalidArgument."""
+        self._behind: Behind | None = None
+        if (disk is None) != (disk_limit is None):
+            raise invalid("disk and disk_limit are given both or neither")
+        if disk is not None:
+            self._behind = Behind(disk, size("disk_limit", disk_limit))
         self._ram = Ram(size("ram", ram))
         self._block_tokens = integer("block_tokens", block_tokens, least=1)
         self._salt = _checked_salt(salt)
-        self._identities = Identities(anyio.CapacityLimiter(4))
+        self._identities = Identities(anyio.CapacityLimiter(1), self._behind)
         self._names: dict[str, _Named] = {}
         self._counts: Counter[str] = Counter()
-        self._closed = False
+        self._closed = True  # until it is entered
 
     # ---- Finding and restoring ------------------------------------------------------------------
 
@@ -105,7 +132,8 @@ class Store:
         prefixes = await self._prefixes(llama, self._part(tokens, leave), salt)
         if not prefixes:
             return Found(0, 0, "")
-        return Found(prefixes[0].end, prefixes[0].nbytes, "ram")
+        in_ram = all(self._ram.get(part.kind, part.key) for part in prefixes[0].parts)
+        return Found(prefixes[0].end, prefixes[0].nbytes, "ram" if in_ram else "disk")
 
     async def restore(
         self,
@@ -129,20 +157,122 @@ class Store:
         sequence holds. Raises CacheFull, SequenceRange, EngineClosed, ContextFreed, Busy (a
         transfer of the sequence is in flight), and KvferryError (the store is closed).
         """
-        for prefix in await self._prefixes(llama, self._part(tokens, leave), salt):
-            with self._ram.held(prefix.entries):
-                if await self._load(llama, seq, prefix, priority):
-                    self._ram.use(prefix.entries)
-                    self._counts["restored_tokens"] += prefix.end
-                    self._counts["restored_bytes"] += prefix.nbytes
-                    return prefix.end
+        wanted = self._part(tokens, leave)
+        for _ in range(_SEARCHES):
+            unreadable = False
+            for prefix in await self._prefixes(llama, wanted, salt):
+                with contextlib.ExitStack() as held:
+                    entries = await self._bring(llama, wanted, prefix, held)
+                    unreadable |= entries is None
+                    if entries and await self._load(llama, seq, prefix, entries, priority):
+                        self._ram.use(entries)
+                        self._counts["restored_tokens"] += prefix.end
+                        self._counts["restored_bytes"] += prefix.nbytes
+                        return prefix.end
+            if not unreadable:
+                break  # else the disk knows better now what it has
         await llama.remove(seq)
         return 0
 
-    async def _load(self, llama: Llama, seq: int, prefix: Prefix, priority: Priority) -> bool:
+    def prefetch(self, llama: Llama, tokens: ArrayLike, *, salt: bytes | None = None) -> None:
+        """Reads the longest known prefix from the disk into RAM, in a task of the store. Returns at
+        once."""
+        self._check_open()
+        self._tasks.start_soon(self._prefetch, llama, checked_tokens(tokens), salt)
+
+    async def _prefetch(self, llama: Llama, tokens: Tokens, salt: bytes | None) -> None:
+        try:
+            for prefix in await self._prefixes(llama, tokens, salt):
+                with contextlib.ExitStack() as held:
+                    await self._bring(llama, tokens, prefix, held)
+        except (KvferryError, OSError) as problem:
+            log.warning("a prefix was not brought to RAM ahead: %s", problem)
+
+    async def _bring(
+        self, llama: Llama, tokens: Tokens, prefix: Prefix, held: contextlib.ExitStack
+    ) -> list[Entry] | None:
+        """Returns what a load needs, in RAM, where ``held`` keeps it. None: a part cannot be read,
+        or there is no room."""
+        entries: list[Entry | None] = []
+        missing = []
+        for index, part in enumerate(prefix.parts):
+            entry = self._ram.get(part.kind, part.key)
+            entries.append(entry)
+            if entry is None:
+                missing.append(index)
+            else:
+                held.enter_context(self._ram.held([entry]))
+        whole = not prefix.blocks
+
+        async def read(index: int) -> None:
+            part = prefix.parts[index]
+            entries[index] = entry = await self._read(llama, tokens, part, whole)
+            if entry is not None:
+                held.enter_context(self._ram.held([entry]))
+
+        async with anyio.create_task_group() as reads:
+            for index in missing:
+                reads.start_soon(read, index)
+        there = [entry for entry in entries if entry is not None]
+        return there if len(there) == len(entries) else None
+
+    async def _read(
+        self, llama: Llama, tokens: Tokens, part: Description, whole: bool
+    ) -> Entry | None:
+        """Reads a part from the disk into a buffer of the engine, and keeps it in RAM."""
+        if self._behind is None:
+            return None
+        room = part.nbytes + _POOL_ROUNDING
+        if not await self._reserve(room):
+            return None
+        try:
+            buffer = await llama.allocate(part.nbytes)
+            if not await self._behind.read(part, buffer.view):
+                return None
+        finally:
+            self._ram.unreserve(room)
+        begin = 0 if whole else part.begin
+        saved = {
+            "key": part.key,
+            "fingerprint": llama.fingerprint,
+            "checksum": part.checksum,
+            "llm": LlmState(tokens[begin : part.end].copy()),
+        }
+        read: Block | Checkpoint
+        if part.kind == "block":
+            read = Block(
+                buffer.memory,
+                part.nbytes,
+                begin=part.begin,
+                end=part.end,
+                parent=part.parent,
+                **saved,  # type: ignore[arg-type]
+            )
+        else:
+            read = Checkpoint(buffer.memory, part.nbytes, position=part.end - 1, **saved)  # type: ignore[arg-type]
+        entry = Entry(part, read, buffer.capacity)
+        self._counts["read_bytes"] += part.nbytes
+        return entry if self._ram.add(entry) else self._ram.get(part.kind, part.key)
+
+    async def _reserve(self, nbytes: int) -> bool:
+        """As ``Ram.reserve``, but waits for writes to the disk, which keep entries in RAM."""
+        while not self._ram.reserve(nbytes):
+            if self._behind is None or not self._behind.pending or nbytes > self._ram.limit:
+                return False
+            await self._behind.wait_for_a_write()
+        return True
+
+    async def _load(
+        self,
+        llama: Llama,
+        seq: int,
+        prefix: Prefix,
+        entries: Sequence[Entry],
+        priority: Priority,
+    ) -> bool:
         """False: the library has refused it, before it touched the sequence."""
-        blocks = [entry.part for entry in prefix.blocks]
-        checkpoint = prefix.checkpoint and prefix.checkpoint.part
+        blocks = [entry.part for entry in entries[: len(prefix.blocks)]]
+        checkpoint = entries[-1].part if prefix.checkpoint else None
         was_unseen = await self._identities.is_unseen(llama)
         try:
             await llama.load_blocks(blocks, seq, checkpoint=checkpoint, priority=priority)  # type: ignore[arg-type]
@@ -158,10 +288,17 @@ class Store:
         """The longest prefix of each cache that the context may have, longest first."""
         self._check_open()
         candidates = await self._identities.candidates(llama, self._salt_or(salt))
-        found = [
-            longest_prefix(self._ram, each.root, each.allowed, tokens, self._block_tokens)
-            for each in candidates
-        ]
+        found = []
+        for each in candidates:
+            search = Search(self._ram, each.root, each.allowed, tokens, self._block_tokens)
+            prefix = search.run()
+            if self._behind is not None and (prefix is None or prefix.end < len(tokens)):
+                both = InBoth(self._ram, self._behind.disk)
+                try:
+                    prefix = await self._behind.call(dataclasses.replace(search, lookup=both).run)
+                except OSError as problem:
+                    log.warning("the disk was not searched: %s", problem)
+            found.append(prefix)
         return sorted(filter(None, found), key=lambda prefix: prefix.end, reverse=True)
 
     # ---- Keeping --------------------------------------------------------------------------------
@@ -238,7 +375,7 @@ class Store:
             if kept.allowed.checkpoints and not self._ram.renew("checkpoint", last.key, expires):
                 nbytes = await llama.checkpoint_size_async(seq)
                 room = nbytes + nbytes // 16 + 2 * _POOL_ROUNDING
-                if not self._ram.reserve(room):
+                if not await self._reserve(room):
                     return self._kept_end(links, kept)
                 reserved += room
                 checkpoint = await llama.save_checkpoint(seq, key=last.key, priority=priority)
@@ -254,7 +391,7 @@ class Store:
                 for link in links[known:]:
                     nbytes = await llama.block_size_async(link.end - link.begin)
                     room = nbytes + _POOL_ROUNDING
-                    if not self._ram.reserve(room):
+                    if not await self._reserve(room):
                         break
                     reserved += room
                     missing.append((link, nbytes))
@@ -316,8 +453,11 @@ class Store:
                 nbytes=part.nbytes,
                 checksum=0,
             )
-            if self._ram.add(Entry(description, part, part.capacity, expires=expires)):
+            entry = Entry(description, part, part.capacity, expires=expires)
+            if self._ram.add(entry):
                 self._counts["saved_bytes"] += part.nbytes
+                if self._behind is not None:
+                    self._behind.write(entry)
 
     def _kept_end(self, links: Sequence[Link], kept: Kept) -> int:
         """How many tokens of a chain can be restored, up to its last link."""
@@ -394,6 +534,8 @@ class Store:
             "ram_reserved": self._ram.reserved,
             "ram_entries": len(self._ram),
             "evicted": self._ram.evicted,
+            "disk_writes_pending": self._behind.pending if self._behind else 0,
+            "disk_writes_failed": self._behind.failed if self._behind else 0,
             **{
                 name: self._counts[name]
                 for name in (
@@ -401,6 +543,7 @@ class Store:
                     "saved_bytes",
                     "restored_tokens",
                     "restored_bytes",
+                    "read_bytes",
                     "refused_loads",
                 )
             },
@@ -408,12 +551,19 @@ class Store:
 
     # ---- Closing --------------------------------------------------------------------------------
 
-    async def aclose(self) -> None:
-        """Forgets what is kept in RAM. Calls in progress end as they would, or raise."""
-        self._closed = True
-        self.clear()
+    async def flush(self) -> None:
+        """Returns when all that has been kept is on the disk, or could not be written."""
+        if self._behind is not None:
+            await self._behind.flush()
 
     async def __aenter__(self) -> Store:
+        """Raises OSError where the folder cannot be used."""
+        if self._behind is not None:
+            await self._behind.open()
+        self._tasks = await anyio.create_task_group().__aenter__()
+        if self._behind is not None:
+            self._tasks.start_soon(self._behind.write_all)
+        self._closed = False
         return self
 
     async def __aexit__(
@@ -422,7 +572,19 @@ class Store:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.aclose()
+        """Waits for the writes to the disk, unless the body has failed; then forgets what is in
+        RAM."""
+        self._closed = True
+        try:
+            if exception is None:
+                await self.flush()
+        finally:
+            self._tasks.cancel_scope.cancel()
+            await self._tasks.__aexit__(None, None, None)
+            if self._behind is not None:
+                with anyio.CancelScope(shield=True):
+                    await self._behind.close()
+            self.clear()
 
     # ---- Arguments ------------------------------------------------------------------------------
 
