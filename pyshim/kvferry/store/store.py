@@ -74,7 +74,7 @@ class _Named:
 
 
 class Store:
-    """Keeps the KV cache of conversations in RAM, and finds the longest known prefix of a prompt.
+    """Keeps the KV cache of conversations in RAM and in a folder, and finds the longest known prefix of a prompt.
 
     Use it as ``async with kvferry.Store(ram="8 GiB") as store: ...``. A store serves several
     engines, contexts and models. All methods are for the thread of one event loop, and may be
@@ -316,14 +316,14 @@ class Store:
     ) -> int:
         """Keeps what the sequence holds of these tokens, which stand at its positions from 0 on.
 
-        Only what is not kept already is saved. The sequence may be decoded further meanwhile, but
+        Only what is not in RAM already is saved. The sequence may be decoded further meanwhile, but
         where the cache needs checkpoints it must end with ``tokens`` when this is called, and until
         the context's thread has taken the checkpoint.
 
         Returns how many of the tokens are kept then: fewer than ``tokens`` has where the budget has
         no room for all. ``name`` is for ``pin``, ``evict`` and ``list``; an older conversation
         of this name loses it. ``ttl`` is a time in seconds after which it is not found any more;
-        what is shared is kept as long as the longest of those who keep it ask.
+        what is shared is kept as long as the longest of those who keep it ask. Both are for RAM.
 
         If the task is cancelled, the save is cancelled, and nothing more is kept.
 
@@ -343,12 +343,12 @@ class Store:
         links = chain(kept.root, tokens, self._block_tokens)
         if not links:
             return 0
-        entries = [
-            entry
-            for link in links
-            if kept.allowed.blocks
-            and (entry := self._ram.renew("block", link.key, expires)) is not None
-        ]
+        entries: list[Entry] = []
+        for link in links if kept.allowed.blocks else ():
+            # Later blocks may be there without this one, after a file was lost.
+            if (entry := self._ram.renew("block", link.key, expires)) is None:
+                break
+            entries.append(entry)
         with self._ram.held(entries):
             end = await self._save(llama, seq, tokens, kept, links, len(entries), expires, priority)
         self._counts["kept_tokens"] += end
@@ -502,13 +502,13 @@ class Store:
                 entry.holds -= 1
 
     def evict(self, name: str) -> int:
-        """Removes what has this name, its pin too, except what others share or a restore uses now.
+        """Removes from RAM what has this name, its pin too, except what others share or a restore uses now.
         Returns how many blocks and checkpoints were removed. Raises KeyError."""
         self.unpin(name)
         return self._ram.remove_all(self._names.pop(name).entries)
 
     def clear(self) -> int:
-        """Removes everything, except what a restore or a keep uses now. Returns as ``evict``."""
+        """Removes everything from RAM, except what a restore or a keep uses now. Returns as ``evict``."""
         for name in list(self._names):
             self.unpin(name)
         self._names.clear()

@@ -102,10 +102,10 @@ async def test_a_new_process_finds_it(
     assert (tmp_path / "logits").read_bytes() == like.decode(0, [7]).tobytes()
 
 
-def damage(folder: Path) -> None:
-    """Changes the last byte of every block and checkpoint."""
-    paths = [*folder.rglob("*.block"), *folder.rglob("*.checkpoint")]
-    assert len(paths) >= 4
+def damage(folder: Path, name: str = "*.*") -> None:
+    """Changes the last byte of every block and checkpoint of this name."""
+    paths = [*(folder / "parts").glob(name)]
+    assert paths
     for path in paths:
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
@@ -129,6 +129,24 @@ async def test_a_damaged_file_shortens_what_is_restored(
             assert await store.keep(llama, 0, prompt) == TOKENS
             await store.flush()
         async with store_in(tmp_path) as store:
+            assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+
+
+@pytest.mark.parametrize("kind", ["llama", "hybrid"])
+async def test_a_keep_fills_the_gap_of_a_lost_block(
+    make_context: MakeContext, tmp_path: Path, kind: str
+) -> None:
+    context, prompt = prompted(make_context, kind)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with store_in(tmp_path) as store:
+            await store.keep(llama, 0, prompt[:TOKENS])
+            (first,) = (part for part in store._ram if part.description.begin == 0)
+            name = first.description.key.hex()
+        damage(tmp_path, f"{name}.block")
+        async with store_in(tmp_path) as store:
+            assert await store.restore(llama, 1, prompt, leave=0) == 0
+            assert await store.keep(llama, 0, prompt) == TOKENS
             assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
 
 
