@@ -173,7 +173,7 @@ class Ram:
         )
 
     def _drop(self, entry: Entry) -> None:
-        """``_order`` has let go of it already."""
+        """The entry is not in ``_order`` any more."""
         del self._entries[entry.id]
         self._expiring.pop(entry.id, None)
         self.used -= entry.capacity

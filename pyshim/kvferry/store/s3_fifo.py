@@ -1,10 +1,10 @@
 """Which entry of a cache is evicted next: S3-FIFO, for entries of which some stand on others.
 
-S3-FIFO (Yang and others, "FIFO queues are all you need for cache eviction", SOSP 2023) has a small
-queue for new entries, a main queue for those that were used while in the small one, and a ghost
-queue of keys that left the small one unused. A scan fills and leaves the small queue, and the main
-queue stays. No library that is maintained has such a policy with a say in which entry may go, which
-is needed for pins and for prefixes, so it stands here.
+S3-FIFO is of Yang and others, "FIFO queues are all you need for cache eviction", SOSP 2023. A small
+queue has new entries. The main queue has those that were used while they were in the small one. A
+ghost queue has the keys that left the small one unused. A scan fills and leaves the small queue, and
+the main queue stays. No maintained library lets the program say which entry may go, which pins and
+prefixes need.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class _Named:
 
 
 class Store:
-    """Keeps the KV cache of conversations in RAM and in a folder, and finds the longest known prefix of a prompt.
+    """Keeps the KV cache of conversations, and finds the longest known prefix of a prompt.
 
     Use it as ``async with kvferry.Store(ram="8 GiB") as store: ...``. A store serves several
     engines, contexts and models. All methods are for the thread of one event loop, and may be
@@ -502,13 +502,18 @@ class Store:
                 entry.holds -= 1
 
     def evict(self, name: str) -> int:
-        """Removes from RAM what has this name, its pin too, except what others share or a restore uses now.
-        Returns how many blocks and checkpoints were removed. Raises KeyError."""
+        """Removes from RAM what has this name, and its pin.
+
+        What others share, or a restore uses now, stays. Returns how many blocks and checkpoints were removed. Raises KeyError.
+        """
         self.unpin(name)
         return self._ram.remove_all(self._names.pop(name).entries)
 
     def clear(self) -> int:
-        """Removes everything from RAM, except what a restore or a keep uses now. Returns as ``evict``."""
+        """Removes everything from RAM, except what a restore or a keep uses now.
+
+        Returns as ``evict``.
+        """
         for name in list(self._names):
             self.unpin(name)
         self._names.clear()
