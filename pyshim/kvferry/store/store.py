@@ -504,7 +504,8 @@ class Store:
     def evict(self, name: str) -> int:
         """Removes from RAM what has this name, and its pin.
 
-        What others share, or a restore uses now, stays. Returns how many blocks and checkpoints were removed. Raises KeyError.
+        What others share, or a restore uses now, stays. Returns how many blocks and
+        checkpoints were removed. Raises KeyError.
         """
         self.unpin(name)
         return self._ram.remove_all(self._names.pop(name).entries)
