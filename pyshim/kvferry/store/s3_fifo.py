@@ -3,8 +3,8 @@
 S3-FIFO is of Yang and others, "FIFO queues are all you need for cache eviction", SOSP 2023. A small
 queue has new entries. The main queue has those that were used while they were in the small one. A
 ghost queue has the keys that left the small one unused. A scan fills and leaves the small queue,
-and the main queue stays. No maintained library lets the program say which entry may go, which pins and
-prefixes need.
+and the main queue stays. No maintained library lets the program say which entry may go, which pins
+and prefixes need.
 """
 
 from __future__ import annotations
