@@ -303,7 +303,7 @@ LLAMA_TESTS := $(filter-out $(LLAMA_TESTS_ON_CUDA) %/test_llama_cpp_python.py,$(
     $(addprefix tests/python/,test_snapshot.py $(addprefix tools/,test_cli.py test_config.py test_demo.py test_doctor.py \
     test_libllama.py test_synthetic_models.py))
 QUICK_LLAMA_TESTS := $(addprefix tests/python/,tools/test_libllama.py llama/test_llama_basic.py \
-    llama/test_llama_kinds.py)
+    llama/test_llama_kinds.py llama/test_llama_block_damage.py)
 
 # $(call on_builds,BUILD...,TEST...)
 define on_builds

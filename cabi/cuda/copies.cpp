@@ -32,7 +32,8 @@ void CudaCopies::send_table(const CudaSlot &slot) const {
     };
     uint64_t rows = 0;
     for (size_t i = 0; i < slot.pieces.size(); ++i) {
-        rows += slot.pieces[i].rows() + (gap_before(i) > 0);
+        const Piece &piece = slot.pieces[i];
+        rows += (slot.is_shaped(piece) ? 1 : piece.rows()) + (gap_before(i) > 0);
     }
     CudaRowTable &table = *slot.table;
     table.clear(rows);
@@ -41,16 +42,24 @@ void CudaCopies::send_table(const CudaSlot &slot) const {
         const uint64_t place = slot.places[i], gap = gap_before(i);
         const unsigned char *host = slot.leg->job->request.buffer + piece.offset();
         if (gap > 0) table.add_bytes(host - gap, gap, place - gap);
-        table.add(piece, place);
+        if (!slot.is_shaped(piece)) table.add(piece, place);
+    }
+    for (size_t i = 0; i < slot.pieces.size(); ++i) {
+        if (slot.is_shaped(slot.pieces[i])) table.add_region(slot.pieces[i], slot.places[i]);
     }
     table.send(slot.stream);
 }
 
 void CudaCopies::launch(const CudaSlot &slot, uint32_t blocks) const {
     const auto launch = [&](const CudaRows &rows) {
+        if (rows.count == 0) return;
         kernels_->launch(direction_, slot.staging.address, rows, blocks, slot.stream);
     };
-    if (slot.rows_in == CudaRowsIn::Table) return launch(slot.table->rows());
+    if (slot.rows_in == CudaRowsIn::Table) {
+        launch(slot.table->rows());
+        launch(slot.table->rows_of_regions(slot.shape));
+        return;
+    }
     for (size_t i = 0; i < slot.pieces.size(); ++i) {
         const Piece &piece = slot.pieces[i];
         launch(slot.rows_in == CudaRowsIn::Resident

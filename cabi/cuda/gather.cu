@@ -13,8 +13,12 @@
 // The table is read once, from device memory, each block its part of it. It must be 16-byte
 // aligned. Rows of one scatter must not overlap. One table serves all tensors that are fragmented
 // alike: `address_distance` is added to each row's address, and `offset_distance` to its place in
-// staging, modulo 2^64 and 2^32. Rows of one width at one pitch need no table (NULL): row i is at
-// i * pitch, and in staging each follows the one before it.
+// staging, modulo 2^64 and 2^32.
+//
+// Regions of one shape need no row of the table for each of theirs: with `rows_each` above 1, an
+// entry of the table is the first of so many rows, which have its width. Each lies `pitch` behind
+// the one before it, and follows it in staging. `row_count` counts all rows. Without a table
+// (NULL) there is one region, at `address_distance`, with rows of `width`.
 
 struct Row {
     unsigned long long address; // in device memory, or mapped pinned memory; any alignment
@@ -161,7 +165,7 @@ template <bool GATHER>
 static __device__ __forceinline__ void
 move(unsigned long long staging, const Row *table, unsigned int row_count,
      unsigned long long address_distance, unsigned int offset_distance, unsigned long long pitch,
-     unsigned int width) {
+     unsigned int width, unsigned int rows_each) {
     __shared__ Row rows[CHUNK];
     const unsigned int thread = threadIdx.x;
     const unsigned int warp = thread / WARP;
@@ -183,10 +187,16 @@ move(unsigned long long staging, const Row *table, unsigned int row_count,
         Row own = {0, 0, 0};
         if (thread < count) {
             const unsigned long long row = base + thread;
-            if (table)
-                own = table[row];
-            else
+            if (!table) {
                 own = {row * pitch, static_cast<unsigned int>(row) * width, width};
+            } else if (rows_each <= 1) {
+                own = table[row];
+            } else {
+                const unsigned int nth = static_cast<unsigned int>(row);
+                own = table[nth / rows_each];
+                own.address += nth % rows_each * pitch;
+                own.offset += nth % rows_each * own.bytes;
+            }
             own.address += address_distance;
             own.offset += offset_distance;
             rows[thread] = own;
@@ -235,13 +245,15 @@ move(unsigned long long staging, const Row *table, unsigned int row_count,
 extern "C" __global__ void __launch_bounds__(THREADS)
     kvferry_gather(unsigned long long staging, const Row *table, unsigned int row_count,
                    unsigned long long address_distance, unsigned int offset_distance,
-                   unsigned long long pitch, unsigned int width) {
-    move<true>(staging, table, row_count, address_distance, offset_distance, pitch, width);
+                   unsigned long long pitch, unsigned int width, unsigned int rows_each) {
+    move<true>(staging, table, row_count, address_distance, offset_distance, pitch, width,
+               rows_each);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     kvferry_scatter(unsigned long long staging, const Row *table, unsigned int row_count,
                     unsigned long long address_distance, unsigned int offset_distance,
-                    unsigned long long pitch, unsigned int width) {
-    move<false>(staging, table, row_count, address_distance, offset_distance, pitch, width);
+                    unsigned long long pitch, unsigned int width, unsigned int rows_each) {
+    move<false>(staging, table, row_count, address_distance, offset_distance, pitch, width,
+                rows_each);
 }

@@ -27,8 +27,8 @@ void CudaKernels::launch(Direction direction, CUdeviceptr staging, CudaRows rows
                          CUstream stream) const {
     constexpr unsigned int kThreads = 512; // THREADS in gather.cu
     void *parameters[] = {
-        &staging,    &rows.table, &rows.count, &rows.address_distance, &rows.offset_distance,
-        &rows.pitch, &rows.width};
+        &staging,    &rows.table, &rows.count,    &rows.address_distance, &rows.offset_distance,
+        &rows.pitch, &rows.width, &rows.rows_each};
     const CudaDriver &driver = context_.driver();
     driver.check(driver.cuLaunchKernel(direction == Direction::Save ? gather_ : scatter_, blocks, 1,
                                        1, kThreads, 1, 1, 0, stream, parameters, nullptr),

@@ -7,15 +7,16 @@
 namespace kvf {
 
 // Rows that a kernel moves. Either they are in a table in device memory; the distances are added to
-// each row's address and to its place in staging. Or there is no table, and the rows have one width
-// and one pitch.
+// each row's address and to its place in staging. Or the table has the first rows of regions of one
+// shape. Or there is no table, and the rows are those of one region.
 struct CudaRows {
     CUdeviceptr table = 0;
-    uint32_t count = 0;
+    uint32_t count = 0; // of all rows
     uint64_t address_distance = 0;
     uint32_t offset_distance = 0;
     uint64_t pitch = 0;
     uint32_t width = 0;
+    uint32_t rows_each = 1; // of the regions whose first rows are in the table
 
     // Returns the rows of a region, which lie one after another in staging from `place` on.
     static CudaRows of(const kvf_region &region, uint64_t place) {
@@ -27,6 +28,16 @@ struct CudaRows {
         rows.width = static_cast<uint32_t>(region.width);
         return rows;
     }
+};
+
+// The shape of regions that lie packed in the buffer.
+struct CudaShape {
+    uint64_t rows = 0, pitch = 0, width = 0;
+
+    static CudaShape of(const kvf_region &region) {
+        return {region.rows, region.pitch, region.width};
+    }
+    bool operator==(const CudaShape &) const = default;
 };
 
 class CudaKernels {

@@ -80,7 +80,7 @@ CudaPlanner::Missing CudaPlanner::acquire_staging(CudaSlot &slot, const Leg &leg
 
 // Decides where the kernel finds the slot's rows.
 CudaPlanner::Missing CudaPlanner::acquire_rows(CudaSlot &slot, const Leg &leg) {
-    if (fills_gaps(leg)) {
+    if (fills_gaps(leg) || (leg.parts.region() && is_gathered(leg))) {
         slot.table = memory_.acquire_rows();
         return slot.table ? Missing::Nothing : Missing::Table;
     }
@@ -116,21 +116,27 @@ void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
     uint64_t rows_left = most_rows(slot);
     slot.pieces.clear();
     slot.places.clear();
+    slot.shape = {};
     slot.bytes = 0;
+    bool has_long = false, has_many = false; // rows in the table
     do {
         const uint64_t bytes = room_for_next(slot, parts, most, rows_left);
         if (bytes == 0) break;
-        const bool is_long = is_long_row(parts);
+        const Rows rows = rows_of_next(slot, parts);
+        // Among many rows a kernel would leave the long ones to few of its blocks.
+        if (has_long ? rows == Rows::Many : has_many && rows == Rows::Long) break;
         const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
         slot.bytes += piece.bytes;
         if (slot.way == CudaWay::Staged) {
             slot.places.push_back(place(slot, *leg.job, piece));
-            if (slot.rows_in == CudaRowsIn::Table)
-                rows_left -= std::min(rows_left, piece.rows() + (fills_gaps(leg) ? kGapRows : 0));
-            // Among many rows a kernel would leave the long ones to few of its blocks.
-            if (slot.rows_in == CudaRowsIn::Table && !parts.empty() &&
-                is_long_row(parts) != is_long)
-                break;
+            if (slot.rows_in == CudaRowsIn::Table) {
+                if (rows == Rows::Shaped && slot.shape.rows == 0)
+                    slot.shape = CudaShape::of(piece.region);
+                has_long |= rows == Rows::Long;
+                has_many |= rows != Rows::Long && !slot.is_shaped(piece);
+                const uint64_t taken = slot.is_shaped(piece) ? 1 : piece.rows();
+                rows_left -= std::min(rows_left, taken + (fills_gaps(leg) ? kGapRows : 0));
+            }
         }
     } while (!parts.empty() && slot.bytes < most && rows_left > 0 &&
              slot.pieces.size() < kMostPieces && goes_with(slot, leg, urgent));
@@ -169,6 +175,10 @@ uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, ui
         const bool is_worth_splitting = region->rows == 1 && bytes >= kLongRun;
         return is_worth_splitting ? bytes : 0;
     }
+    // Part of a region has another shape than the whole.
+    if (is_staged && !is_first && region->rows >= kFewRows &&
+        region->width * region->rows > bytes && region->width * region->rows < kLeastAlone)
+        return 0;
     if (is_staged && slot.rows_in == CudaRowsIn::Table) {
         return std::min(bytes, region->width * rows_left);
     }
@@ -246,10 +256,14 @@ bool CudaPlanner::is_read_badly(const Job &job, const kvf_region &region) const 
     return (begin | region.width) % kHostLine != 0;
 }
 
-// Whether the next piece is of a region of one row.
-bool CudaPlanner::is_long_row(const Parts &parts) {
+CudaPlanner::Rows CudaPlanner::rows_of_next(const CudaSlot &slot, const Parts &parts) {
     const kvf_region *region = parts.region();
-    return region && region->rows == 1;
+    if (!region) return Rows::Many;
+    if (region->rows == 1) return Rows::Long;
+    const bool is_worth_it = slot.shape.rows == 0 && region->rows >= kFewRows;
+    const bool is_shaped = slot.shape == CudaShape::of(*region);
+    return slot.rows_in == CudaRowsIn::Table && (is_worth_it || is_shaped) ? Rows::Shaped
+                                                                           : Rows::Many;
 }
 
 // Whether the next piece is of a region that is worth a launch of its own.

@@ -45,7 +45,6 @@ public:
 private:
     bool is_read_badly(const Job &job, const kvf_region &region) const;
     static bool is_regular(const Parts &parts);
-    static bool is_long_row(const Parts &parts);
     static bool is_for_resident(const Leg &leg);
     bool is_gathered(const Leg &leg) const;
     bool fills_gaps(const Leg &leg) const;
@@ -56,6 +55,13 @@ private:
     bool goes_with(const CudaSlot &slot, const Leg &leg, bool urgent) const;
     uint64_t room_for_next(const CudaSlot &slot, const Parts &parts, uint64_t most,
                            uint64_t rows_left) const;
+    // How the rows of a piece stand in a table, and what moves them.
+    enum class Rows {
+        Long,   // one row, of which every block of the kernel moves a part
+        Shaped, // one row for the whole region, by a launch for regions of one shape
+        Many,   // each row, moved by one block
+    };
+    static Rows rows_of_next(const CudaSlot &slot, const Parts &parts);
     uint64_t place(const CudaSlot &slot, const Job &job, const Piece &piece) const;
 
     const Direction direction_;

@@ -27,13 +27,18 @@ public:
     // Empties the table. Kernels that were launched with it must have ended. Bytes of add_bytes()
     // come behind so many rows.
     void clear(uint64_t rows_before_bytes = 0) {
-        count_ = 0;
+        count_ = regions_ = 0;
         bytes_begin_ = bytes_end_ = rows_before_bytes * sizeof(kvferry_row);
     }
     // Adds the rows of a piece that lies in staging at `place`, one row after another.
     void add(const Piece &piece, uint64_t place);
     // Adds bytes of the host's, which travel with the table, as a row for staging at `place`.
     void add_bytes(const unsigned char *from, uint64_t bytes, uint64_t place);
+    // Adds regions of one shape by their first rows, behind all other rows.
+    void add_region(const Piece &piece, uint64_t place) {
+        add(piece.region.address, place, piece.region.width);
+        ++regions_;
+    }
     // Adds all runs of a table, each at its distance from the first one in the buffer.
     void add(const RunTable &table);
     // Adds the runs of a piece, each at its distance from the first one in the buffer. Returns
@@ -42,11 +47,20 @@ public:
 
     // Queues the copy of the table to the device.
     void send(CUstream stream) const;
-    // Returns the rows that were sent, for a launch on the same stream.
+    // Each returns rows that were sent, for a launch on the same stream: those that stand in the
+    // table, and those of the regions.
     CudaRows rows() const {
         CudaRows rows;
         rows.table = memory_;
-        rows.count = count_;
+        rows.count = count_ - regions_;
+        return rows;
+    }
+    CudaRows rows_of_regions(const CudaShape &shape) const {
+        CudaRows rows;
+        rows.table = memory_ + (count_ - regions_) * sizeof(kvferry_row);
+        rows.count = static_cast<uint32_t>(regions_ * shape.rows);
+        rows.rows_each = static_cast<uint32_t>(shape.rows);
+        rows.pitch = shape.pitch;
         return rows;
     }
 
@@ -62,7 +76,8 @@ private:
     const CUdeviceptr memory_;
     const CudaPinnedMemory pinned_;
     kvferry_row *const rows_; // in pinned_
-    uint32_t count_ = 0;
+    uint32_t count_ = 0;      // of the table's rows
+    uint32_t regions_ = 0;    // of these: the last ones, each the first row of a region
     uint64_t bytes_begin_ = 0, bytes_end_ = 0; // in pinned_: of the bytes behind the rows
 };
 

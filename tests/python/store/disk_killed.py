@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -108,5 +109,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         write_forever(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder) / "evicting", int(sys.argv[1]) // 2, seed=1)
-        run(Path(folder) / "keeping", int(sys.argv[1]) // 2, seed=2, limit=8 << 30)
+        for number in range(int(sys.argv[1]) // 40):  # small folders, as each kill reads all
+            run(Path(folder) / "evicting", 20, seed=2 * number)
+            run(Path(folder) / "keeping", 20, seed=2 * number + 1, limit=8 << 30)
+            shutil.rmtree(Path(folder) / "keeping")

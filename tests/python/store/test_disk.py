@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 from disk_parts import GENEROUS, file_of, leftovers, make_part, occupied
 from kvferry.store import part_format
 from kvferry.store.disk import Disk
+from kvferry.store.system import System
 
 
 @pytest.fixture
@@ -222,3 +223,32 @@ def test_smaller_limit_evicts_at_once(folder: Path) -> None:
     disk.close()
     Disk(folder, 2 << 20).close()
     assert occupied(folder) <= 2 << 20
+
+
+def test_room_is_reserved_before_the_data_are_written(folder: Path) -> None:
+    """Another writer fills the folder between a part's reservation and its first byte."""
+    limit = 4 << 20
+    other = Disk(folder, limit)
+
+    class Slow(System):
+        def __init__(self) -> None:
+            self.interposed = False
+
+        def write(self, descriptor: int, pieces: Sequence[memoryview], offset: int) -> int:
+            if not self.interposed:
+                self.interposed = True
+                assert occupied(folder) > 2 << 20
+                for number in range(10, 40):
+                    assert other.write(*make_part(number, 150_000))
+                    assert occupied(folder) <= limit
+            return super().write(descriptor, pieces, offset)
+
+    system = Slow()
+    disk = Disk(folder, limit, system=system)
+    part, data = make_part(1, 2 << 20)
+    assert disk.write(part, data)
+    assert system.interposed
+    assert occupied(folder) <= limit
+    assert read(disk, part) == data
+    disk.close()
+    other.close()

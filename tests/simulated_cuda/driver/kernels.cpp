@@ -44,10 +44,15 @@ CUresult load_module(CUmodule *module, const void *image) {
     return CUDA_SUCCESS;
 }
 
+// Returns how many entries a table has.
+uint64_t entries(uint32_t row_count, uint32_t rows_each) {
+    return (uint64_t{row_count} + rows_each - 1) / rows_each;
+}
+
 // Does the work of kvferry_gather or kvferry_scatter, whose parameters are described in gather.cu.
 CUresult run_rows(bool gather, int device, uint64_t staging, uint64_t table, uint32_t row_count,
                   uint64_t address_distance, uint32_t offset_distance, uint64_t pitch,
-                  uint32_t width) {
+                  uint32_t width, uint32_t rows_each) {
     Driver &d = driver();
     Lock lock(d.mutex);
     View view;
@@ -59,12 +64,17 @@ CUresult run_rows(bool gather, int device, uint64_t staging, uint64_t table, uin
     if (row_count == 0) return CUDA_SUCCESS;
     if (table % sizeof(kvferry_row) != 0) return CUDA_ERROR_MISALIGNED_ADDRESS;
     const std::byte *rows =
-        table ? view.kernel(table, uint64_t{row_count} * sizeof(kvferry_row), device) : nullptr;
+        table ? view.kernel(table, entries(row_count, rows_each) * sizeof(kvferry_row), device)
+              : nullptr;
     if (table && !rows) return CUDA_ERROR_ILLEGAL_ADDRESS;
     uint64_t moved = 0;
     for (uint32_t i = 0; i < row_count; ++i) {
         kvferry_row row{i * pitch, i * width, width};
-        if (table) std::memcpy(&row, rows + i * sizeof row, sizeof row);
+        if (table) {
+            std::memcpy(&row, rows + i / rows_each * sizeof row, sizeof row);
+            row.address += i % rows_each * pitch;
+            row.offset += i % rows_each * row.bytes;
+        }
         if (row.bytes == 0) continue;
         row.address += address_distance;
         row.offset += offset_distance;
@@ -166,13 +176,14 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
     const auto offset_distance = parameter<uint32_t>(parameters, 4);
     const auto pitch = parameter<uint64_t>(parameters, 5);
     const auto width = parameter<uint32_t>(parameters, 6);
+    const auto rows_each = std::max(parameter<uint32_t>(parameters, 7), 1u);
     Operation operation;
     operation.kind = Kind::Kernel;
     operation.uses = {{staging, 1}};
-    if (rows) operation.uses.push_back({rows, uint64_t{row_count} * sizeof(kvferry_row)});
+    if (rows) operation.uses.push_back({rows, entries(row_count, rows_each) * sizeof(kvferry_row)});
     operation.run = [=, device = found->context->device] {
         return run_rows(gather, device, staging, rows, row_count, address_distance, offset_distance,
-                        pitch, width);
+                        pitch, width, rows_each);
     };
     submit(found, std::move(operation));
     return CUDA_SUCCESS;

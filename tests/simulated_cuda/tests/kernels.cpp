@@ -57,8 +57,9 @@ void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, 
     auto count = static_cast<uint32_t>(rows.size());
     uint64_t pitch = engine(); // without meaning where there is a table
     auto width = static_cast<uint32_t>(engine());
+    uint32_t rows_each = 1;
     void *arguments[] = {&staging_argument, &table_argument, &count, &address_distance,
-                         &offset_distance,  &pitch,          &width};
+                         &offset_distance,  &pitch,          &width, &rows_each};
     OK(cuda.cuLaunchKernel(gather, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
     CHECK(download(s, device_staging, staging.size()) == wanted_staging);
     upload(s, device_memory, other_memory);
@@ -92,8 +93,9 @@ void gather_and_scatter_regular(const Session &s, uint32_t rows, uint32_t width,
     OK(cuda.cuModuleLoadDataEx(&module, ptx.c_str(), 0, nullptr, nullptr));
     CUdeviceptr staging_argument = device_staging, table = 0;
     uint64_t address_distance = device_memory + address;
+    uint32_t rows_each = 7; // without meaning where there is no table
     void *arguments[] = {
-        &staging_argument, &table, &rows, &address_distance, &begin, &pitch, &width};
+        &staging_argument, &table, &rows, &address_distance, &begin, &pitch, &width, &rows_each};
     for (const bool is_gather : {true, false}) {
         CUfunction function = nullptr;
         OK(cuda.cuModuleGetFunction(&function, module,
@@ -105,6 +107,52 @@ void gather_and_scatter_regular(const Session &s, uint32_t rows, uint32_t width,
     }
     CHECK(download(s, device_memory, memory.size()) == wanted_memory);
     OK(cuda.cuModuleUnload(module));
+    OK(cuda.cuMemFree(device_memory));
+    OK(cuda.cuMemFree(device_staging));
+}
+
+// Moves regions of one shape, of which a table has the first rows. They lie `gap` bytes apart, in
+// memory in the reverse order of that in staging.
+void gather_and_scatter_regions(const Session &s, uint32_t regions, uint32_t rows, uint32_t width,
+                                uint64_t pitch, uint64_t gap, unsigned int blocks) {
+    const uint64_t in_memory = rows * pitch + gap, in_staging = uint64_t{rows} * width + gap;
+    const Bytes memory = random_bytes(regions * in_memory),
+                staging = random_bytes(regions * in_staging);
+    const CUdeviceptr device_memory = allocate(memory.size()),
+                      device_staging = allocate(staging.size());
+    upload(s, device_memory, memory);
+    upload(s, device_staging, staging);
+    const Bytes other_memory = random_bytes(memory.size());
+    Bytes wanted_staging = staging, wanted_memory = other_memory;
+    auto *table = reinterpret_cast<kvferry_row *>(allocate_host(regions * sizeof(kvferry_row)));
+    for (uint32_t i = 0; i < regions; ++i) {
+        const uint64_t address = (regions - 1 - i) * in_memory, place = i * in_staging;
+        table[i] = {device_memory + address, static_cast<uint32_t>(place), width};
+        for (uint64_t k = 0; k < rows; ++k) {
+            const uint64_t at = address + k * pitch;
+            std::memcpy(&wanted_staging[place + k * width], &memory[at], width);
+            std::memcpy(&wanted_memory[at], &memory[at], width);
+        }
+    }
+    CUmodule module = nullptr;
+    OK(cuda.cuModuleLoadDataEx(&module, ptx.c_str(), 0, nullptr, nullptr));
+    CUdeviceptr staging_argument = device_staging, table_argument = as_device(table);
+    uint32_t count = regions * rows, offset_distance = 0;
+    uint64_t address_distance = 0;
+    void *arguments[] = {&staging_argument, &table_argument, &count, &address_distance,
+                         &offset_distance,  &pitch,          &width, &rows};
+    for (const bool is_gather : {true, false}) {
+        CUfunction function = nullptr;
+        OK(cuda.cuModuleGetFunction(&function, module,
+                                    is_gather ? "kvferry_gather" : "kvferry_scatter"));
+        OK(cuda.cuLaunchKernel(function, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
+        if (!is_gather) continue;
+        CHECK(download(s, device_staging, staging.size()) == wanted_staging);
+        upload(s, device_memory, other_memory);
+    }
+    CHECK(download(s, device_memory, memory.size()) == wanted_memory);
+    OK(cuda.cuModuleUnload(module));
+    OK(cuda.cuMemFreeHost(table));
     OK(cuda.cuMemFree(device_memory));
     OK(cuda.cuMemFree(device_staging));
 }
@@ -128,6 +176,17 @@ void kernels_move_regular_rows() {
         gather_and_scatter_regular(s, 5000, 2048, 2560, 256, blocks);
         gather_and_scatter_regular(s, 70000, 2, 6, 5, blocks);
         gather_and_scatter_regular(s, 20, 70000, 70001, 4, blocks);
+    }
+}
+
+void kernels_move_regions_of_one_shape() {
+    Session s;
+    for (const unsigned int blocks : {1u, 64u}) {
+        gather_and_scatter_regions(s, 1, 2, 1, 1, 3, blocks);
+        gather_and_scatter_regions(s, 3, 8, 100, 260, 13, blocks);
+        gather_and_scatter_regions(s, 28, 1024, 512, 2048, 28, blocks);
+        gather_and_scatter_regions(s, 5, 9, 9000, 9001, 12, blocks);
+        gather_and_scatter_regions(s, 64, 300, 34, 64, 5, blocks);
     }
 }
 
@@ -175,9 +234,9 @@ void kernels_check_their_bounds() {
         uint64_t address_distance = 0;
         uint32_t offset_distance = 0;
         uint64_t pitch = 0;
-        uint32_t width = 0;
+        uint32_t width = 0, rows_each = 1;
         void *arguments[] = {&staging_argument, &rows,  &count, &address_distance,
-                             &offset_distance,  &pitch, &width};
+                             &offset_distance,  &pitch, &width, &rows_each};
         OK(cuda.cuLaunchKernel(gather, 16, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
         RETURNS(CUDA_ERROR_ILLEGAL_ADDRESS, cuda.cuStreamSynchronize(s.stream));
         cuda.cuModuleUnload(module);
@@ -192,6 +251,7 @@ void kernels_check_their_bounds() {
 const std::vector<Test> kAnyDriver = {
     TEST(wrong_modules_are_refused),
     TEST(kernels_move_regular_rows),
+    TEST(kernels_move_regions_of_one_shape),
     TEST(kernels_move_rows_of_every_length_and_alignment),
 };
 const std::vector<Test> kSimulatedOnly = {
