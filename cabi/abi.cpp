@@ -86,7 +86,7 @@ void require(const T *pointer, const char *name) {
 }
 
 // The caller's array of blocks, as this version knows them. What is written into `bytes` is the
-// caller's again when this ends.
+// caller's after write_sizes(), at the latest when this ends.
 class BlocksOfCaller {
 public:
     BlocksOfCaller(kvf_block *given, uint64_t size, uint32_t count)
@@ -101,11 +101,15 @@ public:
             std::memcpy(&blocks[i], given_ + i * size_, sizeof(kvf_block));
         before_ = blocks;
     }
-    ~BlocksOfCaller() {
+    // For what a call writes although it fails.
+    ~BlocksOfCaller() { write_sizes(); }
+
+    void write_sizes() {
         for (size_t i = 0; i < blocks.size(); ++i) {
             if (blocks[i].bytes == before_[i].bytes) continue;
             std::memcpy(given_ + i * size_, &blocks[i], sizeof(kvf_block));
         }
+        before_ = blocks;
     }
     BlocksOfCaller(const BlocksOfCaller &) = delete;
     BlocksOfCaller &operator=(const BlocksOfCaller &) = delete;
@@ -498,7 +502,9 @@ int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_block *bloc
         check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
         check_save_mode(options.mode);
         BlocksOfCaller all(blocks, block_size, count);
-        find<Llama>(llama)->save_blocks(sequence, all.blocks, options, job);
+        // Once the job can have ended, the caller may read the sizes, or free the array.
+        find<Llama>(llama)->save_blocks(
+            sequence, all.blocks, [&] { all.write_sizes(); }, options, job);
         return KVF_OK;
     });
 }

@@ -684,8 +684,9 @@ KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t 
  *
  * `blocks` is an array of `count` blocks in ascending order, each of `block_size` bytes, which is
  * sizeof(kvf_block). Blocks need not follow one another. The call writes the size of each block
- * into its `bytes`, and copies the array; the buffers must not be touched until the completion.
- * The completion's `bytes` is the sum of the sizes.
+ * into its `bytes` and copies the array, both before the completion can come: whoever gets the
+ * completion may read the sizes, or free the array. The buffers must not be touched until then. The
+ * completion's `bytes` is the sum of the sizes.
  *
  * `options->mode` is as of kvf_llama_save(); AUTO is IN_PLACE, since decoding never overwrites what
  * blocks consist of. The table of what may be done meanwhile holds as for a save in place. Where

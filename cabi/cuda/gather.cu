@@ -15,10 +15,10 @@
 // alike: `address_distance` is added to each row's address, and `offset_distance` to its place in
 // staging, modulo 2^64 and 2^32.
 //
-// Regions of one shape need no row of the table for each of theirs: with `rows_each` above 1, an
-// entry of the table is the first of so many rows, which have its width. Each lies `pitch` behind
-// the one before it, and follows it in staging. `row_count` counts all rows. Without a table
-// (NULL) there is one region, at `address_distance`, with rows of `width`.
+// If `rows_each` is above 1, each entry of the table stands for a whole region: it is the first of
+// `rows_each` rows of one width, which lie `pitch` apart in memory and without gaps in staging.
+// `row_count` counts the rows of all regions. Without a table (NULL) there is one region: its rows
+// of `width` bytes begin at `address_distance`.
 
 struct Row {
     unsigned long long address; // in device memory, or mapped pinned memory; any alignment

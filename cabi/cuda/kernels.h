@@ -30,7 +30,7 @@ struct CudaRows {
     }
 };
 
-// The shape of regions that lie packed in the buffer.
+// What regions have in common whose rows the kernel finds from their first rows.
 struct CudaShape {
     uint64_t rows = 0, pitch = 0, width = 0;
 

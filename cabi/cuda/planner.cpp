@@ -175,11 +175,11 @@ uint64_t CudaPlanner::room_for_next(const CudaSlot &slot, const Parts &parts, ui
         const bool is_worth_splitting = region->rows == 1 && bytes >= kLongRun;
         return is_worth_splitting ? bytes : 0;
     }
-    // Part of a region has another shape than the whole.
-    if (is_staged && !is_first && region->rows >= kFewRows &&
-        region->width * region->rows > bytes && region->width * region->rows < kLeastAlone)
-        return 0;
     if (is_staged && slot.rows_in == CudaRowsIn::Table) {
+        // A part of a region has another shape than the whole, so that each of its rows would need
+        // one of the table.
+        const uint64_t whole = region->width * region->rows;
+        if (!is_first && region->rows >= kFewRows && whole > bytes && whole < kLeastAlone) return 0;
         return std::min(bytes, region->width * rows_left);
     }
     return bytes;

@@ -46,7 +46,8 @@ struct CudaSlot {
     // Used if the way is Staged.
     CudaRowsIn rows_in = CudaRowsIn::Table;
     std::vector<uint64_t> places; // of the pieces in staging
-    // A table has one row for each region of this shape. No rows: there is no such region.
+    // The slot's table has one row for each region of this shape. `shape.rows` is 0 if there is no
+    // such region.
     CudaShape shape;
     bool is_shaped(const Piece &piece) const {
         return !piece.runs && shape.rows > 0 && shape == CudaShape::of(piece.region);

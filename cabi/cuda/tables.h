@@ -13,7 +13,7 @@ namespace kvf {
 // A table that is written anew for each launch.
 class CudaRowTable {
 public:
-    // 16 MiB in rows of 512 bytes (256 elements of V transposed), and the gaps between 64 pieces.
+    // 16 MiB in rows of 512 bytes, and the gaps between 64 pieces.
     static constexpr uint32_t kRows = 32768 + 2048;
     static constexpr uint64_t kBytes = kRows * sizeof(kvferry_row); // in either memory
 

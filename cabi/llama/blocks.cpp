@@ -223,7 +223,8 @@ uint64_t Llama::block_size(uint32_t tokens) {
 }
 
 void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
-                        const kvf_submit_options &options, kvf_job *job) {
+                        const std::function<void()> &sizes_known, const kvf_submit_options &options,
+                        kvf_job *job) {
     check_ranges(blocks, false);
     const BufferOfParts given(Direction::Save, blocks, nullptr, 0);
     Submission submission = make_submission(Direction::Save, sequence, options);
@@ -253,6 +254,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
         fits &= blocks[i].bytes >= sizes[i];
         blocks[i].bytes = sizes[i];
     }
+    sizes_known();
     if (!fits) throw Error(KVF_ERR_BUFFER_TOO_SMALL, "of a block");
     const BufferOfParts buffer(Direction::Save, blocks, nullptr, 0);
     cut.write(blocks, sequence);

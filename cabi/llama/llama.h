@@ -1,6 +1,7 @@
 // An attachment to a llama_context: sizes, saves and loads of its sequences.
 #pragma once
 
+#include <functional>
 #include <set>
 #include <span>
 
@@ -27,8 +28,11 @@ public:
               const kvf_submit_options &options, kvf_job *job);
     kvf_blocks_allowed blocks_allowed(std::string &why);
     uint64_t block_size(uint32_t tokens);
+    // Calls `sizes_known` when the `bytes` of each block are written: before the job is submitted,
+    // and also if a block is too small.
     void save_blocks(int32_t sequence, std::span<kvf_block> blocks,
-                     const kvf_submit_options &options, kvf_job *job);
+                     const std::function<void()> &sizes_known, const kvf_submit_options &options,
+                     kvf_job *job);
     void load_blocks(int32_t sequence, std::span<const kvf_block> blocks, const void *checkpoint,
                      uint64_t checkpoint_bytes, const kvf_submit_options &options, kvf_job *job);
     uint64_t checkpoint_size(int32_t sequence);

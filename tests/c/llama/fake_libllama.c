@@ -96,7 +96,21 @@ EXPORTED size_t llama_state_seq_get_size_ext(void *context, int32_t sequence, ui
     (void)sequence;
     (void)flags;
     if (fake_llama.last_position >= 0 && fake_llama.claimed_bytes) return fake_llama.claimed_bytes;
+    if (fake_llama.last_position >= 0 && fake_llama.state.bytes) return fake_llama.state.bytes;
     return fake_llama.shares_cells ? 8 : 16;
+}
+
+static size_t write_cells(const struct fake_state *state, uint8_t *buffer, size_t bytes) {
+    if (bytes < state->bytes) return 0;
+    size_t at = 0;
+    for (const struct fake_tensor *tensor = state->tensors; tensor < state->tensors + 2; ++tensor) {
+        memcpy(buffer + at, state->data + at, tensor->offset - at);
+        ggml_backend_tensor_get(state->data + tensor->offset, buffer + tensor->offset, 0,
+                                tensor->bytes);
+        at = tensor->offset + tensor->bytes;
+    }
+    memcpy(buffer + at, state->data + at, state->bytes - at);
+    return state->bytes;
 }
 
 /* The magic number and the sequence; then one stream, without cells. */
@@ -106,6 +120,8 @@ EXPORTED size_t llama_state_seq_get_data_ext(void *context, uint8_t *buffer, siz
     const uint32_t words[] = {0xaf143cd8, (uint32_t)sequence, 1, 0};
     const size_t written = fake_llama.shares_cells ? 8 : 16;
     (void)context;
+    if (fake_llama.last_position >= 0 && fake_llama.state.bytes)
+        return write_cells(&fake_llama.state, buffer, bytes);
     if (bytes < written) return 0;
     memcpy(buffer, words, written);
     return written;

@@ -1,7 +1,13 @@
 // What no real libllama can be made to do, with one that does it.
 #include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <csignal>
 #include <cstring>
+#include <ctime>
+#include <thread>
 
 #include "check.hpp"
 #include "fake_libllama.h"
@@ -53,6 +59,67 @@ void the_cell_of_a_trial_that_fails_does_not_stay() {
     CHECK(kvf_llama_detach(llama) == KVF_OK);
 }
 
+// ---- The array of blocks ------------------------------------------------------------------------
+
+kvf_block *array; // in a page of its own
+std::atomic<bool> ended, written_late;
+
+void on_completion(const kvf_completion *) { ended = true; }
+
+// The call has begun to write the sizes. If the job had been submitted already, it ends now.
+void on_write(int, siginfo_t *, void *) {
+    for (int i = 0; i < 30 && !ended; ++i) {
+        constexpr timespec hundredth{0, 10'000'000};
+        nanosleep(&hundredth, nullptr);
+    }
+    written_late = ended.load();
+    mprotect(array, static_cast<size_t>(sysconf(_SC_PAGESIZE)), PROT_READ | PROT_WRITE);
+}
+
+// Whoever gets the completion may read the sizes, or free the array.
+void the_sizes_of_blocks_are_written_before_the_job_can_end() {
+    StateWriter state;
+    state.attention({.cells = 3, .layers = 1, .row = 32});
+    constexpr size_t tensor = size_t{3} * 32;
+    constexpr size_t header = sizeof(int32_t) + sizeof(uint64_t); // of a tensor: its type and row
+    const size_t end = state.bytes.size();
+    fake->state = {
+        state.bytes.data(), end, {{end - 2 * tensor - header, tensor}, {end - tensor, tensor}}};
+    fake->last_position = 2;
+
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    void *const mapped =
+        mmap(nullptr, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(mapped != MAP_FAILED);
+    array = static_cast<kvf_block *>(mapped);
+    unsigned char room[512];
+    *array = {room, sizeof room, 0, 3};
+    struct sigaction action = {}, before = {};
+    action.sa_sigaction = &on_write;
+    action.sa_flags = SA_SIGINFO;
+    CHECK(sigaction(SIGSEGV, &action, &before) == 0);
+    CHECK(mprotect(array, page, PROT_READ) == 0);
+
+    kvf_llama llama = 0;
+    CHECK(kvf_llama_attach(engine, context, nullptr, &llama) == KVF_OK);
+    kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
+    options.callback = &on_completion;
+    kvf_job job = 0;
+    CHECK(kvf_llama_save_blocks(llama, 0, array, sizeof *array, 1, &options, &job) == KVF_OK);
+    CHECK(kvf_job_wait(job, -1, nullptr, 0) == KVF_OK);
+    while (!ended) std::this_thread::yield();
+    CHECK(!written_late);
+    CHECK(array->bytes == end);
+    CHECK(std::memcmp(room, state.bytes.data(), end) == 0);
+
+    CHECK(kvf_job_release(job) == KVF_OK);
+    CHECK(kvf_llama_detach(llama) == KVF_OK);
+    CHECK(sigaction(SIGSEGV, &before, nullptr) == 0);
+    CHECK(munmap(mapped, page) == 0);
+    fake->state = {};
+    fake->last_position = -1;
+}
+
 } // namespace
 
 int main(int count, char **arguments) {
@@ -65,5 +132,6 @@ int main(int count, char **arguments) {
     engine = host_engine();
     a_context_that_shares_cells_is_refused_by_the_right_words();
     the_cell_of_a_trial_that_fails_does_not_stay();
+    the_sizes_of_blocks_are_written_before_the_job_can_end();
     CHECK(kvf_engine_destroy(engine) == KVF_OK);
 }

@@ -1,6 +1,6 @@
 """Loads states that are composed of blocks and a checkpoint, most of which are damaged or do not
-belong together. test_llama_block_damage.py runs it in a process of its own,
-because a damaged state that reaches libllama may end the process:
+belong together. test_llama_block_damage.py runs this program in a process of its own, because a
+damaged state that reaches libllama may end the process:
 
     python -m support.damage_blocks MODEL KIND OPTIONS FIRST COUNT
 
@@ -56,7 +56,7 @@ ENDS = ([16, 32], [1, 2], [], [5, 10, 15, 20, 39])
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A block, or a checkpoint at its ``end``, with the fields of what it was before damage."""
+    """A block, or a checkpoint at its ``end``; and the fields of its bytes before any damage."""
 
     begin: int
     end: int
@@ -68,11 +68,11 @@ class Part:
         return Block(self.begin, self.end, self.state)
 
     def with_state(self, state: bytes) -> Part:
-        # At least two bytes: of one, `damaged` cannot cut a part off.
+        # `damaged` needs two bytes, so that it can cut a part off.
         return dataclasses.replace(self, state=state.ljust(2, b"\0"))
 
     def moved(self, distance: int) -> Part:
-        """Returns it with all its positions moved, in its bytes too."""
+        """Returns this part with all its positions moved, in its bytes too."""
         state = self.state
         for field in self.fields:
             if field.name.endswith(".cell.position"):
@@ -157,7 +157,8 @@ class Composer:
     def _exchange_a_block(
         self, chance: random.Random, blocks: list[Part], checkpoint: Part | None
     ) -> Composed:
-        """Another sequence's, or another cache's; it may be named by the positions of the first."""
+        """Puts a block of another sequence or cache in place of one. Half of the time the new block
+        is named by the positions of the old one."""
         other = chance.choice(chance.choice(self._all)[0])
         if blocks:
             index = chance.randrange(len(blocks))
@@ -189,7 +190,7 @@ class Composer:
     def _name_other_positions(
         self, chance: random.Random, blocks: list[Part], checkpoint: Part | None
     ) -> Composed:
-        """As if blocks held more or fewer positions than they do."""
+        """Names blocks by more or fewer positions than they hold."""
         if blocks:
             index = chance.randrange(len(blocks))
             by = chance.choice([-1, 1, 1, 2, 100, 2**31 - 1 - blocks[index].end])
@@ -202,7 +203,8 @@ class Composer:
     def _move_all(
         self, chance: random.Random, blocks: list[Part], checkpoint: Part | None
     ) -> Composed:
-        """To other positions, as after a shift; near the last that are allowed, or beyond."""
+        """Moves all to other positions, as after a shift: some near the last one that is allowed,
+        some beyond."""
         far = LAST_POSITION - TOKENS
         distance = chance.choice([-1, 1, 7, 1000, far, far + 1, far + 2, 2**31 - 1 - TOKENS])
         most = max((block.end for block in blocks), default=0)
@@ -255,7 +257,7 @@ class Loads:
             status = failure.name
         self.outcomes[status] += 1
         if status == "KVF_OK":
-            self._is_usable()
+            self._check_usable()
         elif status == "KVF_ERR_CACHE_FULL":
             # kvferry counts the cells of the context, libllama those that are free.
             assert self.context.state_get(TARGET) in (before, b"") or self._is_empty(), status
@@ -264,7 +266,7 @@ class Loads:
             assert not seen or self._recorded_calls() == calls, "libllama was called"
             assert self.context.state_get(TARGET) == before, "the sequence is another one"
 
-    def _is_usable(self) -> None:
+    def _check_usable(self) -> None:
         assert self.context.pos_max(TARGET) >= 0
         self.context.decode(TARGET, [7])
         self.remove()
@@ -277,7 +279,7 @@ class Loads:
         size = self.context.state_size(TARGET)
         return self.context.pos_max(TARGET) == -1 and size == self._empty
 
-    def every_cell_can_be_used(self, good: Composed, taken: int) -> None:
+    def check_every_cell(self, good: Composed, taken: int) -> None:
         """Fills the cache; in a unified cache, `taken` cells belong to other sequences."""
         self.load(good, seen=False)
         options = self.context.options
@@ -336,10 +338,10 @@ def main() -> None:
                 anew.load(composed, seen=False)
             if number % 500 == 0:
                 assert [context.state_get(seq) for seq in SOURCES] == others
-                into.every_cell_can_be_used(own[0], taken=len(SOURCES) * TOKENS)
+                into.check_every_cell(own[0], taken=len(SOURCES) * TOKENS)
         assert [context.state_get(seq) for seq in SOURCES] == others
-        into.every_cell_can_be_used(own[0], taken=len(SOURCES) * TOKENS)
-        anew.every_cell_can_be_used(own[0], taken=0)
+        into.check_every_cell(own[0], taken=len(SOURCES) * TOKENS)
+        anew.check_every_cell(own[0], taken=0)
     print(json.dumps(into.outcomes + anew.outcomes), flush=True)
 
 

@@ -10,6 +10,69 @@ namespace {
 
 // ---- What a real driver does too ----------------------------------------------------------------
 
+// Memory and staging with random bytes, on the device and here; and what kernels should make of
+// them, which gather rows, and scatter them into memory that holds other bytes.
+class Moved {
+public:
+    Moved(const Session &s, uint64_t memory_bytes, uint64_t staging_bytes)
+        : s_(s), memory_(random_bytes(memory_bytes)), other_memory_(random_bytes(memory_bytes)),
+          device_memory_(allocate(memory_bytes)), device_staging_(allocate(staging_bytes)),
+          wanted_memory_(other_memory_), wanted_staging_(random_bytes(staging_bytes)) {
+        upload(s_, device_memory_, memory_);
+        upload(s_, device_staging_, wanted_staging_);
+    }
+    ~Moved() {
+        OK(cuda.cuMemFree(device_memory_));
+        OK(cuda.cuMemFree(device_staging_));
+    }
+    Moved(const Moved &) = delete;
+    Moved &operator=(const Moved &) = delete;
+
+    CUdeviceptr memory() const { return device_memory_; }
+
+    // The rows that move include this one.
+    void expect(uint64_t address, uint64_t place, uint64_t bytes) {
+        std::memcpy(&wanted_staging_[place], &memory_[address], bytes);
+        std::memcpy(&wanted_memory_[address], &memory_[address], bytes);
+    }
+
+    // The parameters of the kernels, as in gather.cu, but for the address of staging.
+    struct Parameters {
+        CUdeviceptr table;
+        uint32_t count;
+        uint64_t address_distance;
+        uint32_t offset_distance;
+        uint64_t pitch;
+        uint32_t width;
+        uint32_t rows_each;
+    };
+    // Launches both kernels, and compares what they have moved.
+    void launch_both(Parameters p, unsigned int blocks) {
+        CUmodule module = nullptr;
+        OK(cuda.cuModuleLoadDataEx(&module, ptx.c_str(), 0, nullptr, nullptr));
+        void *arguments[] = {&device_staging_,   &p.table, &p.count, &p.address_distance,
+                             &p.offset_distance, &p.pitch, &p.width, &p.rows_each};
+        const auto launch = [&](const char *name) {
+            CUfunction function = nullptr;
+            OK(cuda.cuModuleGetFunction(&function, module, name));
+            OK(cuda.cuLaunchKernel(function, blocks, 1, 1, 512, 1, 1, 0, s_.stream, arguments,
+                                   nullptr));
+        };
+        launch("kvferry_gather");
+        CHECK(download(s_, device_staging_, wanted_staging_.size()) == wanted_staging_);
+        upload(s_, device_memory_, other_memory_);
+        launch("kvferry_scatter");
+        CHECK(download(s_, device_memory_, memory_.size()) == wanted_memory_);
+        OK(cuda.cuModuleUnload(module));
+    }
+
+private:
+    const Session &s_;
+    const Bytes memory_, other_memory_;
+    CUdeviceptr device_memory_, device_staging_;
+    Bytes wanted_memory_, wanted_staging_;
+};
+
 // Moves rows of these lengths, in random order, with gaps between them in memory and in staging. If
 // `aligned`, all begin at multiples of 16 bytes.
 void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, unsigned int blocks,
@@ -28,47 +91,23 @@ void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, 
         address += bytes;
     }
     for (size_t i = rows.size(); i > 1; --i) std::swap(rows[i - 1], rows[engine() % i]);
-    const Bytes memory = random_bytes(address + 64), staging = random_bytes(offset + 64);
-    const CUdeviceptr device_memory = allocate(memory.size()),
-                      device_staging = allocate(staging.size());
-    upload(s, device_memory, memory);
-    upload(s, device_staging, staging);
-    uint64_t address_distance = aligned ? 0 : engine();
-    auto offset_distance = static_cast<uint32_t>(aligned ? 0 : engine());
-    Bytes wanted_staging = staging, wanted_memory = random_bytes(memory.size());
-    const Bytes other_memory = wanted_memory;
+    Moved moved(s, address + 64, offset + 64);
+    const uint64_t address_distance = aligned ? 0 : engine();
+    const auto offset_distance = static_cast<uint32_t>(aligned ? 0 : engine());
     auto *table =
         reinterpret_cast<kvferry_row *>(allocate_host(rows.size() * sizeof(kvferry_row) + 16));
     for (size_t i = 0; i < rows.size(); ++i) {
         const kvferry_row &row = rows[i];
-        std::memcpy(&wanted_staging[row.offset], &memory[row.address], row.bytes);
-        std::memcpy(&wanted_memory[row.address], &memory[row.address], row.bytes);
+        moved.expect(row.address, row.offset, row.bytes);
         // The distances are random, so that some sums wrap around.
-        table[i] = {row.address + device_memory - address_distance, row.offset - offset_distance,
+        table[i] = {row.address + moved.memory() - address_distance, row.offset - offset_distance,
                     row.bytes};
     }
-
-    CUmodule module = nullptr;
-    CUfunction gather = nullptr, scatter = nullptr;
-    OK(cuda.cuModuleLoadDataEx(&module, ptx.c_str(), 0, nullptr, nullptr));
-    OK(cuda.cuModuleGetFunction(&gather, module, "kvferry_gather"));
-    OK(cuda.cuModuleGetFunction(&scatter, module, "kvferry_scatter"));
-    CUdeviceptr staging_argument = device_staging, table_argument = as_device(table);
-    auto count = static_cast<uint32_t>(rows.size());
-    uint64_t pitch = engine(); // without meaning where there is a table
-    auto width = static_cast<uint32_t>(engine());
-    uint32_t rows_each = 1;
-    void *arguments[] = {&staging_argument, &table_argument, &count, &address_distance,
-                         &offset_distance,  &pitch,          &width, &rows_each};
-    OK(cuda.cuLaunchKernel(gather, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
-    CHECK(download(s, device_staging, staging.size()) == wanted_staging);
-    upload(s, device_memory, other_memory);
-    OK(cuda.cuLaunchKernel(scatter, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
-    CHECK(download(s, device_memory, memory.size()) == wanted_memory);
-    OK(cuda.cuModuleUnload(module));
+    const uint64_t pitch = engine(); // without meaning where there is a table, as is the width
+    moved.launch_both({as_device(table), static_cast<uint32_t>(rows.size()), address_distance,
+                       offset_distance, pitch, static_cast<uint32_t>(engine()), 1},
+                      blocks);
     OK(cuda.cuMemFreeHost(table));
-    OK(cuda.cuMemFree(device_memory));
-    OK(cuda.cuMemFree(device_staging));
 }
 
 // Moves rows of one width at one pitch, without a table. Staging holds other bytes before `begin`
@@ -76,39 +115,12 @@ void gather_and_scatter(const Session &s, const std::vector<uint32_t> &lengths, 
 void gather_and_scatter_regular(const Session &s, uint32_t rows, uint32_t width, uint64_t pitch,
                                 uint32_t begin, unsigned int blocks) {
     const uint64_t address = begin % 7;
-    const Bytes memory = random_bytes(address + rows * pitch),
-                staging = random_bytes(begin + rows * width + 64);
-    const CUdeviceptr device_memory = allocate(memory.size()),
-                      device_staging = allocate(staging.size());
-    upload(s, device_memory, memory);
-    upload(s, device_staging, staging);
-    const Bytes other_memory = random_bytes(memory.size());
-    Bytes wanted_staging = staging, wanted_memory = other_memory;
+    Moved moved(s, address + rows * pitch, begin + rows * width + 64);
     for (uint64_t i = 0; i < rows; ++i) {
-        const uint64_t at = address + i * pitch;
-        std::memcpy(&wanted_staging[begin + i * width], &memory[at], width);
-        std::memcpy(&wanted_memory[at], &memory[at], width);
+        moved.expect(address + i * pitch, begin + i * width, width);
     }
-    CUmodule module = nullptr;
-    OK(cuda.cuModuleLoadDataEx(&module, ptx.c_str(), 0, nullptr, nullptr));
-    CUdeviceptr staging_argument = device_staging, table = 0;
-    uint64_t address_distance = device_memory + address;
-    uint32_t rows_each = 7; // without meaning where there is no table
-    void *arguments[] = {
-        &staging_argument, &table, &rows, &address_distance, &begin, &pitch, &width, &rows_each};
-    for (const bool is_gather : {true, false}) {
-        CUfunction function = nullptr;
-        OK(cuda.cuModuleGetFunction(&function, module,
-                                    is_gather ? "kvferry_gather" : "kvferry_scatter"));
-        OK(cuda.cuLaunchKernel(function, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
-        if (!is_gather) continue;
-        CHECK(download(s, device_staging, staging.size()) == wanted_staging);
-        upload(s, device_memory, other_memory);
-    }
-    CHECK(download(s, device_memory, memory.size()) == wanted_memory);
-    OK(cuda.cuModuleUnload(module));
-    OK(cuda.cuMemFree(device_memory));
-    OK(cuda.cuMemFree(device_staging));
+    const uint32_t rows_each = 7; // without meaning where there is no table
+    moved.launch_both({0, rows, moved.memory() + address, begin, pitch, width, rows_each}, blocks);
 }
 
 // Moves regions of one shape, of which a table has the first rows. They lie `gap` bytes apart, in
@@ -116,45 +128,17 @@ void gather_and_scatter_regular(const Session &s, uint32_t rows, uint32_t width,
 void gather_and_scatter_regions(const Session &s, uint32_t regions, uint32_t rows, uint32_t width,
                                 uint64_t pitch, uint64_t gap, unsigned int blocks) {
     const uint64_t in_memory = rows * pitch + gap, in_staging = uint64_t{rows} * width + gap;
-    const Bytes memory = random_bytes(regions * in_memory),
-                staging = random_bytes(regions * in_staging);
-    const CUdeviceptr device_memory = allocate(memory.size()),
-                      device_staging = allocate(staging.size());
-    upload(s, device_memory, memory);
-    upload(s, device_staging, staging);
-    const Bytes other_memory = random_bytes(memory.size());
-    Bytes wanted_staging = staging, wanted_memory = other_memory;
+    Moved moved(s, regions * in_memory, regions * in_staging);
     auto *table = reinterpret_cast<kvferry_row *>(allocate_host(regions * sizeof(kvferry_row)));
     for (uint32_t i = 0; i < regions; ++i) {
         const uint64_t address = (regions - 1 - i) * in_memory, place = i * in_staging;
-        table[i] = {device_memory + address, static_cast<uint32_t>(place), width};
+        table[i] = {moved.memory() + address, static_cast<uint32_t>(place), width};
         for (uint64_t k = 0; k < rows; ++k) {
-            const uint64_t at = address + k * pitch;
-            std::memcpy(&wanted_staging[place + k * width], &memory[at], width);
-            std::memcpy(&wanted_memory[at], &memory[at], width);
+            moved.expect(address + k * pitch, place + k * width, width);
         }
     }
-    CUmodule module = nullptr;
-    OK(cuda.cuModuleLoadDataEx(&module, ptx.c_str(), 0, nullptr, nullptr));
-    CUdeviceptr staging_argument = device_staging, table_argument = as_device(table);
-    uint32_t count = regions * rows, offset_distance = 0;
-    uint64_t address_distance = 0;
-    void *arguments[] = {&staging_argument, &table_argument, &count, &address_distance,
-                         &offset_distance,  &pitch,          &width, &rows};
-    for (const bool is_gather : {true, false}) {
-        CUfunction function = nullptr;
-        OK(cuda.cuModuleGetFunction(&function, module,
-                                    is_gather ? "kvferry_gather" : "kvferry_scatter"));
-        OK(cuda.cuLaunchKernel(function, blocks, 1, 1, 512, 1, 1, 0, s.stream, arguments, nullptr));
-        if (!is_gather) continue;
-        CHECK(download(s, device_staging, staging.size()) == wanted_staging);
-        upload(s, device_memory, other_memory);
-    }
-    CHECK(download(s, device_memory, memory.size()) == wanted_memory);
-    OK(cuda.cuModuleUnload(module));
+    moved.launch_both({as_device(table), regions * rows, 0, 0, pitch, width, rows}, blocks);
     OK(cuda.cuMemFreeHost(table));
-    OK(cuda.cuMemFree(device_memory));
-    OK(cuda.cuMemFree(device_staging));
 }
 
 void wrong_modules_are_refused() {
