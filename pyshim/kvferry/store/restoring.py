@@ -121,6 +121,7 @@ class Restoring:
         Raises _NotRead, _NoRoom, and as ``Buffers.take``.
         """
         entries: dict[int, Entry] = {}
+        absent: list[Exception] = []
         problems: list[Exception] = []
 
         def hold(index: int, entry: Entry) -> None:
@@ -141,6 +142,8 @@ class Restoring:
             try:
                 part = prefix.parts[index]
                 hold(index, await self._read(llama, tokens, part, whole=not prefix.blocks))
+            except (_NotRead, _NoRoom) as reason:
+                absent.append(reason)  # other parts may be of use for a shorter prefix
             except Exception as problem:
                 problems.append(problem)
                 reads.cancel_scope.cancel()
@@ -149,8 +152,8 @@ class Restoring:
             async with anyio.create_task_group() as reads:
                 for index in missing:
                     reads.start_soon(read, index)
-        if problems:
-            raise problems[0]
+        for each in (*problems, *absent):
+            raise each
         return [entries[index] for index in range(len(prefix.parts))]
 
     async def _read(self, llama: Llama, tokens: Tokens, part: Description, *, whole: bool) -> Entry:
