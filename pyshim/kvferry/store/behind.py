@@ -154,7 +154,9 @@ class Behind:
         except Hanging as problem:
             self._report("a read", problem)
             raise
-        except (OSError, ValueError) as problem:
+        except KvferryError:
+            raise  # the store is closed
+        except Exception as problem:
             self._report("a read", problem)
             return False
         self._hangs = False
