@@ -39,6 +39,9 @@ def other_path(path: Path) -> Path:
     tensors = gguf.GGUFReader(other, "r+").tensors
     data = next(each.data for each in tensors if each.name == "blk.0.attn_k.weight")
     data.view(np.uint8).reshape(-1)[1000] ^= 1
+    del data, tensors  # the file is written
+    before, after = path.read_bytes(), other.read_bytes()
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
     return other
 
 
@@ -55,10 +58,8 @@ def llms(path: Path, other_path: Path) -> Iterator[list[llama_cpp.Llama]]:
 
 
 async def test_models_that_differ_in_one_byte_of_a_tensor_find_nothing_of_one_another(
-    llms: list[llama_cpp.Llama], path: Path, other_path: Path
+    llms: list[llama_cpp.Llama],
 ) -> None:
-    before, after = path.read_bytes(), other_path.read_bytes()
-    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
     async with (
         kvferry.Engine("host") as engine,
         kvferry.Store(ram="64 MiB", block_tokens=BLOCK) as store,
