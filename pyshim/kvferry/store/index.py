@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import cast
 
 from .description import Description
@@ -78,6 +78,10 @@ class Index:
     def find(self, kind: str, key: bytes) -> Description | None:
         rows = self._rows("kind = ? AND key = ?", kind, key)
         return rows[0] if rows else None
+
+    def find_all(self, kind: str, keys: Sequence[bytes]) -> list[Description]:
+        places = ",".join("?" * len(keys))
+        return self._rows(f"kind = ? AND key IN ({places})", kind, *keys)
 
     def children(self, parent: bytes) -> list[Description]:
         return self._rows("parent = ?", parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ..llama import Llama
 from .behind import Behind
 from .buffers import Buffers
 from .description import Description
+from .disk import Disk
 from .identity import Identities
 from .keys import Tokens
 from .prefix import InBoth, Prefix, Search
@@ -75,8 +77,7 @@ class Restoring:
                 and on_disk
                 and (prefix is None or prefix.end < len(tokens))
             ):
-                both = InBoth(self._ram, self._behind.disk)
-                run = dataclasses.replace(search, lookup=both).run
+                run = functools.partial(_search_both, search, self._ram, self._behind.disk)
                 prefix = await self._behind.look_up("a search", run, prefix)
             found.append(prefix)
         return sorted(filter(None, found), key=lambda prefix: prefix.end, reverse=True)
@@ -194,6 +195,12 @@ class Restoring:
             log.log(level, "a prefix of %d tokens was refused: %s", prefix.end, refusal)
             return False
         return True
+
+
+def _search_both(search: Search, ram: Ram, disk: Disk) -> Prefix | None:
+    """Searches RAM and the disk. May block."""
+    both = InBoth(ram, disk, [link.key for link in search.links])
+    return dataclasses.replace(search, lookup=both, chained=search.links).run()
 
 
 def _saved(
