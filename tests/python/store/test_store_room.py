@@ -15,6 +15,7 @@ from kvferry import Store
 from kvferry.store.behind import Behind
 from kvferry.store.buffers import Buffers
 from kvferry.store.description import Description
+from kvferry.store.disk import Disk
 from kvferry.store.ram import Entry, Ram
 from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
@@ -335,6 +336,48 @@ async def test_a_pin_keeps_files_while_the_store_is_open(
                 assert occupied(tmp_path) <= 2 << 20
             assert await store.restore(llama, 1, first, leave=0) == (100 if pinned else 0)
             assert store.stats()["disk_writes_failed"] == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "hybrid", "mamba"])
+async def test_a_new_context_finds_what_was_kept_in_a_folder_that_was_full(
+    make_context: MakeContext, tmp_path: Path, kind: str
+) -> None:
+    """The note of the layout is the oldest file, and must not go first."""
+    context = make_context(kind, n_ctx=1024)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with store_in(tmp_path, limit="2 MiB") as store:
+            for seed in range(40):
+                tokens = context.model.prompt(70 + 7 * (seed % 14), seed=seed)
+                await llama.remove(0)
+                await llama.run(context.decode, 0, tokens)
+                await store.keep(llama, 0, tokens)
+                await store.flush()
+        async with store_in(tmp_path, limit="2 MiB") as store:
+            fresh = engine.attach(make_context(kind, n_ctx=1024).address)
+            assert await store.restore(fresh, 0, tokens, leave=0) == len(tokens)
+
+
+async def test_a_note_that_could_not_be_written_is_written_by_a_later_keep(
+    make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with store_in(tmp_path) as store:
+            write = Disk.write
+
+            def refuse(disk: Disk, part: Description, data: bytes) -> bool:
+                return part.kind != "layout" and write(disk, part, data)
+
+            monkeypatch.setattr(Disk, "write", refuse)
+            await store.keep(llama, 0, prompt[:100])
+            await store.flush()
+            monkeypatch.undo()
+            await store.keep(llama, 0, prompt)
+        async with store_in(tmp_path) as store:
+            fresh = engine.attach(make_context("llama", n_ctx=1024).address)
+            assert await store.restore(fresh, 0, prompt, leave=0) == TOKENS
 
 
 async def test_the_disk_finds_what_has_expired_in_ram(
