@@ -54,6 +54,7 @@ class Behind:
         self._write_ended = anyio.Event()
         self._hangs = False  # as the log has it
         self._noted: set[bytes] = set()  # roots whose notes are on the disk, or will be
+        self._closed = False
         self.pending = 0
         """Writes that have not ended."""
         self.failed = 0
@@ -71,6 +72,7 @@ class Behind:
 
     async def close(self) -> None:
         """Waits for calls that make progress, and begins no more. A call that hangs goes on."""
+        self._closed = True
         self._send.close()
         ended = []
         with anyio.CancelScope(shield=True):
@@ -89,7 +91,10 @@ class Behind:
     # ---- Writes ---------------------------------------------------------------------------------
 
     def write(self, what: Entry | tuple[Description, bytes]) -> None:
-        """Writes an entry of RAM later, or a note. The entry is not evicted before."""
+        """Writes an entry of RAM later, or a note. The entry is not evicted before. Writes nothing
+        after ``close``: a keep may go on when the store is left."""
+        if self._closed:
+            return
         if isinstance(what, Entry):
             what.holds += 1
         self.pending += 1
@@ -134,7 +139,8 @@ class Behind:
         try:
             written = await self._writer.to_its_end(_write, self.disk, what)
         except Exception as problem:
-            self._report("a write", problem)  # what is kept in RAM stays there
+            if not self._closed:
+                self._report("a write", problem)  # what is kept in RAM stays there
             return False
         self._hangs = False
         return written

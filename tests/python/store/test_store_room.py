@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -393,3 +394,21 @@ async def test_the_disk_finds_what_has_expired_in_ram(
         assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
         assert (await store.find(llama, prompt, leave=0)).tier == "ram"
         await until(lambda: not store.stats()["ram_reserved"])
+
+
+@pytest.mark.parametrize("turns", [0, 1, 5, 20, 60])
+async def test_a_keep_that_goes_on_when_the_store_is_left(
+    make_context: MakeContext, tmp_path: Path, turns: int
+) -> None:
+    context, prompt = prompted(make_context, "hybrid")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+
+        async def keep(store: Store) -> None:
+            with contextlib.suppress(kvferry.KvferryError):  # the store is closed
+                await store.keep(llama, 0, prompt)
+
+        async with anyio.create_task_group() as tasks, store_in(tmp_path) as store:
+            tasks.start_soon(keep, store)
+            for _ in range(turns):
+                await anyio.lowlevel.checkpoint()
