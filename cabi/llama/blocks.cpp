@@ -172,14 +172,9 @@ int32_t Llama::find_empty_sequence() const {
     const Structure *const structure = states_->structure();
     if (!structure || context_.has_recurrent_layers()) return -1;
     if (structure->sections[0].streams != 1) return -1;
-    // libllama says that a sequence is empty of which only the window is; its state has cells.
-    const uint64_t empty = empty_state_bytes(*structure);
     for (uint32_t i = context_.sequence_count(); i-- > 0;) {
         const auto sequence = static_cast<int32_t>(i);
-        if (!context_.holds_cells(sequence) && sequences_->is_idle(sequence) &&
-            context_.state_bytes(sequence) == empty) {
-            return sequence;
-        }
+        if (sequences_->is_idle(sequence) && !states_->holds_cells(sequence)) return sequence;
     }
     return -1;
 }
@@ -286,10 +281,17 @@ std::function<bool()> Llama::watch_blocks(int32_t sequence, int32_t end) const {
     };
 }
 
+// Without a position no load could use a checkpoint.
+void Llama::check_has_position(int32_t sequence) const {
+    if (context_.holds_cells(sequence)) return;
+    throw Error(KVF_ERR_SEQUENCE_EMPTY, format("the sliding window of sequence %d", sequence));
+}
+
 uint64_t Llama::checkpoint_size(int32_t sequence) {
     look_for_blocks(sequence);
     check_sequence(sequence, true);
     check_blocks_allowed(true);
+    check_has_position(sequence);
     const uint64_t bytes = context_.state_bytes(sequence, LlamaContext::Extent::Partial);
     if (bytes == 0) throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_size_ext failed");
     return bytes;
@@ -303,6 +305,7 @@ void Llama::save_checkpoint(int32_t sequence, void *buffer, uint64_t bytes,
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     look_for_blocks(sequence);
     check_blocks_allowed(true);
+    check_has_position(sequence);
     Recorder recorder =
         make_recorder(Direction::Save, submission.buffer, submission.buffer_bytes, submission.gate);
     Recorded recorded = record_save(sequence, submission.buffer, submission.buffer_bytes, recorder,

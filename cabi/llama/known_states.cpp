@@ -20,6 +20,12 @@ bool looks_known(const StateView &view) {
     });
 }
 
+// Whether a state has cells, if it is read in one of these ways.
+bool has_cells(const std::vector<Structure> &found) {
+    return std::any_of(found.begin(), found.end(),
+                       [](const Structure &structure) { return structure.cells() > 0; });
+}
+
 } // namespace
 
 ScratchState::ScratchState(uint64_t bytes) : bytes_(bytes) {
@@ -74,6 +80,13 @@ std::optional<KnownStates::Metadata> KnownStates::record_metadata(int32_t sequen
     return Metadata{std::move(scratch), written, std::move(recorded)};
 }
 
+bool KnownStates::holds_cells(int32_t sequence) {
+    if (context_.holds_cells(sequence)) return true;
+    if (context_.window() == 0 || policy_.is_opaque()) return false;
+    const auto metadata = record_metadata(sequence);
+    return metadata && has_cells(parse_state_in_every_way(metadata->view(), structure()));
+}
+
 void KnownStates::look_at(int32_t sequence) {
     const auto metadata = record_metadata(sequence);
     if (!metadata) return;
@@ -84,11 +97,7 @@ void KnownStates::look_at(int32_t sequence) {
     }
     const bool empty = !context_.holds_cells(sequence);
     auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
-    // libllama calls a sequence empty of which only the window is. Such a one tells nothing.
-    if (empty && std::any_of(found.begin(), found.end(),
-                             [](const Structure &structure) { return structure.cells() > 0; })) {
-        return;
-    }
+    if (empty && has_cells(found)) return; // of its window it tells nothing
     if (empty) empty_bytes_ = metadata->bytes;
     // The tap knows how many bytes are those of tensors; without it, they cannot be distinguished.
     std::erase_if(found, [&](const Structure &structure) {

@@ -80,6 +80,9 @@ public:
     // they are copied). Nothing where it refuses.
     std::optional<Metadata> record_metadata(int32_t sequence);
 
+    // Whether a part of the cache has cells of the sequence. libllama says of a sequence of which
+    // only the sliding window is empty that all of it is.
+    bool holds_cells(int32_t sequence);
     void empty_sequence(int32_t sequence);
     // Before a load: what an empty sequence looks like, for what_is_left().
     void note_empty(int32_t sequence);

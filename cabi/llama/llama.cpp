@@ -164,7 +164,7 @@ void Llama::check_sequence(int32_t sequence, bool must_hold_cells) {
         throw Error(KVF_ERR_SEQUENCE_RANGE, format("sequence %d; the context has 0 to %u", sequence,
                                                    context_.sequence_count() - 1));
     }
-    if (must_hold_cells && !context_.holds_cells(sequence)) {
+    if (must_hold_cells && !states_->holds_cells(sequence)) {
         throw Error(KVF_ERR_SEQUENCE_EMPTY, format("sequence %d", sequence));
     }
 }

@@ -102,6 +102,7 @@ private:
     int32_t find_empty_sequence() const;
     void look_for_blocks(int32_t sequence);
     void check_blocks_allowed(bool checkpoints) const;
+    void check_has_position(int32_t sequence) const;
     void check_loadable(size_t blocks, bool has_checkpoint) const;
 
     // blocking.cpp

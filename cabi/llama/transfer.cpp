@@ -114,7 +114,8 @@ Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder
 }
 
 // Returns a function that says whether the sequence has been changed since, as far as its first and
-// last position tell.
+// last position tell. Without positions nothing tells (of a sequence whose window is empty): then
+// it says so from the beginning.
 std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const {
     const CachePolicy policy = states_->policy();
     const bool keeps_first = policy.keeps_first_position();
@@ -122,6 +123,7 @@ std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const 
     const auto is_disturbed = [=, this, first = context_.first_position(sequence),
                                last = context_.last_position(sequence)] {
         const int32_t now = context_.last_position(sequence);
+        if (last < 0) return true;
         if (may_append ? now < last : now != last) return true;
         return keeps_first && context_.first_position(sequence) != first;
     };

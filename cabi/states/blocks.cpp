@@ -219,9 +219,9 @@ StateJoin::StateJoin(const Structure *like, size_t parts, std::span<const kvf_bl
         if (like) other = parts_in_checkpoint(*like, parts);
         auto found = parse_state_in_every_way(checkpoint_, other ? &*other : nullptr);
         if (found.empty()) throw Error(KVF_ERR_STATE_DAMAGED, "the checkpoint");
-        // Recurrent sections read the same in several formats.
+        // Recurrent sections, and windows without cells, read the same in several formats.
         const auto same = std::find_if(found.begin(), found.end(), [&](const Structure &one) {
-            return structures_.empty() || one.format == structures_.front().format;
+            return structures_.empty() || !one.format || one.format == structures_.front().format;
         });
         if (same == found.end()) {
             throw Error(KVF_ERR_STATE_MISMATCH,

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import anyio
 from kvferry.tools.synthetic import write_model
+from support.abilities import Abilities
 from support.cuda_driver import driver_under_test, open_driver
 from support.like_contexts import CACHES, LATENT
 from support.llama_reference import ContextOptions, Model
-from support.random_walk import KINDS, Abilities, Walk, cache_options
+from support.random_walk import KINDS, Walk, cache_options
 from support.simulated_cuda import SimulatedCuda
 
 

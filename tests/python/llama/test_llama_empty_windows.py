@@ -1,0 +1,124 @@
+"""Sequences of which only a sliding window is empty. libllama says that they are empty, but they
+have cells in the layers that keep every token. And copies of a part of a hybrid sequence, which
+share its recurrent cell as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import pytest
+from support.block_histories import SEQ, SEQUENCES, TARGET
+from support.block_reference import beginning_of, cut_by_format, rest_of
+from support.blocks import MakePair, save_blocks
+from support.c_interface import Blocks, Engine, Failure, LoadMode, SaveMode
+from support.llama_reference import Context
+
+KEPT = 5
+"""Tokens that the sequence still has."""
+RANGES = [(0, 3), (3, KEPT)]
+
+
+def lose_cells_to_others(context: Context) -> None:
+    """Sequence 2 takes cells of a window that others no longer see."""
+    for seed in (2, 3):
+        context.decode(2, context.model.prompt(64, seed=seed))
+
+
+def cut_off_the_end(context: Context) -> None:
+    context.decode(SEQ, context.model.prompt(150))
+    lose_cells_to_others(context)
+    assert context.seq_rm(SEQ, KEPT, -1)
+
+
+def copy_the_beginning(context: Context) -> None:
+    """In a hybrid cache the copy gets the recurrent cell of the whole."""
+    context.decode(1, context.model.prompt(150))
+    lose_cells_to_others(context)
+    context.seq_cp(1, SEQ, 0, KEPT)
+    context.seq_rm(1)
+
+
+without_a_window = pytest.mark.parametrize(
+    ("kind", "cache", "history"),
+    [
+        *[("gemma3", cache, cut_off_the_end) for cache in ("flash", "transposed")],
+        *[("gemma3", cache, copy_the_beginning) for cache in ("flash", "q8_0")],
+        *[("hybrid-iswa", cache, copy_the_beginning) for cache in ("flash", "transposed")],
+    ],
+)
+
+
+def lose_the_window(pair: tuple[Context, Context], history: Callable[[Context], None]) -> bytes:
+    for context in pair:
+        history(context)
+        assert context.pos_max(SEQ) == -1
+        for seq in (1, 2, 3):
+            context.decode(seq, [7])
+    return pair[1].state_get(SEQ)
+
+
+def states(context: Context) -> list[bytes]:
+    return [context.state_get(seq) for seq in range(SEQUENCES)]
+
+
+@without_a_window
+@pytest.mark.parametrize("save", SaveMode)
+@pytest.mark.parametrize("load", LoadMode)
+def test_a_state_without_a_window_is_moved_as_by_llama_cpp(
+    c_engine: Engine,
+    pair: MakePair,
+    kind: str,
+    cache: str,
+    history: Callable[[Context], None],
+    save: SaveMode,
+    load: LoadMode,
+) -> None:
+    ours, like = both = pair(kind, cache)
+    state = lose_the_window(both, history)
+    with c_engine.attach(ours.address) as attachment:
+        assert attachment.size(SEQ) == len(state)
+        buffer = ctypes.create_string_buffer(len(state))
+        assert attachment.save(SEQ, buffer, mode=save).wait() == "KVF_OK"
+        assert buffer.raw == state
+        assert attachment.load(TARGET, buffer, mode=load).wait() == "KVF_OK"
+        assert like.state_set(TARGET, state) == len(state)
+        assert states(ours) == states(like)
+
+
+@without_a_window
+def test_blocks_of_a_sequence_without_a_window_are_saved(
+    c_engine: Engine, pair: MakePair, kind: str, cache: str, history: Callable[[Context], None]
+) -> None:
+    ours, like = both = pair(kind, cache)
+    state = lose_the_window(both, history)
+    with c_engine.attach(ours.address) as attachment:
+        blocks = save_blocks(attachment, RANGES)
+        assert [block.state for block in blocks] == [
+            cut_by_format(kind, state, *each) for each in RANGES
+        ]
+        [whole] = save_blocks(attachment, [(0, KEPT)])
+        assert whole.state == beginning_of(kind, state)
+    assert states(ours) == states(like)
+
+
+@without_a_window
+def test_a_sequence_without_a_window_has_no_checkpoint(
+    c_engine: Engine, pair: MakePair, kind: str, cache: str, history: Callable[[Context], None]
+) -> None:
+    """It would be of no position, so that no load could use it."""
+    ours, like = both = pair(kind, cache)
+    state = lose_the_window(both, history)
+    buffer = ctypes.create_string_buffer(len(state))
+    with c_engine.attach(ours.address) as attachment:
+        for call in (
+            lambda: attachment.checkpoint_size(SEQ),
+            lambda: attachment.save_checkpoint(SEQ, buffer),
+        ):
+            with pytest.raises(Failure, match="KVF_ERR_SEQUENCE_EMPTY"):
+                call()
+        blocks = save_blocks(attachment, [(0, KEPT)])
+        with pytest.raises(Failure, match="the checkpoint is of position"):
+            attachment.load_blocks(TARGET, Blocks.of(blocks), rest_of(kind, state))
+    assert states(ours) == states(like)
