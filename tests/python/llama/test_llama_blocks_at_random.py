@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
@@ -14,17 +13,16 @@ from hypothesis import strategies as st
 from support.block_comparison import Comparison, Plan
 from support.block_histories import SEQ, TARGET
 from support.block_reference import PARTS_IN_BLOCKS, positions_in_order
-from support.blocks import MakePair
+from support.blocks import MakePair, ranges_that_begin_at
 from support.c_interface import Engine, LoadMode, SaveMode
 from support.like_contexts import CACHES, LATENT
 from support.random_histories import History, histories
 
 
-def make_plan(positions: list[int], data: st.DataObject) -> Plan:
+def make_plan(kind: str, positions: list[int], data: st.DataObject) -> Plan:
     """Draws where a sequence with these positions is cut, and what is done with its blocks."""
-    whole = sorted(set(positions))
-    begins = data.draw(st.sets(st.sampled_from(whole), max_size=6), label="cuts") | {whole[0]}
-    ranges = list(itertools.pairwise([*sorted(begins), whole[-1] + 1]))
+    begins = data.draw(st.sets(st.sampled_from(positions), max_size=6), label="cuts")
+    ranges = ranges_that_begin_at(begins, positions, kind)
     # Each block in one of up to three calls, which are in any order.
     chance = random.Random(data.draw(st.integers(0, 99), label="calls"))
     in_calls: list[list[int]] = [[] for _ in range(chance.choice((1, 1, 2, 3)))]
@@ -57,8 +55,8 @@ def test_blocks_of_random_sequences_are_saved_and_loaded_as_by_llama_cpp(
         for context in both:
             history(context)
         positions = positions_in_order(kind, both[0].state_get(SEQ))
-        assume(positions)
-        plan = make_plan(positions, data)
+        assume(len(positions) > 1)
+        plan = make_plan(kind, positions, data)
         with c_engine.attach(both[0].address) as attachment:
             Comparison(attachment, both, kind, history, plan).run()
 

@@ -5,7 +5,6 @@ calls in the other.
 from __future__ import annotations
 
 import ctypes
-import itertools
 from typing import Any
 
 from support import c_interface
@@ -17,6 +16,7 @@ from support.block_reference import (
     rest_ends_at,
     rest_of,
 )
+from support.blocks import ranges_that_begin_at
 from support.c_interface import Block, Blocks, SaveMode
 from support.random_walk.state import Unequal, WalkState
 from support.random_walk.transfers import Moved, Transfers
@@ -156,5 +156,5 @@ class BlockTransfers:
         walk = self._walk
         positions = sorted(set(positions_in_order(self._kind, state)))
         count = min(len(positions) - 1, walk.random.choice((0, 1, 3, 8)))
-        begins = sorted(walk.random.sample(positions[1:], count))
-        return list(itertools.pairwise([positions[0], *begins, positions[-1] + 1]))
+        begins = walk.random.sample(positions[1:], count)
+        return ranges_that_begin_at(begins, positions, self._kind)
