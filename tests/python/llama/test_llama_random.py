@@ -80,7 +80,19 @@ def test_blocks_are_moved_beside_other_operations_as_by_llama_cpp(
 def test_a_soak_says_what_it_did(
     cuda: SimulatedCuda, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert soak.main(["--kinds=llama", "--caches=flash", "--steps=20", "--seeds=7"]) == 0
+    arguments = ["--kinds=llama", "--caches=flash", "--steps=20", "--states=0", "--seeds=7"]
+    assert soak.main(arguments) == 0
     [line, total] = capsys.readouterr().out.splitlines()
     assert line.startswith("llama flash seed 7: 20 steps, ")
     assert total.startswith("1 walk, 20 steps, ")
+
+
+def test_a_soak_says_what_became_of_composed_states(
+    cuda: SimulatedCuda, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--kinds=hybrid-iswa", "--caches=flash", "--steps=0", "--states=40", "--seeds=3"]
+    assert soak.main(arguments) == 0
+    [line, total] = capsys.readouterr().out.splitlines()
+    assert line.startswith("hybrid-iswa flash seed 3: 40 composed states, ")
+    assert "KVF_ERR_STATE_DAMAGED" in line
+    assert total.startswith("40 composed states, ")
