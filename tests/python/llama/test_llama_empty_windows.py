@@ -8,37 +8,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
+import kvferry
 import pytest
 from support.block_histories import SEQ, SEQUENCES, TARGET
 from support.block_reference import beginning_of, cut_by_format, rest_of
 from support.blocks import MakePair, save_blocks
 from support.c_interface import Blocks, Engine, Failure, LoadMode, SaveMode
+from support.devices import DEVICES
+from support.empty_windows import KEPT, copy_the_beginning, cut_off_the_end, lose_the_window
 from support.llama_reference import Context
 
-KEPT = 5
-"""Tokens that the sequence still has."""
 RANGES = [(0, 3), (3, KEPT)]
-
-
-def lose_cells_to_others(context: Context) -> None:
-    """Sequence 2 takes cells of a window that others no longer see."""
-    for seed in (2, 3):
-        context.decode(2, context.model.prompt(64, seed=seed))
-
-
-def cut_off_the_end(context: Context) -> None:
-    context.decode(SEQ, context.model.prompt(150))
-    lose_cells_to_others(context)
-    assert context.seq_rm(SEQ, KEPT, -1)
-
-
-def copy_the_beginning(context: Context) -> None:
-    """In a hybrid cache the copy gets the recurrent cell of the whole."""
-    context.decode(1, context.model.prompt(150))
-    lose_cells_to_others(context)
-    context.seq_cp(1, SEQ, 0, KEPT)
-    context.seq_rm(1)
-
 
 without_a_window = pytest.mark.parametrize(
     ("kind", "cache", "history"),
@@ -48,15 +28,6 @@ without_a_window = pytest.mark.parametrize(
         *[("hybrid-iswa", cache, copy_the_beginning) for cache in ("flash", "transposed")],
     ],
 )
-
-
-def lose_the_window(pair: tuple[Context, Context], history: Callable[[Context], None]) -> bytes:
-    for context in pair:
-        history(context)
-        assert context.pos_max(SEQ) == -1
-        for seq in (1, 2, 3):
-            context.decode(seq, [7])
-    return pair[1].state_get(SEQ)
 
 
 def states(context: Context) -> list[bytes]:
@@ -122,3 +93,16 @@ def test_a_sequence_without_a_window_has_no_checkpoint(
         with pytest.raises(Failure, match="the checkpoint is of position"):
             attachment.load_blocks(TARGET, Blocks.of(blocks), rest_of(kind, state))
     assert states(ours) == states(like)
+
+
+@pytest.mark.anyio
+async def test_a_refused_load_leaves_a_sequence_without_a_window_as_it_was(pair: MakePair) -> None:
+    ours, _ = both = pair("gemma3", "flash")
+    lose_the_window(both, cut_off_the_end)
+    before = states(ours)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(ours.address)
+        with pytest.raises(kvferry.StateDamaged):
+            await llama.load(before[1][:-1], SEQ)
+        assert llama.load_outcome(SEQ) == "unchanged"
+    assert states(ours) == before
