@@ -223,7 +223,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
     check_ranges(blocks, false);
     const BufferOfParts given(Direction::Save, blocks, nullptr, 0);
     Submission submission = make_submission(Direction::Save, sequence, options);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::Cells);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     look_for_blocks(sequence);
     check_blocks_allowed(false);
@@ -284,12 +284,13 @@ std::function<bool()> Llama::watch_blocks(int32_t sequence, int32_t end) const {
 // Without a position no load could use a checkpoint.
 void Llama::check_has_position(int32_t sequence) const {
     if (context_.holds_cells(sequence)) return;
-    throw Error(KVF_ERR_SEQUENCE_EMPTY, format("the sliding window of sequence %d", sequence));
+    throw Error(KVF_ERR_SEQUENCE_EMPTY,
+                format("the sliding window or recurrent layers of sequence %d", sequence));
 }
 
 uint64_t Llama::checkpoint_size(int32_t sequence) {
     look_for_blocks(sequence);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::Cells);
     check_blocks_allowed(true);
     check_has_position(sequence);
     const uint64_t bytes = context_.state_bytes(sequence, LlamaContext::Extent::Partial);
@@ -301,7 +302,7 @@ void Llama::save_checkpoint(int32_t sequence, void *buffer, uint64_t bytes,
                             const kvf_submit_options &options, kvf_job *job) {
     Submission submission = make_submission(Direction::Save, sequence, options);
     set_buffer(submission, buffer, bytes);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::Cells);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     look_for_blocks(sequence);
     check_blocks_allowed(true);
@@ -327,7 +328,7 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
     const BufferOfParts buffer(Direction::Load, blocks, checkpoint, checkpoint_bytes);
     if (buffer.parts.empty()) throw Error(KVF_ERR_INVALID_ARGUMENT, "there are no blocks");
     Submission submission = make_submission(Direction::Load, sequence, options);
-    check_sequence(sequence, false);
+    check_sequence(sequence, Holds::Nothing);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     for (const auto &[part, bytes] : buffer.parts) {
         if (submission.gate && may_be_written_by_stream(part, bytes)) submission.gate->wait();

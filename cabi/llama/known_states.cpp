@@ -80,11 +80,26 @@ std::optional<KnownStates::Metadata> KnownStates::record_metadata(int32_t sequen
     return Metadata{std::move(scratch), written, std::move(recorded)};
 }
 
-bool KnownStates::holds_cells(int32_t sequence) {
-    if (context_.holds_cells(sequence)) return true;
-    if (context_.window() == 0 || policy_.is_opaque()) return false;
+// What libllama writes for a sequence that it calls empty, where a part of it need not be.
+std::vector<Structure> KnownStates::read_though_empty(int32_t sequence) {
+    const bool has_parts = context_.window() > 0 || context_.has_recurrent_layers();
+    if (!has_parts || policy_.is_opaque()) return {};
     const auto metadata = record_metadata(sequence);
-    return metadata && has_cells(parse_state_in_every_way(metadata->view(), structure()));
+    if (!metadata) return {};
+    return parse_state_in_every_way(metadata->view(), structure());
+}
+
+bool KnownStates::holds_cells(int32_t sequence) {
+    return context_.holds_cells(sequence) || has_cells(read_though_empty(sequence));
+}
+
+bool KnownStates::holds_state(int32_t sequence) {
+    if (context_.holds_cells(sequence)) return true;
+    const auto found = read_though_empty(sequence);
+    return has_cells(found) &&
+           std::none_of(found.begin(), found.end(), [this](const Structure &structure) {
+               return policy_.lacks_cells(structure);
+           });
 }
 
 void KnownStates::look_at(int32_t sequence) {
@@ -97,7 +112,7 @@ void KnownStates::look_at(int32_t sequence) {
     }
     const bool empty = !context_.holds_cells(sequence);
     auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
-    if (empty && has_cells(found)) return; // of its window it tells nothing
+    if (empty && has_cells(found)) return; // of the part that is empty it tells nothing
     if (empty) empty_bytes_ = metadata->bytes;
     // The tap knows how many bytes are those of tensors; without it, they cannot be distinguished.
     std::erase_if(found, [&](const Structure &structure) {

@@ -80,9 +80,11 @@ public:
     // they are copied). Nothing where it refuses.
     std::optional<Metadata> record_metadata(int32_t sequence);
 
-    // Whether a part of the cache has cells of the sequence. libllama says of a sequence of which
-    // only the sliding window is empty that all of it is.
+    // Whether any part of the cache has cells of the sequence. libllama says that a sequence is
+    // empty where one part is: a sliding window that has lost its cells, or recurrent layers.
     bool holds_cells(int32_t sequence);
+    // Whether all parts have cells, but for a sliding window: less no load takes.
+    bool holds_state(int32_t sequence);
     void empty_sequence(int32_t sequence);
     // Before a load: what an empty sequence looks like, for what_is_left().
     void note_empty(int32_t sequence);
@@ -93,6 +95,7 @@ public:
 
 private:
     int32_t most_telling_sequence() const;
+    std::vector<Structure> read_though_empty(int32_t sequence);
     void learn_that_opaque();
     Structure examine_known(const StateView &view) const;
     Structure examine_first(int32_t sequence, const StateView &view);

@@ -47,7 +47,10 @@ private:
     std::unique_ptr<Tap> open_tap(uint32_t flags);
     void check_usable();
     void check_devices();
-    void check_sequence(int32_t sequence, bool must_hold_cells);
+    // What a sequence holds at least: nothing, cells in a part of the cache, or a state that can
+    // be loaded again.
+    enum class Holds { Nothing, Cells, State };
+    void check_sequence(int32_t sequence, Holds least);
     void on_buffer_freed(uint64_t begin, uint64_t bytes);
     void release();
 

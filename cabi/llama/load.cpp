@@ -9,7 +9,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
                  const kvf_submit_options &options, kvf_job *job) {
     Submission submission = make_submission(Direction::Load, sequence, options);
     set_buffer(submission, buffer, bytes);
-    check_sequence(sequence, false);
+    check_sequence(sequence, Holds::Nothing);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     const auto *const given = static_cast<const unsigned char *>(buffer);
     if (states_->is_unseen()) states_->look_at_any();

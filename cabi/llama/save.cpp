@@ -10,7 +10,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
                  kvf_job *job) {
     Submission submission = make_submission(Direction::Save, sequence, options);
     set_buffer(submission, buffer, bytes);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::State);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     if (states_->is_unseen()) states_->look_at(sequence);
     const CachePolicy policy = states_->policy();

@@ -114,8 +114,8 @@ Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder
 }
 
 // Returns a function that says whether the sequence has been changed since, as far as its first and
-// last position tell. Without positions nothing tells (of a sequence whose window is empty): then
-// it says so from the beginning.
+// last position tell. Where libllama tells none (a part of the sequence is empty), it says so from
+// the beginning.
 std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const {
     const CachePolicy policy = states_->policy();
     const bool keeps_first = policy.keeps_first_position();

@@ -1,6 +1,6 @@
-"""Sequences of which only a sliding window is empty. libllama says that they are empty, but they
-have cells in the layers that keep every token. And copies of a part of a hybrid sequence, which
-share its recurrent cell as it is.
+"""Sequences of which a part is empty, mostly a sliding window. libllama says that they are empty,
+but they have cells in the layers that keep every token. And copies of a part of a hybrid sequence,
+which share its recurrent cell as it is.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ from collections.abc import Callable
 import kvferry
 import pytest
 from support.block_histories import SEQ, SEQUENCES, TARGET
-from support.block_reference import beginning_of, cut_by_format, rest_of
-from support.blocks import MakePair, save_blocks
+from support.block_reference import beginning_of, cut_by_format, rest_ends_at, rest_of
+from support.blocks import MakePair, save_blocks, save_checkpoint
 from support.c_interface import Blocks, Engine, Failure, LoadMode, SaveMode
 from support.devices import DEVICES
-from support.empty_windows import KEPT, copy_the_beginning, cut_off_the_end, lose_the_window
+from support.empty_windows import (
+    KEPT,
+    copy_the_beginning,
+    cut_off_the_end,
+    lose_the_recurrent_cell,
+    lose_the_window,
+)
 from support.llama_reference import Context
 
 RANGES = [(0, 3), (3, KEPT)]
@@ -92,6 +98,68 @@ def test_a_sequence_without_a_window_has_no_checkpoint(
         blocks = save_blocks(attachment, [(0, KEPT)])
         with pytest.raises(Failure, match="the checkpoint is of position"):
             attachment.load_blocks(TARGET, Blocks.of(blocks), rest_of(kind, state))
+    assert states(ours) == states(like)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "hybrid-iswa"])
+@pytest.mark.parametrize("cache", ["flash", "transposed"])
+def test_blocks_alone_are_saved_where_the_recurrent_cell_is_gone(
+    c_engine: Engine, pair: MakePair, kind: str, cache: str
+) -> None:
+    """A load would refuse the state, since it has cells for a part of the memory only."""
+    ours, like = both = pair(kind, cache)
+    state = lose_the_window(both, lose_the_recurrent_cell)
+    buffer = ctypes.create_string_buffer(len(state))
+    with c_engine.attach(ours.address) as attachment:
+        for call in (
+            lambda: attachment.save(SEQ, buffer),
+            lambda: attachment.checkpoint_size(SEQ),
+            lambda: attachment.save_checkpoint(SEQ, buffer),
+        ):
+            with pytest.raises(Failure, match="KVF_ERR_SEQUENCE_EMPTY"):
+                call()
+        [whole] = save_blocks(attachment, [(0, KEPT)])
+        assert whole.state == beginning_of(kind, state)
+        load = ctypes.create_string_buffer(state, len(state))
+        with pytest.raises(Failure, match="for a part of the memory only"):
+            attachment.load(TARGET, load)
+    assert states(ours) == states(like)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "hybrid-iswa"])
+def test_a_copied_part_of_a_hybrid_sequence_has_a_checkpoint_of_another_position(
+    c_engine: Engine, pair: MakePair, kind: str
+) -> None:
+    """llama_memory_seq_cp() shares the recurrent cell as it is. llama.cpp's states hold that too,
+    and are saved and loaded so; but no blocks of the copy end where the checkpoint is."""
+    ours, like = pair(kind, "flash")
+    for context in (ours, like):
+        context.decode(1, context.model.prompt(20))
+        context.seq_cp(1, SEQ, 0, 12)
+        context.decode(2, [7])
+    state = like.state_get(SEQ)
+    assert not rest_ends_at(kind, state, 11)
+    with c_engine.attach(ours.address) as attachment:
+        [block] = save_blocks(attachment, [(0, 12)])
+        assert block.state == beginning_of(kind, state)
+        checkpoint = save_checkpoint(attachment)
+        assert checkpoint == rest_of(kind, state) == like.partial_state_get(SEQ)
+        with pytest.raises(Failure, match="the checkpoint is of position"):
+            attachment.load_blocks(TARGET, Blocks.of([block]), checkpoint)
+        buffer = ctypes.create_string_buffer(len(state))
+        assert attachment.save(SEQ, buffer).wait() == "KVF_OK"
+        assert buffer.raw == state
+        assert attachment.load(TARGET, buffer).wait() == "KVF_OK"
+        assert like.state_set(TARGET, state) == len(state)
+        # With all tokens of the sequence that it was copied from, the recurrent cell fits; a window
+        # has lost tokens.
+        whole = save_blocks(attachment, [(0, 20)], seq=1)
+        if kind == "hybrid":
+            assert attachment.load_blocks(3, Blocks.of(whole), checkpoint).wait() == "KVF_OK"
+            assert like.state_set(3, like.state_get(1))
+        else:
+            with pytest.raises(Failure, match="the checkpoint is of position 11"):
+                attachment.load_blocks(3, Blocks.of(whole), checkpoint)
     assert states(ours) == states(like)
 
 

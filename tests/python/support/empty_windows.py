@@ -1,4 +1,4 @@
-"""Histories after which only the sliding window of sequence 0 is empty."""
+"""Histories after which a part of sequence 0 is empty, and libllama says that all of it is."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def copy_the_beginning(context: Context) -> None:
     lose_cells_to_others(context)
     context.seq_cp(1, SEQ, 0, KEPT)
     context.seq_rm(1)
+
+
+def lose_the_recurrent_cell(context: Context) -> None:
+    """A copy of nothing takes the recurrent cell away, and leaves the attention cells."""
+    context.decode(SEQ, context.model.prompt(KEPT))
+    context.seq_cp(4, SEQ, 0, 1)
 
 
 def lose_the_window(pair: tuple[Context, Context], history: Callable[[Context], None]) -> bytes:
