@@ -406,11 +406,13 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  * 3: The next llama_decode, kvf_llama_save or kvf_llama_load waits for the transfer if this
  *    sequence has changed. kvferry notices a change of the sequence's first or last position. From
  *    llama.cpp v0.5.0 on, in a cache with one kind of attention and no sliding window, kvferry also
- *    notices that a decode is about to write cells that the transfer moves. Elsewhere three changes
- *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; cells at
- *    its end are removed, and one batch decodes new ones up to the same position (beside a save in
- *    place of a cache with attention alone and no sliding window: to that position or beyond); the
- *    whole sequence is replaced by one with the same first and last position.
+ *    notices that a decode is about to write cells that the transfer moves. Elsewhere four changes
+ *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; in a
+ *    cache with sliding windows, whose first position libllama does not tell, cells are removed
+ *    from the beginning; cells at its end are removed, and one batch decodes new ones up to the
+ *    same position (beside a save in place of a cache with attention alone and no sliding window:
+ *    to that position or beyond); the whole sequence is replaced by one with the same first and
+ *    last position.
  * "no": Where the cache is unified, the copy shares its cells with this sequence. libllama does not
  *    tell which sequences share cells: a decode of the copy reads cells that have not been loaded
  *    yet.
@@ -479,7 +481,8 @@ typedef struct kvf_submit_options kvf_submit_options;
  *            take; with a cache in memory that no device of the engine reaches, until libllama has
  *            copied it; without the tap, as kvf_llama_size()
  * Returns:   KVF_OK; one completion follows.
- * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
+ * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY (also where its recurrent layers alone
+ *            are empty: no load takes such a state), KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
  *            (a load into this sequence, or a blocking transfer of the context, is in flight),
  *            KVF_ERR_INVALID_ARGUMENT (the buffer cannot be written; `mode` is of a load),
  *            KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST, KVF_ERR_LLAMA, KVF_ERR_TAP
@@ -709,9 +712,10 @@ KVF_API int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_blo
  * Thread:    the context's
  * May block: no
  * Returns:   KVF_OK; `*bytes` is the size.
- * Errors:    KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows
- *            none), KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA, KVF_ERR_BUSY (a
- *            blocking transfer is in flight)
+ * Errors:    KVF_ERR_SEQUENCE_EMPTY (the sequence, or its window or its recurrent layers),
+ *            KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none),
+ *            KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA, KVF_ERR_BUSY (a blocking
+ *            transfer is in flight)
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_checkpoint_size(kvf_llama llama, int32_t sequence, uint64_t *bytes);
 
@@ -723,7 +727,8 @@ KVF_API int32_t kvf_llama_checkpoint_size(kvf_llama llama, int32_t sequence, uin
  * Thread:    the context's
  * May block: as kvf_llama_save() by snapshot
  * Returns:   KVF_OK; one completion follows.
- * Errors:    KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none), and those of
+ * Errors:    KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none),
+ *            KVF_ERR_SEQUENCE_EMPTY as of kvf_llama_checkpoint_size(), and those of
  *            kvf_llama_save()
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_save_checkpoint(kvf_llama llama, int32_t sequence, void *buffer,
