@@ -23,8 +23,6 @@ struct LlamaAborted : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-} // namespace
-
 enum Hook {
     kTensorGet,
     kTensorSet,
@@ -38,6 +36,8 @@ enum Hook {
     kBufferClear,
     kHooks
 };
+
+} // namespace
 
 // One libllama. Made at its first use and kept for ever: a thread may be inside a hook at any time.
 // (find_llama() sees to it that the library itself stays loaded.)
@@ -198,9 +198,9 @@ struct TapHooks {
     template <size_t index>
     static void operator_delete(void *memory, size_t bytes) {
         Recorder *const recorder = Recording::current();
-        if (recorder && memory && bytes >= BlockCache::kLeastBlock) {
-            if (recorder->blocks().keep(memory, bytes)) return;
-        }
+        if (recorder && memory && bytes >= BlockCache::kLeastBlock &&
+            recorder->blocks().keep(memory, bytes))
+            return;
         const Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
         library.before<OperatorDelete>(kOperatorDelete)(memory, bytes);
     }

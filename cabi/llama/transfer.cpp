@@ -85,6 +85,16 @@ void Llama::start_job_from_recorder(Recorder &recorder, std::optional<OpenJob> &
     recorder.set_sink(sink, kLeastPart);
 }
 
+// Commits the job. Starts it from the submission if no part of it has been moved early.
+void Llama::commit(std::optional<OpenJob> &open, Submission &submission, Recorded &&recorded,
+                   const kvf_submit_options &options, kvf_job *job) {
+    if (open) {
+        open->commit(std::move(recorded), job);
+    } else {
+        submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+    }
+}
+
 // Protects the cells that libllama may give to other sequences during the transfer: their bytes are
 // moved before the call returns. If the transfer follows a stream, they cannot: then this returns
 // true, and the fence must stop rows, so that decoding waits.
