@@ -10,6 +10,8 @@
 
 namespace kvf {
 
+class StateWriter;
+
 // The first `parts` sections of a cache, which keep every token; and the others.
 Structure parts_in_blocks(const Structure &structure, size_t parts);
 Structure parts_in_checkpoint(const Structure &structure, size_t parts);
@@ -66,8 +68,9 @@ public:
 
 private:
     void check_block(size_t index, const kvf_block &block) const;
-    void check_checkpoint() const;
+    void check_checkpoint(const Structure &rest) const;
     Structure lay_out(unsigned char *memory) const;
+    Structure lay_out_blocks(StateWriter &out) const;
 
     std::span<const kvf_block> blocks_;
     std::vector<StateView> views_;
