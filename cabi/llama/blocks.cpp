@@ -281,12 +281,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
         throw Error(KVF_ERR_LLAMA, "it wrote a state of another format than before");
     check_all_recorded(*whole, recorded.layouts);
     const StateCut cut(*whole, view, states_->policy().parts_in_blocks(), blocks);
-    const auto sizes = cut.sizes();
-    bool fits = true;
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        fits &= blocks[i].bytes >= sizes[i];
-        blocks[i].bytes = sizes[i];
-    }
+    const bool fits = cut.set_sizes(blocks);
     sizes_known();
     if (!fits) throw Error(KVF_ERR_BUFFER_TOO_SMALL, "of a block");
     const BufferOfParts buffer(Direction::Save, blocks, nullptr, 0);

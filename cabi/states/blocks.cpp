@@ -157,11 +157,14 @@ std::vector<Structure> StateCut::lay_out(std::span<const kvf_block> blocks, int3
     return structures;
 }
 
-std::vector<uint64_t> StateCut::sizes() const {
-    std::vector<uint64_t> sizes;
-    sizes.reserve(structures_.size());
-    for (const Structure &structure : structures_) sizes.push_back(structure.bytes);
-    return sizes;
+bool StateCut::set_sizes(std::span<kvf_block> blocks) const {
+    bool fits = true;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const uint64_t needed = structures_[i].bytes;
+        fits &= !blocks[i].buffer || blocks[i].bytes >= needed;
+        blocks[i].bytes = needed;
+    }
+    return fits;
 }
 
 void StateCut::write(std::span<const kvf_block> blocks, int32_t sequence) const {
@@ -386,19 +389,15 @@ void cut_state(const StateView &state, size_t parts, std::span<kvf_block> blocks
     const uint64_t rest = end_of_parts(whole, parts, *whole.format);
     const bool has_rest = whole.sections.size() > parts;
     const uint64_t rest_bytes = has_rest ? frame + state.bytes - rest : 0;
-    const std::vector<uint64_t> sizes = cut.sizes();
-    bool fits = true;
-    std::vector<kvf_block> wanted; // with a buffer
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        fits &= !blocks[i].buffer || blocks[i].bytes >= sizes[i];
-        blocks[i].bytes = sizes[i];
-        if (blocks[i].buffer) wanted.push_back(blocks[i]);
-    }
+    bool fits = cut.set_sizes(blocks);
     if (checkpoint_bytes) {
         fits &= !checkpoint || *checkpoint_bytes >= rest_bytes;
         *checkpoint_bytes = rest_bytes;
     }
     if (!fits) throw Error(KVF_ERR_BUFFER_TOO_SMALL);
+    std::vector<kvf_block> wanted;
+    std::copy_if(blocks.begin(), blocks.end(), std::back_inserter(wanted),
+                 [](const kvf_block &block) { return block.buffer; });
     if (!wanted.empty()) {
         const StateCut own(whole, state, parts, wanted);
         own.write(wanted, sequence_of(whole, state));

@@ -31,7 +31,9 @@ public:
     StateCut(const Structure &whole, const StateView &state, size_t parts,
              std::span<const kvf_block> blocks);
 
-    std::vector<uint64_t> sizes() const; // of the blocks
+    // Sets the `bytes` of each block to what it needs. Returns whether all buffers have room; a
+    // block without a buffer needs none.
+    bool set_sizes(std::span<kvf_block> blocks) const;
     // Writes the metadata of each block into its buffer, which has room, as libllama would for
     // `sequence`.
     void write(std::span<const kvf_block> blocks, int32_t sequence) const;
