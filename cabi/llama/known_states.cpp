@@ -6,6 +6,7 @@
 
 #include "states/cells.h"
 #include "states/envelope.h"
+#include "states/writer.h"
 
 namespace kvf {
 namespace {
