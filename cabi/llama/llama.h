@@ -130,7 +130,7 @@ private:
     std::unique_ptr<KnownStates> states_;
 
     // Touched by the context's thread only.
-    BlockCache blocks_;
+    HeapCache heap_;
     std::set<uint32_t> devices_; // that hold the context's tensors, as far as has been seen
     bool replaced_ = false;      // the context's address holds something else by now
 

@@ -31,9 +31,9 @@ Recording::~Recording() { recording = nullptr; }
 Recorder *Recording::current() { return recording; }
 
 Recorder::Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
-                   Locate locate, BlockCache &blocks)
+                   Locate locate, HeapCache &heap)
     : direction_(direction), buffer_(reinterpret_cast<uint64_t>(buffer)), buffer_bytes_(bytes),
-      locate_(std::move(locate)), blocks_(blocks), builders_(devices), early_builders_(devices) {}
+      locate_(std::move(locate)), heap_(heap), builders_(devices), early_builders_(devices) {}
 
 bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offset, uint64_t bytes,
                       Direction direction, const GgmlApi &ggml) noexcept {

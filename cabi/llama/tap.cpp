@@ -188,8 +188,8 @@ struct TapHooks {
     template <size_t index>
     static void *operator_new(size_t bytes) {
         Recorder *const recorder = Recording::current();
-        if (recorder && bytes >= BlockCache::kLeastBlock) {
-            if (void *block = recorder->blocks().take(bytes)) return block;
+        if (recorder && bytes >= HeapCache::kLeastBytes) {
+            if (void *memory = recorder->heap().take(bytes)) return memory;
         }
         const Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
         return library.before<OperatorNew>(kOperatorNew)(bytes);
@@ -198,8 +198,8 @@ struct TapHooks {
     template <size_t index>
     static void operator_delete(void *memory, size_t bytes) {
         Recorder *const recorder = Recording::current();
-        if (recorder && memory && bytes >= BlockCache::kLeastBlock &&
-            recorder->blocks().keep(memory, bytes))
+        if (recorder && memory && bytes >= HeapCache::kLeastBytes &&
+            recorder->heap().keep(memory, bytes))
             return;
         const Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
         library.before<OperatorDelete>(kOperatorDelete)(memory, bytes);
