@@ -98,7 +98,7 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
     // Fences around this context's memory are raised by the thread that records, so none can appear
     // while this call records.
     is_plain_ = tensors_.size() > 1 && early_.empty() &&
-                !(direction_ == Direction::Load && Fence::any_stops_rows());
+                (direction_ == Direction::Save || !Fence::any_stops_rows());
     const int64_t device = locate_(tensor_address_ + offset, bytes);
     if (former) former->begin_tensor();
     if (early_builder_) early_builder_->begin_tensor();
