@@ -307,23 +307,23 @@ void fits_or_not() {
     CHECK(why(attention({}), attention({.cells = 0})).empty()); // nothing to compare with
     CHECK(why(attention({.cells = 0}), attention({})).empty());
     CHECK(why(attention({}), StateBuilder().recurrent({})).find("kind") != std::string::npos);
-    CHECK(why(attention({}), StateBuilder().attention({}).attention({})) != "");
+    CHECK(!why(attention({}), StateBuilder().attention({}).attention({})).empty());
     CHECK(why(attention({.streams = 2}), attention({})).find("streams") != std::string::npos);
     CHECK(why(attention({.layers = 3}), attention({})).find("layers") != std::string::npos);
     CHECK(why(attention({.transposed = true}), attention({})).find("transposed") !=
           std::string::npos);
     CHECK(why(attention({.type = 8}), attention({})).find("types") != std::string::npos);
     CHECK(why(attention({.row = 64}), attention({})).find("types") != std::string::npos);
-    CHECK(why(attention({.values = false}), attention({})) != "");
+    CHECK(!why(attention({.values = false}), attention({})).empty());
     const auto of = [](const Format &format) { return StateBuilder(format).attention({}); };
     for (const auto &[name, format] : kSeen) {
         for (const auto &[other_name, other] : kSeen)
-            CHECK((why(of(format), of(other)) == "") == (std::string(name) == other_name));
+            CHECK(why(of(format), of(other)).empty() == (std::string(name) == other_name));
     }
     const Format rotated{.rotation_words = 2};
     CHECK(why(StateBuilder(rotated).attention({.rotation = 64}), of(rotated)).find("rotated") !=
           std::string::npos);
-    CHECK(why(StateBuilder().recurrent({.s = 32}), StateBuilder().recurrent({})) != "");
+    CHECK(!why(StateBuilder().recurrent({.s = 32}), StateBuilder().recurrent({})).empty());
     CHECK(why(StateBuilder().recurrent({.cells = 0}), StateBuilder().recurrent({})).empty());
 }
 
