@@ -85,7 +85,7 @@ void KnownStates::look_at(int32_t sequence) {
     }
     const bool empty = !context_.holds_cells(sequence);
     auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
-    // libllama calls a sequence empty of which only the window is. Such a one tells nothing.
+    // libllama calls a sequence empty when only its window is. Such a sequence tells nothing.
     if (empty && std::any_of(found.begin(), found.end(),
                              [](const Structure &structure) { return structure.cells() > 0; })) {
         return;
@@ -141,8 +141,8 @@ IncomingState KnownStates::examine(int32_t sequence, const unsigned char *state,
                                    uint32_t flags) {
     if (policy_.is_opaque()) return examine_sealed(state, bytes, flags);
     const StateView view{state, bytes, context_.last_sane_position()};
-    // Another version of kvferry may have found this cache opaque, or this context not have seen a
-    // cell yet.
+    // To the version of kvferry that saved the state, this cache may have been opaque. Or this
+    // context may not have seen a cell yet.
     if (Envelope::is_on(state, bytes)) {
         IncomingState sealed = examine_sealed(state, bytes, flags);
         if (policy_.format() == CachePolicy::Format::Known)
