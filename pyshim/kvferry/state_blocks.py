@@ -42,8 +42,9 @@ def cut_state(
     program has written. ``spans`` has the first position of each block and the position after its
     last one, in ascending order. ``parts_in_blocks`` says how many parts of the state blocks hold:
     ``Llama.describe()["parts_in_blocks"]``; 0 is the first part. The checkpoint is None for a state
-    of plain attention. Otherwise its ``position`` is the last position of the last block, which must
-    therefore reach to the end of the state. The fingerprint of a Snapshot goes into the blocks.
+    of plain attention. Otherwise its ``position`` is the last position of the last block. That
+    block must therefore reach to the end of the state. The fingerprint of a Snapshot goes into the
+    blocks.
 
     Raises StateDamaged, SequenceEmpty (the state has no token at the positions of a block),
     InvalidArgument (blocks are misordered or overlap), KvferryError (the state has no parts that
