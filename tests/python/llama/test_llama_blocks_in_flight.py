@@ -16,7 +16,7 @@ from support.blocks import LIBRARY, MakePair, others, ranges_of, save_blocks, sa
 from support.c_interface import Attachment, Block, Blocks, Engine, Failure, LoadMode
 from support.cuda_driver import NEEDS_CUDA
 from support.devices import ON_GPU
-from support.holds import ByStream, ByUrgentCopies, released_after
+from support.holds import ByStream, ByUrgentCopies, free_beside, released_after
 from support.like_contexts import MakeContext
 from support.llama_reference import Logits, Refused
 from support.simulated_cuda import SimulatedCuda
@@ -263,7 +263,7 @@ def test_a_context_that_is_freed_ends_its_transfers(
             job = attachment.load_blocks(TARGET, blocks, **hold.options)
         else:
             job = attachment.save_blocks(SEQ, blocks, **hold.options)
-        context.close()
+        free_beside(context, hold)
         assert job.done
         assert job.wait() == "KVF_ERR_CANCELLED"
         hold.release()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import soak
 from support.cuda_driver import NEEDS_CUDA
+from support.devices import ON_GPU
 from support.like_contexts import MakeContext
 from support.random_walk import Abilities, Walk, cache_options
 from support.simulated_cuda import SimulatedCuda
@@ -46,8 +47,9 @@ def test_whatever_is_done_beside_transfers_is_done_as_by_llama_cpp(
             except BaseException:
                 print("step", walk.steps, *walk.history, sep="\n  ")
                 raise
-    # With transposed values, comparing states waits for transfers in flight.
-    assert walk.done["decode beside"] > 0 or "transposed" in cache
+    # With transposed values, comparing states waits for transfers in flight. On a GPU a short walk
+    # may meet no transfer that lasts.
+    assert walk.done["decode beside"] > 0 or "transposed" in cache or ON_GPU
 
 
 def test_a_soak_says_what_it_did(
