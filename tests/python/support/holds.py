@@ -115,8 +115,9 @@ def released_after(seconds: float, *holds: Releasable) -> Iterator[threading.Eve
         timer.join()
 
 
-def free_beside(context: Context, hold: Releasable) -> None:
-    """Frees a context, one of whose transfers a hold keeps in flight.
+def free_beside(context: Context, hold: Releasable) -> bool:
+    """Frees a context, one of whose transfers a hold keeps in flight. Returns whether the transfer
+    was held all the time.
 
     kvferry must not wait for the hold. On a GPU libllama does: it frees device memory, and
     ``cudaFree`` waits for all that the device has been given. There the hold is released after a
@@ -124,7 +125,9 @@ def free_beside(context: Context, hold: Releasable) -> None:
     """
     with released_after(1 if ON_GPU else 60, hold) as waited:
         context.close()
-    assert ON_GPU or not waited.is_set()
+    was_held = not waited.is_set()
+    assert was_held or ON_GPU
+    return was_held
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
