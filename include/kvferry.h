@@ -643,12 +643,12 @@ typedef enum kvf_blocks_allowed {
 typedef struct kvf_block {
     /* Host memory, the caller's. Blocks of one call must not overlap in memory. */
     void *buffer;
-    /* The bytes at `buffer`. A save reads the room, and writes the size of the block. A load takes
-     * the exact size. */
+    /* The bytes at `buffer`. A save reads how much room there is, and writes the size of the block.
+     * A load takes the exact size. */
     uint64_t bytes;
     /* The first position of the block. */
     int32_t begin;
-    /* The position after its last. */
+    /* The position after the last one. */
     int32_t end;
 } kvf_block;
 
@@ -664,7 +664,7 @@ typedef struct kvf_block {
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_blocks_allowed(kvf_llama llama, char *reason, uint64_t capacity);
 
-/* Tells how many bytes a block of `tokens` tokens has, without moving any of them.
+/* Tells how many bytes a block of `tokens` tokens has. No byte is moved.
  *
  * That holds for tokens at positions of their own. Where positions repeat (the patches of an image
  * for a model with M-RoPE) or are missing, a block has as many tokens as there are cells at its
@@ -688,8 +688,8 @@ KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t 
  * completion may read the sizes, or free the array. The buffers must not be touched until then. The
  * completion's `bytes` is the sum of the sizes.
  *
- * `options->mode` is as of kvf_llama_save(); AUTO is IN_PLACE, since decoding never overwrites what
- * blocks consist of. The table of what may be done meanwhile holds as for a save in place. Where
+ * `options->mode` has the values of kvf_llama_save(). AUTO is IN_PLACE: decoding never overwrites
+ * the bytes of blocks. The table of what may be done meanwhile holds as for a save in place. Where
  * the cache is unified and a sequence id of the context is empty, the call borrows the id, so that
  * libllama lists the cells of the blocks alone and not the whole sequence. The id is empty again
  * when the call returns, also when the call fails.
@@ -707,7 +707,7 @@ KVF_API int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_blo
                                       uint64_t block_size, uint32_t count,
                                       const kvf_submit_options *options, kvf_job *job);
 
-/* Tells how many bytes a checkpoint of a sequence has now, without moving any of them.
+/* Tells how many bytes a checkpoint of a sequence has now. No byte is moved.
  *
  * Thread:    the context's
  * May block: no
@@ -779,10 +779,11 @@ typedef struct kvf_state_options {
 /* Cuts a state into blocks and a checkpoint, on plain memory: no context, no engine.
  *
  * The state is what kvf_llama_save(), llama_state_seq_get_data() or another program has written.
- * Writes the size of each block into its `bytes`, and of the checkpoint into `*checkpoint_bytes`,
- * which holds the room at `checkpoint` before. A block whose `buffer` is NULL is sized only, and so
- * is the checkpoint if `checkpoint` is NULL. A state of plain attention has no checkpoint:
- * `*checkpoint_bytes` becomes 0. `checkpoint_bytes` may be NULL if the checkpoint is not wanted.
+ * Writes the size of each block into its `bytes`, and that of the checkpoint into
+ * `*checkpoint_bytes`. Before the call, `*checkpoint_bytes` holds the room at `checkpoint`. A block
+ * whose `buffer` is NULL is sized only, and so is the checkpoint if `checkpoint` is NULL. A state
+ * of plain attention has no checkpoint: `*checkpoint_bytes` becomes 0. `checkpoint_bytes` may be
+ * NULL if the checkpoint is not wanted.
  *
  * Thread:    any
  * May block: no (it copies)
@@ -806,9 +807,10 @@ KVF_API int32_t kvf_state_cut(const void *state, uint64_t bytes, kvf_block *bloc
  * May block: no (it copies)
  * Returns:   KVF_OK.
  * Errors:    KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH (the blocks are not of one kind of
- *            cache), KVF_ERR_UNSUPPORTED (several formats describe them), KVF_ERR_BUFFER_TOO_SMALL
- *            (`*state_bytes` says what is needed), KVF_ERR_INVALID_ARGUMENT (there are none, or
- *            they are misordered, overlap or leave a gap)
+ *            cache), KVF_ERR_UNSUPPORTED (several formats describe the blocks),
+ *            KVF_ERR_BUFFER_TOO_SMALL (`*state_bytes` says what is needed),
+ *            KVF_ERR_INVALID_ARGUMENT (there are no blocks, or they are misordered, overlap or
+ *            leave a gap)
  * Since:     0.1 */
 KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uint32_t count,
                                const void *checkpoint, uint64_t checkpoint_bytes, void *state,
@@ -817,7 +819,7 @@ KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uin
 /* ------------------------------------------------------------------------------------------------
  * 3 Jobs and completions
  *
- * A submitting call (kvf_llama_save, kvf_llama_load, kvf_regions_save, kvf_regions_load) makes a
+ * A submitting call (a save or a load of a state, of blocks, of a checkpoint or of regions) makes a
  * job, and the job ends with one completion. A program sees the completion in any of three ways: it
  * takes the completion from a queue, whose descriptor poll(2) can wait for; a callback gets the
  * completion; or the program keeps the job's handle, and polls or waits. When a program can see the

@@ -6,6 +6,7 @@
 
 #include "states/cells.h"
 #include "states/envelope.h"
+#include "states/writer.h"
 
 namespace kvf {
 namespace {
@@ -164,8 +165,8 @@ IncomingState KnownStates::examine(int32_t sequence, const unsigned char *state,
                                    uint32_t flags) {
     if (policy_.is_opaque()) return examine_sealed(state, bytes, flags);
     const StateView view{state, bytes, context_.last_sane_position()};
-    // Another version of kvferry may have found this cache opaque, or this context not have seen a
-    // cell yet.
+    // To the version of kvferry that saved the state, this cache may have been opaque. Or this
+    // context may not have seen a cell yet.
     if (Envelope::is_on(state, bytes)) {
         IncomingState sealed = examine_sealed(state, bytes, flags);
         if (policy_.format() == CachePolicy::Format::Known)
@@ -178,20 +179,21 @@ IncomingState KnownStates::examine(int32_t sequence, const unsigned char *state,
 }
 
 Structure KnownStates::examine_known(const StateView &view) const {
-    auto structure = parse_state(view, &*structure_);
-    if (!structure) structure = parse_state(view);
-    if (!structure) throw Error(KVF_ERR_STATE_DAMAGED);
-    const std::string why = mismatch(*structure, *structure_);
+    const Structure &cache = *structure();
+    auto state = parse_state(view, &cache);
+    if (!state) state = parse_state(view);
+    if (!state) throw Error(KVF_ERR_STATE_DAMAGED);
+    const std::string why = mismatch(*state, cache);
     if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, why);
-    if (structure->cells() == 0) return std::move(*structure);
-    if (structure->cells() > context_.most_cells())
-        throw Error(KVF_ERR_CACHE_FULL, describe_cells(*structure));
+    if (state->cells() == 0) return std::move(*state);
+    if (state->cells() > context_.most_cells())
+        throw Error(KVF_ERR_CACHE_FULL, describe_cells(*state));
     // libllama takes such a state. The sequence is then empty in one part of the memory and has
     // cells in another.
-    if (policy_.lacks_cells(*structure))
+    if (policy_.lacks_cells(*state))
         throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
-    if (disagrees(*structure, view)) throw Error(KVF_ERR_STATE_DAMAGED, kDisagrees);
-    return std::move(*structure);
+    if (disagrees(*state, view)) throw Error(KVF_ERR_STATE_DAMAGED, kDisagrees);
+    return std::move(*state);
 }
 
 // libllama takes a state whose parts disagree. Some layers then have tokens that other layers do

@@ -58,9 +58,8 @@ void Llama::save_in_place(int32_t sequence, Submission &&submission,
     Recorded recorded = record_save(sequence, buffer, bytes, recorder);
     fence->raise(enclosure(Direction::Save, sequence, recorder, stops_rows));
     move_now(Direction::Save, buffer, recorded.bytes, recorder.take_early(), nullptr);
-    if (open) return open->commit(std::move(recorded), job);
-    submission.buffer_bytes = recorded.bytes;
-    submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+    if (!open) submission.buffer_bytes = recorded.bytes;
+    commit(open, submission, std::move(recorded), options, job);
 }
 
 // The call copies the bytes aside, on their devices; the job moves them from there.

@@ -68,7 +68,7 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
         }
     };
     return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()),
-                    locate, blocks_);
+                    locate, heap_);
 }
 
 // Has the recorder start the job when libllama has named the first part, and move that part while
@@ -83,6 +83,16 @@ void Llama::start_job_from_recorder(Recorder &recorder, std::optional<OpenJob> &
         open->add(device, std::move(part));
     };
     recorder.set_sink(sink, kLeastPart);
+}
+
+// Commits the job. Starts it from the submission if no part of it has been moved early.
+void Llama::commit(std::optional<OpenJob> &open, Submission &submission, Recorded &&recorded,
+                   const kvf_submit_options &options, kvf_job *job) {
+    if (open) {
+        open->commit(std::move(recorded), job);
+    } else {
+        submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+    }
 }
 
 // Protects the cells that libllama may give to other sequences during the transfer: their bytes are
