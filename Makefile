@@ -71,7 +71,7 @@ help:
 	@echo "               test-examples"
 	@echo "make test-builds  all tests that use libllama, on each of $(words $(TESTED_BUILDS)) builds; make builds-table: what is seen there"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
-	@echo "make soak      random operations beside transfers, compared with llama.cpp's own; as long as ARGS says"
+	@echo "make soak      random operations beside transfers, and damaged blocks, against llama.cpp; as long as ARGS says"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
