@@ -81,7 +81,7 @@
  * fragment    a run of tensor bytes that libllama would move with one call.
  * piece       the part of a transfer that a device moves at once.
  * job         one submitted transfer. It ends with exactly one completion, whatever happens.
- * completion  the report on how a job ended.
+ * completion  the report on how a job ended; on request also the report that a block is whole.
  * queue       a list of completions with a file descriptor for poll(2).
  * tap         the functions of kvferry that libllama calls in place of ggml's own while kvferry
  *             records which bytes belong to a sequence.
@@ -677,13 +677,24 @@ KVF_API int32_t kvf_llama_blocks_allowed(kvf_llama llama, char *reason, uint64_t
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t *bytes);
 
-/* Saves blocks of a sequence, asynchronously: one job, with one completion.
+/* Saves blocks of a sequence, asynchronously: one job, with one completion; and on request with one
+ * for each block as it is whole.
  *
  * `blocks` is an array of `count` blocks in ascending order, each of `block_size` bytes, which is
  * sizeof(kvf_block). Blocks need not follow one another. The call writes the size of each block
  * into its `bytes` and copies the array, both before the completion can come: whoever gets the
  * completion may read the sizes, or free the array. The buffers must not be touched until then. The
  * completion's `bytes` is the sum of the sizes.
+ *
+ * With KVF_SUBMIT_EACH_BLOCK in `options->flags`, the queue and the callback get a completion for
+ * each block beside the job's: when all bytes of the block are in its buffer, which the library
+ * then no longer uses. Its `kind` is KVF_COMPLETION_BLOCK and its `block` the index of the block in
+ * the array; `status` is KVF_OK, `bytes` the size of the block, and `finished_ns` when it was
+ * whole; `fragments` and `segments` are 0; everything else is as in the job's completion. Blocks
+ * become whole in any order, mostly in that of the array. The job's own completion comes last,
+ * exactly once, however the job ends. If the job fails or is cancelled, blocks that were not whole
+ * have no completion: their buffers are undefined, and free with the job's completion. All places
+ * in the queue are taken by the call. kvf_job_poll() and kvf_job_wait() are about the job alone.
  *
  * `options->mode` is as of kvf_llama_save(); AUTO is IN_PLACE, since decoding never overwrites what
  * blocks consist of. The table of what may be done meanwhile holds as for a save in place. Where
@@ -693,10 +704,11 @@ KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t 
  *
  * Thread:    the context's
  * May block: as kvf_llama_save()
- * Returns:   KVF_OK; one completion follows.
+ * Returns:   KVF_OK; one completion follows, and before it those of the blocks that were asked for.
  * Errors:    KVF_ERR_UNSUPPORTED (the cache does not allow blocks), KVF_ERR_INVALID_ARGUMENT
  *            (blocks are empty, misordered or overlap; a buffer cannot be written; the options are
- *            those of a load), KVF_ERR_SEQUENCE_EMPTY (the sequence has no token at the positions
+ *            those of a load; KVF_SUBMIT_EACH_BLOCK without a queue and without a callback),
+ *            KVF_ERR_SEQUENCE_EMPTY (the sequence has no token at the positions
  *            of a block), KVF_ERR_BUFFER_TOO_SMALL (`bytes` of every block says what is needed),
  *            and those of kvf_llama_save()
  * Since:     0.1 */
@@ -819,6 +831,14 @@ KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uin
  * completion, the library no longer uses the buffer.
  * --------------------------------------------------------------------------------------------- */
 
+/* Values of kvf_completion.kind. */
+typedef enum kvf_completion_kind {
+    /* The job has ended. Each job has exactly one of these, after those of its blocks. */
+    KVF_COMPLETION_JOB = 0,
+    /* One block of a save is whole, and the job goes on: see KVF_SUBMIT_EACH_BLOCK. */
+    KVF_COMPLETION_BLOCK = 1,
+} kvf_completion_kind;
+
 typedef struct kvf_completion {
     /* The job's number. It is a handle only if the submitting call gave one, and until the handle
      * is released. */
@@ -848,6 +868,10 @@ typedef struct kvf_completion {
     uint64_t listed_ns;
     /* Of a llama transfer: when libllama had named the last fragment. Else 0. */
     uint64_t recorded_ns;
+    /* A value of kvf_completion_kind: what this is the completion of. */
+    uint32_t kind;
+    /* Of KVF_COMPLETION_BLOCK: the block, as an index into the array that was submitted. Else 0. */
+    uint32_t block;
 } kvf_completion;
 
 /* A function that gets a completion, on the engine's dispatch thread.
@@ -878,9 +902,12 @@ typedef enum kvf_submit_flags {
      * trusts what it loads: a damaged state may end the process, or leave cells that only
      * llama_memory_clear() frees. */
     KVF_SUBMIT_TRUST_STATE = 2,
+    /* For kvf_llama_save_blocks() alone: beside the job's completion, each block gets one of its
+     * own as soon as the whole block is in its buffer. */
+    KVF_SUBMIT_EACH_BLOCK = 4,
 } kvf_submit_flags;
 
-/* How to do a job, and whom to tell. `queue` and `callback` may both be set; each then gets the
+/* How to do a job, and whom to tell. `queue` and `callback` may both be set; each then gets every
  * completion once. With no queue, no callback and no `job`, nobody learns how the job ended. */
 struct kvf_submit_options {
     /* sizeof(kvf_submit_options); KVF_SUBMIT_OPTIONS_INIT sets it. */

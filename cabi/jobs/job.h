@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/handle.h"
+#include "jobs/block_reports.h"
 #include "jobs/device.h"
 #include "jobs/gate.h"
 #include "jobs/owner.h"
@@ -50,6 +51,8 @@ struct JobResources {
     std::function<void(int32_t)> on_end;
     QueueReservation queue;
     Callbacks callback; // one or none
+    // Of a save that tells of each block; then `memory` is empty. NULL for any other job.
+    std::unique_ptr<BlockReports> blocks;
 };
 
 class Job final : public Object, public std::enable_shared_from_this<Job> {
@@ -97,10 +100,21 @@ public:
     void begin_work() { work_.fetch_add(1, std::memory_order_relaxed); }
     void end_work();
     void leg_ended(Leg &leg); // for devices: ends the leg's work
+    // For devices, before the piece's leg ends: the piece is where it belongs. Not of a job that is
+    // stopping, since its pieces may not have moved.
+    void moved(const Piece &piece) {
+        if (resources_.blocks) block_moved(piece);
+    }
+    bool tells_of_blocks() const { return resources_.blocks != nullptr; }
 
     // For the submitting call, before it ends its work.
     Leg &add_leg(std::unique_ptr<Leg> leg);
     const std::vector<std::unique_ptr<Leg>> &legs() const { return legs_; }
+    // Before the layout is handed to a device.
+    void expect(const Layout &layout) {
+        if (resources_.blocks) resources_.blocks->expect(layout);
+    }
+    // All layouts have been expected. Tells of blocks that are whole already.
     void commit(const JobRecord &record) noexcept;
     // Instead of commit(): the submitting call fails. Nobody is told of the job's end.
     void discard() noexcept { discarded_ = true; }
@@ -117,6 +131,9 @@ private:
     // Every change of the state happens here. False if the job is there already, or further.
     bool enter(State next) noexcept;
     void end();
+    void block_moved(const Piece &piece);
+    void tell_of_block(size_t block);
+    kvf_completion begin_completion() const;
     void make_completion();
     void release_resources();
     void show_end();
