@@ -81,7 +81,7 @@
  * fragment    a run of tensor bytes that libllama would move with one call.
  * piece       the part of a transfer that a device moves at once.
  * job         one submitted transfer. It ends with exactly one completion, whatever happens.
- * completion  the report on how a job ended; on request also the report that a block is whole.
+ * completion  the report on how a job ended, or on request the report that a block is whole.
  * queue       a list of completions with a file descriptor for poll(2).
  * tap         the functions of kvferry that libllama calls in place of ggml's own while kvferry
  *             records which bytes belong to a sequence.
@@ -677,24 +677,27 @@ KVF_API int32_t kvf_llama_blocks_allowed(kvf_llama llama, char *reason, uint64_t
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t *bytes);
 
-/* Saves blocks of a sequence, asynchronously: one job, with one completion; and on request with one
- * for each block as it is whole.
+/* Saves blocks of a sequence, asynchronously: one job, with one completion, and on request one more
+ * for each block.
  *
  * `blocks` is an array of `count` blocks in ascending order, each of `block_size` bytes, which is
  * sizeof(kvf_block). Blocks need not follow one another. The call writes the size of each block
- * into its `bytes` and copies the array, both before the completion can come: whoever gets the
- * completion may read the sizes, or free the array. The buffers must not be touched until then. The
- * completion's `bytes` is the sum of the sizes.
+ * into its `bytes` and copies the array, both before any completion can come: whoever gets a
+ * completion may read the sizes, and with the job's completion free the array. The buffers must not
+ * be touched until the job's completion, or until the block's own. The completion's `bytes` is the
+ * sum of the sizes.
  *
  * With KVF_SUBMIT_EACH_BLOCK in `options->flags`, the queue and the callback get a completion for
- * each block beside the job's: when all bytes of the block are in its buffer, which the library
- * then no longer uses. Its `kind` is KVF_COMPLETION_BLOCK and its `block` the index of the block in
- * the array; `status` is KVF_OK, `bytes` the size of the block, and `finished_ns` when it was
- * whole; `fragments` and `segments` are 0; everything else is as in the job's completion. Blocks
- * become whole in any order, mostly in that of the array. The job's own completion comes last,
- * exactly once, however the job ends. If the job fails or is cancelled, blocks that were not whole
- * have no completion: their buffers are undefined, and free with the job's completion. All places
- * in the queue are taken by the call. kvf_job_poll() and kvf_job_wait() are about the job alone.
+ * each block, too: when all bytes of the block are in its buffer, which the library no longer uses
+ * from then on. That completion's `kind` is KVF_COMPLETION_BLOCK, `block` is the index of the block
+ * in the array, `status` is KVF_OK, `bytes` is the size of the block, and `finished_ns` is the time
+ * when the block was whole; `fragments` and `segments` are 0. `job`, `user_data` and `mode` are as
+ * in the job's completion. Blocks may become whole in any order; mostly it is that of the array.
+ *
+ * However the job ends, its own completion comes exactly once, after those of its blocks. A block
+ * has one completion at most: none if the job failed or was cancelled before the block was told of.
+ * If the job ends with KVF_OK, each block has one. The call takes the memory for all completions,
+ * so that none can be lost. kvf_job_poll() and kvf_job_wait() tell of the job alone.
  *
  * `options->mode` is as of kvf_llama_save(); AUTO is IN_PLACE, since decoding never overwrites what
  * blocks consist of. The table of what may be done meanwhile holds as for a save in place. Where
@@ -704,13 +707,14 @@ KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t 
  *
  * Thread:    the context's
  * May block: as kvf_llama_save()
- * Returns:   KVF_OK; one completion follows, and before it those of the blocks that were asked for.
+ * Returns:   KVF_OK; the completion of the job follows, and before it those of blocks if they were
+ *            asked for.
  * Errors:    KVF_ERR_UNSUPPORTED (the cache does not allow blocks), KVF_ERR_INVALID_ARGUMENT
  *            (blocks are empty, misordered or overlap; a buffer cannot be written; the options are
  *            those of a load; KVF_SUBMIT_EACH_BLOCK without a queue and without a callback),
- *            KVF_ERR_SEQUENCE_EMPTY (the sequence has no token at the positions
- *            of a block), KVF_ERR_BUFFER_TOO_SMALL (`bytes` of every block says what is needed),
- *            and those of kvf_llama_save()
+ *            KVF_ERR_SEQUENCE_EMPTY (the sequence has no token at the positions of a block),
+ *            KVF_ERR_BUFFER_TOO_SMALL (`bytes` of every block says what is needed), and those of
+ *            kvf_llama_save()
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_block *blocks,
                                       uint64_t block_size, uint32_t count,
@@ -824,18 +828,19 @@ KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uin
 /* ------------------------------------------------------------------------------------------------
  * 3 Jobs and completions
  *
- * A submitting call (kvf_llama_save, kvf_llama_load, kvf_regions_save, kvf_regions_load) makes a
- * job, and the job ends with one completion. A program sees the completion in any of three ways: it
- * takes the completion from a queue, whose descriptor poll(2) can wait for; a callback gets the
- * completion; or the program keeps the job's handle, and polls or waits. When a program can see the
- * completion, the library no longer uses the buffer.
+ * A submitting call (kvf_llama_save, _load, _save_blocks, _save_checkpoint, _load_blocks,
+ * kvf_regions_save, _load) makes a job, and the job ends with one completion. A program sees the
+ * completion in any of three ways: it takes the completion from a queue, whose descriptor poll(2)
+ * can wait for; a callback gets the completion; or the program keeps the job's handle, and polls or
+ * waits. When a program can see the completion, the library no longer uses the buffer. On request a
+ * save of blocks has a completion for each block, too: KVF_SUBMIT_EACH_BLOCK.
  * --------------------------------------------------------------------------------------------- */
 
 /* Values of kvf_completion.kind. */
 typedef enum kvf_completion_kind {
-    /* The job has ended. Each job has exactly one of these, after those of its blocks. */
+    /* The job has ended. Each job has exactly one completion of this kind, and it is the last. */
     KVF_COMPLETION_JOB = 0,
-    /* One block of a save is whole, and the job goes on: see KVF_SUBMIT_EACH_BLOCK. */
+    /* A block is whole, and its job has not ended yet: see KVF_SUBMIT_EACH_BLOCK. */
     KVF_COMPLETION_BLOCK = 1,
 } kvf_completion_kind;
 
@@ -849,8 +854,8 @@ typedef struct kvf_completion {
     int32_t status;
     /* How a llama transfer was done: a value of kvf_save_mode or of kvf_load_mode. Else 0. */
     uint32_t mode;
-    /* The size of the state, or of the regions. If `status` is not KVF_OK, how many of these bytes
-     * have been moved is undefined. */
+    /* The size of the state, of the blocks or of the regions. If `status` is not KVF_OK, how many
+     * of these bytes have been moved is undefined. */
     uint64_t bytes;
     /* How many separate runs of tensor memory the transfer consists of. */
     uint64_t fragments;
@@ -860,7 +865,7 @@ typedef struct kvf_completion {
     uint64_t submitted_ns;
     /* When the first piece began to move; 0 if none did. */
     uint64_t started_ns;
-    /* When the job ended. */
+    /* When the job ended, or when the block was whole. */
     uint64_t finished_ns;
     /* One line on what went wrong, or "". */
     char detail[128];
@@ -868,17 +873,17 @@ typedef struct kvf_completion {
     uint64_t listed_ns;
     /* Of a llama transfer: when libllama had named the last fragment. Else 0. */
     uint64_t recorded_ns;
-    /* A value of kvf_completion_kind: what this is the completion of. */
+    /* A value of kvf_completion_kind. */
     uint32_t kind;
-    /* Of KVF_COMPLETION_BLOCK: the block, as an index into the array that was submitted. Else 0. */
+    /* Of a block: its index in the array that was submitted. Of a job: 0. */
     uint32_t block;
 } kvf_completion;
 
 /* A function that gets a completion, on the engine's dispatch thread.
  *
- * The engine calls one callback at a time, in the order in which jobs end: return soon. A callback
- * may call every function whose comment says `Thread: any`, without waiting for a job or a
- * completion in it. `completion` is valid until the callback returns. */
+ * The engine calls one callback at a time, in the order in which jobs end and blocks become whole:
+ * return soon. A callback may call every function whose comment says `Thread: any`, without waiting
+ * for a job or a completion in it. `completion` is valid until the callback returns. */
 typedef void (*kvf_completion_callback)(const kvf_completion *completion);
 
 /* Values of kvf_submit_options.priority. On each device urgent jobs go before background jobs.
@@ -902,8 +907,8 @@ typedef enum kvf_submit_flags {
      * trusts what it loads: a damaged state may end the process, or leave cells that only
      * llama_memory_clear() frees. */
     KVF_SUBMIT_TRUST_STATE = 2,
-    /* For kvf_llama_save_blocks() alone: beside the job's completion, each block gets one of its
-     * own as soon as the whole block is in its buffer. */
+    /* For kvf_llama_save_blocks() alone: each block has a completion of its own, too, which comes
+     * as soon as the whole block is in its buffer. */
     KVF_SUBMIT_EACH_BLOCK = 4,
 } kvf_submit_flags;
 

@@ -263,19 +263,18 @@ async def test_a_task_that_waits_for_a_block_is_woken_by_a_cancel(large: Context
 async def test_a_closed_engine_ends_those_who_wait_for_a_block(large: Context) -> None:
     errors: list[type[BaseException]] = []
     for _ in range(TRIES):
-        async with anyio.create_task_group() as tasks:
-            async with kvferry.Engine(DEVICES) as engine:
-                llama = engine.attach(large.address)
-                transfer = await llama.start_save_blocks(0, tokens=1, each_block=True)
+        async with anyio.create_task_group() as tasks, kvferry.Engine(DEVICES) as engine:
+            llama = engine.attach(large.address)
+            transfer = await llama.start_save_blocks(0, tokens=1, each_block=True)
 
-                async def wait_for_last(transfer: kvferry.SaveBlocksTransfer = transfer) -> None:
-                    try:
-                        await transfer.block(LARGE_TOKENS - 1)
-                    except kvferry.EngineClosed as error:
-                        errors.append(type(error))
+            async def wait_for_last(transfer: kvferry.SaveBlocksTransfer = transfer) -> None:
+                try:
+                    await transfer.block(LARGE_TOKENS - 1)
+                except kvferry.EngineClosed as error:
+                    errors.append(type(error))
 
-                tasks.start_soon(wait_for_last)
-                await transfer.block(0)
+            tasks.start_soon(wait_for_last)
+            await transfer.block(0)
         if errors:
             break
     assert errors
