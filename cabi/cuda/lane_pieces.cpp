@@ -120,9 +120,7 @@ void CudaLane::end_piece(CudaSlot &slot) {
                  device_);
     planner_.release_memory(slot);
     if (leg.load_ahead) leg.load_ahead->staged_up_to(staged_up_to(slot));
-    if (job.tells_of_blocks() && !job.stopping()) {
-        for (const Piece &piece : slot.pieces) job.moved(piece);
-    }
+    job.moved(slot.pieces);
     slot.stage = Stage::Idle;
     slot.leg = nullptr;
     --pieces_;

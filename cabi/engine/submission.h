@@ -11,7 +11,7 @@ struct Submission {
     unsigned char *buffer = nullptr;
     uint64_t buffer_bytes = 0;
     // The parts of the buffer that the job uses, where it uses several and not all of it. Of a save
-    // of blocks: the blocks, by the numbers that Layout::block names.
+    // of blocks each is a block: Layout::block is its index here.
     std::vector<std::pair<const void *, uint64_t>> parts;
     uint32_t mode = 0;
     uint64_t submitted_ns = 0;

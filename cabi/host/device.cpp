@@ -66,7 +66,7 @@ void HostDevice::copy_at_once(Leg &leg) {
     while (!leg.parts.empty() && !job.stopping()) {
         const Piece piece = leg.parts.next(kUrgentPiece, kRunsPerPiece);
         copy_piece(piece, job.request.buffer, job.request.direction);
-        job.moved(piece);
+        job.moved({&piece, 1});
     }
     owner_.trace(job, begin_ns, now_ns(), leg.parts.bytes(), index);
     job.leg_ended(leg);
@@ -163,7 +163,7 @@ void HostDevice::move_piece(std::unique_lock<std::mutex> &lock, Leg &leg) {
     if (!job.stopping()) {
         copy_piece(piece, job.request.buffer, job.request.direction);
         owner_.trace(job, begin_ns, now_ns(), piece.bytes, index);
-        job.moved(piece);
+        job.moved({&piece, 1});
     }
     schedule_.piece_ended(leg);
     lock.lock();

@@ -8,19 +8,19 @@ BlockReports::BlockReports(std::vector<uint64_t> sizes, const std::shared_ptr<Qu
                            kvf_completion_callback callback)
     : sizes_(std::move(sizes)), blocks_(sizes_.size()) {
     for (Block &block : blocks_) {
-        if (queue) block.queue = QueueReservation(queue);
+        if (queue) block.place = QueueReservation(queue);
         if (callback) callbacks_.push_back({callback, {}});
     }
 }
 
-void BlockReports::keep(size_t block, std::shared_ptr<MemoryUse> memory) {
-    blocks_[block].memory = std::move(memory);
+void BlockReports::keep(size_t block, std::shared_ptr<MemoryUse> use) {
+    blocks_[block].use = std::move(use);
 }
 
 void BlockReports::mark_lost() {
     std::lock_guard lock(mutex_);
     for (const Block &block : blocks_) {
-        if (block.memory) block.memory->mark_lost();
+        if (block.use) block.use->mark_lost();
     }
 }
 
@@ -29,19 +29,18 @@ void BlockReports::tell(size_t block, const kvf_completion &completion, JobOwner
     Callbacks callback;
     {
         std::lock_guard lock(mutex_);
-        // Whoever sees the completion may free the buffer.
-        told.memory.reset();
+        told.use.reset(); // before anybody can see the completion, and free the buffer
         if (!callbacks_.empty()) callback.splice(callback.end(), callbacks_, callbacks_.begin());
     }
     if (!callback.empty()) callback.front().completion = completion;
-    told.queue.push(completion);
+    told.place.push(completion);
     if (!callback.empty()) owner.dispatch(std::move(callback));
 }
 
 void BlockReports::end() noexcept {
     for (Block &block : blocks_) {
-        block.queue.reset();
-        block.memory.reset();
+        block.place.reset();
+        block.use.reset();
     }
 }
 

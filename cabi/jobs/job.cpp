@@ -75,8 +75,10 @@ void Job::commit(const JobRecord &record) noexcept {
     }
 }
 
-void Job::block_moved(const Piece &piece) {
-    if (resources_.blocks->moved(piece.block, piece.bytes)) tell_of_block(piece.block);
+void Job::count_moved(std::span<const Piece> pieces) {
+    for (const Piece &piece : pieces) {
+        if (resources_.blocks->moved(piece.block, piece.bytes)) tell_of_block(piece.block);
+    }
 }
 
 void Job::tell_of_block(size_t block) {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -51,7 +52,7 @@ struct JobResources {
     std::function<void(int32_t)> on_end;
     QueueReservation queue;
     Callbacks callback; // one or none
-    // Of a save that tells of each block; then `memory` is empty. NULL for any other job.
+    // Of a save that tells of each block, instead of `memory`. NULL for any other job.
     std::unique_ptr<BlockReports> blocks;
 };
 
@@ -100,12 +101,11 @@ public:
     void begin_work() { work_.fetch_add(1, std::memory_order_relaxed); }
     void end_work();
     void leg_ended(Leg &leg); // for devices: ends the leg's work
-    // For devices, before the piece's leg ends: the piece is where it belongs. Not of a job that is
-    // stopping, since its pieces may not have moved.
-    void moved(const Piece &piece) {
-        if (resources_.blocks) block_moved(piece);
+    // For devices, before the leg of these pieces ends: they are where they belong. Pieces of a job
+    // that is stopping may not have moved; they do not count.
+    void moved(std::span<const Piece> pieces) {
+        if (resources_.blocks && !stopping()) count_moved(pieces);
     }
-    bool tells_of_blocks() const { return resources_.blocks != nullptr; }
 
     // For the submitting call, before it ends its work.
     Leg &add_leg(std::unique_ptr<Leg> leg);
@@ -131,7 +131,7 @@ private:
     // Every change of the state happens here. False if the job is there already, or further.
     bool enter(State next) noexcept;
     void end();
-    void block_moved(const Piece &piece);
+    void count_moved(std::span<const Piece> pieces);
     void tell_of_block(size_t block);
     kvf_completion begin_completion() const;
     void make_completion();
