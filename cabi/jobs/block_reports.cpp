@@ -38,6 +38,8 @@ void BlockReports::tell(size_t block, const kvf_completion &completion, JobOwner
 }
 
 void BlockReports::end() noexcept {
+    std::lock_guard lock(mutex_);
+    callbacks_.clear();
     for (Block &block : blocks_) {
         block.place.reset();
         block.use.reset();
