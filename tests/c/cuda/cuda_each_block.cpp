@@ -1,6 +1,7 @@
 // A save that tells of each block: a completion when the whole block is in its buffer, which is
 // free from then on; the job's own completion once, and last. On the host, on a device and on both;
 // however the job ends.
+#include <map>
 #include <mutex>
 
 #include "../refuse_memory.hpp"
@@ -29,6 +30,16 @@ std::vector<kvf_completion> take_calls() {
     return std::exchange(called, {});
 }
 
+// Random bytes for a cache: made once for each size, since making them takes longer than a test.
+const Bytes &random_content(Random &random, uint64_t bytes) {
+    static std::mutex mutex;
+    static std::map<uint64_t, Bytes> made;
+    std::lock_guard lock(mutex);
+    Bytes &content = made[bytes];
+    if (content.empty()) content = random_bytes(random, bytes);
+    return content;
+}
+
 struct Given {
     Blocks blocks;
     Source source = Source::Device;
@@ -45,7 +56,7 @@ class Test {
 public:
     Test(Random &random, std::shared_ptr<kvf::Engine> engine, const Given &given)
         : given_(given), engine_(std::move(engine)), own_(registered(engine_)),
-          content_(random_bytes(random, given.blocks.device_bytes())), on_device_(content_) {
+          content_(random_content(random, given.blocks.device_bytes())), on_device_(content_) {
         const uint64_t bytes = block_bytes();
         for (uint64_t i = 0; i < count(); ++i) {
             buffers_.push_back(std::make_unique<Buffer>(own_, given.kind, bytes));
@@ -56,7 +67,7 @@ public:
         CHECK_OK(kvf_queue_create(&queue_));
     }
     ~Test() {
-        CHECK(told_.back() == kNone); // the job has ended
+        CHECK(!job_ || told_.back() == kNone); // the job has ended
         CHECK_OK(kvf_queue_destroy(queue_));
         buffers_.clear();
         kvf::withdraw<kvf::Engine>(own_);
@@ -179,7 +190,7 @@ private:
     const Given given_;
     const std::shared_ptr<kvf::Engine> engine_;
     const kvf_engine own_; // a handle of the engine
-    const Bytes content_;
+    const Bytes &content_;
     const DeviceMemory on_device_;
     std::vector<std::unique_ptr<Buffer>> buffers_;
     unsigned char *begin_ = reinterpret_cast<unsigned char *>(UINTPTR_MAX), *end_ = nullptr;
@@ -380,6 +391,38 @@ void without_memory(Random &random, const std::shared_ptr<kvf::Engine> &engine) 
     take_calls();
 }
 
+// Where the submitting call is refused memory, whenever that is, there is no job: nobody is told,
+// and no place in the queue stays reserved.
+void call_without_memory(Random &random, const std::shared_ptr<kvf::Engine> &engine) {
+    char name[16] = "";
+    prctl(PR_GET_NAME, name);
+    bool all_asked = false;
+    for (int64_t nth = 1; !all_asked; ++nth) {
+        CHECK(nth < 2000);
+        Given given{kSmall, Source::Host};
+        given.callback = note_call;
+        Test test(random, engine, given);
+        prctl(PR_SET_NAME, "kvf-save-call"); // so that is_pump() is true here
+        asked = 0;
+        refused = nth;
+        bool submitted = true;
+        try {
+            test.submit();
+        } catch (const std::bad_alloc &) {
+            submitted = false;
+        }
+        all_asked = asked < nth;
+        refused = 0;
+        prctl(PR_SET_NAME, name);
+        if (submitted) {
+            CHECK_OK(test.take_all());
+        } else {
+            CHECK(!all_asked && !test.take(0));
+        }
+    }
+    take_calls();
+}
+
 // Jobs of several threads, some of which are cancelled at any point.
 void races(const std::shared_ptr<kvf::Engine> &engine) {
     std::vector<std::thread> threads;
@@ -442,6 +485,7 @@ int main() {
         follows_a_stream(random, engine);
         retracted(random, engine);
         without_memory(random, engine);
+        call_without_memory(random, engine);
         races(engine);
         engine->close();
         holdings.check_same();
