@@ -86,7 +86,7 @@ public:
         kvf_submit_options options = options_of(given_.priority);
         options.queue = queue_;
         options.callback = given_.callback;
-        options.user_data = 7;
+        options.user_data = reinterpret_cast<uint64_t>(this);
         options.flags = KVF_SUBMIT_EACH_BLOCK;
         if (given_.stream) options.flags |= KVF_SUBMIT_FOLLOW_STREAM;
         options.stream = given_.stream;
@@ -134,7 +134,8 @@ public:
         kvf_completion done;
         if (kvf_queue_take(queue_, &done, sizeof done, 1, timeout_ns) == 0) return false;
         CHECK(told_.empty() || told_.back() != kNone); // the job's comes last
-        CHECK(done.user_data == 7 && done.finished_ns >= done.started_ns);
+        CHECK(done.user_data == reinterpret_cast<uint64_t>(this) &&
+              done.finished_ns >= done.started_ns);
         if (done.kind == KVF_COMPLETION_JOB) {
             CHECK(done.block == 0 && (done.status != KVF_OK || told_.size() == count()));
             status_ = done.status;
@@ -240,11 +241,18 @@ void every_way(Random &random, const std::shared_ptr<kvf::Engine> &engine) {
     CHECK_OK(one.take_all());
 }
 
+// Also looks at the block that it is told of.
+void check_call(const kvf_completion *completion) {
+    if (completion->kind == KVF_COMPLETION_BLOCK)
+        reinterpret_cast<const Test *>(completion->user_data)->check_whole(completion->block);
+    note_call(completion);
+}
+
 // The callback and the queue get the same completions; the callback's last one is the job's, too.
 void by_callback(Random &random, const std::shared_ptr<kvf::Engine> &engine) {
     for (const Source source : kSources) {
         Given given{kSmall, source};
-        given.callback = note_call;
+        given.callback = check_call;
         given.owns_gaps = source != Source::Both;
         Test test(random, engine, given);
         test.submit();
