@@ -121,7 +121,8 @@ func (c *completions) read() {
 	}
 }
 
-// complete passes a completion, of a job or of a block, to the transfer that waits. It returns whether the reader must release the job's handle.
+// complete passes a completion, of a job or of a block, to the transfer that waits. It returns whether the reader must
+// release the job's handle.
 func (w *waiter) complete(completion *C.kvf_completion) bool {
 	if completion.kind == C.KVF_COMPLETION_BLOCK {
 		if !w.armed.Load() {
