@@ -30,14 +30,23 @@ std::vector<kvf_completion> take_calls() {
     return std::exchange(called, {});
 }
 
-// Random bytes for a cache: made once for each size, since making them takes longer than a test.
-const Bytes &random_content(Random &random, uint64_t bytes) {
-    static std::mutex mutex;
-    static std::map<uint64_t, Bytes> made;
-    std::lock_guard lock(mutex);
-    Bytes &content = made[bytes];
-    if (content.empty()) content = random_bytes(random, bytes);
-    return content;
+// A cache with random content, in host memory and on the device. Saves change neither, so that
+// tests of one size share them.
+struct Cache {
+    explicit Cache(Bytes &&bytes) : content(std::move(bytes)), on_device(content) {}
+
+    const Bytes content;
+    const DeviceMemory on_device;
+};
+
+std::mutex caches_mutex;
+std::map<uint64_t, Cache> caches; // by size
+
+const Cache &cache_of(Random &random, uint64_t bytes) {
+    std::lock_guard lock(caches_mutex);
+    const auto found = caches.find(bytes);
+    if (found != caches.end()) return found->second;
+    return caches.try_emplace(bytes, random_bytes(random, bytes)).first->second;
 }
 
 struct Given {
@@ -51,12 +60,12 @@ struct Given {
     uint64_t stream = 0; // to be followed; 0: none
 };
 
-// A cache with random content, a buffer for each block, and the job that saves them.
+// A cache, a buffer for each block, and the job that saves them.
 class Test {
 public:
     Test(Random &random, std::shared_ptr<kvf::Engine> engine, const Given &given)
         : given_(given), engine_(std::move(engine)), own_(registered(engine_)),
-          content_(random_content(random, given.blocks.device_bytes())), on_device_(content_) {
+          cache_(cache_of(random, given.blocks.device_bytes())) {
         const uint64_t bytes = block_bytes();
         for (uint64_t i = 0; i < count(); ++i) {
             buffers_.push_back(std::make_unique<Buffer>(own_, given.kind, bytes));
@@ -105,11 +114,11 @@ public:
         for (uint32_t block = 0; block < count(); ++block) {
             const auto distance = static_cast<uint64_t>(buffers_[block]->data() - begin_);
             if (given_.source != Source::Host)
-                layouts.emplace_back(1, layout(block, on_device_.address(), distance));
+                layouts.emplace_back(1, layout(block, cache_.on_device.address(), distance));
             if (given_.source == Source::Device) continue;
             const uint64_t behind = given_.source == Source::Both ? part_bytes() : 0;
-            layouts.emplace_back(
-                0, layout(block, reinterpret_cast<uint64_t>(content_.data()), distance + behind));
+            layouts.emplace_back(0, layout(block, reinterpret_cast<uint64_t>(cache_.content.data()),
+                                           distance + behind));
         }
         return layouts;
     }
@@ -164,7 +173,7 @@ public:
             given_.blocks.for_each_fragment(
                 block, 0, [] {},
                 [&](uint64_t address, uint64_t offset, uint64_t bytes) {
-                    std::copy_n(&content_[address], bytes, &expected[behind + offset]);
+                    std::copy_n(&cache_.content[address], bytes, &expected[behind + offset]);
                 });
         };
         model(0);
@@ -191,8 +200,7 @@ private:
     const Given given_;
     const std::shared_ptr<kvf::Engine> engine_;
     const kvf_engine own_; // a handle of the engine
-    const Bytes &content_;
-    const DeviceMemory on_device_;
+    const Cache &cache_;
     std::vector<std::unique_ptr<Buffer>> buffers_;
     unsigned char *begin_ = reinterpret_cast<unsigned char *>(UINTPTR_MAX), *end_ = nullptr;
     kvf_queue queue_ = 0;
@@ -477,6 +485,7 @@ void device_lost(Random &random) {
         for (const uint32_t block : told) test.check_whole(block);
     }
     engine->close();
+    caches.clear();
 }
 
 } // namespace
@@ -499,6 +508,7 @@ int main() {
         races(engine);
         engine->close();
         engine.reset();
+        caches.clear();
         holdings.check_same();
     }
     const Context context;
