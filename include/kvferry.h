@@ -406,11 +406,13 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  * 3: The next llama_decode, kvf_llama_save or kvf_llama_load waits for the transfer if this
  *    sequence has changed. kvferry notices a change of the sequence's first or last position. From
  *    llama.cpp v0.5.0 on, in a cache with one kind of attention and no sliding window, kvferry also
- *    notices that a decode is about to write cells that the transfer moves. Elsewhere three changes
- *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; cells at
- *    its end are removed, and one batch decodes new ones up to the same position (beside a save in
- *    place of a cache with attention alone and no sliding window: to that position or beyond); the
- *    whole sequence is replaced by one with the same first and last position.
+ *    notices that a decode is about to write cells that the transfer moves. Elsewhere four changes
+ *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; in a
+ *    cache with sliding windows, whose first position libllama does not tell, cells are removed
+ *    from the beginning; cells at its end are removed, and one batch decodes new ones up to the
+ *    same position (beside a save in place of a cache with attention alone and no sliding window:
+ *    to that position or beyond); the whole sequence is replaced by one with the same first and
+ *    last position.
  * "no": Where the cache is unified, the copy shares its cells with this sequence. libllama does not
  *    tell which sequences share cells: a decode of the copy reads cells that have not been loaded
  *    yet.
@@ -479,7 +481,8 @@ typedef struct kvf_submit_options kvf_submit_options;
  *            take; with a cache in memory that no device of the engine reaches, until libllama has
  *            copied it; without the tap, as kvf_llama_size()
  * Returns:   KVF_OK; one completion follows.
- * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
+ * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY (also where its recurrent layers alone
+ *            are empty: no load takes such a state), KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
  *            (a load into this sequence, or a blocking transfer of the context, is in flight),
  *            KVF_ERR_INVALID_ARGUMENT (the buffer cannot be written; `mode` is of a load),
  *            KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST, KVF_ERR_LLAMA, KVF_ERR_TAP
@@ -640,12 +643,12 @@ typedef enum kvf_blocks_allowed {
 typedef struct kvf_block {
     /* Host memory, the caller's. Blocks of one call must not overlap in memory. */
     void *buffer;
-    /* The bytes at `buffer`. A save reads the room, and writes the size of the block. A load takes
-     * the exact size. */
+    /* The bytes at `buffer`. A save reads how much room there is, and writes the size of the block.
+     * A load takes the exact size. */
     uint64_t bytes;
     /* The first position of the block. */
     int32_t begin;
-    /* The position after its last. */
+    /* The position after the last one. */
     int32_t end;
 } kvf_block;
 
@@ -661,7 +664,7 @@ typedef struct kvf_block {
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_blocks_allowed(kvf_llama llama, char *reason, uint64_t capacity);
 
-/* Tells how many bytes a block of `tokens` tokens has, without moving any of them.
+/* Tells how many bytes a block of `tokens` tokens has. No byte is moved.
  *
  * That holds for tokens at positions of their own. Where positions repeat (the patches of an image
  * for a model with M-RoPE) or are missing, a block has as many tokens as there are cells at its
@@ -699,8 +702,8 @@ KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t 
  * If the job ends with KVF_OK, each block has one. The call takes the memory for all completions,
  * so that none can be lost. kvf_job_poll() and kvf_job_wait() tell of the job alone.
  *
- * `options->mode` is as of kvf_llama_save(); AUTO is IN_PLACE, since decoding never overwrites what
- * blocks consist of. The table of what may be done meanwhile holds as for a save in place. Where
+ * `options->mode` has the values of kvf_llama_save(). AUTO is IN_PLACE: decoding never overwrites
+ * the bytes of blocks. The table of what may be done meanwhile holds as for a save in place. Where
  * the cache is unified and a sequence id of the context is empty, the call borrows the id, so that
  * libllama lists the cells of the blocks alone and not the whole sequence. The id is empty again
  * when the call returns, also when the call fails.
@@ -720,14 +723,15 @@ KVF_API int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_blo
                                       uint64_t block_size, uint32_t count,
                                       const kvf_submit_options *options, kvf_job *job);
 
-/* Tells how many bytes a checkpoint of a sequence has now, without moving any of them.
+/* Tells how many bytes a checkpoint of a sequence has now. No byte is moved.
  *
  * Thread:    the context's
  * May block: no
  * Returns:   KVF_OK; `*bytes` is the size.
- * Errors:    KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows
- *            none), KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA, KVF_ERR_BUSY (a
- *            blocking transfer is in flight)
+ * Errors:    KVF_ERR_SEQUENCE_EMPTY (the sequence, or its window or its recurrent layers),
+ *            KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none),
+ *            KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA, KVF_ERR_BUSY (a blocking
+ *            transfer is in flight)
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_checkpoint_size(kvf_llama llama, int32_t sequence, uint64_t *bytes);
 
@@ -739,7 +743,8 @@ KVF_API int32_t kvf_llama_checkpoint_size(kvf_llama llama, int32_t sequence, uin
  * Thread:    the context's
  * May block: as kvf_llama_save() by snapshot
  * Returns:   KVF_OK; one completion follows.
- * Errors:    KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none), and those of
+ * Errors:    KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none),
+ *            KVF_ERR_SEQUENCE_EMPTY as of kvf_llama_checkpoint_size(), and those of
  *            kvf_llama_save()
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_save_checkpoint(kvf_llama llama, int32_t sequence, void *buffer,
@@ -790,10 +795,11 @@ typedef struct kvf_state_options {
 /* Cuts a state into blocks and a checkpoint, on plain memory: no context, no engine.
  *
  * The state is what kvf_llama_save(), llama_state_seq_get_data() or another program has written.
- * Writes the size of each block into its `bytes`, and of the checkpoint into `*checkpoint_bytes`,
- * which holds the room at `checkpoint` before. A block whose `buffer` is NULL is sized only, and so
- * is the checkpoint if `checkpoint` is NULL. A state of plain attention has no checkpoint:
- * `*checkpoint_bytes` becomes 0. `checkpoint_bytes` may be NULL if the checkpoint is not wanted.
+ * Writes the size of each block into its `bytes`, and that of the checkpoint into
+ * `*checkpoint_bytes`. Before the call, `*checkpoint_bytes` holds the room at `checkpoint`. A block
+ * whose `buffer` is NULL is sized only, and so is the checkpoint if `checkpoint` is NULL. A state
+ * of plain attention has no checkpoint: `*checkpoint_bytes` becomes 0. `checkpoint_bytes` may be
+ * NULL if the checkpoint is not wanted.
  *
  * Thread:    any
  * May block: no (it copies)
@@ -817,9 +823,10 @@ KVF_API int32_t kvf_state_cut(const void *state, uint64_t bytes, kvf_block *bloc
  * May block: no (it copies)
  * Returns:   KVF_OK.
  * Errors:    KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH (the blocks are not of one kind of
- *            cache), KVF_ERR_UNSUPPORTED (several formats describe them), KVF_ERR_BUFFER_TOO_SMALL
- *            (`*state_bytes` says what is needed), KVF_ERR_INVALID_ARGUMENT (there are none, or
- *            they are misordered, overlap or leave a gap)
+ *            cache), KVF_ERR_UNSUPPORTED (several formats describe the blocks),
+ *            KVF_ERR_BUFFER_TOO_SMALL (`*state_bytes` says what is needed),
+ *            KVF_ERR_INVALID_ARGUMENT (there are no blocks, or they are misordered, overlap or
+ *            leave a gap)
  * Since:     0.1 */
 KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uint32_t count,
                                const void *checkpoint, uint64_t checkpoint_bytes, void *state,
@@ -828,12 +835,12 @@ KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uin
 /* ------------------------------------------------------------------------------------------------
  * 3 Jobs and completions
  *
- * A submitting call (kvf_llama_save, _load, _save_blocks, _save_checkpoint, _load_blocks,
- * kvf_regions_save, _load) makes a job, and the job ends with one completion. A program sees the
- * completion in any of three ways: it takes the completion from a queue, whose descriptor poll(2)
- * can wait for; a callback gets the completion; or the program keeps the job's handle, and polls or
- * waits. When a program can see the completion, the library no longer uses the buffer. On request a
- * save of blocks has a completion for each block, too: KVF_SUBMIT_EACH_BLOCK.
+ * A submitting call (a save or a load of a state, of blocks, of a checkpoint or of regions) makes a
+ * job, and the job ends with one completion. A program sees the completion in any of three ways: it
+ * takes the completion from a queue, whose descriptor poll(2) can wait for; a callback gets the
+ * completion; or the program keeps the job's handle, and polls or waits. When a program can see the
+ * completion, the library no longer uses the buffer. On request a save of blocks has a completion
+ * for each block, too: KVF_SUBMIT_EACH_BLOCK.
  * --------------------------------------------------------------------------------------------- */
 
 /* Values of kvf_completion.kind. */

@@ -1,4 +1,4 @@
-"""Saves and loads of blocks and checkpoints: as sequence_transfer.py, with several buffers."""
+"""Saves and loads of blocks and checkpoints: the transfers of several buffers at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlocksToSave:
-    """What a program asks of a save of blocks, with its arguments checked."""
+    """The arguments of a save of blocks, checked."""
 
     begin: int
     end: int | None
@@ -58,13 +58,13 @@ class BlocksToSave:
         )
 
     def borrowed(self) -> list[Buffer] | None:
-        """Returns the caller's memory for each block; None if blocks go to the pool's."""
+        """Returns the caller's memory for each block; None if the pool gives the memory."""
         if self.into is None:
             return None
         return [borrow(memory, "into", writable=True) for memory in self.into]
 
     def spans(self, attachment: Attachment, seq: int) -> list[Span]:
-        """Returns the positions of each block. For the context's thread."""
+        """Returns the positions of each block. Must be called on the context's thread."""
         spans = attachment.spans(seq, self.begin, self.end, self.tokens)
         for name, given in (("into", self.into), ("keys", self.keys)):
             if given is not None and len(given) != len(spans):
@@ -89,12 +89,12 @@ class SaveOfBlocks:
 
     @property
     def sizes(self) -> list[int]:
-        """The bytes of each block, after the submitting call: also if it says that a buffer is too
-        small."""
+        """The bytes of each block. The submitting call sets them, also if it returns that a buffer
+        is too small."""
         return self._list.sizes
 
     def llm_state(self, llm: LlamaCppObject) -> LlmState:
-        """Returns what the object knows of the tokens of the blocks."""
+        """Returns the tokens of the blocks, as the ``llama_cpp.Llama`` knows them."""
         return llm.state(self._spans[0][0], self._spans[-1][1])
 
     def submit(self, attachment: Attachment, seq: int, options: CData, job: CData) -> int:
@@ -107,7 +107,7 @@ class SaveOfBlocks:
     def saved(
         self, attachment: Attachment, done: Completion, llm_state: LlmState | None
     ) -> list[Block]:
-        """Returns the blocks, of a save that has succeeded."""
+        """Returns the blocks of a save that has succeeded."""
         return [self.block(index, attachment, done, llm_state) for index in range(len(self._spans))]
 
     def block(
@@ -134,15 +134,15 @@ class SaveOfBlocks:
 
 
 def _part_of(state: LlmState, begin: int, end: int, first: int) -> LlmState:
-    """Returns what belongs to the positions [begin, end), of a state that begins at ``first``."""
+    """Returns the part for the positions [begin, end) of a state that begins at ``first``."""
     part = slice(begin - first, end - first)
     scores = None if state.scores is None else state.scores[part]
     return LlmState(state.tokens[part], scores, state.seed)
 
 
 def pinned_each(engine: int, sizes: Sequence[int]) -> list[Buffer]:
-    """Takes a buffer of each size from the pool of the engine with this handle. Blocks, as
-    ``pinned``."""
+    """Takes a buffer of each size from the pool of the engine with this handle. May block, as
+    ``pinned`` does."""
     return [pinned(engine, nbytes) for nbytes in sizes]
 
 
