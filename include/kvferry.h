@@ -81,7 +81,7 @@
  * fragment    a run of tensor bytes that libllama would move with one call.
  * piece       the part of a transfer that a device moves at once.
  * job         one submitted transfer. It ends with exactly one completion, whatever happens.
- * completion  the report on how a job ended.
+ * completion  the report on how a job ended, or on request the report that a block is whole.
  * queue       a list of completions with a file descriptor for poll(2).
  * tap         the functions of kvferry that libllama calls in place of ggml's own while kvferry
  *             records which bytes belong to a sequence.
@@ -680,13 +680,27 @@ KVF_API int32_t kvf_llama_blocks_allowed(kvf_llama llama, char *reason, uint64_t
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t *bytes);
 
-/* Saves blocks of a sequence, asynchronously: one job, with one completion.
+/* Saves blocks of a sequence, asynchronously: one job, with one completion, and on request one more
+ * for each block.
  *
  * `blocks` is an array of `count` blocks in ascending order, each of `block_size` bytes, which is
  * sizeof(kvf_block). Blocks need not follow one another. The call writes the size of each block
- * into its `bytes` and copies the array, both before the completion can come: whoever gets the
- * completion may read the sizes, or free the array. The buffers must not be touched until then. The
- * completion's `bytes` is the sum of the sizes.
+ * into its `bytes` and copies the array, both before any completion can come: whoever gets a
+ * completion may read the sizes, and with the job's completion free the array. The buffers must not
+ * be touched until the job's completion, or until the block's own. The completion's `bytes` is the
+ * sum of the sizes.
+ *
+ * With KVF_SUBMIT_EACH_BLOCK in `options->flags`, the queue and the callback get a completion for
+ * each block, too: when all bytes of the block are in its buffer, which the library no longer uses
+ * from then on. That completion's `kind` is KVF_COMPLETION_BLOCK, `block` is the index of the block
+ * in the array, `status` is KVF_OK, `bytes` is the size of the block, and `finished_ns` is the time
+ * when the block was whole; `fragments` and `segments` are 0. `job`, `user_data` and `mode` are as
+ * in the job's completion. Blocks may become whole in any order; mostly it is that of the array.
+ *
+ * However the job ends, its own completion comes exactly once, after those of its blocks. A block
+ * has one completion at most: none if the job failed or was cancelled before the block was told of.
+ * If the job ends with KVF_OK, each block has one. The call takes the memory for all completions,
+ * so that none can be lost. kvf_job_poll() and kvf_job_wait() tell of the job alone.
  *
  * `options->mode` has the values of kvf_llama_save(). AUTO is IN_PLACE: decoding never overwrites
  * the bytes of blocks. The table of what may be done meanwhile holds as for a save in place. Where
@@ -696,12 +710,14 @@ KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t 
  *
  * Thread:    the context's
  * May block: as kvf_llama_save()
- * Returns:   KVF_OK; one completion follows.
+ * Returns:   KVF_OK; the completion of the job follows, and before it those of blocks if they were
+ *            asked for.
  * Errors:    KVF_ERR_UNSUPPORTED (the cache does not allow blocks), KVF_ERR_INVALID_ARGUMENT
  *            (blocks are empty, misordered or overlap; a buffer cannot be written; the options are
- *            those of a load), KVF_ERR_SEQUENCE_EMPTY (the sequence has no token at the positions
- *            of a block), KVF_ERR_BUFFER_TOO_SMALL (`bytes` of every block says what is needed),
- *            and those of kvf_llama_save()
+ *            those of a load; KVF_SUBMIT_EACH_BLOCK without a queue and without a callback),
+ *            KVF_ERR_SEQUENCE_EMPTY (the sequence has no token at the positions of a block),
+ *            KVF_ERR_BUFFER_TOO_SMALL (`bytes` of every block says what is needed), and those of
+ *            kvf_llama_save()
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_block *blocks,
                                       uint64_t block_size, uint32_t count,
@@ -823,8 +839,17 @@ KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uin
  * job, and the job ends with one completion. A program sees the completion in any of three ways: it
  * takes the completion from a queue, whose descriptor poll(2) can wait for; a callback gets the
  * completion; or the program keeps the job's handle, and polls or waits. When a program can see the
- * completion, the library no longer uses the buffer.
+ * completion, the library no longer uses the buffer. On request a save of blocks has a completion
+ * for each block, too: KVF_SUBMIT_EACH_BLOCK.
  * --------------------------------------------------------------------------------------------- */
+
+/* Values of kvf_completion.kind. */
+typedef enum kvf_completion_kind {
+    /* The job has ended. Each job has exactly one completion of this kind, and it is the last. */
+    KVF_COMPLETION_JOB = 0,
+    /* A block is whole, and its job has not ended yet: see KVF_SUBMIT_EACH_BLOCK. */
+    KVF_COMPLETION_BLOCK = 1,
+} kvf_completion_kind;
 
 typedef struct kvf_completion {
     /* The job's number. It is a handle only if the submitting call gave one, and until the handle
@@ -836,8 +861,8 @@ typedef struct kvf_completion {
     int32_t status;
     /* How a llama transfer was done: a value of kvf_save_mode or of kvf_load_mode. Else 0. */
     uint32_t mode;
-    /* The size of the state, or of the regions. If `status` is not KVF_OK, how many of these bytes
-     * have been moved is undefined. */
+    /* The size of the state, of the blocks or of the regions. If `status` is not KVF_OK, how many
+     * of these bytes have been moved is undefined. */
     uint64_t bytes;
     /* How many separate runs of tensor memory the transfer consists of. */
     uint64_t fragments;
@@ -847,7 +872,7 @@ typedef struct kvf_completion {
     uint64_t submitted_ns;
     /* When the first piece began to move; 0 if none did. */
     uint64_t started_ns;
-    /* When the job ended. */
+    /* When the job ended, or when the block was whole. */
     uint64_t finished_ns;
     /* One line on what went wrong, or "". */
     char detail[128];
@@ -855,13 +880,17 @@ typedef struct kvf_completion {
     uint64_t listed_ns;
     /* Of a llama transfer: when libllama had named the last fragment. Else 0. */
     uint64_t recorded_ns;
+    /* A value of kvf_completion_kind. */
+    uint32_t kind;
+    /* Of a block: its index in the array that was submitted. Of a job: 0. */
+    uint32_t block;
 } kvf_completion;
 
 /* A function that gets a completion, on the engine's dispatch thread.
  *
- * The engine calls one callback at a time, in the order in which jobs end: return soon. A callback
- * may call every function whose comment says `Thread: any`, without waiting for a job or a
- * completion in it. `completion` is valid until the callback returns. */
+ * The engine calls one callback at a time, in the order in which jobs end and blocks become whole:
+ * return soon. A callback may call every function whose comment says `Thread: any`, without waiting
+ * for a job or a completion in it. `completion` is valid until the callback returns. */
 typedef void (*kvf_completion_callback)(const kvf_completion *completion);
 
 /* Values of kvf_submit_options.priority. On each device urgent jobs go before background jobs.
@@ -885,9 +914,12 @@ typedef enum kvf_submit_flags {
      * trusts what it loads: a damaged state may end the process, or leave cells that only
      * llama_memory_clear() frees. */
     KVF_SUBMIT_TRUST_STATE = 2,
+    /* For kvf_llama_save_blocks() alone: each block has a completion of its own, too, which comes
+     * as soon as the whole block is in its buffer. */
+    KVF_SUBMIT_EACH_BLOCK = 4,
 } kvf_submit_flags;
 
-/* How to do a job, and whom to tell. `queue` and `callback` may both be set; each then gets the
+/* How to do a job, and whom to tell. `queue` and `callback` may both be set; each then gets every
  * completion once. With no queue, no callback and no `job`, nobody learns how the job ended. */
 struct kvf_submit_options {
     /* sizeof(kvf_submit_options); KVF_SUBMIT_OPTIONS_INIT sets it. */

@@ -116,10 +116,11 @@ public:
     Layouts spread(const Layouts &layouts) {
         Layouts result;
         for (const auto &[device, layout] : layouts) {
+            uint32_t block = 0;
             for (Layout &part : spread(layout)) {
-                if (part.empty()) continue;
                 part.owns_gaps = layouts.size() == 1;
-                result.emplace_back(device, std::move(part));
+                part.block = block++;
+                if (!part.empty()) result.emplace_back(device, std::move(part));
             }
         }
         return result;

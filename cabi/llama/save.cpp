@@ -94,6 +94,7 @@ bool Llama::take_snapshot(Submission &submission, Recorded &recorded) {
     try {
         for (auto &[device, layout] : recorded.layouts) {
             auto snapshot = engine_->device(device).snapshot(layout, submission.buffer);
+            snapshot.layout.block = layout.block;
             layout = std::move(snapshot.layout);
             if (snapshot.memory) submission.keep_alive.push_back(std::move(snapshot.memory));
         }

@@ -98,7 +98,8 @@ func (s Sequence) CheckpointSize() (int, error) {
 // SaveBlocks blocks, and can be cancelled, as Save does. Auto is InPlace, because decoding never overwrites the
 // bytes of blocks: the sequence may be decoded meanwhile, whatever layers the model has. SaveBlocks holds the context's lock
 // while it records the memory of the blocks. In a unified cache that takes as long as the blocks need, and not the whole
-// sequence, if another sequence of the context is empty; otherwise it takes as long as Save.
+// sequence, if another sequence of the context is empty; otherwise it takes as long as Save. The option EachBlock tells
+// of each block as soon as it is whole.
 //
 // Errors: ErrUnsupported (the cache does not allow blocks), ErrInvalidArgument (there are no blocks; they are empty or
 // misordered, or overlap), ErrSequenceEmpty (the sequence has no token at the positions of a block), ErrBufferTooSmall,
@@ -168,9 +169,7 @@ func (w *waiter) claimBlocks(blocks []Block, isLoad bool) error {
 		if err != nil {
 			return blockError(i, err)
 		}
-		if buffer != nil {
-			w.claimed = append(w.claimed, buffer)
-		}
+		w.claimed = append(w.claimed, buffer)
 		if isLoad && b.Size != 0 {
 			if b.Size < 0 || b.Size > len(memory) {
 				return blockError(i, &Error{Status: ErrInvalidArgument, Detail: "Size is not within Memory"})
@@ -208,10 +207,15 @@ func (w *waiter) setSizes(blocks []Block, err error) {
 	}
 }
 
+// releaseBlock lets the Buffer of a block be closed.
+func (w *waiter) releaseBlock(i int) {
+	w.claimed[i].release()
+	w.claimed[i] = nil
+}
+
 func (w *waiter) releaseBlocks() {
-	for i, buffer := range w.claimed {
-		buffer.release()
-		w.claimed[i] = nil
+	for i := range w.claimed {
+		w.releaseBlock(i)
 	}
 	w.claimed = w.claimed[:0]
 	clear(w.blocks)

@@ -313,6 +313,40 @@ async def test_sequences_are_interrupted_anywhere(make_context: MakeContext) -> 
     await interrupt_everywhere(scenario, stride=8)
 
 
+async def test_saves_of_each_block_are_interrupted_anywhere(make_context: MakeContext) -> None:
+    context = make_context("llama")
+    context.decode_in_turn([0, 1], 8)
+    states = []
+    with kvferry.sync.Engine(DEVICES) as blocking:
+        blocks = blocking.attach(context.address).save_blocks(0, tokens=2)
+        states = [block.to_bytes() for block in blocks]
+
+    async def scenario(interrupt: InterruptAt) -> None:
+        engine = kvferry.Engine(DEVICES, copy_threads=1)
+        llama = engine.attach(context.address)
+        into = [bytearray(len(state)) for state in states]
+
+        async def use() -> None:
+            with interruptible():
+                transfer = await llama.start_save_blocks(0, tokens=2, into=into, each_block=True)
+                for index, state in enumerate(states):
+                    assert (await transfer.block(index)).to_bytes() == state
+                assert len(await transfer.wait()) == len(states)
+
+        with interrupt:
+            await use()
+        again = await llama.start_save_blocks(0, tokens=2, each_block=True)
+        assert (await again.block(3)).to_bytes() == states[3]
+        assert len(await again.wait()) == len(states)
+        assert_idle(engine)
+        await engine.aclose()
+        gc.collect()
+        for memory in into:
+            memory.append(0)  # raises BufferError if a job still uses it
+
+    await interrupt_everywhere(scenario, stride=8)
+
+
 # ---- Chosen places, with real signals ------------------------------------------------------------
 
 
