@@ -6,7 +6,6 @@
 #include "memory/buffer_checks.h"
 
 namespace kvf {
-namespace {
 
 // The memory of blocks and of a checkpoint, as one buffer from the lowest address to the highest.
 struct BufferOfParts {
@@ -32,19 +31,32 @@ struct BufferOfParts {
     // Where each part begins in the buffer.
     std::vector<uint64_t> places() const {
         std::vector<uint64_t> places;
+        places.reserve(parts.size());
         for (const auto &[part, count] : parts)
             places.push_back(
                 static_cast<uint64_t>(static_cast<const unsigned char *>(part) - begin));
         return places;
     }
+    // Where each part begins in the device memory in which the parts are staged.
+    std::vector<uint64_t> places_in(const LoadAhead &load_ahead) const {
+        std::vector<uint64_t> staged = places();
+        for (uint64_t &place : staged) place = load_ahead.bytes_before(place);
+        return staged;
+    }
     // The parts in the order of the buffer.
     std::vector<BufferPart> in_order() const {
         std::vector<BufferPart> order;
+        order.reserve(parts.size());
         const std::vector<uint64_t> at = places();
         for (size_t i = 0; i < parts.size(); ++i) order.push_back({at[i], parts[i].second});
         std::sort(order.begin(), order.end(),
                   [](const BufferPart &a, const BufferPart &b) { return a.offset < b.offset; });
         return order;
+    }
+    void set_in(Submission &submission) const {
+        submission.buffer = begin;
+        submission.buffer_bytes = extent;
+        submission.parts = parts;
     }
 
 private:
@@ -59,6 +71,8 @@ private:
         bytes += count;
     }
 };
+
+namespace {
 
 // Layouts of a state become layouts of the blocks: for each block in turn, what of it was recorded.
 class Spreader {
@@ -93,6 +107,7 @@ public:
             }
         }
         std::vector<Layout> parts;
+        parts.reserve(builders.size());
         for (LayoutBuilder &builder : builders) parts.push_back(builder.finish());
         return parts;
     }
@@ -101,10 +116,11 @@ public:
     Layouts spread(const Layouts &layouts) {
         Layouts result;
         for (const auto &[device, layout] : layouts) {
+            uint32_t block = 0;
             for (Layout &part : spread(layout)) {
-                if (part.empty()) continue;
                 part.owns_gaps = layouts.size() == 1;
-                result.emplace_back(device, std::move(part));
+                part.block = block++;
+                if (!part.empty()) result.emplace_back(device, std::move(part));
             }
         }
         return result;
@@ -124,6 +140,24 @@ private:
     BlockMap map_;
     const std::vector<uint64_t> places_;
 };
+
+// Spreads the layouts of a load ahead: that of `device` to the places where the parts are staged,
+// the others to the parts' places in the buffer.
+Layouts spread_staged(Layouts &&layouts, Spreader &in_buffer, uint32_t device,
+                      Spreader &&in_staging) {
+    Layouts in_place;
+    Layouts staged;
+    for (auto &[on, layout] : layouts) {
+        if (on == device) {
+            staged.emplace_back(device, in_staging.spread_as_one(layout));
+        } else {
+            in_place.emplace_back(on, std::move(layout));
+        }
+    }
+    Layouts result = in_buffer.spread(in_place);
+    for (auto &layout : staged) result.push_back(std::move(layout));
+    return result;
+}
 
 void check_all_recorded(const Structure &structure, const Layouts &layouts,
                         const Layouts &early = {}) {
@@ -172,14 +206,9 @@ int32_t Llama::find_empty_sequence() const {
     const Structure *const structure = states_->structure();
     if (!structure || context_.has_recurrent_layers()) return -1;
     if (structure->sections[0].streams != 1) return -1;
-    // libllama says that a sequence is empty of which only the window is; its state has cells.
-    const uint64_t empty = empty_state_bytes(*structure);
     for (uint32_t i = context_.sequence_count(); i-- > 0;) {
         const auto sequence = static_cast<int32_t>(i);
-        if (!context_.holds_cells(sequence) && sequences_->is_idle(sequence) &&
-            context_.state_bytes(sequence) == empty) {
-            return sequence;
-        }
+        if (sequences_->is_idle(sequence) && !states_->holds_cells(sequence)) return sequence;
     }
     return -1;
 }
@@ -228,7 +257,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
     check_ranges(blocks, false);
     const BufferOfParts given(Direction::Save, blocks, nullptr, 0);
     Submission submission = make_submission(Direction::Save, sequence, options);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::Cells);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     look_for_blocks(sequence);
     check_blocks_allowed(false);
@@ -248,12 +277,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
         throw Error(KVF_ERR_LLAMA, "it wrote a state of another format than before");
     check_all_recorded(*whole, recorded.layouts);
     const StateCut cut(*whole, view, states_->policy().parts_in_blocks(), blocks);
-    const auto sizes = cut.sizes();
-    bool fits = true;
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        fits &= blocks[i].bytes >= sizes[i];
-        blocks[i].bytes = sizes[i];
-    }
+    const bool fits = cut.set_sizes(blocks);
     sizes_known();
     if (!fits) throw Error(KVF_ERR_BUFFER_TOO_SMALL, "of a block");
     const BufferOfParts buffer(Direction::Save, blocks, nullptr, 0);
@@ -261,9 +285,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
 
     recorded.layouts = Spreader(cut.map(), buffer.places()).spread(recorded.layouts);
     recorded.bytes = buffer.bytes;
-    submission.buffer = buffer.begin;
-    submission.buffer_bytes = buffer.extent;
-    submission.parts = buffer.parts;
+    buffer.set_in(submission);
     // Decoding never overwrites what blocks consist of.
     submission.mode = options.mode == KVF_SAVE_AUTO ? uint32_t{KVF_SAVE_IN_PLACE} : options.mode;
     const auto fence = submission.fence;
@@ -286,10 +308,18 @@ std::function<bool()> Llama::watch_blocks(int32_t sequence, int32_t end) const {
     };
 }
 
+// Without a position no load could use a checkpoint.
+void Llama::check_has_position(int32_t sequence) const {
+    if (context_.holds_cells(sequence)) return;
+    throw Error(KVF_ERR_SEQUENCE_EMPTY,
+                format("the sliding window or recurrent layers of sequence %d", sequence));
+}
+
 uint64_t Llama::checkpoint_size(int32_t sequence) {
     look_for_blocks(sequence);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::Cells);
     check_blocks_allowed(true);
+    check_has_position(sequence);
     const uint64_t bytes = context_.state_bytes(sequence, LlamaContext::Extent::Partial);
     if (bytes == 0) throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_size_ext failed");
     return bytes;
@@ -299,10 +329,11 @@ void Llama::save_checkpoint(int32_t sequence, void *buffer, uint64_t bytes,
                             const kvf_submit_options &options, kvf_job *job) {
     Submission submission = make_submission(Direction::Save, sequence, options);
     set_buffer(submission, buffer, bytes);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::Cells);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     look_for_blocks(sequence);
     check_blocks_allowed(true);
+    check_has_position(sequence);
     Recorder recorder =
         make_recorder(Direction::Save, submission.buffer, submission.buffer_bytes, submission.gate);
     Recorded recorded = record_save(sequence, submission.buffer, submission.buffer_bytes, recorder,
@@ -324,75 +355,74 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
     const BufferOfParts buffer(Direction::Load, blocks, checkpoint, checkpoint_bytes);
     if (buffer.parts.empty()) throw Error(KVF_ERR_INVALID_ARGUMENT, "there are no blocks");
     Submission submission = make_submission(Direction::Load, sequence, options);
-    check_sequence(sequence, false);
+    check_sequence(sequence, Holds::Nothing);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     for (const auto &[part, bytes] : buffer.parts) {
         if (submission.gate && may_be_written_by_stream(part, bytes)) submission.gate->wait();
     }
     look_for_blocks(sequence);
     check_loadable(blocks.size(), checkpoint != nullptr);
-    const CachePolicy policy = states_->policy();
-    const bool is_known = policy.format() == CachePolicy::Format::Known;
-    const StateJoin join(is_known ? states_->structure() : nullptr,
-                         is_known ? policy.parts_in_blocks() : 0, blocks, checkpoint,
-                         checkpoint_bytes, context_.last_sane_position());
+    const StateJoin join = join_blocks(blocks, checkpoint, checkpoint_bytes);
     const ScratchState scratch(join.bytes());
     join.write(scratch.data);
     const IncomingState state = states_->examine(sequence, scratch.data, join.bytes(), 0);
     if (!state.structure) throw Error(KVF_ERR_UNSUPPORTED, states_->policy().why_not_more_blocks());
 
+    buffer.set_in(submission);
     // From here on a failure leaves the sequence empty.
-    submission.buffer = buffer.begin;
-    submission.buffer_bytes = buffer.extent;
-    submission.parts = buffer.parts;
-    const auto fence = submission.fence;
-    const auto gate = submission.gate;
-    Recorder recorder = make_recorder(Direction::Load, state.view.data, state.view.bytes, gate);
-    const bool stops_rows = guard_window(*state.structure, state.view, recorder, gate.get());
     try {
         if (!state.structure->has_cells_everywhere()) {
             states_->empty_sequence(sequence);
             states_->note_empty(sequence);
         }
-        std::optional<OpenJob> open;
-        uint32_t device = Device::kHost;
-        const auto load_ahead = make_load_ahead(options.mode, buffer.in_order(), device);
-        submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
-        if (load_ahead) {
-            open.emplace(*engine_, std::move(submission), options, job != nullptr);
-            open->stage(device, load_ahead);
-        }
-        Recorded recorded = take_cells(sequence, state, recorder);
-        const Layouts early = recorder.take_early();
-        check_all_recorded(*state.structure, recorded.layouts, early);
-        Spreader in_buffer(join.map(), buffer.places());
-        Layouts in_place;
-        std::optional<Layout> staged;
-        for (auto &[on, layout] : recorded.layouts) {
-            if (load_ahead && on == device) {
-                std::vector<uint64_t> places;
-                for (const uint64_t place : buffer.places())
-                    places.push_back(load_ahead->bytes_before(place));
-                staged = Spreader(join.map(), std::move(places)).spread_as_one(layout);
-            } else {
-                in_place.emplace_back(on, std::move(layout));
-            }
-        }
-        recorded.layouts = in_buffer.spread(in_place);
-        if (staged) recorded.layouts.emplace_back(device, std::move(*staged));
-        recorded.bytes = buffer.bytes;
-        fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
-        move_now(Direction::Load, buffer.begin, buffer.extent, in_buffer.spread(early), nullptr);
-        if (load_ahead && !devices_.contains(device)) recorded.mode = KVF_LOAD_IN_PLACE;
-        if (open) {
-            open->commit(std::move(recorded), job);
-        } else {
-            submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
-        }
+        load_joined(sequence, state.view, *state.structure, join.map(), buffer,
+                    std::move(submission), options, job);
     } catch (...) {
         states_->empty_sequence(sequence);
         throw;
     }
+}
+
+StateJoin Llama::join_blocks(std::span<const kvf_block> blocks, const void *checkpoint,
+                             uint64_t checkpoint_bytes) const {
+    const CachePolicy policy = states_->policy();
+    const bool is_known = policy.format() == CachePolicy::Format::Known;
+    const Structure *const like = is_known ? states_->structure() : nullptr;
+    const size_t parts = is_known ? policy.parts_in_blocks() : 0;
+    return StateJoin(like, parts, blocks, checkpoint, checkpoint_bytes,
+                     context_.last_sane_position());
+}
+
+// As load_recorded(): `view` has only the metadata of the state that the blocks make together, and
+// `map` tells where its tensor bytes lie in them.
+void Llama::load_joined(int32_t sequence, const StateView &view, const Structure &structure,
+                        const BlockMap &map, const BufferOfParts &buffer, Submission &&submission,
+                        const kvf_submit_options &options, kvf_job *job) {
+    const auto fence = submission.fence;
+    const auto gate = submission.gate;
+    Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, gate);
+    const bool stops_rows = guard_window(structure, view, recorder, gate.get());
+    std::optional<OpenJob> open;
+    uint32_t device = Device::kHost;
+    const auto load_ahead = make_load_ahead(options.mode, buffer.in_order(), device);
+    submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
+    if (load_ahead) {
+        open.emplace(*engine_, std::move(submission), options, job != nullptr);
+        open->stage(device, load_ahead);
+    }
+    Recorded recorded = take_cells(sequence, view, structure, recorder);
+    const Layouts early = recorder.take_early();
+    check_all_recorded(structure, recorded.layouts, early);
+    Spreader in_buffer(map, buffer.places());
+    recorded.layouts = load_ahead ? spread_staged(std::move(recorded.layouts), in_buffer, device,
+                                                  Spreader(map, buffer.places_in(*load_ahead)))
+                                  : in_buffer.spread(recorded.layouts);
+    recorded.bytes = buffer.bytes;
+    fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
+    move_now(Direction::Load, buffer.begin, buffer.extent, in_buffer.spread(early), nullptr);
+    // Only now is it known that this device holds none of the cache.
+    if (load_ahead && !devices_.contains(device)) recorded.mode = KVF_LOAD_IN_PLACE;
+    commit(open, submission, std::move(recorded), options, job);
 }
 
 void Llama::check_loadable(size_t blocks, bool has_checkpoint) const {
