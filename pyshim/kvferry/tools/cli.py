@@ -1,4 +1,4 @@
-"""The command line: ``kvferry doctor``, ``kvferry demo``, ``kvferry bench``, ``kvferry config``."""
+"""The command line: ``kvferry doctor``, ``demo``, ``bench``, ``store`` and ``config``."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_demo(commands)
     _add_bench(commands)
+    _add_store(commands)
     _add_config(commands)
     return parser
 
@@ -121,6 +122,29 @@ def _add_bench(commands: _Commands) -> None:
         help="make only the measurements whose name contains TEXT; may be repeated",
     )
     bench.set_defaults(command=_bench)
+
+
+def _add_store(commands: _Commands) -> None:
+    store = commands.add_parser(
+        "store",
+        help="look into the folder of a store, verify it, evict from it",
+        description="Looks into the folder of a kvferry.Store. Programs may use it meanwhile.",
+    )
+    actions = store.add_subparsers(required=True, metavar="ACTION", dest="action")
+    for name, text in (
+        ("list", "list the conversations"),
+        ("stats", "count parts and bytes"),
+        ("verify", "read every file, and quarantine what is not right"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("folder", metavar="FOLDER", help="the folder of the store")
+        action.add_argument("--json", action="store_true", help="print JSON instead of text")
+    evict = actions.add_parser("evict", help="remove conversations, except what others share")
+    evict.add_argument("folder", metavar="FOLDER", help="the folder of the store")
+    which = evict.add_mutually_exclusive_group(required=True)
+    which.add_argument("names", metavar="NAME", nargs="*", default=[], help="as list prints it")
+    which.add_argument("--all", action="store_true", help="all conversations")
+    store.set_defaults(command=_store)
 
 
 def _add_config(commands: _Commands) -> None:
@@ -219,6 +243,17 @@ def _bench(options: argparse.Namespace) -> int:
         matrix=options.matrix,
     )
     return 0 if anyio.run(bench.bench, chosen, Progress()) else _DIFFERS
+
+
+def _store(options: argparse.Namespace) -> int:
+    from . import store
+
+    if options.action == "evict":
+        done = store.store_evict(options.folder, options.names, options.all)
+    else:
+        function = getattr(store, f"store_{options.action}")
+        done = function(options.folder, options.json)
+    return 0 if done else _DIFFERS
 
 
 def _config(options: argparse.Namespace) -> int:

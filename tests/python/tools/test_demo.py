@@ -53,6 +53,11 @@ def test_demo_is_bit_identical_in_every_layout(tmp_path: Path) -> None:
         assert not layout["turn_checkpoint"]
         share = layout["turn_bytes"] / layout["state_bytes"]
         assert share == pytest.approx(layout["turn_tokens"] / layout["tokens"], rel=0.05)
+    restart = json.loads(figures.read_text())["restart"]
+    assert restart["bit_identical"] is True
+    assert restart["tokens"] == restart["kept_tokens"] == restart["restored_tokens"] == 4 * 32
+    assert restart["answer_ms"] >= restart["restore_ms"] > 0
+    assert "Of 128 tokens it had to prefill 0." in done.stdout
     header = picture.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(header[16:20], "big") == 1200  # pixels wide
@@ -71,6 +76,34 @@ def test_demo_takes_a_model_of_the_users(tmp_path: Path, model_path: Callable[..
     assert report["model"] == str(model_path("gemma3"))
     assert [layout["bit_identical"] for layout in report["layouts"]] == [True] * 3
     assert {layout["model"] for layout in report["layouts"]} == {report["layouts"][0]["model"]}
+
+
+def test_demo_says_so_where_a_restarted_process_has_other_logits(tmp_path: Path) -> None:
+    done = run_kvferry(
+        *("demo", "--tokens", "16", "--picture", str(tmp_path / "demo.png")),
+        first="""
+from kvferry.tools.demo import restart
+process = restart._process
+async def another_answer(part, conversation):
+    return {**await process(part, conversation), "logits": part}
+restart._process = another_answer
+""",
+    )
+
+    assert done.returncode == 1, done.stderr
+    assert "restart: the logits DIFFER" in done.stderr
+
+
+def test_demo_names_a_process_that_fails(tmp_path: Path) -> None:
+    done = run_kvferry(
+        *("demo", "--tokens", "16", "--picture", str(tmp_path / "demo.png")),
+        first="from kvferry.tools.demo import restart; restart.__name__ = 'no_such_module'",
+    )
+
+    assert (done.returncode, done.stdout) == (2, "")
+    [*_, last] = done.stderr.splitlines()
+    assert last.startswith("kvferry demo: error: the process that should keep has failed: ")
+    assert "no_such_module" in last
 
 
 def test_demo_stops_when_interrupted(tmp_path: Path) -> None:

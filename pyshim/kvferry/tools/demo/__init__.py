@@ -4,6 +4,8 @@ For each layout of a cache there are two equal contexts. In the first, kvferry s
 loads it into sequence 2 while sequence 1 decodes. In the second, the same tokens are decoded in the
 same order, and llama.cpp's own blocking calls save and load at the same points. So the same cells
 of both hold the same state, and everything must be equal bit for bit.
+
+Then a conversation outlives its process: see restart.py.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from ..timeline import Timeline, check_kind
 from ..workload import decoding_threads
 from .comparison import compare
 from .layouts import LAYOUTS, OTHER_CACHES
-from .report import cpu, print_table, write_figures, write_picture
+from .report import cpu, print_restart, print_table, write_figures, write_picture
+from .restart import Conversation, restart_process
 from .script import REPEATS
 
 
@@ -38,9 +41,9 @@ class Options:
 
 
 async def demo(options: Options, progress: Progress) -> bool:
-    """Runs all layouts, prints their table, and writes the files that were asked for.
+    """Runs all layouts and the restart, prints tables, and writes the files that were asked for.
 
-    Returns True if every layout was bit-identical. Raises LlamaError, KvferryError and OSError.
+    Returns True if everything was bit-identical. Raises LlamaError, KvferryError and OSError.
     """
     _check_files(options)
     library = Libllama(find(options.llama_lib))
@@ -50,10 +53,14 @@ async def demo(options: Options, progress: Progress) -> bool:
         devices = description["devices"]
         progress.say(f"engine: {', '.join(device['name'] for device in devices)}")
         gpu = on_gpu(description, options.device, library)
-        rows, timelines = await _run(options, library, engine, gpu, progress)
+        with tempfile.TemporaryDirectory(prefix="kvferry-demo-") as folder:
+            rows, timelines = await _run(options, library, engine, gpu, Path(folder), progress)
+            restarted = await _restart(options, library, gpu, Path(folder), progress)
 
     cores, threads = len(os.sched_getaffinity(0)), decoding_threads()
     print_table(rows, cores, threads, gpu)
+    if restarted is not None:
+        print_restart(restarted)
     if options.picture:
         write_picture(timelines, Path(options.picture), progress)
     if options.json:
@@ -65,9 +72,10 @@ async def demo(options: Options, progress: Progress) -> bool:
             "model": options.model or "synthetic",
             "repeats": REPEATS,
             "layouts": rows,
+            "restart": restarted,
         }
         write_figures(report, Path(options.json), progress)
-    return all(row["bit_identical"] for row in rows)
+    return all(row["bit_identical"] for row in [*rows, restarted] if row is not None)
 
 
 def _check_files(options: Options) -> None:
@@ -80,28 +88,53 @@ def _check_files(options: Options) -> None:
 
 
 async def _run(
-    options: Options, library: Libllama, engine: Engine, gpu: bool, progress: Progress
+    options: Options,
+    library: Libllama,
+    engine: Engine,
+    gpu: bool,
+    folder: Path,
+    progress: Progress,
 ) -> tuple[list[dict[str, Any]], list[Timeline]]:
     """The rows and the timelines of all layouts that the model allows."""
-    tokens = options.tokens or (4096 if gpu else 512)
     rows: list[dict[str, Any]] = []
     timelines: list[Timeline] = []
-    with tempfile.TemporaryDirectory(prefix="kvferry-demo-") as folder:
-        for layout in LAYOUTS if options.model else [*LAYOUTS, *OTHER_CACHES]:
-            path = options.model or synthetic_model(
-                Path(folder), layout.kind, layout.sizes, progress
-            )
-            try:
-                with Model(library, path, gpu=gpu) as model:
-                    row, timeline = await compare(layout, model, engine, tokens, progress)
-            except LlamaError as failure:
-                if options.model is None:
-                    raise
-                # Some models need flash attention, or are too large for four sequences.
-                progress.say(f"{layout.name}: not with this model: {failure}")
-                continue
-            rows.append(row)
-            timelines.append(timeline)
+    for layout in LAYOUTS if options.model else [*LAYOUTS, *OTHER_CACHES]:
+        path = options.model or synthetic_model(folder, layout.kind, layout.sizes, progress)
+        try:
+            with Model(library, path, gpu=gpu) as model:
+                row, timeline = await compare(
+                    layout, model, engine, _tokens(options, gpu), progress
+                )
+        except LlamaError as failure:
+            if options.model is None:
+                raise
+            # Some models need flash attention, or are too large for four sequences.
+            progress.say(f"{layout.name}: not with this model: {failure}")
+            continue
+        rows.append(row)
+        timelines.append(timeline)
     if not rows:
         raise LlamaError("this model could be run in none of the layouts")
     return rows, timelines
+
+
+async def _restart(
+    options: Options, library: Libllama, gpu: bool, folder: Path, progress: Progress
+) -> dict[str, Any] | None:
+    """The figures of a conversation that is several times as long as a layout's."""
+    first = LAYOUTS[0]
+    path = options.model or synthetic_model(folder, first.kind, first.sizes, progress)
+    conversation = Conversation(
+        library=library.loaded_as,
+        model=str(path),
+        gpu=gpu,
+        device=options.device,
+        tokens=4 * _tokens(options, gpu),
+        folder=str(folder / "store"),
+    )
+    return await restart_process(conversation, progress)
+
+
+def _tokens(options: Options, gpu: bool) -> int:
+    """The length of a layout's prompt."""
+    return options.tokens or (4096 if gpu else 512)

@@ -38,6 +38,19 @@ _TURN_HEADER = [
 ]
 
 
+_RESTART_HEADER = [
+    "restarted\nprocess",
+    "prompt\ntokens",
+    "kept\nMiB",
+    "keep\nms",
+    "answer ms\nby prefill",
+    "from\nthe folder",
+    "of which\nrestore",
+    "times\nsooner",
+    "bit_\nidentical",
+]
+
+
 def _turn_line(row: dict[str, Any]) -> list[str]:
     """The figures of a turn, in the order of its header."""
     known = row["turn_bytes"] is not None
@@ -92,6 +105,27 @@ def print_table(rows: list[dict[str, Any]], cores: int, threads: int, gpu: bool)
             f"{cores} cores\n(decoding uses {threads}). This shows that the bytes are right and "
             "that decoding goes on, not how fast a GPU is."
         )
+
+
+def print_restart(row: dict[str, Any]) -> None:
+    line = [
+        "",
+        f"{row['tokens']:,}",
+        mib(row["state_bytes"]),
+        ms(row["keep_ms"]),
+        ms(row["prefill_ms"]),
+        ms(row["answer_ms"]),
+        ms(row["restore_ms"]),
+        f"{row['prefill_ms'] / row['answer_ms']:.1f}",
+        str(row["bit_identical"]).lower(),
+    ]
+    print(f"\n{table(_RESTART_HEADER, [line])}\n")
+    print(
+        "A process decodes a prompt, keeps it in a folder, and ends. A new process finds it by its "
+        f"tokens\nand decodes what follows. Of {row['tokens']:,} tokens it had to prefill "
+        f"{row['tokens'] - row['restored_tokens']:,}. keep: until all is on the disk.",
+        flush=True,
+    )
 
 
 def write_figures(report: dict[str, Any], path: Path, progress: Progress) -> None:

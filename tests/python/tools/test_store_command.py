@@ -1,0 +1,123 @@
+"""`kvferry store`: what it says of a folder, and what it removes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import xxhash
+from kvferry.store.description import Description, Kind
+from kvferry.store.disk import Disk
+from support.programs import run_kvferry
+
+ROOT = bytes(32)
+BYTES = 5000
+
+
+def key(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def keep(folder: Path, kind: Kind, number: int, parent: bytes, end: int) -> None:
+    data = os.urandom(BYTES)
+    begin = end if kind == "checkpoint" else end - 10
+    disk = Disk(folder, 1 << 30)
+    disk.write(
+        Description(
+            kind, key(number), parent, begin, end, ROOT, BYTES, xxhash.xxh64_intdigest(data)
+        ),
+        data,
+    )
+    disk.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two conversations: blocks 1, 2, 3 with a checkpoint at the end of 3, and blocks 1, 4."""
+    keep(tmp_path, "block", 1, ROOT, 10)
+    keep(tmp_path, "block", 2, key(1), 20)
+    keep(tmp_path, "block", 3, key(2), 30)
+    keep(tmp_path, "checkpoint", 3, key(2), 30)
+    keep(tmp_path, "block", 4, key(1), 20)
+    return tmp_path
+
+
+def listed(folder: Path) -> list[dict[str, object]]:
+    done = run_kvferry("store", "list", str(folder), "--json")
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, object]] = json.loads(done.stdout)
+    return rows
+
+
+LONG = {"name": "03" * 8, "tokens": 30, "parts": 4, "bytes": 4 * BYTES}
+SHORT = {"name": "04" * 8, "tokens": 20, "parts": 2, "bytes": 2 * BYTES}
+
+
+def test_conversations_are_listed(folder: Path) -> None:
+    assert listed(folder) == [LONG, SHORT]
+    done = run_kvferry("store", "list", str(folder))
+    assert [line.split() for line in done.stdout.splitlines()[2:4]] == [
+        ["03" * 8, "30", "4", "0.02"],
+        ["04" * 8, "20", "2", "0.01"],
+    ]
+
+
+def test_stats_count_shared_parts_once(folder: Path) -> None:
+    done = run_kvferry("store", "stats", str(folder), "--json")
+    report = json.loads(done.stdout)
+    assert report["kinds"] == {
+        "block": {"parts": 4, "bytes": 4 * BYTES},
+        "checkpoint": {"parts": 1, "bytes": BYTES},
+    }
+    assert report["occupied"] > 5 * BYTES
+    assert "The folder occupies" in run_kvferry("store", "stats", str(folder)).stdout
+
+
+def test_verify_finds_what_is_damaged(folder: Path) -> None:
+    done = run_kvferry("store", "verify", str(folder))
+    assert (done.returncode, done.stdout) == (0, "5 right, 0 quarantined, 0 of a newer version\n")
+
+    [damaged] = (folder / "parts").glob("02*")
+    damaged.chmod(0o600)
+    with damaged.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    done = run_kvferry("store", "verify", str(folder), "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout) == {"right": 4, "quarantined": 1, "newer": 0}
+    # What follows the lost block stands alone.
+    assert [row["parts"] for row in listed(folder)] == [2, 2]
+
+
+def test_evict_leaves_what_others_share(folder: Path) -> None:
+    done = run_kvferry("store", "evict", str(folder), "03" * 8)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert listed(folder) == [SHORT]
+
+    done = run_kvferry("store", "evict", str(folder), "03" * 8)
+    assert (done.returncode, done.stdout) == (1, f"no conversation {'03' * 8}\n")
+    assert run_kvferry("store", "evict", str(folder), "--all").returncode == 0
+    assert listed(folder) == []
+    assert list((folder / "parts").iterdir()) == []
+
+
+@pytest.mark.parametrize("action", ["list", "stats", "verify", "evict"])
+def test_another_folder_is_refused(tmp_path: Path, action: str) -> None:
+    more = ["--all"] if action == "evict" else []
+    for folder in (tmp_path, tmp_path / "missing"):
+        done = run_kvferry("store", action, str(folder), *more)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.endswith(f"not the folder of a store: '{folder}'\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evict_wants_names_or_all(folder: Path) -> None:
+    for arguments in ([], ["--all", "03" * 8]):
+        done = run_kvferry("store", "evict", str(folder), *arguments)
+        assert done.returncode == 2
+        assert "usage" in done.stderr
+    assert listed(folder) == [LONG, SHORT]
