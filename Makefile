@@ -63,6 +63,9 @@ BINDINGS_LLAMA := $(BINDINGS_LIB)/.$(BINDINGS_BUILD)
 BINDINGS_HEADERS := $(BINDINGS_LIB)/include/llama.h
 BINDINGS := .venv/.llama-$(BINDINGS_BUILD)
 PACKAGE := .venv/.kvferry
+# A server that speaks S3, for the tests and figures of the store's remote tier.
+VERSITYGW_VERSION := v1.8.0
+S3_SERVER := build/tools/.versitygw-$(VERSITYGW_VERSION)
 
 .PHONY: help
 help:
@@ -88,7 +91,7 @@ help:
 # ---- Set-up ----------------------------------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: $(TOOLS) $(PYTHON_LLAMA) $(OTHER_LLAMA) $(BINDINGS)
+setup: $(TOOLS) $(PYTHON_LLAMA) $(OTHER_LLAMA) $(BINDINGS) $(S3_SERVER)
 
 $(VENV):
 	@for tool in $(PYTHON) c++ npm; do \
@@ -149,6 +152,13 @@ $(BINDINGS): $(TOOLS) $(BINDINGS_LLAMA)
 	lib=$$(python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("llama_cpp").origin))')/lib; \
 	mkdir -p "$$lib" && rm -f "$$lib"/*.so && ln -s $(CURDIR)/$(BINDINGS_LIB)/*.so "$$lib"
 	python -c 'import llama_cpp'
+	touch $@
+
+# The name of its file carries no version; the stamp does.
+$(S3_SERVER):
+	@command -v go >/dev/null || { echo "the tests of the store's remote tier need Go, which is not installed"; exit 1; }
+	mkdir -p $(@D) && rm -f $(@D)/.versitygw-*
+	GOBIN=$(CURDIR)/$(@D) go install github.com/versity/versitygw/cmd/versitygw@$(VERSITYGW_VERSION)
 	touch $@
 
 # ---- The package in .venv --------------------------------------------------------------------------------------------
@@ -290,7 +300,7 @@ endef
 
 .PHONY: test-python
 test-python: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
-test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
+test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) $(S3_SERVER) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(run_python_tests)
 
@@ -357,7 +367,7 @@ soak-disk: $(PACKAGE)
 # do is known by its name, such as KVFERRY_LLAMA_BUILD=b10361.
 .PHONY: test-gpu
 test-gpu: export KVFERRY_TEST_GPU := 1
-test-gpu: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
+test-gpu: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) $(S3_SERVER) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS)
 	$(CTEST) --test-dir build/native --label-regex cuda --parallel 1
 	$(run_python_tests)
