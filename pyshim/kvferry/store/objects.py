@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
@@ -18,8 +19,8 @@ _SINGLE_PUT = 2 * PIECE_BYTES
 """An object of so many bytes is put by one request."""
 _HEADS = 16
 """HEAD requests in flight for one call of ``sizes``."""
-_UPLOADS = 4
-"""Pieces in flight for one call of ``put``."""
+_BEHIND_THE_END = "416 Range Not Satisfiable"
+"""In the message of obstore's error, which has no type of its own."""
 
 
 class Unavailable(Exception):
@@ -76,10 +77,11 @@ class ObstoreObjects:
     @classmethod
     def from_url(cls, url: str, *, timeout: float) -> ObstoreObjects:
         """``url`` is as for ``obstore.store.from_url``, which takes credentials, endpoint and
-        region from the environment.
+        region from the environment. Of the client's options only ``..._ALLOW_HTTP`` is taken from
+        there.
 
-        ``timeout`` is for one request, in seconds: obstore then ends it. Raises ImportError; ValueError for a URL that
-        obstore does not take.
+        ``timeout`` is for one request, in seconds: obstore then ends it. Raises ImportError;
+        ValueError for a URL that obstore does not take.
         """
         from datetime import timedelta
 
@@ -96,24 +98,30 @@ class ObstoreObjects:
                 url,
                 # The tier tries again itself.
                 retry_config={"max_retries": 0, "retry_timeout": seconds},
-                client_options={"timeout": seconds, "connect_timeout": seconds},
+                # obstore takes no client option from the environment where any is given here.
+                client_options={
+                    "timeout": seconds,
+                    "connect_timeout": seconds,
+                    "allow_http": _http_allowed(),
+                },
             )
         except BaseError as problem:
             raise ValueError(f"remote: {first_line(problem)}") from None
         return cls(store)
 
     def put(self, name: str, nbytes: int, pieces: Iterator[memoryview]) -> None:
-        # obstore sends both from the memory of the pieces. It aborts a multipart upload where the
-        # iterator raises.
+        # obstore sends from the memory of the pieces. It aborts a multipart upload where the
+        # iterator raises. A piece that is still in flight then may be stored after the abort, and
+        # stay: so one is in flight at a time, and none when _drained raises.
         multipart = nbytes > _SINGLE_PUT
         try:
             self._obstore.put(
                 self._store,
                 name,
-                pieces if multipart else list(pieces),
+                _drained(pieces) if multipart else list(pieces),
                 use_multipart=multipart,
                 chunk_size=PIECE_BYTES,
-                max_concurrency=_UPLOADS,
+                max_concurrency=1,
             )
         except Exception as problem:
             raise self._translated(problem) from None
@@ -126,6 +134,8 @@ class ObstoreObjects:
                 )
             )
         except Exception as problem:
+            if _BEHIND_THE_END in str(problem):
+                return 0
             raise self._translated(problem) from None
         begin = 0
         for memory in memories:
@@ -167,6 +177,22 @@ class ObstoreObjects:
         if isinstance(problem, errors.BaseError):
             return Refused(text)
         return problem
+
+
+def _drained(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Before an error of ``pieces`` is raised, gives an empty piece: before obstore takes that, it
+    waits for the one in flight."""
+    try:
+        yield from pieces
+    except Exception:
+        yield memoryview(b"")
+        raise
+
+
+def _http_allowed() -> bool:
+    """Whether the environment allows a connection without TLS, by a name that obstore takes."""
+    names = [f"{cloud}ALLOW_HTTP" for cloud in ("", "AWS_", "AZURE_", "GOOGLE_")]
+    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
 
 
 def first_line(problem: BaseException) -> str:

@@ -59,7 +59,7 @@ class Remote:
         objects: Objects,
         *,
         name: str = "the remote tier",
-        timeout: float = 5.0,
+        timeout: float = 2.0,
         find_timeout: float = 1.0,
         breaker: Breaker | None = None,
     ) -> None:
@@ -77,6 +77,10 @@ class Remote:
     def left_alone(self) -> bool:
         """Whether a call would not be made now, after failures."""
         return self._breaker.would_refuse
+
+    @property
+    def find_timeout(self) -> float:
+        return self._find_timeout
 
     @property
     def opened(self) -> int:
