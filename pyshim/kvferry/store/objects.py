@@ -198,3 +198,15 @@ def _http_allowed() -> bool:
 def first_line(problem: BaseException) -> str:
     """obstore's messages have a page of details behind the first line."""
     return (str(problem).splitlines() or [type(problem).__name__])[0]
+
+
+def objects_of(remote: str | ObjectStore | Objects, *, timeout: float) -> Objects:
+    """Returns the object store that a program has named, or given, as ``Store(remote=...)``.
+
+    Raises as ``ObstoreObjects.from_url``.
+    """
+    if isinstance(remote, str):
+        return ObstoreObjects.from_url(remote, timeout=timeout)
+    if hasattr(remote, "sizes"):  # which obstore's own stores have not
+        return remote
+    return ObstoreObjects(remote)

@@ -183,16 +183,17 @@ class Remote:
                 raise Damaged("the object is not what its name, or its parent, says")
             if short:
                 raise Damaged("the object is truncated")
-            digest = await anyio.to_thread.run_sync(
-                xxhash.xxh64_intdigest, view, limiter=self._threads
-            )
-            if digest != found.checksum:
+            if await self.checksum(view) != found.checksum:
                 raise Damaged("the checksum is wrong")
         except (Damaged, Newer) as problem:
             self._put_aside(name, problem)
             return None
         self.read_bytes += HEADER_BYTES + len(view)
         return found
+
+    async def checksum(self, memory: memoryview) -> int:
+        """Returns the XXH64, which a thread computes."""
+        return await anyio.to_thread.run_sync(xxhash.xxh64_intdigest, memory, limiter=self._threads)
 
     async def remove(self, parts: Sequence[tuple[Kind, bytes]]) -> bool:
         """Returns whether the parts are not there any more."""

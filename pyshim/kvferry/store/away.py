@@ -1,0 +1,276 @@
+"""The remote tier as a Store uses it: searches, reads, and writes behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from weakref import WeakSet
+
+import anyio
+import anyio.to_thread
+
+from .._bridge.block_list import BlocksAllowed
+from .description import Description, Kind
+from .keys import Link, chain, next_key
+from .prefix import Prefix, Search
+from .ram import Entry
+from .remote import Remote
+
+log = logging.getLogger("kvferry.store")
+
+_WRITERS = 4
+_FIRST_LOOK = 8
+"""Parts that a search asks for first; four times as many each further time."""
+_NOTES_AT_A_TIME = 8
+_ENDS = 16
+"""Ends behind one block that a search asks for, the longest first."""
+_MOST_ENDS = 1024
+_MOST_LAYOUTS = 256
+_END = struct.Struct("<Q")
+_LAYOUT = struct.Struct("<32s16s")
+
+
+class Seen:
+    """What a search has found in the object store. A Lookup."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[Kind, bytes], Description] = {}
+        self._ends: dict[bytes, list[int]] = {}
+
+    def find(self, kind: Kind, key: bytes) -> Description | None:
+        return self._parts.get((kind, key))
+
+    def ends(self, parent: bytes) -> list[int]:
+        return self._ends.get(parent, [])
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return any(kind == "checkpoint" for kind, _ in self._parts)
+
+    def add(self, description: Description) -> None:
+        self._parts[description.kind, description.key] = description
+
+    def add_ends(self, parent: bytes, ends: list[int]) -> None:
+        self._ends[parent] = ends
+
+
+class Away:
+    """A Remote, with tasks that write to it. For the thread of the event loop.
+
+    An object store cannot be asked what has a parent. So there are two kinds of notes: "ends" says
+    where parts end that follow a block and are shorter than one; "layouts" says for which caches of
+    a model something is kept.
+    """
+
+    def __init__(self, remote: Remote, *, block_tokens: int, most_pending: int) -> None:
+        """``most_pending`` bounds the bytes of RAM that wait for being written."""
+        self.remote = remote
+        self._block_tokens = block_tokens
+        self._most_pending = most_pending
+        self._send, self._receive = anyio.create_memory_object_stream[
+            Entry | tuple[bytes, bytes, BlocksAllowed]
+        ](math.inf)
+        self._write_ended = anyio.Event()
+        self._hashes = anyio.CapacityLimiter(_WRITERS)
+        self._notes = anyio.Lock()
+        self._there: WeakSet[Entry] = WeakSet()
+        self._waiting: set[Entry] = set()
+        self.pending = 0
+        """Writes that have not ended."""
+        self.pending_bytes = 0
+        self.failed = 0
+        """Writes that have failed, or were not tried because too much was waiting or the object
+        store was left alone."""
+
+    # ---- Writes ---------------------------------------------------------------------------------
+
+    def write(self, entries: Iterable[Entry]) -> None:
+        """Writes entries of RAM later, unless they are there. They are not evicted before."""
+        for entry in entries:
+            if entry in self._there or entry in self._waiting:
+                continue
+            nbytes = entry.capacity
+            if self.remote.left_alone or self.pending_bytes + nbytes > self._most_pending:
+                self.failed += 1
+                continue
+            entry.holds += 1
+            self.pending_bytes += nbytes
+            self._waiting.add(entry)
+            self._queue(entry)
+
+    def write_layout(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
+        """Notes later that something is kept under a root."""
+        self._queue((model, root, allowed))
+
+    def _queue(self, what: Entry | tuple[bytes, bytes, BlocksAllowed]) -> None:
+        self.pending += 1
+        self._send.send_nowait(what)
+
+    async def flush(self) -> None:
+        """Returns when all writes have ended."""
+        while self.pending:
+            await self._write_ended.wait()
+
+    async def write_all(self) -> None:
+        """Writes what ``write`` is given, until this is cancelled."""
+        async with anyio.create_task_group() as writers:
+            for _ in range(_WRITERS):
+                writers.start_soon(self._write_some)
+
+    async def _write_some(self) -> None:
+        async for what in self._receive:
+            try:
+                if not await self._write(what):
+                    self.failed += 1
+            finally:
+                if isinstance(what, Entry):
+                    what.holds -= 1
+                    self.pending_bytes -= what.capacity
+                    self._waiting.discard(what)
+                self.pending -= 1
+                self._write_ended.set()
+                self._write_ended = anyio.Event()
+
+    async def _write(self, what: Entry | tuple[bytes, bytes, BlocksAllowed]) -> bool:
+        if not isinstance(what, Entry):
+            return await self._note_layout(*what)
+        part = what.part
+        checksum = await anyio.to_thread.run_sync(getattr, part, "checksum", limiter=self._hashes)
+        description = dataclasses.replace(what.description, checksum=checksum)
+        if not await self.remote.write(description, part.view):
+            return False
+        self._there.add(what)
+        if description.end % self._block_tokens:
+            return await self._note_end(description.parent, description.end)
+        return True
+
+    async def _note_end(self, parent: bytes, end: int) -> bool:
+        async with self._notes:
+            ends = await self._ends(parent)
+            if end in ends:
+                return True
+            content = b"".join(map(_END.pack, [*ends, end][-_MOST_ENDS:]))
+            return await self.remote.write_note("ends", parent, content)
+
+    async def _note_layout(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> bool:
+        async with self._notes:
+            known = await self.layouts(model)
+            if known.get(root) is allowed:
+                return True
+            known[root] = allowed
+            records = [_LAYOUT.pack(key, each.value.encode()) for key, each in known.items()]
+            content = b"".join(records[-_MOST_LAYOUTS:])
+            return await self.remote.write_note("layouts", model, content)
+
+    def close(self) -> None:
+        self._send.close()
+        self._receive.close()
+
+    # ---- Searches and reads ---------------------------------------------------------------------
+
+    async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
+        """The roots for which something was kept with a model."""
+        content = await self.remote.note("layouts", model) or b""
+        found = {}
+        if len(content) % _LAYOUT.size == 0:
+            for root, value in _LAYOUT.iter_unpack(content):
+                try:
+                    found[root] = BlocksAllowed(value.rstrip(b"\0").decode())
+                except ValueError as problem:
+                    log.warning("a layout's note is not used: %s", problem)
+        return found
+
+    async def look(self, search: Search, nearer: Prefix | None) -> Seen:
+        """Asks the object store for a longer prefix than the one that is ``nearer``.
+
+        Returns after the timeout of a search at the latest, with what is known until then.
+        """
+        seen = Seen()
+        if not self.remote.left_alone:
+            with anyio.move_on_after(self.remote.find_timeout):
+                known = 0 if nearer is None else nearer.end // search.block_tokens
+                await self._look(search, known, seen)
+        return seen
+
+    async def _look(self, search: Search, known: int, seen: Seen) -> None:
+        tokens, step = search.tokens, search.block_tokens
+        links = chain(search.root, tokens[: len(tokens) // step * step], step)
+        if search.allowed.blocks:
+            begin, window = known, _FIRST_LOOK
+            while begin < len(links):
+                asked = links[begin : begin + window]
+                count = await self._ask(search, [("block", link) for link in asked], seen)
+                begin += count
+                if count < len(asked):
+                    break
+                window *= 4
+            links = links[:begin]
+        # Where blocks are enough, the search ends behind the last one that is there.
+        least = known if search.allowed.checkpoints else len(links)
+        for last in range(len(links), least - 1, -_NOTES_AT_A_TIME):
+            async with anyio.create_task_group() as behind:
+                for count in range(last, max(last - _NOTES_AT_A_TIME, least - 1), -1):
+                    behind.start_soon(self._look_behind, search, links[:count], seen)
+            if seen.has_checkpoint:
+                break
+
+    async def _look_behind(self, search: Search, before: Sequence[Link], seen: Seen) -> None:
+        """Asks for what ends at the last of these blocks, or behind it before the next."""
+        parent = before[-1].key if before else search.root
+        begin = len(before) * search.block_tokens
+        asked: list[tuple[Kind, Link]] = []
+        if before and search.allowed.checkpoints:
+            asked.append(("checkpoint", before[-1]))
+        most = min(len(search.tokens), begin + search.block_tokens - 1)
+        ends = sorted(
+            (end for end in await self._ends(parent) if begin < end <= most), reverse=True
+        )
+        for end in ends[:_ENDS]:
+            link = Link(begin, end, next_key(parent, search.tokens[begin:end]), parent)
+            if search.allowed.blocks:
+                asked.append(("block", link))
+            if search.allowed.checkpoints:
+                asked.append(("checkpoint", link))
+        seen.add_ends(parent, ends[:_ENDS])
+        if asked:
+            await self._ask(search, asked, seen)
+
+    async def _ask(self, search: Search, asked: Sequence[tuple[Kind, Link]], seen: Seen) -> int:
+        """Returns how many of the first ones are there."""
+        sizes = await self.remote.sizes([(kind, link.key) for kind, link in asked])
+        for (kind, link), nbytes in zip(asked, sizes, strict=True):
+            if nbytes is not None:
+                begin = link.begin if kind == "block" else link.end
+                seen.add(
+                    Description(
+                        kind, link.key, link.parent, begin, link.end, search.root, nbytes, 0
+                    )
+                )
+        return next((n for n, size in enumerate(sizes) if size is None), len(sizes))
+
+    async def _ends(self, parent: bytes) -> list[int]:
+        content = await self.remote.note("ends", parent) or b""
+        if len(content) % _END.size:
+            return []
+        return [end for (end,) in _END.iter_unpack(content)]
+
+    async def read(self, part: Description, memory: memoryview) -> Description | None:
+        """As ``Remote.read_into``."""
+        return await self.remote.read_into(part, memory)
+
+    def note_read(self, entry: Entry) -> None:
+        """The entry was read from the object store: it need not be written."""
+        self._there.add(entry)
+
+    def stats(self) -> dict[str, int]:
+        return {
+            "remote_writes_pending": self.pending,
+            "remote_writes_failed": self.failed,
+            "remote_written_bytes": self.remote.written_bytes,
+            "remote_read_bytes": self.remote.read_bytes,
+            "remote_calls_failed": self.remote.failed,
+            "remote_left_alone": self.remote.opened,
+        }
