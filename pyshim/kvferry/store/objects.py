@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy
 
@@ -208,5 +208,5 @@ def objects_of(remote: str | ObjectStore | Objects, *, timeout: float) -> Object
     if isinstance(remote, str):
         return ObstoreObjects.from_url(remote, timeout=timeout)
     if hasattr(remote, "sizes"):  # which obstore's own stores have not
-        return remote
-    return ObstoreObjects(remote)
+        return cast("Objects", remote)
+    return ObstoreObjects(cast("ObjectStore", remote))
