@@ -1,5 +1,6 @@
 """The store: blocks and checkpoints are kept, and found again by the tokens they stand for."""
 
-from .store import Found, Listed, Store
+from .names import Listed
+from .store import Found, Store
 
 __all__ = ["Found", "Listed", "Store"]

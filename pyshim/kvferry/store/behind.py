@@ -1,4 +1,8 @@
-"""The disk tier as tasks use it: reads on threads, and writes behind."""
+"""The disk tier as tasks use it: reads on threads, and writes behind.
+
+A disk that fails or hangs is a disk that has nothing: that is in the log, and no error reaches the
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import TypeVar
 
 import anyio
@@ -14,27 +18,41 @@ import anyio.to_thread
 import xxhash
 
 from .._bridge.block_list import BlocksAllowed
+from ..errors import KvferryError
 from .description import Description
-from .disk import Disk, DiskStats
-from .ram import Entry
+from .disk import Disk
+from .ram import Entry, Id
+from .threads import DiskThreads, Hanging, Progress
 
 T = TypeVar("T")
 
 log = logging.getLogger("kvferry.store")
 
-_THREADS = 4
+_READERS = 4
+
+LOOKUP_PATIENCE = 1.0
+"""Seconds that a search waits for a disk on which no system call ends."""
+PATIENCE = 5.0
+"""Seconds that a read, and a task that needs the room of what is being written, wait likewise."""
 
 
 class Behind:
     """A Disk whose calls run on threads of its own, and a task that writes to it."""
 
-    def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
-        self._folder, self._limit = folder, limit
-        self._limiter = anyio.CapacityLimiter(_THREADS)
+    def __init__(
+        self, folder: str | os.PathLike[str], limit: int, pinned: Container[Id] = ()
+    ) -> None:
+        """``pinned`` is what the disk does not evict; it may change."""
+        self._folder, self._limit, self._pinned = folder, limit, pinned
+        self._progress = Progress()
+        self._lookups = DiskThreads(1, LOOKUP_PATIENCE, self._progress)
+        self._readers = DiskThreads(_READERS, PATIENCE, self._progress)
+        self._writer = DiskThreads(1, PATIENCE, self._progress)
         self._send, self._receive = anyio.create_memory_object_stream[
             Entry | tuple[Description, bytes]
         ](math.inf)
         self._write_ended = anyio.Event()
+        self._hangs = False  # as the log has it
         self.pending = 0
         """Writes that have not ended."""
         self.failed = 0
@@ -42,10 +60,30 @@ class Behind:
 
     async def open(self) -> None:
         """Raises OSError."""
-        self.disk = await self.call(Disk, self._folder, self._limit)
+        self.disk = await anyio.to_thread.run_sync(
+            lambda: Disk(self._folder, self._limit, system=self._progress, pinned=self._pinned)
+        )
+        self._tasks = await anyio.create_task_group().__aenter__()
+        for threads in (self._lookups, self._readers, self._writer):
+            threads.open(self._tasks)
+        self._tasks.start_soon(self._write_all)
 
-    async def call(self, function: Callable[..., T], *arguments: object) -> T:
-        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._limiter)
+    async def close(self) -> None:
+        """Waits for calls that make progress, and begins no more. A call that hangs goes on."""
+        self._send.close()
+        ended = []
+        with anyio.CancelScope(shield=True):
+            for threads in (self._lookups, self._readers, self._writer):
+                ended.append(await threads.close())
+        try:
+            self._tasks.cancel_scope.cancel()
+            await self._tasks.__aexit__(None, None, None)
+        finally:
+            if all(ended):
+                with anyio.move_on_after(PATIENCE, shield=True):
+                    await anyio.to_thread.run_sync(self.disk.close, abandon_on_cancel=True)
+            else:
+                log.warning("%s hangs, and was not closed", self._folder)
 
     # ---- Writes ---------------------------------------------------------------------------------
 
@@ -56,25 +94,30 @@ class Behind:
         self.pending += 1
         self._send.send_nowait(what)
 
-    async def wait_for_a_write(self) -> None:
-        """Returns when any write has ended."""
-        await self._write_ended.wait()
+    async def write_ends(self) -> bool:
+        """Returns True when a write has ended; False if none is pending, or the disk hangs."""
+        if not self.pending:
+            return False
+        if await self._writer.wait(self._write_ended):
+            return True
+        self._report("a write", Hanging("the disk does not answer"))
+        return False
 
     async def flush(self) -> None:
-        """Returns when all writes have ended."""
-        while self.pending:
-            await self.wait_for_a_write()
+        """Returns when all writes have ended, or the disk hangs."""
+        while await self.write_ends():
+            pass
 
-    async def write_all(self) -> None:
+    async def _write_all(self) -> None:
         """Writes what ``write`` is given, until this is cancelled."""
         async for what in self._receive:
             try:
-                if not await self.call(_write, self.disk, what):
+                if not await self._writer.to_its_end(_write, self.disk, what):
                     self.failed += 1
-            except OSError as problem:
+            except Exception as problem:
                 # What is kept in RAM stays there.
                 self.failed += 1
-                log.warning("a write to %s failed: %s", self._folder, problem)
+                self._report("a write", problem)
             finally:
                 if isinstance(what, Entry):
                     what.holds -= 1
@@ -84,30 +127,75 @@ class Behind:
 
     # ---- Reads ----------------------------------------------------------------------------------
 
-    async def read(self, description: Description, memory: memoryview) -> bool:
-        """As ``Disk.read_into``; False for an OSError too, with a line in the log."""
+    async def look_up(self, what: str, function: Callable[[], T], failed: T) -> T:
+        """Returns what a function finds on the disk; ``failed`` if the disk fails or hangs."""
         try:
-            return await self.call(self.disk.read_into, description, memory)
-        except OSError as problem:
-            log.warning("a read from %s failed: %s", self._folder, problem)
-            return False
-
-    def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
-        """The roots for which something was kept with a model. Blocks."""
-        found = {}
-        for note in self.disk.children(model):
-            memory = bytearray(min(note.nbytes, 64))
-            if note.kind == "layout" and note.nbytes <= 64 and self.disk.read_into(note, memory):
-                found[note.key] = BlocksAllowed(memory.decode())
+            found = await self._lookups.call(function)
+        except KvferryError:
+            raise  # the store is closed
+        except Exception as problem:  # an index may have anything in it
+            self._report(what, problem)
+            return failed
+        self._hangs = False
         return found
 
-    def stats(self) -> DiskStats:
-        """Blocks."""
-        return self.disk.stats()
+    async def read(
+        self, description: Description, memory: memoryview, dropped: Callable[[], None]
+    ) -> bool:
+        """As ``Disk.read_into``; False where the disk fails, too.
 
-    async def close(self) -> None:
-        self._send.close()
-        await self.call(self.disk.close)
+        Raises Hanging. ``dropped`` is called when nothing writes into ``memory`` any more, unless
+        this returns True.
+        """
+        try:
+            right = await self._readers.call(
+                self.disk.read_into, description, memory, dropped=dropped
+            )
+        except Hanging as problem:
+            self._report("a read", problem)
+            raise
+        except KvferryError:
+            raise  # the store is closed
+        except Exception as problem:
+            self._report("a read", problem)
+            return False
+        self._hangs = False
+        if not right:
+            dropped()
+        return right
+
+    async def use(self, wanted: Iterable[Description]) -> set[Id]:
+        """Returns which of these parts are there, and notes that they are of use. ``nbytes`` and
+        ``checksum`` do not matter."""
+        asked = list(wanted)
+        if not asked:
+            return set()
+
+        def find() -> set[Id]:
+            found = set()
+            for each in asked:
+                part = self.disk.find(each.kind, each.key)
+                if part is not None and each == dataclasses.replace(
+                    part, nbytes=each.nbytes, checksum=each.checksum
+                ):
+                    self.disk.use(each.kind, each.key)
+                    found.add((each.kind, each.key))
+            return found
+
+        return await self.look_up("a search", find, set())
+
+    async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
+        """The roots for which something was kept with a model."""
+        return await self.look_up("a search", lambda: _layouts(self.disk, model), {})
+
+    def _report(self, what: str, problem: Exception) -> None:
+        if isinstance(problem, Hanging):
+            if not self._hangs:
+                log.warning("%s hangs; it is not used until it answers", self._folder)
+            self._hangs = True
+            return
+        unexpected = not isinstance(problem, (OSError, ValueError))
+        log.warning("%s of %s failed: %s", what, self._folder, problem, exc_info=unexpected)
 
 
 def _write(disk: Disk, what: Entry | tuple[Description, bytes]) -> bool:
@@ -116,6 +204,20 @@ def _write(disk: Disk, what: Entry | tuple[Description, bytes]) -> bool:
         return disk.write(description, data)
     part = what.part
     return disk.write(dataclasses.replace(what.description, checksum=part.checksum), part.view)
+
+
+def _layouts(disk: Disk, model: bytes) -> dict[bytes, BlocksAllowed]:
+    found = {}
+    for note in disk.children(model):
+        if note.kind != "layout" or note.nbytes > 64:
+            continue
+        memory = bytearray(note.nbytes)
+        try:
+            if disk.read_into(note, memory):
+                found[note.key] = BlocksAllowed(memory.decode())
+        except (OSError, ValueError) as problem:
+            log.warning("a note of a layout cannot be used: %s", problem)
+    return found
 
 
 def layout_note(model: bytes, root: bytes, allowed: BlocksAllowed) -> tuple[Description, bytes]:

@@ -6,7 +6,7 @@ import errno
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -53,14 +53,21 @@ class Disk:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], limit: int, *, system: System | None = None
+        self,
+        folder: str | os.PathLike[str],
+        limit: int,
+        *,
+        system: System | None = None,
+        pinned: Container[tuple[str, bytes]] = (),
     ) -> None:
         """Opens the folder or creates it. Raises OSError.
 
         ``limit`` bounds the bytes that the folder occupies, as du counts them. Processes that share
-        a folder should have one limit: each evicts down to its own.
+        a folder should have one limit: each evicts down to its own. ``pinned`` has kinds and keys
+        of parts that this object does not evict; the program may change it at any time.
         """
         self._limit = limit
+        self._pinned = pinned
         self._closed = False
         self._system = system or System()
         path = os.path.abspath(os.path.expanduser(os.fspath(folder)))
@@ -100,6 +107,11 @@ class Disk:
     def children(self, parent: bytes) -> list[Description]:
         """Returns the parts that have this parent, in no order."""
         return self._with_index(lambda index: index.children(parent))
+
+    def use(self, kind: str, key: bytes) -> None:
+        """Notes that a part was of use: it is evicted after those that were used before."""
+        with self._folder.in_thread():
+            self._touched[kind, key] = time.time_ns()
 
     def list(self) -> Iterator[Description]:
         """Gives the parts in the order of kind and key; some that come or go meanwhile."""
@@ -277,7 +289,9 @@ class Disk:
         if need and over > self._with_index(lambda index: index.allocated()):
             return False
         while over > 0:
-            victim = self._with_index(lambda index: index.evictable(kind, key, parent))
+            victim = self._with_index(
+                lambda index: index.evictable(kind, key, parent, self._pinned)
+            )
             if victim is None:
                 return False
             before = self._with_index(lambda index: index.allocated())
@@ -362,7 +376,7 @@ class Disk:
 
     def _touch(self, kind: str, key: bytes) -> None:
         with self._folder.in_thread():
-            self._touched[kind, key] = time.time_ns()
+            self.use(kind, key)
             if len(self._touched) < _TOUCHES:
                 return
         with self._folder.locked():

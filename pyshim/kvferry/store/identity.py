@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import logging
+import os
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,8 @@ from ..llama import Llama
 from .behind import Behind, layout_note
 from .keys import root_key
 from .weights import weights_hash
+
+log = logging.getLogger("kvferry.store")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Identities:
         if allowed is BlocksAllowed.UNSEEN:
             known = self._known.get(model, {})
             if self._behind is not None:
-                known = {**await self._behind.call(self._behind.layouts, model), **known}
+                known = {**await self._behind.layouts(model), **known}
             return [Kept(*each) for each in known.items()]
         if allowed is BlocksAllowed.NONE:
             return []
@@ -71,13 +74,18 @@ class Identities:
     async def _model(self, llama: Llama, salt: bytes) -> bytes:
         """The hash of a salt and a model."""
         if llama not in self._models:
-            path = llama.model_path
-            weights = b""
-            if path is not None:
-                read = functools.partial(weights_hash, path)
-                weights = await anyio.to_thread.run_sync(read, limiter=self._files)
-            self._models[llama] = [llama.fingerprint.encode(), weights]
+            weights = await self._weights(llama.model_path)
+            self._models.setdefault(llama, [llama.fingerprint.encode(), weights])
         return root_key([salt, *self._models[llama]])
+
+    async def _weights(self, path: str | None) -> bytes:
+        if path is None:
+            return b""
+        try:
+            return await anyio.to_thread.run_sync(weights_hash, path, limiter=self._files)
+        except OSError as problem:
+            log.warning("what is kept is found by this attachment alone: %s", problem)
+            return os.urandom(32)
 
     async def _layout(self, llama: Llama) -> tuple[str, BlocksAllowed, str]:
         if (known := self._layouts.get(llama)) is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import cast
 
 from .description import Description
@@ -34,10 +34,8 @@ _COLUMNS = "kind, key, parent, begin, end, root, nbytes, checksum"
 # A block that another part builds on is useful as long as that part is.
 _EVICTABLE = """SELECT kind, key FROM part AS p WHERE kind || hex(key) <> ? AND key <> ?
     AND (kind <> 'block' OR NOT EXISTS (SELECT 1 FROM part AS c WHERE c.parent = p.key
-    AND NOT (c.key = p.key AND c.kind = p.kind))) ORDER BY used LIMIT 1"""
-_OLDEST = (
-    "SELECT kind, key FROM part WHERE kind || hex(key) <> ? AND key <> ? ORDER BY used LIMIT 1"
-)
+    AND NOT (c.key = p.key AND c.kind = p.kind))) ORDER BY used"""
+_OLDEST = "SELECT kind, key FROM part WHERE kind || hex(key) <> ? AND key <> ? ORDER BY used"
 
 
 class Index:
@@ -110,12 +108,16 @@ class Index:
         with self.transaction():
             self._sql.executemany("UPDATE part SET used = ? WHERE kind = ? AND key = ?", uses)
 
-    def evictable(self, kind: str, key: bytes, parent: bytes) -> tuple[str, bytes] | None:
-        """Returns the part to evict first, neither this one nor its parent."""
+    def evictable(
+        self, kind: str, key: bytes, parent: bytes, pinned: Container[tuple[str, bytes]]
+    ) -> tuple[str, bytes] | None:
+        """Returns the part to evict first: neither this one, nor its parent, nor a pinned one."""
         for query in (_EVICTABLE, _OLDEST):
-            row = self._sql.execute(query, (kind + key.hex().upper(), parent)).fetchone()
-            if row is not None:
-                return cast("tuple[str, bytes]", row)
+            rows = self._sql.execute(query, (kind + key.hex().upper(), parent))
+            with contextlib.closing(rows):
+                for row in rows:
+                    if row not in pinned:
+                        return cast("tuple[str, bytes]", row)
         return None
 
     def allocated(self) -> int:

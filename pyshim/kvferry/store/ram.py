@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,16 @@ Id = tuple[Kind, bytes]
 C = TypeVar("C")
 
 
+def most_taken(nbytes: int) -> int:
+    """Returns the most bytes that a buffer of ``nbytes`` may take of a pool.
+
+    kvferry.h says at kvf_buffer_alloc how much sizes are rounded up, and how much larger a free
+    buffer may be.
+    """
+    rounded = nbytes + nbytes // 16 + mmap.PAGESIZE
+    return rounded + rounded // 4
+
+
 @dataclass(eq=False)
 class Entry:
     """A block or a checkpoint that is kept in RAM."""
@@ -26,13 +37,32 @@ class Entry:
     capacity: int
     """The bytes that its buffer takes."""
     holds: int = 0
-    """How many transfers use it now, and how many pins it has: it is not evicted."""
+    """How many transfers and writes use it now: it is not evicted."""
     expires: float | None = None
     """A time of ``time.monotonic``; None: never."""
 
     @property
     def id(self) -> Id:
         return self.description.kind, self.description.key
+
+
+class Room:
+    """Bytes of the budget that are set aside for a buffer, until ``release``."""
+
+    def __init__(self, ram: Ram, nbytes: int) -> None:
+        self._ram = ram
+        self.nbytes = nbytes
+        ram.reserved += nbytes
+
+    def shrink(self, nbytes: int) -> None:
+        """Sets no more aside than this."""
+        unused = max(0, self.nbytes - nbytes)
+        self.nbytes -= unused
+        self._ram.reserved -= unused
+
+    def release(self) -> None:
+        """Idempotent."""
+        self.shrink(0)
 
 
 class Ram:
@@ -50,6 +80,9 @@ class Ram:
         """Bytes of buffers that are being filled."""
         self.evicted = 0
         """Entries evicted so far to make room."""
+        self.pinned: Counter[Id] = Counter()
+        """How many pins there are of what is not evicted, whether or not it is here now. Any thread
+        may look whether something is in it."""
         self._entries: dict[Id, Entry] = {}
         self._order: S3Fifo[Id] = S3Fifo()
         self._standing_on: Counter[bytes] = Counter()  # a block's key: entries that need the block
@@ -69,9 +102,9 @@ class Ram:
             return None
         return entry
 
-    def has(self, entry: Entry) -> bool:
-        """Whether this entry is still kept."""
-        return self._entries.get(entry.id) is entry
+    def entry(self, chosen: Id) -> Entry | None:
+        """Returns an entry, also one whose time is over."""
+        return self._entries.get(chosen)
 
     def renew(self, kind: Kind, key: bytes, expires: float | None) -> Entry | None:
         """Returns an entry, also one whose time is over, which is kept as long as this asks at
@@ -112,29 +145,28 @@ class Ram:
 
     # ---- Room -----------------------------------------------------------------------------------
 
-    def reserve(self, nbytes: int) -> bool:
-        """Makes room for a buffer, for which it evicts others. False: there is no such room."""
+    def reserve(self, nbytes: int) -> Room | None:
+        """Makes room for a buffer, for which it evicts others. None: there is no such room."""
         if nbytes > self.limit:
-            return False
+            return None
         self._remove_expired()
         while self.used + self.reserved + nbytes > self.limit:
             if (chosen := self._order.evict(self._may_go)) is None:
-                return False
+                return None
             self._drop(self._entries[chosen])
             self.evicted += 1
-        self.reserved += nbytes
-        return True
+        return Room(self, nbytes)
 
-    def unreserve(self, nbytes: int) -> None:
-        self.reserved -= nbytes
+    def add(self, entry: Entry, room: Room) -> Entry:
+        """Keeps an entry in the room that was set aside for its buffer.
 
-    def add(self, entry: Entry) -> bool:
-        """Keeps an entry whose room is not reserved any more. False: it is there already, or there
-        is no room; it has been closed then."""
-        if entry.id in self._entries or not self.reserve(entry.capacity):
+        Returns the entry that is kept now: another one, if that was there before. Then it is kept
+        as long as both ask, and ``entry`` has been closed.
+        """
+        room.release()
+        if (known := self.renew(*entry.id, entry.expires)) is not None:
             entry.part.close()
-            return False
-        self.unreserve(entry.capacity)
+            return known
         self.used += entry.capacity
         self._entries[entry.id] = entry
         if entry.expires is not None:
@@ -143,10 +175,17 @@ class Ram:
         description = entry.description
         self._standing_on[self._stands_on(description)] += 1
         self._ends.setdefault(description.parent, Counter())[description.end] += 1
-        return True
+        return entry
+
+    def pin(self, ids: Iterable[Id]) -> None:
+        self.pinned.update(ids)
+
+    def unpin(self, ids: Iterable[Id]) -> None:
+        for each in ids:
+            _subtract(self.pinned, each)
 
     def remove(self, entry: Entry) -> bool:
-        """Removes an entry. False: it is held, or others stand on it."""
+        """Removes an entry. False: it is held or pinned, or others stand on it."""
         if self._entries.get(entry.id) is not entry or not self._may_go(entry.id):
             return False
         self._order.remove(entry.id)
@@ -168,9 +207,9 @@ class Ram:
 
     def _may_go(self, chosen: Id) -> bool:
         kind, key = chosen
-        return self._entries[chosen].holds == 0 and not (
-            kind == "block" and self._standing_on[key] > 0
-        )
+        if self._entries[chosen].holds or chosen in self.pinned:
+            return False
+        return kind != "block" or key not in self._standing_on
 
     def _drop(self, entry: Entry) -> None:
         """The entry is not in ``_order`` any more."""

@@ -1,0 +1,219 @@
+"""Finding the longest known prefix of a prompt, and loading it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import anyio
+
+from .._bridge.llama_cpp_object import LlmState
+from .._bridge.submission import Priority
+from ..blocks import Block, Checkpoint
+from ..errors import StateDamaged, StateMismatch
+from ..llama import Llama
+from .behind import Behind
+from .buffers import Buffers
+from .description import Description
+from .identity import Identities
+from .keys import Tokens
+from .prefix import InBoth, Prefix, Search
+from .ram import Entry, Ram
+from .threads import Hanging
+
+if TYPE_CHECKING:
+    from .._native import CData
+
+log = logging.getLogger("kvferry.store")
+
+_SEARCHES = 8
+"""How often a restore searches again, after a part could not be read."""
+
+
+class _NotRead(Exception):
+    """A part is not in RAM, and cannot be read: the disk knows now that it has not got it."""
+
+
+class _NoRoom(Exception):
+    """There is no room in RAM for a part that is on the disk, or the disk hangs."""
+
+
+class Restoring:
+    """What ``Store.find``, ``Store.restore`` and ``Store.prefetch`` do."""
+
+    def __init__(
+        self,
+        ram: Ram,
+        behind: Behind | None,
+        buffers: Buffers,
+        identities: Identities,
+        block_tokens: int,
+        counts: Counter[str],
+    ) -> None:
+        self._ram = ram
+        self._behind = behind
+        self._buffers = buffers
+        self._identities = identities
+        self._block_tokens = block_tokens
+        self._counts = counts
+
+    async def prefixes(
+        self, llama: Llama, tokens: Tokens, salt: bytes, *, on_disk: bool = True
+    ) -> list[Prefix]:
+        """Returns the longest prefix of each cache that the context may have, longest first."""
+        candidates = await self._identities.candidates(llama, salt)
+        found = []
+        for each in candidates:
+            search = Search(self._ram, each.root, each.allowed, tokens, self._block_tokens)
+            prefix = search.run()
+            if (
+                self._behind is not None
+                and on_disk
+                and (prefix is None or prefix.end < len(tokens))
+            ):
+                both = InBoth(self._ram, self._behind.disk)
+                run = dataclasses.replace(search, lookup=both).run
+                prefix = await self._behind.look_up("a search", run, prefix)
+            found.append(prefix)
+        return sorted(filter(None, found), key=lambda prefix: prefix.end, reverse=True)
+
+    async def restore(
+        self, llama: Llama, seq: int, tokens: Tokens, salt: bytes, priority: Priority
+    ) -> int:
+        """Returns how many tokens were loaded; 0: none, and the sequence was not touched."""
+        on_disk = True
+        for _ in range(_SEARCHES):
+            again = False
+            for prefix in await self.prefixes(llama, tokens, salt, on_disk=on_disk):
+                with contextlib.ExitStack() as held:
+                    try:
+                        entries = await self.bring(llama, tokens, prefix, held)
+                    except _NotRead:
+                        again = True
+                        continue
+                    except _NoRoom:
+                        again, on_disk = True, False
+                        continue
+                    if await self._load(llama, seq, prefix, entries, priority):
+                        self._ram.use(entries)
+                        self._counts["restored_tokens"] += prefix.end
+                        self._counts["restored_bytes"] += prefix.nbytes
+                        return prefix.end
+            if not again:
+                break
+        return 0
+
+    async def prefetch(self, llama: Llama, tokens: Tokens, salt: bytes) -> None:
+        """Brings the longest prefix of each cache to RAM."""
+        for prefix in await self.prefixes(llama, tokens, salt):
+            with contextlib.ExitStack() as held, contextlib.suppress(_NotRead, _NoRoom):
+                await self.bring(llama, tokens, prefix, held)
+
+    async def bring(
+        self, llama: Llama, tokens: Tokens, prefix: Prefix, held: contextlib.ExitStack
+    ) -> list[Entry]:
+        """Returns what a load of a prefix needs, in RAM, where ``held`` keeps it.
+
+        Raises _NotRead, _NoRoom, and as ``Buffers.take``.
+        """
+        entries: dict[int, Entry] = {}
+        absent: list[Exception] = []
+        problems: list[Exception] = []
+
+        def hold(index: int, entry: Entry) -> None:
+            entries[index] = entry
+            held.enter_context(self._ram.held([entry]))
+
+        missing = []
+        for index, part in enumerate(prefix.parts):
+            entry = self._ram.get(part.kind, part.key)
+            # One whose time is over was found on the disk: it need not be read.
+            entry = entry or self._ram.renew(part.kind, part.key, None)
+            if entry is None:
+                missing.append(index)
+            else:
+                hold(index, entry)
+
+        async def read(index: int) -> None:
+            try:
+                part = prefix.parts[index]
+                hold(index, await self._read(llama, tokens, part, whole=not prefix.blocks))
+            except (_NotRead, _NoRoom) as reason:
+                absent.append(reason)  # other parts may be of use for a shorter prefix
+            except Exception as problem:
+                problems.append(problem)
+                reads.cancel_scope.cancel()
+
+        if missing:
+            async with anyio.create_task_group() as reads:
+                for index in missing:
+                    reads.start_soon(read, index)
+        for each in (*problems, *absent):
+            raise each
+        return [entries[index] for index in range(len(prefix.parts))]
+
+    async def _read(self, llama: Llama, tokens: Tokens, part: Description, *, whole: bool) -> Entry:
+        """Reads a part from the disk into a buffer of the engine, and keeps it in RAM."""
+        if self._behind is None:
+            raise _NotRead
+        if (taken := await self._buffers.take(llama, part.nbytes)) is None:
+            raise _NoRoom
+        buffer, room = taken
+        try:
+            right = await self._behind.read(part, buffer.view, dropped=room.release)
+        except Hanging:
+            raise _NoRoom from None
+        if not right:
+            raise _NotRead
+        saved = _saved(part, buffer.memory, llama.fingerprint, tokens, whole)
+        self._counts["read_bytes"] += part.nbytes
+        return self._ram.add(Entry(part, saved, buffer.capacity), room)
+
+    async def _load(
+        self,
+        llama: Llama,
+        seq: int,
+        prefix: Prefix,
+        entries: Sequence[Entry],
+        priority: Priority,
+    ) -> bool:
+        """False: the library has refused it, before it touched the sequence."""
+        blocks = [entry.part for entry in entries[: len(prefix.blocks)]]
+        checkpoint = entries[-1].part if prefix.checkpoint else None
+        was_unseen = await self._identities.is_unseen(llama)
+        try:
+            await llama.load_blocks(blocks, seq, checkpoint=checkpoint, priority=priority)  # type: ignore[arg-type]
+        except (StateMismatch, StateDamaged) as refusal:
+            self._counts["refused_loads"] += 1
+            # Of a new context that is how the layout of the cache is found out.
+            level = logging.DEBUG if was_unseen else logging.WARNING
+            log.log(level, "a prefix of %d tokens was refused: %s", prefix.end, refusal)
+            return False
+        return True
+
+
+def _saved(
+    part: Description, memory: CData, fingerprint: str, tokens: Tokens, whole: bool
+) -> Block | Checkpoint:
+    """Returns the object of a part that was read. ``whole``: it stands for all tokens before it."""
+    begin = 0 if whole else part.begin
+    common = {
+        "key": part.key,
+        "fingerprint": fingerprint,
+        "checksum": part.checksum,
+        "llm": LlmState(tokens[begin : part.end].copy()),
+    }
+    if part.kind == "block":
+        return Block(
+            memory,
+            part.nbytes,
+            begin=part.begin,
+            end=part.end,
+            parent=part.parent,
+            **common,  # type: ignore[arg-type]
+        )
+    return Checkpoint(memory, part.nbytes, position=part.end - 1, **common)  # type: ignore[arg-type]

@@ -1,0 +1,68 @@
+"""Stores with a folder, and a disk that fails or hangs under them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+from kvferry import Store
+from kvferry.store import behind
+from kvferry.store.system import System
+from support.like_contexts import MakeContext
+from support.llama_reference import Context
+
+BLOCK = 64
+TOKENS = 200
+
+
+def store_in(
+    folder: Path, ram: str | int = "64 MiB", salt: bytes = b"", limit: str | int = "1 GiB"
+) -> Store:
+    return Store(ram=ram, disk=folder, disk_limit=limit, block_tokens=BLOCK, salt=salt)
+
+
+def prompted(make_context: MakeContext, kind: str) -> tuple[Context, list[int]]:
+    """Returns a context whose sequence 0 holds a prompt."""
+    context = make_context(kind, n_ctx=1024)
+    prompt = context.model.prompt(TOKENS)
+    context.decode(0, prompt)
+    return context, prompt
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await anyio.to_thread.run_sync(time.sleep, 0.005)
+
+
+class HangingDisk:
+    """From ``begin`` to ``end`` every system call of the disk tier hangs."""
+
+    PATIENCE = 0.4
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._answers = threading.Event()
+        self._answers.set()
+        self.hanging = 0
+        call_once = System.call_once
+
+        def hang(system: System, function: Callable[..., Any], *arguments: Any) -> Any:
+            if not self._answers.is_set():
+                self.hanging += 1
+                self._answers.wait()
+            return call_once(system, function, *arguments)
+
+        monkeypatch.setattr(System, "call_once", hang)
+        for name in ("PATIENCE", "LOOKUP_PATIENCE"):
+            monkeypatch.setattr(behind, name, self.PATIENCE, raising=False)
+
+    def begin(self) -> None:
+        self._answers.clear()
+
+    def end(self) -> None:
+        self._answers.set()
