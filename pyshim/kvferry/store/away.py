@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import anyio
 import anyio.to_thread
 
+from .._bridge.arguments import invalid
 from .._bridge.block_list import BlocksAllowed
 from .description import Description, Kind
 from .keys import Link, chain, next_key
+from .objects import Objects, objects_of
 from .prefix import Prefix, Search
 from .ram import Entry
-from .remote import Remote
+from .remote import Calls, Remote
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 log = logging.getLogger("kvferry.store")
 
+_REQUEST_TIMEOUT = 6.0
+"""Seconds after which obstore ends a request, later than Remote stops waiting for its answer."""
 _WRITERS = 4
 _FIRST_LOOK = 8
 """Parts that a search asks for first; four times as many each further time."""
@@ -65,9 +74,19 @@ class Away:
     a model something is kept.
     """
 
-    def __init__(self, remote: Remote, *, block_tokens: int, most_pending: int) -> None:
-        """``most_pending`` bounds the bytes of RAM that wait for being written."""
-        self.remote = remote
+    def __init__(
+        self, remote: str | ObjectStore | Objects, *, block_tokens: int, most_pending: int
+    ) -> None:
+        """``most_pending`` bounds the bytes of RAM that wait for being written.
+
+        Raises InvalidArgument, ImportError.
+        """
+        try:
+            objects = objects_of(remote, timeout=_REQUEST_TIMEOUT)
+        except ValueError as problem:
+            raise invalid(str(problem)) from None
+        self._name = remote if isinstance(remote, str) else "the remote tier"
+        self.remote = Remote(objects, name=self._name)
         self._block_tokens = block_tokens
         self._most_pending = most_pending
         self._send, self._receive = anyio.create_memory_object_stream[
@@ -78,12 +97,30 @@ class Away:
         self._notes = anyio.Lock()
         self._there: WeakSet[Entry] = WeakSet()
         self._waiting: set[Entry] = set()
+        self._noted: set[tuple[bytes, bytes]] = set()
         self.pending = 0
         """Writes that have not ended."""
         self.pending_bytes = 0
         self.failed = 0
         """Writes that have failed, or were not tried because too much was waiting or the object
         store was left alone."""
+
+    async def open(self) -> None:
+        self._tasks = await anyio.create_task_group().__aenter__()
+        for _ in range(_WRITERS):
+            self._tasks.start_soon(self._write_all)
+
+    async def close(self) -> None:
+        """Ends writes that are under way: their uploads are aborted."""
+        self._send.close()
+        self._tasks.cancel_scope.cancel()
+        try:
+            await self._tasks.__aexit__(None, None, None)
+        finally:
+            with contextlib.suppress(anyio.EndOfStream):
+                while True:
+                    self._write_has_ended(self._receive.receive_nowait())
+            self._receive.close()
 
     # ---- Writes ---------------------------------------------------------------------------------
 
@@ -102,8 +139,10 @@ class Away:
             self._queue(entry)
 
     def write_layout(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
-        """Notes later that something is kept under a root."""
-        self._queue((model, root, allowed))
+        """Notes later that something is kept under a root, unless this has been noted."""
+        if (model, root) not in self._noted and not self.remote.left_alone:
+            self._noted.add((model, root))
+            self._queue((model, root, allowed))
 
     def _queue(self, what: Entry | tuple[bytes, bytes, BlocksAllowed]) -> None:
         self.pending += 1
@@ -114,29 +153,33 @@ class Away:
         while self.pending:
             await self._write_ended.wait()
 
-    async def write_all(self) -> None:
+    async def _write_all(self) -> None:
         """Writes what ``write`` is given, until this is cancelled."""
-        async with anyio.create_task_group() as writers:
-            for _ in range(_WRITERS):
-                writers.start_soon(self._write_some)
-
-    async def _write_some(self) -> None:
         async for what in self._receive:
             try:
                 if not await self._write(what):
                     self.failed += 1
+            except Exception as problem:
+                self.failed += 1
+                log.warning("a write to %s failed: %r", self._name, problem, exc_info=True)
             finally:
-                if isinstance(what, Entry):
-                    what.holds -= 1
-                    self.pending_bytes -= what.capacity
-                    self._waiting.discard(what)
-                self.pending -= 1
-                self._write_ended.set()
-                self._write_ended = anyio.Event()
+                self._write_has_ended(what)
+
+    def _write_has_ended(self, what: Entry | tuple[bytes, bytes, BlocksAllowed]) -> None:
+        if isinstance(what, Entry):
+            what.holds -= 1
+            self.pending_bytes -= what.capacity
+            self._waiting.discard(what)
+        self.pending -= 1
+        self._write_ended.set()
+        self._write_ended = anyio.Event()
 
     async def _write(self, what: Entry | tuple[bytes, bytes, BlocksAllowed]) -> bool:
         if not isinstance(what, Entry):
-            return await self._note_layout(*what)
+            written = await self._note_layout(*what)
+            if not written:
+                self._noted.discard(what[:2])
+            return written
         part = what.part
         checksum = await anyio.to_thread.run_sync(getattr, part, "checksum", limiter=self._hashes)
         description = dataclasses.replace(what.description, checksum=checksum)
@@ -164,10 +207,6 @@ class Away:
             records = [_LAYOUT.pack(key, each.value.encode()) for key, each in known.items()]
             content = b"".join(records[-_MOST_LAYOUTS:])
             return await self.remote.write_note("layouts", model, content)
-
-    def close(self) -> None:
-        self._send.close()
-        self._receive.close()
 
     # ---- Searches and reads ---------------------------------------------------------------------
 
@@ -242,7 +281,7 @@ class Away:
         """Returns how many of the first ones are there."""
         sizes = await self.remote.sizes([(kind, link.key) for kind, link in asked])
         for (kind, link), nbytes in zip(asked, sizes, strict=True):
-            if nbytes is not None:
+            if nbytes:  # no part is empty
                 begin = link.begin if kind == "block" else link.end
                 seen.add(
                     Description(
@@ -257,20 +296,32 @@ class Away:
             return []
         return [end for (end,) in _END.iter_unpack(content)]
 
-    async def read(self, part: Description, memory: memoryview) -> Description | None:
-        """As ``Remote.read_into``."""
-        return await self.remote.read_into(part, memory)
+    async def read(
+        self, part: Description, memory: memoryview, dropped: Callable[[], None]
+    ) -> Description | None:
+        """As ``Remote.read_into``. ``dropped`` is called when nothing writes into ``memory`` any
+        more, unless this returns a description."""
+        calls, found = Calls(), None
+        try:
+            found = await self.remote.read_into(part, memory, calls)
+        finally:
+            if found is None:
+                self._tasks.start_soon(self._wait_for, calls, dropped)
+        return found
 
-    def note_read(self, entry: Entry) -> None:
-        """The entry was read from the object store: it need not be written."""
-        self._there.add(entry)
+    async def _wait_for(self, calls: Calls, dropped: Callable[[], None]) -> None:
+        try:
+            await calls.ended()
+        finally:
+            dropped()
 
     def stats(self) -> dict[str, int]:
+        """Counters, for ``Store.stats``."""
         return {
             "remote_writes_pending": self.pending,
             "remote_writes_failed": self.failed,
             "remote_written_bytes": self.remote.written_bytes,
             "remote_read_bytes": self.remote.read_bytes,
             "remote_calls_failed": self.remote.failed,
-            "remote_left_alone": self.remote.opened,
+            "remote_times_left_alone": self.remote.opened,
         }

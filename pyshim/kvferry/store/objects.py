@@ -203,10 +203,12 @@ def first_line(problem: BaseException) -> str:
 def objects_of(remote: str | ObjectStore | Objects, *, timeout: float) -> Objects:
     """Returns the object store that a program has named, or given, as ``Store(remote=...)``.
 
-    Raises as ``ObstoreObjects.from_url``.
+    Raises TypeError, and as ``ObstoreObjects.from_url``.
     """
     if isinstance(remote, str):
         return ObstoreObjects.from_url(remote, timeout=timeout)
     if hasattr(remote, "sizes"):  # which obstore's own stores have not
         return cast("Objects", remote)
-    return ObstoreObjects(cast("ObjectStore", remote))
+    if not hasattr(remote, "put"):
+        raise TypeError(f"remote is a URL or an object store, not {type(remote).__name__}")
+    return ObstoreObjects(remote)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -39,8 +40,37 @@ _BACK_OFF = 0.1
 """Seconds before the second attempt, at most; twice as many before each further one."""
 _SLOWEST = 4 << 20
 """A timeout grows by a second for so many bytes."""
+_POLL = 0.02
+"""Seconds."""
 _NOTE_BYTES = 1 << 16
 """What a note may have."""
+
+
+class Calls:
+    """Counts calls that threads are in the middle of."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+
+    def counted(self, function: Callable[[], T]) -> Callable[[], T]:
+        def call() -> T:
+            with self._lock:
+                self._running += 1
+            try:
+                return function()
+            finally:
+                with self._lock:
+                    self._running -= 1
+
+        return call
+
+    async def ended(self) -> None:
+        """Returns when no thread is in a call. The threads cannot tell: their loop may be gone."""
+        running = True
+        while running:
+            await anyio.sleep(_POLL)  # first, as a thread may be about to start
+            running = self._running > 0
 
 
 class Remote:
@@ -136,14 +166,17 @@ class Remote:
             for name, size in zip(names, found, strict=True)
         ]
 
-    async def read_into(self, description: Description, memory: memoryview) -> Description | None:
+    async def read_into(
+        self, description: Description, memory: memoryview, calls: Calls | None = None
+    ) -> Description | None:
         """Fills ``memory``, of ``description.nbytes`` bytes, with the part's bytes.
 
         The checksum of the description is not looked at: it is the object's that counts. Returns
         the object's own description. Returns None if the object is not there, is not right, or was
-        not received; then ``memory`` has any content. If the task is cancelled, requests that are
-        under way may still write into ``memory``, and keep it alive.
+        not received; then ``memory`` has any content, and calls that were too late may still write
+        there, also if the task is cancelled: they keep it alive, and ``calls`` counts them.
         """
+        calls = calls or Calls()
         check(description)
         view = memory.cast("B")
         if len(view) != description.nbytes:
@@ -160,7 +193,7 @@ class Remote:
             offset = 0 if first else HEADER_BYTES + begin
             async with self._transfers:
                 count = await self._call(
-                    functools.partial(self._get, name, offset, memories),
+                    calls.counted(functools.partial(self._get, name, offset, memories)),
                     f"a read of {name}",
                     self._seconds(sum(map(len, memories))),
                 )
@@ -183,7 +216,10 @@ class Remote:
                 raise Damaged("the object is not what its name, or its parent, says")
             if short:
                 raise Damaged("the object is truncated")
-            if await self.checksum(view) != found.checksum:
+            digest = await anyio.to_thread.run_sync(
+                xxhash.xxh64_intdigest, view, limiter=self._threads
+            )
+            if digest != found.checksum:
                 raise Damaged("the checksum is wrong")
         except (Damaged, Newer) as problem:
             self._put_aside(name, problem)
