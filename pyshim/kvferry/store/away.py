@@ -39,13 +39,15 @@ _ENDS = 16
 _MOST_ENDS = 1024
 _MOST_LAYOUTS = 256
 _END = struct.Struct("<Q")
-_LAYOUT = struct.Struct("<32s16s")
+_LAYOUT = struct.Struct("<32s32s")
 
 
 class Seen:
     """What a search has found in the object store. A Lookup."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float) -> None:
+        """``deadline``: the search ends then, in the event loop's time."""
+        self.deadline = deadline
         self._parts: dict[tuple[Kind, bytes], Description] = {}
         self._ends: dict[bytes, list[int]] = {}
 
@@ -54,6 +56,10 @@ class Seen:
 
     def ends(self, parent: bytes) -> list[int]:
         return self._ends.get(parent, [])
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self.deadline - anyio.current_time())
 
     @property
     def has_checkpoint(self) -> bool:
@@ -227,11 +233,10 @@ class Away:
 
         Returns after the timeout of a search at the latest, with what is known until then.
         """
-        seen = Seen()
+        seen = Seen(anyio.current_time() + self.remote.find_timeout)
         if not self.remote.left_alone:
-            with anyio.move_on_after(self.remote.find_timeout):
-                known = 0 if nearer is None else nearer.end // search.block_tokens
-                await self._look(search, known, seen)
+            known = 0 if nearer is None else nearer.end // search.block_tokens
+            await self._look(search, known, seen)
         return seen
 
     async def _look(self, search: Search, known: int, seen: Seen) -> None:
@@ -239,7 +244,7 @@ class Away:
         links = chain(search.root, tokens[: len(tokens) // step * step], step)
         if search.allowed.blocks:
             begin, window = known, _FIRST_LOOK
-            while begin < len(links):
+            while begin < len(links) and seen.seconds_left:
                 asked = links[begin : begin + window]
                 count = await self._ask(search, [("block", link) for link in asked], seen)
                 begin += count
@@ -253,7 +258,7 @@ class Away:
             async with anyio.create_task_group() as behind:
                 for count in range(last, max(last - _NOTES_AT_A_TIME, least - 1), -1):
                     behind.start_soon(self._look_behind, search, links[:count], seen)
-            if seen.has_checkpoint:
+            if seen.has_checkpoint or not seen.seconds_left:
                 break
 
     async def _look_behind(self, search: Search, before: Sequence[Link], seen: Seen) -> None:
@@ -265,7 +270,8 @@ class Away:
             asked.append(("checkpoint", before[-1]))
         most = min(len(search.tokens), begin + search.block_tokens - 1)
         ends = sorted(
-            (end for end in await self._ends(parent) if begin < end <= most), reverse=True
+            (end for end in await self._ends(parent, seen.seconds_left) if begin < end <= most),
+            reverse=True,
         )
         for end in ends[:_ENDS]:
             link = Link(begin, end, next_key(parent, search.tokens[begin:end]), parent)
@@ -273,13 +279,15 @@ class Away:
                 asked.append(("block", link))
             if search.allowed.checkpoints:
                 asked.append(("checkpoint", link))
-        seen.add_ends(parent, ends[:_ENDS])
+        seen.add_ends(parent, ends)
         if asked:
             await self._ask(search, asked, seen)
 
     async def _ask(self, search: Search, asked: Sequence[tuple[Kind, Link]], seen: Seen) -> int:
         """Returns how many of the first ones are there."""
-        sizes = await self.remote.sizes([(kind, link.key) for kind, link in asked])
+        sizes = await self.remote.sizes(
+            [(kind, link.key) for kind, link in asked], seconds=seen.seconds_left
+        )
         for (kind, link), nbytes in zip(asked, sizes, strict=True):
             if nbytes:  # no part is empty
                 begin = link.begin if kind == "block" else link.end
@@ -290,8 +298,8 @@ class Away:
                 )
         return next((n for n, size in enumerate(sizes) if size is None), len(sizes))
 
-    async def _ends(self, parent: bytes) -> list[int]:
-        content = await self.remote.note("ends", parent) or b""
+    async def _ends(self, parent: bytes, seconds: float | None = None) -> list[int]:
+        content = await self.remote.note("ends", parent, seconds=seconds) or b""
         if len(content) % _END.size:
             return []
         return [end for (end,) in _END.iter_unpack(content)]

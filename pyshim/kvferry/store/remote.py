@@ -148,13 +148,18 @@ class Remote:
         self.written_bytes += size
         return True
 
-    async def sizes(self, parts: Sequence[tuple[Kind, bytes]]) -> list[int | None]:
-        """Returns how many bytes of data each part has; None: it is not there, or not usable."""
+    async def sizes(
+        self, parts: Sequence[tuple[Kind, bytes]], *, seconds: float | None = None
+    ) -> list[int | None]:
+        """Returns how many bytes of data each part has; None: it is not there, or not usable.
+
+        ``seconds`` is the timeout, in place of ``find_timeout``.
+        """
         names = [name_of(*part) for part in parts]
         found = await self._call(
             functools.partial(self._objects.sizes, names),
             "a search",
-            self._find_timeout,
+            self._find_timeout if seconds is None else seconds,
             attempts=1,
         )
         if found is None:
@@ -243,14 +248,17 @@ class Remote:
 
     # ---- Notes ----------------------------------------------------------------------------------
 
-    async def note(self, kind: Kind, key: bytes) -> bytes | None:
-        """Returns a note's bytes; None if it is not there, is not right, or was not received."""
+    async def note(self, kind: Kind, key: bytes, *, seconds: float | None = None) -> bytes | None:
+        """Returns a note's bytes; None if it is not there, is not right, or was not received.
+
+        ``seconds`` as of ``sizes``.
+        """
         header, data = bytearray(HEADER_BYTES), bytearray(_NOTE_BYTES)
         name = name_of(kind, key)
         count = await self._call(
             functools.partial(self._get, name, 0, [memoryview(header), memoryview(data)]),
             f"a read of {name}",
-            self._find_timeout,
+            self._find_timeout if seconds is None else seconds,
             attempts=1,
         )
         if count is None:

@@ -330,12 +330,12 @@ class Store:
                 await self._tasks.__aexit__(None, None, None)
             finally:
                 try:
-                    if self._behind is not None:
-                        await self._behind.close()
+                    if self._away is not None:
+                        await self._away.close()
                 finally:
                     try:
-                        if self._away is not None:
-                            await self._away.close()
+                        if self._behind is not None:
+                            await self._behind.close()
                     finally:
                         self.clear()
 

