@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from kvferry import Store
 from support.devices import DEVICES
+from support.event_loops import anyio_backend  # noqa: F401
 from support.like_contexts import CACHES, MakeContext
 from support.llama_reference import Context
 
@@ -20,11 +21,6 @@ KINDS = ["llama", "qwen2vl", "deepseek2", "deepseek32", "gemma3", "hybrid", "hyb
 BLOCK = 64
 TOKENS = 200
 RAM = "64 MiB"
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 def prompted(make_context: MakeContext, kind: str, **options: object) -> tuple[Context, list[int]]:

@@ -8,33 +8,17 @@ from pathlib import Path
 import kvferry
 import numpy as np
 import pytest
+from disk_stores import TOKENS, prompted, store_in
 from kvferry import Store
 from support.devices import DEVICES
+from support.event_loops import anyio_backend  # noqa: F401
 from support.like_contexts import MakeContext
-from support.llama_reference import LIBRARY_FOLDER, Context
+from support.llama_reference import LIBRARY_FOLDER
 from support.programs import run_python
 
 pytestmark = pytest.mark.anyio
 
 KINDS = ["llama", "qwen2vl", "deepseek32", "gemma3", "hybrid", "mamba"]
-BLOCK = 64
-TOKENS = 200
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-def store_in(folder: Path, ram: str = "64 MiB", salt: bytes = b"") -> Store:
-    return Store(ram=ram, disk=folder, disk_limit="1 GiB", block_tokens=BLOCK, salt=salt)
-
-
-def prompted(make_context: MakeContext, kind: str) -> tuple[Context, list[int]]:
-    context = make_context(kind, n_ctx=1024)
-    prompt = context.model.prompt(TOKENS)
-    context.decode(0, prompt)
-    return context, prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
