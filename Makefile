@@ -218,6 +218,10 @@ bench-scheduling: build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target kvferry cuda_simulated
 	python bench/scheduling.py $(ARGS)
 
+.PHONY: bench-store-remote
+bench-store-remote: $(PACKAGE) $(S3_SERVER)
+	python bench/store_remote.py $(ARGS)
+
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
 .PHONY: test

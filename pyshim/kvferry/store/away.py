@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvferry.store")
 
-_REQUEST_TIMEOUT = 6.0
-"""Seconds after which obstore ends a request, later than Remote stops waiting for its answer."""
+_REQUEST_TIMEOUT = 15.0
+"""Seconds after which obstore ends a request: later than Remote stops waiting for its answer."""
 _WRITERS = 4
 _FIRST_LOOK = 8
 """Parts that a search asks for first; four times as many each further time."""

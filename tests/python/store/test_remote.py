@@ -21,7 +21,7 @@ from support.s3_server import BUCKET, Proxy, S3Server
 
 pytestmark = pytest.mark.anyio
 
-SIZES = [0, 1, 1000, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES, 3 * PIECE_BYTES + 17]
+SIZES = [0, 1, 1000, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES, 6 * PIECE_BYTES + 17]
 URL = f"s3://{BUCKET}/a/prefix"
 
 
@@ -261,7 +261,7 @@ async def test_a_slow_network_is_waited_for(network: Proxy) -> None:
     assert await read(tier, part) == data
 
 
-@pytest.mark.parametrize("nbytes", [PIECE_BYTES, 4 * PIECE_BYTES])
+@pytest.mark.parametrize("nbytes", [PIECE_BYTES, 6 * PIECE_BYTES])
 async def test_a_connection_that_is_cut(s3: S3Server, network: Proxy, nbytes: int) -> None:
     tier = remote(breaker=Breaker("the server", failures=100))
     part, data = make_part(1, nbytes)
