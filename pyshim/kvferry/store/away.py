@@ -191,9 +191,10 @@ class Away:
         description = dataclasses.replace(what.description, checksum=checksum)
         if not await self.remote.write(description, part.view):
             return False
+        whole = description.end % self._block_tokens == 0
+        if not whole and not await self._note_end(description.parent, description.end):
+            return False
         self._there.add(what)
-        if description.end % self._block_tokens:
-            return await self._note_end(description.parent, description.end)
         return True
 
     async def _note_end(self, parent: bytes, end: int) -> bool:

@@ -24,6 +24,7 @@ _BEHIND_THE_END = "416 Range Not Satisfiable"
 """In the message of obstore's error, which has no type of its own."""
 
 
+# --8<-- [start:interface]
 class Unavailable(Exception):
     """The object store failed or was not reached: the same call may succeed later."""
 
@@ -59,6 +60,9 @@ class Objects(Protocol):
 
     def delete(self, names: Sequence[str]) -> None:
         """Removes objects. Those that do not exist are no error."""
+
+
+# --8<-- [end:interface]
 
 
 class ObstoreObjects:

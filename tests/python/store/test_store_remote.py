@@ -12,7 +12,9 @@ import numpy as np
 import obstore.store
 import pytest
 from kvferry import Store
+from kvferry.store.objects import Refused, Unavailable
 from support.devices import DEVICES
+from support.faulty_objects import FaultyObjects
 from support.like_contexts import MakeContext
 from support.llama_reference import LIBRARY_FOLDER, Context
 from support.programs import run_python
@@ -331,3 +333,102 @@ def test_what_is_no_object_store() -> None:
         Store(ram=1 << 20, remote="no-such-scheme://bucket")
     with pytest.raises(TypeError, match="remote"):
         Store(ram=1 << 20, remote=7)  # type: ignore[arg-type]
+
+
+# ---- Faults at every call
+
+
+def unavailable() -> None:
+    raise Unavailable("a fault of the test")
+
+
+def refused() -> None:
+    raise Refused("a fault of the test")
+
+
+def of_no_kind() -> None:
+    raise RuntimeError("a fault of the test")
+
+
+def late() -> None:
+    time.sleep(1.3)
+
+
+@pytest.mark.parametrize("fault", [unavailable, refused, of_no_kind, late])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+async def test_each_call_fails_once(
+    make_context: MakeContext, kind: str, fault: Callable[[], None]
+) -> None:
+    context, prompt = prompted(make_context, kind)
+    state = context.state_get(0)
+    like = make_context(kind, n_ctx=1024)
+    like.state_set(0, state)
+    logits = like.decode(0, [7])
+    whole = FaultyObjects()
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with remote_store(whole) as store:
+            assert await store.keep(llama, 0, prompt) == TOKENS
+        writes = whole.calls
+        for failing in range(1, writes + 1, 3 if fault is late else 1):
+            objects = FaultyObjects()
+            objects.fault = lambda call, n=failing: fault() if call == n else None  # type: ignore[misc]
+            async with remote_store(objects) as store:
+                assert await store.keep(llama, 0, prompt) == TOKENS
+                await store.flush()
+                # A later call sends what has failed.
+                assert await store.keep(llama, 0, prompt) == TOKENS
+            assert objects.objects == whole.objects
+        before = whole.calls
+        async with remote_store(whole) as store:
+            assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+        for failing in range(1, whole.calls - before + 1, 2 if fault is late else 1):
+            fresh = make_context(kind, n_ctx=1024)
+            start = whole.calls
+            whole.fault = lambda call, n=start + failing: fault() if call == n else None  # type: ignore[misc]
+            async with remote_store(whole) as store:
+                attached = engine.attach(fresh.address)
+                first = await store.restore(attached, 0, prompt, leave=0)
+                assert 0 <= first <= TOKENS
+                whole.fault = lambda call: None
+                assert await store.restore(attached, 0, prompt, leave=0) == TOKENS
+            assert fresh.state_get(0) == state
+            assert np.array_equal(fresh.decode(0, [7]), logits)
+            await attached.detach()
+
+
+def shorter(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def nothing(data: bytes) -> bytes:
+    return b""
+
+
+def flipped(data: bytes) -> bytes:
+    return bytes([*data[:-3], data[-3] ^ 4, *data[-2:]])
+
+
+@pytest.mark.parametrize("harm", [shorter, nothing, flipped])
+async def test_each_read_is_wrong(
+    make_context: MakeContext, harm: Callable[[bytes], bytes]
+) -> None:
+    context, prompt = prompted(make_context, "hybrid")
+    objects = FaultyObjects()
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with remote_store(objects) as store:
+            assert await store.keep(llama, 0, prompt) == TOKENS
+        before = objects.calls
+        async with remote_store(objects) as store:
+            assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+        for wrong in range(1, objects.calls - before + 1):
+            start = objects.calls
+            objects.change = (  # type: ignore[misc]
+                lambda call, data, n=start + wrong: harm(data) if call == n else data
+            )
+            async with remote_store(objects) as store:
+                # A prefix of the hybrid cache is restored whole or not at all.
+                count = await store.restore(llama, 1, prompt, leave=0)
+                assert count in (0, TOKENS)
+                assert context.pos_max(1) == count - 1
