@@ -246,11 +246,11 @@ async def test_a_disk_that_hangs_does_not_slow_what_is_in_ram(
         # Something that RAM has the beginning of is looked for on the disk: that waits once.
         await until_it_hangs(hanging)
         with anyio.fail_after(20):
-            assert await store.restore(llama, 1, [*prompt, 7]) == TOKENS
+            assert await store.restore(llama, 1, [*prompt, 7, 8]) == TOKENS
         begin = time.monotonic()
         for _ in range(5):
-            assert (await store.find(llama, [*prompt, 7])).tokens == TOKENS
-            assert await store.restore(llama, 1, [*prompt, 7]) == TOKENS
+            assert (await store.find(llama, [*prompt, 7, 8])).tokens == TOKENS
+            assert await store.restore(llama, 1, [*prompt, 7, 8]) == TOKENS
         assert time.monotonic() - begin < hanging.PATIENCE
         hanging.end()
 

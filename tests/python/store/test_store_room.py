@@ -119,7 +119,7 @@ async def test_the_pools_never_have_more_than_the_budget(
 ) -> None:
     """Two engines, whose pools hold nothing but the store's buffers. They are asked at every turn
     of the event loop."""
-    limit = 3 << 19
+    limit = 400 << 10
     chooser = random.Random(11)
     contexts = [make_context(kind, n_ctx=1024) for _ in range(2)]
     # Buffers of many sizes, so that free ones are a little too large.
