@@ -55,7 +55,7 @@ class Measured:
 
     def __init__(self, url: str, parts: list[tuple[Description, memoryview]]) -> None:
         self.parts = parts
-        self.objects = ObstoreObjects.from_url(url, timeout=60)
+        self.objects = ObstoreObjects.from_url(url, timeout=60, put_timeout=60)
         self.store = S3Store.from_url(url, client_options={"allow_http": True})
         self.memories = [memoryview(bytearray(part.nbytes)) for part, _ in parts]
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvferry.store")
 
-_REQUEST_TIMEOUT = 15.0
-"""Seconds after which obstore ends a request: later than Remote stops waiting for its answer."""
 _WRITERS = 4
 _FIRST_LOOK = 8
 """Parts that a search asks for first; four times as many each further time."""
@@ -88,7 +86,7 @@ class Away:
         Raises InvalidArgument, ImportError.
         """
         try:
-            objects = objects_of(remote, timeout=_REQUEST_TIMEOUT)
+            objects = objects_of(remote)
         except ValueError as problem:
             raise invalid(str(problem)) from None
         self._name = remote if isinstance(remote, str) else "the remote tier"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy
@@ -72,47 +73,38 @@ class ObstoreObjects:
     every event loop, and nothing is copied on the loop's thread.
     """
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, puts: ObjectStore | None = None) -> None:
+        """``puts`` is the same object store, for puts alone; by default ``store``."""
         import obstore
 
         self._obstore = obstore
         self._store = store
+        self._puts = puts or store
         self._threads = ThreadPoolExecutor(_HEADS, "kvferry-heads")
 
     @classmethod
-    def from_url(cls, url: str, *, timeout: float) -> ObstoreObjects:
+    def from_url(
+        cls, url: str, *, timeout: float = 5.0, put_timeout: float = 15.0
+    ) -> ObstoreObjects:
         """``url`` is as for ``obstore.store.from_url``, which takes credentials, endpoint and
         region from the environment. Of the client's options only ``..._ALLOW_HTTP`` is taken from
         there.
 
-        ``timeout`` is for one request, in seconds: obstore then ends it. Raises ImportError;
-        ValueError for a URL that obstore does not take.
-        """
-        from datetime import timedelta
+        The timeouts are for one request, in seconds. obstore then ends the request, which the tier
+        has left before: until then it holds a thread, and the end of the process waits for it.
 
+        Raises ImportError; ValueError for a URL that obstore does not take.
+        """
         try:
             from obstore.exceptions import BaseError
-            from obstore.store import from_url
         except ImportError as problem:
             raise ImportError("a remote tier needs obstore: pip install 'kvferry[remote]'") from (
                 problem
             )
-        seconds = timedelta(seconds=timeout)
         try:
-            store = from_url(
-                url,
-                # The tier tries again itself.
-                retry_config={"max_retries": 0, "retry_timeout": seconds},
-                # obstore takes no client option from the environment where any is given here.
-                client_options={
-                    "timeout": seconds,
-                    "connect_timeout": seconds,
-                    "allow_http": _http_allowed(),
-                },
-            )
+            return cls(_store_of(url, timeout), _store_of(url, put_timeout))
         except BaseError as problem:
             raise ValueError(f"remote: {first_line(problem)}") from None
-        return cls(store)
 
     def put(self, name: str, nbytes: int, pieces: Iterator[memoryview]) -> None:
         # obstore sends from the memory of the pieces. It aborts a multipart upload where the
@@ -121,7 +113,7 @@ class ObstoreObjects:
         multipart = nbytes > _SINGLE_PUT
         try:
             self._obstore.put(
-                self._store,
+                self._puts,
                 name,
                 _drained(pieces) if multipart else list(pieces),
                 use_multipart=multipart,
@@ -194,6 +186,23 @@ def _drained(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         raise
 
 
+def _store_of(url: str, timeout: float) -> ObjectStore:
+    from obstore.store import from_url
+
+    seconds = timedelta(seconds=timeout)
+    return from_url(
+        url,
+        # The tier tries again itself.
+        retry_config={"max_retries": 0, "retry_timeout": seconds},
+        # obstore takes no client option from the environment where any is given here.
+        client_options={
+            "timeout": seconds,
+            "connect_timeout": seconds,
+            "allow_http": _http_allowed(),
+        },
+    )
+
+
 def _http_allowed() -> bool:
     """Whether the environment allows a connection without TLS, by a name that obstore takes."""
     names = [f"{cloud}ALLOW_HTTP" for cloud in ("", "AWS_", "AZURE_", "GOOGLE_")]
@@ -205,13 +214,13 @@ def first_line(problem: BaseException) -> str:
     return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
-def objects_of(remote: str | ObjectStore | Objects, *, timeout: float) -> Objects:
+def objects_of(remote: str | ObjectStore | Objects) -> Objects:
     """Returns the object store that a program has named, or given, as ``Store(remote=...)``.
 
     Raises TypeError, and as ``ObstoreObjects.from_url``.
     """
     if isinstance(remote, str):
-        return ObstoreObjects.from_url(remote, timeout=timeout)
+        return ObstoreObjects.from_url(remote)
     if hasattr(remote, "sizes"):  # which obstore's own stores have not
         return cast("Objects", remote)
     if not hasattr(remote, "put"):

@@ -32,7 +32,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 
 
 def remote(timeout: float = 5.0, breaker: Breaker | None = None, url: str = URL) -> Remote:
-    objects = ObstoreObjects.from_url(url, timeout=timeout)
+    objects = ObstoreObjects.from_url(url)
     return Remote(objects, timeout=timeout, find_timeout=min(1.0, timeout), breaker=breaker)
 
 
