@@ -187,7 +187,9 @@ class Away:
         part = what.part
         checksum = await anyio.to_thread.run_sync(getattr, part, "checksum", limiter=self._hashes)
         description = dataclasses.replace(what.description, checksum=checksum)
-        if not await self.remote.write(description, part.view):
+        calls = Calls()
+        if not await self.remote.write(description, part.view, calls):
+            await calls.ended()  # until then the entry must not be evicted: its memory is in use
             return False
         whole = description.end % self._block_tokens == 0
         if not whole and not await self._note_end(description.parent, description.end):

@@ -119,11 +119,15 @@ class Remote:
 
     # ---- Parts ----------------------------------------------------------------------------------
 
-    async def write(self, description: Description, data: bytes | memoryview) -> bool:
+    async def write(
+        self, description: Description, data: bytes | memoryview, calls: Calls | None = None
+    ) -> bool:
         """Keeps a part; it is in the object store when this returns True.
 
         A part that is there already is not sent again. Returns False if this failed. If the task is
-        cancelled, the upload is aborted. Raises ValueError if the data are not those described.
+        cancelled, the upload is aborted. Calls that were too late, or cancelled, may still read
+        ``data``: they keep them alive, and ``calls`` counts them. Raises ValueError if the data
+        have another length than described.
         """
         check(description)
         memory = memoryview(data).cast("B")
@@ -142,7 +146,7 @@ class Remote:
                 return False
             if sizes == [size]:
                 return True
-        if not await self._put(name, description, memory):
+        if not await self._put(name, description, memory, calls or Calls()):
             return False
         self._unusable.pop(name, None)
         self.written_bytes += size
@@ -288,14 +292,16 @@ class Remote:
             return False
         checksum = xxhash.xxh64_intdigest(content)
         description = Description(kind, key, key, 0, 0, key, len(content), checksum)
-        if not await self._put(name, description, memoryview(content)):
+        if not await self._put(name, description, memoryview(content), Calls()):
             return False
         self._unusable.pop(name, None)
         return True
 
     # ---- Calls ----------------------------------------------------------------------------------
 
-    async def _put(self, name: str, description: Description, memory: memoryview) -> bool:
+    async def _put(
+        self, name: str, description: Description, memory: memoryview, calls: Calls
+    ) -> bool:
         header = memoryview(header_of(description))
         stopped = False
         attempts = 0
@@ -315,7 +321,8 @@ class Remote:
         try:
             async with self._transfers:
                 seconds = self._seconds(len(memory))
-                return await self._call(put, f"the write of {name}", seconds) is not None
+                counted = calls.counted(put)
+                return await self._call(counted, f"the write of {name}", seconds) is not None
         finally:
             stopped = True  # a thread that is still at it aborts the upload
 
