@@ -17,7 +17,7 @@ import anyio.to_thread
 from .._bridge.arguments import invalid
 from .._bridge.block_list import BlocksAllowed
 from .description import Description, Kind
-from .keys import Link, chain, next_key
+from .keys import Link, next_key
 from .objects import Objects, objects_of
 from .prefix import Prefix, Search
 from .ram import Entry
@@ -102,6 +102,7 @@ class Away:
         self._there: WeakSet[Entry] = WeakSet()
         self._waiting: set[Entry] = set()
         self._noted: set[tuple[bytes, bytes]] = set()
+        self._closed = False
         self.pending = 0
         """Writes that have not ended."""
         self.pending_bytes = 0
@@ -116,6 +117,7 @@ class Away:
 
     async def close(self) -> None:
         """Ends writes that are under way: their uploads are aborted."""
+        self._closed = True
         self._send.close()
         self._tasks.cancel_scope.cancel()
         try:
@@ -129,7 +131,10 @@ class Away:
     # ---- Writes ---------------------------------------------------------------------------------
 
     def write(self, entries: Iterable[Entry]) -> None:
-        """Writes entries of RAM later, unless they are there. They are not evicted before."""
+        """Writes entries of RAM later, unless they are there. They are not evicted before. Writes
+        nothing after ``close``: a keep may go on when the store is left."""
+        if self._closed:
+            return
         for entry in entries:
             if entry in self._there or entry in self._waiting:
                 continue
@@ -142,9 +147,9 @@ class Away:
             self._waiting.add(entry)
             self._queue(entry)
 
-    def write_layout(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
-        """Notes later that something is kept under a root, unless this has been noted."""
-        if (model, root) not in self._noted and not self.remote.left_alone:
+    def note(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
+        """Has it written that something is kept under a root, unless that has been done."""
+        if not self._closed and (model, root) not in self._noted and not self.remote.left_alone:
             self._noted.add((model, root))
             self._queue((model, root, allowed))
 
@@ -241,8 +246,7 @@ class Away:
         return seen
 
     async def _look(self, search: Search, known: int, seen: Seen) -> None:
-        tokens, step = search.tokens, search.block_tokens
-        links = chain(search.root, tokens[: len(tokens) // step * step], step)
+        links = search.links
         if search.allowed.blocks:
             begin, window = known, _FIRST_LOOK
             while begin < len(links) and seen.seconds_left:

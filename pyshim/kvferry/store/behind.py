@@ -53,6 +53,8 @@ class Behind:
         ](math.inf)
         self._write_ended = anyio.Event()
         self._hangs = False  # as the log has it
+        self._noted: set[bytes] = set()  # roots whose notes are on the disk, or will be
+        self._closed = False
         self.pending = 0
         """Writes that have not ended."""
         self.failed = 0
@@ -70,6 +72,7 @@ class Behind:
 
     async def close(self) -> None:
         """Waits for calls that make progress, and begins no more. A call that hangs goes on."""
+        self._closed = True
         self._send.close()
         ended = []
         with anyio.CancelScope(shield=True):
@@ -88,11 +91,20 @@ class Behind:
     # ---- Writes ---------------------------------------------------------------------------------
 
     def write(self, what: Entry | tuple[Description, bytes]) -> None:
-        """Writes an entry of RAM later, or a note. The entry is not evicted before."""
+        """Writes an entry of RAM later, or a note. The entry is not evicted before. Writes nothing
+        after ``close``: a keep may go on when the store is left."""
+        if self._closed:
+            return
         if isinstance(what, Entry):
             what.holds += 1
         self.pending += 1
         self._send.send_nowait(what)
+
+    def note(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
+        """Has it written that something is kept under a root, unless that has been done."""
+        if root not in self._noted:
+            self._noted.add(root)
+            self.write(layout_note(model, root, allowed))
 
     async def write_ends(self) -> bool:
         """Returns True when a write has ended; False if none is pending, or the disk hangs."""
@@ -112,18 +124,26 @@ class Behind:
         """Writes what ``write`` is given, until this is cancelled."""
         async for what in self._receive:
             try:
-                if not await self._writer.to_its_end(_write, self.disk, what):
+                if not await self._written(what):
                     self.failed += 1
-            except Exception as problem:
-                # What is kept in RAM stays there.
-                self.failed += 1
-                self._report("a write", problem)
+                    if not isinstance(what, Entry):
+                        self._noted.discard(what[0].key)  # the next keep tries again
             finally:
                 if isinstance(what, Entry):
                     what.holds -= 1
                 self.pending -= 1
                 self._write_ended.set()
                 self._write_ended = anyio.Event()
+
+    async def _written(self, what: Entry | tuple[Description, bytes]) -> bool:
+        try:
+            written = await self._writer.to_its_end(_write, self.disk, what)
+        except Exception as problem:
+            if not self._closed:
+                self._report("a write", problem)  # what is kept in RAM stays there
+            return False
+        self._hangs = False
+        return written
 
     # ---- Reads ----------------------------------------------------------------------------------
 
@@ -173,6 +193,8 @@ class Behind:
 
         def find() -> set[Id]:
             found = set()
+            for root in {each.root for each in asked}:
+                self.disk.use("layout", root)  # its note is of use, too
             for each in asked:
                 part = self.disk.find(each.kind, each.key)
                 if part is not None and each == dataclasses.replace(

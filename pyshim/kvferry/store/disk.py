@@ -6,7 +6,7 @@ import errno
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -103,6 +103,10 @@ class Disk:
     def find(self, kind: str, key: bytes) -> Description | None:
         """Returns what the index has. Whether the file is right, ``read_into`` says."""
         return self._with_index(lambda index: index.find(kind, key))
+
+    def find_all(self, kind: str, keys: Sequence[bytes]) -> list[Description]:
+        """As ``find``, for at most 900 keys: returns those that are there, in no order."""
+        return self._with_index(lambda index: index.find_all(kind, keys))
 
     def children(self, parent: bytes) -> list[Description]:
         """Returns the parts that have this parent, in no order."""

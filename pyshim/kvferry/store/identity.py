@@ -12,7 +12,7 @@ import anyio.to_thread
 from .._bridge.block_list import BlocksAllowed
 from ..llama import Llama
 from .away import Away
-from .behind import Behind, layout_note
+from .behind import Behind
 from .keys import root_key
 from .weights import weights_hash
 
@@ -68,12 +68,11 @@ class Identities:
         layout, allowed, why = await self._layout(llama)
         root = root_key([model, layout.encode()])
         if allowed.blocks or allowed.checkpoints:
-            known = self._known.setdefault(model, {})
-            if self._behind is not None and root not in known:
-                self._behind.write(layout_note(model, root, allowed))
+            self._known.setdefault(model, {})[root] = allowed
+            if self._behind is not None:
+                self._behind.note(model, root, allowed)
             if self._away is not None:
-                self._away.write_layout(model, root, allowed)
-            known[root] = allowed
+                self._away.note(model, root, allowed)
         return Kept(root, allowed), why
 
     async def is_unseen(self, llama: Llama) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import cast
 
 from .description import Description
@@ -31,9 +31,9 @@ CREATE TRIGGER part_removed AFTER DELETE ON part BEGIN
 PRAGMA user_version = 1;
 """
 _COLUMNS = "kind, key, parent, begin, end, root, nbytes, checksum"
-# A block that another part builds on is useful as long as that part is.
+# A block that another part builds on is useful as long as that part is; so is the note of a layout.
 _EVICTABLE = """SELECT kind, key FROM part AS p WHERE kind || hex(key) <> ? AND key <> ?
-    AND (kind <> 'block' OR NOT EXISTS (SELECT 1 FROM part AS c WHERE c.parent = p.key
+    AND (kind = 'checkpoint' OR NOT EXISTS (SELECT 1 FROM part AS c WHERE c.parent = p.key
     AND NOT (c.key = p.key AND c.kind = p.kind))) ORDER BY used"""
 _OLDEST = "SELECT kind, key FROM part WHERE kind || hex(key) <> ? AND key <> ? ORDER BY used"
 
@@ -78,6 +78,10 @@ class Index:
     def find(self, kind: str, key: bytes) -> Description | None:
         rows = self._rows("kind = ? AND key = ?", kind, key)
         return rows[0] if rows else None
+
+    def find_all(self, kind: str, keys: Sequence[bytes]) -> list[Description]:
+        places = ",".join("?" * len(keys))
+        return self._rows(f"kind = ? AND key IN ({places})", kind, *keys)
 
     def children(self, parent: bytes) -> list[Description]:
         return self._rows("parent = ?", parent)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from .._bridge.block_list import BlocksAllowed
@@ -11,6 +12,8 @@ from .description import Description, Kind
 from .disk import Disk
 from .keys import Link, Tokens, chain, next_key
 from .ram import Ram
+
+_MOST_ASKED = 512  # a statement of SQLite may have at least 999 values
 
 
 class Lookup(Protocol):
@@ -21,14 +24,34 @@ class Lookup(Protocol):
 
 
 class InBoth:
-    """Looks into RAM, then into the folder. May block on the disk."""
+    """Looks into RAM, then into the folder. May block on the disk. For one search.
 
-    def __init__(self, ram: Ram, disk: Disk) -> None:
+    The keys of the blocks that will be asked for are known before, and one question for many keys
+    takes hardly longer than one for a single key. Questions become longer as long as blocks are
+    found: most searches end at the first block, and others have a hundred.
+    """
+
+    def __init__(self, ram: Ram, disk: Disk, blocks: Sequence[bytes] = ()) -> None:
+        """``blocks`` are the keys of the blocks of the prompt, in order."""
         self._ram = ram
         self._disk = disk
+        self._blocks = blocks
+        self._places = {key: place for place, key in enumerate(blocks)}
+        self._asked: dict[bytes, Description | None] = {}
+        self._count = 1
 
     def find(self, kind: Kind, key: bytes) -> Description | None:
-        return self._ram.find(kind, key) or self._disk.find(kind, key)
+        if (found := self._ram.find(kind, key)) is not None:
+            return found
+        if kind != "block" or key not in self._places:
+            return self._disk.find(kind, key)
+        if key not in self._asked:
+            first = self._places[key]
+            asked = self._blocks[first : first + self._count]
+            self._count = min(_MOST_ASKED, 8 * self._count)
+            self._asked.update(dict.fromkeys(asked))
+            self._asked.update((each.key, each) for each in self._disk.find_all(kind, asked))
+        return self._asked[key]
 
     def ends(self, parent: bytes) -> list[int]:
         on_disk = {each.end for each in self._disk.children(parent)}
@@ -80,11 +103,20 @@ class Search:
     allowed: BlocksAllowed
     tokens: Tokens
     block_tokens: int
+    chained: list[Link] | None = None
+    """The whole blocks of the prompt, where they are known already."""
+
+    @cached_property
+    def links(self) -> list[Link]:
+        """The whole blocks of the prompt."""
+        if self.chained is not None:
+            return self.chained
+        whole = len(self.tokens) // self.block_tokens * self.block_tokens
+        return chain(self.root, self.tokens[:whole], self.block_tokens)
 
     def run(self) -> Prefix | None:
         """Returns None if there is none."""
-        whole = len(self.tokens) // self.block_tokens * self.block_tokens
-        links = chain(self.root, self.tokens[:whole], self.block_tokens)
+        links = self.links
         blocks: list[Description] = []
         if self.allowed.blocks:
             for link in links:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,13 +17,14 @@ from .._bridge.submission import Priority
 from ..blocks import Block, Checkpoint
 from ..errors import StateDamaged, StateMismatch
 from ..llama import Llama
-from .away import Away
+from .away import Away, Seen
 from .behind import Behind
 from .buffers import Buffers
 from .description import Description
+from .disk import Disk
 from .identity import Identities
 from .keys import Tokens
-from .prefix import InBoth, InTurn, Prefix, Search
+from .prefix import InBoth, InTurn, Lookup, Prefix, Search
 from .ram import Entry, Ram
 from .threads import Hanging
 
@@ -85,16 +87,15 @@ class Restoring:
             return prefix is not None and prefix.end == len(search.tokens)
 
         if self._behind is not None and not whole():
-            both = InBoth(self._ram, self._behind.disk)
-            search = dataclasses.replace(search, lookup=both)
-            prefix = await self._behind.look_up("a search", search.run, prefix)
+            run = functools.partial(_search_in, search, self._ram, self._behind.disk)
+            prefix = await self._behind.look_up("a search", run, prefix)
         if self._away is not None and not whole():
             seen = await self._away.look(search, prefix)
-            without_disk = dataclasses.replace(search, lookup=InTurn(self._ram, seen)).run()
+            without_disk = _search_in(search, self._ram, seen=seen)
             if self._behind is None:
                 return without_disk
-            search = dataclasses.replace(search, lookup=InTurn(search.lookup, seen))
-            prefix = await self._behind.look_up("a search", search.run, without_disk or prefix)
+            run = functools.partial(_search_in, search, self._ram, self._behind.disk, seen)
+            prefix = await self._behind.look_up("a search", run, without_disk or prefix)
         return prefix
 
     async def tier(self, prefix: Prefix) -> str:
@@ -243,6 +244,18 @@ class Restoring:
             log.log(level, "a prefix of %d tokens was refused: %s", prefix.end, refusal)
             return False
         return True
+
+
+def _search_in(
+    search: Search, ram: Ram, disk: Disk | None = None, seen: Seen | None = None
+) -> Prefix | None:
+    """Searches RAM, the disk, and what was seen in the object store. With a disk it may block."""
+    lookup: Lookup = ram
+    if disk is not None:
+        lookup = InBoth(ram, disk, [link.key for link in search.links])
+    if seen is not None:
+        lookup = InTurn(lookup, seen)
+    return dataclasses.replace(search, lookup=lookup, chained=search.links).run()
 
 
 def _saved(

@@ -131,11 +131,14 @@ class DiskThreads:
     ) -> T:
         """Returns or raises what the function returns or raises on a thread.
 
-        Raises Hanging if the call makes no progress. If this raises anything, ``dropped`` is called
-        when the thread has ended.
+        Raises Hanging if the call makes no progress, and KvferryError after ``close``. If this
+        raises anything, ``dropped`` is called when the thread has ended.
         """
         call = Call(functools.partial(function, *arguments), dropped)
         try:
+            if self._closed:
+                call.end()
+                return call.outcome()
             if self.stuck:
                 call.end()
                 raise Hanging("the disk does not answer")

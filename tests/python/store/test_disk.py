@@ -50,6 +50,34 @@ def test_round_trip(disk: Disk, folder: Path, nbytes: int) -> None:
     assert read(disk, part) is None
 
 
+def test_many_are_found_at_once(disk: Disk) -> None:
+    parts = [make_part(number) for number in range(30)]
+    for part, data in parts:
+        disk.write(part, data)
+    keys = [part.key for part, _ in parts]
+    disk.remove("block", keys[7])
+    found = disk.find_all("block", [*keys, bytes(32)])
+    assert {part.key for part in found} == {*keys} - {keys[7]}
+    assert disk.find_all("checkpoint", keys) == disk.find_all("block", []) == []
+
+
+def test_pinned_parts_are_not_evicted(folder: Path) -> None:
+    pinned: set[tuple[str, bytes]] = set()
+    disk = Disk(folder, 2 << 20, pinned=pinned)
+    chain = [make_part(0, 200_000)]
+    chain.append(make_part(1, 200_000, parent=chain[0][0].key))
+    for part, data in chain:
+        pinned.add((part.kind, part.key))
+        assert disk.write(part, data)
+    for number in range(10, 40):
+        assert disk.write(*make_part(number, 200_000))
+    assert disk.stats().evicted > 10
+    assert all(read(disk, part) == data for part, data in chain)
+    assert not disk.write(*make_part(99, 1_700_000)), "only evicting what is pinned makes the room"
+    assert all(read(disk, part) == data for part, data in chain)
+    disk.close()
+
+
 def test_checkpoint_and_block_of_one_key(disk: Disk) -> None:
     block, data = make_part(1)
     checkpoint = replace(block, kind="checkpoint", begin=block.end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import time
@@ -290,3 +291,18 @@ async def test_a_store_can_be_left_while_its_disk_hangs(
                 await store.keep(engine.attach(context.address), 0, prompt)
         assert any("hangs" in each.message for each in lines(caplog))
         hanging.end()
+
+
+async def test_a_store_that_is_left_by_an_error_does_not_wait_for_its_writes(
+    make_context: MakeContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        with contextlib.suppress(ZeroDivisionError):
+            async with store_in(tmp_path) as store:
+                await store.keep(llama, 0, prompt)
+                raise ZeroDivisionError
+        assert not lines(caplog)
+        async with store_in(tmp_path) as store:
+            assert await store.find(llama, prompt)
