@@ -63,6 +63,11 @@ BINDINGS_LLAMA := $(BINDINGS_LIB)/.$(BINDINGS_BUILD)
 BINDINGS_HEADERS := $(BINDINGS_LIB)/include/llama.h
 BINDINGS := .venv/.llama-$(BINDINGS_BUILD)
 PACKAGE := .venv/.kvferry
+# A server that speaks S3, for the tests and figures of the store's remote tier. Without Go the tests that need it are skipped.
+VERSITYGW_VERSION := v1.8.0
+ifneq ($(shell command -v go),)
+S3_SERVER := build/tools/.versitygw-$(VERSITYGW_VERSION)
+endif
 
 .PHONY: help
 help:
@@ -89,7 +94,7 @@ help:
 # ---- Set-up ----------------------------------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: $(TOOLS) $(PYTHON_LLAMA) $(OTHER_LLAMA) $(BINDINGS)
+setup: $(TOOLS) $(PYTHON_LLAMA) $(OTHER_LLAMA) $(BINDINGS) $(S3_SERVER)
 
 $(VENV):
 	@for tool in $(PYTHON) c++ npm; do \
@@ -152,6 +157,12 @@ $(BINDINGS): $(TOOLS) $(BINDINGS_LLAMA)
 	python -c 'import llama_cpp'
 	touch $@
 
+# The name of its file carries no version; the stamp does.
+build/tools/.versitygw-$(VERSITYGW_VERSION):
+	mkdir -p $(@D) && rm -f $(@D)/.versitygw-*
+	GOBIN=$(CURDIR)/$(@D) go install github.com/versity/versitygw/cmd/versitygw@$(VERSITYGW_VERSION)
+	touch $@
+
 # ---- The package in .venv --------------------------------------------------------------------------------------------
 
 ifneq ($(shell command -v ccache),)
@@ -208,6 +219,10 @@ bench: $(PACKAGE) $(PYTHON_LLAMA)
 bench-scheduling: build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target kvferry cuda_simulated
 	python bench/scheduling.py $(ARGS)
+
+.PHONY: bench-store-remote
+bench-store-remote: $(PACKAGE) $(S3_SERVER)
+	python bench/store_remote.py $(ARGS)
 
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
@@ -292,7 +307,7 @@ endef
 
 .PHONY: test-python
 test-python: export KVFERRY_SIMULATED_CUDA := $(SIMULATED_CUDA)
-test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
+test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) $(S3_SERVER) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	$(run_python_tests)
 
@@ -359,7 +374,7 @@ soak-disk: $(PACKAGE)
 # do is known by its name, such as KVFERRY_LLAMA_BUILD=b10361.
 .PHONY: test-gpu
 test-gpu: export KVFERRY_TEST_GPU := 1
-test-gpu: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
+test-gpu: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) $(S3_SERVER) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS)
 	$(CTEST) --test-dir build/native --label-regex cuda --parallel 1
 	$(run_python_tests)

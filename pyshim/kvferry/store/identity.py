@@ -11,6 +11,7 @@ import anyio.to_thread
 
 from .._bridge.block_list import BlocksAllowed
 from ..llama import Llama
+from .away import Away
 from .behind import Behind
 from .keys import root_key
 from .weights import weights_hash
@@ -34,9 +35,12 @@ class Identities:
     context that is new all of them are tried.
     """
 
-    def __init__(self, files: anyio.CapacityLimiter, behind: Behind | None) -> None:
+    def __init__(
+        self, files: anyio.CapacityLimiter, behind: Behind | None, away: Away | None
+    ) -> None:
         self._files = files
         self._behind = behind
+        self._away = away
         self._models: WeakKeyDictionary[Llama, list[bytes]] = WeakKeyDictionary()
         self._layouts: WeakKeyDictionary[Llama, tuple[str, BlocksAllowed, str]] = (
             WeakKeyDictionary()
@@ -51,6 +55,8 @@ class Identities:
             known = self._known.get(model, {})
             if self._behind is not None:
                 known = {**await self._behind.layouts(model), **known}
+            if self._away is not None:
+                known = {**await self._away.layouts(model), **known}
             return [Kept(*each) for each in known.items()]
         if allowed is BlocksAllowed.NONE:
             return []
@@ -65,6 +71,8 @@ class Identities:
             self._known.setdefault(model, {})[root] = allowed
             if self._behind is not None:
                 self._behind.note(model, root, allowed)
+            if self._away is not None:
+                self._away.note(model, root, allowed)
         return Kept(root, allowed), why
 
     async def is_unseen(self, llama: Llama) -> bool:

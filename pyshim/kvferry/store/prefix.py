@@ -58,6 +58,20 @@ class InBoth:
         return list(on_disk.union(self._ram.ends(parent)))
 
 
+class InTurn:
+    """Looks into one Lookup, then into another."""
+
+    def __init__(self, first: Lookup, second: Lookup) -> None:
+        self._first = first
+        self._second = second
+
+    def find(self, kind: Kind, key: bytes) -> Description | None:
+        return self._first.find(kind, key) or self._second.find(kind, key)
+
+    def ends(self, parent: bytes) -> list[int]:
+        return list({*self._first.ends(parent), *self._second.ends(parent)})
+
+
 @dataclass(frozen=True)
 class Prefix:
     """What a load of the first tokens of a prompt needs."""

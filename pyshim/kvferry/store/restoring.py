@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import anyio
@@ -17,13 +17,14 @@ from .._bridge.submission import Priority
 from ..blocks import Block, Checkpoint
 from ..errors import StateDamaged, StateMismatch
 from ..llama import Llama
+from .away import Away, Seen
 from .behind import Behind
 from .buffers import Buffers
 from .description import Description
 from .disk import Disk
 from .identity import Identities
 from .keys import Tokens
-from .prefix import InBoth, Prefix, Search
+from .prefix import InBoth, InTurn, Lookup, Prefix, Search
 from .ram import Entry, Ram
 from .threads import Hanging
 
@@ -51,6 +52,7 @@ class Restoring:
         self,
         ram: Ram,
         behind: Behind | None,
+        away: Away | None,
         buffers: Buffers,
         identities: Identities,
         block_tokens: int,
@@ -58,13 +60,14 @@ class Restoring:
     ) -> None:
         self._ram = ram
         self._behind = behind
+        self._away = away
         self._buffers = buffers
         self._identities = identities
         self._block_tokens = block_tokens
         self._counts = counts
 
     async def prefixes(
-        self, llama: Llama, tokens: Tokens, salt: bytes, *, on_disk: bool = True
+        self, llama: Llama, tokens: Tokens, salt: bytes, *, ram_alone: bool = False
     ) -> list[Prefix]:
         """Returns the longest prefix of each cache that the context may have, longest first."""
         candidates = await self._identities.candidates(llama, salt)
@@ -72,24 +75,47 @@ class Restoring:
         for each in candidates:
             search = Search(self._ram, each.root, each.allowed, tokens, self._block_tokens)
             prefix = search.run()
-            if (
-                self._behind is not None
-                and on_disk
-                and (prefix is None or prefix.end < len(tokens))
-            ):
-                run = functools.partial(_search_both, search, self._ram, self._behind.disk)
-                prefix = await self._behind.look_up("a search", run, prefix)
+            if not ram_alone:
+                prefix = await self._search_farther(search, prefix)
             found.append(prefix)
         return sorted(filter(None, found), key=lambda prefix: prefix.end, reverse=True)
+
+    async def _search_farther(self, search: Search, prefix: Prefix | None) -> Prefix | None:
+        """Returns the longest prefix of all tiers; ``prefix`` is that of RAM."""
+
+        def whole() -> bool:
+            return prefix is not None and prefix.end == len(search.tokens)
+
+        if self._behind is not None and not whole():
+            run = functools.partial(_search_in, search, self._ram, self._behind.disk)
+            prefix = await self._behind.look_up("a search", run, prefix)
+        if self._away is not None and not whole():
+            seen = await self._away.look(search, prefix)
+            without_disk = _search_in(search, self._ram, seen=seen)
+            if self._behind is None:
+                return without_disk
+            run = functools.partial(_search_in, search, self._ram, self._behind.disk, seen)
+            prefix = await self._behind.look_up("a search", run, without_disk or prefix)
+        return prefix
+
+    async def tier(self, prefix: Prefix) -> str:
+        """Returns the farthest of the tiers that a prefix must be brought from."""
+        missing = [p for p in prefix.parts if self._ram.get(p.kind, p.key) is None]
+        if not missing:
+            return "ram"
+        if self._away is None:
+            return "disk"
+        on_disk = set() if self._behind is None else await self._behind.use(missing)
+        return "disk" if len(on_disk) == len(missing) else "remote"
 
     async def restore(
         self, llama: Llama, seq: int, tokens: Tokens, salt: bytes, priority: Priority
     ) -> int:
         """Returns how many tokens were loaded; 0: none, and the sequence was not touched."""
-        on_disk = True
+        ram_alone = False
         for _ in range(_SEARCHES):
             again = False
-            for prefix in await self.prefixes(llama, tokens, salt, on_disk=on_disk):
+            for prefix in await self.prefixes(llama, tokens, salt, ram_alone=ram_alone):
                 with contextlib.ExitStack() as held:
                     try:
                         entries = await self.bring(llama, tokens, prefix, held)
@@ -97,7 +123,7 @@ class Restoring:
                         again = True
                         continue
                     except _NoRoom:
-                        again, on_disk = True, False
+                        again = ram_alone = True
                         continue
                     if await self._load(llama, seq, prefix, entries, priority):
                         self._ram.use(entries)
@@ -158,21 +184,44 @@ class Restoring:
         return [entries[index] for index in range(len(prefix.parts))]
 
     async def _read(self, llama: Llama, tokens: Tokens, part: Description, *, whole: bool) -> Entry:
-        """Reads a part from the disk into a buffer of the engine, and keeps it in RAM."""
-        if self._behind is None:
+        """Reads a part from a farther tier into a buffer of the engine, and keeps it in RAM."""
+        if self._behind is None and self._away is None:
             raise _NotRead
         if (taken := await self._buffers.take(llama, part.nbytes)) is None:
             raise _NoRoom
         buffer, room = taken
-        try:
-            right = await self._behind.read(part, buffer.view, dropped=room.release)
-        except Hanging:
-            raise _NoRoom from None
-        if not right:
+        found = await self._fill(part, buffer.view, room.release)
+        if found is None:
             raise _NotRead
-        saved = _saved(part, buffer.memory, llama.fingerprint, tokens, whole)
+        saved = _saved(found, buffer.memory, llama.fingerprint, tokens, whole)
         self._counts["read_bytes"] += part.nbytes
-        return self._ram.add(Entry(part, saved, buffer.capacity), room)
+        return self._ram.add(Entry(found, saved, buffer.capacity), room)
+
+    async def _fill(
+        self, part: Description, memory: memoryview, dropped: Callable[[], None]
+    ) -> Description | None:
+        """Reads a part from the disk if it is there, else from the object store.
+
+        Returns None where it was not read; raises _NoRoom. Then ``dropped`` is called when nothing
+        writes into ``memory`` any more.
+        """
+        away = self._away
+        if self._behind is not None and (away is None or await self._is_on_disk(part, dropped)):
+            try:
+                right = await self._behind.read(part, memory, dropped=dropped)
+            except Hanging:
+                raise _NoRoom from None
+            return part if right else None
+        assert away is not None
+        return await away.read(part, memory, dropped)
+
+    async def _is_on_disk(self, part: Description, dropped: Callable[[], None]) -> bool:
+        assert self._behind is not None
+        try:
+            return bool(await self._behind.use([part]))
+        except BaseException:
+            dropped()
+            raise
 
     async def _load(
         self,
@@ -197,10 +246,16 @@ class Restoring:
         return True
 
 
-def _search_both(search: Search, ram: Ram, disk: Disk) -> Prefix | None:
-    """Searches RAM and the disk. May block."""
-    both = InBoth(ram, disk, [link.key for link in search.links])
-    return dataclasses.replace(search, lookup=both, chained=search.links).run()
+def _search_in(
+    search: Search, ram: Ram, disk: Disk | None = None, seen: Seen | None = None
+) -> Prefix | None:
+    """Searches RAM, the disk, and what was seen in the object store. With a disk it may block."""
+    lookup: Lookup = ram
+    if disk is not None:
+        lookup = InBoth(ram, disk, [link.key for link in search.links])
+    if seen is not None:
+        lookup = InTurn(lookup, seen)
+    return dataclasses.replace(search, lookup=lookup, chained=search.links).run()
 
 
 def _saved(

@@ -15,6 +15,7 @@ from ..blocks import Block, Checkpoint
 from ..buffer import Buffer
 from ..errors import BufferTooSmall
 from ..llama import Llama
+from .away import Away
 from .behind import Behind
 from .buffers import Buffers
 from .description import Description, Kind
@@ -72,12 +73,14 @@ class Saving:
         self,
         ram: Ram,
         behind: Behind | None,
+        away: Away | None,
         buffers: Buffers,
         block_tokens: int,
         counts: Counter[str],
     ) -> None:
         self._ram = ram
         self._behind = behind
+        self._away = away
         self._buffers = buffers
         self._block_tokens = block_tokens
         self._counts = counts
@@ -102,6 +105,9 @@ class Saving:
                 there |= await self._behind.use(absent)
                 absent = [part for part in parts if (part.kind, part.key) not in there]
             there |= await self._save_missing(conversation, absent, expires, priority)
+            if self._away is not None:
+                entries = [self._ram.entry((part.kind, part.key)) for part in parts]
+                self._away.write(entry for entry in entries if entry)
         needed = [(part.kind, part.key) for part in parts]
         if conversation.kept.allowed.checkpoints:
             return (conversation.links[-1].end, needed) if there.issuperset(needed) else (0, [])

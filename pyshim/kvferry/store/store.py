@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import anyio
 from numpy.typing import ArrayLike
@@ -18,15 +19,20 @@ from .._bridge.submission import Priority
 from .._native import lib
 from ..errors import KvferryError, error
 from ..llama import Llama
+from .away import Away
 from .behind import Behind
 from .buffers import Buffers
 from .identity import Identities
 from .keys import Tokens, chain, checked_tokens
 from .names import Listed, Names
+from .objects import Objects
 from .ram import Ram
 from .restoring import Restoring
 from .saving import Conversation, Saving
 from .sizes import size
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 log = logging.getLogger("kvferry.store")
 
@@ -40,8 +46,8 @@ class Found:
     nbytes: int
     """The bytes that a restore would move."""
     tier: str
-    """Where they lie: "ram"; "disk", where some of them are on disk alone; "" where
-    nothing is kept."""
+    """Where they lie: "ram"; "disk", where some of them are on disk alone; "remote", where some
+    are in the object store alone; "" where nothing is kept."""
 
 
 class Store:
@@ -59,6 +65,11 @@ class Store:
         again when the process has been started anew.
     disk_limit
         The most bytes that the folder may take. Given with ``disk``.
+    remote
+        An object store, which any number of stores may share: a URL such as "s3://bucket/prefix"
+        (needs ``pip install kvferry[remote]``; credentials and endpoint are found in the
+        environment, as obstore does), a store object of ``obstore.store``, or an object with the
+        functions of ``kvferry.store.objects.Objects``. What is kept is written there behind.
     block_tokens
         How many tokens a block has. Only what was kept with this number is found.
     salt
@@ -73,10 +84,11 @@ class Store:
         ram: int | str,
         disk: str | os.PathLike[str] | None = None,
         disk_limit: int | str | None = None,
+        remote: str | ObjectStore | Objects | None = None,
         block_tokens: int = 256,
         salt: bytes = b"",
     ) -> None:
-        """Raises TypeError, InvalidArgument."""
+        """Raises TypeError, InvalidArgument; ImportError where ``remote`` needs obstore."""
         self._ram = Ram(size("ram", ram))
         self._behind: Behind | None = None
         if (disk is None) != (disk_limit is None):
@@ -85,15 +97,28 @@ class Store:
             limit = size("disk_limit", disk_limit)
             self._behind = Behind(disk, limit, pinned=self._ram.pinned)
         self._block_tokens = integer("block_tokens", block_tokens, least=1)
+        self._away: Away | None = None
+        if remote is not None:
+            self._away = Away(
+                remote, block_tokens=self._block_tokens, most_pending=self._ram.limit // 4
+            )
         self._salt = _checked_salt(salt)
         self._counts: Counter[str] = Counter()
-        self._identities = Identities(anyio.CapacityLimiter(1), self._behind)
+        self._identities = Identities(anyio.CapacityLimiter(1), self._behind, self._away)
         self._names = Names(self._ram)
         buffers = Buffers(self._ram, self._behind)
         self._restoring = Restoring(
-            self._ram, self._behind, buffers, self._identities, self._block_tokens, self._counts
+            self._ram,
+            self._behind,
+            self._away,
+            buffers,
+            self._identities,
+            self._block_tokens,
+            self._counts,
         )
-        self._saving = Saving(self._ram, self._behind, buffers, self._block_tokens, self._counts)
+        self._saving = Saving(
+            self._ram, self._behind, self._away, buffers, self._block_tokens, self._counts
+        )
         self._closed = True  # until it is entered
 
     # ---- Finding and restoring ------------------------------------------------------------------
@@ -111,8 +136,8 @@ class Store:
         prefixes = await self._restoring.prefixes(llama, wanted, salt)
         if not prefixes:
             return Found(0, 0, "")
-        in_ram = all(self._ram.get(part.kind, part.key) for part in prefixes[0].parts)
-        return Found(prefixes[0].end, prefixes[0].nbytes, "ram" if in_ram else "disk")
+        tier = await self._restoring.tier(prefixes[0])
+        return Found(prefixes[0].end, prefixes[0].nbytes, tier)
 
     async def restore(
         self,
@@ -146,8 +171,8 @@ class Store:
         return count
 
     def prefetch(self, llama: Llama, tokens: ArrayLike, *, salt: bytes | None = None) -> None:
-        """Reads the longest known prefix from the disk into RAM, in a task of the store. Returns at
-        once. A failure is in the log."""
+        """Reads the longest known prefix from disk and object store into RAM, in a task of the
+        store. Returns at once. A failure is in the log."""
         self._check_open()
         self._tasks.start_soon(self._prefetch, llama, checked_tokens(tokens), self._salt_or(salt))
 
@@ -253,6 +278,7 @@ class Store:
             "evicted": self._ram.evicted,
             "disk_writes_pending": self._behind.pending if self._behind else 0,
             "disk_writes_failed": self._behind.failed if self._behind else 0,
+            **(self._away.stats() if self._away else {}),
             **{
                 name: self._counts[name]
                 for name in (
@@ -269,15 +295,19 @@ class Store:
     # ---- Closing --------------------------------------------------------------------------------
 
     async def flush(self) -> None:
-        """Returns when all that has been kept is on the disk, or could not be written; or when the
-        disk hangs (``stats()["disk_writes_pending"]`` is not 0 then)."""
+        """Returns when all that has been kept is on the disk and in the object store, or could not
+        be written; or when the disk hangs (``stats()["disk_writes_pending"]`` is not 0 then)."""
         if self._behind is not None:
             await self._behind.flush()
+        if self._away is not None:
+            await self._away.flush()
 
     async def __aenter__(self) -> Store:
         """Raises OSError where the folder cannot be used."""
         if self._behind is not None:
             await self._behind.open()
+        if self._away is not None:
+            await self._away.open()
         self._tasks = await anyio.create_task_group().__aenter__()
         self._closed = False
         return self
@@ -288,8 +318,8 @@ class Store:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Waits for the writes to the disk, unless the body has failed; then forgets what is in
-        RAM."""
+        """Waits for the writes to disk and object store, unless the body has failed; then forgets
+        what is in RAM."""
         self._closed = True
         try:
             if exception is None:
@@ -300,10 +330,14 @@ class Store:
                 await self._tasks.__aexit__(None, None, None)
             finally:
                 try:
-                    if self._behind is not None:
-                        await self._behind.close()
+                    if self._away is not None:
+                        await self._away.close()
                 finally:
-                    self.clear()
+                    try:
+                        if self._behind is not None:
+                            await self._behind.close()
+                    finally:
+                        self.clear()
 
     # ---- Arguments ------------------------------------------------------------------------------
 

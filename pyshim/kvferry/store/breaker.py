@@ -1,0 +1,104 @@
+"""A circuit breaker: what fails again and again is left alone for a while."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+log = logging.getLogger("kvferry.store")
+
+
+class Open(Exception):
+    """The breaker is open: the call was not made."""
+
+
+class Breaker:
+    """Counts failures that follow each other; opens after some of them, for some seconds.
+
+    Then one call is let through as a trial, while all others are still refused. It closes the
+    breaker if it succeeds; else the breaker stays open for twice as long as before, up to a limit.
+    Any thread may use it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        failures: int = 3,
+        seconds: float = 10.0,
+        longest: float = 300.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name
+        self._most = failures
+        self._first, self._longest = seconds, longest
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._seconds = seconds
+        self._open_until: float | None = None
+        self._trial_began: float | None = None
+        self.opened = 0
+        """How often it has opened, from closed."""
+
+    @property
+    def is_open(self) -> bool:
+        """Also while a trial is under way."""
+        return self._open_until is not None
+
+    @property
+    def would_refuse(self) -> bool:
+        """Whether ``enter`` would raise now. Takes no trial."""
+        with self._lock:
+            return self._refuses(self._clock())
+
+    def enter(self) -> bool:
+        """Call this before each call; then ``succeeded``, ``failed`` or ``cancelled``.
+
+        Returns whether the call is a trial. Raises Open.
+        """
+        with self._lock:
+            now = self._clock()
+            if self._refuses(now):
+                raise Open(f"{self._name} is left alone after failures")
+            if self._open_until is None:
+                return False
+            self._trial_began = now
+            return True
+
+    def _refuses(self, now: float) -> bool:
+        if self._open_until is None:
+            return False
+        return now < self._open_until or self._trial_began is not None
+
+    def succeeded(self) -> None:
+        with self._lock:
+            was_open = self._open_until is not None
+            self._failures, self._seconds = 0, self._first
+            self._open_until = self._trial_began = None
+        if was_open:
+            log.warning("%s works again", self._name)
+
+    def failed(self, trial: bool, why: object) -> None:
+        with self._lock:
+            self._failures += 1
+            if self._open_until is None:
+                if self._failures < self._most:
+                    return
+                self.opened += 1
+            elif not trial:
+                return  # the call began before the breaker opened
+            else:
+                self._seconds = min(2 * self._seconds, self._longest)
+            self._open_until = self._clock() + self._seconds
+            self._trial_began = None
+            seconds = self._seconds
+        log.warning("%s is left alone for %g s: %s", self._name, seconds, why)
+
+    def cancelled(self, trial: bool) -> None:
+        """Nothing is known of the call."""
+        if trial:
+            with self._lock:
+                self._trial_began = None
