@@ -77,10 +77,10 @@ void CudaDevice::cut_short_stopping() {
 }
 
 // Kernels place the bytes. Without kernels nothing is loaded ahead.
-std::shared_ptr<LoadAhead> CudaDevice::make_load_ahead(std::vector<BufferPart> parts) {
+std::shared_ptr<LoadAhead> CudaDevice::make_load_ahead(const std::vector<BufferPart> &parts) {
     if (!kernels_) return nullptr;
-    auto load_ahead = std::make_shared<CudaLoadAhead>(*context_, *kernels_, ahead_, copy_threads_,
-                                                      std::move(parts));
+    auto load_ahead =
+        std::make_shared<CudaLoadAhead>(*context_, *kernels_, ahead_, copy_threads_, parts);
     return load_ahead->has_memory() ? load_ahead : nullptr;
 }
 

@@ -50,7 +50,7 @@ public:
     Snapshot snapshot(const Layout &layout, unsigned char *) override {
         return snapshots_->take(layout);
     }
-    std::shared_ptr<LoadAhead> make_load_ahead(std::vector<BufferPart> parts) override;
+    std::shared_ptr<LoadAhead> make_load_ahead(const std::vector<BufferPart> &parts) override;
     void trim() override;
     void stop() override;
 

@@ -18,7 +18,7 @@ class CudaLoadAhead final : public LoadAhead, public std::enable_shared_from_thi
 public:
     // For parts of a buffer. Must not outlive the pool.
     CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels, CudaAheadPool &pool,
-                  ThreadPool &copy_threads, std::vector<BufferPart> parts);
+                  ThreadPool &copy_threads, const std::vector<BufferPart> &parts);
     ~CudaLoadAhead() override { release_memory(); }
     // Whether the device had room for the state. If not, no other function may be called.
     bool has_memory() const { return memory_ != nullptr; }

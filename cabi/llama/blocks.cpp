@@ -37,14 +37,12 @@ struct BufferOfParts {
                 static_cast<uint64_t>(static_cast<const unsigned char *>(part) - begin));
         return places;
     }
-    // The parts in the order of the buffer.
-    std::vector<BufferPart> in_order() const {
-        std::vector<BufferPart> order;
+    // The same with their sizes.
+    std::vector<BufferPart> in_buffer() const {
+        std::vector<BufferPart> placed;
         const std::vector<uint64_t> at = places();
-        for (size_t i = 0; i < parts.size(); ++i) order.push_back({at[i], parts[i].second});
-        std::sort(order.begin(), order.end(),
-                  [](const BufferPart &a, const BufferPart &b) { return a.offset < b.offset; });
-        return order;
+        for (size_t i = 0; i < parts.size(); ++i) placed.push_back({at[i], parts[i].second});
+        return placed;
     }
 
 private:
@@ -356,7 +354,7 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
         }
         std::optional<OpenJob> open;
         uint32_t device = Device::kHost;
-        const auto load_ahead = make_load_ahead(options.mode, buffer.in_order(), device);
+        const auto load_ahead = make_load_ahead(options.mode, buffer.in_buffer(), device);
         submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
         if (load_ahead) {
             open.emplace(*engine_, std::move(submission), options, job != nullptr);

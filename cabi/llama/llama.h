@@ -91,7 +91,7 @@ private:
     Recorded take_cells(int32_t sequence, const IncomingState &state, Recorder &recorder);
     void load_during_call(int32_t sequence, const IncomingState &state, Submission &&submission,
                           const kvf_submit_options &options, kvf_job *job);
-    std::shared_ptr<LoadAhead> make_load_ahead(uint32_t mode, std::vector<BufferPart> parts,
+    std::shared_ptr<LoadAhead> make_load_ahead(uint32_t mode, const std::vector<BufferPart> &parts,
                                                uint32_t &device);
     static void check_recorded_whole(const Structure &structure, const Recorded &recorded);
     Error load_failure(int32_t sequence, const std::string &abort_text,

@@ -112,8 +112,8 @@ void Llama::load_during_call(int32_t sequence, const IncomingState &state, Submi
 
 // Returns device memory to load parts of the buffer ahead, and on which device it is. NULL where
 // the load is done in place.
-std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, std::vector<BufferPart> parts,
-                                                  uint32_t &device) {
+std::shared_ptr<LoadAhead>
+Llama::make_load_ahead(uint32_t mode, const std::vector<BufferPart> &parts, uint32_t &device) {
     if (mode != KVF_LOAD_AHEAD) return nullptr;
     std::set<uint32_t> devices(devices_);
     devices.erase(Device::kHost);
@@ -121,7 +121,7 @@ std::shared_ptr<LoadAhead> Llama::make_load_ahead(uint32_t mode, std::vector<Buf
     if (devices_.empty() && engine_->device_count() == 2) devices.insert(1);
     if (devices.size() != 1) return nullptr;
     device = *devices.begin();
-    return engine_->device(device).make_load_ahead(std::move(parts));
+    return engine_->device(device).make_load_ahead(parts);
 }
 
 // If libllama moved bytes without the tap, they are not in the record.

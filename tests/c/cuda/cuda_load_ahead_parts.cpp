@@ -1,0 +1,104 @@
+// Loads ahead of several parts of a buffer, as of blocks: parts are staged and placed in the order
+// in which they were given, whatever their order in the buffer and their sizes are.
+#include "inside.hpp"
+
+namespace {
+
+// Parts that belong one behind the other on the device.
+struct Parts {
+    std::vector<kvf::BufferPart> parts;
+    uint64_t bytes = 0, buffer_bytes = 0;
+
+    void add(uint64_t offset, uint64_t count) {
+        parts.push_back({offset, count});
+        bytes += count;
+        buffer_bytes = std::max(buffer_bytes, offset + count);
+    }
+    kvf::Layout layout(uint64_t address, const kvf::LoadAhead &load_ahead) const {
+        kvf::LayoutBuilder builder;
+        for (const kvf::BufferPart &part : parts) {
+            builder.begin_tensor();
+            builder.add(address, load_ahead.bytes_before(part.offset), part.bytes);
+            address += part.bytes;
+        }
+        return builder.finish();
+    }
+    Bytes model(const Bytes &buffer) const {
+        Bytes memory;
+        for (const kvf::BufferPart &part : parts) {
+            const auto begin = buffer.begin() + static_cast<ptrdiff_t>(part.offset);
+            memory.insert(memory.end(), begin, begin + static_cast<ptrdiff_t>(part.bytes));
+        }
+        return memory;
+    }
+};
+
+// Loads the parts while the `held`-th copy does not end, calls `meanwhile(memory, expected)`, and
+// lets that copy go on.
+template <class Meanwhile>
+void load(kvf::Engine &engine, Random &random, const Parts &parts, uint32_t priority, uint64_t held,
+          Meanwhile &&meanwhile) {
+    auto *const buffer = static_cast<unsigned char *>(engine.pool().alloc(parts.buffer_bytes));
+    const Bytes content = random_bytes(random, parts.buffer_bytes);
+    std::copy(content.begin(), content.end(), buffer);
+    const Bytes expected = parts.model(content);
+    const DeviceMemory memory{Bytes(parts.bytes)};
+    const auto load_ahead = engine.device(1).make_load_ahead(parts.parts);
+    CHECK(load_ahead);
+    if (driver().simulated()) driver().hold("copy", held, 0);
+    kvf::OpenJob open(engine, make_submission(Way::Load, buffer, parts.buffer_bytes),
+                      options_of(priority), false);
+    open.stage(1, load_ahead);
+    if (driver().simulated()) CHECK(driver().wait_held(1, 10'000) == 1);
+    open.commit(make_recorded(1, parts.layout(memory.address(), *load_ahead)), nullptr);
+    if (driver().simulated()) {
+        meanwhile(memory, expected);
+        driver().release();
+    }
+    succeed(open.job());
+    CHECK(memory.read() == expected);
+    kvf_buffer_free(buffer);
+}
+
+// Blocks are often allocated one below the other.
+void are_placed_in_their_order(kvf::Engine &engine, Random &random) {
+    constexpr uint64_t kPart = 16 * MiB, kCount = 3;
+    Parts parts;
+    for (uint64_t i = kCount; i-- > 0;) parts.add(i * (kPart + 4 * KiB), kPart);
+    load(engine, random, parts, KVF_PRIORITY_URGENT, kCount,
+         [&](const DeviceMemory &memory, const Bytes &expected) {
+             const std::span<const unsigned char> first(expected.data(), (kCount - 1) * kPart);
+             Bytes there(first.size());
+             const int64_t begin = clock_ns();
+             do {
+                 CHECK(clock_ns() - begin < 10 * SECONDS);
+                 sleep_ms(1);
+                 memory.read(there);
+             } while (!std::equal(there.begin(), there.end(), first.begin()));
+         });
+}
+
+// A part that is too small for a copy of its own elsewhere.
+void wait_for_a_small_one(kvf::Engine &engine, Random &random) {
+    Parts parts;
+    parts.add(0, 10'000);
+    parts.add(16 * KiB, 400);
+    for (uint64_t i = 0; i < 20; ++i) parts.add(MiB + i * (4 * MiB + 4 * KiB), 4 * MiB);
+    load(engine, random, parts, KVF_PRIORITY_BACKGROUND, 12,
+         [](const DeviceMemory &, const Bytes &) { sleep_ms(20); });
+}
+
+} // namespace
+
+int main() {
+    Random random(3);
+    const Context context;
+    const Holdings holdings;
+    auto engine = make_cuda_engine();
+    are_placed_in_their_order(*engine, random);
+    wait_for_a_small_one(*engine, random);
+    engine->close();
+    engine.reset();
+    holdings.check_same();
+    return 0;
+}
