@@ -4,31 +4,43 @@
 
 namespace {
 
-// Parts that belong one behind the other on the device.
+// Parts whose bytes belong to the device as rows with as much between them.
 struct Parts {
     std::vector<kvf::BufferPart> parts;
-    uint64_t bytes = 0, buffer_bytes = 0;
+    std::vector<uint64_t> rows; // of each part
+    uint64_t device_bytes = 0, buffer_bytes = 0;
 
-    void add(uint64_t offset, uint64_t count) {
-        parts.push_back({offset, count});
-        bytes += count;
-        buffer_bytes = std::max(buffer_bytes, offset + count);
+    void add(uint64_t offset, uint64_t row, uint64_t count) {
+        parts.push_back({offset, row * count});
+        rows.push_back(count);
+        device_bytes += 2 * row * count;
+        buffer_bytes = std::max(buffer_bytes, offset + row * count);
     }
-    kvf::Layout layout(uint64_t address, const kvf::LoadAhead &load_ahead) const {
-        kvf::LayoutBuilder builder;
-        for (const kvf::BufferPart &part : parts) {
-            builder.begin_tensor();
-            builder.add(address, load_ahead.bytes_before(part.offset), part.bytes);
-            address += part.bytes;
+    // Calls add(part, address from 0 on, offset in the part, bytes) for each row.
+    template <class Add>
+    void for_each_row(Add &&add) const {
+        uint64_t address = 0;
+        for (size_t part = 0; part < parts.size(); ++part) {
+            const uint64_t row = parts[part].bytes / rows[part];
+            for (uint64_t i = 0; i < rows[part]; ++i, address += 2 * row)
+                add(part, address, i * row, row);
         }
+    }
+    kvf::Layout layout(uint64_t memory, const kvf::LoadAhead &load_ahead) const {
+        kvf::LayoutBuilder builder;
+        size_t last = 0;
+        for_each_row([&](size_t part, uint64_t address, uint64_t offset, uint64_t bytes) {
+            if (std::exchange(last, part) != part) builder.begin_tensor();
+            builder.add(memory + address, load_ahead.bytes_before(parts[part].offset) + offset,
+                        bytes);
+        });
         return builder.finish();
     }
     Bytes model(const Bytes &buffer) const {
-        Bytes memory;
-        for (const kvf::BufferPart &part : parts) {
-            const auto begin = buffer.begin() + static_cast<ptrdiff_t>(part.offset);
-            memory.insert(memory.end(), begin, begin + static_cast<ptrdiff_t>(part.bytes));
-        }
+        Bytes memory(device_bytes);
+        for_each_row([&](size_t part, uint64_t address, uint64_t offset, uint64_t bytes) {
+            std::copy_n(&buffer[parts[part].offset + offset], bytes, &memory[address]);
+        });
         return memory;
     }
 };
@@ -42,7 +54,7 @@ void load(kvf::Engine &engine, Random &random, const Parts &parts, uint32_t prio
     const Bytes content = random_bytes(random, parts.buffer_bytes);
     std::copy(content.begin(), content.end(), buffer);
     const Bytes expected = parts.model(content);
-    const DeviceMemory memory{Bytes(parts.bytes)};
+    const DeviceMemory memory{Bytes(parts.device_bytes)};
     const auto load_ahead = engine.device(1).make_load_ahead(parts.parts);
     CHECK(load_ahead);
     if (driver().simulated()) driver().hold("copy", held, 0);
@@ -64,10 +76,10 @@ void load(kvf::Engine &engine, Random &random, const Parts &parts, uint32_t prio
 void are_placed_in_their_order(kvf::Engine &engine, Random &random) {
     constexpr uint64_t kPart = 16 * MiB, kCount = 3;
     Parts parts;
-    for (uint64_t i = kCount; i-- > 0;) parts.add(i * (kPart + 4 * KiB), kPart);
+    for (uint64_t i = kCount; i-- > 0;) parts.add(i * (kPart + 4 * KiB), kPart, 1);
     load(engine, random, parts, KVF_PRIORITY_URGENT, kCount,
          [&](const DeviceMemory &memory, const Bytes &expected) {
-             const std::span<const unsigned char> first(expected.data(), (kCount - 1) * kPart);
+             const std::span<const unsigned char> first(expected.data(), 2 * (kCount - 1) * kPart);
              Bytes there(first.size());
              const int64_t begin = clock_ns();
              do {
@@ -81,9 +93,8 @@ void are_placed_in_their_order(kvf::Engine &engine, Random &random) {
 // A part that is too small for a copy of its own elsewhere.
 void wait_for_a_small_one(kvf::Engine &engine, Random &random) {
     Parts parts;
-    parts.add(0, 10'000);
-    parts.add(16 * KiB, 400);
-    for (uint64_t i = 0; i < 20; ++i) parts.add(MiB + i * (4 * MiB + 4 * KiB), 4 * MiB);
+    parts.add(0, 500, 20);
+    for (uint64_t i = 0; i < 20; ++i) parts.add(MiB + i * (4 * MiB + 4 * KiB), 4 * MiB, 1);
     load(engine, random, parts, KVF_PRIORITY_BACKGROUND, 12,
          [](const DeviceMemory &, const Bytes &) { sleep_ms(20); });
 }
