@@ -25,10 +25,10 @@ void CudaLoadAhead::staging_ended() noexcept {
     });
 }
 
-void CudaLoadAhead::place(std::shared_ptr<Job> job, Layout &&layout) noexcept {
+void CudaLoadAhead::place(std::shared_ptr<Job> job, Parts &&parts) noexcept {
     update([&] {
         job_ = std::move(job);
-        placer_.begin(*memory_, std::move(layout));
+        placer_.begin(*memory_, std::move(parts));
     });
 }
 

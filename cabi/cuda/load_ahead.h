@@ -27,7 +27,7 @@ public:
     uint64_t bytes_before(uint64_t offset) const override { return parts_.place_of(offset); }
     void staged_up_to(uint64_t bytes) noexcept override;
     void staging_ended() noexcept override;
-    void place(std::shared_ptr<Job> job, Layout &&layout) noexcept override;
+    void place(std::shared_ptr<Job> job, Parts &&parts) noexcept override;
 
 private:
     template <class Function>

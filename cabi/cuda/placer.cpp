@@ -27,10 +27,9 @@ uint64_t end_in_buffer(const Piece &piece) {
 
 } // namespace
 
-void CudaPlacer::begin(CudaAheadMemory &memory, Layout &&layout) {
+void CudaPlacer::begin(CudaAheadMemory &memory, Parts &&parts) noexcept {
     memory_ = &memory;
-    layout_ = std::move(layout);
-    cursor_ = Cursor(layout_);
+    parts_ = std::move(parts);
 }
 
 void CudaPlacer::end() noexcept {
@@ -56,7 +55,7 @@ void CudaPlacer::place_up_to(uint64_t offset) {
 }
 
 bool CudaPlacer::take_next() {
-    if (next_.bytes == 0 && !cursor_.at_end()) next_ = cursor_.next(kPiece, CudaRowTable::kRows);
+    if (next_.bytes == 0 && !parts_.empty()) next_ = parts_.next(kPiece, CudaRowTable::kRows);
     return next_.bytes > 0;
 }
 

@@ -12,9 +12,9 @@ public:
     CudaPlacer(const CudaContext &context, const CudaKernels &kernels)
         : context_(context), driver_(context.driver()), kernels_(kernels) {}
 
-    // Begins with a state whose bytes are in `memory` and belong where `layout` says. The memory
-    // must live until end().
-    void begin(CudaAheadMemory &memory, Layout &&layout);
+    // Begins with a state whose bytes are in `memory` and belong where `parts` say. The memory must
+    // live until end().
+    void begin(CudaAheadMemory &memory, Parts &&parts) noexcept;
     // Copies all pieces whose bytes lie before `offset` in the buffer, and waits for the copies.
     void place_up_to(uint64_t offset);
     // Copies no more, and no longer uses the memory. Does nothing if nothing has begun.
@@ -34,9 +34,8 @@ private:
     const CudaDriver &driver_;
     const CudaKernels &kernels_;
     CudaAheadMemory *memory_ = nullptr;
-    Layout layout_;
-    Cursor cursor_;
-    Piece next_; // taken from the cursor and not copied yet; bytes == 0: none
+    Parts parts_;
+    Piece next_; // taken from the parts and not copied yet; bytes == 0: none
     bool holds_resident_ = false;
 };
 

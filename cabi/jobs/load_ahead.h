@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "memory/layout.h"
+#include "memory/pieces.h"
 
 namespace kvf {
 
@@ -54,11 +54,11 @@ public:
     virtual void staged_up_to(uint64_t bytes) noexcept = 0;
     // The leg has ended: the whole buffer has been staged, or the job is stopping.
     virtual void staging_ended() noexcept = 0;
-    // Tells where the bytes belong. Offsets of the layout are those in the device memory
-    // (StagedParts). Called once, before or after the bytes have been staged. Calls
-    // job->end_work() once: when all bytes are in their places, or when the job is stopping and no
-    // copy from here is under way.
-    virtual void place(std::shared_ptr<Job> job, Layout &&layout) noexcept = 0;
+    // Tells where the bytes belong. Offsets of the layouts are those in the device memory
+    // (StagedParts); bytes are placed in the order of the layouts. Called once, before or after the
+    // bytes have been staged. Calls job->end_work() once: when all bytes are in their places, or
+    // when the job is stopping and no copy from here is under way.
+    virtual void place(std::shared_ptr<Job> job, Parts &&parts) noexcept = 0;
 };
 
 } // namespace kvf

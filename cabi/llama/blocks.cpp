@@ -3,6 +3,7 @@
 #include "states/blocks.h"
 
 #include "llama/llama.h"
+#include "llama/spreader.h"
 #include "memory/buffer_checks.h"
 
 namespace kvf {
@@ -56,71 +57,6 @@ private:
         parts.emplace_back(buffer, count);
         bytes += count;
     }
-};
-
-// Layouts of a state become layouts of the blocks: for each block in turn, what of it was recorded.
-class Spreader {
-public:
-    // `places`: where each part begins, in the buffer or in device memory that it is staged in.
-    Spreader(BlockMap map, std::vector<uint64_t> places)
-        : map_(std::move(map)), places_(std::move(places)) {}
-
-    // A layout for each part, in the order of the parts.
-    std::vector<Layout> spread(const Layout &layout) {
-        std::vector<LayoutBuilder> builders(places_.size());
-        std::vector<size_t> tensors(places_.size(), SIZE_MAX); // that was added last
-        const auto add = [&](uint64_t address, uint64_t place, uint64_t bytes) {
-            map_.for_each(
-                place, bytes, [&](size_t block, uint64_t offset, uint64_t at, uint64_t count) {
-                    if (std::exchange(tensors[block], map_.tensor()) != map_.tensor())
-                        builders[block].begin_tensor();
-                    builders[block].add(address + (at - place), places_[block] + offset, count);
-                });
-        };
-        for (const kvf_region &region : layout.regions) {
-            for (uint64_t row = 0; row < region.rows; ++row) {
-                add(region.address + row * region.pitch, region.offset + row * region.buffer_pitch,
-                    region.width);
-            }
-        }
-        for (const Span &span : layout.spans) {
-            for (uint64_t i = 0; i < span.count; ++i) {
-                const Run &run = span.table->runs[i];
-                add(run.address + span.address_distance, run.offset + span.offset_distance,
-                    run.bytes);
-            }
-        }
-        std::vector<Layout> parts;
-        for (LayoutBuilder &builder : builders) parts.push_back(builder.finish());
-        return parts;
-    }
-    // The same for several devices. The bytes between the rows of a block are the job's own, where
-    // one device has all rows.
-    Layouts spread(const Layouts &layouts) {
-        Layouts result;
-        for (const auto &[device, layout] : layouts) {
-            for (Layout &part : spread(layout)) {
-                if (part.empty()) continue;
-                part.owns_gaps = layouts.size() == 1;
-                result.emplace_back(device, std::move(part));
-            }
-        }
-        return result;
-    }
-    // As one layout.
-    Layout spread_as_one(const Layout &layout) {
-        Layout whole;
-        for (const Layout &part : spread(layout)) {
-            whole.regions.insert(whole.regions.end(), part.regions.begin(), part.regions.end());
-            whole.spans.insert(whole.spans.end(), part.spans.begin(), part.spans.end());
-            whole.bytes += part.bytes;
-        }
-        return whole;
-    }
-
-private:
-    BlockMap map_;
-    const std::vector<uint64_t> places_;
 };
 
 void check_all_recorded(const Structure &structure, const Layouts &layouts,
@@ -364,20 +300,15 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
         const Layouts early = recorder.take_early();
         check_all_recorded(*state.structure, recorded.layouts, early);
         Spreader in_buffer(join.map(), buffer.places());
-        Layouts in_place;
-        std::optional<Layout> staged;
-        for (auto &[on, layout] : recorded.layouts) {
-            if (load_ahead && on == device) {
-                std::vector<uint64_t> places;
-                for (const uint64_t place : buffer.places())
-                    places.push_back(load_ahead->bytes_before(place));
-                staged = Spreader(join.map(), std::move(places)).spread_as_one(layout);
-            } else {
-                in_place.emplace_back(on, std::move(layout));
-            }
-        }
+        std::vector<uint64_t> staged;
+        for (const uint64_t place : buffer.places())
+            staged.push_back(load_ahead ? load_ahead->bytes_before(place) : place);
+        Spreader in_staging(join.map(), std::move(staged));
+        Layouts in_place, ahead;
+        for (auto &[on, layout] : recorded.layouts)
+            (load_ahead && on == device ? ahead : in_place).emplace_back(on, std::move(layout));
         recorded.layouts = in_buffer.spread(in_place);
-        if (staged) recorded.layouts.emplace_back(device, std::move(*staged));
+        for (auto &each : in_staging.spread(ahead)) recorded.layouts.push_back(std::move(each));
         recorded.bytes = buffer.bytes;
         fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
         move_now(Direction::Load, buffer.begin, buffer.extent, in_buffer.spread(early), nullptr);
