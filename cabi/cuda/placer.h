@@ -21,8 +21,19 @@ public:
     void end() noexcept;
 
 private:
+    // Small pieces that one launch places through the table of rows. Each is one row of any width,
+    // or all are packed rows of one shape.
+    struct Batch {
+        uint32_t pieces = 0;
+        Piece first;
+    };
+
     bool take_next();
     void copy(const Piece &piece);
+    void copy_alone(const Piece &piece);
+    void add_to_batch(const Piece &piece);
+    bool fits_batch(const Piece &piece) const;
+    void launch_batch();
     void copy_runs(const Piece &piece);
     bool scatter_resident(const Piece &piece);
     bool scatter_rows(const Piece &piece);
@@ -36,6 +47,7 @@ private:
     CudaAheadMemory *memory_ = nullptr;
     Parts parts_;
     Piece next_; // taken from the parts and not copied yet; bytes == 0: none
+    Batch batch_;
     bool holds_resident_ = false;
 };
 

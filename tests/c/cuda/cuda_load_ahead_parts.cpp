@@ -99,6 +99,21 @@ void wait_for_a_small_one(kvf::Engine &engine, Random &random) {
          [](const DeviceMemory &, const Bytes &) { sleep_ms(20); });
 }
 
+// A block has a small region of each tensor.
+void small_regions_are_placed_together(kvf::Engine &engine, Random &random) {
+    if (!driver().simulated()) return;
+    for (const uint64_t rows : {1, 16}) {
+        Parts parts;
+        for (uint64_t i = 200; i-- > 0;) parts.add(i * 140 * KiB, 128 * KiB / rows, rows);
+        const uint64_t copies = driver().calls("cuMemcpyDtoDAsync");
+        const uint64_t launches = driver().calls("cuLaunchKernel");
+        load(engine, random, parts, KVF_PRIORITY_URGENT, 1,
+             [](const DeviceMemory &, const Bytes &) {});
+        CHECK(driver().calls("cuMemcpyDtoDAsync") == copies);
+        CHECK(driver().calls("cuLaunchKernel") - launches < 20);
+    }
+}
+
 } // namespace
 
 int main() {
@@ -108,6 +123,7 @@ int main() {
     auto engine = make_cuda_engine();
     are_placed_in_their_order(*engine, random);
     wait_for_a_small_one(*engine, random);
+    small_regions_are_placed_together(*engine, random);
     engine->close();
     engine.reset();
     holdings.check_same();
