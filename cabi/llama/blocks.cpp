@@ -69,6 +69,9 @@ void check_all_recorded(const Structure &structure, const Layouts &layouts,
                 "a part of the cache is in memory that no device of the engine reaches");
 }
 
+// libllama rounds the cells of a cache up to a multiple of this.
+constexpr uint64_t kCellPadding = 256;
+
 // The size of a state without cells, where every section is of attention and has one stream: the
 // number of its streams, and that of its cells.
 uint64_t empty_state_bytes(const Structure &structure) {
@@ -106,16 +109,40 @@ int32_t Llama::find_empty_sequence() const {
     const Structure *const structure = states_->structure();
     if (!structure || context_.has_recurrent_layers()) return -1;
     if (structure->sections[0].streams != 1) return -1;
-    // libllama says that a sequence is empty of which only the window is; its state has cells.
     const uint64_t empty = empty_state_bytes(*structure);
     for (uint32_t i = context_.sequence_count(); i-- > 0;) {
         const auto sequence = static_cast<int32_t>(i);
-        if (!context_.holds_cells(sequence) && sequences_->is_idle(sequence) &&
-            context_.state_bytes(sequence) == empty) {
-            return sequence;
-        }
+        if (context_.holds_cells(sequence) || !sequences_->is_idle(sequence)) continue;
+        if (positions_tell_cells() || context_.state_bytes(sequence) == empty) return sequence;
     }
     return -1;
+}
+
+// Whether a sequence without a last position has no cells. Elsewhere libllama says that a sequence
+// is empty of which only one part of the cache is; its state has cells.
+bool Llama::positions_tell_cells() const {
+    return states_->structure()->sections.size() == 1 && context_.window() == 0;
+}
+
+// Scratch memory for the state of a sequence, which is a borrowed one or that of the blocks. Throws
+// KVF_ERR_SEQUENCE_EMPTY for a borrowed one without cells.
+ScratchState Llama::make_scratch(int32_t sequence, bool is_borrowed) const {
+    const Structure &structure = *states_->structure();
+    const char none[] = "no token at the positions of the blocks";
+    if (is_borrowed && positions_tell_cells()) {
+        if (!context_.holds_cells(sequence)) throw Error(KVF_ERR_SEQUENCE_EMPTY, none);
+        try {
+            // The size of the largest state: it is address space alone, and to ask libllama for the
+            // size of this one would cost the thread another walk over all cells.
+            return ScratchState(block_bytes(structure, context_.most_cells() + kCellPadding));
+        } catch (const Error &) {
+            // Address space is limited: no more than is needed.
+        }
+    }
+    const uint64_t bytes = context_.state_bytes(sequence);
+    if (is_borrowed && bytes == empty_state_bytes(structure))
+        throw Error(KVF_ERR_SEQUENCE_EMPTY, none);
+    return ScratchState(bytes);
 }
 
 void Llama::look_for_blocks(int32_t sequence) {
@@ -170,12 +197,10 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
 
     const BorrowedSequence borrowed(*this, sequence, blocks.front().begin, blocks.back().end);
     const int32_t listed = borrowed.id < 0 ? sequence : borrowed.id;
-    const uint64_t bytes = context_.state_bytes(listed);
-    if (borrowed.id >= 0 && bytes == empty_state_bytes(*states_->structure()))
-        throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token at the positions of the blocks");
-    const ScratchState scratch(bytes);
-    Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes, submission.gate);
-    Recorded recorded = record_save(listed, scratch.data, bytes, recorder);
+    const ScratchState scratch = make_scratch(listed, borrowed.id >= 0);
+    Recorder recorder =
+        make_recorder(Direction::Save, scratch.data, scratch.bytes(), submission.gate);
+    Recorded recorded = record_save(listed, scratch.data, scratch.bytes(), recorder);
     const StateView view{scratch.data, recorded.bytes};
     const auto whole = parse_state(view, states_->structure());
     if (!whole || !whole->format)
