@@ -71,14 +71,15 @@ help:
 	@echo "               test-examples"
 	@echo "make test-builds  all tests that use libllama, on each of $(words $(TESTED_BUILDS)) builds; make builds-table: what is seen there"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
-	@echo "make soak      random operations beside transfers, compared with llama.cpp's own; as long as ARGS says"
+	@echo "make soak      random operations beside transfers, and damaged blocks, against llama.cpp; as long as ARGS says"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
 	@echo "make docs      the documentation as a site: build/docs/index.html"
 	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"
-	@echo "make tidy      clang-tidy (slow)"
+	@echo "make tidy      clang-tidy (slow): make lint runs it on what has changed since the last commit,"
+	@echo "               or since TIDY_SINCE"
 	@echo "make dist      the files of a release, checked, in dist/"
 	@echo "make setup     only the set-up: .venv, libllama, llama-cpp-python"
 	@echo "make clean     removes what was built; make distclean also what was fetched"
@@ -437,10 +438,16 @@ lint-python: $(TOOLS)
 	ruff check
 	$(if $(wildcard pyshim/kvferry/*.py),mypy)
 
+# All files take about a quarter of an hour of one core. So only those that have changed are read again, a few seconds each.
+TIDY_SINCE ?= HEAD
+TIDY_CHANGED = $(filter %.c %.cpp,$(sort $(shell git diff --name-only --diff-filter=d $(TIDY_SINCE) -- cabi tests 2>/dev/null; \
+    git ls-files --others --exclude-standard cabi tests 2>/dev/null)))
+
 .PHONY: lint-c
-lint-c: $(TOOLS)
+lint-c: $(TOOLS) $(if $(TIDY_CHANGED),build/native/build.ninja)
 	$(if $(C_SOURCES),clang-format --dry-run -Werror $(C_SOURCES))
 	python tools/header_table.py --check
+	$(if $(TIDY_CHANGED),run-clang-tidy.py -quiet -p build/native -j $(JOBS) $(TIDY_CHANGED:%=/%$$))
 
 .PHONY: lint-go
 ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)

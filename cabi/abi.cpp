@@ -129,6 +129,14 @@ void check_submit(const kvf_submit_options &options, uint32_t flags) {
     if (options.flags & ~flags) throw Error(KVF_ERR_INVALID_ARGUMENT, "unknown flags");
 }
 
+// A job's handle does not tell of its blocks.
+void check_somebody_is_told(const kvf_submit_options &options) {
+    if (options.flags & KVF_SUBMIT_EACH_BLOCK && !options.queue && !options.callback) {
+        throw Error(KVF_ERR_INVALID_ARGUMENT,
+                    "there is no queue and no callback to tell of each block");
+    }
+}
+
 // Loads have modes of other numbers, so that a mode meant for one of them is never taken for one of
 // the other.
 void check_save_mode(uint32_t mode) {
@@ -499,8 +507,9 @@ int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_block *bloc
     const auto [error, error_size] = error_place(given);
     return guarded(error, error_size, [&]() -> int32_t {
         const auto options = read_options(given);
-        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM);
+        check_submit(options, KVF_SUBMIT_FOLLOW_STREAM | KVF_SUBMIT_EACH_BLOCK);
         check_save_mode(options.mode);
+        check_somebody_is_told(options);
         BlocksOfCaller all(blocks, block_size, count);
         // Once the job can have ended, the caller may read the sizes, or free the array.
         find<Llama>(llama)->save_blocks(

@@ -81,7 +81,7 @@
  * fragment    a run of tensor bytes that libllama would move with one call.
  * piece       the part of a transfer that a device moves at once.
  * job         one submitted transfer. It ends with exactly one completion, whatever happens.
- * completion  the report on how a job ended.
+ * completion  the report on how a job ended, or on request the report that a block is whole.
  * queue       a list of completions with a file descriptor for poll(2).
  * tap         the functions of kvferry that libllama calls in place of ggml's own while kvferry
  *             records which bytes belong to a sequence.
@@ -406,11 +406,13 @@ KVF_API int32_t kvf_llama_size(kvf_llama llama, int32_t sequence, uint64_t *byte
  * 3: The next llama_decode, kvf_llama_save or kvf_llama_load waits for the transfer if this
  *    sequence has changed. kvferry notices a change of the sequence's first or last position. From
  *    llama.cpp v0.5.0 on, in a cache with one kind of attention and no sliding window, kvferry also
- *    notices that a decode is about to write cells that the transfer moves. Elsewhere three changes
- *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; cells at
- *    its end are removed, and one batch decodes new ones up to the same position (beside a save in
- *    place of a cache with attention alone and no sliding window: to that position or beyond); the
- *    whole sequence is replaced by one with the same first and last position.
+ *    notices that a decode is about to write cells that the transfer moves. Elsewhere four changes
+ *    go unnoticed, and bytes are lost: cells are removed from the middle of the sequence; in a
+ *    cache with sliding windows, whose first position libllama does not tell, cells are removed
+ *    from the beginning; cells at its end are removed, and one batch decodes new ones up to the
+ *    same position (beside a save in place of a cache with attention alone and no sliding window:
+ *    to that position or beyond); the whole sequence is replaced by one with the same first and
+ *    last position.
  * "no": Where the cache is unified, the copy shares its cells with this sequence. libllama does not
  *    tell which sequences share cells: a decode of the copy reads cells that have not been loaded
  *    yet.
@@ -479,7 +481,8 @@ typedef struct kvf_submit_options kvf_submit_options;
  *            take; with a cache in memory that no device of the engine reaches, until libllama has
  *            copied it; without the tap, as kvf_llama_size()
  * Returns:   KVF_OK; one completion follows.
- * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
+ * Errors:    KVF_ERR_SEQUENCE_RANGE, KVF_ERR_SEQUENCE_EMPTY (also where its recurrent layers alone
+ *            are empty: no load takes such a state), KVF_ERR_BUFFER_TOO_SMALL, KVF_ERR_BUSY
  *            (a load into this sequence, or a blocking transfer of the context, is in flight),
  *            KVF_ERR_INVALID_ARGUMENT (the buffer cannot be written; `mode` is of a load),
  *            KVF_ERR_CLOSED, KVF_ERR_CONTEXT_FREED, KVF_ERR_DEVICE_LOST, KVF_ERR_LLAMA, KVF_ERR_TAP
@@ -640,12 +643,12 @@ typedef enum kvf_blocks_allowed {
 typedef struct kvf_block {
     /* Host memory, the caller's. Blocks of one call must not overlap in memory. */
     void *buffer;
-    /* The bytes at `buffer`. A save reads the room, and writes the size of the block. A load takes
-     * the exact size. */
+    /* The bytes at `buffer`. A save reads how much room there is, and writes the size of the block.
+     * A load takes the exact size. */
     uint64_t bytes;
     /* The first position of the block. */
     int32_t begin;
-    /* The position after its last. */
+    /* The position after the last one. */
     int32_t end;
 } kvf_block;
 
@@ -661,7 +664,7 @@ typedef struct kvf_block {
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_blocks_allowed(kvf_llama llama, char *reason, uint64_t capacity);
 
-/* Tells how many bytes a block of `tokens` tokens has, without moving any of them.
+/* Tells how many bytes a block of `tokens` tokens has. No byte is moved.
  *
  * That holds for tokens at positions of their own. Where positions repeat (the patches of an image
  * for a model with M-RoPE) or are missing, a block has as many tokens as there are cells at its
@@ -677,41 +680,58 @@ KVF_API int32_t kvf_llama_blocks_allowed(kvf_llama llama, char *reason, uint64_t
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t *bytes);
 
-/* Saves blocks of a sequence, asynchronously: one job, with one completion.
+/* Saves blocks of a sequence, asynchronously: one job, with one completion, and on request one more
+ * for each block.
  *
  * `blocks` is an array of `count` blocks in ascending order, each of `block_size` bytes, which is
  * sizeof(kvf_block). Blocks need not follow one another. The call writes the size of each block
- * into its `bytes` and copies the array, both before the completion can come: whoever gets the
- * completion may read the sizes, or free the array. The buffers must not be touched until then. The
- * completion's `bytes` is the sum of the sizes.
+ * into its `bytes` and copies the array, both before any completion can come: whoever gets a
+ * completion may read the sizes, and with the job's completion free the array. The buffers must not
+ * be touched until the job's completion, or until the block's own. The completion's `bytes` is the
+ * sum of the sizes.
  *
- * `options->mode` is as of kvf_llama_save(); AUTO is IN_PLACE, since decoding never overwrites what
- * blocks consist of. The table of what may be done meanwhile holds as for a save in place. Where
+ * With KVF_SUBMIT_EACH_BLOCK in `options->flags`, the queue and the callback get a completion for
+ * each block, too: when all bytes of the block are in its buffer, which the library no longer uses
+ * from then on. That completion's `kind` is KVF_COMPLETION_BLOCK, `block` is the index of the block
+ * in the array, `status` is KVF_OK, `bytes` is the size of the block, and `finished_ns` is the time
+ * when the block was whole; `fragments` and `segments` are 0. `job`, `user_data` and `mode` are as
+ * in the job's completion. Blocks may become whole in any order; mostly it is that of the array.
+ *
+ * However the job ends, its own completion comes exactly once, after those of its blocks. A block
+ * has one completion at most: none if the job failed or was cancelled before the block was told of.
+ * If the job ends with KVF_OK, each block has one. The call takes the memory for all completions,
+ * so that none can be lost. kvf_job_poll() and kvf_job_wait() tell of the job alone.
+ *
+ * `options->mode` has the values of kvf_llama_save(). AUTO is IN_PLACE: decoding never overwrites
+ * the bytes of blocks. The table of what may be done meanwhile holds as for a save in place. Where
  * the cache is unified and a sequence id of the context is empty, the call borrows the id, so that
  * libllama lists the cells of the blocks alone and not the whole sequence. The id is empty again
  * when the call returns, also when the call fails.
  *
  * Thread:    the context's
  * May block: as kvf_llama_save()
- * Returns:   KVF_OK; one completion follows.
+ * Returns:   KVF_OK; the completion of the job follows, and before it those of blocks if they were
+ *            asked for.
  * Errors:    KVF_ERR_UNSUPPORTED (the cache does not allow blocks), KVF_ERR_INVALID_ARGUMENT
  *            (blocks are empty, misordered or overlap; a buffer cannot be written; the options are
- *            those of a load), KVF_ERR_SEQUENCE_EMPTY (the sequence has no token at the positions
- *            of a block), KVF_ERR_BUFFER_TOO_SMALL (`bytes` of every block says what is needed),
- *            and those of kvf_llama_save()
+ *            those of a load; KVF_SUBMIT_EACH_BLOCK without a queue and without a callback),
+ *            KVF_ERR_SEQUENCE_EMPTY (the sequence has no token at the positions of a block),
+ *            KVF_ERR_BUFFER_TOO_SMALL (`bytes` of every block says what is needed), and those of
+ *            kvf_llama_save()
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_save_blocks(kvf_llama llama, int32_t sequence, kvf_block *blocks,
                                       uint64_t block_size, uint32_t count,
                                       const kvf_submit_options *options, kvf_job *job);
 
-/* Tells how many bytes a checkpoint of a sequence has now, without moving any of them.
+/* Tells how many bytes a checkpoint of a sequence has now. No byte is moved.
  *
  * Thread:    the context's
  * May block: no
  * Returns:   KVF_OK; `*bytes` is the size.
- * Errors:    KVF_ERR_SEQUENCE_EMPTY, KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows
- *            none), KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA, KVF_ERR_BUSY (a
- *            blocking transfer is in flight)
+ * Errors:    KVF_ERR_SEQUENCE_EMPTY (the sequence, or its window or its recurrent layers),
+ *            KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none),
+ *            KVF_ERR_SEQUENCE_RANGE, KVF_ERR_CONTEXT_FREED, KVF_ERR_LLAMA, KVF_ERR_BUSY (a blocking
+ *            transfer is in flight)
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_checkpoint_size(kvf_llama llama, int32_t sequence, uint64_t *bytes);
 
@@ -723,7 +743,8 @@ KVF_API int32_t kvf_llama_checkpoint_size(kvf_llama llama, int32_t sequence, uin
  * Thread:    the context's
  * May block: as kvf_llama_save() by snapshot
  * Returns:   KVF_OK; one completion follows.
- * Errors:    KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none), and those of
+ * Errors:    KVF_ERR_UNSUPPORTED (the cache needs no checkpoints, or allows none),
+ *            KVF_ERR_SEQUENCE_EMPTY as of kvf_llama_checkpoint_size(), and those of
  *            kvf_llama_save()
  * Since:     0.1 */
 KVF_API int32_t kvf_llama_save_checkpoint(kvf_llama llama, int32_t sequence, void *buffer,
@@ -774,10 +795,11 @@ typedef struct kvf_state_options {
 /* Cuts a state into blocks and a checkpoint, on plain memory: no context, no engine.
  *
  * The state is what kvf_llama_save(), llama_state_seq_get_data() or another program has written.
- * Writes the size of each block into its `bytes`, and of the checkpoint into `*checkpoint_bytes`,
- * which holds the room at `checkpoint` before. A block whose `buffer` is NULL is sized only, and so
- * is the checkpoint if `checkpoint` is NULL. A state of plain attention has no checkpoint:
- * `*checkpoint_bytes` becomes 0. `checkpoint_bytes` may be NULL if the checkpoint is not wanted.
+ * Writes the size of each block into its `bytes`, and that of the checkpoint into
+ * `*checkpoint_bytes`. Before the call, `*checkpoint_bytes` holds the room at `checkpoint`. A block
+ * whose `buffer` is NULL is sized only, and so is the checkpoint if `checkpoint` is NULL. A state
+ * of plain attention has no checkpoint: `*checkpoint_bytes` becomes 0. `checkpoint_bytes` may be
+ * NULL if the checkpoint is not wanted.
  *
  * Thread:    any
  * May block: no (it copies)
@@ -801,9 +823,10 @@ KVF_API int32_t kvf_state_cut(const void *state, uint64_t bytes, kvf_block *bloc
  * May block: no (it copies)
  * Returns:   KVF_OK.
  * Errors:    KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH (the blocks are not of one kind of
- *            cache), KVF_ERR_UNSUPPORTED (several formats describe them), KVF_ERR_BUFFER_TOO_SMALL
- *            (`*state_bytes` says what is needed), KVF_ERR_INVALID_ARGUMENT (there are none, or
- *            they are misordered, overlap or leave a gap)
+ *            cache), KVF_ERR_UNSUPPORTED (several formats describe the blocks),
+ *            KVF_ERR_BUFFER_TOO_SMALL (`*state_bytes` says what is needed),
+ *            KVF_ERR_INVALID_ARGUMENT (there are no blocks, or they are misordered, overlap or
+ *            leave a gap)
  * Since:     0.1 */
 KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uint32_t count,
                                const void *checkpoint, uint64_t checkpoint_bytes, void *state,
@@ -812,12 +835,21 @@ KVF_API int32_t kvf_state_join(const kvf_block *blocks, uint64_t block_size, uin
 /* ------------------------------------------------------------------------------------------------
  * 3 Jobs and completions
  *
- * A submitting call (kvf_llama_save, kvf_llama_load, kvf_regions_save, kvf_regions_load) makes a
+ * A submitting call (a save or a load of a state, of blocks, of a checkpoint or of regions) makes a
  * job, and the job ends with one completion. A program sees the completion in any of three ways: it
  * takes the completion from a queue, whose descriptor poll(2) can wait for; a callback gets the
  * completion; or the program keeps the job's handle, and polls or waits. When a program can see the
- * completion, the library no longer uses the buffer.
+ * completion, the library no longer uses the buffer. On request a save of blocks has a completion
+ * for each block, too: KVF_SUBMIT_EACH_BLOCK.
  * --------------------------------------------------------------------------------------------- */
+
+/* Values of kvf_completion.kind. */
+typedef enum kvf_completion_kind {
+    /* The job has ended. Each job has exactly one completion of this kind, and it is the last. */
+    KVF_COMPLETION_JOB = 0,
+    /* A block is whole, and its job has not ended yet: see KVF_SUBMIT_EACH_BLOCK. */
+    KVF_COMPLETION_BLOCK = 1,
+} kvf_completion_kind;
 
 typedef struct kvf_completion {
     /* The job's number. It is a handle only if the submitting call gave one, and until the handle
@@ -829,8 +861,8 @@ typedef struct kvf_completion {
     int32_t status;
     /* How a llama transfer was done: a value of kvf_save_mode or of kvf_load_mode. Else 0. */
     uint32_t mode;
-    /* The size of the state, or of the regions. If `status` is not KVF_OK, how many of these bytes
-     * have been moved is undefined. */
+    /* The size of the state, of the blocks or of the regions. If `status` is not KVF_OK, how many
+     * of these bytes have been moved is undefined. */
     uint64_t bytes;
     /* How many separate runs of tensor memory the transfer consists of. */
     uint64_t fragments;
@@ -840,7 +872,7 @@ typedef struct kvf_completion {
     uint64_t submitted_ns;
     /* When the first piece began to move; 0 if none did. */
     uint64_t started_ns;
-    /* When the job ended. */
+    /* When the job ended, or when the block was whole. */
     uint64_t finished_ns;
     /* One line on what went wrong, or "". */
     char detail[128];
@@ -848,13 +880,17 @@ typedef struct kvf_completion {
     uint64_t listed_ns;
     /* Of a llama transfer: when libllama had named the last fragment. Else 0. */
     uint64_t recorded_ns;
+    /* A value of kvf_completion_kind. */
+    uint32_t kind;
+    /* Of a block: its index in the array that was submitted. Of a job: 0. */
+    uint32_t block;
 } kvf_completion;
 
 /* A function that gets a completion, on the engine's dispatch thread.
  *
- * The engine calls one callback at a time, in the order in which jobs end: return soon. A callback
- * may call every function whose comment says `Thread: any`, without waiting for a job or a
- * completion in it. `completion` is valid until the callback returns. */
+ * The engine calls one callback at a time, in the order in which jobs end and blocks become whole:
+ * return soon. A callback may call every function whose comment says `Thread: any`, without waiting
+ * for a job or a completion in it. `completion` is valid until the callback returns. */
 typedef void (*kvf_completion_callback)(const kvf_completion *completion);
 
 /* Values of kvf_submit_options.priority. On each device urgent jobs go before background jobs.
@@ -878,9 +914,12 @@ typedef enum kvf_submit_flags {
      * trusts what it loads: a damaged state may end the process, or leave cells that only
      * llama_memory_clear() frees. */
     KVF_SUBMIT_TRUST_STATE = 2,
+    /* For kvf_llama_save_blocks() alone: each block has a completion of its own, too, which comes
+     * as soon as the whole block is in its buffer. */
+    KVF_SUBMIT_EACH_BLOCK = 4,
 } kvf_submit_flags;
 
-/* How to do a job, and whom to tell. `queue` and `callback` may both be set; each then gets the
+/* How to do a job, and whom to tell. `queue` and `callback` may both be set; each then gets every
  * completion once. With no queue, no callback and no `job`, nobody learns how the job ended. */
 struct kvf_submit_options {
     /* sizeof(kvf_submit_options); KVF_SUBMIT_OPTIONS_INIT sets it. */

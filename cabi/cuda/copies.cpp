@@ -1,6 +1,7 @@
 #include "cuda/copies.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace kvf {
 namespace {
@@ -19,6 +20,26 @@ struct Stretch {
         return true;
     }
 };
+
+// Calls `take(place, offset, bytes)` for each run of a piece: where it lies in staging, if the
+// piece lies at `place`, and in the buffer. A packed piece is one run.
+template <class Take>
+void for_each_run(const Piece &piece, uint64_t place, Take &&take) {
+    if (piece.is_packed()) return take(place, piece.offset(), piece.bytes);
+    if (piece.runs) {
+        for (uint64_t i = 0; i < piece.count; ++i) {
+            const Run run = piece.run(i);
+            take(place, run.offset, run.bytes);
+            place += run.bytes;
+        }
+        return;
+    }
+    const kvf_region &region = piece.region;
+    for (uint64_t i = 0; i < region.rows; ++i) {
+        take(place, region.offset + i * region.buffer_pitch, region.width);
+        place += region.width;
+    }
+}
 
 } // namespace
 
@@ -104,41 +125,31 @@ void CudaCopies::copy_staged(const CudaSlot &slot) const {
         copy_run(slot, staging + stretch.place, job.request.buffer + stretch.offset, stretch.bytes);
         stretch.bytes = 0;
     };
-    const auto add = [&](uint64_t place, uint64_t offset, uint64_t bytes, bool is_first) {
+    const auto add = [&](uint64_t place, uint64_t offset, uint64_t bytes, bool may_have_room) {
         if (stretch.extend(place, offset, bytes)) return;
         flush();
         // Pieces that are loaded have room in staging for what precedes them on their line in the
         // host, if that is in their buffer.
         const auto begin = reinterpret_cast<uint64_t>(job.request.buffer) + offset;
-        const bool has_room = is_first && direction_ == Direction::Load;
+        const bool has_room = may_have_room && direction_ == Direction::Load;
         const uint64_t before = has_room ? std::min(begin % CudaPlanner::kHostLine, offset) : 0;
         stretch = {place - before, offset - before, bytes + before};
     };
     for (size_t i = 0; i < slot.pieces.size(); ++i) {
         const Piece &piece = slot.pieces[i];
         const kvf_region &region = piece.region;
-        uint64_t at = slot.places[i];
-        const bool is_one_buffer = piece.gap == Piece::Gap::Read;
         if (piece.gap == Piece::Gap::Nothing) flush(); // another buffer may begin
-        if (piece.is_packed()) {
-            add(at, piece.offset(), piece.bytes, is_one_buffer);
-        } else if (piece.runs) {
-            for (uint64_t k = 0; k < piece.count; ++k) {
-                const Run run = piece.run(k);
-                add(at, run.offset, run.bytes, k == 0 && is_one_buffer);
-                at += run.bytes;
-            }
-        } else if (region.buffer_pitch > max_pitch_) {
-            for (uint64_t k = 0; k < region.rows; ++k) {
-                add(at, region.offset + k * region.buffer_pitch, region.width,
-                    k == 0 && is_one_buffer);
-                at += region.width;
-            }
-        } else {
+        if (!piece.is_packed() && !piece.runs && region.buffer_pitch <= max_pitch_) {
             flush();
-            copy_rows(slot, staging + at, region.width, job.request.buffer + region.offset,
-                      region.buffer_pitch, region.width, region.rows);
+            copy_rows(slot, staging + slot.places[i], region.width,
+                      job.request.buffer + region.offset, region.buffer_pitch, region.width,
+                      region.rows);
+            continue;
         }
+        bool may_have_room = piece.gap == Piece::Gap::Read; // before the piece's first run
+        for_each_run(piece, slot.places[i], [&](uint64_t place, uint64_t offset, uint64_t bytes) {
+            add(place, offset, bytes, std::exchange(may_have_room, false));
+        });
     }
     flush();
 }

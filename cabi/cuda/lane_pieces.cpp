@@ -115,10 +115,12 @@ void CudaLane::after_device(CudaSlot &slot) {
 
 void CudaLane::end_piece(CudaSlot &slot) {
     Leg &leg = *slot.leg;
-    owner_.trace(*leg.job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.bytes,
+    Job &job = *leg.job;
+    owner_.trace(job, slot.queued_ns ? slot.queued_ns : slot.begin_ns, now_ns(), slot.bytes,
                  device_);
     planner_.release_memory(slot);
     if (leg.load_ahead) leg.load_ahead->staged_up_to(staged_up_to(slot));
+    job.moved(slot.pieces);
     slot.stage = Stage::Idle;
     slot.leg = nullptr;
     --pieces_;

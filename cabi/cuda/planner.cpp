@@ -113,33 +113,35 @@ void CudaPlanner::release_memory(CudaSlot &slot) {
 void CudaPlanner::take(CudaSlot &slot, Leg &leg, bool urgent, uint64_t most) {
     Parts &parts = leg.parts;
     if (slot.bounce) most = std::min(most, slot.bounce->bytes());
-    uint64_t rows_left = most_rows(slot);
+    TableUse table{most_rows(slot)};
     slot.pieces.clear();
     slot.places.clear();
     slot.shape = {};
     slot.bytes = 0;
-    bool has_long = false, has_many = false; // rows in the table
     do {
-        const uint64_t bytes = room_for_next(slot, parts, most, rows_left);
+        const uint64_t bytes = room_for_next(slot, parts, most, table.rows_left);
         if (bytes == 0) break;
         const Rows rows = rows_of_next(slot, parts);
-        // Among many rows a kernel would leave the long ones to few of its blocks.
-        if (has_long ? rows == Rows::Many : has_many && rows == Rows::Long) break;
-        const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, rows_left));
+        if (table.excludes(rows)) break;
+        const Piece &piece = slot.pieces.emplace_back(parts.next(bytes, table.rows_left));
         slot.bytes += piece.bytes;
-        if (slot.way == CudaWay::Staged) {
-            slot.places.push_back(place(slot, *leg.job, piece));
-            if (slot.rows_in == CudaRowsIn::Table) {
-                if (rows == Rows::Shaped && slot.shape.rows == 0)
-                    slot.shape = CudaShape::of(piece.region);
-                has_long |= rows == Rows::Long;
-                has_many |= rows != Rows::Long && !slot.is_shaped(piece);
-                const uint64_t taken = slot.is_shaped(piece) ? 1 : piece.rows();
-                rows_left -= std::min(rows_left, taken + (fills_gaps(leg) ? kGapRows : 0));
-            }
-        }
-    } while (!parts.empty() && slot.bytes < most && rows_left > 0 &&
+        if (slot.way != CudaWay::Staged) continue;
+        slot.places.push_back(place(slot, *leg.job, piece));
+        if (slot.rows_in == CudaRowsIn::Table)
+            take_rows(slot, piece, rows, fills_gaps(leg) ? kGapRows : 0, table);
+    } while (!parts.empty() && slot.bytes < most && table.rows_left > 0 &&
              slot.pieces.size() < kMostPieces && goes_with(slot, leg, urgent));
+}
+
+// Takes the rows that a piece needs in the slot's table, and `gap_rows` for the gap before it.
+void CudaPlanner::take_rows(CudaSlot &slot, const Piece &piece, Rows rows, uint64_t gap_rows,
+                            TableUse &table) {
+    if (rows == Rows::Shaped && slot.shape.rows == 0) slot.shape = CudaShape::of(piece.region);
+    const bool is_shaped = slot.is_shaped(piece);
+    table.has_long |= rows == Rows::Long;
+    table.has_many |= rows != Rows::Long && !is_shaped;
+    const uint64_t taken = (is_shaped ? 1 : piece.rows()) + gap_rows;
+    table.rows_left -= std::min(table.rows_left, taken);
 }
 
 // Whether the leg's next piece goes the way of the slot's pieces, and the kernel finds its rows

@@ -62,6 +62,18 @@ private:
         Many,   // each row, moved by one block
     };
     static Rows rows_of_next(const CudaSlot &slot, const Parts &parts);
+    // What the slot's pieces have taken of its table, if it has one.
+    struct TableUse {
+        uint64_t rows_left;
+        bool has_long = false, has_many = false;
+
+        // Among many rows a kernel would leave the long ones to few of its blocks.
+        bool excludes(Rows rows) const {
+            return has_long ? rows == Rows::Many : has_many && rows == Rows::Long;
+        }
+    };
+    static void take_rows(CudaSlot &slot, const Piece &piece, Rows rows, uint64_t gap_rows,
+                          TableUse &table);
     uint64_t place(const CudaSlot &slot, const Job &job, const Piece &piece) const;
 
     const Direction direction_;

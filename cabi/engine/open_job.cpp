@@ -11,12 +11,24 @@ std::shared_ptr<Job> make_job(Engine &engine, Submission &submission,
     auto parts = std::move(submission.parts);
     if (parts.empty() && submission.buffer_bytes)
         parts.emplace_back(submission.buffer, submission.buffer_bytes);
+    const auto queue = options.queue ? find<Queue>(options.queue) : nullptr;
+    if (options.flags & KVF_SUBMIT_EACH_BLOCK) {
+        std::vector<uint64_t> sizes;
+        for (const auto &part : parts) sizes.push_back(part.second);
+        resources.blocks =
+            std::make_unique<BlockReports>(std::move(sizes), queue, options.callback);
+    }
     bool pinned = !parts.empty();
-    for (const auto &[buffer, bytes] : parts) {
+    for (size_t i = 0; i < parts.size(); ++i) {
+        const auto &[buffer, bytes] = parts[i];
         auto use = use_memory(buffer, bytes);
         pinned &= (use && use->pinned()) ||
                   (engine.pinner() && engine.pinner()->is_pinned(buffer, bytes));
-        if (use) resources.memory.push_back(std::move(use));
+        if (resources.blocks) {
+            resources.blocks->keep(i, std::move(use));
+        } else if (use) {
+            resources.memory.push_back(std::move(use));
+        }
     }
     JobRequest request;
     request.direction = submission.direction;
@@ -28,7 +40,7 @@ std::shared_ptr<Job> make_job(Engine &engine, Submission &submission,
     request.submitted_ns = submission.submitted_ns;
     request.attachment = submission.attachment;
     if (options.callback) resources.callback.push_back({options.callback, {}});
-    if (options.queue) resources.queue = QueueReservation(find<Queue>(options.queue));
+    if (queue) resources.queue = QueueReservation(queue);
     resources.gate = std::move(submission.gate);
     resources.keep_alive = std::move(submission.keep_alive);
     resources.on_end = std::move(submission.on_end);
@@ -61,6 +73,7 @@ OpenJob::~OpenJob() {
 
 void OpenJob::add(uint32_t device, Layout &&layout) {
     if (layout.empty()) return;
+    job_->expect(layout);
     if (Leg *leg = leg_on(device)) return leg->device.extend(*leg, std::move(layout));
     hand_over(make_leg(device, std::move(layout)));
 }
@@ -101,6 +114,7 @@ std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Parts &staged) {
     complete.reserve(layouts.size());
     for (auto &[device, layout] : layouts) {
         if (layout.empty()) continue;
+        job_->expect(layout);
         Leg *const leg = leg_on(device);
         if (!leg) {
             complete.push_back(&make_leg(device, std::move(layout)));

@@ -10,7 +10,8 @@ struct Submission {
     Direction direction = Direction::Save;
     unsigned char *buffer = nullptr;
     uint64_t buffer_bytes = 0;
-    // The parts of the buffer that the job uses, where it uses several and not all of it.
+    // The parts of the buffer that the job uses, where it uses several and not all of it. Of a save
+    // of blocks each is a block: Layout::block is its index here.
     std::vector<std::pair<const void *, uint64_t>> parts;
     uint32_t mode = 0;
     uint64_t submitted_ns = 0;

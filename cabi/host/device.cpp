@@ -64,8 +64,9 @@ void HostDevice::copy_at_once(Leg &leg) {
     const uint64_t begin_ns = now_ns();
     job.note_started(begin_ns);
     while (!leg.parts.empty() && !job.stopping()) {
-        copy_piece(leg.parts.next(kUrgentPiece, kRunsPerPiece), job.request.buffer,
-                   job.request.direction);
+        const Piece piece = leg.parts.next(kUrgentPiece, kRunsPerPiece);
+        copy_piece(piece, job.request.buffer, job.request.direction);
+        job.moved({&piece, 1});
     }
     owner_.trace(job, begin_ns, now_ns(), leg.parts.bytes(), index);
     job.leg_ended(leg);
@@ -162,6 +163,7 @@ void HostDevice::move_piece(std::unique_lock<std::mutex> &lock, Leg &leg) {
     if (!job.stopping()) {
         copy_piece(piece, job.request.buffer, job.request.direction);
         owner_.trace(job, begin_ns, now_ns(), piece.bytes, index);
+        job.moved({&piece, 1});
     }
     schedule_.piece_ended(leg);
     lock.lock();

@@ -63,8 +63,7 @@ public:
     // Returns device memory for the parts of a buffer that are to be loaded ahead; NULL where there
     // is no room for them, or where the device loads nothing ahead. The parts are staged and placed
     // in their order.
-    virtual std::shared_ptr<LoadAhead> make_load_ahead(const std::vector<BufferPart> &parts) {
-        (void)parts;
+    virtual std::shared_ptr<LoadAhead> make_load_ahead(const std::vector<BufferPart> &) {
         return nullptr;
     }
 

@@ -52,6 +52,7 @@ void Job::note_started(uint64_t ns) {
 
 void Job::mark_buffer_lost() {
     for (const auto &use : resources_.memory) use->mark_lost();
+    if (resources_.blocks) resources_.blocks->mark_lost();
 }
 
 Leg &Job::add_leg(std::unique_ptr<Leg> leg) {
@@ -68,6 +69,25 @@ Leg *Job::leg(size_t index) {
 void Job::commit(const JobRecord &record) noexcept {
     record_ = record;
     enter(State::Moving); // unless it is stopping
+    if (!resources_.blocks) return;
+    for (size_t block = 0; block < resources_.blocks->count(); ++block) {
+        if (resources_.blocks->seal(block)) tell_of_block(block);
+    }
+}
+
+void Job::count_moved(std::span<const Piece> pieces) {
+    for (const Piece &piece : pieces) {
+        if (resources_.blocks->moved(piece.block, piece.bytes)) tell_of_block(piece.block);
+    }
+}
+
+void Job::tell_of_block(size_t block) {
+    kvf_completion completion = begin_completion();
+    completion.kind = KVF_COMPLETION_BLOCK;
+    completion.block = static_cast<uint32_t>(block);
+    completion.status = KVF_OK;
+    completion.bytes = resources_.blocks->size(block);
+    resources_.blocks->tell(block, completion, *owner_);
 }
 
 void Job::leg_ended(Leg &leg) {
@@ -95,21 +115,29 @@ void Job::end() {
     owner_->job_ended(*this);
 }
 
+// What the completions of the job and of its blocks have in common.
+kvf_completion Job::begin_completion() const {
+    kvf_completion completion{};
+    completion.job = handle;
+    completion.user_data = request.user_data;
+    completion.mode = record_.mode.value_or(request.mode);
+    completion.submitted_ns = request.submitted_ns;
+    completion.started_ns = started_ns_.load(std::memory_order_relaxed);
+    completion.finished_ns = now_ns();
+    completion.listed_ns = record_.listed_ns;
+    completion.recorded_ns = record_.recorded_ns;
+    return completion;
+}
+
 void Job::make_completion() {
     std::lock_guard lock(mutex_);
     enter(State::Ending); // from here on cancel() and fail() come too late
-    completion_.job = handle;
-    completion_.user_data = request.user_data;
+    completion_ = begin_completion();
+    completion_.kind = KVF_COMPLETION_JOB;
     completion_.status = status_;
-    completion_.mode = record_.mode.value_or(request.mode);
     completion_.bytes = record_.bytes;
     completion_.fragments = record_.fragments;
     completion_.segments = record_.segments;
-    completion_.submitted_ns = request.submitted_ns;
-    completion_.started_ns = started_ns_.load(std::memory_order_relaxed);
-    completion_.finished_ns = now_ns();
-    completion_.listed_ns = record_.listed_ns;
-    completion_.recorded_ns = record_.recorded_ns;
     copy_text(detail_, completion_.detail, sizeof completion_.detail);
 }
 
@@ -117,6 +145,7 @@ void Job::release_resources() {
     if (resources_.on_end) resources_.on_end(completion_.status);
     resources_.on_end = nullptr;
     resources_.memory.clear();
+    if (resources_.blocks) resources_.blocks->end();
     for (const auto &leg : legs_) leg->load_ahead.reset();
     resources_.keep_alive.clear();
     resources_.gate.reset();

@@ -7,10 +7,12 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "core/handle.h"
+#include "jobs/block_reports.h"
 #include "jobs/device.h"
 #include "jobs/gate.h"
 #include "jobs/owner.h"
@@ -50,6 +52,8 @@ struct JobResources {
     std::function<void(int32_t)> on_end;
     QueueReservation queue;
     Callbacks callback; // one or none
+    // Of a save that tells of each block, instead of `memory`. NULL for any other job.
+    std::unique_ptr<BlockReports> blocks;
 };
 
 class Job final : public Object, public std::enable_shared_from_this<Job> {
@@ -97,10 +101,20 @@ public:
     void begin_work() { work_.fetch_add(1, std::memory_order_relaxed); }
     void end_work();
     void leg_ended(Leg &leg); // for devices: ends the leg's work
+    // For devices, before the leg of these pieces ends: they are where they belong. Pieces of a job
+    // that is stopping may not have moved; they do not count.
+    void moved(std::span<const Piece> pieces) {
+        if (resources_.blocks && !stopping()) count_moved(pieces);
+    }
 
     // For the submitting call, before it ends its work.
     Leg &add_leg(std::unique_ptr<Leg> leg);
     const std::vector<std::unique_ptr<Leg>> &legs() const { return legs_; }
+    // Before the layout is handed to a device.
+    void expect(const Layout &layout) {
+        if (resources_.blocks) resources_.blocks->expect(layout);
+    }
+    // All layouts have been expected. Tells of blocks that are whole already.
     void commit(const JobRecord &record) noexcept;
     // Instead of commit(): the submitting call fails. Nobody is told of the job's end.
     void discard() noexcept { discarded_ = true; }
@@ -117,6 +131,9 @@ private:
     // Every change of the state happens here. False if the job is there already, or further.
     bool enter(State next) noexcept;
     void end();
+    void count_moved(std::span<const Piece> pieces);
+    void tell_of_block(size_t block);
+    kvf_completion begin_completion() const;
     void make_completion();
     void release_resources();
     void show_end();

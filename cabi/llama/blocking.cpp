@@ -34,7 +34,7 @@ void Llama::load_blocking(int32_t sequence, IncomingState &&state, Submission &&
         if (n == bytes) return;
         try {
             // The context rests, so what belongs to its thread may be looked at here.
-            throw load_failure(sequence, "", structure);
+            throw load_failure(sequence, "", structure ? &*structure : nullptr);
         } catch (const Error &failure) {
             started.fail(failure.status, failure.detail);
         }

@@ -7,7 +7,6 @@
 #include "memory/buffer_checks.h"
 
 namespace kvf {
-namespace {
 
 // The memory of blocks and of a checkpoint, as one buffer from the lowest address to the highest.
 struct BufferOfParts {
@@ -33,17 +32,30 @@ struct BufferOfParts {
     // Where each part begins in the buffer.
     std::vector<uint64_t> places() const {
         std::vector<uint64_t> places;
+        places.reserve(parts.size());
         for (const auto &[part, count] : parts)
             places.push_back(
                 static_cast<uint64_t>(static_cast<const unsigned char *>(part) - begin));
         return places;
     }
-    // The same with their sizes.
+    // Where each part begins in the device memory in which the parts are staged.
+    std::vector<uint64_t> places_in(const LoadAhead &load_ahead) const {
+        std::vector<uint64_t> staged = places();
+        for (uint64_t &place : staged) place = load_ahead.bytes_before(place);
+        return staged;
+    }
+    // Where each part lies in the buffer.
     std::vector<BufferPart> in_buffer() const {
         std::vector<BufferPart> placed;
+        placed.reserve(parts.size());
         const std::vector<uint64_t> at = places();
         for (size_t i = 0; i < parts.size(); ++i) placed.push_back({at[i], parts[i].second});
         return placed;
+    }
+    void set_in(Submission &submission) const {
+        submission.buffer = begin;
+        submission.buffer_bytes = extent;
+        submission.parts = parts;
     }
 
 private:
@@ -58,6 +70,21 @@ private:
         bytes += count;
     }
 };
+
+namespace {
+
+// Spreads the layouts of a load ahead: that of `device` to the places where the parts are staged,
+// the others to the parts' places in the buffer.
+Layouts spread_staged(Layouts &&layouts, Spreader &in_buffer, uint32_t device,
+                      Spreader &&in_staging) {
+    Layouts in_place;
+    Layouts staged;
+    for (auto &[on, layout] : layouts)
+        (on == device ? staged : in_place).emplace_back(on, std::move(layout));
+    Layouts result = in_buffer.spread(in_place);
+    for (auto &layout : in_staging.spread(staged)) result.push_back(std::move(layout));
+    return result;
+}
 
 void check_all_recorded(const Structure &structure, const Layouts &layouts,
                         const Layouts &early = {}) {
@@ -109,17 +136,16 @@ int32_t Llama::find_empty_sequence() const {
     const Structure *const structure = states_->structure();
     if (!structure || context_.has_recurrent_layers()) return -1;
     if (structure->sections[0].streams != 1) return -1;
-    const uint64_t empty = empty_state_bytes(*structure);
     for (uint32_t i = context_.sequence_count(); i-- > 0;) {
         const auto sequence = static_cast<int32_t>(i);
         if (context_.holds_cells(sequence) || !sequences_->is_idle(sequence)) continue;
-        if (positions_tell_cells() || context_.state_bytes(sequence) == empty) return sequence;
+        if (positions_tell_cells() || !states_->holds_cells(sequence)) return sequence;
     }
     return -1;
 }
 
-// Whether a sequence without a last position has no cells. Elsewhere libllama says that a sequence
-// is empty of which only one part of the cache is; its state has cells.
+// Whether a sequence without a last position has no cells. Elsewhere one part of the cache may be
+// empty, and libllama then says that the sequence is.
 bool Llama::positions_tell_cells() const {
     return states_->structure()->sections.size() == 1 && context_.window() == 0;
 }
@@ -128,7 +154,7 @@ bool Llama::positions_tell_cells() const {
 // KVF_ERR_SEQUENCE_EMPTY for a borrowed one without cells.
 ScratchState Llama::make_scratch(int32_t sequence, bool is_borrowed) const {
     const Structure &structure = *states_->structure();
-    const char none[] = "no token at the positions of the blocks";
+    const char *const none = "no token at the positions of the blocks";
     if (is_borrowed && positions_tell_cells()) {
         if (!context_.holds_cells(sequence)) throw Error(KVF_ERR_SEQUENCE_EMPTY, none);
         try {
@@ -189,7 +215,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
     check_ranges(blocks, false);
     const BufferOfParts given(Direction::Save, blocks, nullptr, 0);
     Submission submission = make_submission(Direction::Save, sequence, options);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::Cells);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     look_for_blocks(sequence);
     check_blocks_allowed(false);
@@ -207,12 +233,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
         throw Error(KVF_ERR_LLAMA, "it wrote a state of another format than before");
     check_all_recorded(*whole, recorded.layouts);
     const StateCut cut(*whole, view, states_->policy().parts_in_blocks(), blocks);
-    const auto sizes = cut.sizes();
-    bool fits = true;
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        fits &= blocks[i].bytes >= sizes[i];
-        blocks[i].bytes = sizes[i];
-    }
+    const bool fits = cut.set_sizes(blocks);
     sizes_known();
     if (!fits) throw Error(KVF_ERR_BUFFER_TOO_SMALL, "of a block");
     const BufferOfParts buffer(Direction::Save, blocks, nullptr, 0);
@@ -220,9 +241,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
 
     recorded.layouts = Spreader(cut.map(), buffer.places()).spread(recorded.layouts);
     recorded.bytes = buffer.bytes;
-    submission.buffer = buffer.begin;
-    submission.buffer_bytes = buffer.extent;
-    submission.parts = buffer.parts;
+    buffer.set_in(submission);
     // Decoding never overwrites what blocks consist of.
     submission.mode = options.mode == KVF_SAVE_AUTO ? uint32_t{KVF_SAVE_IN_PLACE} : options.mode;
     const auto fence = submission.fence;
@@ -245,10 +264,18 @@ std::function<bool()> Llama::watch_blocks(int32_t sequence, int32_t end) const {
     };
 }
 
+// Without a position no load could use a checkpoint.
+void Llama::check_has_position(int32_t sequence) const {
+    if (context_.holds_cells(sequence)) return;
+    throw Error(KVF_ERR_SEQUENCE_EMPTY,
+                format("the sliding window or recurrent layers of sequence %d", sequence));
+}
+
 uint64_t Llama::checkpoint_size(int32_t sequence) {
     look_for_blocks(sequence);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::Cells);
     check_blocks_allowed(true);
+    check_has_position(sequence);
     const uint64_t bytes = context_.state_bytes(sequence, LlamaContext::Extent::Partial);
     if (bytes == 0) throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_size_ext failed");
     return bytes;
@@ -258,10 +285,11 @@ void Llama::save_checkpoint(int32_t sequence, void *buffer, uint64_t bytes,
                             const kvf_submit_options &options, kvf_job *job) {
     Submission submission = make_submission(Direction::Save, sequence, options);
     set_buffer(submission, buffer, bytes);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::Cells);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     look_for_blocks(sequence);
     check_blocks_allowed(true);
+    check_has_position(sequence);
     Recorder recorder =
         make_recorder(Direction::Save, submission.buffer, submission.buffer_bytes, submission.gate);
     Recorded recorded = record_save(sequence, submission.buffer, submission.buffer_bytes, recorder,
@@ -283,70 +311,74 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
     const BufferOfParts buffer(Direction::Load, blocks, checkpoint, checkpoint_bytes);
     if (buffer.parts.empty()) throw Error(KVF_ERR_INVALID_ARGUMENT, "there are no blocks");
     Submission submission = make_submission(Direction::Load, sequence, options);
-    check_sequence(sequence, false);
+    check_sequence(sequence, Holds::Nothing);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     for (const auto &[part, bytes] : buffer.parts) {
         if (submission.gate && may_be_written_by_stream(part, bytes)) submission.gate->wait();
     }
     look_for_blocks(sequence);
     check_loadable(blocks.size(), checkpoint != nullptr);
-    const CachePolicy policy = states_->policy();
-    const bool is_known = policy.format() == CachePolicy::Format::Known;
-    const StateJoin join(is_known ? states_->structure() : nullptr,
-                         is_known ? policy.parts_in_blocks() : 0, blocks, checkpoint,
-                         checkpoint_bytes, context_.last_sane_position());
+    const StateJoin join = join_blocks(blocks, checkpoint, checkpoint_bytes);
     const ScratchState scratch(join.bytes());
     join.write(scratch.data);
     const IncomingState state = states_->examine(sequence, scratch.data, join.bytes(), 0);
     if (!state.structure) throw Error(KVF_ERR_UNSUPPORTED, states_->policy().why_not_more_blocks());
 
+    buffer.set_in(submission);
     // From here on a failure leaves the sequence empty.
-    submission.buffer = buffer.begin;
-    submission.buffer_bytes = buffer.extent;
-    submission.parts = buffer.parts;
-    const auto fence = submission.fence;
-    const auto gate = submission.gate;
-    Recorder recorder = make_recorder(Direction::Load, state.view.data, state.view.bytes, gate);
-    const bool stops_rows = guard_window(*state.structure, state.view, recorder, gate.get());
     try {
         if (!state.structure->has_cells_everywhere()) {
             states_->empty_sequence(sequence);
             states_->note_empty(sequence);
         }
-        std::optional<OpenJob> open;
-        uint32_t device = Device::kHost;
-        const auto load_ahead = make_load_ahead(options.mode, buffer.in_buffer(), device);
-        submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
-        if (load_ahead) {
-            open.emplace(*engine_, std::move(submission), options, job != nullptr);
-            open->stage(device, load_ahead);
-        }
-        Recorded recorded = take_cells(sequence, state, recorder);
-        const Layouts early = recorder.take_early();
-        check_all_recorded(*state.structure, recorded.layouts, early);
-        Spreader in_buffer(join.map(), buffer.places());
-        std::vector<uint64_t> staged;
-        for (const uint64_t place : buffer.places())
-            staged.push_back(load_ahead ? load_ahead->bytes_before(place) : place);
-        Spreader in_staging(join.map(), std::move(staged));
-        Layouts in_place, ahead;
-        for (auto &[on, layout] : recorded.layouts)
-            (load_ahead && on == device ? ahead : in_place).emplace_back(on, std::move(layout));
-        recorded.layouts = in_buffer.spread(in_place);
-        for (auto &each : in_staging.spread(ahead)) recorded.layouts.push_back(std::move(each));
-        recorded.bytes = buffer.bytes;
-        fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
-        move_now(Direction::Load, buffer.begin, buffer.extent, in_buffer.spread(early), nullptr);
-        if (load_ahead && !devices_.contains(device)) recorded.mode = KVF_LOAD_IN_PLACE;
-        if (open) {
-            open->commit(std::move(recorded), job);
-        } else {
-            submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
-        }
+        load_joined(sequence, state.view, *state.structure, join.map(), buffer,
+                    std::move(submission), options, job);
     } catch (...) {
         states_->empty_sequence(sequence);
         throw;
     }
+}
+
+StateJoin Llama::join_blocks(std::span<const kvf_block> blocks, const void *checkpoint,
+                             uint64_t checkpoint_bytes) const {
+    const CachePolicy policy = states_->policy();
+    const bool is_known = policy.format() == CachePolicy::Format::Known;
+    const Structure *const like = is_known ? states_->structure() : nullptr;
+    const size_t parts = is_known ? policy.parts_in_blocks() : 0;
+    return StateJoin(like, parts, blocks, checkpoint, checkpoint_bytes,
+                     context_.last_sane_position());
+}
+
+// As load_recorded(): `view` has only the metadata of the state that the blocks make together, and
+// `map` tells where its tensor bytes lie in them.
+void Llama::load_joined(int32_t sequence, const StateView &view, const Structure &structure,
+                        const BlockMap &map, const BufferOfParts &buffer, Submission &&submission,
+                        const kvf_submit_options &options, kvf_job *job) {
+    const auto fence = submission.fence;
+    const auto gate = submission.gate;
+    Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, gate);
+    const bool stops_rows = guard_window(structure, view, recorder, gate.get());
+    std::optional<OpenJob> open;
+    uint32_t device = Device::kHost;
+    const auto load_ahead = make_load_ahead(options.mode, buffer.in_buffer(), device);
+    submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
+    if (load_ahead) {
+        open.emplace(*engine_, std::move(submission), options, job != nullptr);
+        open->stage(device, load_ahead);
+    }
+    Recorded recorded = take_cells(sequence, view, structure, recorder);
+    const Layouts early = recorder.take_early();
+    check_all_recorded(structure, recorded.layouts, early);
+    Spreader in_buffer(map, buffer.places());
+    recorded.layouts = load_ahead ? spread_staged(std::move(recorded.layouts), in_buffer, device,
+                                                  Spreader(map, buffer.places_in(*load_ahead)))
+                                  : in_buffer.spread(recorded.layouts);
+    recorded.bytes = buffer.bytes;
+    fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
+    move_now(Direction::Load, buffer.begin, buffer.extent, in_buffer.spread(early), nullptr);
+    // Only now is it known that this device holds none of the cache.
+    if (load_ahead && !devices_.contains(device)) recorded.mode = KVF_LOAD_IN_PLACE;
+    commit(open, submission, std::move(recorded), options, job);
 }
 
 void Llama::check_loadable(size_t blocks, bool has_checkpoint) const {

@@ -6,6 +6,7 @@
 
 #include "states/cells.h"
 #include "states/envelope.h"
+#include "states/writer.h"
 
 namespace kvf {
 namespace {
@@ -18,6 +19,12 @@ bool looks_known(const StateView &view) {
     return std::any_of(found.begin(), found.end(), [](const Structure &structure) {
         return structure.cells() == 0 || structure.has_cells_everywhere();
     });
+}
+
+// Whether a state has cells, if it is read in one of these ways.
+bool has_cells(const std::vector<Structure> &found) {
+    return std::any_of(found.begin(), found.end(),
+                       [](const Structure &structure) { return structure.cells() > 0; });
 }
 
 } // namespace
@@ -74,6 +81,28 @@ std::optional<KnownStates::Metadata> KnownStates::record_metadata(int32_t sequen
     return Metadata{std::move(scratch), written, std::move(recorded)};
 }
 
+// What libllama writes for a sequence that it calls empty, where a part of it need not be.
+std::vector<Structure> KnownStates::read_though_empty(int32_t sequence) {
+    const bool has_parts = context_.window() > 0 || context_.has_recurrent_layers();
+    if (!has_parts || policy_.is_opaque()) return {};
+    const auto metadata = record_metadata(sequence);
+    if (!metadata) return {};
+    return parse_state_in_every_way(metadata->view(), structure());
+}
+
+bool KnownStates::holds_cells(int32_t sequence) {
+    return context_.holds_cells(sequence) || has_cells(read_though_empty(sequence));
+}
+
+bool KnownStates::holds_state(int32_t sequence) {
+    if (context_.holds_cells(sequence)) return true;
+    const auto found = read_though_empty(sequence);
+    return has_cells(found) &&
+           std::none_of(found.begin(), found.end(), [this](const Structure &structure) {
+               return policy_.lacks_cells(structure);
+           });
+}
+
 void KnownStates::look_at(int32_t sequence) {
     const auto metadata = record_metadata(sequence);
     if (!metadata) return;
@@ -84,11 +113,7 @@ void KnownStates::look_at(int32_t sequence) {
     }
     const bool empty = !context_.holds_cells(sequence);
     auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
-    // libllama calls a sequence empty of which only the window is. Such a one tells nothing.
-    if (empty && std::any_of(found.begin(), found.end(),
-                             [](const Structure &structure) { return structure.cells() > 0; })) {
-        return;
-    }
+    if (empty && has_cells(found)) return; // of the part that is empty it tells nothing
     if (empty) empty_bytes_ = metadata->bytes;
     // The tap knows how many bytes are those of tensors; without it, they cannot be distinguished.
     std::erase_if(found, [&](const Structure &structure) {
@@ -140,8 +165,8 @@ IncomingState KnownStates::examine(int32_t sequence, const unsigned char *state,
                                    uint32_t flags) {
     if (policy_.is_opaque()) return examine_sealed(state, bytes, flags);
     const StateView view{state, bytes, context_.last_sane_position()};
-    // Another version of kvferry may have found this cache opaque, or this context not have seen a
-    // cell yet.
+    // To the version of kvferry that saved the state, this cache may have been opaque. Or this
+    // context may not have seen a cell yet.
     if (Envelope::is_on(state, bytes)) {
         IncomingState sealed = examine_sealed(state, bytes, flags);
         if (policy_.format() == CachePolicy::Format::Known)
@@ -154,20 +179,21 @@ IncomingState KnownStates::examine(int32_t sequence, const unsigned char *state,
 }
 
 Structure KnownStates::examine_known(const StateView &view) const {
-    auto structure = parse_state(view, &*structure_);
-    if (!structure) structure = parse_state(view);
-    if (!structure) throw Error(KVF_ERR_STATE_DAMAGED);
-    const std::string why = mismatch(*structure, *structure_);
+    const Structure &cache = *structure();
+    auto state = parse_state(view, &cache);
+    if (!state) state = parse_state(view);
+    if (!state) throw Error(KVF_ERR_STATE_DAMAGED);
+    const std::string why = mismatch(*state, cache);
     if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, why);
-    if (structure->cells() == 0) return std::move(*structure);
-    if (structure->cells() > context_.most_cells())
-        throw Error(KVF_ERR_CACHE_FULL, describe_cells(*structure));
+    if (state->cells() == 0) return std::move(*state);
+    if (state->cells() > context_.most_cells())
+        throw Error(KVF_ERR_CACHE_FULL, describe_cells(*state));
     // libllama takes such a state. The sequence is then empty in one part of the memory and has
     // cells in another.
-    if (policy_.lacks_cells(*structure))
+    if (policy_.lacks_cells(*state))
         throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
-    if (disagrees(*structure, view)) throw Error(KVF_ERR_STATE_DAMAGED, kDisagrees);
-    return std::move(*structure);
+    if (disagrees(*state, view)) throw Error(KVF_ERR_STATE_DAMAGED, kDisagrees);
+    return std::move(*state);
 }
 
 // libllama takes a state whose parts disagree. Some layers then have tokens that other layers do

@@ -33,18 +33,19 @@ private:
     uint64_t bytes_;
 };
 
-// A state that is to be loaded, looked at.
+// A state that is to be loaded, after it was examined.
 struct IncomingState {
     StateView view;                     // without its envelope, if it has one
     std::optional<Structure> structure; // nothing where the cache is opaque
 };
 
-// All but policy() belongs to the context's thread.
+// Every function but policy() must be called on the context's thread.
 class KnownStates {
 public:
     using MakeRecorder = std::function<Recorder(Direction, const void *buffer, uint64_t bytes)>;
 
-    // `by_tap`: recorders hear of tensor bytes. The rest must outlive this.
+    // `by_tap`: the tap is used, so that recorders note tensor bytes. `context` and `sequences`
+    // must outlive this object.
     KnownStates(const LlamaContext &context, LlamaSequences &sequences, bool by_tap,
                 MakeRecorder make_recorder);
 
@@ -56,14 +57,14 @@ public:
     // its types and row sizes too; and whether a known format describes it. Throws
     // KVF_ERR_UNSUPPORTED for a context without cells of its own.
     void look_at(int32_t sequence);
-    // By a sequence that has cells, if there is one.
+    // Looks at a sequence that has cells, if there is one.
     void look_at_any();
-    // By the sequence that tells most, or costs least.
+    // Looks at the sequence that tells most, or that is cheapest to look at.
     void look_first() { look_at(most_telling_sequence()); }
-    // A state that libllama has written or taken.
+    // Notes the structure of a state that libllama has written or taken.
     void note_believed(const Structure &structure);
 
-    // Whether a state may be loaded into the sequence. `flags`: KVF_SUBMIT_*. Throws
+    // Returns the state, if it may be loaded into the sequence. `flags`: KVF_SUBMIT_*. Throws
     // KVF_ERR_STATE_DAMAGED, KVF_ERR_STATE_MISMATCH or KVF_ERR_CACHE_FULL, and then nothing has
     // been changed.
     IncomingState examine(int32_t sequence, const unsigned char *state, uint64_t bytes,
@@ -77,20 +78,27 @@ public:
 
         StateView view() const { return {state.data, bytes}; }
     };
-    // What libllama writes for a sequence, without moving its tensor bytes (but without the tap
-    // they are copied). Nothing where it refuses.
+    // Returns what libllama writes for a sequence; nothing where libllama refuses. No tensor byte
+    // is moved (without the tap, libllama copies them).
     std::optional<Metadata> record_metadata(int32_t sequence);
 
+    // Whether any part of the cache has cells of the sequence. libllama says that a sequence is
+    // empty where one part is: a sliding window that has lost its cells, or recurrent layers.
+    bool holds_cells(int32_t sequence);
+    // Whether all parts have cells, but for a sliding window: less no load takes.
+    bool holds_state(int32_t sequence);
     void empty_sequence(int32_t sequence);
     // Before a load: what an empty sequence looks like, for what_is_left().
     void note_empty(int32_t sequence);
-    // What libllama has left of a load that failed and that removing the sequence did not remove,
-    // in words.
+    // Returns in words what a failed load has left behind that removing the sequence did not
+    // remove;
+    // "" if nothing.
     std::string what_is_left(int32_t sequence) const;
     std::string describe_cells(const Structure &state) const;
 
 private:
     int32_t most_telling_sequence() const;
+    std::vector<Structure> read_though_empty(int32_t sequence);
     void learn_that_opaque();
     Structure examine_known(const StateView &view) const;
     Structure examine_first(int32_t sequence, const StateView &view);
@@ -108,8 +116,8 @@ private:
     bool positions_agree_ = true;        // in the states that this libllama has written
     uint64_t empty_bytes_ = 0;           // of the state of an empty sequence; 0: not seen
 
-    mutable std::mutex mutex_; // held by the context's thread while it changes the policy, and by
-                               // others that read it
+    // Held by the context's thread while it changes the policy, and by other threads that read it.
+    mutable std::mutex mutex_;
     CachePolicy policy_;
 };
 

@@ -98,7 +98,7 @@ std::string Llama::describe() const {
 uint64_t Llama::size(int32_t sequence) {
     settle();
     check_usable();
-    check_sequence(sequence, false);
+    check_sequence(sequence, Holds::Nothing);
     if (states_->is_unseen() && context_.holds_cells(sequence)) states_->look_at(sequence);
     const uint64_t bytes = context_.state_bytes(sequence);
     if (bytes == 0) throw Error(KVF_ERR_LLAMA, "llama_state_seq_get_size failed");
@@ -108,7 +108,7 @@ uint64_t Llama::size(int32_t sequence) {
 void Llama::remove(int32_t sequence) {
     settle();
     check_usable();
-    check_sequence(sequence, false);
+    check_sequence(sequence, Holds::Nothing);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     states_->empty_sequence(sequence);
 }
@@ -159,14 +159,15 @@ void Llama::check_devices() {
     }
 }
 
-void Llama::check_sequence(int32_t sequence, bool must_hold_cells) {
+void Llama::check_sequence(int32_t sequence, Holds least) {
     if (sequence < 0 || static_cast<uint32_t>(sequence) >= context_.sequence_count()) {
         throw Error(KVF_ERR_SEQUENCE_RANGE, format("sequence %d; the context has 0 to %u", sequence,
                                                    context_.sequence_count() - 1));
     }
-    if (must_hold_cells && !context_.holds_cells(sequence)) {
+    if (least == Holds::Cells && !states_->holds_cells(sequence))
         throw Error(KVF_ERR_SEQUENCE_EMPTY, format("sequence %d", sequence));
-    }
+    if (least == Holds::State && !states_->holds_state(sequence))
+        throw Error(KVF_ERR_SEQUENCE_EMPTY, format("sequence %d, or a part of it", sequence));
 }
 
 // Called by libllama's thread that frees the context, before the memory goes.

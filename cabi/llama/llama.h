@@ -10,8 +10,11 @@
 #include "llama/known_states.h"
 #include "llama/sequences.h"
 #include "llama/tap.h"
+#include "states/blocks.h"
 
 namespace kvf {
+
+struct BufferOfParts; // blocks.cpp
 
 class Llama final : public Object {
 public:
@@ -47,7 +50,10 @@ private:
     std::unique_ptr<Tap> open_tap(uint32_t flags);
     void check_usable();
     void check_devices();
-    void check_sequence(int32_t sequence, bool must_hold_cells);
+    // What a sequence holds at least: nothing, cells in a part of the cache, or a state that can
+    // be loaded again.
+    enum class Holds { Nothing, Cells, State };
+    void check_sequence(int32_t sequence, Holds least);
     void on_buffer_freed(uint64_t begin, uint64_t bytes);
     void release();
 
@@ -61,6 +67,8 @@ private:
     void start_job_from_recorder(Recorder &recorder, std::optional<OpenJob> &open,
                                  Submission &submission, const kvf_submit_options &options,
                                  bool with_handle);
+    void commit(std::optional<OpenJob> &open, Submission &submission, Recorded &&recorded,
+                const kvf_submit_options &options, kvf_job *job);
     bool guard_window(const Structure &structure, const StateView &view, Recorder &recorder,
                       const Gate *gate) const;
     Enclosure enclosure(Direction direction, int32_t sequence, const Recorder &recorder,
@@ -86,16 +94,16 @@ private:
                           const kvf_submit_options &options, kvf_job *job);
 
     // load.cpp
-    void load_recorded(int32_t sequence, const IncomingState &state, Submission &&submission,
-                       const kvf_submit_options &options, kvf_job *job);
-    Recorded take_cells(int32_t sequence, const IncomingState &state, Recorder &recorder);
+    void load_recorded(int32_t sequence, const StateView &view, const Structure &structure,
+                       Submission &&submission, const kvf_submit_options &options, kvf_job *job);
+    Recorded take_cells(int32_t sequence, const StateView &view, const Structure &structure,
+                        Recorder &recorder);
     void load_during_call(int32_t sequence, const IncomingState &state, Submission &&submission,
                           const kvf_submit_options &options, kvf_job *job);
     std::shared_ptr<LoadAhead> make_load_ahead(uint32_t mode, const std::vector<BufferPart> &parts,
                                                uint32_t &device);
     static void check_recorded_whole(const Structure &structure, const Recorded &recorded);
-    Error load_failure(int32_t sequence, const std::string &abort_text,
-                       const std::optional<Structure> &state);
+    Error load_failure(int32_t sequence, const std::string &abort_text, const Structure *state);
 
     // blocks.cpp
     class BorrowedSequence;
@@ -104,7 +112,13 @@ private:
     ScratchState make_scratch(int32_t sequence, bool is_borrowed) const;
     void look_for_blocks(int32_t sequence);
     void check_blocks_allowed(bool checkpoints) const;
+    void check_has_position(int32_t sequence) const;
     void check_loadable(size_t blocks, bool has_checkpoint) const;
+    StateJoin join_blocks(std::span<const kvf_block> blocks, const void *checkpoint,
+                          uint64_t checkpoint_bytes) const;
+    void load_joined(int32_t sequence, const StateView &view, const Structure &structure,
+                     const BlockMap &map, const BufferOfParts &buffer, Submission &&submission,
+                     const kvf_submit_options &options, kvf_job *job);
 
     // blocking.cpp
     void save_blocking(int32_t sequence, Submission &&submission, const kvf_submit_options &options,
@@ -122,7 +136,7 @@ private:
     std::unique_ptr<KnownStates> states_;
 
     // Touched by the context's thread only.
-    BlockCache blocks_;
+    HeapCache heap_;
     std::set<uint32_t> devices_; // that hold the context's tensors, as far as has been seen
     bool replaced_ = false;      // the context's address holds something else by now
 

@@ -9,7 +9,7 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
                  const kvf_submit_options &options, kvf_job *job) {
     Submission submission = make_submission(Direction::Load, sequence, options);
     set_buffer(submission, buffer, bytes);
-    check_sequence(sequence, false);
+    check_sequence(sequence, Holds::Nothing);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithAny);
     const auto *const given = static_cast<const unsigned char *>(buffer);
     if (states_->is_unseen()) states_->look_at_any();
@@ -33,7 +33,8 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     }
     try {
         if (state.structure) {
-            load_recorded(sequence, state, std::move(submission), options, job);
+            load_recorded(sequence, state.view, *state.structure, std::move(submission), options,
+                          job);
         } else {
             load_during_call(sequence, state, std::move(submission), options, job);
         }
@@ -43,14 +44,14 @@ void Llama::load(int32_t sequence, const void *buffer, uint64_t bytes,
     }
 }
 
-void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submission &&submission,
-                          const kvf_submit_options &options, kvf_job *job) {
-    const StateView &view = state.view;
+void Llama::load_recorded(int32_t sequence, const StateView &view, const Structure &structure,
+                          Submission &&submission, const kvf_submit_options &options,
+                          kvf_job *job) {
     unsigned char *const buffer = submission.buffer;
     const auto fence = submission.fence;
     const auto gate = submission.gate;
     Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, gate);
-    const bool stops_rows = guard_window(*state.structure, view, recorder, gate.get());
+    const bool stops_rows = guard_window(structure, view, recorder, gate.get());
     std::optional<OpenJob> open;
     uint32_t device = Device::kHost;
     const auto load_ahead = make_load_ahead(options.mode, {{0, view.bytes}}, device);
@@ -63,7 +64,7 @@ void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submissi
     }
     Recorded recorded;
     try {
-        recorded = take_cells(sequence, state, recorder);
+        recorded = take_cells(sequence, view, structure, recorder);
     } catch (...) {
         open.reset(); // no byte may move when the sequence loses its cells
         throw;
@@ -72,23 +73,20 @@ void Llama::load_recorded(int32_t sequence, const IncomingState &state, Submissi
     fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
     move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
     // Only now is it known that this device holds none of the cache.
-    if (load_ahead && !devices_.count(device)) recorded.mode = KVF_LOAD_IN_PLACE;
-    if (open) {
-        open->commit(std::move(recorded), job);
-    } else {
-        submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
-    }
+    if (load_ahead && !devices_.contains(device)) recorded.mode = KVF_LOAD_IN_PLACE;
+    commit(open, submission, std::move(recorded), options, job);
 }
 
 // Has libllama take the state's cells, whose tensor bytes the recorder notes.
-Recorded Llama::take_cells(int32_t sequence, const IncomingState &state, Recorder &recorder) {
-    if (!context_.read_state(sequence, state.view, recorder))
-        throw load_failure(sequence, recorder.abort_text(), state.structure);
+Recorded Llama::take_cells(int32_t sequence, const StateView &view, const Structure &structure,
+                           Recorder &recorder) {
+    if (!context_.read_state(sequence, view, recorder))
+        throw load_failure(sequence, recorder.abort_text(), &structure);
     Recorded recorded = recorder.finish();
     if (context_.holds_cells(sequence)) check_recorded_anything(recorder);
     sequences_->note_tensors(recorder.tensors());
-    check_recorded_whole(*state.structure, recorded);
-    states_->note_believed(*state.structure);
+    check_recorded_whole(structure, recorded);
+    states_->note_believed(structure);
     return recorded;
 }
 
@@ -98,7 +96,7 @@ void Llama::load_during_call(int32_t sequence, const IncomingState &state, Submi
     const StateView &view = state.view;
     Recorder recorder = make_recorder(Direction::Load, view.data, view.bytes, submission.gate);
     if (!context_.read_state(sequence, view, recorder)) {
-        throw load_failure(sequence, recorder.abort_text(), std::nullopt);
+        throw load_failure(sequence, recorder.abort_text(), nullptr);
     }
     Recorded recorded = recorder.finish();
     if (context_.holds_cells(sequence)) check_recorded_anything(recorder);
@@ -133,8 +131,7 @@ void Llama::check_recorded_whole(const Structure &structure, const Recorded &rec
 
 // The error of a load that libllama refused although the state looks whole. libllama gives its
 // reason only in its log. Empties the sequence.
-Error Llama::load_failure(int32_t sequence, const std::string &abort_text,
-                          const std::optional<Structure> &state) {
+Error Llama::load_failure(int32_t sequence, const std::string &abort_text, const Structure *state) {
     states_->empty_sequence(sequence); // it may hold a part of the state
     const std::string left = states_->what_is_left(sequence);
     if (!abort_text.empty()) return Error(KVF_ERR_LLAMA, abort_text + left);

@@ -49,6 +49,12 @@ kvf_blocks_allowed CachePolicy::blocks_allowed() const {
     return parts_in_blocks() == parts_ ? KVF_BLOCKS_ALONE : KVF_BLOCKS_WITH_CHECKPOINTS;
 }
 
+const char *CachePolicy::why_checkpoints() const {
+    if (!recurs_) return "some layers have a sliding window";
+    if (window_ > 0) return "some layers are recurrent or have a sliding window";
+    return "some layers are recurrent";
+}
+
 const char *CachePolicy::why_not_more_blocks() const {
     switch (blocks_allowed()) {
     case KVF_BLOCKS_UNSEEN: return "no sequence of the context has had cells yet";
@@ -57,10 +63,7 @@ const char *CachePolicy::why_not_more_blocks() const {
                    ? "the format of this cache's states is not known to kvferry"
                    : "every layer has a sliding window, in one part of the cache";
     case KVF_BLOCKS_CHECKPOINTS_ALONE: return "every layer is recurrent, and keeps no tokens";
-    case KVF_BLOCKS_WITH_CHECKPOINTS:
-        return recurs_ && window_ > 0 ? "some layers are recurrent or have a sliding window"
-               : recurs_              ? "some layers are recurrent"
-                                      : "some layers have a sliding window";
+    case KVF_BLOCKS_WITH_CHECKPOINTS: return why_checkpoints();
     case KVF_BLOCKS_ALONE: break;
     }
     return "";

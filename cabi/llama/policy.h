@@ -66,6 +66,8 @@ public:
     bool lacks_cells(const Structure &structure) const;
 
 private:
+    const char *why_checkpoints() const;
+
     int32_t window_;
     bool recurs_;
     bool knows_parts_ = false;

@@ -31,9 +31,9 @@ Recording::~Recording() { recording = nullptr; }
 Recorder *Recording::current() { return recording; }
 
 Recorder::Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
-                   Locate locate, BlockCache &blocks)
+                   Locate locate, HeapCache &heap)
     : direction_(direction), buffer_(reinterpret_cast<uint64_t>(buffer)), buffer_bytes_(bytes),
-      locate_(std::move(locate)), blocks_(blocks), builders_(devices), early_builders_(devices) {}
+      locate_(std::move(locate)), heap_(heap), builders_(devices), early_builders_(devices) {}
 
 bool Recorder::record(const ggml_tensor *tensor, const void *data, uint64_t offset, uint64_t bytes,
                       Direction direction, const GgmlApi &ggml) noexcept {
@@ -98,7 +98,7 @@ void Recorder::begin_tensor(const ggml_tensor *tensor, uint64_t offset, uint64_t
     // Fences around this context's memory are raised by the thread that records, so none can appear
     // while this call records.
     is_plain_ = tensors_.size() > 1 && early_.empty() &&
-                !(direction_ == Direction::Load && Fence::any_stops_rows());
+                (direction_ == Direction::Save || !Fence::any_stops_rows());
     const int64_t device = locate_(tensor_address_ + offset, bytes);
     if (former) former->begin_tensor();
     if (early_builder_) early_builder_->begin_tensor();

@@ -9,7 +9,7 @@
 #include "engine/submission.h"
 #include "jobs/fences.h"
 #include "llama/api.h"
-#include "llama/block_cache.h"
+#include "llama/heap_cache.h"
 #include "memory/layout_builder.h"
 #include "states/cells.h"
 
@@ -27,7 +27,7 @@ public:
     using Sink = std::function<void(uint32_t device, Layout &&)>;
 
     Recorder(Direction direction, const void *buffer, uint64_t bytes, uint32_t devices,
-             Locate locate, BlockCache &blocks);
+             Locate locate, HeapCache &heap);
 
     // Called when a tensor begins and `least` bytes or more have been recorded for the sink.
     // Without a sink, finish() returns everything.
@@ -63,14 +63,14 @@ public:
     // false: the caller makes it.
     bool record(const ggml_tensor *tensor, const void *data, uint64_t offset, uint64_t bytes,
                 Direction direction, const GgmlApi &ggml) noexcept;
-    BlockCache &blocks() { return blocks_; }
+    HeapCache &heap() { return heap_; }
     void note_abort(std::string text) { abort_text_ = std::move(text); }
 
 private:
     const Direction direction_;
     const uint64_t buffer_, buffer_bytes_;
     Locate locate_;
-    BlockCache &blocks_;
+    HeapCache &heap_;
     std::vector<LayoutBuilder> builders_;       // by device
     std::vector<LayoutBuilder> early_builders_; // by device, of the early bytes
     LayoutBuilder *builder_ = nullptr;          // of the tensor below

@@ -10,7 +10,7 @@ void Llama::save(int32_t sequence, void *buffer, uint64_t bytes, const kvf_submi
                  kvf_job *job) {
     Submission submission = make_submission(Direction::Save, sequence, options);
     set_buffer(submission, buffer, bytes);
-    check_sequence(sequence, true);
+    check_sequence(sequence, Holds::State);
     sequences_->check_idle(sequence, LlamaSequences::Busy::WithLoads);
     if (states_->is_unseen()) states_->look_at(sequence);
     const CachePolicy policy = states_->policy();
@@ -58,9 +58,8 @@ void Llama::save_in_place(int32_t sequence, Submission &&submission,
     Recorded recorded = record_save(sequence, buffer, bytes, recorder);
     fence->raise(enclosure(Direction::Save, sequence, recorder, stops_rows));
     move_now(Direction::Save, buffer, recorded.bytes, recorder.take_early(), nullptr);
-    if (open) return open->commit(std::move(recorded), job);
-    submission.buffer_bytes = recorded.bytes;
-    submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+    if (!open) submission.buffer_bytes = recorded.bytes;
+    commit(open, submission, std::move(recorded), options, job);
 }
 
 // The call copies the bytes aside, on their devices; the job moves them from there.
@@ -95,6 +94,7 @@ bool Llama::take_snapshot(Submission &submission, Recorded &recorded) {
     try {
         for (auto &[device, layout] : recorded.layouts) {
             auto snapshot = engine_->device(device).snapshot(layout, submission.buffer);
+            snapshot.layout.block = layout.block;
             layout = std::move(snapshot.layout);
             if (snapshot.memory) submission.keep_alive.push_back(std::move(snapshot.memory));
         }

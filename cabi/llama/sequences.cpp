@@ -79,7 +79,7 @@ void LlamaSequences::check_idle(int32_t sequence, Busy busy) const {
 
 bool LlamaSequences::is_idle(int32_t sequence) const {
     std::lock_guard lock(mutex_);
-    return sequences_.find(sequence) == sequences_.end();
+    return !sequences_.contains(sequence);
 }
 
 void LlamaSequences::check_at_rest() const {

@@ -52,16 +52,17 @@ std::vector<Layout> Spreader::spread(const Layout &layout) {
         }
     }
     for (Layout &part : parts) sort_by_offset(part);
-    std::erase_if(parts, [](const Layout &part) { return part.empty(); });
     return parts;
 }
 
 Layouts Spreader::spread(const Layouts &layouts) {
     Layouts result;
     for (const auto &[device, layout] : layouts) {
+        uint32_t block = 0;
         for (Layout &part : spread(layout)) {
             part.owns_gaps = layouts.size() == 1;
-            result.emplace_back(device, std::move(part));
+            part.block = block++;
+            if (!part.empty()) result.emplace_back(device, std::move(part));
         }
     }
     return result;

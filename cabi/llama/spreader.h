@@ -14,10 +14,10 @@ public:
     Spreader(BlockMap map, std::vector<uint64_t> places)
         : map_(std::move(map)), places_(std::move(places)) {}
 
-    // The layout of each part that the layout has bytes of, in the order of the parts.
+    // A layout for each part, in the order of the parts.
     std::vector<Layout> spread(const Layout &layout);
     // The same for several devices. The bytes between the rows of a block are the job's own, where
-    // one device has all rows.
+    // one device has all rows. Leaves out layouts without bytes.
     Layouts spread(const Layouts &layouts);
 
 private:

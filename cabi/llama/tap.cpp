@@ -23,8 +23,6 @@ struct LlamaAborted : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-} // namespace
-
 enum Hook {
     kTensorGet,
     kTensorSet,
@@ -38,6 +36,8 @@ enum Hook {
     kBufferClear,
     kHooks
 };
+
+} // namespace
 
 // One libllama. Made at its first use and kept for ever: a thread may be inside a hook at any time.
 // (find_llama() sees to it that the library itself stays loaded.)
@@ -188,8 +188,8 @@ struct TapHooks {
     template <size_t index>
     static void *operator_new(size_t bytes) {
         Recorder *const recorder = Recording::current();
-        if (recorder && bytes >= BlockCache::kLeastBlock) {
-            if (void *block = recorder->blocks().take(bytes)) return block;
+        if (recorder && bytes >= HeapCache::kLeastBytes) {
+            if (void *memory = recorder->heap().take(bytes)) return memory;
         }
         const Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
         return library.before<OperatorNew>(kOperatorNew)(bytes);
@@ -198,9 +198,9 @@ struct TapHooks {
     template <size_t index>
     static void operator_delete(void *memory, size_t bytes) {
         Recorder *const recorder = Recording::current();
-        if (recorder && memory && bytes >= BlockCache::kLeastBlock) {
-            if (recorder->blocks().keep(memory, bytes)) return;
-        }
+        if (recorder && memory && bytes >= HeapCache::kLeastBytes &&
+            recorder->heap().keep(memory, bytes))
+            return;
         const Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
         library.before<OperatorDelete>(kOperatorDelete)(memory, bytes);
     }

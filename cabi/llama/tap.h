@@ -9,7 +9,7 @@
 // noted, relocation.h how slots are found, waiting.h what waits for transfers.
 //
 // Other calls are watched too:
-// - operator new and delete of large blocks, while a thread records (block_cache.h);
+// - operator new and delete of much memory, while a thread records (heap_cache.h);
 // - ggml_abort, so that a failed assertion of libllama's while a thread records becomes an
 //   exception, which libllama's own handlers turn into an error, and not the end of the process;
 // - ggml_backend_buffer_free, so that a cache is not freed under a transfer;

@@ -68,7 +68,7 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
         }
     };
     return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()),
-                    locate, blocks_);
+                    locate, heap_);
 }
 
 // Has the recorder start the job when libllama has named the first part, and move that part while
@@ -83,6 +83,16 @@ void Llama::start_job_from_recorder(Recorder &recorder, std::optional<OpenJob> &
         open->add(device, std::move(part));
     };
     recorder.set_sink(sink, kLeastPart);
+}
+
+// Commits the job. Starts it from the submission if no part of it has been moved early.
+void Llama::commit(std::optional<OpenJob> &open, Submission &submission, Recorded &&recorded,
+                   const kvf_submit_options &options, kvf_job *job) {
+    if (open) {
+        open->commit(std::move(recorded), job);
+    } else {
+        submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
+    }
 }
 
 // Protects the cells that libllama may give to other sequences during the transfer: their bytes are
@@ -114,7 +124,8 @@ Enclosure Llama::enclosure(Direction direction, int32_t sequence, const Recorder
 }
 
 // Returns a function that says whether the sequence has been changed since, as far as its first and
-// last position tell.
+// last position tell. Where libllama tells none (a part of the sequence is empty), it says so from
+// the beginning.
 std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const {
     const CachePolicy policy = states_->policy();
     const bool keeps_first = policy.keeps_first_position();
@@ -122,6 +133,7 @@ std::function<bool()> Llama::watch(Direction direction, int32_t sequence) const 
     const auto is_disturbed = [=, this, first = context_.first_position(sequence),
                                last = context_.last_position(sequence)] {
         const int32_t now = context_.last_position(sequence);
+        if (last < 0) return true;
         if (may_append ? now < last : now != last) return true;
         return keeps_first && context_.first_position(sequence) != first;
     };

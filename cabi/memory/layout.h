@@ -52,6 +52,8 @@ struct Layout {
     // may then write these gaps again, unchanged, so that one copy moves many small regions. A job
     // whose bytes lie in several buffers has a layout for each of them.
     bool owns_gaps = false;
+    // Of a save of blocks: the index of the block that the bytes belong to.
+    uint32_t block = 0;
 
     bool empty() const { return regions.empty() && spans.empty(); }
     uint64_t segments() const {

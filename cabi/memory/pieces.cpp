@@ -7,6 +7,7 @@ namespace kvf {
 Piece Cursor::next(uint64_t most, uint64_t most_runs) {
     Piece piece;
     piece.gap = gap_;
+    piece.block = layout_->block;
     if (owns_gaps()) gap_ = Piece::Gap::Rewrite;
     if (!this->region()) {
         const Span &span = layout_->spans[span_];

@@ -27,6 +27,7 @@ struct Piece {
         Nothing, // they may belong to another buffer
     };
     Gap gap = Gap::Read;
+    uint32_t block = 0; // the layout's
 
     uint64_t rows() const { return runs ? count : region.rows; }
     // Where the piece begins in the buffer.

@@ -26,6 +26,14 @@ std::string name_of(size_t index, const kvf_block &block) {
     return format("block %zu (positions %d to %d)", index, block.begin, block.end - 1);
 }
 
+// Why a block cannot follow another one in a list; NULL if it can.
+const char *why_not_behind(const kvf_block &block, const kvf_block &before, bool no_gaps) {
+    if (block.begin < before.begin) return "comes before";
+    if (block.begin < before.end) return "overlaps";
+    if (no_gaps && block.begin > before.end) return "leaves a gap behind";
+    return nullptr;
+}
+
 // The bytes that stand before the sections.
 uint64_t frame_bytes(const Structure &structure) { return structure.framed ? kFrameBytes : 0; }
 
@@ -65,11 +73,7 @@ void check_ranges(std::span<const kvf_block> blocks, bool no_gaps) {
                 format("block %zu has no positions: begin %d, end %d", i, block.begin, block.end));
         }
         if (i == 0) continue;
-        const kvf_block &before = blocks[i - 1];
-        const char *const why = block.begin < before.begin            ? "comes before"
-                                : block.begin < before.end            ? "overlaps"
-                                : no_gaps && block.begin > before.end ? "leaves a gap behind"
-                                                                      : nullptr;
+        const char *const why = why_not_behind(block, blocks[i - 1], no_gaps);
         if (!why) continue;
         throw Error(KVF_ERR_INVALID_ARGUMENT,
                     name_of(i, block) + format(" %s block %zu", why, i - 1));
@@ -153,10 +157,14 @@ std::vector<Structure> StateCut::lay_out(std::span<const kvf_block> blocks, int3
     return structures;
 }
 
-std::vector<uint64_t> StateCut::sizes() const {
-    std::vector<uint64_t> sizes;
-    for (const Structure &structure : structures_) sizes.push_back(structure.bytes);
-    return sizes;
+bool StateCut::set_sizes(std::span<kvf_block> blocks) const {
+    bool fits = true;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const uint64_t needed = structures_[i].bytes;
+        fits &= !blocks[i].buffer || blocks[i].bytes >= needed;
+        blocks[i].bytes = needed;
+    }
+    return fits;
 }
 
 void StateCut::write(std::span<const kvf_block> blocks, int32_t sequence) const {
@@ -167,6 +175,7 @@ BlockMap StateCut::map() const {
     BlockMap map;
     for (size_t part = 0; part < parts_; ++part) {
         std::vector<const Section *> sections;
+        sections.reserve(structures_.size());
         for (const Structure &structure : structures_)
             sections.push_back(&structure.sections[part]);
         map.add_section(whole_.sections[part], sections, runs_[part]);
@@ -176,61 +185,79 @@ BlockMap StateCut::map() const {
 
 // ---- Blocks are joined -------------------------------------------------------------------------
 
+namespace {
+
+StateView view_of(const void *memory, uint64_t bytes, int32_t last_position) {
+    return {static_cast<const unsigned char *>(memory), bytes, last_position};
+}
+
+// Whether blocks can look so: attention alone, every section with cells, `parts` sections (0: any
+// number).
+bool looks_like_block(const Structure &structure, size_t parts) {
+    const bool attention = std::all_of(
+        structure.sections.begin(), structure.sections.end(),
+        [](const Section &section) { return section.kind == Section::Kind::Attention; });
+    return attention && structure.has_cells_everywhere() &&
+           (parts == 0 || structure.sections.size() == parts);
+}
+
+// The error of a block that cannot be read as one of a cache that looks like `known`.
+Error unreadable_block(const StateView &view, const Structure *known, const std::string &name) {
+    const auto other = known ? parse_state(view) : std::nullopt;
+    const std::string why = other ? mismatch(*other, *known) : "";
+    if (!why.empty()) return Error(KVF_ERR_STATE_MISMATCH, name + ": " + why);
+    return Error(KVF_ERR_STATE_DAMAGED, name);
+}
+
+// Reads a block as one of a cache that looks like `known` (NULL: nothing is known).
+Structure read_block(const StateView &view, const Structure *known, size_t parts,
+                     const std::string &name) {
+    auto found = parse_state_in_every_way(view, known);
+    std::erase_if(found, [&](const Structure &one) { return !looks_like_block(one, parts); });
+    if (found.empty()) throw unreadable_block(view, known, name);
+    if (found.size() > 1)
+        throw Error(KVF_ERR_UNSUPPORTED, "several known formats describe " + name);
+    const std::string why = known ? mismatch(found.front(), *known) : "";
+    if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, name + ": " + why);
+    return std::move(found.front());
+}
+
+// Reads a checkpoint that looks like `like` (NULL: nothing is known), in the format of the blocks
+// (NULL: there are none).
+Structure read_checkpoint(const StateView &view, const Structure *like, const StateFormat *format) {
+    auto found = parse_state_in_every_way(view, like);
+    if (found.empty()) throw Error(KVF_ERR_STATE_DAMAGED, "the checkpoint");
+    // Recurrent sections, and windows without cells, read the same in several formats.
+    const auto same = std::find_if(found.begin(), found.end(), [&](const Structure &one) {
+        return !format || !one.format || one.format == format;
+    });
+    if (same == found.end())
+        throw Error(KVF_ERR_STATE_MISMATCH, "the checkpoint has another format than the blocks");
+    return std::move(*same);
+}
+
+} // namespace
+
 StateJoin::StateJoin(const Structure *like, size_t parts, std::span<const kvf_block> blocks,
                      const void *checkpoint, uint64_t checkpoint_bytes, int32_t last_position)
     : blocks_(blocks) {
     std::optional<Structure> known;
     if (like && parts) known = parts_in_blocks(*like, parts);
     for (size_t i = 0; i < blocks.size(); ++i) {
-        const StateView view{static_cast<const unsigned char *>(blocks[i].buffer), blocks[i].bytes,
-                             last_position};
-        auto found = parse_state_in_every_way(view, known ? &*known : nullptr);
-        std::erase_if(found, [&](const Structure &one) {
-            const bool attention =
-                std::all_of(one.sections.begin(), one.sections.end(), [](const Section &section) {
-                    return section.kind == Section::Kind::Attention;
-                });
-            return !attention || !one.has_cells_everywhere() ||
-                   (parts && one.sections.size() != parts);
-        });
-        if (found.empty()) {
-            if (known) {
-                const auto other = parse_state(view);
-                const std::string why = other ? mismatch(*other, *known) : "";
-                if (!why.empty())
-                    throw Error(KVF_ERR_STATE_MISMATCH, name_of(i, blocks[i]) + ": " + why);
-            }
-            throw Error(KVF_ERR_STATE_DAMAGED, name_of(i, blocks[i]));
-        }
-        if (found.size() > 1)
-            throw Error(KVF_ERR_UNSUPPORTED,
-                        "several known formats describe " + name_of(i, blocks[i]));
-        if (!known) known = found.front();
-        const std::string why = mismatch(found.front(), *known);
-        if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, name_of(i, blocks[i]) + ": " + why);
-        views_.push_back(view);
-        structures_.push_back(std::move(found.front()));
+        views_.push_back(view_of(blocks[i].buffer, blocks[i].bytes, last_position));
+        structures_.push_back(
+            read_block(views_[i], known ? &*known : nullptr, parts, name_of(i, blocks[i])));
+        if (!known) known = structures_.front();
         check_block(i, blocks[i]);
     }
     if (checkpoint) {
-        checkpoint_ = {static_cast<const unsigned char *>(checkpoint), checkpoint_bytes,
-                       last_position};
+        checkpoint_ = view_of(checkpoint, checkpoint_bytes, last_position);
         std::optional<Structure> other;
         if (like) other = parts_in_checkpoint(*like, parts);
-        auto found = parse_state_in_every_way(checkpoint_, other ? &*other : nullptr);
-        if (found.empty()) throw Error(KVF_ERR_STATE_DAMAGED, "the checkpoint");
-        // Recurrent sections read the same in several formats.
-        const auto same = std::find_if(found.begin(), found.end(), [&](const Structure &one) {
-            return structures_.empty() || one.format == structures_.front().format;
-        });
-        if (same == found.end()) {
-            throw Error(KVF_ERR_STATE_MISMATCH,
-                        "the checkpoint has another format than the blocks");
-        }
-        rest_ = std::move(*same);
-        if (!structures_.empty()) check_checkpoint();
+        rest_ = read_checkpoint(checkpoint_, other ? &*other : nullptr,
+                                blocks.empty() ? nullptr : structures_.front().format);
+        if (!blocks.empty()) check_checkpoint(*rest_);
     }
-    joined_ = structures_.empty() ? rest_.value() : structures_.front();
     joined_ = lay_out(nullptr);
 }
 
@@ -249,12 +276,12 @@ void StateJoin::check_block(size_t index, const kvf_block &block) const {
 }
 
 // Windows and recurrent layers stand at the end of the last block.
-void StateJoin::check_checkpoint() const {
+void StateJoin::check_checkpoint(const Structure &rest) const {
     const int32_t end = blocks_.back().end;
-    for (size_t part = 0; part < rest_->sections.size(); ++part) {
+    for (size_t part = 0; part < rest.sections.size(); ++part) {
         int32_t last = -1;
-        for (uint64_t cell = 0; cell < rest_->sections[part].cells; ++cell)
-            last = std::max(last, position_of_cell(*rest_, part, checkpoint_, cell));
+        for (uint64_t cell = 0; cell < rest.sections[part].cells; ++cell)
+            last = std::max(last, position_of_cell(rest, part, checkpoint_, cell));
         if (last == end - 1) continue;
         throw Error(KVF_ERR_STATE_DAMAGED,
                     format("the checkpoint is of position %d; the blocks end with position %d",
@@ -264,8 +291,8 @@ void StateJoin::check_checkpoint() const {
 
 Structure StateJoin::lay_out(unsigned char *memory) const {
     StateWriter out(memory);
-    Structure joined = joined_;
-    joined.sections.clear();
+    Structure joined = structures_.empty() ? Structure() : lay_out_blocks(out);
+    if (!rest_) return joined;
     if (structures_.empty()) {
         // A checkpoint alone is a state.
         if (memory) copy_metadata(*rest_, checkpoint_, memory, 0, 0);
@@ -273,7 +300,22 @@ Structure StateJoin::lay_out(unsigned char *memory) const {
         joined.bytes = checkpoint_.bytes;
         return joined;
     }
+    const uint64_t frame = frame_bytes(*rest_);
+    if (memory) copy_metadata(*rest_, checkpoint_, memory, frame, out.at());
+    for (Section section : rest_->sections) {
+        section.cells_at += out.at() - frame;
+        for (uint64_t &at : section.tensor_at) at += out.at() - frame;
+        joined.sections.push_back(std::move(section));
+    }
+    joined.bytes += checkpoint_.bytes - frame;
+    return joined;
+}
+
+// The sections that the blocks make together, behind the frame of the state.
+Structure StateJoin::lay_out_blocks(StateWriter &out) const {
     const Structure &first = structures_.front();
+    Structure joined = first;
+    joined.sections.clear();
     const int32_t sequence = sequence_of(first, views_.front());
     write_frame(out, first, sequence);
     for (size_t part = 0; part < first.sections.size(); ++part) {
@@ -293,15 +335,6 @@ Structure StateJoin::lay_out(unsigned char *memory) const {
         joined.sections.push_back(write_attention(out, first.sections[part], cells, copy));
     }
     joined.bytes = out.at();
-    if (!rest_) return joined;
-    const uint64_t frame = frame_bytes(*rest_);
-    if (memory) copy_metadata(*rest_, checkpoint_, memory, frame, out.at());
-    for (Section section : rest_->sections) {
-        section.cells_at += out.at() - frame;
-        for (uint64_t &at : section.tensor_at) at += out.at() - frame;
-        joined.sections.push_back(std::move(section));
-    }
-    joined.bytes += checkpoint_.bytes - frame;
     return joined;
 }
 
@@ -356,19 +389,15 @@ void cut_state(const StateView &state, size_t parts, std::span<kvf_block> blocks
     const uint64_t rest = end_of_parts(whole, parts, *whole.format);
     const bool has_rest = whole.sections.size() > parts;
     const uint64_t rest_bytes = has_rest ? frame + state.bytes - rest : 0;
-    const std::vector<uint64_t> sizes = cut.sizes();
-    bool fits = true;
-    std::vector<kvf_block> wanted; // with a buffer
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        fits &= !blocks[i].buffer || blocks[i].bytes >= sizes[i];
-        blocks[i].bytes = sizes[i];
-        if (blocks[i].buffer) wanted.push_back(blocks[i]);
-    }
+    bool fits = cut.set_sizes(blocks);
     if (checkpoint_bytes) {
         fits &= !checkpoint || *checkpoint_bytes >= rest_bytes;
         *checkpoint_bytes = rest_bytes;
     }
     if (!fits) throw Error(KVF_ERR_BUFFER_TOO_SMALL);
+    std::vector<kvf_block> wanted;
+    std::copy_if(blocks.begin(), blocks.end(), std::back_inserter(wanted),
+                 [](const kvf_block &block) { return block.buffer; });
     if (!wanted.empty()) {
         const StateCut own(whole, state, parts, wanted);
         own.write(wanted, sequence_of(whole, state));

@@ -10,6 +10,8 @@
 
 namespace kvf {
 
+class StateWriter;
+
 // The first `parts` sections of a cache, which keep every token; and the others.
 Structure parts_in_blocks(const Structure &structure, size_t parts);
 Structure parts_in_checkpoint(const Structure &structure, size_t parts);
@@ -29,7 +31,9 @@ public:
     StateCut(const Structure &whole, const StateView &state, size_t parts,
              std::span<const kvf_block> blocks);
 
-    std::vector<uint64_t> sizes() const; // of the blocks
+    // Sets the `bytes` of each block to what it needs. Returns whether all buffers have room; a
+    // block without a buffer needs none.
+    bool set_sizes(std::span<kvf_block> blocks) const;
     // Writes the metadata of each block into its buffer, which has room, as libllama would for
     // `sequence`.
     void write(std::span<const kvf_block> blocks, int32_t sequence) const;
@@ -66,8 +70,9 @@ public:
 
 private:
     void check_block(size_t index, const kvf_block &block) const;
-    void check_checkpoint() const;
+    void check_checkpoint(const Structure &rest) const;
     Structure lay_out(unsigned char *memory) const;
+    Structure lay_out_blocks(StateWriter &out) const;
 
     std::span<const kvf_block> blocks_;
     std::vector<StateView> views_;

@@ -14,6 +14,14 @@ int32_t position_of(const Section &section, const StateFormat &format, const Sta
     return position;
 }
 
+std::vector<int32_t> positions_of(const Section &section, const StateFormat &format,
+                                  const StateView &state) {
+    std::vector<int32_t> positions(section.cells);
+    for (uint64_t cell = 0; cell < section.cells; ++cell)
+        positions[cell] = position_of(section, format, state, cell);
+    return positions;
+}
+
 // As is_masked_swa() of any kind of window would say of a token at `position`, seen from `from`.
 struct Window {
     int64_t size;
@@ -48,17 +56,36 @@ const Section *section_of_window(const Structure &structure) {
     return count > 1 ? last : nullptr;
 }
 
-void add_cells(const Section &section, uint64_t begin, uint64_t end, std::vector<ByteRange> &ranges,
-               size_t tensor) {
-    const TensorShape &shape = section.tensors[tensor];
-    const uint64_t at = section.tensor_at[tensor];
-    if (!shape.element) {
-        ranges.push_back({at + begin * shape.row, at + end * shape.row});
-        return;
+// Runs of the cells that libllama may give away when the token behind `last` is decoded.
+// `has_masked`: some may be outside of the window already.
+std::vector<ByteRange> cells_that_may_go(const std::vector<int32_t> &positions,
+                                         const Window &window, int64_t last, bool has_masked) {
+    std::vector<ByteRange> cells;
+    for (uint64_t cell = 0; cell < positions.size(); ++cell) {
+        const bool may_go = has_masked ? window.may_be_outside_after(positions[cell], last)
+                                       : window.may_leave_after(positions[cell], last);
+        if (!may_go) continue;
+        if (!cells.empty() && cells.back().end == cell) {
+            ++cells.back().end;
+        } else {
+            cells.push_back({cell, cell + 1});
+        }
     }
-    for (uint64_t row = 0; row < shape.row / shape.element; ++row) {
-        const uint64_t first = at + row * section.cells * shape.element;
-        ranges.push_back({first + begin * shape.element, first + end * shape.element});
+    return cells;
+}
+
+// Adds the bytes that the cells have in each tensor of the section, in the order of the state.
+void add_cells(const Section &section, const std::vector<ByteRange> &cells,
+               std::vector<ByteRange> &ranges) {
+    for (size_t i = 0; i < section.tensors.size(); ++i) {
+        const TensorShape &shape = section.tensors[i];
+        const uint64_t unit = shape.element ? shape.element : shape.row; // bytes of a cell in a row
+        const uint64_t rows = shape.element ? shape.row / shape.element : 1;
+        for (uint64_t row = 0; row < rows; ++row) {
+            const uint64_t at = section.tensor_at[i] + row * section.cells * unit;
+            for (const ByteRange &run : cells)
+                ranges.push_back({at + run.begin * unit, at + run.end * unit});
+        }
     }
 }
 
@@ -87,9 +114,7 @@ void copy_metadata(const Structure &structure, const StateView &state, unsigned 
 
 bool positions_agree(const Structure &structure, const StateView &state) {
     const auto positions_in_order = [&](const Section &section) {
-        std::vector<int32_t> positions(section.cells);
-        for (uint64_t cell = 0; cell < section.cells; ++cell)
-            positions[cell] = position_of(section, *structure.format, state, cell);
+        std::vector<int32_t> positions = positions_of(section, *structure.format, state);
         std::sort(positions.begin(), positions.end());
         return positions;
     };
@@ -118,41 +143,12 @@ std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const S
     for (const Section &section : structure.sections) {
         if (section.kind != Section::Kind::Attention || section.cells == 0) continue;
         if (section.streams > 1) continue; // each sequence has a stream of its own
-        const auto position = [&](uint64_t cell) {
-            return position_of(section, *structure.format, state, cell);
-        };
-        int32_t first = INT32_MAX, last = 0;
-        for (uint64_t cell = 0; cell < section.cells; ++cell) {
-            first = std::min(first, position(cell));
-            last = std::max(last, position(cell));
-        }
-        const bool has_outside = window.is_outside(first, last);
+        const auto positions = positions_of(section, *structure.format, state);
+        const auto [first, last] = std::minmax_element(positions.begin(), positions.end());
+        const bool has_outside = window.is_outside(*first, *last);
         if (has_outside && &section != of_window) continue; // this one keeps every token
         const bool has_masked = has_outside || !structure.framed;
-        std::vector<ByteRange> cells; // runs of them
-        for (uint64_t cell = 0; cell < section.cells; ++cell) {
-            const bool may_go = has_masked ? window.may_be_outside_after(position(cell), last)
-                                           : window.may_leave_after(position(cell), last);
-            if (!may_go) continue;
-            if (!cells.empty() && cells.back().end == cell) {
-                ++cells.back().end;
-            } else {
-                cells.push_back({cell, cell + 1});
-            }
-        }
-        if (cells.empty()) continue;
-        for (size_t tensor = 0; tensor < section.tensors.size(); ++tensor) {
-            if (!section.tensors[tensor].element) {
-                for (const ByteRange &run : cells)
-                    add_cells(section, run.begin, run.end, ranges, tensor);
-                continue;
-            }
-            const size_t begin = ranges.size();
-            for (const ByteRange &run : cells)
-                add_cells(section, run.begin, run.end, ranges, tensor);
-            std::sort(ranges.begin() + static_cast<ptrdiff_t>(begin), ranges.end(),
-                      [](const ByteRange &a, const ByteRange &b) { return a.begin < b.begin; });
-        }
+        add_cells(section, cells_that_may_go(positions, window, *last, has_masked), ranges);
     }
     return ranges;
 }

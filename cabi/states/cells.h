@@ -5,8 +5,8 @@
 
 namespace kvf {
 
-// The position of a cell of a section.
-int32_t position_of_cell(const Structure &structure, size_t section, const StateView &state,
+// The position of a cell of a section, which `index` names.
+int32_t position_of_cell(const Structure &structure, size_t index, const StateView &state,
                          uint64_t cell);
 
 // Copies what stands around the tensor bytes of a state, from its byte `from` on, to `memory + to`.

@@ -235,30 +235,6 @@ private:
     Structure structure_;
 };
 
-class Writer {
-public:
-    template <class T>
-    Writer &add(T value) {
-        const size_t at = bytes.size();
-        bytes.resize(at + sizeof value);
-        std::memcpy(bytes.data() + at, &value, sizeof value);
-        return *this;
-    }
-    void add_zeros(uint64_t count) { bytes.resize(bytes.size() + count); }
-
-    std::vector<unsigned char> bytes;
-};
-
-void write_tensor(Writer &out, const TensorShape &shape) {
-    out.add(shape.type);
-    if (shape.element) {
-        out.add(shape.element).add(static_cast<uint32_t>(shape.row / shape.element));
-    } else {
-        out.add(shape.row);
-    }
-    out.add_zeros(shape.row);
-}
-
 } // namespace
 
 uint64_t Structure::cells() const {
@@ -314,28 +290,6 @@ std::optional<Structure> parse_state(const StateView &state, const Structure *li
 
 bool is_frame_alone(const StateView &state) {
     return state.bytes == kFrameBytes && has_magic(state);
-}
-
-std::vector<unsigned char> make_state_of_one_cell(const Structure &structure) {
-    Writer out;
-    if (structure.framed) out.add(kStateMagic).add<int32_t>(0);
-    for (const Section &section : structure.sections) {
-        if (section.kind == Section::Kind::Attention) {
-            out.add(section.streams).add<uint32_t>(1);
-            out.add<int32_t>(0).add<uint32_t>(1); // position, number of sequences
-            out.add_zeros(structure.format->cell_words * sizeof(uint32_t));
-            out.add<int32_t>(0); // sequence
-            out.add(uint32_t{section.transposed}).add(section.layers);
-            for (const uint32_t word : section.rotation) out.add(word);
-        } else {
-            out.add<uint32_t>(1).add<int32_t>(0).add<uint32_t>(0);
-            out.add<uint32_t>(0).add(section.layers);
-        }
-        for (const TensorShape &shape : section.tensors) write_tensor(out, shape);
-        if (section.kind == Section::Kind::Attention)
-            out.add_zeros((section.streams - 1) * sizeof(uint32_t));
-    }
-    return std::move(out.bytes);
 }
 
 std::string mismatch(const Structure &state, const Structure &cache) {

@@ -98,9 +98,6 @@ std::vector<Structure> parse_state_in_every_way(const StateView &state,
 // that of another context (llama_context_params.ctx_other, from 0.6.0 on).
 bool is_frame_alone(const StateView &state);
 
-// A state of one cell at position 0 of the same kind of cache, with tensor bytes of zero.
-std::vector<unsigned char> make_state_of_one_cell(const Structure &structure);
-
 // Why a state with structure `state` cannot belong to a cache whose states look like `cache`; "" if
 // it can. Sections without cells say less, and are compared by what they say.
 std::string mismatch(const Structure &state, const Structure &cache);

@@ -1,4 +1,4 @@
-// Writes what stands around the tensor bytes of a state.
+// Writes what stands around the tensor bytes of a state: the other half of formats.h.
 #pragma once
 
 #include <cstring>
@@ -36,6 +36,9 @@ void write_frame(StateWriter &out, const Structure &structure, int32_t sequence)
 template <class WriteCell>
 Section write_attention(StateWriter &out, const Section &shape, uint64_t cells,
                         WriteCell &&write_cell);
+
+// A state of one cell at position 0 of the same kind of cache, with tensor bytes of zero.
+std::vector<unsigned char> make_state_of_one_cell(const Structure &structure);
 
 // ---- Implementation ----------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from ._bridge.submission import LoadMode, Priority, SaveMode
 from ._bridge.trace import TraceEvent
 from ._native import ffi as _ffi
 from ._native import lib as _lib
+from .block_transfer import SaveBlocksTransfer
 from .blocks import Block, Checkpoint
 from .buffer import Buffer
 from .engine import Engine
@@ -75,6 +76,7 @@ __all__ = [
     "PinnedLimit",
     "Priority",
     "Region",
+    "SaveBlocksTransfer",
     "SaveMode",
     "SequenceEmpty",
     "SequenceRange",

@@ -31,7 +31,7 @@ Self = TypeVar("Self", bound="SavedPart")
 
 
 class SavedPart(Saved):
-    """What Blocks and Checkpoints have in common."""
+    """The common base of Block and Checkpoint."""
 
     _kind: Kind
 
@@ -48,8 +48,8 @@ class SavedPart(Saved):
     ) -> None:
         super().__init__(memory, nbytes, fingerprint=fingerprint, completion=completion, llm=llm)
         self.key = None if key is None else checked_key("key", key)
-        """The program's own name for all tokens of the conversation up to the end of this, such as
-        a chained hash; None if the program has given none."""
+        """The program's own name for all tokens of the conversation up to the end of this part,
+        such as a chained hash; None if the program has given none."""
         self._checksum = checksum
 
     @property
@@ -83,8 +83,8 @@ class SavedPart(Saved):
     async def read(cls: type[Self], path: str | os.PathLike[str]) -> Self:
         """Reads a file of ``write`` into ordinary memory, and verifies it, on a thread.
 
-        Raises OSError, and StateDamaged if it is no such file, is truncated, or any byte of it is
-        not as it was written.
+        Raises OSError, and StateDamaged if ``write`` has not written the file, or if the file is
+        truncated or any of its bytes has changed since.
         """
         return await anyio.to_thread.run_sync(cls.read_sync, path)
 
@@ -108,9 +108,9 @@ class SavedPart(Saved):
 class Block(SavedPart):
     """The state of the tokens at some positions of a sequence, in the layers that keep every token.
 
-    Bit for bit what libllama would write for a sequence that held these tokens alone. For plain
-    attention a Block is a state of its own, which ``Llama.load`` loads, too. A read-only Buffer.
-    While it lives, its memory is refused as a target with Busy.
+    The bytes are what libllama would write for a sequence that held these tokens alone. For plain
+    attention a Block is a state of its own, which ``Llama.load`` loads, too. A Block is a read-only
+    Buffer. While the Block lives, no transfer may write to its memory (Busy).
     """
 
     _kind = part_file.BLOCK
@@ -202,8 +202,8 @@ class Block(SavedPart):
 class Checkpoint(SavedPart):
     """The state of a sequence's sliding windows and recurrent layers at one position.
 
-    Bit for bit what llama.cpp writes with ``LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY``. A read-only
-    Buffer. While it lives, its memory is refused as a target with Busy.
+    The bytes are what llama.cpp writes with ``LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY``. A Checkpoint is
+    a read-only Buffer. While the Checkpoint lives, no transfer may write to its memory (Busy).
     """
 
     _kind = part_file.CHECKPOINT
@@ -230,8 +230,8 @@ class Checkpoint(SavedPart):
             llm=llm,
         )
         self.position = position
-        """The last position of the sequence when this was saved. The last of the blocks that are
-        loaded with it ends behind this position."""
+        """The last position of the sequence when the checkpoint was saved. The last block that is
+        loaded with the checkpoint ends behind this position."""
 
     @classmethod
     def from_bytes(
@@ -279,8 +279,8 @@ class BlocksToLoad:
     """Blocks and a checkpoint as a load takes them."""
 
     def __init__(self, blocks: Sequence[Block], checkpoint: Checkpoint | None) -> None:
-        """Raises TypeError for other objects, KvferryError if one of them has been closed, and
-        StateMismatch if keys say that they are not of one conversation."""
+        """Raises TypeError for other objects, KvferryError if an object has been closed, and
+        StateMismatch if the keys are not those of one conversation."""
         for block in blocks:
             if not isinstance(block, Block):
                 raise TypeError(f"blocks are Block objects, not {type(block).__name__}")
@@ -300,8 +300,8 @@ class BlocksToLoad:
 
     @property
     def fingerprint(self) -> str | None:
-        """The fingerprint of all of them; None if none has one. Raises StateMismatch if they are of
-        several models."""
+        """The fingerprint that all parts share; None if no part has one. Raises StateMismatch if
+        the parts are of several models."""
         known = {part.fingerprint for part in self.parts} - {None}
         if len(known) > 1:
             detail = f"of several models: {', '.join(sorted(filter(None, known)))}"
@@ -309,7 +309,7 @@ class BlocksToLoad:
         return next(iter(known), None)
 
     def check_model(self, attachment: Attachment) -> None:
-        """Raises StateMismatch if one of them was saved with another model."""
+        """Raises StateMismatch if a part was saved with another model."""
         for part in self.parts:
             attachment.check_fingerprint(part.fingerprint)
 

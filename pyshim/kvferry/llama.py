@@ -399,8 +399,13 @@ class Llama:
         priority: Priority = "background",
         mode: SaveMode = "auto",
         after_stream: int | None = None,
-    ) -> Transfer[list[Block]]:
-        """As ``save_blocks``, but returns when the layout of the blocks has been recorded."""
+        each_block: bool = False,
+    ) -> SaveBlocksTransfer:
+        """As ``save_blocks``, but returns when the layout of the blocks has been recorded.
+
+        With ``each_block``, ``SaveBlocksTransfer.block`` returns each block as soon as it is whole,
+        while others are still moved.
+        """
         attachment = self._attachment
         attachment.check_usable()
         seq = sequence_id(seq)
@@ -424,7 +429,9 @@ class Llama:
             save = SaveOfBlocks(asked, spans, buffers)
             transfer = SaveBlocksTransfer(attachment, seq, save, buffers)
             try:
-                await transfer.submit(priority, number, first=first, after_stream=stream)
+                await transfer.submit(
+                    priority, number, first=first, after_stream=stream, each_block=each_block
+                )
             except BufferTooSmall:
                 if asked.into is not None or repeated:
                     raise

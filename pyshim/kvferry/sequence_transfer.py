@@ -62,6 +62,7 @@ class SequenceTransfer(Transfer[T]):
         first: bool,
         trust: bool = False,
         after_stream: int | None = None,
+        each_block: bool = False,
     ) -> None:
         """Makes the submitting call on the context's thread; ``first`` before other calls that wait
         there.
@@ -76,6 +77,7 @@ class SequenceTransfer(Transfer[T]):
             mode=mode,
             trust=trust,
             after_stream=after_stream,
+            each_block=each_block,
         )
 
         def make_call() -> None:
@@ -215,7 +217,7 @@ class LoadTransfer(SequenceTransfer[None]):
         return f"that loads sequence {self.seq}"
 
     def submitting_call(self, options: CData, job: CData) -> int:
-        (buffer,) = self._buffers
+        (buffer,) = self._buffers.values()
         handle = self._attachment.handle
         return lib.kvf_llama_load(handle, self.seq, buffer.memory, buffer.nbytes, options, job)
 

@@ -36,15 +36,15 @@ class _StateOptions:
 def cut_state(
     state: HostMemory, spans: Sequence[tuple[int, int]], *, parts_in_blocks: int = 0
 ) -> tuple[list[Block], Checkpoint | None]:
-    """Cuts a state into blocks and a checkpoint. Copies, on this thread.
+    """Cuts a state into blocks and a checkpoint. Copies the bytes on the calling thread.
 
     ``state`` is a Snapshot, or contiguous memory with what ``llama_state_seq_get_data`` or another
     program has written. ``spans`` has the first position of each block and the position after its
     last one, in ascending order. ``parts_in_blocks`` says how many parts of the state blocks hold:
     ``Llama.describe()["parts_in_blocks"]``; 0 is the first part. The checkpoint is None for a state
-    of plain attention. It belongs to the end of the state, and its ``position`` is taken to be the
-    one before the end of the last block: cut up to the end where checkpoints are needed. Blocks of
-    a Snapshot have its fingerprint.
+    of plain attention. Otherwise its ``position`` is the last position of the last block. That
+    block must therefore reach to the end of the state. The fingerprint of a Snapshot goes into the
+    blocks.
 
     Raises StateDamaged, SequenceEmpty (the state has no token at the positions of a block),
     InvalidArgument (blocks are misordered or overlap), KvferryError (the state has no parts that
@@ -94,12 +94,12 @@ def join_blocks(
 ) -> Snapshot:
     """Joins blocks, and a checkpoint if there is one, to a state that llama.cpp itself loads.
 
-    The opposite of ``cut_state``. Copies, on this thread. ``parts_in_blocks`` is as for
-    ``cut_state``. The Snapshot has the fingerprint of the blocks.
+    The opposite of ``cut_state``. Copies the bytes on the calling thread. ``parts_in_blocks`` is as
+    for ``cut_state``. The Snapshot has the fingerprint of the blocks.
 
-    Raises StateDamaged, StateMismatch (they are of several models or kinds of cache, or their keys
-    are of several conversations), InvalidArgument (there are none, or they are misordered, overlap
-    or leave a gap), KvferryError (several formats describe them).
+    Raises StateDamaged, StateMismatch (the blocks are of several models or kinds of cache, or their
+    keys are of several conversations), InvalidArgument (there are no blocks, or they are
+    misordered, overlap or leave a gap), KvferryError (several formats describe the blocks).
     """
     given = BlocksToLoad(blocks, checkpoint)
     fingerprint = given.fingerprint

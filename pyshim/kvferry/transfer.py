@@ -50,7 +50,7 @@ class Transfer(PendingTransfer, Generic[T]):
         """
         super().__init__()
         self._completions = completions
-        self._buffers = tuple(buffers)
+        self._buffers = dict(enumerate(buffers))
         self._source = source
         self._make_result: Callable[[Completion], T] | None = result
         self._result: T | None = None
@@ -62,10 +62,10 @@ class Transfer(PendingTransfer, Generic[T]):
         self.job_place: CData = ffi.new("kvf_job *")
         self.token = completions.new_token()
         completions.take_unattended()
-        self._claims: object = [
-            claim_for_transfer(buffer.memory, buffer.nbytes, writing=writes_buffers)
-            for buffer in buffers
-        ]
+        self._claims = {
+            index: claim_for_transfer(buffer.memory, buffer.nbytes, writing=writes_buffers)
+            for index, buffer in self._buffers.items()
+        }
 
     @property
     def job(self) -> int | None:
@@ -147,7 +147,7 @@ class Transfer(PendingTransfer, Generic[T]):
 
     def expect(self) -> None:
         """Call this before the submitting call, and ``after_submit`` after it in any case."""
-        for buffer in self._buffers:
+        for buffer in self._buffers.values():
             buffer.transfers.add(self)
         self._completions.register(self)
 
@@ -191,14 +191,20 @@ class Transfer(PendingTransfer, Generic[T]):
         """Returns a call, not asked for yet, whose end ``wait`` waits for too; or None."""
         return None
 
+    def _drop_buffer(self, index: int) -> None:
+        """The transfer no longer uses this buffer. May be repeated."""
+        buffer = self._buffers.get(index)
+        if buffer is not None:
+            buffer.transfers.discard(self)
+        self._claims.pop(index, None)
+        self._buffers.pop(index, None)
+
     def _drop_memory(self) -> None:
         # A program may keep this object: then it must not keep the memory alive.
-        for buffer in self._buffers:
-            buffer.transfers.discard(self)
+        for index in list(self._buffers):
+            self._drop_buffer(index)
         self._make_result = None
-        self._buffers = ()
         self._source = None
-        self._claims = None
 
 
 async def start_and_wait(start: Coroutine[Any, Any, Transfer[T]]) -> T:

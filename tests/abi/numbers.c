@@ -43,6 +43,9 @@ IS(KVF_PRIORITY_BACKGROUND, 0);
 IS(KVF_PRIORITY_URGENT, 1);
 IS(KVF_SUBMIT_FOLLOW_STREAM, 1);
 IS(KVF_SUBMIT_TRUST_STATE, 2);
+IS(KVF_SUBMIT_EACH_BLOCK, 4);
+IS(KVF_COMPLETION_JOB, 0);
+IS(KVF_COMPLETION_BLOCK, 1);
 IS(KVF_LLAMA_ALLOW_BLOCKING, 1);
 IS(KVF_LLAMA_FORCE_BLOCKING, 2);
 IS(KVF_SAVE_AUTO, 0);
@@ -101,6 +104,8 @@ AT(kvf_completion, detail, 72);
 IS(sizeof((kvf_completion *)0)->detail, 128);
 AT(kvf_completion, listed_ns, 200);
 AT(kvf_completion, recorded_ns, 208);
+AT(kvf_completion, kind, 216);
+AT(kvf_completion, block, 220);
 
 AT(kvf_trace_event, job, 0);
 AT(kvf_trace_event, user_data, 8);

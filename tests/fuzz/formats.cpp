@@ -1,6 +1,7 @@
 // The walk through a state reads nothing outside of it, ends, and takes no damaged length for
 // whole.
 #include "states/cells.h"
+#include "states/writer.h"
 
 #include "states.hpp"
 
@@ -8,7 +9,7 @@ using namespace kvf;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     Input input(data, size);
-    StateWriter state;
+    StateBuilder state;
     if (input.number<uint8_t>() % 4 == 0) {
         state.bytes.insert(state.bytes.end(), input.rest(), input.rest() + input.left());
     } else {

@@ -5,14 +5,14 @@
 #include <vector>
 
 #include "input.hpp"
-#include "state_writer.hpp"
+#include "state_builder.hpp"
 
-inline StateWriter any_state(Input &input) {
-    StateWriter state({.framed = input.below(4) > 0,
-                       .cell_words = static_cast<uint32_t>(input.below(4)),
-                       .rotation_words = 2 * static_cast<uint32_t>(input.below(2))});
+inline StateBuilder any_state(Input &input) {
+    StateBuilder state({.framed = input.below(4) > 0,
+                        .cell_words = static_cast<uint32_t>(input.below(4)),
+                        .rotation_words = 2 * static_cast<uint32_t>(input.below(2))});
     for (uint64_t sections = input.below(4); sections > 0; --sections) {
-        StateWriter::Attention a;
+        StateBuilder::Attention a;
         a.streams = 1 + static_cast<uint32_t>(input.below(3));
         a.stream = static_cast<uint32_t>(input.below(a.streams));
         a.cells = static_cast<uint32_t>(input.below(6));
@@ -24,7 +24,7 @@ inline StateWriter any_state(Input &input) {
         state.attention(a);
     }
     if (input.below(2)) {
-        StateWriter::Recurrent r;
+        StateBuilder::Recurrent r;
         r.cells = static_cast<uint32_t>(input.below(2));
         r.layers = 1 + static_cast<uint32_t>(input.below(4));
         r.layers_with_r = static_cast<uint32_t>(input.below(r.layers + 1));

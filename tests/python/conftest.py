@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ if os.environ.get("KVFERRY_TEST_GPU"):
 # the tests of Ctrl-C would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Hypothesis: the same few examples each time. `--hypothesis-profile=long` tries many more, and
+# others each time.
+hypothesis.settings.register_profile("long", max_examples=500, deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "kvferry", max_examples=8, deadline=None, database=None, derandomize=True
+)
+hypothesis.settings.load_profile("kvferry")
 
 
 @pytest.fixture(scope="session")

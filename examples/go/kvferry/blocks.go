@@ -63,7 +63,7 @@ func (l *Llama) BlocksAllowed() (allowed BlocksAllowed, reason string, err error
 	return BlocksAllowed(status), goString(text[:]), nil
 }
 
-// BlockSize returns the size in bytes of a block of a number of tokens. It moves none of them.
+// BlockSize returns the size in bytes of a block of a number of tokens. No byte is moved.
 //
 // That holds for tokens at positions of their own. Where positions repeat (the patches of an image, for a model with
 // M-RoPE) or are missing, a block has as many tokens as there are cells at its positions; SaveBlocks then sets Size.
@@ -79,7 +79,7 @@ func (l *Llama) BlockSize(tokens int) (int, error) {
 	return int(size), err
 }
 
-// CheckpointSize returns the size in bytes that a checkpoint of the sequence has now. It moves none of them.
+// CheckpointSize returns the size in bytes that a checkpoint of the sequence has now. No byte is moved.
 //
 // Errors: ErrSequenceEmpty, ErrUnsupported (the cache needs no checkpoints, or allows none), ErrSequenceRange,
 // ErrContextFreed, ErrLlama, ErrClosed.
@@ -95,10 +95,11 @@ func (s Sequence) CheckpointSize() (int, error) {
 // sets the Size of each, also where it returns ErrBufferTooSmall: then the Size is what the block needs. The
 // Completion's Bytes are the sum of the sizes.
 //
-// SaveBlocks blocks, and can be cancelled, as Save does. Auto is InPlace, because decoding never overwrites what blocks
-// consist of: the sequence may be decoded meanwhile, whatever layers the model has. SaveBlocks holds the context's lock
+// SaveBlocks blocks, and can be cancelled, as Save does. Auto is InPlace, because decoding never overwrites the
+// bytes of blocks: the sequence may be decoded meanwhile, whatever layers the model has. SaveBlocks holds the context's lock
 // while it records the memory of the blocks. In a unified cache that takes as long as the blocks need, and not the whole
-// sequence, if another sequence of the context is empty; otherwise it takes as long as Save.
+// sequence, if another sequence of the context is empty; otherwise it takes as long as Save. The option EachBlock tells
+// of each block as soon as it is whole.
 //
 // Errors: ErrUnsupported (the cache does not allow blocks), ErrInvalidArgument (there are no blocks; they are empty or
 // misordered, or overlap), ErrSequenceEmpty (the sequence has no token at the positions of a block), ErrBufferTooSmall,
@@ -160,7 +161,7 @@ func (s Sequence) LoadBlocks(ctx context.Context, blocks []Block, checkpoint Mem
 	return s.load(ctx, C.KVGO_LOAD_BLOCKS, blocks, memory, settingsOf(options))
 }
 
-// claimBlocks writes down the blocks for C, and pins their memory. Their Buffers cannot be closed until releaseBlocks.
+// claimBlocks lists the blocks for C, and pins their memory. Their Buffers cannot be closed until releaseBlocks.
 func (w *waiter) claimBlocks(blocks []Block, isLoad bool) error {
 	for i := range blocks {
 		b := &blocks[i]
@@ -168,9 +169,7 @@ func (w *waiter) claimBlocks(blocks []Block, isLoad bool) error {
 		if err != nil {
 			return blockError(i, err)
 		}
-		if buffer != nil {
-			w.claimed = append(w.claimed, buffer)
-		}
+		w.claimed = append(w.claimed, buffer)
 		if isLoad && b.Size != 0 {
 			if b.Size < 0 || b.Size > len(memory) {
 				return blockError(i, &Error{Status: ErrInvalidArgument, Detail: "Size is not within Memory"})
@@ -198,7 +197,7 @@ func blockError(index int, err error) error {
 	return err
 }
 
-// setSizes tells the caller the sizes that C has written, if it has: also where a memory is too small.
+// setSizes sets the Size of each block to what C has written. C writes the sizes also where a memory is too small.
 func (w *waiter) setSizes(blocks []Block, err error) {
 	if err != nil && !errors.Is(err, ErrBufferTooSmall) {
 		return
@@ -208,10 +207,15 @@ func (w *waiter) setSizes(blocks []Block, err error) {
 	}
 }
 
+// releaseBlock lets the Buffer of a block be closed.
+func (w *waiter) releaseBlock(i int) {
+	w.claimed[i].release()
+	w.claimed[i] = nil
+}
+
 func (w *waiter) releaseBlocks() {
-	for i, buffer := range w.claimed {
-		buffer.release()
-		w.claimed[i] = nil
+	for i := range w.claimed {
+		w.releaseBlock(i)
 	}
 	w.claimed = w.claimed[:0]
 	clear(w.blocks)

@@ -215,6 +215,103 @@ func TestBlocksInGoMemoryAndInParts(t *testing.T) {
 	}
 }
 
+func TestEachBlockIsWholeWhenItIsToldOf(t *testing.T) {
+	for _, kind := range []string{"", "gemma3", "hybrid"} {
+		for _, mode := range []kvferry.SaveMode{kvferry.InPlace, kvferry.Snapshot} {
+			llama, engine, model := attach(t, kind)
+			llama.Decode(0, words(100, 1)...)
+			expected := cut(t, engine, model, 0, 32, 64, 96, 100)
+			saveBlocks(t, model.Sequence(0), expected)
+			blocks := cut(t, engine, model, 0, 32, 64, 96, 100)
+			told := map[int]bool{}
+			completion, err := model.Sequence(0).SaveBlocks(context.Background(), blocks, kvferry.WithMode(mode),
+				kvferry.EachBlock(func(i int) {
+					buffer := blocks[i].Memory.(*kvferry.Buffer)
+					if told[i] || !bytes.Equal(buffer.Bytes()[:blocks[i].Size], expected[i].Memory.(*kvferry.Buffer).Bytes()) {
+						t.Errorf("block %d is not whole, or was told of before", i)
+					}
+					told[i] = true
+					if err := buffer.Close(); err != nil {
+						t.Error(err)
+					}
+				}))
+			if err != nil || len(told) != len(blocks) || completion.Mode != mode {
+				t.Errorf("%q: %d of %d blocks, mode %d, %v", kind, len(told), len(blocks), completion.Mode, err)
+			}
+		}
+	}
+}
+
+// Blocks that were told of stay whole, and the rest have no call.
+func TestEachBlockUnderRandomCancellation(t *testing.T) {
+	llama, engine, model := attach(t, "")
+	llama.Decode(0, words(250, 1)...)
+	positions := []int{0}
+	for p := 5; p <= 250; p += 5 {
+		positions = append(positions, p)
+	}
+	expected := cut(t, engine, model, positions...)
+	saveBlocks(t, model.Sequence(0), expected)
+	blocks := cut(t, engine, model, positions...)
+	random := rand.New(rand.NewPCG(1, 3))
+	for round, cancelled, whole := 0, 0, 0; round < 200 || cancelled == 0 || whole == 0; round++ {
+		if round == 5000 {
+			t.Fatalf("%d cancelled, %d whole: the test has lost its point", cancelled, whole)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		last := random.IntN(2 * len(blocks))
+		var told []int
+		_, err := model.Sequence(0).SaveBlocks(ctx, blocks, kvferry.EachBlock(func(i int) {
+			told = append(told, i)
+			if len(told) > last {
+				cancel()
+			}
+		}))
+		cancel()
+		switch {
+		case err == nil && len(told) == len(blocks):
+			whole++
+		case errors.Is(err, kvferry.ErrCancelled) && errors.Is(err, context.Canceled):
+			cancelled++
+		default:
+			t.Fatalf("%d blocks, %v", len(told), err)
+		}
+		slices.Sort(told)
+		if len(slices.Compact(told)) != len(told) {
+			t.Fatal("a block was told of twice")
+		}
+		for _, i := range told {
+			if !bytes.Equal(blocks[i].Memory.(*kvferry.Buffer).Bytes(), expected[i].Memory.(*kvferry.Buffer).Bytes()) {
+				t.Fatalf("block %d is not whole", i)
+			}
+		}
+	}
+	expectIdle(t, engine)
+}
+
+func TestPanicForABlockEndsTheTransfer(t *testing.T) {
+	llama, engine, model := attach(t, "")
+	llama.Decode(0, words(100, 1)...)
+	blocks := cut(t, engine, model, 0, 32, 64, 96, 100)
+	for range 50 {
+		func() {
+			defer func() {
+				if recover() != "the program's" {
+					t.Error("no panic")
+				}
+			}()
+			model.Sequence(0).SaveBlocks(context.Background(), blocks, kvferry.EachBlock(func(int) { panic("the program's") }))
+		}()
+		expectIdle(t, engine)
+		saveBlocks(t, model.Sequence(0), blocks)
+	}
+	for _, block := range blocks { // no call has kept a buffer
+		if err := block.Memory.(*kvferry.Buffer).Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestSaveIntoTooLittleMemorySaysWhatBlocksNeed(t *testing.T) {
 	llama, _, model := attach(t, "")
 	llama.Decode(0, words(60, 1)...)

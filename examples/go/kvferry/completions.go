@@ -37,7 +37,8 @@ type waiter struct {
 	pinner     runtime.Pinner
 	memory     []byte // keeps the memory reachable that C works on
 	blocks     []C.kvf_block
-	claimed    []*Buffer // that the blocks are in
+	claimed    []*Buffer // that each block is in; nil: in other memory, or the block is whole
+	whole      chan int  // the blocks that are whole, if the program wants to know: has room for all
 	keepsJob   bool      // the transfer itself releases the job's handle
 
 	// True from before the submission until the completion. Go's memory model does not see that C calls lie between what
@@ -120,8 +121,16 @@ func (c *completions) read() {
 	}
 }
 
-// complete passes a completion to the transfer that waits. It returns whether the reader must release the job's handle.
+// complete passes a completion, of a job or of a block, to the transfer that waits. It returns whether the reader must
+// release the job's handle.
 func (w *waiter) complete(completion *C.kvf_completion) bool {
+	if completion.kind == C.KVF_COMPLETION_BLOCK {
+		if !w.armed.Load() {
+			panic("kvferry: a block is whole after its job has completed")
+		}
+		w.whole <- int(completion.block)
+		return false
+	}
 	if !w.armed.Swap(false) {
 		panic("kvferry: a job has completed twice")
 	}
@@ -174,6 +183,7 @@ func (c *completions) put(w *waiter) {
 	w.pinner.Unpin()
 	w.memory = nil
 	w.releaseBlocks()
+	w.whole = nil
 	w.detail = ""
 	c.mutex.Lock()
 	c.free = append(c.free, w)

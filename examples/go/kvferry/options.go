@@ -37,6 +37,7 @@ type Option struct {
 	kind  optionKind
 	value uint64
 	then  func()
+	each  func(block int)
 }
 
 type optionKind uint8
@@ -48,6 +49,7 @@ const (
 	optionStream
 	optionStreamWait
 	optionTrustState
+	optionEachBlock
 )
 
 // WithPriority sets the transfer's priority.
@@ -88,11 +90,23 @@ func StreamWait(stream uintptr, then func()) Option {
 	return Option{kind: optionStreamWait, value: uint64(stream), then: then}
 }
 
+// EachBlock makes Sequence.SaveBlocks call a function for each block as soon as the block is whole, while others still
+// move. The function gets the index of the block. Size of the block is set, and the block's Memory is the program's again:
+// a Buffer may be closed. Other transfers ignore the option.
+//
+// The calls come one at a time, on the goroutine that has called SaveBlocks, and before SaveBlocks returns. They come in
+// the order in which the blocks became whole: mostly in that of the blocks, but a program must not count on it. While a
+// call runs, SaveBlocks does not notice the end of its context. If SaveBlocks returns an error, the function has been
+// called for the blocks that were whole before. If the function panics, SaveBlocks cancels the transfer and waits for its
+// end, and the panic goes on.
+func EachBlock(each func(block int)) Option { return Option{kind: optionEachBlock, each: each} }
+
 // settings are the options of one transfer, in the library's terms.
 type settings struct {
 	priority, saveMode, loadMode, flags, loadFlags C.uint32_t
 	stream                                         C.uint64_t
 	waits                                          []streamWait
+	eachBlock                                      func(block int)
 }
 
 type streamWait struct {
@@ -116,6 +130,8 @@ func settingsOf(options []Option) (s settings) {
 			s.loadFlags = C.KVF_SUBMIT_TRUST_STATE
 		case optionStreamWait:
 			s.waits = append(s.waits, streamWait{C.uint64_t(option.value), option.then})
+		case optionEachBlock:
+			s.eachBlock = option.each
 		}
 	}
 	return s

@@ -80,6 +80,9 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 			return w.result, err
 		}
 	}
+	if w.whole != nil {
+		return w.waitWithBlocks(ctx, r.eachBlock)
+	}
 	return w.wait(ctx)
 }
 
@@ -107,11 +110,16 @@ func (w *waiter) prepare(r request, cancellable bool) {
 		s.mode = r.loadMode
 	}
 	s.error[0] = 0
-	// Only a job that may have to be cancelled, or that a stream has to wait for, needs a handle. For a stream the handle
-	// must stay valid when the job has ended: then the transfer releases it, and not the reader of the completions.
+	// Only a job that may have to be cancelled, or that a stream has to wait for, needs a handle. (A function that is
+	// called for each block may panic: then the job is cancelled.) For a stream the handle must stay valid when the job
+	// has ended: then the transfer releases it, and not the reader of the completions.
 	w.keepsJob = len(r.waits) > 0
 	s.wants_job = 0
-	if cancellable || w.keepsJob {
+	if r.operation == C.KVGO_SAVE_BLOCKS && r.eachBlock != nil {
+		s.flags |= C.KVF_SUBMIT_EACH_BLOCK
+		w.whole = make(chan int, len(r.blocks))
+	}
+	if cancellable || w.keepsJob || w.whole != nil {
 		s.wants_job = 1
 	}
 	w.armed.Store(true)
@@ -175,6 +183,43 @@ func (w *waiter) wait(ctx context.Context) (Completion, error) {
 			<-w.done // the outcome is not known yet, and C uses the memory until then
 		}
 	}
+	return w.outcome(ctx)
+}
+
+// waitWithBlocks waits as wait does, and calls the program's function for each block that is whole. If the function
+// panics, the job has ended by then.
+func (w *waiter) waitWithBlocks(ctx context.Context, each func(block int)) (Completion, error) {
+	job := w.submission.job
+	ended := false
+	defer func() {
+		if !ended {
+			C.kvf_job_cancel(job)
+			<-w.done
+		}
+	}()
+	tell := func(block int) {
+		w.releaseBlock(block)
+		each(block)
+	}
+	for cancel := ctx.Done(); !ended; {
+		select {
+		case <-w.done:
+			ended = true
+		case block := <-w.whole:
+			tell(block)
+		case <-cancel:
+			C.kvf_job_cancel(job)
+			cancel = nil
+		}
+	}
+	for len(w.whole) > 0 {
+		tell(<-w.whole)
+	}
+	return w.outcome(ctx)
+}
+
+// outcome returns how the job has ended.
+func (w *waiter) outcome(ctx context.Context) (Completion, error) {
 	if w.status == C.KVF_OK {
 		return w.result, nil
 	}

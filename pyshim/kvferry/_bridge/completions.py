@@ -25,6 +25,7 @@ import os
 import time
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -51,6 +52,8 @@ class PendingTransfer(Pending):
 
     token: int
     """The job's ``user_data``."""
+    parts: Sequence[Pending] = ()
+    """The blocks of a save of blocks. Each ends with its own completion, or with the transfer."""
 
     @property
     def job(self) -> int | None:
@@ -58,6 +61,9 @@ class PendingTransfer(Pending):
         raise NotImplementedError
 
     def cancel(self) -> None:
+        raise NotImplementedError
+
+    def part_completed(self, index: int, completion: Completion) -> None:
         raise NotImplementedError
 
     def completed(self, completion: Completion) -> None:
@@ -132,7 +138,7 @@ class Completions:
     def withdraw(self, transfer: PendingTransfer) -> None:
         """Ends a transfer that has no job."""
         transfer.withdrawn()
-        self.end(transfer)
+        self._end_transfer(transfer)
         # The reader may be waiting for this very transfer: without this it would wait for ever.
         lib.kvf_queue_wake(self.queue)
         self._transfers.pop(transfer.token, None)
@@ -244,14 +250,17 @@ class Completions:
         self._handle_records()
 
     def _handle_records(self) -> None:
-        """Ends the transfers of the records that were taken. A record whose token is 0 has been
-        handled: no transfer has this token."""
+        """Ends the transfers, and the parts of transfers, of the records that were taken. A record
+        whose token is 0 has been handled: no transfer has this token."""
         while self._handled < _BATCH and (token := self._records[self._handled].user_data):
             record = self._records[self._handled]
             transfer = self._transfers.get(token)
-            if transfer is not None:
+            if transfer is not None and record.kind == lib.KVF_COMPLETION_BLOCK:
+                transfer.part_completed(record.block, completion_of(record))
+                self.end(transfer.parts[record.block])
+            elif transfer is not None:
                 transfer.completed(completion_of(record))
-                self.end(transfer)
+                self._end_transfer(transfer)
                 self._transfers.pop(token, None)
             self._handled += 1
             record.user_data = 0
@@ -266,6 +275,11 @@ class Completions:
             self._posted.popleft()
         if self._posted:
             self._wake()
+
+    def _end_transfer(self, transfer: PendingTransfer) -> None:
+        self.end(transfer)
+        for part in transfer.parts:
+            self.end(part)
 
     def end(self, pending: Pending) -> None:
         """Marks ``pending`` as ended and wakes the tasks that wait for it."""

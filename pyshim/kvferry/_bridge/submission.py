@@ -73,12 +73,15 @@ class SubmitOptions:
         mode: int = 0,
         trust: bool = False,
         after_stream: int | None = None,
+        each_block: bool = False,
     ) -> None:
         flags = 0
         if trust:
             flags |= lib.KVF_SUBMIT_TRUST_STATE
         if after_stream is not None:
             flags |= lib.KVF_SUBMIT_FOLLOW_STREAM
+        if each_block:
+            flags |= lib.KVF_SUBMIT_EACH_BLOCK
         self.text = ErrorText()
         self.options: CData = ffi.new(
             "kvf_submit_options *",

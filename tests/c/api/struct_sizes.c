@@ -16,7 +16,7 @@ struct longer_submit_options {
     uint64_t unknown[4];
 };
 
-static void engine_options(void) {
+static void sizes_of_engine_options(void) {
     kvf_engine engine;
     CHECK_OK(kvf_engine_create(NULL, &engine));
     CHECK_OK(kvf_engine_destroy(engine));
@@ -57,7 +57,10 @@ static void engine_options(void) {
         options.size = wrong[i];
         CHECK_STATUS(KVF_ERR_STRUCT_SIZE, kvf_engine_create(&options, &engine));
     }
+}
 
+static void bad_engine_options(void) {
+    kvf_engine engine;
     kvf_engine_options bad = KVF_ENGINE_OPTIONS_INIT;
     bad.error = error;
     bad.error_size = sizeof error;
@@ -197,7 +200,8 @@ static void completions(kvf_engine engine) {
 }
 
 int main(void) {
-    engine_options();
+    sizes_of_engine_options();
+    bad_engine_options();
     const kvf_engine engine = make_engine();
     submit_options(engine);
     completions(engine);

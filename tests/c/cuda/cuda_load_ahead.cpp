@@ -15,14 +15,17 @@ struct State {
         std::vector<uint64_t> irregular;
         for (uint64_t cell = 0; irregular.size() < cells; cell += 1 + random() % 4)
             irregular.push_back(cell);
+        const auto cell_at = [&](uint64_t kind, uint64_t i) {
+            if (kind == 0) return i;
+            return kind == 1 ? 3 * i : irregular[i];
+        };
         kvf::LayoutBuilder builder;
         for (uint64_t tensor = 0; tensor < count; ++tensor) {
             bytes += 12; // libllama's metadata
             builder.begin_tensor();
             const uint64_t kind = random() % 3;
             for (uint64_t i = 0; i < cells; ++i) {
-                const uint64_t cell = kind == 0 ? i : kind == 1 ? 3 * i : irregular[i];
-                builder.add(kBase + device_bytes + cell * row, bytes, row);
+                builder.add(kBase + device_bytes + cell_at(kind, i) * row, bytes, row);
                 bytes += row;
             }
             device_bytes += 4 * cells * row;

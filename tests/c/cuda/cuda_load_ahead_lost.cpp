@@ -5,14 +5,14 @@
 namespace {
 
 // Rows for a kernel to move first, and then much that is only copied.
-constexpr uint64_t kRow = 256, kRows = 4096, kRowBytes = kRow * kRows, kRest = 64 * MiB;
-constexpr uint64_t kState = kRowBytes + kRest;
+constexpr uint64_t kRow = 256, kRows = 4096, kAllRows = kRow * kRows, kRest = 64 * MiB;
+constexpr uint64_t kState = kAllRows + kRest;
 
 kvf::Layout layout(uint64_t address) {
     kvf::LayoutBuilder builder;
     for (uint64_t i = 0; i < kRows; ++i) builder.add(address + 2 * i * kRow, i * kRow, kRow);
     builder.begin_tensor();
-    builder.add(address + 2 * kRowBytes, kRowBytes, kRest);
+    builder.add(address + 2 * kAllRows, kAllRows, kRest);
     return builder.finish();
 }
 
@@ -36,10 +36,10 @@ int32_t load(kvf::Engine &engine, const DeviceMemory &device, unsigned char *buf
 int32_t move(kvf::Engine &engine, uint32_t index, const DeviceMemory &device, unsigned char *buffer,
              Way way) {
     kvf::Locator locate = engine.locator(); // as for a list of regions
-    CHECK(locate(device.address(), kRowBytes).device == index);
+    CHECK(locate(device.address(), kAllRows).device == index);
     kvf::LayoutBuilder builder;
-    builder.add(device.address(), 0, kRowBytes);
-    return finish(kvf::submit_job(engine, make_submission(way, buffer, kRowBytes),
+    builder.add(device.address(), 0, kAllRows);
+    return finish(kvf::submit_job(engine, make_submission(way, buffer, kAllRows),
                                   make_recorded(index, builder.finish()), KVF_SUBMIT_OPTIONS_INIT,
                                   nullptr))
         .status;
@@ -52,12 +52,12 @@ int main() {
     need_simulation(2);
     const Driver &d = driver();
     const Context second(1);
-    const DeviceMemory other(kRowBytes);
+    const DeviceMemory other(kAllRows);
     Bytes pageable(kState);
 
     for (const bool is_stuck : {false, true}) {
         const Context first(0);
-        const DeviceMemory device(2 * kRowBytes + kRest);
+        const DeviceMemory device(2 * kAllRows + kRest);
         auto engine = make_cuda_engine();
         const auto trouble = [&] {
             is_stuck ? d.hold("copy", 1, 0) : d.fail("kernel", 1, CUDA_ERROR_ILLEGAL_ADDRESS, 0);
@@ -68,7 +68,7 @@ int main() {
             CHECK(move(*engine, 1, device, pageable.data(), way) == KVF_ERR_DEVICE_LOST);
             CHECK_OK(move(*engine, 2, other, pageable.data(), way));
         }
-        auto *pinned = static_cast<unsigned char *>(engine->pool().alloc(kRowBytes));
+        auto *pinned = static_cast<unsigned char *>(engine->pool().alloc(kAllRows));
         CHECK_OK(move(*engine, 2, other, pinned, Way::Save));
         kvf_buffer_free(pinned);
         const int64_t begin = clock_ns();

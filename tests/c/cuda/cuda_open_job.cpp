@@ -59,7 +59,7 @@ struct Test {
     }
     bool holds(const Source &source, uint64_t part) const {
         const auto *begin = buffer.data() + part * kPart;
-        return std::equal(begin, begin + kPart, source.content().begin() + part * kPart);
+        return std::equal(begin, begin + kPart, source.content().data() + part * kPart);
     }
     bool will_hold(const Source &source, uint64_t part) const {
         // The device writes it meanwhile: one byte at a time, until the last one is there.
@@ -214,7 +214,8 @@ void races(const std::shared_ptr<kvf::Engine> &engine, const Source &source) {
                         if (random() % 4 != 0) open.add(source.device(), source.part(part));
                         if (random() % 6 == 0) open.job()->cancel();
                     }
-                    if ((committed = random() % 3 != 0)) open.commit({}, nullptr);
+                    committed = random() % 3 != 0;
+                    if (committed) open.commit({}, nullptr);
                 }
                 kvf_completion completion;
                 CHECK(test.completions(&completion, committed ? 60 * SECONDS : 0) == committed);

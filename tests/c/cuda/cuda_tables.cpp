@@ -100,76 +100,106 @@ void trimmed_meanwhile(kvf::Engine &engine, const Fragmented &what, const Device
     kvf_buffer_free(b);
 }
 
+// A buffer of the pool, or pageable memory.
+class StateBuffer {
+public:
+    StateBuffer(kvf::Engine &engine, bool pinned, uint64_t bytes)
+        : pooled_(pinned ? engine.pool().alloc(bytes) : nullptr), pageable_(pinned ? 0 : bytes),
+          bytes_(bytes) {}
+    ~StateBuffer() {
+        if (pooled_) kvf_buffer_free(pooled_);
+    }
+    StateBuffer(const StateBuffer &) = delete;
+    StateBuffer &operator=(const StateBuffer &) = delete;
+
+    unsigned char *data() {
+        return pooled_ ? static_cast<unsigned char *>(pooled_) : pageable_.data();
+    }
+    void clear() { std::fill_n(data(), bytes_, 0xAA); }
+    void fill(const Bytes &content) { std::copy(content.begin(), content.end(), data()); }
+    bool holds_save_of(const Fragmented &what, Bytes &memory) {
+        Bytes expected(bytes_, 0xAA);
+        what.model(Way::Save, memory, expected);
+        return std::equal(expected.begin(), expected.end(), data());
+    }
+
+private:
+    void *const pooled_;
+    Bytes pageable_;
+    const uint64_t bytes_;
+};
+
+// Two allocations of a device with the same content.
+struct Test {
+    Random random{8};
+    Bytes memory = random_bytes(random, kTensors *kTensorBytes);
+    const DeviceMemory device{memory}, second{memory};
+};
+
+void table_is_sent_once(kvf::Engine &engine, Test &test, const Fragmented &one, StateBuffer &a,
+                        uint32_t priority) {
+    a.clear();
+    const uint64_t before = driver().simulated() ? driver().count("bytes_load") : 0;
+    succeed(begin(engine, Way::Save, one, test.device.address(), a.data(), priority));
+    if (driver().simulated()) {
+        const uint64_t sent = driver().count("bytes_load") - before;
+        CHECK(sent <= kCells * sizeof(kvferry_row));
+    }
+    CHECK(a.holds_save_of(one, test.memory));
+}
+
+// With tables of their own.
+void two_saves_at_once(kvf::Engine &engine, Test &test, const Fragmented &one,
+                       const Fragmented &other, StateBuffer &a, StateBuffer &b, uint32_t priority) {
+    const uint64_t address = test.device.address();
+    a.clear();
+    b.clear();
+    const auto first = begin(engine, Way::Save, one, address, a.data(), priority);
+    succeed(begin(engine, Way::Save, other, address, b.data(), priority));
+    succeed(first);
+    CHECK(a.holds_save_of(one, test.memory));
+    CHECK(b.holds_save_of(other, test.memory));
+}
+
+void two_loads_at_once(kvf::Engine &engine, Test &test, const Fragmented &one,
+                       const Fragmented &other, StateBuffer &a, StateBuffer &b, uint32_t priority) {
+    Bytes new_a = random_bytes(test.random, one.bytes()),
+          new_b = random_bytes(test.random, other.bytes());
+    a.fill(new_a);
+    b.fill(new_b);
+    Bytes changed = test.memory, changed_second = test.memory;
+    test.second.write(test.memory);
+    const auto load = begin(engine, Way::Load, one, test.device.address(), a.data(), priority);
+    succeed(begin(engine, Way::Load, other, test.second.address(), b.data(), priority));
+    succeed(load);
+    one.model(Way::Load, changed, new_a);
+    other.model(Way::Load, changed_second, new_b);
+    CHECK(test.device.read() == changed);
+    CHECK(test.second.read() == changed_second);
+    test.device.write(test.memory);
+}
+
 } // namespace
 
 int main() {
-    Random random(8);
     const Context context;
-    Bytes memory = random_bytes(random, kTensors * kTensorBytes);
-    const DeviceMemory device(memory), second(memory);
+    Test test;
     const Holdings holdings;
     auto engine = make_cuda_engine();
-    const Fragmented one(random), other(random);
+    const Fragmented one(test.random), other(test.random);
 
     for (const uint32_t priority : {KVF_PRIORITY_BACKGROUND, KVF_PRIORITY_URGENT}) {
         for (const bool pinned : {true, false}) {
-            const auto memory_of = [&](uint64_t bytes) {
-                Bytes pageable(pinned ? 0 : bytes);
-                return std::pair(pinned ? engine->pool().alloc(bytes) : nullptr,
-                                 std::move(pageable));
-            };
-            auto [pool_a, pageable_a] = memory_of(one.bytes());
-            auto [pool_b, pageable_b] = memory_of(other.bytes());
-            auto *a = pinned ? static_cast<unsigned char *>(pool_a) : pageable_a.data();
-            auto *b = pinned ? static_cast<unsigned char *>(pool_b) : pageable_b.data();
-
-            // Alone, the table is sent once.
-            std::fill_n(a, one.bytes(), 0xAA);
-            const uint64_t before = driver().simulated() ? driver().count("bytes_load") : 0;
-            succeed(begin(*engine, Way::Save, one, device.address(), a, priority));
-            if (driver().simulated()) {
-                const uint64_t sent = driver().count("bytes_load") - before;
-                CHECK(sent <= kCells * sizeof(kvferry_row));
-            }
-            Bytes expected(one.bytes(), 0xAA);
-            one.model(Way::Save, memory, expected);
-            CHECK(std::equal(expected.begin(), expected.end(), a));
-
-            // Two at once, with tables of their own, in either direction.
+            StateBuffer a(*engine, pinned, one.bytes()), b(*engine, pinned, other.bytes());
+            table_is_sent_once(*engine, test, one, a, priority);
             for (int round = 0; round < 3; ++round) {
-                std::fill_n(a, one.bytes(), 0xAA);
-                std::fill_n(b, other.bytes(), 0xAA);
-                const auto first = begin(*engine, Way::Save, one, device.address(), a, priority);
-                succeed(begin(*engine, Way::Save, other, device.address(), b, priority));
-                succeed(first);
-                CHECK(std::equal(expected.begin(), expected.end(), a));
-                Bytes expected_b(other.bytes(), 0xAA);
-                other.model(Way::Save, memory, expected_b);
-                CHECK(std::equal(expected_b.begin(), expected_b.end(), b));
-
-                const Bytes new_a = random_bytes(random, one.bytes()),
-                            new_b = random_bytes(random, other.bytes());
-                std::copy(new_a.begin(), new_a.end(), a);
-                std::copy(new_b.begin(), new_b.end(), b);
-                Bytes changed = memory, buffer_a = new_a, buffer_b = new_b, changed_second = memory;
-                second.write(memory);
-                const auto load = begin(*engine, Way::Load, one, device.address(), a, priority);
-                succeed(begin(*engine, Way::Load, other, second.address(), b, priority));
-                succeed(load);
-                one.model(Way::Load, changed, buffer_a);
-                other.model(Way::Load, changed_second, buffer_b);
-                CHECK(device.read() == changed);
-                CHECK(second.read() == changed_second);
-                device.write(memory);
-            }
-            if (pinned) {
-                kvf_buffer_free(a);
-                kvf_buffer_free(b);
+                two_saves_at_once(*engine, test, one, other, a, b, priority);
+                two_loads_at_once(*engine, test, one, other, a, b, priority);
             }
         }
     }
-    small_ones_together(*engine, device.address());
-    trimmed_meanwhile(*engine, one, device);
+    small_ones_together(*engine, test.device.address());
+    trimmed_meanwhile(*engine, one, test.device);
     engine->close();
     engine.reset();
     holdings.check_same();

@@ -20,7 +20,7 @@ int main(void) {
     for (int round = 0; round < 1000; ++round) {
         const int count = 1 + round % 3;
         for (int i = 0; i < count; ++i) {
-            options.user_data = (uint64_t)(round * 10 + i);
+            options.user_data = (uint64_t)round * 10 + (uint64_t)i;
             options.priority = (uint32_t)(round % 2);
             CHECK_OK(kvf_regions_save(engine, &region, 1, &to[i], 1, &options, NULL));
         }

@@ -12,7 +12,7 @@
 #include "check.hpp"
 #include "fake_libllama.h"
 #include "kvferry.h"
-#include "state_writer.hpp"
+#include "state_builder.hpp"
 
 namespace {
 
@@ -49,7 +49,7 @@ void a_context_that_shares_cells_is_refused_by_the_right_words() {
 void the_cell_of_a_trial_that_fails_does_not_stay() {
     kvf_llama llama = 0;
     CHECK(kvf_llama_attach(engine, context, nullptr, &llama) == KVF_OK);
-    StateWriter state;
+    StateBuilder state;
     state.attention({});
     fake->claimed_bytes = uint64_t{1} << 60;
     CHECK(kvf_llama_load(llama, 0, state.bytes.data(), state.bytes.size(), nullptr, nullptr) ==
@@ -78,7 +78,7 @@ void on_write(int, siginfo_t *, void *) {
 
 // Whoever gets the completion may read the sizes, or free the array.
 void the_sizes_of_blocks_are_written_before_the_job_can_end() {
-    StateWriter state;
+    StateBuilder state;
     state.attention({.cells = 3, .layers = 1, .row = 32});
     constexpr size_t tensor = size_t{3} * 32;
     constexpr size_t header = sizeof(int32_t) + sizeof(uint64_t); // of a tensor: its type and row

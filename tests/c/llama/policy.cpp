@@ -3,19 +3,19 @@
 
 #include "check.hpp"
 #include "kvferry.h"
-#include "state_writer.hpp"
+#include "state_builder.hpp"
 
 using namespace kvf;
 
 namespace {
 
-Structure parse(const StateWriter &state) {
+Structure parse(const StateBuilder &state) {
     const auto structure = parse_state({state.bytes.data(), state.bytes.size()});
     CHECK(structure);
     return *structure;
 }
 
-CachePolicy policy_of(const StateWriter &state, int32_t window = 0, bool is_recurrent = false) {
+CachePolicy policy_of(const StateBuilder &state, int32_t window = 0, bool is_recurrent = false) {
     CachePolicy policy(window, is_recurrent);
     CHECK(policy.format() == CachePolicy::Format::Unseen);
     CHECK(policy.save_mode(KVF_SAVE_AUTO) == KVF_SAVE_SNAPSHOT); // nothing is known
@@ -23,9 +23,9 @@ CachePolicy policy_of(const StateWriter &state, int32_t window = 0, bool is_recu
     return policy;
 }
 
-const StateWriter kPlain = StateWriter().attention({});
-const StateWriter kTwoKinds = StateWriter().attention({}).attention({});
-const StateWriter kHybrid = StateWriter().attention({}).recurrent({});
+const StateBuilder kPlain = StateBuilder().attention({});
+const StateBuilder kTwoKinds = StateBuilder().attention({}).attention({});
+const StateBuilder kHybrid = StateBuilder().attention({}).recurrent({});
 
 void plain_attention_is_saved_in_place() {
     CachePolicy policy = policy_of(kPlain);
@@ -61,7 +61,7 @@ void an_opaque_cache_is_moved_during_the_call() {
 
 void only_a_window_may_be_empty() {
     const Structure without_second =
-        parse(StateWriter().attention({.cells = 3}).attention({.cells = 0}));
+        parse(StateBuilder().attention({.cells = 3}).attention({.cells = 0}));
     CHECK(policy_of(kTwoKinds).lacks_cells(without_second));
     CHECK(!policy_of(kTwoKinds, 32).lacks_cells(without_second));
     CHECK(!policy_of(kTwoKinds).lacks_cells(parse(kTwoKinds)));

@@ -31,8 +31,7 @@ static void *alloc_and_free(void *argument) {
     return NULL;
 }
 
-int main(void) {
-    const kvf_engine engine = make_engine();
+static void aligned_and_reused(kvf_engine engine) {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
 
     const uint64_t sizes[] = {1, 4095, 4096, 4097, 100000, 2 << 20, (2 << 20) + 1, 9 << 20};
@@ -53,7 +52,9 @@ int main(void) {
     CHECK(described(engine, "mapped") == described(engine, "free"));
     CHECK_OK(kvf_buffer_trim(engine));
     CHECK(described(engine, "mapped") == 0 && described(engine, "free") == 0);
+}
 
+static void bad_arguments_are_refused(kvf_engine engine) {
     char local;
     unsigned char *buffer;
     CHECK_OK(kvf_buffer_free(NULL));
@@ -64,8 +65,11 @@ int main(void) {
     CHECK_STATUS(KVF_ERR_OUT_OF_MEMORY,
                  kvf_buffer_alloc(engine, UINT64_C(1) << 46, (void **)&buffer));
     CHECK(described(engine, "mapped") == 0);
+}
 
-    /* In use: not freed, and not by an address in its middle either. */
+/* Not freed while in use, and not by an address in its middle either. */
+static void not_freed_under_a_job(kvf_engine engine) {
+    unsigned char *buffer;
     CHECK_OK(kvf_buffer_alloc(engine, LONG_JOB_BYTES + 100, (void **)&buffer));
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, kvf_buffer_free(buffer + 1));
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, kvf_buffer_unregister(engine, buffer));
@@ -81,8 +85,11 @@ int main(void) {
     CHECK_OK(kvf_job_wait(job, KVF_FOREVER, NULL, 0));
     CHECK_OK(kvf_buffer_free(buffer)); /* at once: the completion has been seen */
     CHECK_OK(kvf_job_release(job));
+}
 
-    /* Whoever has the completion may free. */
+/* Whoever has the completion may free. */
+static void freed_after_the_completion(kvf_engine engine) {
+    unsigned char *buffer;
     const kvf_queue queue = make_queue();
     kvf_submit_options options = KVF_SUBMIT_OPTIONS_INIT;
     options.queue = queue;
@@ -96,19 +103,33 @@ int main(void) {
         CHECK_OK(kvf_buffer_free(buffer));
     }
     CHECK_OK(kvf_queue_destroy(queue));
+}
 
+static void allocated_by_many_threads(kvf_engine engine) {
     shared = engine;
     pthread_t threads[4];
     for (uintptr_t i = 0; i < 4; ++i) {
         CHECK(pthread_create(&threads[i], NULL, alloc_and_free, (void *)i) == 0);
     }
     for (int i = 0; i < 4; ++i) CHECK(pthread_join(threads[i], NULL) == 0);
+}
 
-    /* Longer than the engine. */
+static void outlives_its_engine(kvf_engine engine) {
+    unsigned char *buffer;
     CHECK_OK(kvf_buffer_alloc(engine, 10000, (void **)&buffer));
     CHECK_OK(kvf_engine_destroy(engine));
     memset(buffer, 1, 10000);
     CHECK_OK(kvf_buffer_free(buffer));
     CHECK_STATUS(KVF_ERR_INVALID_ARGUMENT, kvf_buffer_free(buffer));
+}
+
+int main(void) {
+    const kvf_engine engine = make_engine();
+    aligned_and_reused(engine);
+    bad_arguments_are_refused(engine);
+    not_freed_under_a_job(engine);
+    freed_after_the_completion(engine);
+    allocated_by_many_threads(engine);
+    outlives_its_engine(engine);
     return 0;
 }

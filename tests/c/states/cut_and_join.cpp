@@ -9,13 +9,13 @@
 #include <vector>
 
 #include "check.hpp"
-#include "state_writer.hpp"
+#include "state_builder.hpp"
 
 namespace {
 
-using Attention = StateWriter::Attention;
+using Attention = StateBuilder::Attention;
 using Bytes = std::vector<unsigned char>;
-using Format = StateWriter::Format;
+using Format = StateBuilder::Format;
 
 const Format kFormats[] = {
     {.framed = false},
@@ -34,8 +34,8 @@ struct Cache {
     bool window = false;
     bool recurrent = false;
 
-    StateWriter blocks(const std::vector<int32_t> &positions) const {
-        StateWriter state(format);
+    StateBuilder blocks(const std::vector<int32_t> &positions) const {
+        StateBuilder state(format);
         for (Attention part : parts) {
             part.positions = positions;
             state.attention(part);
@@ -43,18 +43,18 @@ struct Cache {
         return state;
     }
     // What stands behind the parts, at this position.
-    void add_rest(StateWriter &state, int32_t position) const {
+    void add_rest(StateBuilder &state, int32_t position) const {
         if (window) state.attention({.cells = 2, .row = 16, .position = position - 1});
         if (recurrent) state.recurrent({.position = position});
     }
     Bytes state(const std::vector<int32_t> &positions) const {
-        StateWriter state = blocks(positions);
+        StateBuilder state = blocks(positions);
         add_rest(state, *std::max_element(positions.begin(), positions.end()));
         return state.bytes;
     }
     Bytes checkpoint(int32_t position) const {
         if (!window && !recurrent) return {};
-        StateWriter state(format);
+        StateBuilder state(format);
         add_rest(state, position);
         return state.bytes;
     }
@@ -228,8 +228,8 @@ void what_cannot_be_cut() {
     refused({{0, 5}}, state, KVF_ERR_SEQUENCE_EMPTY);
     refused({{5, 8}, {15, 20}}, state, KVF_ERR_SEQUENCE_EMPTY);
     refused({{5, 8}}, {state.begin(), state.end() - 1}, KVF_ERR_STATE_DAMAGED);
-    refused({{5, 8}}, StateWriter().recurrent({}).bytes, KVF_ERR_UNSUPPORTED);
-    refused({{5, 8}}, StateWriter().attention({.cells = 0}).bytes, KVF_ERR_UNSUPPORTED);
+    refused({{5, 8}}, StateBuilder().recurrent({}).bytes, KVF_ERR_UNSUPPORTED);
+    refused({{5, 8}}, StateBuilder().attention({.cells = 0}).bytes, KVF_ERR_UNSUPPORTED);
 
     Blocks blocks({{5, 8}});
     kvf_state_options options = KVF_STATE_OPTIONS_INIT;

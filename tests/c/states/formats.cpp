@@ -1,17 +1,18 @@
 // Which states are taken for whole, and which caches they fit. (Damaged at random:
 // fuzz/formats.cpp.)
 #include "states/cells.h"
+#include "states/writer.h"
 
 #include "check.hpp"
-#include "state_writer.hpp"
+#include "state_builder.hpp"
 
 using namespace kvf;
-using Attention = StateWriter::Attention;
-using Recurrent = StateWriter::Recurrent;
+using Attention = StateBuilder::Attention;
+using Recurrent = StateBuilder::Recurrent;
 
 namespace {
 
-using Format = StateWriter::Format;
+using Format = StateBuilder::Format;
 
 // Every combination that a libllama was seen to write, and the name that it has here.
 const std::pair<const char *, Format> kSeen[] = {
@@ -31,7 +32,7 @@ std::optional<Structure> parse(const std::vector<unsigned char> &bytes,
     return parse_state({exact.data(), exact.size()}, like);
 }
 
-Structure whole(const StateWriter &state) {
+Structure whole(const StateBuilder &state) {
     const auto structure = parse(state.bytes);
     CHECK(structure);
     CHECK(structure->tensor_bytes == state.tensor_bytes);
@@ -51,7 +52,7 @@ Structure whole(const StateWriter &state) {
     return *structure;
 }
 
-StateWriter attention(const Attention &a) { return StateWriter().attention(a); }
+StateBuilder attention(const Attention &a) { return StateBuilder().attention(a); }
 
 void every_kind() {
     const Structure plain = whole(attention({}));
@@ -64,21 +65,21 @@ void every_kind() {
     CHECK(whole(attention({.streams = 4, .stream = 2})).sections[0].streams == 4);
     CHECK(whole(attention({.cells = 1, .layers = 1, .row = 2})).cells() == 1);
 
-    const Structure window = whole(StateWriter().attention({.cells = 5}).attention({.cells = 2}));
+    const Structure window = whole(StateBuilder().attention({.cells = 5}).attention({.cells = 2}));
     CHECK(window.kind() == "attention+attention" && window.cells() == 5);
-    const Structure mamba = whole(StateWriter().recurrent({}));
+    const Structure mamba = whole(StateBuilder().recurrent({}));
     CHECK(mamba.kind() == "recurrent" && mamba.cells() == 1);
-    const Structure hybrid = whole(StateWriter().attention({}).recurrent({}));
+    const Structure hybrid = whole(StateBuilder().attention({}).recurrent({}));
     CHECK(hybrid.kind() == "attention+recurrent");
-    CHECK(whole(StateWriter().attention({}).recurrent({.layers_with_r = 1, .layers_with_s = 1}))
+    CHECK(whole(StateBuilder().attention({}).recurrent({.layers_with_r = 1, .layers_with_s = 1}))
               .sections[1]
               .tensors.size() == 2);
-    CHECK(whole(StateWriter().attention({}).attention({}).recurrent({})).sections.size() == 3);
+    CHECK(whole(StateBuilder().attention({}).attention({}).recurrent({})).sections.size() == 3);
 }
 
 void every_format() {
     for (const auto &[name, format] : kSeen) {
-        const auto write = [&format] { return StateWriter(format); };
+        const auto write = [&format] { return StateBuilder(format); };
         const Structure plain = whole(write().attention({}));
         CHECK(plain.format && std::string(plain.format->name) == name);
         CHECK(plain.framed == format.framed);
@@ -95,7 +96,7 @@ void every_format() {
 // A recurrent section in the middle ends where only the cache's own states tell.
 void recurrent_in_the_middle() {
     const auto write = [](uint32_t cells) {
-        return StateWriter(Format{.rotation_words = 2})
+        return StateBuilder(Format{.rotation_words = 2})
             .attention({.cells = 3 * cells})
             .recurrent({.cells = cells})
             .attention({.cells = 3 * cells, .values = false});
@@ -114,7 +115,7 @@ void states_of_one_cell() {
             const Attention base{
                 .streams = 3, .stream = 1, .transposed = transposed, .rotation = 9};
             const auto state =
-                StateWriter(format).attention(base).attention({.values = false}).recurrent({});
+                StateBuilder(format).attention(base).attention({.values = false}).recurrent({});
             const Structure structure = whole(state);
             const auto bytes = make_state_of_one_cell(structure);
             const auto again = parse(bytes);
@@ -139,7 +140,7 @@ void positions() {
 }
 
 bool agrees(const std::vector<Attention> &sections) {
-    StateWriter state;
+    StateBuilder state;
     for (const Attention &section : sections) state.attention(section);
     return positions_agree(*parse(state.bytes), {state.bytes.data(), state.bytes.size()});
 }
@@ -154,13 +155,13 @@ void positions_of_several_sections() {
     CHECK(!agrees({{.cells = 5, .position = 10}, {.cells = 1, .position = 9}}));
     CHECK(!agrees({{.cells = 5}, {.cells = 5}, {.cells = 1, .position = 7}}));
     // A recurrent cell may be anywhere.
-    StateWriter state = attention({.cells = 5}).recurrent({});
+    StateBuilder state = attention({.cells = 5}).recurrent({});
     CHECK(positions_agree(*parse(state.bytes), {state.bytes.data(), state.bytes.size()}));
 }
 
 // Of windows of every kind, the cells that llama.cpp may give away before the sequence's next token
 // is decoded.
-std::vector<ByteRange> free_for_others(const StateWriter &state, int32_t window) {
+std::vector<ByteRange> free_for_others(const StateBuilder &state, int32_t window) {
     const Structure structure = *parse(state.bytes);
     return bytes_free_for_others(structure, {state.bytes.data(), state.bytes.size()}, window);
 }
@@ -184,7 +185,7 @@ void cells_free_for_others() {
     CHECK(free_for_others(attention({.cells = 40}), 8).empty());
     // But of two attention sections the last is the window's, which earlier releases save with what
     // it has left behind.
-    StateWriter both;
+    StateBuilder both;
     both.attention({.cells = 40, .layers = 1}).attention({.cells = 40, .layers = 1});
     const auto left_behind = free_for_others(both, 8);
     const Section last = parse(both.bytes)->sections[1];
@@ -193,7 +194,7 @@ void cells_free_for_others() {
     CHECK(left_behind[0].end - left_behind[0].begin == 40 * 32); // were it chunked: all
     CHECK(left_behind[1].begin == last.tensor_at[1]);
     // Those had no frame. Of a chunk that has begun, all before it.
-    StateWriter early({.framed = false});
+    StateBuilder early({.framed = false});
     early.attention({.cells = 9, .layers = 1}).attention({.cells = 6, .layers = 1, .position = 4});
     const auto chunk_before = free_for_others(early, 8);
     CHECK(chunk_before.size() == 2);
@@ -214,14 +215,14 @@ void cells_free_for_others() {
 void empty_sequences() {
     CHECK(parse(attention({.cells = 0}).bytes)->cells() == 0);
     CHECK(parse(attention({.streams = 4, .cells = 0}).bytes)->sections[0].streams == 4);
-    CHECK(parse(StateWriter().recurrent({.cells = 0}).bytes)->kind() == "recurrent");
-    CHECK(parse(StateWriter().attention({.cells = 0}).recurrent({.cells = 0}).bytes)->kind() ==
+    CHECK(parse(StateBuilder().recurrent({.cells = 0}).bytes)->kind() == "recurrent");
+    CHECK(parse(StateBuilder().attention({.cells = 0}).recurrent({.cells = 0}).bytes)->kind() ==
           "attention+recurrent");
 }
 
 void damaged() {
     CHECK(!parse({}));
-    CHECK(!parse(StateWriter().bytes)); // no section at all
+    CHECK(!parse(StateBuilder().bytes)); // no section at all
     auto state = attention({}).bytes;
     CHECK(!parse({state.begin(), state.begin() + 3}));
 
@@ -253,28 +254,28 @@ void damaged() {
     // A position near the largest is refused by the caller's bound: positions().
 
     // The same sequence in two streams.
-    StateWriter two;
+    StateBuilder two;
     two.attention({.streams = 2});
-    StateWriter twice;
+    StateBuilder twice;
     twice.add<uint32_t>(2);
     const std::vector<unsigned char> body(two.bytes.begin() + 12, two.bytes.end() - 4);
     for (int i = 0; i < 2; ++i) twice.bytes.insert(twice.bytes.end(), body.begin(), body.end());
     CHECK(!parse(twice.bytes));
 
-    CHECK(!parse(StateWriter().recurrent({.cells = 2}).bytes));
+    CHECK(!parse(StateBuilder().recurrent({.cells = 2}).bytes));
     CHECK(!parse(
-        StateWriter().recurrent({.layers = 1, .layers_with_r = 2, .layers_with_s = 1}).bytes));
+        StateBuilder().recurrent({.layers = 1, .layers_with_r = 2, .layers_with_s = 1}).bytes));
 }
 
 // Sections that read the same in several ways must not make the walk explode: its time grows with
 // the state's length, whatever is in it. (Some of these took seconds, or for ever, when it went
 // back for each of their parts.)
 void adversarial() {
-    StateWriter zeros;
+    StateBuilder zeros;
     for (int section = 0; section < 7; ++section) zeros.attention({.streams = 256, .cells = 0});
     zeros.add<uint32_t>(99);
     CHECK(!parse(zeros.bytes));
-    StateWriter many;
+    StateBuilder many;
     for (int section = 0; section < 7; ++section) many.attention({.cells = 4000, .row = 2});
     many.add<uint32_t>(99);
     CHECK(!parse(many.bytes));
@@ -282,7 +283,7 @@ void adversarial() {
     std::memcpy(ones.data(), many.bytes.data(), 8);
     CHECK(!parse(ones));
     // 96 MiB of recurrent sections without cells, whose layers may end anywhere.
-    StateWriter layers;
+    StateBuilder layers;
     while (layers.bytes.size() < 96 << 20) {
         layers.add<uint32_t>(0).add<uint32_t>(0).add<uint32_t>(4096);
         for (int i = 0; i < 8192; ++i) layers.add<int32_t>(0).add<uint64_t>(0);
@@ -290,14 +291,14 @@ void adversarial() {
     layers.add<uint32_t>(99);
     CHECK(!parse(layers.bytes));
     // Attention sections whose layers have nothing, in every way that a section may have values.
-    StateWriter nothing;
+    StateBuilder nothing;
     for (int section = 0; section < 8; ++section)
         nothing.attention({.cells = 1, .layers = 4096, .row = 0});
     nothing.add<uint32_t>(99);
     CHECK(!parse(nothing.bytes));
 }
 
-std::string why(const StateWriter &state, const StateWriter &cache) {
+std::string why(const StateBuilder &state, const StateBuilder &cache) {
     return mismatch(*parse(state.bytes), *parse(cache.bytes));
 }
 
@@ -305,25 +306,25 @@ void fits_or_not() {
     CHECK(why(attention({.cells = 1}), attention({.cells = 9})).empty());
     CHECK(why(attention({}), attention({.cells = 0})).empty()); // nothing to compare with
     CHECK(why(attention({.cells = 0}), attention({})).empty());
-    CHECK(why(attention({}), StateWriter().recurrent({})).find("kind") != std::string::npos);
-    CHECK(why(attention({}), StateWriter().attention({}).attention({})) != "");
+    CHECK(why(attention({}), StateBuilder().recurrent({})).find("kind") != std::string::npos);
+    CHECK(!why(attention({}), StateBuilder().attention({}).attention({})).empty());
     CHECK(why(attention({.streams = 2}), attention({})).find("streams") != std::string::npos);
     CHECK(why(attention({.layers = 3}), attention({})).find("layers") != std::string::npos);
     CHECK(why(attention({.transposed = true}), attention({})).find("transposed") !=
           std::string::npos);
     CHECK(why(attention({.type = 8}), attention({})).find("types") != std::string::npos);
     CHECK(why(attention({.row = 64}), attention({})).find("types") != std::string::npos);
-    CHECK(why(attention({.values = false}), attention({})) != "");
-    const auto of = [](const Format &format) { return StateWriter(format).attention({}); };
+    CHECK(!why(attention({.values = false}), attention({})).empty());
+    const auto of = [](const Format &format) { return StateBuilder(format).attention({}); };
     for (const auto &[name, format] : kSeen) {
         for (const auto &[other_name, other] : kSeen)
-            CHECK((why(of(format), of(other)) == "") == (std::string(name) == other_name));
+            CHECK(why(of(format), of(other)).empty() == (std::string(name) == other_name));
     }
     const Format rotated{.rotation_words = 2};
-    CHECK(why(StateWriter(rotated).attention({.rotation = 64}), of(rotated)).find("rotated") !=
+    CHECK(why(StateBuilder(rotated).attention({.rotation = 64}), of(rotated)).find("rotated") !=
           std::string::npos);
-    CHECK(why(StateWriter().recurrent({.s = 32}), StateWriter().recurrent({})) != "");
-    CHECK(why(StateWriter().recurrent({.cells = 0}), StateWriter().recurrent({})).empty());
+    CHECK(!why(StateBuilder().recurrent({.s = 32}), StateBuilder().recurrent({})).empty());
+    CHECK(why(StateBuilder().recurrent({.cells = 0}), StateBuilder().recurrent({})).empty());
 }
 
 } // namespace

@@ -4,7 +4,6 @@ are those that llama.cpp loads, bit for bit.
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import itertools
 import json
@@ -12,17 +11,17 @@ from collections.abc import Callable
 
 import pytest
 from kvferry.tools.synthetic import KINDS
+from support.block_comparison import Comparison, Plan
 from support.block_histories import HISTORIES, SEQ, SEQUENCES, TARGET, can, options
 from support.block_reference import (
     PARTS_IN_BLOCKS,
     WITH_CHECKPOINTS,
     blocks_by_llama_cpp,
-    content,
     cut_by_format,
     positions_in_order,
     rest_of,
 )
-from support.blocks import LIBRARY, MakePair, others, ranges_of, save_blocks, save_checkpoint
+from support.blocks import LIBRARY, MakePair, ranges_of, save_blocks, save_checkpoint
 from support.c_interface import Blocks, BlocksAllowed, Engine, Failure, LoadMode, SaveMode
 from support.like_contexts import CACHES, LATENT, OPAQUE, RECURRENT, MakeContext
 from support.llama_reference import Context
@@ -122,49 +121,12 @@ def test_blocks_are_saved_and_loaded_as_by_llama_cpp(
     cache: str,
     history: str,
 ) -> None:
-    ours, like = pair(kind, cache)
-    for context in (ours, like):
+    both = pair(kind, cache)
+    for context in both:
         HISTORIES[history](context)
-    before = others(ours)
-    state = before[SEQ]
-    assert like.state_get(SEQ) == state
-    ranges = ranges_of(state, kind)
-    parts = PARTS_IN_BLOCKS[kind]
-    with c_engine.attach(ours.address) as attachment:
-        blocks = save_blocks(attachment, ranges)
-        expected = blocks_by_llama_cpp(like, kind, HISTORIES[history], ranges)
-        assert [block.state for block in blocks] == expected
-        checkpoint = None
-        if kind in WITH_CHECKPOINTS:
-            checkpoint = save_checkpoint(attachment)
-            assert checkpoint == like.partial_state_get(SEQ) == rest_of(kind, state)
-        # Nothing that was borrowed for it is left.
-        assert others(ours) == before
-        assert ours.pos_max(TARGET) == -1
-
-        # The whole state is cut into the same, and joined to what has the same cells.
-        cut = Blocks.with_room(ranges, max(len(block.state) for block in blocks))
-        room = ctypes.create_string_buffer(max(1, len(checkpoint or b"")))
-        assert LIBRARY.cut(state, cut, room, parts) == len(checkpoint or b"")
-        assert cut.read() == blocks
-        assert checkpoint in (None, room.raw)
-        joined = LIBRARY.join(Blocks.of(blocks), checkpoint, parts)
-        positions = positions_in_order(kind, state)
-        if positions == sorted(positions):
-            assert joined == state
-        else:
-            assert collections.Counter(content(kind, joined)) == collections.Counter(
-                content(kind, state)
-            )
-
-        # A sequence that is loaded from them is that which llama.cpp loads from the joined state.
-        assert attachment.load_blocks(TARGET, Blocks.of(blocks), checkpoint).wait() == "KVF_OK"
-        assert like.state_set(TARGET, joined) == len(joined)
-        assert ours.state_get(TARGET) == like.state_get(TARGET)
-        assert others(ours) == others(like)
-    for seq in (TARGET, SEQ, TARGET):
-        assert ours.decode(seq, [7]).tobytes() == like.decode(seq, [7]).tobytes()
-    assert ours.state_get(TARGET) == like.state_get(TARGET)
+    plan = Plan(ranges_of(both[0].state_get(SEQ), kind))
+    with c_engine.attach(both[0].address) as attachment:
+        Comparison(attachment, both, kind, HISTORIES[history], plan).run()
 
 
 @pytest.mark.parametrize("edit", EDITS)

@@ -11,12 +11,18 @@ from contextlib import ExitStack
 
 import pytest
 from support.block_histories import HISTORIES, SEQ, SEQUENCES, TARGET, options
-from support.block_reference import PARTS_IN_BLOCKS, WITH_CHECKPOINTS, cut_by_format
+from support.block_reference import (
+    PARTS_IN_BLOCKS,
+    WITH_CHECKPOINTS,
+    beginning_of,
+    cut_by_format,
+)
 from support.blocks import LIBRARY, MakePair, others, ranges_of, save_blocks, save_checkpoint
-from support.c_interface import Attachment, Block, Blocks, Engine, Failure, LoadMode
+from support.c_interface import Attachment, Block, Blocks, Engine, Failure, LoadMode, SaveMode
 from support.cuda_driver import NEEDS_CUDA
 from support.devices import ON_GPU
-from support.holds import ByStream, ByUrgentCopies, released_after
+from support.empty_windows import KEPT, cut_off_the_end, lose_the_window
+from support.holds import ByStream, ByUrgentCopies, free_beside, released_after
 from support.like_contexts import MakeContext
 from support.llama_reference import Logits, Refused
 from support.simulated_cuda import SimulatedCuda
@@ -81,6 +87,35 @@ def test_blocks_are_saved_as_they_were_while_decoding_goes_on(
         for block in blocks.read():
             assert block.state == cut_by_format(kind, state, block.begin, block.end)
     assert others(ours) == others(like)
+
+
+@pytest.mark.parametrize("what", ["state", "blocks"])
+def test_a_sequence_without_a_window_is_saved_as_it_was_when_its_cells_go_to_others(
+    cuda: SimulatedCuda, engine: Engine, pair: MakePair, what: str
+) -> None:
+    """No position tells that it has been removed, since libllama says that it is empty."""
+    both = pair("gemma3", "flash")
+    state = lose_the_window(both, cut_off_the_end)
+    with cuda.stream() as stream, engine.attach(both[0].address) as attachment:
+        hold = ByStream(stream)
+        with released_after(PATIENCE, hold):
+            if what == "state":
+                buffer = ctypes.create_string_buffer(len(state))
+                job = attachment.save(SEQ, buffer, mode=SaveMode.IN_PLACE, **hold.options)
+            else:
+                blocks = Blocks.with_room([(0, KEPT)], len(state))
+                job = attachment.save_blocks(SEQ, blocks, **hold.options)
+        for context in both:
+            context.seq_rm(SEQ)
+        with released_after(PATIENCE, hold):
+            logits = both[0].decode_in_turn([3], 64)
+        assert are_equal(logits, both[1].decode_in_turn([3], 64))
+        hold.release()
+        assert job.wait() == "KVF_OK"
+    if what == "state":
+        assert buffer.raw == state
+    else:
+        assert blocks.read()[0].state == beginning_of("gemma3", state)
 
 
 @kinds
@@ -263,7 +298,7 @@ def test_a_context_that_is_freed_ends_its_transfers(
             job = attachment.load_blocks(TARGET, blocks, **hold.options)
         else:
             job = attachment.save_blocks(SEQ, blocks, **hold.options)
-        context.close()
+        was_held = free_beside(context, hold)
         assert job.done
-        assert job.wait() == "KVF_ERR_CANCELLED"
+        assert job.wait() == "KVF_ERR_CANCELLED" or not was_held
         hold.release()

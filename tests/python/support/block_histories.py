@@ -10,9 +10,9 @@ from typing import Any
 
 from kvferry.tools.synthetic import GEOMETRIES
 
+from support.abilities import Abilities
 from support.like_contexts import CACHES
 from support.llama_reference import Context
-from support.random_walk.abilities import Abilities
 
 SEQ = 0
 TARGET, SPARE = 4, 5

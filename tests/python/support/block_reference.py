@@ -7,6 +7,7 @@ kvferry's own (support/state_fields.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from support.block_histories import SEQ, SPARE
@@ -77,8 +78,9 @@ def _by_removal(
 # ---- By the format -------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4)
 def _sections(kind: str, state: bytes) -> list[list[StateField]]:
-    """Returns the fields of each section."""
+    """Returns the fields of each section. A state is cut many times."""
     sections: list[list[StateField]] = []
     for field in state_fields(kind, state):
         if field.name.startswith("header."):
@@ -108,10 +110,19 @@ def rest_of(kind: str, state: bytes) -> bytes:
     return frame_of(state) + state[len(beginning_of(kind, state)) :]
 
 
+def _positions(section: list[StateField], state: bytes) -> list[int]:
+    return [field.read(state) for field in section if field.name.endswith(".cell.position")]
+
+
 def positions_in_order(kind: str, state: bytes) -> list[int]:
     """Returns the positions of the cells of the first section, in the order of the state."""
-    first = _sections(kind, state)[0]
-    return [field.read(state) for field in first if field.name.endswith(".cell.position")]
+    return _positions(_sections(kind, state)[0], state)
+
+
+def rest_ends_at(kind: str, state: bytes, position: int) -> bool:
+    """Whether this is the last position of each section that does not keep every token."""
+    rest = _sections(kind, state)[PARTS_IN_BLOCKS[kind] :]
+    return all(max(_positions(each, state), default=-1) == position for each in rest)
 
 
 def cut_by_format(kind: str, state: bytes, begin: int, end: int) -> bytes:

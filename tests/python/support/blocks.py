@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from support import c_interface
 from support.block_histories import SEQ, SEQUENCES, TARGET
@@ -27,6 +27,19 @@ def ranges_of(state: bytes, kind: str, tokens: int = 16) -> list[tuple[int, int]
     """
     positions = sorted(set(positions_in_order(kind, state)))
     return list(itertools.pairwise([*positions[::tokens], positions[-1] + 1]))
+
+
+def ranges_that_begin_at(
+    begins: Iterable[int], positions: Iterable[int], kind: str
+) -> list[tuple[int, int]]:
+    """Returns ranges that cover these positions, and begin at the first and at some others."""
+    whole = sorted(set(positions))
+    begins = {whole[0], *begins}
+    if kind == "hybrid-iswa" and len(whole) > 1:
+        # Its blocks have no tensors. Two formats describe such a block of one token, so that
+        # kvf_state_join() refuses it if it comes first.
+        begins -= {whole[1]}
+    return list(itertools.pairwise([*sorted(begins), whole[-1] + 1]))
 
 
 def save_blocks(

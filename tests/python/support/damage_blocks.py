@@ -31,6 +31,7 @@ from support.block_reference import (
 from support.blocks import LIBRARY
 from support.c_interface import Block, Blocks, Devices, Engine, Failure
 from support.damage_states import damaged
+from support.devices import ON_GPU
 from support.llama_reference import Context, ContextOptions, Model
 from support.state_fields import LAST_POSITION, StateField, state_fields
 
@@ -304,7 +305,8 @@ def sources(model: Model, kind: str, options: ContextOptions) -> list[Composed]:
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if not ON_GPU:  # the driver of a GPU reserves far more addresses than it has memory
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     path, kind, text, first, count = sys.argv[1:]
     options = ContextOptions(**json.loads(text))
     assert kind in PARTS_IN_BLOCKS

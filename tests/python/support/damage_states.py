@@ -44,7 +44,7 @@ def damaged(state: bytes, fields: list[StateField], chance: random.Random) -> by
         elif what == 3:  # another field's value
             state = field.replaced(state, other.read(state))
         elif what == 4:
-            state = state[: chance.randrange(1, len(state))]
+            state = state[: chance.randrange(1, max(2, len(state)))]
         elif what == 5:  # a piece is lost
             state = state[: field.begin] + state[chance.choice([field.end, other.end]) :]
         elif what == 6:  # or comes twice, here or elsewhere

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from support import c_interface
+from support.devices import ON_GPU
+from support.llama_reference import Context
 from support.simulated_cuda import Stream
 
 
@@ -111,6 +113,21 @@ def released_after(seconds: float, *holds: Releasable) -> Iterator[threading.Eve
     finally:
         timer.cancel()
         timer.join()
+
+
+def free_beside(context: Context, hold: Releasable) -> bool:
+    """Frees a context, one of whose transfers a hold keeps in flight. Returns whether the transfer
+    was held all the time.
+
+    kvferry must not wait for the hold. On a GPU libllama does: it frees device memory, and
+    ``cudaFree`` waits for all that the device has been given. There the hold is released after a
+    second.
+    """
+    with released_after(1 if ON_GPU else 60, hold) as waited:
+        context.close()
+    was_held = not waited.is_set()
+    assert was_held or ON_GPU
+    return was_held
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:

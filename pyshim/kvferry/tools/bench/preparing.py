@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 
@@ -24,7 +24,7 @@ from ..workload import (
 from .context import SMALL
 from .moved import BLOCK_TOKENS
 from .prepared import Prepared
-from .raw import RawMaker
+from .raw import Raw, RawMaker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -65,38 +65,49 @@ async def prepare(
         async with engine.attach(context.address, library=library) as llama:
             await _warm_up(llama, context, arrangement, small)
             items = prompt(arrangement, tokens, model.vocabulary)
-            if apart:
-                prefill = await _decode_apart(llama, context, items)
-            else:
-                prefill = await llama.run(context.decode, items)
-            nbytes = llama.size(SAVED)
-            pinned = await engine.allocate(nbytes)
-            pageable = numpy.ones(nbytes, numpy.uint8)
-            taken = await _first_transfers(llama, pinned, make_raw)
-            pageable[:] = pinned.numpy()
-            raw = make_raw(pinned.numpy().ctypes.data, pageable.ctypes.data, nbytes)
+            prefill = await _decode_prompt(llama, context, items, apart=apart)
+            buffers = await _make_buffers(engine, llama, make_raw)
             prepared = Prepared(
                 name,
                 engine,
                 llama,
                 context,
                 Decoding(llama, context, steps),
-                nbytes,
-                pinned,
-                pageable,
-                raw,
+                buffers.nbytes,
+                buffers.pinned,
+                buffers.pageable,
+                buffers.raw,
                 repeats,
                 prefill.ms,
                 len(items),
                 tokens,
-                device_bytes_taken=taken,
+                device_bytes_taken=buffers.device_bytes_taken,
                 decodes_apart=apart,
             )
             try:
                 yield prepared
             finally:
                 prepared.drain_trace()
-                raw.close()
+                buffers.raw.close()
+
+
+class _Buffers(NamedTuple):
+    nbytes: int
+    pinned: Buffer
+    pageable: numpy.ndarray
+    raw: Raw
+    device_bytes_taken: int | None
+
+
+async def _make_buffers(engine: Engine, llama: Llama, make_raw: RawMaker) -> _Buffers:
+    """Allocates buffers for the saved sequence, and fills both with its state."""
+    nbytes = llama.size(SAVED)
+    pinned = await engine.allocate(nbytes)
+    pageable = numpy.ones(nbytes, numpy.uint8)
+    taken = await _first_transfers(llama, pinned, make_raw)
+    pageable[:] = pinned.numpy()
+    raw = make_raw(pinned.numpy().ctypes.data, pageable.ctypes.data, nbytes)
+    return _Buffers(nbytes, pinned, pageable, raw, taken)
 
 
 async def _warm_up(llama: Llama, context: Context, arrangement: Arrangement, tokens: int) -> None:
@@ -105,6 +116,12 @@ async def _warm_up(llama: Llama, context: Context, arrangement: Arrangement, tok
     if arrangement == "alone":
         # A short sequence of its own, so that its steps cost about the same throughout.
         await llama.run(context.decode, [(DECODED, 1)] * tokens)
+
+
+async def _decode_prompt(llama: Llama, context: Context, items: Items, *, apart: bool) -> Step:
+    if apart:
+        return await _decode_apart(llama, context, items)
+    return await llama.run(context.decode, items)
 
 
 async def _decode_apart(llama: Llama, context: Context, items: Items) -> Step:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from support.abilities import Abilities
 from support.llama_reference import Context
-from support.random_walk.abilities import KINDS, SEQUENCES, Abilities, cache_options
+from support.random_walk.block_transfers import BlockTransfers
+from support.random_walk.caches import KINDS, SEQUENCES, cache_options
 from support.random_walk.decoding import Decoding
 from support.random_walk.edits import Edits
 from support.random_walk.failing import FailingTransfers
@@ -22,14 +24,21 @@ from support.random_walk.state import Unequal, WalkState
 from support.random_walk.transfers import Transfers
 from support.simulated_cuda import SimulatedCuda
 
-__all__ = ["KINDS", "Abilities", "Unequal", "Walk", "cache_options"]
+__all__ = ["KINDS", "Unequal", "Walk", "cache_options"]
 
 
 class Walk:
     """A walk. Use it in a ``with`` statement, and call `step` for each step."""
 
     def __init__(
-        self, cuda: SimulatedCuda, ours: Context, like: Context, abilities: Abilities, seed: int
+        self,
+        cuda: SimulatedCuda,
+        ours: Context,
+        like: Context,
+        abilities: Abilities,
+        seed: int,
+        *,
+        blocks: bool = False,
     ) -> None:
         self._walk = walk = WalkState(cuda, ours, like, abilities, seed)
         self.steps = 0
@@ -63,7 +72,21 @@ class Walk:
             weights[transfers.load_a_window] = 2
         if not abilities.recurs:
             weights[edits.remove_a_part] = 2
+        if blocks:
+            weights |= self._with_blocks(BlockTransfers(walk, transfers))
         self._operations, self._weights = list(weights), list(weights.values())
+
+    @staticmethod
+    def _with_blocks(moves: BlockTransfers) -> dict[Callable[[], None], float]:
+        weights: dict[Callable[[], None], float] = {
+            moves.load_blocks: 8,
+            moves.load_damaged_blocks: 1,
+        }
+        if moves.has_blocks:
+            weights[moves.save_blocks] = 7
+        if moves.has_checkpoints:
+            weights[moves.save_checkpoint] = 4
+        return weights
 
     def __enter__(self) -> Walk:
         self._walk.__enter__()

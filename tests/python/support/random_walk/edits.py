@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from support.llama_reference import llama
-from support.random_walk.abilities import SEQUENCES
+from support.random_walk.caches import SEQUENCES
 from support.random_walk.decoding import Decoding
 from support.random_walk.state import WalkState
 from support.random_walk.transfers import Transfers

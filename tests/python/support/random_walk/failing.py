@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 
 from support import c_interface
+from support.block_reference import PARTS_IN_BLOCKS
+from support.c_interface import Block, Blocks
 from support.random_walk.state import Unequal, WalkState
 
 
@@ -48,6 +50,10 @@ class FailingTransfers:
         attempts = [lambda: attachment.load(seq, buffer), lambda: attachment.remove(seq)]
         if walk.in_flight[seq].direction == "load":
             attempts.append(lambda: attachment.save(seq, buffer))
+            attempts.append(lambda: attachment.save_blocks(seq, Blocks.with_room([(0, 1)], 1)))
+        if walk.can.kind in PARTS_IN_BLOCKS:
+            block = Blocks.of([Block(0, 1, state)])
+            attempts.append(lambda: attachment.load_blocks(seq, block))
         for attempt in attempts:
             try:
                 attempt()

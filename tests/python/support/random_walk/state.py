@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 import random
 import threading
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from support import c_interface
+from support.abilities import Abilities
 from support.holds import Hold, released_after, wait_until
 from support.llama_reference import Context
-from support.random_walk.abilities import SEQUENCES, Abilities
+from support.random_walk.caches import SEQUENCES
 from support.simulated_cuda import SimulatedCuda, Stream
 
 PATIENCE = 0.03
@@ -30,12 +32,17 @@ class InFlight:
     direction: Literal["save", "load"]
     job: c_interface.Job
     attachment: c_interface.Attachment
-    buffer: Any
+    read: Callable[[], bytes]
+    """Returns the bytes of the buffers."""
     expected: bytes
+    """What they hold when the transfer has ended."""
+    state: bytes
+    """The whole state of the sequence."""
     hold: Hold
     held: bool
     """Whether it is certainly still in flight."""
-    in_place: bool
+    may_be_decoded: bool
+    """Whether the sequence may be decoded meanwhile."""
 
     def release(self) -> None:
         """Releases it."""
@@ -58,7 +65,7 @@ class WalkState:
         """The last operations, newest at the end."""
         self.random = random.Random(seed)
         self._cuda = cuda
-        self._library = c_interface.Library(c_interface.LIBRARY)
+        self.library = c_interface.Library(c_interface.LIBRARY)
         self._closing = contextlib.ExitStack()
         self._engines: list[c_interface.Engine] = []
         self.attachments: list[c_interface.Attachment] = []
@@ -82,7 +89,7 @@ class WalkState:
             for _ in SEQUENCES:
                 self.streams.append(self._closing.enter_context(self._cuda.stream()))
             for _ in range(2):
-                engine = self._library.engine(copy_threads=1)
+                engine = self.library.engine(copy_threads=1)
                 self._engines.append(self._closing.enter_context(engine))
             self.attach()
         except BaseException:
@@ -136,11 +143,11 @@ class WalkState:
         return [seq for seq in seqs if self.like.pos_max(seq) >= 0]
 
     def decodable(self) -> list[int]:
-        def saved(seq: int) -> bool:
-            transfer = self.in_flight[seq]
-            return transfer.direction == "save" and (self.can.appends or not transfer.in_place)
-
-        return [seq for seq in SEQUENCES if seq not in self.in_flight or saved(seq)]
+        return [
+            seq
+            for seq in SEQUENCES
+            if seq not in self.in_flight or self.in_flight[seq].may_be_decoded
+        ]
 
     # ---- Waiting
 

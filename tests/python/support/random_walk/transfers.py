@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 from support import c_interface
@@ -17,40 +19,58 @@ LOAD_MODES = tuple(c_interface.LoadMode)
 IN_PLACE, SNAPSHOT = c_interface.SaveMode.IN_PLACE, c_interface.SaveMode.SNAPSHOT
 
 
+Submit = Callable[..., c_interface.Job]
+"""Submits a transfer by an attachment, with options of `c_interface.Attachment.save`."""
+
+
+@dataclasses.dataclass
+class Moved:
+    """A transfer that is about to start."""
+
+    direction: Literal["save", "load"]
+    submit: Submit
+    read: Callable[[], bytes]
+    """Returns the bytes of its buffers."""
+    expected: bytes
+    """What they hold when it has ended."""
+    state: bytes
+    """The whole state of the sequence."""
+    mode: int
+    is_snapshot: bool = False
+    may_be_decoded: bool = False
+    """Whether the sequence may be decoded meanwhile."""
+
+
 class Transfers:
     def __init__(self, walk: WalkState, decoding: Decoding) -> None:
         self._walk = walk
         self._decoding = decoding
 
-    def _start(
-        self, direction: Literal["save", "load"], seq: int, state: bytes, buffer: Any, mode: int
-    ) -> c_interface.Failure | None:
+    def start(self, seq: int, moved: Moved) -> c_interface.Failure | None:
         """Begins a transfer; returns the status if it was refused."""
         walk = self._walk
         attachment = walk.random.choice(walk.attachments)
-        chosen = SNAPSHOT if mode == SNAPSHOT or not walk.can.appends else IN_PLACE
-        snapshot = direction == "save" and (mode or chosen) == SNAPSHOT
-        hold = self._hold(seq, attachment, may_be_held=not snapshot)
-        held = hold.holds(len(state))
-        walk.note(f"{seq} mode {mode}{' held' if held else ''}")
-        submit = attachment.save if direction == "save" else attachment.load
+        hold = self._hold(seq, attachment, may_be_held=not moved.is_snapshot)
+        held = hold.holds(len(moved.expected))
+        walk.note(f"{seq} mode {moved.mode}{' held' if held else ''}")
         try:
             with released_after(PATIENCE, *walk.in_flight.values(), hold) as waited:
-                job = submit(seq, buffer, mode=mode, **hold.options)
+                job = moved.submit(attachment, mode=moved.mode, **hold.options)
         except BaseException as failure:
             hold.release()
             if isinstance(failure, c_interface.Failure):
                 return failure
             raise
         walk.in_flight[seq] = InFlight(
-            direction,
+            moved.direction,
             job,
             attachment,
-            buffer,
-            state,
+            moved.read,
+            moved.expected,
+            moved.state,
             hold,
             held=held and not waited.is_set(),
-            in_place=not snapshot,
+            may_be_decoded=moved.may_be_decoded,
         )
         return None
 
@@ -63,16 +83,30 @@ class Transfers:
             return ByUrgentCopies(attachment.engine)
         return ByStream(walk.streams[seq], priority)
 
-    def save(self) -> None:
+    def choose_to_save(self) -> int | None:
         walk = self._walk
         resting = [seq for seq in walk.resting() if seq not in walk.copy_pending]
-        seq = walk.choose(walk.holding_cells(resting))
-        if seq is None or not walk.attachments:
+        return walk.choose(walk.holding_cells(resting)) if walk.attachments else None
+
+    def save(self) -> None:
+        walk = self._walk
+        seq = self.choose_to_save()
+        if seq is None:
             return
         state = walk.like.state_get(seq)
         buffer = ctypes.create_string_buffer(len(state))
         mode = walk.random.choice((0, IN_PLACE, SNAPSHOT))
-        if failure := self._start("save", seq, state, buffer, mode):
+        is_snapshot = (mode or (IN_PLACE if walk.can.appends else SNAPSHOT)) == SNAPSHOT
+
+        def submit(attachment: c_interface.Attachment, **options: Any) -> c_interface.Job:
+            return attachment.save(seq, buffer, **options)
+
+        def read() -> bytes:
+            return buffer.raw
+
+        may_be_decoded = walk.can.appends or is_snapshot
+        moved = Moved("save", submit, read, state, state, mode, is_snapshot, may_be_decoded)
+        if failure := self.start(seq, moved):
             raise failure
 
     def load(self) -> None:
@@ -83,9 +117,19 @@ class Transfers:
         self._load_state(seq, walk.random.choice(walk.states))
 
     def _load_state(self, seq: int, state: bytes) -> None:
-        walk = self._walk
         buffer = ctypes.create_string_buffer(state, len(state))
-        failure = self._start("load", seq, state, buffer, walk.random.choice(LOAD_MODES))
+
+        def submit(attachment: c_interface.Attachment, **options: Any) -> c_interface.Job:
+            return attachment.load(seq, buffer, **options)
+
+        self.load_by(submit, seq, state)
+
+    def load_by(self, submit: Submit, seq: int, state: bytes) -> None:
+        """Loads a state in both contexts; in kvferry's by `submit`."""
+        walk = self._walk
+        mode = walk.random.choice(LOAD_MODES)
+        moved = Moved("load", submit, lambda: state, state, state, mode)
+        failure = self.start(seq, moved)
         read = walk.like.state_set(seq, state)
         walk.forget_edits(seq)
         if (read == len(state)) != (failure is None):
@@ -155,9 +199,9 @@ class Transfers:
         if status != "KVF_OK":
             raise Unequal(f"a {transfer.direction} of sequence {seq} ended with {status}")
         if transfer.direction == "save":
-            if transfer.buffer.raw != transfer.expected:
+            if transfer.read() != transfer.expected:
                 raise Unequal(f"what was saved of sequence {seq}")
-            walk.states.append(transfer.expected)
+            walk.states.append(transfer.state)
             if len(walk.states) > STATES_KEPT:
                 walk.states.pop(walk.random.randrange(STATES_KEPT))
 

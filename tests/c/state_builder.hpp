@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-class StateWriter {
+class StateBuilder {
 public:
     // What differs between releases and models.
     struct Format {
@@ -16,15 +16,15 @@ public:
         uint32_t rotation_words = 0;
     };
 
-    StateWriter() : StateWriter(Format{}) {}
-    explicit StateWriter(const Format &format) : format(format) {
+    StateBuilder() : StateBuilder(Format{}) {}
+    explicit StateBuilder(const Format &format) : format(format) {
         if (!format.framed) return;
         add<uint32_t>(0xaf143cd8); // the sequence format's magic number
         add<int32_t>(0);           // sequence
     }
 
     template <class T>
-    StateWriter &add(T value) {
+    StateBuilder &add(T value) {
         const size_t at = bytes.size();
         bytes.resize(at + sizeof value);
         std::memcpy(bytes.data() + at, &value, sizeof value);
@@ -46,7 +46,7 @@ public:
         std::vector<int32_t> positions = {};
     };
 
-    StateWriter &attention(const Attention &a) {
+    StateBuilder &attention(const Attention &a) {
         add(a.streams);
         std::vector<int32_t> positions = a.positions;
         if (positions.empty()) {
@@ -95,7 +95,7 @@ public:
         int32_t position = 7;
     };
 
-    StateWriter &recurrent(const Recurrent &r) {
+    StateBuilder &recurrent(const Recurrent &r) {
         add(r.cells);
         for (uint32_t i = 0; i < r.cells; ++i) add(r.position).add<uint32_t>(0);
         add<uint32_t>(0).add(r.layers);
@@ -122,7 +122,7 @@ private:
         }
         tensor_bytes += positions.size() * width;
     }
-    StateWriter &tensor(uint64_t count) {
+    StateBuilder &tensor(uint64_t count) {
         bytes.resize(bytes.size() + count, 0x5a);
         tensor_bytes += count;
         return *this;

@@ -1,31 +1,17 @@
-"""The kinds of models and caches of walks, and what llama.cpp can do with each."""
+"""What llama.cpp can do with each kind of model and cache."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from support.like_contexts import CACHES, RECURRENT
-
-KINDS = (
-    "llama",
-    "gemma3",
-    "mamba",
-    "hybrid",
-    "hybrid-iswa",
-    "deepseek2",
-    "deepseek32",
-    "qwen2vl",
-)
-"""The kinds of models. States of other kinds are opaque, and differ from those of llama.cpp."""
-
-SEQUENCES = range(4)
+from support.like_contexts import RECURRENT
 
 
 @dataclasses.dataclass(frozen=True)
 class Abilities:
     """What llama.cpp can do with a kind of model and cache."""
 
+    kind: str
     recurs: bool
     """It has recurrent cells, so that only whole sequences can be removed."""
     shifts: bool
@@ -45,6 +31,7 @@ class Abilities:
         # Quantised latent rows end the process.
         shiftable = kind in ("llama", "gemma3") or (kind == "deepseek2" and "_0" not in cache)
         return cls(
+            kind=kind,
             recurs=recurs,
             shifts=shiftable,
             appends=not recurs and kind != "gemma3",
@@ -52,11 +39,3 @@ class Abilities:
             windows=kind in ("gemma3", "hybrid-iswa"),
             interleaves="transposed" in cache,
         )
-
-
-def cache_options(cache: str) -> dict[str, Any]:
-    """Returns options for a cache so small that the sequences of a walk compete for its cells."""
-    options = {"n_ctx": 256, "n_ubatch": 32} | CACHES[cache]
-    if "streams" in cache:
-        options["n_ctx"] = 256 * len(SEQUENCES)
-    return options
