@@ -3,25 +3,16 @@
 #include <algorithm>
 #include <new>
 
-#include "memory/layout_builder.h"
-
 namespace kvf {
 
 // Nothing can fail once there is memory, which has to be released.
 CudaLoadAhead::CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels,
                              CudaAheadPool &pool, ThreadPool &copy_threads,
-                             std::vector<BufferPart> parts)
-    : context_(context), pool_(pool), copy_threads_(copy_threads), parts_(std::move(parts)),
+                             const std::vector<BufferPart> &parts)
+    : context_(context), pool_(pool), copy_threads_(copy_threads), parts_(parts),
       placer_(context, kernels), memory_(pool.acquire(parts_.bytes())) {}
 
-Layout CudaLoadAhead::staging_layout() const {
-    LayoutBuilder builder;
-    for (size_t i = 0; i < parts_.parts().size(); ++i) {
-        const BufferPart &part = parts_.parts()[i];
-        builder.add(memory_->address() + parts_.begin(i), part.offset, part.bytes);
-    }
-    return builder.finish();
-}
+Layout CudaLoadAhead::staging_layout() const { return parts_.layout(memory_->address()); }
 
 void CudaLoadAhead::staged_up_to(uint64_t bytes) noexcept {
     update([&] { staged_ = std::max(staged_, bytes); });
@@ -34,10 +25,10 @@ void CudaLoadAhead::staging_ended() noexcept {
     });
 }
 
-void CudaLoadAhead::place(std::shared_ptr<Job> job, Layout &&layout) noexcept {
+void CudaLoadAhead::place(std::shared_ptr<Job> job, Parts &&parts) noexcept {
     update([&] {
         job_ = std::move(job);
-        placer_.begin(*memory_, std::move(layout));
+        placer_.begin(*memory_, std::move(parts));
     });
 }
 

@@ -18,7 +18,7 @@ class CudaLoadAhead final : public LoadAhead, public std::enable_shared_from_thi
 public:
     // For parts of a buffer. Must not outlive the pool.
     CudaLoadAhead(const CudaContext &context, const CudaKernels &kernels, CudaAheadPool &pool,
-                  ThreadPool &copy_threads, std::vector<BufferPart> parts);
+                  ThreadPool &copy_threads, const std::vector<BufferPart> &parts);
     ~CudaLoadAhead() override { release_memory(); }
     // Whether the device had room for the state. If not, no other function may be called.
     bool has_memory() const { return memory_ != nullptr; }
@@ -27,7 +27,7 @@ public:
     uint64_t bytes_before(uint64_t offset) const override { return parts_.place_of(offset); }
     void staged_up_to(uint64_t bytes) noexcept override;
     void staging_ended() noexcept override;
-    void place(std::shared_ptr<Job> job, Layout &&layout) noexcept override;
+    void place(std::shared_ptr<Job> job, Parts &&parts) noexcept override;
 
 private:
     template <class Function>

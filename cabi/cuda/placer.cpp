@@ -3,11 +3,17 @@
 #include <algorithm>
 #include <chrono>
 #include <thread>
+#include <utility>
 
 namespace kvf {
 namespace {
 
 constexpr uint64_t kPiece = 16 << 20;
+// Smaller regions are placed by one launch for many: blocks of a state have thousands of them, and
+// each copy or launch of its own takes some microseconds.
+constexpr uint64_t kLeastAlone = 4 << 20;
+// All blocks of the kernel share so many rows, however long they are: FEW in gather.cu.
+constexpr uint32_t kMostInBatch = 256;
 constexpr uint32_t kBlocks = 128; // of a kernel's grid; on an H100 more were slower
 constexpr std::chrono::microseconds kPoll{10};
 
@@ -27,10 +33,9 @@ uint64_t end_in_buffer(const Piece &piece) {
 
 } // namespace
 
-void CudaPlacer::begin(CudaAheadMemory &memory, Layout &&layout) {
+void CudaPlacer::begin(CudaAheadMemory &memory, Parts &&parts) noexcept {
     memory_ = &memory;
-    layout_ = std::move(layout);
-    cursor_ = Cursor(layout_);
+    parts_ = std::move(parts);
 }
 
 void CudaPlacer::end() noexcept {
@@ -44,6 +49,7 @@ void CudaPlacer::place_up_to(uint64_t offset) {
             copy(next_);
             next_ = {};
         }
+        launch_batch();
     } catch (...) {
         try {
             if (!context_.given_up()) synchronize(); // what was queued must not outlive this call
@@ -56,15 +62,35 @@ void CudaPlacer::place_up_to(uint64_t offset) {
 }
 
 bool CudaPlacer::take_next() {
-    if (next_.bytes == 0 && !cursor_.at_end()) next_ = cursor_.next(kPiece, CudaRowTable::kRows);
+    if (next_.bytes == 0 && !parts_.empty()) next_ = parts_.next(kPiece, CudaRowTable::kRows);
     return next_.bytes > 0;
 }
 
 void CudaPlacer::copy(const Piece &piece) {
     const kvf_region &region = piece.region;
     if (piece.runs) {
+        launch_batch();
         copy_runs(piece);
-    } else if (region.rows > 1 && piece.is_packed()) {
+    } else if (piece.bytes >= kLeastAlone) {
+        launch_batch();
+        copy_alone(piece);
+    } else if (piece.is_packed()) {
+        add_to_batch(piece);
+    } else {
+        Piece row = piece;
+        row.region.rows = 1;
+        row.bytes = region.width;
+        for (uint64_t i = 0; i < region.rows; ++i) {
+            add_to_batch(row);
+            row.region.address += region.pitch;
+            row.region.offset += region.buffer_pitch;
+        }
+    }
+}
+
+void CudaPlacer::copy_alone(const Piece &piece) {
+    const kvf_region &region = piece.region;
+    if (region.rows > 1 && piece.is_packed()) {
         scatter(CudaRows::of(region, 0), region.offset);
     } else {
         for (uint64_t i = 0; i < region.rows; ++i) {
@@ -72,6 +98,42 @@ void CudaPlacer::copy(const Piece &piece) {
                      region.width);
         }
     }
+}
+
+bool CudaPlacer::fits_batch(const Piece &piece) const {
+    if (batch_.pieces == 0 || batch_.pieces == kMostInBatch) return false;
+    const kvf_region &first = batch_.first.region, &region = piece.region;
+    if (region.offset < first.offset || region.offset - first.offset > UINT32_MAX - piece.bytes)
+        return false;
+    return region.rows > 1 ? CudaShape::of(region) == CudaShape::of(first) : first.rows == 1;
+}
+
+void CudaPlacer::add_to_batch(const Piece &piece) {
+    CudaRowTable &rows = memory_->rows();
+    if (!fits_batch(piece)) {
+        launch_batch();
+        synchronize(); // the batch before this one may use the table
+        rows.clear();
+        batch_.first = piece;
+    }
+    const uint64_t distance = piece.offset() - batch_.first.offset();
+    if (piece.region.rows > 1) {
+        rows.add_region(piece, distance);
+    } else {
+        rows.add(piece, distance);
+    }
+    ++batch_.pieces;
+}
+
+void CudaPlacer::launch_batch() {
+    const Batch batch = std::exchange(batch_, {});
+    if (batch.pieces == 0) return;
+    if (batch.pieces == 1) return copy_alone(batch.first);
+    const kvf_region &first = batch.first.region;
+    const CudaRowTable &rows = memory_->rows();
+    rows.send(memory_->stream());
+    scatter(first.rows > 1 ? rows.rows_of_regions(CudaShape::of(first)) : rows.rows(),
+            first.offset);
 }
 
 void CudaPlacer::copy_runs(const Piece &piece) {

@@ -12,17 +12,28 @@ public:
     CudaPlacer(const CudaContext &context, const CudaKernels &kernels)
         : context_(context), driver_(context.driver()), kernels_(kernels) {}
 
-    // Begins with a state whose bytes are in `memory` and belong where `layout` says. The memory
-    // must live until end().
-    void begin(CudaAheadMemory &memory, Layout &&layout);
+    // Begins with a state whose bytes are in `memory` and belong where `parts` say. The memory must
+    // live until end().
+    void begin(CudaAheadMemory &memory, Parts &&parts) noexcept;
     // Copies all pieces whose bytes lie before `offset` in the buffer, and waits for the copies.
     void place_up_to(uint64_t offset);
     // Copies no more, and no longer uses the memory. Does nothing if nothing has begun.
     void end() noexcept;
 
 private:
+    // Small pieces that one launch places through the table of rows. Each is one row of any width,
+    // or all are packed rows of one shape.
+    struct Batch {
+        uint32_t pieces = 0;
+        Piece first;
+    };
+
     bool take_next();
     void copy(const Piece &piece);
+    void copy_alone(const Piece &piece);
+    void add_to_batch(const Piece &piece);
+    bool fits_batch(const Piece &piece) const;
+    void launch_batch();
     void copy_runs(const Piece &piece);
     bool scatter_resident(const Piece &piece);
     bool scatter_rows(const Piece &piece);
@@ -34,9 +45,9 @@ private:
     const CudaDriver &driver_;
     const CudaKernels &kernels_;
     CudaAheadMemory *memory_ = nullptr;
-    Layout layout_;
-    Cursor cursor_;
-    Piece next_; // taken from the cursor and not copied yet; bytes == 0: none
+    Parts parts_;
+    Piece next_; // taken from the parts and not copied yet; bytes == 0: none
+    Batch batch_;
     bool holds_resident_ = false;
 };
 

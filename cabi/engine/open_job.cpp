@@ -90,7 +90,7 @@ void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     const size_t open = job_->legs().size();
     const Leg *const ahead = leg_with_load_ahead();
     const std::shared_ptr<LoadAhead> load_ahead = ahead ? ahead->load_ahead : nullptr;
-    Layout staged;
+    Parts staged;
     const std::vector<Leg *> complete = add_rest(std::move(recorded.layouts), staged);
     committed_ = true;
     job_->commit(recorded);
@@ -107,9 +107,9 @@ void OpenJob::commit(Recorded &&recorded, kvf_job *handle) {
     job_->end_work();
 }
 
-// Adds to legs what has not been added yet. Returns the new legs, which are complete. The layout of
-// what is staged becomes `staged`.
-std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Layout &staged) {
+// Adds to legs what has not been added yet. Returns the new legs, which are complete. Where what is
+// staged belongs is added to `staged`.
+std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Parts &staged) {
     std::vector<Leg *> complete;
     complete.reserve(layouts.size());
     for (auto &[device, layout] : layouts) {
@@ -121,7 +121,7 @@ std::vector<Leg *> OpenJob::add_rest(Layouts &&layouts, Layout &staged) {
         } else if (std::find(complete.begin(), complete.end(), leg) != complete.end()) {
             leg->parts.add(std::move(layout));
         } else if (leg->load_ahead) {
-            staged = std::move(layout);
+            staged.add(std::move(layout));
         } else {
             leg->device.extend(*leg, std::move(layout));
         }

@@ -33,7 +33,7 @@ private:
     Leg &make_leg(uint32_t device, Layout &&layout);
     Leg *leg_on(uint32_t device) const;
     const Leg *leg_with_load_ahead() const;
-    std::vector<Leg *> add_rest(Layouts &&layouts, Layout &staged);
+    std::vector<Leg *> add_rest(Layouts &&layouts, Parts &staged);
     void hand_over(Leg &leg);
 
     Engine &engine_;

@@ -61,7 +61,8 @@ public:
     virtual Snapshot snapshot(const Layout &layout, unsigned char *buffer) = 0;
 
     // Returns device memory for the parts of a buffer that are to be loaded ahead; NULL where there
-    // is no room for them, or where the device loads nothing ahead.
+    // is no room for them, or where the device loads nothing ahead. The parts are staged and placed
+    // in their order.
     virtual std::shared_ptr<LoadAhead> make_load_ahead(const std::vector<BufferPart> &) {
         return nullptr;
     }

@@ -6,33 +6,38 @@
 #include <memory>
 #include <vector>
 
-#include "memory/layout.h"
+#include "memory/pieces.h"
 
 namespace kvf {
 
 class Job;
 
-// A run of bytes of a buffer. Staged parts are in ascending order.
+// A run of bytes of a buffer.
 struct BufferPart {
     uint64_t offset;
     uint64_t bytes;
 };
 
-// Where the parts lie in device memory of their own: one behind the other.
+// Where the parts lie in device memory of their own: one behind the other, in the order in which
+// they were given. They are staged and placed in this order, whatever their order in the buffer is.
 class StagedParts {
 public:
-    explicit StagedParts(std::vector<BufferPart> parts);
+    // The parts do not overlap.
+    explicit StagedParts(const std::vector<BufferPart> &parts);
 
     uint64_t bytes() const { return bytes_; } // of device memory
-    // Where a part begins there.
-    uint64_t begin(size_t part) const { return begins_[part]; }
-    const std::vector<BufferPart> &parts() const { return parts_; }
     // Where the byte at `offset` in the buffer lies there. It must be of a part.
     uint64_t place_of(uint64_t offset) const;
+    // The parts as runs, in their order, for device memory that begins at `address`. Each part is
+    // one region, however small, because a LayoutBuilder would put small parts behind all others.
+    Layout layout(uint64_t address) const;
 
 private:
-    std::vector<BufferPart> parts_;
-    std::vector<uint64_t> begins_;
+    struct Part {
+        BufferPart in_buffer;
+        uint64_t begin; // in the device memory
+    };
+    std::vector<Part> by_offset_; // in the order of the buffer
     uint64_t bytes_ = 0;
 };
 
@@ -49,11 +54,11 @@ public:
     virtual void staged_up_to(uint64_t bytes) noexcept = 0;
     // The leg has ended: the whole buffer has been staged, or the job is stopping.
     virtual void staging_ended() noexcept = 0;
-    // Tells where the bytes belong. Offsets of the layout are those in the device memory
-    // (StagedParts). Called once, before or after the bytes have been staged. Calls
-    // job->end_work() once: when all bytes are in their places, or when the job is stopping and no
-    // copy from here is under way.
-    virtual void place(std::shared_ptr<Job> job, Layout &&layout) noexcept = 0;
+    // Tells where the bytes belong. Offsets of the layouts are those in the device memory
+    // (StagedParts); bytes are placed in the order of the layouts. Called once, before or after the
+    // bytes have been staged. Calls job->end_work() once: when all bytes are in their places, or
+    // when the job is stopping and no copy from here is under way.
+    virtual void place(std::shared_ptr<Job> job, Parts &&parts) noexcept = 0;
 };
 
 } // namespace kvf

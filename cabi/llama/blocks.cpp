@@ -3,6 +3,7 @@
 #include "states/blocks.h"
 
 #include "llama/llama.h"
+#include "llama/spreader.h"
 #include "memory/buffer_checks.h"
 
 namespace kvf {
@@ -43,15 +44,13 @@ struct BufferOfParts {
         for (uint64_t &place : staged) place = load_ahead.bytes_before(place);
         return staged;
     }
-    // The parts in the order of the buffer.
-    std::vector<BufferPart> in_order() const {
-        std::vector<BufferPart> order;
-        order.reserve(parts.size());
+    // Where each part lies in the buffer.
+    std::vector<BufferPart> in_buffer() const {
+        std::vector<BufferPart> placed;
+        placed.reserve(parts.size());
         const std::vector<uint64_t> at = places();
-        for (size_t i = 0; i < parts.size(); ++i) order.push_back({at[i], parts[i].second});
-        std::sort(order.begin(), order.end(),
-                  [](const BufferPart &a, const BufferPart &b) { return a.offset < b.offset; });
-        return order;
+        for (size_t i = 0; i < parts.size(); ++i) placed.push_back({at[i], parts[i].second});
+        return placed;
     }
     void set_in(Submission &submission) const {
         submission.buffer = begin;
@@ -74,88 +73,16 @@ private:
 
 namespace {
 
-// Layouts of a state become layouts of the blocks: for each block in turn, what of it was recorded.
-class Spreader {
-public:
-    // `places`: where each part begins, in the buffer or in device memory that it is staged in.
-    Spreader(BlockMap map, std::vector<uint64_t> places)
-        : map_(std::move(map)), places_(std::move(places)) {}
-
-    // A layout for each part, in the order of the parts.
-    std::vector<Layout> spread(const Layout &layout) {
-        std::vector<LayoutBuilder> builders(places_.size());
-        std::vector<size_t> tensors(places_.size(), SIZE_MAX); // that was added last
-        const auto add = [&](uint64_t address, uint64_t place, uint64_t bytes) {
-            map_.for_each(
-                place, bytes, [&](size_t block, uint64_t offset, uint64_t at, uint64_t count) {
-                    if (std::exchange(tensors[block], map_.tensor()) != map_.tensor())
-                        builders[block].begin_tensor();
-                    builders[block].add(address + (at - place), places_[block] + offset, count);
-                });
-        };
-        for (const kvf_region &region : layout.regions) {
-            for (uint64_t row = 0; row < region.rows; ++row) {
-                add(region.address + row * region.pitch, region.offset + row * region.buffer_pitch,
-                    region.width);
-            }
-        }
-        for (const Span &span : layout.spans) {
-            for (uint64_t i = 0; i < span.count; ++i) {
-                const Run &run = span.table->runs[i];
-                add(run.address + span.address_distance, run.offset + span.offset_distance,
-                    run.bytes);
-            }
-        }
-        std::vector<Layout> parts;
-        parts.reserve(builders.size());
-        for (LayoutBuilder &builder : builders) parts.push_back(builder.finish());
-        return parts;
-    }
-    // The same for several devices. The bytes between the rows of a block are the job's own, where
-    // one device has all rows.
-    Layouts spread(const Layouts &layouts) {
-        Layouts result;
-        for (const auto &[device, layout] : layouts) {
-            uint32_t block = 0;
-            for (Layout &part : spread(layout)) {
-                part.owns_gaps = layouts.size() == 1;
-                part.block = block++;
-                if (!part.empty()) result.emplace_back(device, std::move(part));
-            }
-        }
-        return result;
-    }
-    // As one layout.
-    Layout spread_as_one(const Layout &layout) {
-        Layout whole;
-        for (const Layout &part : spread(layout)) {
-            whole.regions.insert(whole.regions.end(), part.regions.begin(), part.regions.end());
-            whole.spans.insert(whole.spans.end(), part.spans.begin(), part.spans.end());
-            whole.bytes += part.bytes;
-        }
-        return whole;
-    }
-
-private:
-    BlockMap map_;
-    const std::vector<uint64_t> places_;
-};
-
 // Spreads the layouts of a load ahead: that of `device` to the places where the parts are staged,
 // the others to the parts' places in the buffer.
 Layouts spread_staged(Layouts &&layouts, Spreader &in_buffer, uint32_t device,
                       Spreader &&in_staging) {
     Layouts in_place;
     Layouts staged;
-    for (auto &[on, layout] : layouts) {
-        if (on == device) {
-            staged.emplace_back(device, in_staging.spread_as_one(layout));
-        } else {
-            in_place.emplace_back(on, std::move(layout));
-        }
-    }
+    for (auto &[on, layout] : layouts)
+        (on == device ? staged : in_place).emplace_back(on, std::move(layout));
     Layouts result = in_buffer.spread(in_place);
-    for (auto &layout : staged) result.push_back(std::move(layout));
+    for (auto &layout : in_staging.spread(staged)) result.push_back(std::move(layout));
     return result;
 }
 
@@ -168,6 +95,9 @@ void check_all_recorded(const Structure &structure, const Layouts &layouts,
     throw Error(KVF_ERR_UNSUPPORTED,
                 "a part of the cache is in memory that no device of the engine reaches");
 }
+
+// libllama rounds the cells of a cache up to a multiple of this.
+constexpr uint64_t kCellPadding = 256;
 
 // The size of a state without cells, where every section is of attention and has one stream: the
 // number of its streams, and that of its cells.
@@ -208,9 +138,37 @@ int32_t Llama::find_empty_sequence() const {
     if (structure->sections[0].streams != 1) return -1;
     for (uint32_t i = context_.sequence_count(); i-- > 0;) {
         const auto sequence = static_cast<int32_t>(i);
-        if (sequences_->is_idle(sequence) && !states_->holds_cells(sequence)) return sequence;
+        if (context_.holds_cells(sequence) || !sequences_->is_idle(sequence)) continue;
+        if (positions_tell_cells() || !states_->holds_cells(sequence)) return sequence;
     }
     return -1;
+}
+
+// Whether a sequence without a last position has no cells. Elsewhere one part of the cache may be
+// empty, and libllama then says that the sequence is.
+bool Llama::positions_tell_cells() const {
+    return states_->structure()->sections.size() == 1 && context_.window() == 0;
+}
+
+// Scratch memory for the state of a sequence, which is a borrowed one or that of the blocks. Throws
+// KVF_ERR_SEQUENCE_EMPTY for a borrowed one without cells.
+ScratchState Llama::make_scratch(int32_t sequence, bool is_borrowed) const {
+    const Structure &structure = *states_->structure();
+    const char *const none = "no token at the positions of the blocks";
+    if (is_borrowed && positions_tell_cells()) {
+        if (!context_.holds_cells(sequence)) throw Error(KVF_ERR_SEQUENCE_EMPTY, none);
+        try {
+            // The size of the largest state: it is address space alone, and to ask libllama for the
+            // size of this one would cost the thread another walk over all cells.
+            return ScratchState(block_bytes(structure, context_.most_cells() + kCellPadding));
+        } catch (const Error &) {
+            // Address space is limited: no more than is needed.
+        }
+    }
+    const uint64_t bytes = context_.state_bytes(sequence);
+    if (is_borrowed && bytes == empty_state_bytes(structure))
+        throw Error(KVF_ERR_SEQUENCE_EMPTY, none);
+    return ScratchState(bytes);
 }
 
 void Llama::look_for_blocks(int32_t sequence) {
@@ -265,12 +223,10 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
 
     const BorrowedSequence borrowed(*this, sequence, blocks.front().begin, blocks.back().end);
     const int32_t listed = borrowed.id < 0 ? sequence : borrowed.id;
-    const uint64_t bytes = context_.state_bytes(listed);
-    if (borrowed.id >= 0 && bytes == empty_state_bytes(*states_->structure()))
-        throw Error(KVF_ERR_SEQUENCE_EMPTY, "no token at the positions of the blocks");
-    const ScratchState scratch(bytes);
-    Recorder recorder = make_recorder(Direction::Save, scratch.data, bytes, submission.gate);
-    Recorded recorded = record_save(listed, scratch.data, bytes, recorder);
+    const ScratchState scratch = make_scratch(listed, borrowed.id >= 0);
+    Recorder recorder =
+        make_recorder(Direction::Save, scratch.data, scratch.bytes(), submission.gate);
+    Recorded recorded = record_save(listed, scratch.data, scratch.bytes(), recorder);
     const StateView view{scratch.data, recorded.bytes};
     const auto whole = parse_state(view, states_->structure());
     if (!whole || !whole->format)
@@ -404,7 +360,7 @@ void Llama::load_joined(int32_t sequence, const StateView &view, const Structure
     const bool stops_rows = guard_window(structure, view, recorder, gate.get());
     std::optional<OpenJob> open;
     uint32_t device = Device::kHost;
-    const auto load_ahead = make_load_ahead(options.mode, buffer.in_order(), device);
+    const auto load_ahead = make_load_ahead(options.mode, buffer.in_buffer(), device);
     submission.mode = load_ahead ? KVF_LOAD_AHEAD : KVF_LOAD_IN_PLACE;
     if (load_ahead) {
         open.emplace(*engine_, std::move(submission), options, job != nullptr);

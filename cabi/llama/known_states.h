@@ -27,6 +27,7 @@ public:
         : data(std::exchange(other.data, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
 
     unsigned char *data;
+    uint64_t bytes() const { return bytes_; }
 
 private:
     uint64_t bytes_;

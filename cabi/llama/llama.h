@@ -108,6 +108,8 @@ private:
     // blocks.cpp
     class BorrowedSequence;
     int32_t find_empty_sequence() const;
+    bool positions_tell_cells() const;
+    ScratchState make_scratch(int32_t sequence, bool is_borrowed) const;
     void look_for_blocks(int32_t sequence);
     void check_blocks_allowed(bool checkpoints) const;
     void check_has_position(int32_t sequence) const;

@@ -46,4 +46,28 @@ const BlockMap::Tensor *BlockMap::tensor_at(uint64_t place) {
     return &tensors_[last_];
 }
 
+// Whether each row has the same cells, in one stripe after another.
+bool BlockMap::is_row_of_each_stripe(const Tensor &tensor, const Rows &rows) {
+    const uint64_t end = rows.place + (rows.rows - 1) * rows.pitch + rows.width;
+    const uint64_t column = (rows.place - tensor.begin) % tensor.stripe;
+    return rows.pitch == tensor.stripe && column + rows.width <= tensor.stripe && end <= tensor.end;
+}
+
+bool BlockMap::are_alike(uint64_t a, uint64_t b, uint64_t bytes) {
+    const Tensor *const one = tensor_at(a);
+    const Tensor *const other = tensor_at(b);
+    if (!one || !other) return false;
+    return one->section == other->section && one->unit == other->unit &&
+           one->stripe == other->stripe && a - one->begin == b - other->begin &&
+           a + bytes <= one->end && b + bytes <= other->end;
+}
+
+uint64_t BlockMap::distance(size_t block, uint64_t a, uint64_t b) {
+    const Tensor *const one = tensor_at(a);
+    const Tensor *const other = tensor_at(b);
+    if (one == other) return b - a;
+    const std::vector<uint64_t> &at = sections_[one->section].tensor_at[block];
+    return at[other->index] - at[one->index];
+}
+
 } // namespace kvf

@@ -36,6 +36,25 @@ public:
     // While `take` runs: which tensor of the whole the bytes are of.
     size_t tensor() const { return last_; }
 
+    // Rows of tensor bytes of the whole.
+    struct Rows {
+        uint64_t place; // of the first
+        uint64_t width, rows;
+        uint64_t pitch; // from one row to the next
+    };
+    // Calls `take(block, offset in the block, rows of the whole, pitch in the block)` for the parts
+    // that for_each() finds in all rows. Takes rows together where one block holds them at one
+    // pitch.
+    template <class Take>
+    void for_each_rows(const Rows &rows, Take &&take);
+
+    // Whether the bytes at `a` and at `b` of the whole are of the same cells, in two tensors of one
+    // shape (or in one tensor, where `a` is `b`), which have all these bytes.
+    bool are_alike(uint64_t a, uint64_t b, uint64_t bytes);
+    // How far behind the bytes at `a` those at `b`, which are alike, lie in a block that holds
+    // them; modulo 2^64.
+    uint64_t distance(size_t block, uint64_t a, uint64_t b);
+
     // Calls `take` for everything.
     template <class Take>
     void for_all(Take &&take) {
@@ -58,6 +77,7 @@ private:
     };
 
     const Tensor *tensor_at(uint64_t place);
+    static bool is_row_of_each_stripe(const Tensor &tensor, const Rows &rows);
 
     std::vector<Tensor> tensors_; // in the order of the whole
     std::vector<InBlocks> sections_;
@@ -94,6 +114,41 @@ void BlockMap::for_each(uint64_t place, uint64_t bytes, Take &&take) {
         place += here;
         bytes -= here;
     }
+}
+
+template <class Take>
+void BlockMap::for_each_rows(const Rows &rows, Take &&take) {
+    const Tensor *const tensor = tensor_at(rows.place);
+    if (tensor && is_row_of_each_stripe(*tensor, rows)) {
+        for_each(rows.place, rows.width,
+                 [&](size_t block, uint64_t offset, uint64_t place, uint64_t bytes) {
+                     take(block, offset, Rows{place, bytes, rows.rows, rows.pitch},
+                          sections_[tensor->section].cells[block] * tensor->unit);
+                 });
+        return;
+    }
+    const auto take_row = [&](size_t block, uint64_t offset, uint64_t place, uint64_t bytes) {
+        take(block, offset, Rows{place, bytes, 1, bytes}, bytes);
+    };
+    if (rows.pitch > rows.width) {
+        for (uint64_t row = 0; row < rows.rows; ++row)
+            for_each(rows.place + row * rows.pitch, rows.width, take_row);
+        return;
+    }
+    // Without gaps between the rows. What one block holds may begin and end within a row.
+    for_each(rows.place, rows.width * rows.rows,
+             [&](size_t block, uint64_t offset, uint64_t place, uint64_t bytes) {
+                 const uint64_t column = (place - rows.place) % rows.width;
+                 const uint64_t before = std::min(column ? rows.width - column : 0, bytes);
+                 if (before) take_row(block, offset, place, before);
+                 const uint64_t whole = (bytes - before) / rows.width;
+                 if (whole) {
+                     take(block, offset + before,
+                          Rows{place + before, rows.width, whole, rows.width}, rows.width);
+                 }
+                 const uint64_t done = before + whole * rows.width;
+                 if (done < bytes) take_row(block, offset + done, place + done, bytes - done);
+             });
 }
 
 } // namespace kvf
