@@ -42,6 +42,7 @@ from .errors import (
     Unreachable,
 )
 from .llama import Llama
+from .prompt_cache import PromptCache
 from .regions import Region
 from .sequence_transfer import LoadOutcome
 from .snapshot import Snapshot
@@ -76,6 +77,7 @@ __all__ = [
     "OutOfMemory",
     "PinnedLimit",
     "Priority",
+    "PromptCache",
     "Region",
     "SaveMode",
     "SequenceEmpty",
