@@ -280,12 +280,13 @@ SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.
 LLAMA_TESTS_ON_CUDA := $(addprefix tests/python/llama/,test_llama_in_flight.py test_llama_random.py test_llama_blocks_in_flight.py)
 PYTHON_TESTS_ON_CUDA := tests/python/cuda $(LLAMA_TESTS_ON_CUDA)
 
+BINDINGS_TESTS := $(addprefix tests/python/llama/,test_llama_cpp_python.py test_prompt_cache.py)
+
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
-python -m pytest tests/python/llama/test_llama_cpp_python.py
+python -m pytest $(BINDINGS_TESTS)
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; \
-    python -m pytest tests/python --ignore tests/python/llama/test_llama_cpp_python.py \
-    $(addprefix --ignore ,$(PYTHON_TESTS_ON_CUDA)) $(ARGS)
+    python -m pytest tests/python $(addprefix --ignore ,$(BINDINGS_TESTS) $(PYTHON_TESTS_ON_CUDA)) $(ARGS)
 endef
 
 .PHONY: test-python
@@ -299,7 +300,7 @@ test-python: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 TESTED_BUILDS := $(NPM_BUILDS) $(WHEEL_BUILD)
 TESTED_STAMPS := $(foreach build,$(TESTED_BUILDS),$(call stamp_of,$(build)))
 # What uses a libllama and fits any of them.
-LLAMA_TESTS := $(filter-out $(LLAMA_TESTS_ON_CUDA) %/test_llama_cpp_python.py,$(wildcard tests/python/llama/test_*.py)) \
+LLAMA_TESTS := $(filter-out $(LLAMA_TESTS_ON_CUDA) $(BINDINGS_TESTS),$(wildcard tests/python/llama/test_*.py)) \
     $(addprefix tests/python/,test_snapshot.py $(addprefix tools/,test_cli.py test_config.py test_demo.py test_doctor.py \
     test_libllama.py test_synthetic_models.py))
 QUICK_LLAMA_TESTS := $(addprefix tests/python/,tools/test_libllama.py llama/test_llama_basic.py \

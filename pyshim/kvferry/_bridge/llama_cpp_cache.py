@@ -139,11 +139,21 @@ def _window_is_whole(llm: Any, shared: int) -> bool:
     return bool(first <= max(0, shared - 1 - window))
 
 
+_SETTINGS = (
+    "rope_scaling_type",
+    "rope_freq_base",
+    "rope_freq_scale",
+    "yarn_ext_factor",
+    "yarn_attn_factor",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_orig_ctx",
+    "attention_type",
+)
+
+
 def settings(llm: Any) -> str:
     """What the states of the object depend on, and libllama does not tell."""
-    names = ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor")
-    names += ("yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx")
-    names += ("attention_type",)
-    told = [f"{name}={getattr(llm.context_params, name)}" for name in names]
+    told = [f"{name}={getattr(llm.context_params, name)}" for name in _SETTINGS]
     told.append(f"kv_overrides={llm.kv_overrides}")
     return ",".join(told)
