@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import kvferry
 import numpy as np
 import pytest
@@ -207,10 +207,10 @@ def test_a_conversation_goes_on_where_its_last_answer_ended(
 def test_a_window_that_has_moved_on_is_not_used(kind: str, make_llm: Callable[..., Llm]) -> None:
     """The object removes what follows the beginning of a prompt, and would go on without the rows
     that its windows have lost."""
-    llm, like = make_llm(kind, swa_full=False), make_llm(kind, swa_full=False)
+    small = {"swa_full": False, "n_batch": 32, "n_ubatch": 32}
+    llm, like = make_llm(kind, **small), make_llm(kind, **small)
     cached(llm)
-    complete(llm, RULES + "A long question, of many words that a window does not hold.")
-    like.reset()
+    complete(llm, RULES + "A long question, of more words than windows have cells. " * 10)
     assert complete(llm, RULES + "B?") == complete(like, RULES + "B?")
 
 
@@ -615,8 +615,9 @@ def test_ctrl_c_in_a_restore_leaves_a_usable_object(
 
     async def load_slowly(self: kvferry.Llama, *given: Any, **options: Any) -> None:
         threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        time.sleep(0.2)
-        await load(self, *given, **options)
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.2)
+            await load(self, *given, **options)
 
     monkeypatch.setattr(kvferry.Llama, "load_blocks", load_slowly)
     with pytest.raises(KeyboardInterrupt):
