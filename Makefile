@@ -203,6 +203,11 @@ demo: $(PACKAGE) $(PYTHON_LLAMA)
 bench: $(PACKAGE) $(PYTHON_LLAMA)
 	python bench/run.py $(ARGS)
 
+# tests/python has the model with a tokenizer.
+.PHONY: bench-prompt-cache
+bench-prompt-cache: $(PACKAGE) $(BINDINGS)
+	PYTHONPATH=tests/python python bench/prompt_cache.py $(ARGS)
+
 .PHONY: bench-scheduling
 bench-scheduling: build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target kvferry cuda_simulated
