@@ -28,6 +28,9 @@ from typing import Any
 
 import kvferry
 import llama_cpp
+
+# Loads the backends of libllama.
+import support.llama_reference  # noqa: F401
 from support.text_model import write_text_model
 
 MODEL = {
