@@ -7,7 +7,8 @@ Prompts that share a beginning are completed on one `llama_cpp.Llama`: in turn; 
 prompt of somebody else (not timed), so that the object has forgotten the beginning. Then prompts
 that share nothing, for which a cache is of no use. In each round all caches are measured, one after
 the other, in one process; figures are medians over the rounds. "In the cache" is the time of
-the completions without what they evaluate and sample, less the same time without a cache.
+the completions without what they evaluate and sample, less the same time without a cache. "CPU" is
+the time of all threads of the process, writes to the disk included.
 
 The model is a synthetic Llama. Its cache takes 12 KiB a token.
 """
@@ -52,6 +53,7 @@ class Measured:
     """What the completions of one scenario took, in seconds, and what is kept then, in bytes."""
 
     total: float
+    cpu: float
     outside: float
     """Without what was evaluated and sampled."""
     kept: int
@@ -157,6 +159,8 @@ def measure(
         kept_by = cache.make(llm, Path(folder))
         evaluation = Evaluation(llm)
         total = evaluated = 0.0
+        cpu = time.process_time()
+        between = 0.0
         texts = []
         for prompt in scenario.prompts:
             llm.set_cache(kept_by)
@@ -165,18 +169,22 @@ def measure(
             total += time.perf_counter() - begin
             evaluated += evaluation.seconds - before
             if scenario.between is not None:
+                begin = time.process_time()
                 llm.set_cache(None)
                 complete(llm, scenario.between)
+                between += time.process_time() - begin
         kept = cache.kept(kept_by, Path(folder))
+        cpu = time.process_time() - cpu - between
         if isinstance(kept_by, kvferry.PromptCache):
             kept_by.close()
         llm.close()
-    return Measured(total, total - evaluated, kept), texts
+    return Measured(total, cpu, total - evaluated, kept), texts
 
 
 def median(measured: list[Measured]) -> Measured:
     return Measured(
         statistics.median(each.total for each in measured),
+        statistics.median(each.cpu for each in measured),
         statistics.median(each.outside for each in measured),
         measured[-1].kept,
     )
@@ -187,12 +195,15 @@ def report(scenario: Scenario, found: dict[str, Measured]) -> None:
     print(
         f"\n{scenario.name}: {len(scenario.prompts)} prompts of {len(scenario.prompts[0])} tokens"
     )
-    print(f"{'cache':20}{'total s':>9}{'of none':>9}{'in the cache s':>16}{'kept MiB':>10}")
+    print(
+        f"{'cache':20}{'total s':>9}{'of none':>9}{'CPU s':>9}{'of none':>9}"
+        f"{'in the cache s':>16}{'kept MiB':>10}"
+    )
     for name, each in found.items():
         inside = each.outside - none.outside
         print(
-            f"{name:20}{each.total:9.3f}{each.total / none.total:9.3f}{inside:16.3f}"
-            f"{each.kept / 2**20:10.1f}"
+            f"{name:20}{each.total:9.3f}{each.total / none.total:9.3f}{each.cpu:9.3f}"
+            f"{each.cpu / none.cpu:9.3f}{inside:16.3f}{each.kept / 2**20:10.1f}"
         )
     for own, theirs in [("PromptCache", "LlamaRAMCache"), ("PromptCache, disk", "LlamaDiskCache")]:
         ours, other = found[own], found[theirs]
