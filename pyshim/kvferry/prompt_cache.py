@@ -37,17 +37,21 @@ from .engine import Engine
 from .errors import error
 from .llama import Llama
 from .store import Store
+from .store.sizes import size
 from .store.weights import weights_hash
 
 if TYPE_CHECKING:
     import llama_cpp
+    from llama_cpp.llama_cache import BaseLlamaCache
+else:
+    BaseLlamaCache = object  # llama_cpp is imported by programs that use it
 
 T = TypeVar("T")
 
 log = logging.getLogger("kvferry.store")
 
 
-class PromptCache:
+class PromptCache(BaseLlamaCache):
     """Keeps what a ``llama_cpp.Llama`` has evaluated, so that it is not evaluated again.
 
     Give it to ``llm.set_cache``. A completion then begins with the longest prefix of its prompt
@@ -93,6 +97,7 @@ class PromptCache:
         known = LlamaCppObject.of(llm)
         if known is None:
             raise TypeError(f"llm is a llama_cpp.Llama, not {type(llm).__name__}")
+        self.capacity_bytes = size("ram", ram)
         self._llm: Any = llm
         self._object = known
         self._block_tokens = block_tokens
@@ -121,7 +126,7 @@ class PromptCache:
 
     # ---- The interface of llama-cpp-python's caches ---------------------------------------------
 
-    def __getitem__(self, tokens: Sequence[int]) -> KeptState:
+    def __getitem__(self, tokens: Sequence[int]) -> KeptState:  # type: ignore[override]
         """Brings the longest known prefix into the object, if the object holds a shorter one.
 
         For the object's own completions. Raises KeyError if nothing was brought.
