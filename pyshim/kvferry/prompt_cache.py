@@ -17,8 +17,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
-
 from ._bridge.at_exit import close_at_exit
 from ._bridge.block_list import BlocksAllowed
 from ._bridge.devices import Devices
@@ -34,6 +32,7 @@ from ._bridge.llama_cpp_cache import (
     wants_all_logits,
 )
 from ._bridge.llama_cpp_object import SEQUENCE, LlamaCppObject
+from ._bridge.loop_thread import LoopThread
 from ._bridge.restore_speeds import RestoreSpeeds
 from ._native import lib
 from .engine import Engine
@@ -104,7 +103,7 @@ class PromptCache(BaseLlamaCache):
         self._llm: Any = llm
         self._object = known
         self._block_tokens = block_tokens
-        self._process = os.getpid()
+        self._closed = False
         self._lock = threading.Lock()  # of close
         self._told_why_not = False
         self._speeds = RestoreSpeeds()
@@ -119,14 +118,9 @@ class PromptCache(BaseLlamaCache):
             async with Engine(devices) as engine, store:
                 yield store, engine.attach(llm, variant=variant)
 
-        with contextlib.ExitStack() as stack:
-            self._portal: BlockingPortal = stack.enter_context(
-                start_blocking_portal("asyncio", name="kvferry prompt cache")
-            )
-            context = self._portal.wrap_async_context_manager(opened())
-            self._store, self._llama = stack.enter_context(context)
-            self._save_state = SaveState.install(llm, PromptCache)
-            self._closing: contextlib.ExitStack | None = stack.pop_all()
+        self._loop: LoopThread[tuple[Store, Llama]] = LoopThread("kvferry prompt cache", opened)
+        self._store, self._llama = self._loop.context
+        self._save_state = SaveState.install(llm, PromptCache)
         close_at_exit(self)
 
     # ---- The interface of llama-cpp-python's caches ---------------------------------------------
@@ -177,14 +171,14 @@ class PromptCache(BaseLlamaCache):
         exit of the program caches close by themselves.
         """
         with self._lock:
-            closing, self._closing = self._closing, None
-        if closing is None or os.getpid() != self._process:
-            return
+            if self._closed or not self._loop.is_here:
+                return
+            self._closed = True
         if self._llm.cache is self:
             self._llm.set_cache(None)
         self._save_state.uninstall()
-        closing.close()
-        del self._llm, self._object, self._llama
+        self._loop.close()
+        del self._loop, self._llm, self._object, self._llama
 
     def __enter__(self) -> PromptCache:
         return self
@@ -204,6 +198,8 @@ class PromptCache(BaseLlamaCache):
         """Returns how many tokens were brought; 0 if the object goes on with what it holds."""
         self._check_caller(frame)
         llm = self._llm
+        if has_seen_images(llm):
+            return 0
         if self._object.keeps_scores() and wants_all_logits(frame):
             # A restored token has no logits.
             if llm.n_tokens and self._object.lacks_scores():
@@ -267,7 +263,7 @@ class PromptCache(BaseLlamaCache):
             raise TypeError("this cache was made for another llama_cpp.Llama")
 
     def _check_open(self) -> None:
-        if self._closing is None or os.getpid() != self._process:
+        if self._closed or not self._loop.is_here:
             raise error(lib.KVF_ERR_CLOSED, "the prompt cache")
 
     def _or_log(self, trouble: str, default: T, function: Callable[..., T], *arguments: Any) -> T:
@@ -279,25 +275,10 @@ class PromptCache(BaseLlamaCache):
             return default
 
     def _on_loop(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Runs a function on the event loop, and returns when it has ended, also if a signal
-        handler raises."""
+        """As ``LoopThread.call``. No thread uses the object meanwhile."""
         self._check_open()
         self._llama._attachment.worker.check_elsewhere()
-        ended = threading.Event()
-
-        async def run() -> T:
-            try:
-                return await function()
-            finally:
-                ended.set()
-
-        future = self._portal.start_task_soon(run)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            ended.wait()
-            raise
+        return self._loop.call(function)
 
 
 def _variant(llm: Any, given: str) -> str:

@@ -133,7 +133,9 @@ def reusable_prefix(llm: Any, tokens: Sequence[int], needs_checkpoints: bool) ->
     length = min(len(held), len(tokens))
     different = numpy.flatnonzero(held[:length] != numpy.asarray(tokens[:length]))
     shared = int(different[0]) if len(different) else length
-    if not needs_checkpoints or shared == llm.n_tokens < len(tokens):
+    # Of the whole prompt one token is removed, unless its logits are there.
+    goes_on = shared == llm.n_tokens and (shared < len(tokens) or not llm._requires_eval)
+    if goes_on or not needs_checkpoints:
         return shared, False
     return 0, shared > 0 and not _window_is_whole(llm, shared)
 

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -270,6 +271,47 @@ def test_logits_of_a_prompt_that_are_asked_for_are_true(make_llm: Callable[..., 
         done = each.create_completion(RULES, max_tokens=2, temperature=0.0, echo=True, logprobs=1)
         told.append(done["choices"][0]["logprobs"]["token_logprobs"])
     assert told[0][1:] == pytest.approx(told[1][1:], abs=1e-3)
+
+
+def test_images_are_neither_kept_nor_replaced(make_llm: Callable[..., Llm]) -> None:
+    """A handler of images evaluates them itself. Then it asks for a completion of the tokens that
+    the object holds, of which those of the images are not set."""
+    llm = make_llm()
+    cache = cached(llm)
+    complete(llm, RULES)
+    kept = cache.stats()["kept_tokens"]
+    llm.chat_handler = SimpleNamespace(mtmd_ctx=object())
+    llm.reset()
+    llm.eval(tokens_of(llm, "An image. "))
+    llm.input_ids[2:5] = 0
+    complete(llm, llm.input_ids[: llm.n_tokens].tolist())
+    assert llm.evaluated[1:] == [1] * (len(llm.evaluated) - 1)
+    complete(llm, RULES)
+    assert prefilled(llm) > BLOCK
+    assert cache.stats()["kept_tokens"] == kept
+
+
+def test_a_forked_child_does_without_the_cache(
+    make_llm: Callable[..., Llm], caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = make_llm()
+    cache = cached(llm)
+    complete(llm, RULES)
+    child = os.fork()
+    if child == 0:
+        right = False
+        try:
+            with pytest.raises(KeyError):
+                cache[tokens_of(llm, RULES)]
+            cache[tokens_of(llm, RULES)] = None
+            cache.close()
+            right = len(caplog.records) == 2
+        finally:
+            os._exit(not right)
+    assert os.waitpid(child, 0)[1] == 0
+    llm.reset()
+    complete(llm, RULES)
+    assert prefilled(llm) <= BLOCK
 
 
 def test_a_seed_gives_what_it_gives_without_a_cache(make_llm: Callable[..., Llm]) -> None:
