@@ -221,10 +221,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--shared", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", help="a scenario, such as 'in turn'")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = write_text_model(Path(folder) / "model.gguf", "llama", **MODEL)
         for scenario in scenarios(given.prompts, given.shared):
+            if given.only not in (None, scenario.name):
+                continue
             rounds: dict[str, list[Measured]] = {cache.name: [] for cache in CACHES}
             for _ in range(given.rounds):
                 texts = {}

@@ -77,6 +77,7 @@ class LoopThread(Generic[T]):
             self._over.set_result(None)
 
     async def _main(self) -> None:
-        async with BlockingPortal() as portal, self._opened() as context:
+        # The context first: what entering it raises would come out of the portal in a group.
+        async with self._opened() as context, BlockingPortal() as portal:
             self._ready.set_result((portal, context))
             await portal.sleep_until_stopped()
