@@ -76,6 +76,7 @@ help:
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
+	@echo "make bench-prompt-cache  the cache for llama-cpp-python beside its own"
 	@echo "make docs      the documentation as a site: build/docs/index.html"
 	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"

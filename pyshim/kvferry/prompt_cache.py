@@ -259,7 +259,7 @@ class PromptCache(BaseLlamaCache):
     def _check_caller(self, frame: FrameType) -> None:
         """The tokens alone do not tell whose completion it is."""
         self._check_open()
-        if completing(frame) not in (None, self._llm):
+        if (other := completing(frame)) is not None and other is not self._llm:
             raise TypeError("this cache was made for another llama_cpp.Llama")
 
     def _check_open(self) -> None:

@@ -135,19 +135,21 @@ def reusable_prefix(llm: Any, tokens: Sequence[int], needs_checkpoints: bool) ->
     shared = int(different[0]) if len(different) else length
     # Of the whole prompt one token is removed, unless its logits are there.
     goes_on = shared == llm.n_tokens and (shared < len(tokens) or not llm._requires_eval)
-    if goes_on or not needs_checkpoints:
+    if goes_on or not needs_checkpoints or _window_is_whole(llm, shared):
         return shared, False
-    return 0, shared > 0 and not _window_is_whole(llm, shared)
+    return 0, shared > 0
 
 
 def _window_is_whole(llm: Any, shared: int) -> bool:
-    """Whether the windows have all that is before position ``shared`` and can be seen from it."""
+    """Whether the windows have all that the tokens from the end of the prefix on see, or from one
+    token before: of a whole prompt the object evaluates the last token again. Of recurrent layers
+    only the last position is there."""
     from llama_cpp import llama_cpp as functions
 
     memory = functions.llama_get_memory(llm.ctx)
     first = functions.llama_memory_seq_pos_min(memory, SEQUENCE)
     window = functions.llama_model_n_swa(llm._model.model)
-    return bool(first <= max(0, shared - 1 - window))
+    return bool(0 <= first <= max(0, shared - 2 - window))
 
 
 _SETTINGS = (

@@ -215,6 +215,15 @@ def test_a_window_that_has_moved_on_is_not_used(kind: str, make_llm: Callable[..
     assert complete(llm, RULES + "B?") == complete(like, RULES + "B?")
 
 
+def test_a_window_that_is_whole_is_used(make_llm: Callable[..., Llm]) -> None:
+    llm, like = make_llm("gemma3", swa_full=True), make_llm("gemma3", swa_full=True)
+    cached(llm)
+    for question in ("A?", "B?"):
+        assert complete(llm, RULES + question) == complete(like, RULES + question)
+        assert prefilled(llm) == prefilled(like)
+    assert prefilled(llm) == len("B?")
+
+
 def test_a_chat_goes_on(make_llm: Callable[..., Llm]) -> None:
     llm, like = make_llm(), make_llm()
     cached(llm)
@@ -597,6 +606,20 @@ def test_a_cache_that_is_too_small_keeps_what_it_can(make_llm: Callable[..., Llm
         like.reset()
         assert complete(llm, text) == complete(like, text)
         assert cache.cache_size <= 1 << 20
+
+
+def test_a_cache_of_which_nothing_can_be_kept_is_told_once(
+    make_llm: Callable[..., Llm],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    llm, like = make_llm(), make_llm()
+    cached(llm)
+    none = (kvferry.BlocksAllowed.NONE, "of an unknown format")
+    monkeypatch.setattr(kvferry.Llama, "blocks_allowed", lambda _: none)
+    for _ in range(2):
+        assert complete(llm, RULES) == complete(like, RULES)
+    assert caplog.text.count("of an unknown format") == 1
 
 
 def test_a_closed_object_is_a_miss(
