@@ -81,6 +81,7 @@ help:
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
+	@echo "make bench-prompt-cache  the cache for llama-cpp-python beside its own"
 	@echo "make docs      the documentation as a site: build/docs/index.html"
 	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"
@@ -215,6 +216,11 @@ demo: $(PACKAGE) $(PYTHON_LLAMA)
 bench: $(PACKAGE) $(PYTHON_LLAMA)
 	python bench/run.py $(ARGS)
 
+# tests/python has the model with a tokenizer.
+.PHONY: bench-prompt-cache
+bench-prompt-cache: $(PACKAGE) $(BINDINGS)
+	PYTHONPATH=tests/python python bench/prompt_cache.py $(ARGS)
+
 .PHONY: bench-scheduling
 bench-scheduling: build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target kvferry cuda_simulated
@@ -296,7 +302,8 @@ SIMULATED_CUDA := $(CURDIR)/build/native/tests/simulated_cuda/libcuda_simulated.
 LLAMA_TESTS_ON_CUDA := $(addprefix tests/python/llama/,test_llama_in_flight.py test_llama_random.py test_llama_blocks_in_flight.py)
 PYTHON_TESTS_ON_CUDA := tests/python/cuda $(LLAMA_TESTS_ON_CUDA)
 
-BINDINGS_TESTS := $(addprefix tests/python/,llama/test_llama_cpp_python.py store/test_store_llama_cpp_python.py)
+BINDINGS_TESTS := $(addprefix tests/python/,llama/test_llama_cpp_python.py llama/test_prompt_cache.py \
+    store/test_store_llama_cpp_python.py)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)

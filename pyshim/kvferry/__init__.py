@@ -43,6 +43,7 @@ from .errors import (
     Unreachable,
 )
 from .llama import Llama
+from .prompt_cache import PromptCache
 from .regions import Region
 from .sequence_transfer import LoadOutcome
 from .snapshot import Snapshot
@@ -77,6 +78,7 @@ __all__ = [
     "OutOfMemory",
     "PinnedLimit",
     "Priority",
+    "PromptCache",
     "Region",
     "SaveBlocksTransfer",
     "SaveMode",

@@ -20,6 +20,7 @@ from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
 from support.llama_reference import LIBRARY_FOLDER, Context, ContextOptions, Model, keep_log
 from support.programs import run_python
+from support.text_model import write_text_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "python"
 
@@ -128,6 +129,40 @@ async def load_blocks(self, blocks, seq, *, checkpoint=None):
 kvferry.Llama.load_blocks = load_blocks
 """
     assert "NOT those without the save" in run("blocks.py", first)
+
+
+# ---- A cache for llama-cpp-python ----------------------------------------------------------------
+
+
+def run_prompt_cache(model: Path, folder: Path) -> list[str]:
+    """Runs the program on the libllama that llama-cpp-python's class fits: support.llama_reference
+    loads its backends."""
+    program = EXAMPLES / "prompt_cache.py"
+    code = (
+        "import support.llama_reference, runpy, sys; "
+        f"sys.argv[:] = ['', {str(model)!r}]; runpy.run_path({str(program)!r}, run_name='__main__')"
+    )
+    done = run_python(
+        *("-W", "error", "-c", code),
+        environment={"HOME": str(folder), "KVFERRY_LLAMA_LIB": None, "LLAMA_CPP_LIB_PATH": None},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_prompt_cache_brings_back_what_programs_have_evaluated(tmp_path: Path) -> None:
+    model = write_text_model(tmp_path / "model.gguf")
+    first, again = (run_prompt_cache(model, tmp_path) for _ in range(2))
+    assert first[::2] == again[::2]  # the same answers
+
+    def restored(lines: list[str]) -> list[int]:
+        return [int(line.split()[2]) for line in lines[1::2]]
+
+    shared = restored(first)[1]
+    assert shared > 1000  # a token a byte
+    assert restored(first) == [0, shared, 2 * shared]
+    assert all(count >= shared for count in np.diff([0, *restored(again)]))
 
 
 # ---- A cache of PyTorch --------------------------------------------------------------------------

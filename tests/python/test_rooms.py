@@ -16,6 +16,7 @@ ROOMS = [
     ("the bridge", ["_bridge"]),
     ("what programs import", ["*"]),
     ("the store", ["store"]),
+    ("what stands on the store", ["prompt_cache"]),
     ("the package itself", [""]),
     ("the tools", ["tools", "__main__"]),
 ]

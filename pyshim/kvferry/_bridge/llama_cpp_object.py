@@ -73,7 +73,7 @@ class LlamaCppObject:
         part = slice(begin, llm.n_tokens if end is None else min(end, llm.n_tokens))
         return LlmState(
             tokens=numpy.array(llm.input_ids[part], numpy.int32),
-            scores=numpy.array(llm.scores[part], numpy.float32) if self._keeps_scores() else None,
+            scores=numpy.array(llm.scores[part], numpy.float32) if self.keeps_scores() else None,
             seed=getattr(llm, "_seed", None),
         )
 
@@ -90,7 +90,7 @@ class LlamaCppObject:
         if count > len(llm.input_ids):  # a context may have a few more cells than were asked for
             llm.input_ids = numpy.empty(count, llm.input_ids.dtype)
         llm.input_ids[:count] = state.tokens
-        if self._keeps_scores():
+        if self.keeps_scores():
             llm.scores[:count] = numpy.nan if state.scores is None else state.scores
         if state.seed is not None:
             llm._seed = state.seed
@@ -111,11 +111,15 @@ class LlamaCppObject:
         # (The class's own load_state sets this flag too. Versions without it always decode.)
         self._llm._requires_eval = True
 
-    def _keeps_scores(self) -> bool:
+    def keeps_scores(self) -> bool:
         """Whether there is a row of logits for each token. (With a draft model ``_logits_all`` is
         set too, but there are rows for one batch only.)"""
         llm = self._llm
         return bool(getattr(llm, "_logits_all", False)) and len(llm.scores) >= len(llm.input_ids)
+
+    def lacks_scores(self) -> bool:
+        """Whether a load has brought tokens without their logits, of an object that keeps them."""
+        return bool(numpy.isnan(self._llm.scores[: self._llm.n_tokens, 0]).any())
 
     def _positions(self) -> int:
         from llama_cpp import llama_cpp as functions

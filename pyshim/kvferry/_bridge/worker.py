@@ -250,6 +250,12 @@ class Worker:
         self.completions.check_waitable()
         self._check_outside()
 
+    def check_elsewhere(self) -> None:
+        """Raises RuntimeError on this very thread, and where ``check_awaitable`` does."""
+        if threading.get_ident() == self._thread.ident:
+            raise RuntimeError("called on the context's thread, which would wait for itself")
+        self._check_outside()
+
     def _check_outside(self) -> None:
         call = _call_around()
         while call is not None:

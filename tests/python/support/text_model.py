@@ -6,6 +6,7 @@ The synthetic models have no tokenizer, and llama_cpp.Llama.tokenize needs one.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 from kvferry.tools.synthetic import write_model
@@ -17,11 +18,12 @@ _SPECIAL = [
 ]
 
 
-def write_text_model(path: Path) -> Path:
-    """Writes a copy of the small `llama` with a SentencePiece tokenizer; returns the path."""
-    bare = write_model("llama", path.with_suffix(".bare"))
+def write_text_model(path: Path, kind: str = "llama", **arguments: Any) -> Path:
+    """Writes a synthetic model with a SentencePiece tokenizer; returns the path. The arguments are
+    those of `write_model`."""
+    bare = write_model(kind, path.with_suffix(".bare"), **arguments)
     reader = gguf.GGUFReader(bare)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in (
             "general.architecture",
