@@ -705,11 +705,13 @@ KVF_API int32_t kvf_llama_block_size(kvf_llama llama, uint32_t tokens, uint64_t 
  * If the job ends with KVF_OK, each block has one. The call takes the memory for all completions,
  * so that none can be lost. kvf_job_poll() and kvf_job_wait() tell of the job alone.
  *
- * `options->mode` has the values of kvf_llama_save(). AUTO is IN_PLACE: decoding never overwrites
- * the bytes of blocks. The table of what may be done meanwhile holds as for a save in place. Where
- * the cache is unified and a sequence id of the context is empty, the call borrows the id, so that
- * libllama lists the cells of the blocks alone and not the whole sequence. The id is empty again
- * when the call returns, also when the call fails.
+ * `options->mode` has the values of kvf_llama_save(). AUTO is IN_PLACE, since decoding never
+ * overwrites the bytes of blocks; in a cache with sliding windows it is SNAPSHOT, since libllama
+ * does not tell when the beginning of a sequence has been removed. The table of what may be done
+ * meanwhile holds as for a save of a state. Where the cache is unified and a sequence id of the
+ * context is empty, the call borrows the id, so that libllama lists the cells of the blocks alone
+ * and not the whole sequence. The id is empty again when the call returns, also when the call
+ * fails.
  *
  * Thread:    the context's
  * May block: as kvf_llama_save()

@@ -242,8 +242,12 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
     recorded.layouts = Spreader(cut.map(), buffer.places()).spread(recorded.layouts);
     recorded.bytes = buffer.bytes;
     buffer.set_in(submission);
-    // Decoding never overwrites what blocks consist of.
-    submission.mode = options.mode == KVF_SAVE_AUTO ? uint32_t{KVF_SAVE_IN_PLACE} : options.mode;
+    submission.mode = options.mode;
+    if (options.mode == KVF_SAVE_AUTO) {
+        // Decoding never overwrites what blocks consist of, while the sequence holds it.
+        submission.mode =
+            states_->policy().keeps_first_position() ? KVF_SAVE_IN_PLACE : KVF_SAVE_SNAPSHOT;
+    }
     const auto fence = submission.fence;
     if (submission.mode == KVF_SAVE_SNAPSHOT) {
         submit_snapshot(std::move(submission), std::move(recorded), options, job);
