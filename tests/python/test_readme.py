@@ -18,10 +18,9 @@ def examples(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("example", examples("python"))
-def test_python_example_goes_on_where_the_first_conversation_was(
-    example: str, tmp_path: Path
-) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a model, in which llama_cpp finds its backends."""
     package = importlib.util.find_spec("llama_cpp")
     assert package is not None
     assert package.origin is not None
@@ -30,21 +29,55 @@ def test_python_example_goes_on_where_the_first_conversation_was(
     for backend in (Path(package.origin).parent / "lib").glob("libggml-*.so"):
         (tmp_path / backend.name).symlink_to(backend.resolve())
     write_text_model(tmp_path / "model.gguf")
-    (tmp_path / "example.py").write_text(example)
-    (tmp_path / "program.py").write_text(PYTHON_PROGRAM)
+    return tmp_path
 
+
+def run_example(name: str, folder: Path, program: str) -> str:
+    """Runs the only Python example that uses a name; returns what it printed."""
+    [example] = [each for each in examples("python") if name in each]
+    (folder / "example.py").write_text(example)
+    (folder / "program.py").write_text(program)
     # With llama_cpp's own libllama, which llama_cpp.Llama fits.
     done = run_python(
         *("-W", "error", "program.py"),
-        environment={"LLAMA_CPP_LIB_PATH": None},
-        folder=tmp_path,
+        environment={"LLAMA_CPP_LIB_PATH": None, "HOME": str(folder)},
+        folder=folder,
         timeout=120,
     )
-
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\d{4,} bytes\n\d{4,} bytes wait for their turn\n", done.stdout), (
-        done.stdout
-    )
+    return done.stdout
+
+
+def test_python_example_goes_on_where_the_first_conversation_was(folder: Path) -> None:
+    printed = run_example("llama.save(", folder, PYTHON_PROGRAM)
+    assert re.fullmatch(r"\d{4,} bytes\n\d{4,} bytes wait for their turn\n", printed), printed
+
+
+def test_python_example_knows_its_tokens_the_second_time(folder: Path) -> None:
+    first, second = (run_example("kvferry.Store(", folder, QUIET_PROGRAM) for _ in range(2))
+    found = re.fullmatch(r"0 of (\d+) tokens were known\n", first)
+    assert found, first
+    tokens = int(found[1])
+    assert tokens > 256
+    assert second == f"{tokens // 256 * 256} of {tokens} tokens were known\n"
+
+
+def test_python_example_with_a_prompt_cache(folder: Path) -> None:
+    first, second = (run_example("PromptCache(", folder, QUIET_PROGRAM) for _ in range(2))
+    assert first == second
+    assert "'prompt_tokens': " in first
+    assert list((folder / ".cache" / "prompts" / "parts").iterdir())
+
+
+QUIET_PROGRAM = """
+import functools
+import runpy
+
+import llama_cpp
+
+llama_cpp.Llama.__init__ = functools.partialmethod(llama_cpp.Llama.__init__, verbose=False)
+runpy.run_path("example.py", run_name="__main__")
+"""
 
 
 # Runs the example, and compares its object in the end with an object that was never saved.
@@ -101,5 +134,5 @@ def test_c_example_compiles(example: str, tmp_path: Path) -> None:
 
 def test_there_are_examples() -> None:
     """Otherwise the tests above would test nothing."""
-    assert len(examples("python")) == 1
+    assert len(examples("python")) == 3
     assert len(examples("c")) == 1
