@@ -73,7 +73,7 @@ def test_blocks_are_saved_as_they_were_while_decoding_goes_on(
     with cuda.stream() as stream, engine.attach(ours.address) as attachment:
         blocks = Blocks.with_room(ranges_of(state, kind), attachment.block_size(16))
         hold = ByStream(stream)
-        with released_after(PATIENCE, hold) as waited:
+        with released_after(60, hold) as waited:
             job = attachment.save_blocks(SEQ, blocks, mode=SaveMode.IN_PLACE, **hold.options)
         assert not waited.is_set()
         for tokens in (1, 40):
