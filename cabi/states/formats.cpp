@@ -190,10 +190,8 @@ private:
         return section.cells > 0 || has_values;
     }
 
-    // How many of a recurrent section's layers have tensors only `like` tells, or what comes
-    // behind.
-    bool read_recurrent(Reader reader) {
-        Section section;
+    // All of a recurrent section that comes before its tensors.
+    bool read_recurrent_cell(Reader &reader, Section &section) {
         section.kind = Section::Kind::Recurrent;
         uint32_t cells, transposed;
         if (!reader.read(cells) || cells > 1)
@@ -207,13 +205,20 @@ private:
             if (position < 0 || position > state_.last_position || sequences != 0) return false;
         }
         if (!reader.read(transposed) || transposed != 0) return false;
-        if (!reader.read(section.layers) || section.layers > kMostLayers) return false;
+        return reader.read(section.layers) && section.layers <= kMostLayers;
+    }
+
+    // How many of a recurrent section's layers have tensors only `like` tells, or what comes
+    // behind.
+    bool read_recurrent(Reader reader) {
+        Section section;
+        if (!read_recurrent_cell(reader, section)) return false;
         const uint64_t most = 2 * uint64_t{section.layers};
         const Section *known = this->known();
         const uint64_t wanted = known ? known->tensors.size() : most;
         std::vector<Reader> ends{reader};
         while (reader.left() > 0 && section.tensors.size() < wanted) {
-            if (!read_tensor(reader, cells, false, section)) break;
+            if (!read_tensor(reader, section.cells, false, section)) break;
             ends.push_back(reader);
         }
         if (known) return ends.size() == wanted + 1 && go_on(ends.back(), std::move(section));
@@ -293,6 +298,28 @@ bool is_frame_alone(const StateView &state) {
     return state.bytes == kFrameBytes && has_magic(state);
 }
 
+namespace {
+
+// Of two sections of one kind.
+std::string mismatch(const Section &state, const Section &cache) {
+    const bool is_recurrent = state.kind == Section::Kind::Recurrent;
+    if (!is_recurrent && state.streams != cache.streams)
+        return format("%u cache streams instead of %u", state.streams, cache.streams);
+    // A section without cells does not tell its layers.
+    if (!is_recurrent && (!state.cells || !cache.cells)) return "";
+    if (state.layers != cache.layers)
+        return format("%u layers instead of %u", state.layers, cache.layers);
+    if (state.transposed != cache.transposed) {
+        return state.transposed ? "V is transposed (saved without flash attention)"
+                                : "V is not transposed (saved with flash attention)";
+    }
+    if (state.tensors != cache.tensors) return "the cache's types or row sizes differ";
+    if (state.rotation != cache.rotation) return "its keys or values are rotated differently";
+    return "";
+}
+
+} // namespace
+
 std::string mismatch(const Structure &state, const Structure &cache) {
     if (state.kind() != cache.kind()) {
         return "a state of kind " + state.kind() + " for a cache of kind " + cache.kind();
@@ -303,22 +330,8 @@ std::string mismatch(const Structure &state, const Structure &cache) {
         return "another release of llama.cpp, or another kind of model, wrote it";
     }
     for (size_t i = 0; i < state.sections.size(); ++i) {
-        const Section &a = state.sections[i];
-        const Section &b = cache.sections[i];
-        if (a.kind == Section::Kind::Attention && a.streams != b.streams) {
-            return format("%u cache streams instead of %u", a.streams, b.streams);
-        }
-        const bool both_say = a.kind == Section::Kind::Recurrent || (a.cells && b.cells);
-        if (!both_say) continue;
-        if (a.layers != b.layers) {
-            return format("%u layers instead of %u", a.layers, b.layers);
-        }
-        if (a.transposed != b.transposed) {
-            return a.transposed ? "V is transposed (saved without flash attention)"
-                                : "V is not transposed (saved with flash attention)";
-        }
-        if (a.tensors != b.tensors) return "the cache's types or row sizes differ";
-        if (a.rotation != b.rotation) return "its keys or values are rotated differently";
+        if (std::string why = mismatch(state.sections[i], cache.sections[i]); !why.empty())
+            return why;
     }
     return "";
 }
