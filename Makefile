@@ -483,7 +483,7 @@ lint-c: $(TOOLS) $(if $(TIDY_CHANGED),build/native/build.ninja)
 ifneq ($(and $(GO_SOURCES),$(shell command -v go)),)
 lint-go: $(GO_LIBRARY) $(STATICCHECK)
 	unformatted=$$(gofmt -l $(GO_SOURCES)); test -z "$$unformatted" || { echo "gofmt: $$unformatted"; exit 1; }
-	for module in examples/go examples/go/kvferry; do (cd $$module && go vet ./... && staticcheck ./...); done
+	for module in examples/go examples/go/kvferry; do (cd $$module && go vet ./... && staticcheck ./...) || exit 1; done
 endif
 
 # Staticcheck refuses code that wants a newer Go than the one that has built it. So it is built by the Go that builds
