@@ -321,7 +321,8 @@ def main() -> None:
     context.decode_in_turn(SOURCES, TOKENS)
     others = [context.state_get(seq) for seq in SOURCES]
     with (
-        LIBRARY.engine(Devices.HOST, copy_threads=1) as engine,
+        # An engine for the host reaches no cache in the memory of a GPU.
+        LIBRARY.engine(Devices.CUDA if ON_GPU else Devices.HOST, copy_threads=1) as engine,
         Loads(engine, context) as into,
         Loads(engine, fresh) as anew,
     ):
