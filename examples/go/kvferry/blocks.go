@@ -96,7 +96,8 @@ func (s Sequence) CheckpointSize() (int, error) {
 // Completion's Bytes are the sum of the sizes.
 //
 // SaveBlocks blocks, and can be cancelled, as Save does. Auto is InPlace, because decoding never overwrites the
-// bytes of blocks: the sequence may be decoded meanwhile, whatever layers the model has. SaveBlocks holds the context's lock
+// bytes of blocks; in a cache with sliding windows it is Snapshot. The sequence may be decoded meanwhile, whatever layers
+// the model has. SaveBlocks holds the context's lock
 // while it records the memory of the blocks. In a unified cache that takes as long as the blocks need, and not the whole
 // sequence, if another sequence of the context is empty; otherwise it takes as long as Save. The option EachBlock tells
 // of each block as soon as it is whole.
