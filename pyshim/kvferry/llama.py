@@ -369,7 +369,8 @@ class Llama:
 
         The tail that fills no block is a shorter block. Without ``end`` the last block ends with
         the sequence. All blocks are one transfer. The sequence stays as it is, and may be decoded
-        further meanwhile.
+        further meanwhile. ``mode`` "auto" is "in_place"; in a cache with sliding windows it is
+        "snapshot".
 
         ``into`` has writable contiguous memory for each block, of at least ``block_size`` bytes,
         which belongs to the Block until that is closed or collected. Without ``into`` each block
