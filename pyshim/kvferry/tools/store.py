@@ -109,25 +109,17 @@ def store_verify(folder: str, as_json: bool) -> bool:
 def store_evict(folder: str, names: Sequence[str], everything: bool) -> bool:
     """Removes conversations, except the parts that others share. Returns True if all were there."""
     with _opened(folder) as disk:
-        if everything:
-            names = [each.name for each in conversations(disk.list())]
-        missing = [name for name in names if not _evict(disk, name)]
+        found = conversations(disk.list())
+        chosen = [each for each in found if everything or each.name in names]
+        stays = {part for each in found if each not in chosen for part in each.parts}
+        goes = {part for each in chosen for part in each.parts} - stays
+        # From the end: a command that is interrupted leaves no block without its parent.
+        for part in sorted(goes, key=lambda part: part.end, reverse=True):
+            disk.remove(part.kind, part.key)
+    missing = [name for name in names if name not in {each.name for each in chosen}]
     for name in missing:
         print(f"no conversation {name}")
     return not missing
-
-
-def _evict(disk: Disk, name: str) -> bool:
-    found = conversations(disk.list())
-    for conversation in found:
-        if conversation.name == name:
-            shared = {part for each in found if each is not conversation for part in each.parts}
-            # From the end: a command that is interrupted leaves no block without its parent.
-            for part in conversation.parts:
-                if part not in shared:
-                    disk.remove(part.kind, part.key)
-            return True
-    return False
 
 
 @contextlib.contextmanager
