@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from disk_stores import TOKENS, prompted, store_in
 from kvferry import Store
+from new_process import assert_a_new_process_goes_on
 from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
 from support.like_contexts import MakeContext
-from support.llama_reference import LIBRARY_FOLDER
-from support.programs import run_python
 
 pytestmark = pytest.mark.anyio
 
@@ -45,23 +44,6 @@ async def test_another_store_finds_it_in_the_folder(
     assert np.array_equal(fresh.decode(0, [7]), like.decode(0, [7]))
 
 
-RESTARTED = """
-import sys
-from pathlib import Path
-import anyio, kvferry
-from support.llama_reference import Model
-async def main(path, folder, out):
-    with Model(path) as model, model.context(n_ctx=1024) as context:
-        prompt = [*model.prompt(200), 7]
-        store = kvferry.Store(ram="64 MiB", disk=folder, disk_limit="1 GiB", block_tokens=64)
-        async with kvferry.Engine("host") as engine, store:
-            count = await store.restore(engine.attach(context.address), 0, prompt)
-        Path(out).write_bytes(context.decode(0, prompt[count:]).tobytes())
-        print(count)
-anyio.run(main, *sys.argv[1:])
-"""
-
-
 async def test_a_new_process_finds_it(
     make_context: MakeContext, model_path: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -69,21 +51,14 @@ async def test_a_new_process_finds_it(
     state = context.state_get(0)
     async with kvferry.Engine(DEVICES) as engine, store_in(tmp_path / "store") as store:
         await store.keep(engine.attach(context.address), 0, prompt)
-    done = run_python(
-        "-c",
-        RESTARTED,
-        *map(str, (model_path("llama"), tmp_path / "store", tmp_path / "logits")),
-        environment={
-            "KVFERRY_LLAMA_LIB": str(LIBRARY_FOLDER),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        },
-        timeout=60,
+    assert_a_new_process_goes_on(
+        model_path("llama"),
+        make_context("llama", n_ctx=1024),
+        state,
+        tmp_path,
+        disk=str(tmp_path / "store"),
+        disk_limit="1 GiB",
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{TOKENS}\n"
-    like = make_context("llama", n_ctx=1024)
-    like.state_set(0, state)
-    assert (tmp_path / "logits").read_bytes() == like.decode(0, [7]).tobytes()
 
 
 def damage(folder: Path, name: str = "*.*") -> None:

@@ -11,20 +11,19 @@ import kvferry
 import numpy as np
 import obstore.store
 import pytest
+from disk_stores import BLOCK, TOKENS, prompted
 from kvferry import Store
 from kvferry.store.objects import Refused, Unavailable
+from new_process import assert_a_new_process_goes_on
 from support.devices import DEVICES
 from support.faulty_objects import FaultyObjects
 from support.like_contexts import MakeContext
-from support.llama_reference import LIBRARY_FOLDER, Context
-from support.programs import run_python
+from support.llama_reference import Context
 from support.s3_server import BUCKET, Proxy, S3Server
 
 pytestmark = pytest.mark.anyio
 
 KINDS = ["llama", "qwen2vl", "deepseek32", "gemma3", "hybrid", "mamba"]
-BLOCK = 64
-TOKENS = 200
 URL = f"s3://{BUCKET}/kept"
 
 
@@ -44,13 +43,6 @@ def remote_store(
         block_tokens=BLOCK,
         salt=salt,
     )
-
-
-def prompted(make_context: MakeContext, kind: str) -> tuple[Context, list[int]]:
-    context = make_context(kind, n_ctx=1024)
-    prompt = context.model.prompt(TOKENS)
-    context.decode(0, prompt)
-    return context, prompt
 
 
 def equal(context: Context, like: Context, state: bytes) -> bool:
@@ -87,23 +79,6 @@ async def test_another_store_finds_it_in_the_bucket(
     assert equal(fresh, like, state)
 
 
-RESTARTED = """
-import sys
-from pathlib import Path
-import anyio, kvferry
-from support.llama_reference import Model
-async def main(path, url, out):
-    with Model(path) as model, model.context(n_ctx=1024) as context:
-        prompt = [*model.prompt(200), 7]
-        store = kvferry.Store(ram="64 MiB", remote=url, block_tokens=64)
-        async with kvferry.Engine("host") as engine, store:
-            count = await store.restore(engine.attach(context.address), 0, prompt)
-        Path(out).write_bytes(context.decode(0, prompt[count:]).tobytes())
-        print(count)
-anyio.run(main, *sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 async def test_a_new_process_finds_it(
     make_context: MakeContext,
@@ -116,22 +91,8 @@ async def test_a_new_process_finds_it(
     state = context.state_get(0)
     async with kvferry.Engine(DEVICES) as engine, remote_store() as store:
         await store.keep(engine.attach(context.address), 0, prompt)
-    done = run_python(
-        "-c",
-        RESTARTED,
-        str(model_path(kind)),
-        URL,
-        str(tmp_path / "logits"),
-        environment={
-            "KVFERRY_LLAMA_LIB": str(LIBRARY_FOLDER),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        },
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{TOKENS}\n"
     like = make_context(kind, n_ctx=1024)
-    like.state_set(0, state)
-    assert (tmp_path / "logits").read_bytes() == like.decode(0, [7]).tobytes()
+    assert_a_new_process_goes_on(model_path(kind), like, state, tmp_path, remote=URL)
 
 
 async def test_two_stores_share_a_bucket(make_context: MakeContext, s3: S3Server) -> None:
