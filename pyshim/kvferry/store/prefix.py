@@ -11,7 +11,6 @@ from .._bridge.block_list import BlocksAllowed
 from .description import Description, Kind
 from .disk import Disk
 from .keys import Link, Tokens, chain, next_key
-from .ram import Ram
 
 _MOST_ASKED = 512  # a statement of SQLite may have at least 999 values
 
@@ -21,41 +20,6 @@ class Lookup(Protocol):
 
     def find(self, kind: Kind, key: bytes) -> Description | None: ...
     def ends(self, parent: bytes) -> list[int]: ...
-
-
-class InBoth:
-    """Looks into RAM, then into the folder. May block on the disk. For one search.
-
-    The keys of the blocks that will be asked for are known before, and one question for many keys
-    takes hardly longer than one for a single key. Questions become longer as long as blocks are
-    found: most searches end at the first block, and others have a hundred.
-    """
-
-    def __init__(self, ram: Ram, disk: Disk, blocks: Sequence[bytes] = ()) -> None:
-        """``blocks`` are the keys of the blocks of the prompt, in order."""
-        self._ram = ram
-        self._disk = disk
-        self._blocks = blocks
-        self._places = {key: place for place, key in enumerate(blocks)}
-        self._asked: dict[bytes, Description | None] = {}
-        self._count = 1
-
-    def find(self, kind: Kind, key: bytes) -> Description | None:
-        if (found := self._ram.find(kind, key)) is not None:
-            return found
-        if kind != "block" or key not in self._places:
-            return self._disk.find(kind, key)
-        if key not in self._asked:
-            first = self._places[key]
-            asked = self._blocks[first : first + self._count]
-            self._count = min(_MOST_ASKED, 8 * self._count)
-            self._asked.update(dict.fromkeys(asked))
-            self._asked.update((each.key, each) for each in self._disk.find_all(kind, asked))
-        return self._asked[key]
-
-    def ends(self, parent: bytes) -> list[int]:
-        on_disk = {each.end for each in self._disk.children(parent)}
-        return list(on_disk.union(self._ram.ends(parent)))
 
 
 class InTurn:
@@ -70,6 +34,37 @@ class InTurn:
 
     def ends(self, parent: bytes) -> list[int]:
         return list({*self._first.ends(parent), *self._second.ends(parent)})
+
+
+class OnDisk:
+    """Looks into the folder. May block on the disk. For one search.
+
+    The keys of the blocks that will be asked for are known before, and one question for many keys
+    takes hardly longer than one for a single key. Questions become longer as long as blocks are
+    found: most searches end at the first block, and others have a hundred.
+    """
+
+    def __init__(self, disk: Disk, blocks: Sequence[bytes] = ()) -> None:
+        """``blocks`` are the keys of the blocks of the prompt, in order."""
+        self._disk = disk
+        self._blocks = blocks
+        self._places = {key: place for place, key in enumerate(blocks)}
+        self._asked: dict[bytes, Description | None] = {}
+        self._count = 1
+
+    def find(self, kind: Kind, key: bytes) -> Description | None:
+        if kind != "block" or key not in self._places:
+            return self._disk.find(kind, key)
+        if key not in self._asked:
+            first = self._places[key]
+            asked = self._blocks[first : first + self._count]
+            self._count = min(_MOST_ASKED, 8 * self._count)
+            self._asked.update(dict.fromkeys(asked))
+            self._asked.update((each.key, each) for each in self._disk.find_all(kind, asked))
+        return self._asked[key]
+
+    def ends(self, parent: bytes) -> list[int]:
+        return [each.end for each in self._disk.children(parent)]
 
 
 @dataclass(frozen=True)

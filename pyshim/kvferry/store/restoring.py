@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,16 +16,15 @@ from .._bridge.submission import Priority
 from ..blocks import Block, Checkpoint
 from ..errors import StateDamaged, StateMismatch
 from ..llama import Llama
-from .away import Away, Seen
-from .behind import Behind
-from .buffers import Buffers
+from .away import Seen
 from .description import Description
 from .disk import Disk
 from .identity import Identities
 from .keys import Tokens
-from .prefix import InBoth, InTurn, Lookup, Prefix, Search
+from .prefix import InTurn, Lookup, OnDisk, Prefix, Search
 from .ram import Entry, Ram
 from .threads import Hanging
+from .tiers import Tiers
 
 if TYPE_CHECKING:
     from .._native import CData
@@ -48,23 +46,9 @@ class _NoRoom(Exception):
 class Restoring:
     """What ``Store.find``, ``Store.restore`` and ``Store.prefetch`` do."""
 
-    def __init__(
-        self,
-        ram: Ram,
-        behind: Behind | None,
-        away: Away | None,
-        buffers: Buffers,
-        identities: Identities,
-        block_tokens: int,
-        counts: Counter[str],
-    ) -> None:
-        self._ram = ram
-        self._behind = behind
-        self._away = away
-        self._buffers = buffers
+    def __init__(self, tiers: Tiers, identities: Identities) -> None:
+        self._tiers = tiers
         self._identities = identities
-        self._block_tokens = block_tokens
-        self._counts = counts
 
     async def prefixes(
         self, llama: Llama, tokens: Tokens, salt: bytes, *, ram_alone: bool = False
@@ -73,7 +57,9 @@ class Restoring:
         candidates = await self._identities.candidates(llama, salt)
         found = []
         for each in candidates:
-            search = Search(self._ram, each.root, each.allowed, tokens, self._block_tokens)
+            search = Search(
+                self._tiers.ram, each.root, each.allowed, tokens, self._tiers.block_tokens
+            )
             prefix = search.run()
             if not ram_alone:
                 prefix = await self._search_farther(search, prefix)
@@ -86,26 +72,28 @@ class Restoring:
         def whole() -> bool:
             return prefix is not None and prefix.end == len(search.tokens)
 
-        if self._behind is not None and not whole():
-            run = functools.partial(_search_in, search, self._ram, self._behind.disk)
-            prefix = await self._behind.look_up("a search", run, prefix)
-        if self._away is not None and not whole():
-            seen = await self._away.look(search, prefix)
-            without_disk = _search_in(search, self._ram, seen=seen)
-            if self._behind is None:
+        if self._tiers.behind is not None and not whole():
+            run = functools.partial(_search_in, search, self._tiers.ram, self._tiers.behind.disk)
+            prefix = await self._tiers.behind.look_up("a search", run, prefix)
+        if self._tiers.away is not None and not whole():
+            seen = await self._tiers.away.look(search, prefix)
+            without_disk = _search_in(search, self._tiers.ram, seen=seen)
+            if self._tiers.behind is None:
                 return without_disk
-            run = functools.partial(_search_in, search, self._ram, self._behind.disk, seen)
-            prefix = await self._behind.look_up("a search", run, without_disk or prefix)
+            run = functools.partial(
+                _search_in, search, self._tiers.ram, self._tiers.behind.disk, seen
+            )
+            prefix = await self._tiers.behind.look_up("a search", run, without_disk or prefix)
         return prefix
 
     async def tier(self, prefix: Prefix) -> str:
         """Returns the farthest of the tiers that a prefix must be brought from."""
-        missing = [p for p in prefix.parts if self._ram.get(p.kind, p.key) is None]
+        missing = [p for p in prefix.parts if self._tiers.ram.get(p.kind, p.key) is None]
         if not missing:
             return "ram"
-        if self._away is None:
+        if self._tiers.away is None:
             return "disk"
-        on_disk = set() if self._behind is None else await self._behind.use(missing)
+        on_disk = set() if self._tiers.behind is None else await self._tiers.behind.use(missing)
         return "disk" if len(on_disk) == len(missing) else "remote"
 
     async def restore(
@@ -126,9 +114,9 @@ class Restoring:
                         again = ram_alone = True
                         continue
                     if await self._load(llama, seq, prefix, entries, priority):
-                        self._ram.use(entries)
-                        self._counts["restored_tokens"] += prefix.end
-                        self._counts["restored_bytes"] += prefix.nbytes
+                        self._tiers.ram.use(entries)
+                        self._tiers.counts["restored_tokens"] += prefix.end
+                        self._tiers.counts["restored_bytes"] += prefix.nbytes
                         return prefix.end
             if not again:
                 break
@@ -153,13 +141,13 @@ class Restoring:
 
         def hold(index: int, entry: Entry) -> None:
             entries[index] = entry
-            held.enter_context(self._ram.held([entry]))
+            held.enter_context(self._tiers.ram.held([entry]))
 
         missing = []
         for index, part in enumerate(prefix.parts):
-            entry = self._ram.get(part.kind, part.key)
+            entry = self._tiers.ram.get(part.kind, part.key)
             # One whose time is over was found on the disk: it need not be read.
-            entry = entry or self._ram.renew(part.kind, part.key, None)
+            entry = entry or self._tiers.ram.renew(part.kind, part.key, None)
             if entry is None:
                 missing.append(index)
             else:
@@ -185,17 +173,17 @@ class Restoring:
 
     async def _read(self, llama: Llama, tokens: Tokens, part: Description, *, whole: bool) -> Entry:
         """Reads a part from a farther tier into a buffer of the engine, and keeps it in RAM."""
-        if self._behind is None and self._away is None:
+        if self._tiers.behind is None and self._tiers.away is None:
             raise _NotRead
-        if (taken := await self._buffers.take(llama, part.nbytes)) is None:
+        if (taken := await self._tiers.buffers.take(llama, part.nbytes)) is None:
             raise _NoRoom
         buffer, room = taken
         found = await self._fill(part, buffer.view, room.release)
         if found is None:
             raise _NotRead
         saved = _saved(found, buffer.memory, llama.fingerprint, tokens, whole)
-        self._counts["read_bytes"] += part.nbytes
-        return self._ram.add(Entry(found, saved, buffer.capacity), room)
+        self._tiers.counts["read_bytes"] += part.nbytes
+        return self._tiers.ram.add(Entry(found, saved, buffer.capacity), room)
 
     async def _fill(
         self, part: Description, memory: memoryview, dropped: Callable[[], None]
@@ -205,10 +193,12 @@ class Restoring:
         Returns None where it was not read; raises _NoRoom. Then ``dropped`` is called when nothing
         writes into ``memory`` any more.
         """
-        away = self._away
-        if self._behind is not None and (away is None or await self._is_on_disk(part, dropped)):
+        away = self._tiers.away
+        if self._tiers.behind is not None and (
+            away is None or await self._is_on_disk(part, dropped)
+        ):
             try:
-                right = await self._behind.read(part, memory, dropped=dropped)
+                right = await self._tiers.behind.read(part, memory, dropped=dropped)
             except Hanging:
                 raise _NoRoom from None
             return part if right else None
@@ -216,9 +206,9 @@ class Restoring:
         return await away.read(part, memory, dropped)
 
     async def _is_on_disk(self, part: Description, dropped: Callable[[], None]) -> bool:
-        assert self._behind is not None
+        assert self._tiers.behind is not None
         try:
-            return bool(await self._behind.use([part]))
+            return bool(await self._tiers.behind.use([part]))
         except BaseException:
             dropped()
             raise
@@ -238,7 +228,7 @@ class Restoring:
         try:
             await llama.load_blocks(blocks, seq, checkpoint=checkpoint, priority=priority)  # type: ignore[arg-type]
         except (StateMismatch, StateDamaged) as refusal:
-            self._counts["refused_loads"] += 1
+            self._tiers.counts["refused_loads"] += 1
             # Of a new context that is how the layout of the cache is found out.
             level = logging.DEBUG if was_unseen else logging.WARNING
             log.log(level, "a prefix of %d tokens was refused: %s", prefix.end, refusal)
@@ -252,7 +242,7 @@ def _search_in(
     """Searches RAM, the disk, and what was seen in the object store. With a disk it may block."""
     lookup: Lookup = ram
     if disk is not None:
-        lookup = InBoth(ram, disk, [link.key for link in search.links])
+        lookup = InTurn(ram, OnDisk(disk, [link.key for link in search.links]))
     if seen is not None:
         lookup = InTurn(lookup, seen)
     return dataclasses.replace(search, lookup=lookup, chained=search.links).run()

@@ -30,6 +30,7 @@ from .ram import Ram
 from .restoring import Restoring
 from .saving import Conversation, Saving
 from .sizes import size
+from .tiers import Tiers
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -106,19 +107,16 @@ class Store:
         self._counts: Counter[str] = Counter()
         self._identities = Identities(anyio.CapacityLimiter(1), self._behind, self._away)
         self._names = Names(self._ram)
-        buffers = Buffers(self._ram, self._behind)
-        self._restoring = Restoring(
+        tiers = Tiers(
             self._ram,
             self._behind,
             self._away,
-            buffers,
-            self._identities,
+            Buffers(self._ram, self._behind),
             self._block_tokens,
             self._counts,
         )
-        self._saving = Saving(
-            self._ram, self._behind, self._away, buffers, self._block_tokens, self._counts
-        )
+        self._restoring = Restoring(tiers, self._identities)
+        self._saving = Saving(tiers)
         self._closed = True  # until it is entered
 
     # ---- Finding and restoring ------------------------------------------------------------------

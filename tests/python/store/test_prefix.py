@@ -13,7 +13,7 @@ from kvferry._bridge.block_list import BlocksAllowed
 from kvferry.store.description import Description
 from kvferry.store.disk import Disk
 from kvferry.store.keys import Link, Tokens, chain
-from kvferry.store.prefix import InBoth, Prefix, Search
+from kvferry.store.prefix import InTurn, OnDisk, Prefix, Search
 from kvferry.store.ram import Entry, Ram
 
 ROOT = bytes(32)
@@ -75,7 +75,7 @@ def test_parts_in_ram_and_on_the_disk_with_gaps(disk: Disk, allowed: BlocksAllow
                     on_disk.append((part, 8192, 1))
         disk._with_index(lambda index, rows=on_disk: index.put(rows))
         alone = Search(ram, ROOT, allowed, tokens, BLOCK)
-        lookup = InBoth(ram, disk, [link.key for link in alone.links])
+        lookup = InTurn(ram, OnDisk(disk, [link.key for link in alone.links]))
         found: Prefix | None = dataclasses.replace(alone, lookup=lookup).run()
         expected = longest(parts, allowed, tokens)
         assert (found.end if found else 0) == expected
