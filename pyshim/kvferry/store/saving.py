@@ -198,7 +198,7 @@ class Saving:
         if self._tiers.ram.add(entry, missing.room) is entry:
             self._tiers.counts["saved_bytes"] += saved.nbytes
             if self._tiers.behind is not None:
-                self._tiers.behind.write(entry)
+                self._tiers.behind.writes.add(entry)
         return entry.id
 
 

@@ -274,8 +274,8 @@ class Store:
             "ram_reserved": self._ram.reserved,
             "ram_entries": len(self._ram),
             "evicted": self._ram.evicted,
-            "disk_writes_pending": self._behind.pending if self._behind else 0,
-            "disk_writes_failed": self._behind.failed if self._behind else 0,
+            "disk_writes_pending": self._behind.writes.pending if self._behind else 0,
+            "disk_writes_failed": self._behind.writes.failed if self._behind else 0,
             **(self._away.stats() if self._away else {}),
             **{
                 name: self._counts[name]
