@@ -204,7 +204,8 @@ class PromptCache(BaseLlamaCache):
         here, is_wrong = reusable_prefix(llm, tokens, allowed.checkpoints)
 
         async def restore() -> int:
-            count = await self._store.restore(self._llama, SEQUENCE, tokens, held=here)
+            found = await self._store.find(self._llama, tokens)
+            count = await self._store.restore(self._llama, SEQUENCE, tokens, held=here, found=found)
             return count if count > here else 0
 
         count = 0

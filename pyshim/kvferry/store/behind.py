@@ -178,6 +178,20 @@ class Behind:
 
         return await self.look_up("a search", find, set())
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a call hangs, and none has ended since."""
+        return self._hangs
+
+    async def quarantined(self, wanted: Iterable[Id]) -> list[Id]:
+        """Returns which of these parts are in quarantine."""
+
+        def find() -> list[Id]:
+            there = self.disk.quarantined()
+            return [each for each in wanted if each in there]
+
+        return await self.look_up("a search", find, [])
+
     async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
         """The roots for which something was kept with a model."""
         return await self.look_up("a search", lambda: _layouts(self.disk, model), {})

@@ -20,7 +20,7 @@ from ..llama import Llama
 from .away import Seen
 from .description import Description
 from .disk import Disk
-from .identity import Identities
+from .identity import Identities, Kept
 from .keys import Tokens
 from .prefix import TIERS, InTurn, Lookup, OnDisk, Prefix, Search, Tier
 from .ram import Entry, Ram
@@ -77,13 +77,17 @@ class Restoring:
 
     async def search(self, asked: Asked, farthest: Tier = "remote") -> Searched:
         """Searches all tiers up to the farthest one that is named."""
-        found = []
-        for each in await self._identities.candidates(asked.llama, asked.salt):
-            ram = InTurn({"ram": self._tiers.ram})
-            search = Search(ram, each.root, each.allowed, asked.tokens, self._tiers.block_tokens)
-            found.append(await self._search_farther(search, search.run(), farthest))
+        candidates = await self._identities.candidates(asked.llama, asked.salt)
+        found = [await self.search_cache(asked, each, farthest) for each in candidates]
         longest_first = sorted(filter(None, found), key=lambda prefix: prefix.end, reverse=True)
         return Searched(asked.llama, asked.tokens, asked.salt, longest_first)
+
+    async def search_cache(self, asked: Asked, kept: Kept, farthest: Tier) -> Prefix | None:
+        """Searches likewise what is kept for one cache."""
+        ram = InTurn({"ram": self._tiers.ram})
+        block_tokens = self._tiers.block_tokens
+        search = Search(ram, kept.root, kept.allowed, asked.tokens, block_tokens)
+        return await self._search_farther(search, search.run(), farthest)
 
     async def _search_farther(
         self, search: Search, prefix: Prefix | None, farthest: Tier

@@ -24,6 +24,8 @@ from .away import Away
 from .behind import Behind
 from .buffers import Buffers
 from .evaluations import Evaluations
+from .explaining import Explaining
+from .explanation import Explanation
 from .identity import Identities
 from .keys import chain, checked_tokens
 from .names import Listed, Names
@@ -123,6 +125,7 @@ class Store:
         self._worth = Worth()
         self._evaluations = Evaluations(self._worth)
         self._restoring = Restoring(tiers, self._identities, self._worth)
+        self._explaining = Explaining(tiers, self._identities, self._worth, self._restoring)
         self._saving = Saving(tiers)
         self._closed = True  # until it is entered
 
@@ -193,6 +196,25 @@ class Store:
             count = least
         await self._evaluations.restored(llama, seq, count)
         return count
+
+    async def explain(
+        self,
+        llama: Llama,
+        tokens: ArrayLike,
+        *,
+        leave: int = 1,
+        held: int = 0,
+        salt: bytes | None = None,
+    ) -> Explanation:
+        """Says what is known of a prompt and where it lies, what ``restore`` with the same
+        arguments would bring now, why, and why not more was found.
+
+        Moves nothing, but searches all tiers. Of what others have kept, this tells what has the
+        same salt, and only for models of contexts that this store has been called with.
+        """
+        self._check_open()
+        asked = self._asked(llama, tokens, leave, salt)
+        return await self._explaining.explain(asked, integer("held", held))
 
     def prefetch(self, llama: Llama, tokens: ArrayLike, *, salt: bytes | None = None) -> None:
         """Reads the longest known prefix from disk and object store into RAM, in a task of the
