@@ -75,6 +75,7 @@ class LlamaCppObject:
         """
         from llama_cpp import llama_cpp as functions
 
+        functions.llama_synchronize(self._llm.ctx)  # libllama counts a batch when it has ended
         counted = functions.llama_perf_context(self._llm.ctx)
         return int(counted.n_p_eval), float(counted.t_p_eval_ms) / 1e3
 
