@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .._bridge.block_list import BlocksAllowed
-from .explanation import Explanation, Share
+from .explanation import Explanation, Share, time_text
 from .identity import Identities, Kept
 from .keys import chain
 from .prefix import TIERS, Prefix
@@ -143,7 +143,7 @@ def _why(choice: Choice) -> str:
     whole, best = choice.whole, choice.best
     if whole.prefill is None:
         return "the speed of prefill is not known yet"
-    compared = f"{whole.bring:.3g} s to bring all, {whole.prefill:.3g} s to evaluate it"
+    compared = f"{time_text(whole.bring)} to bring all, {time_text(whole.prefill)} to evaluate it"
     if choice.trials:
         return f"it is slower, but is measured again ({compared})"
     if best is whole:
@@ -155,6 +155,6 @@ def _why(choice: Choice) -> str:
         return f"it takes more than prefill ({compared})"
     assert best.prefill is not None
     return (
-        f"so many save most time ({best.bring:.3g} s to bring, {best.prefill:.3g} s to "
-        f"evaluate; {compared})"
+        f"so many save most time ({time_text(best.bring)} to bring, {time_text(best.prefill)} "
+        f"to evaluate; {compared})"
     )

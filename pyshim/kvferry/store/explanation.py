@@ -32,10 +32,10 @@ class Share:
             return line
         if self.seconds is None:
             return f"{line}, speed not known yet"
-        speed = f"latency {_time(self.latency or 0.0)}"
+        speed = f"latency {time_text(self.latency or 0.0)}"
         if self.bandwidth is not None:
             speed += f", {self.bandwidth / MIB:,.0f} MiB/s"
-        return f"{line}, read in {_time(self.seconds)} ({speed})"
+        return f"{line}, read in {time_text(self.seconds)} ({speed})"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"of {self.tokens:,} tokens {self.known:,} are known; "
-            f"a restore brings {self.restored:,}: {self.why}",
+            f"a restore brings {self.restored:,}",
+            f"  why     {self.why}",
             *(f"  {share}" for share in self.shares),
         ]
         if self.known:
@@ -86,8 +87,9 @@ class Explanation:
 
 
 def _time_or_unknown(seconds: float | None) -> str:
-    return "speed not known yet" if seconds is None else _time(seconds)
+    return "speed not known yet" if seconds is None else time_text(seconds)
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2g} ms"
+def time_text(seconds: float) -> str:
+    """Seconds, or milliseconds where they are fewer than one."""
+    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"
