@@ -14,12 +14,12 @@ from typing import TypeVar
 
 import anyio
 import anyio.to_thread
-import xxhash
 
 from .._bridge.block_list import BlocksAllowed
 from ..errors import KvferryError
 from .description import Description
 from .disk import Disk
+from .layout_notes import allowed_of, layout_note
 from .ram import Entry, Id
 from .threads import DiskThreads, Hanging, Progress
 from .writes import Writes
@@ -215,21 +215,4 @@ def _write(disk: Disk, what: Entry | tuple[Description, bytes]) -> bool:
 
 
 def _layouts(disk: Disk, model: bytes) -> dict[bytes, BlocksAllowed]:
-    found = {}
-    for note in disk.children(model):
-        if note.kind != "layout" or note.nbytes > 64:
-            continue
-        memory = bytearray(note.nbytes)
-        try:
-            if disk.read_into(note, memory):
-                found[note.key] = BlocksAllowed(memory.decode())
-        except (OSError, ValueError) as problem:
-            log.warning("a note of a layout cannot be used: %s", problem)
-    return found
-
-
-def layout_note(model: bytes, root: bytes, allowed: BlocksAllowed) -> tuple[Description, bytes]:
-    """A note that something is kept under a root, to be written."""
-    data = allowed.value.encode()
-    checksum = xxhash.xxh64_intdigest(data)
-    return Description("layout", root, model, 0, 0, model, len(data), checksum), data
+    return allowed_of(disk, disk.children(model))

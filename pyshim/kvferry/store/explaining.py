@@ -136,7 +136,7 @@ def _parts(ids: Sequence[Id]) -> str:
 
 
 def _brought(choice: Choice) -> int:
-    return 0 if choice.best is None else choice.best.prefix.end
+    return 0 if choice.prefix is None else choice.prefix.end
 
 
 def _why(choice: Choice) -> str:

@@ -114,15 +114,20 @@ class Prefix:
         """The farthest tier that something of it must be brought from."""
         return max(self.tiers, key=TIERS.index)
 
-    def beginnings(self, longer_than: int) -> Iterator[Prefix]:
-        """The shorter prefixes that it consists of and which can be loaded alone, and itself."""
-        yield self
+    def beginnings(self) -> Iterator[tuple[int, dict[Tier, int]]]:
+        """Shorter prefixes that can be loaded, where the next block lies in another tier: the
+        number of their blocks, and their bytes in each tier."""
+        nbytes: dict[Tier, int] = {}
         if self.checkpoint is None:
-            for count in range(len(self.blocks) - 1, 0, -1):
-                end = self.blocks[count - 1].end
-                if end <= longer_than:
-                    break
-                yield Prefix(self.blocks[:count], None, end, self.tiers[:count])
+            for count, block in enumerate(self.blocks[:-1], 1):
+                tier = self.tiers[count - 1]
+                nbytes[tier] = nbytes.get(tier, 0) + block.nbytes
+                if self.tiers[count] != tier:
+                    yield count, dict(nbytes)
+
+    def beginning(self, count: int) -> Prefix:
+        """The prefix of its first blocks."""
+        return Prefix(self.blocks[:count], None, self.blocks[count - 1].end, self.tiers[:count])
 
 
 @dataclass(frozen=True)

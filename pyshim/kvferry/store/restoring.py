@@ -152,11 +152,10 @@ class Restoring:
         Raises _NotWorth, and as ``bring``.
         """
         choice = self._worth.choose(asked.llama, prefix, held)
-        if choice.best is None:
+        if (chosen := choice.prefix) is None:
             raise _NotWorth
         for speed in choice.trials:
             speed.begin_trial()
-        chosen = choice.best.prefix
         with contextlib.ExitStack() as held_in_ram:
             entries = await self.bring(asked, chosen, held_in_ram)
             if not await self._load(asked.llama, seq, chosen, entries, priority):

@@ -117,10 +117,10 @@ class PrefillSpeed:
         slope = _slope(full) or 0.0
         return Line(max(0.0, min(each - slope * depth for _, depth, each in self._seen)), slope)
 
-    def seconds(self, begin: int, end: int) -> float | None:
-        """Seconds for the tokens at [begin, end)."""
-        line = self.line()
-        return None if line is None else (end - begin) * line.at((begin + end) / 2)
+
+def prefill_seconds(line: Line, begin: int, end: int) -> float:
+    """Seconds for the tokens at [begin, end), by the ``line`` of a PrefillSpeed."""
+    return (end - begin) * line.at((begin + end) / 2)
 
 
 class Stopwatch:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from ..llama import Llama
 from .prefix import Prefix, Tier
-from .speeds import Clock, PrefillSpeed, Stopwatch, TransferSpeed
+from .speeds import Clock, Line, PrefillSpeed, Stopwatch, TransferSpeed, prefill_seconds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long a prefix takes, by what was measured. Seconds; None: not measured yet."""
+    """How long the first ``end`` tokens take, by what was measured. Seconds; None: not measured
+    often enough."""
 
-    prefix: Prefix
+    end: int
     reads: Mapping[Tier, float | None]
     """From each tier beyond RAM. Tiers are read at the same time."""
     load: float | None
@@ -28,9 +29,8 @@ class Estimate:
     def bring(self) -> float:
         """Seconds of reads and load. What was not measured is taken for fast, so that it is
         tried."""
-        return max((seconds or 0.0 for seconds in self.reads.values()), default=0.0) + (
-            self.load or 0.0
-        )
+        reads = max((seconds or 0.0 for seconds in self.reads.values()), default=0.0)
+        return reads + (self.load or 0.0)
 
     @property
     def gain(self) -> float:
@@ -46,8 +46,33 @@ class Choice:
     """Of the whole prefix."""
     best: Estimate | None
     """Of what is brought; None: nothing is."""
+    prefix: Prefix | None
+    """What is brought."""
     trials: tuple[TransferSpeed, ...] = ()
     """Speeds for whose sake all is brought although it does not seem to pay."""
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The speeds as they are known now."""
+
+    tiers: Mapping[Tier, Line | None]
+    load: Line | None
+    prefill: Line | None
+
+    def estimate(self, end: int, nbytes: Mapping[Tier, int], held: int) -> Estimate:
+        """Of the first ``end`` tokens, which have so many bytes in each tier."""
+        prefill = self.prefill
+        return Estimate(
+            end,
+            {tier: _at(self.tiers[tier], count) for tier, count in nbytes.items() if tier != "ram"},
+            _at(self.load, sum(nbytes.values())),
+            None if prefill is None else prefill_seconds(prefill, held, end),
+        )
+
+
+def _at(line: Line | None, size: float) -> float | None:
+    return None if line is None else line.at(size)
 
 
 @dataclass
@@ -94,46 +119,38 @@ class Worth:
 
     def estimate(self, llama: Llama, prefix: Prefix, held: int) -> Estimate:
         """``held`` is how many of the tokens the sequence holds already."""
-        return next(self._estimates(llama, [prefix], held))
+        return self._lines(llama).estimate(prefix.end, prefix.nbytes_of, held)
 
     def choose(self, llama: Llama, prefix: Prefix, held: int = 0) -> Choice:
         """Chooses what of a prefix is brought, whose ``end`` is larger than ``held``. Changes
-        nothing: call ``begin_trial`` of the ``trials`` of what is done."""
-        whole = self.estimate(llama, prefix, held)
-        # From one tier the seconds grow as the bytes do, and those of a prefill no slower.
-        if whole.prefill is None or (whole.gain >= 0 and len(prefix.nbytes_of) == 1):
-            return Choice(whole, whole)
-        best = max(
-            self._estimates(llama, prefix.beginnings(longer_than=held), held),
-            key=lambda each: each.gain,
-        )
-        most = max(0.0, best.gain)
-        if whole.gain >= most:
-            return Choice(whole, whole)
-        loss = most - whole.gain
+        nothing: call ``begin_trial`` of the ``trials`` of what is done.
+
+        The seconds that a tier takes grow as its bytes do, and those of a prefill no slower than
+        its tokens. So, of the blocks in a row that lie in one tier, it pays to bring all or none.
+        """
+        lines = self._lines(llama)
+        best = whole = lines.estimate(prefix.end, prefix.nbytes_of, held)
+        blocks = 0
+        for count, nbytes in prefix.beginnings():
+            end = prefix.blocks[count - 1].end
+            if (shorter := lines.estimate(end, nbytes, held)).gain > best.gain:
+                best, blocks = shorter, count
+        if whole.gain >= max(0.0, best.gain):
+            return Choice(whole, whole, prefix)
+        loss = max(0.0, best.gain) - whole.gain
         speeds = [*(self._tiers[tier] for tier in whole.reads), self.load(llama)]
         due = tuple(each for each in speeds if each.line() is not None and each.is_due(loss))
         if due:
-            return Choice(whole, whole, due)
-        return Choice(whole, best if best.gain > 0 else None)
+            return Choice(whole, whole, prefix, due)
+        if best.gain <= 0:
+            return Choice(whole, None, None)
+        return Choice(whole, best, prefix.beginning(blocks))
 
     def _context(self, llama: Llama) -> _Context:
         if llama not in self._contexts:
             self._contexts[llama] = _Context(TransferSpeed(self.clock))
         return self._contexts[llama]
 
-    def _estimates(self, llama: Llama, prefixes: Iterable[Prefix], held: int) -> Iterator[Estimate]:
-        load, prefill = self.load(llama).line(), self.prefill(llama)
-        lines = {tier: speed.line() for tier, speed in self._tiers.items()}
-        for prefix in prefixes:
-            reads: dict[Tier, float | None] = {}
-            for tier, nbytes in prefix.nbytes_of.items():
-                if tier != "ram":
-                    line = lines[tier]
-                    reads[tier] = None if line is None else line.at(nbytes)
-            yield Estimate(
-                prefix,
-                reads,
-                None if load is None else load.at(prefix.nbytes),
-                prefill.seconds(held, prefix.end),
-            )
+    def _lines(self, llama: Llama) -> _Lines:
+        tiers = {tier: speed.line() for tier, speed in self._tiers.items()}
+        return _Lines(tiers, self.load(llama).line(), self.prefill(llama).line())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kvferry.store.speeds import PrefillSpeed, Stopwatch, TransferSpeed
+from kvferry.store.speeds import PrefillSpeed, Stopwatch, TransferSpeed, prefill_seconds
 
 MIB = 1 << 20
 
@@ -66,6 +66,19 @@ def test_one_slow_transfer_changes_little(speed: TransferSpeed) -> None:
 def test_one_slow_transfer_among_equal_ones_changes_nothing(speed: TransferSpeed) -> None:
     seen(speed, 1.0, 60.0, 1.0)
     assert at(speed, MIB) == pytest.approx(1.0)
+
+
+def test_sizes_that_are_much_alike_tell_no_latency(speed: TransferSpeed) -> None:
+    for size, seconds in ((100, 1.3), (101, 1.2), (102, 1.1), (103, 1.0)):
+        speed.note(size, seconds)
+    assert at(speed, 1000) == pytest.approx(11.5, rel=0.1)
+
+
+def test_one_fast_transfer_changes_little(speed: TransferSpeed) -> None:
+    for size in (1, 2, 4, 8, 16, 32):
+        speed.note(size * MIB, 0.5 + 0.01 * size)
+    speed.note(3 * MIB, 0.0)
+    assert at(speed, MIB) == pytest.approx(0.51, rel=0.1)
 
 
 def test_a_speed_that_has_changed_is_seen_after_four(speed: TransferSpeed) -> None:
@@ -156,13 +169,18 @@ def test_reads_at_the_same_time_count_once(clock: FakeClock) -> None:
 # ---- Prefill -------------------------------------------------------------------------------------
 
 
+def seconds_of(speed: PrefillSpeed, begin: int, end: int) -> float | None:
+    line = speed.line()
+    return None if line is None else prefill_seconds(line, begin, end)
+
+
 def test_two_prefills_say_nothing() -> None:
     speed = PrefillSpeed()
     for _ in range(2):
         speed.note(1000, 1.0, 0)
-    assert speed.seconds(0, 1000) is None
+    assert seconds_of(speed, 0, 1000) is None
     speed.note(1000, 1.0, 0)
-    assert speed.seconds(0, 500) == pytest.approx(0.5)
+    assert seconds_of(speed, 0, 500) == pytest.approx(0.5)
 
 
 def test_deep_tokens_take_longer() -> None:
@@ -173,14 +191,14 @@ def test_deep_tokens_take_longer() -> None:
     for begin, end in ((0, 1000), (1000, 3000), (4000, 8000), (8000, 16000)):
         speed.note(end - begin, seconds(begin, end), begin)
     for begin, end in ((0, 500), (10000, 32000), (31000, 32000)):
-        assert speed.seconds(begin, end) == pytest.approx(seconds(begin, end))
+        assert seconds_of(speed, begin, end) == pytest.approx(seconds(begin, end))
 
 
 def test_few_tokens_say_nothing() -> None:
     speed = PrefillSpeed()
     for _ in range(5):
         speed.note(4, 1.0, 0)
-    assert speed.seconds(0, 1000) is None
+    assert seconds_of(speed, 0, 1000) is None
 
 
 def test_the_fastest_of_recent_prefills_counts() -> None:
@@ -188,7 +206,7 @@ def test_the_fastest_of_recent_prefills_counts() -> None:
     for seconds in (5.0, 1.0, 60.0):
         speed.note(1000, seconds, 0)
     speed.note(40, 30.0, 4000)  # a small batch says nothing of the depth
-    assert speed.seconds(0, 1000) == pytest.approx(1.0)
+    assert seconds_of(speed, 0, 1000) == pytest.approx(1.0)
     for _ in range(7):
         speed.note(1000, 3.0, 0)
-    assert speed.seconds(0, 1000) == pytest.approx(3.0)
+    assert seconds_of(speed, 0, 1000) == pytest.approx(3.0)

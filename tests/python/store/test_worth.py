@@ -42,7 +42,7 @@ class Case:
         choice = self.worth.choose(self.llama, prefix(tiers, checkpoint), held)  # type: ignore[arg-type]
         for speed in choice.trials:
             speed.begin_trial()
-        return 0 if choice.best is None else choice.best.prefix.end
+        return 0 if choice.prefix is None else choice.prefix.end
 
 
 def prefix(tiers: Sequence[Tier], checkpoint: bool = False) -> Prefix:
