@@ -22,7 +22,7 @@ from support.random_histories import History, histories
 def make_plan(kind: str, positions: list[int], data: st.DataObject) -> Plan:
     """Draws where a sequence with these positions is cut, and what is done with its blocks."""
     begins = data.draw(st.sets(st.sampled_from(positions), max_size=6), label="cuts")
-    ranges = ranges_that_begin_at(begins, positions, kind)
+    ranges = ranges_that_begin_at(begins, positions)
     # Each block in one of up to three calls, which are in any order.
     chance = random.Random(data.draw(st.integers(0, 99), label="calls"))
     in_calls: list[list[int]] = [[] for _ in range(chance.choice((1, 1, 2, 3)))]
