@@ -370,7 +370,7 @@ void Llama::load_joined(int32_t sequence, const StateView &view, const Structure
         open.emplace(*engine_, std::move(submission), options, job != nullptr);
         open->stage(device, load_ahead);
     }
-    Recorded recorded = take_cells(sequence, view, structure, recorder);
+    Recorded recorded = take_cells(sequence, view, structure, recorder, open);
     const Layouts early = recorder.take_early();
     check_all_recorded(structure, recorded.layouts, early);
     Spreader in_buffer(map, buffer.places());

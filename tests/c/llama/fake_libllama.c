@@ -127,15 +127,19 @@ EXPORTED size_t llama_state_seq_get_data_ext(void *context, uint8_t *buffer, siz
     return written;
 }
 
-/* Takes whatever it is given. */
+/* Takes whatever it is given, or refuses it. */
 EXPORTED size_t llama_state_seq_set_data_ext(void *context, const uint8_t *buffer, size_t bytes,
                                              int32_t sequence, uint32_t flags) {
+    const struct fake_tensor *const tensors = fake_llama.state.tensors;
     (void)context;
-    (void)buffer;
     (void)sequence;
     (void)flags;
     fake_llama.last_position = 0;
-    return bytes;
+    if (!fake_llama.refuses_states) return bytes;
+    for (const struct fake_tensor *tensor = tensors; tensor < tensors + 2; ++tensor)
+        ggml_backend_tensor_set((void *)(fake_llama.state.data + tensor->offset),
+                                buffer + tensor->offset, 0, tensor->bytes);
+    return 0;
 }
 
 EXPORTED void llama_memory_seq_cp(void *of, int32_t from, int32_t to, int32_t begin, int32_t end) {
@@ -151,6 +155,7 @@ EXPORTED bool llama_memory_seq_rm(void *of, int32_t sequence, int32_t begin, int
     (void)sequence;
     (void)begin;
     (void)end;
+    if (fake_llama.on_removal) fake_llama.on_removal();
     fake_llama.last_position = -1;
     return true;
 }

@@ -19,5 +19,7 @@ struct fake_llama {
     int32_t last_position;  /* of its only sequence; -1: the sequence is empty */
     uint64_t claimed_bytes; /* the size of a state with cells, as far as it says; 0: the true one */
     struct fake_state
-        state; /* while `last_position` is not -1; of 0 bytes: a state without cells */
+        state;           /* while `last_position` is not -1; of 0 bytes: a state without cells */
+    bool refuses_states; /* after it has named their tensors */
+    void (*on_removal)(void); /* called before the cells of the sequence are removed; or NULL */
 };
