@@ -237,10 +237,13 @@ func (s Sequence) SaveCheckpoint(ctx context.Context, to Memory, options ...Opti
 // may be decoded.
 //
 // kvferry checks the structure of all blocks and of the checkpoint before libllama sees them, and no tensor bytes. These
-// errors leave the sequence as it was: ErrInvalidArgument (blocks are empty or misordered, overlap, or leave a gap; a
-// checkpoint is missing, or given where none belongs), ErrStateDamaged (a block or the checkpoint is damaged, or holds
-// other positions than it should), ErrUnsupported (the cache does not allow blocks), ErrStateMismatch (also where the
-// fingerprints are of another model, or the keys of several conversations), and those of which Load says so.
+// errors leave the sequence as it was, and those of which Load says so:
+//   - ErrInvalidArgument: blocks are empty or misordered, overlap, or leave a gap; a checkpoint is missing, or given
+//     where none belongs.
+//   - ErrStateDamaged: a block or the checkpoint is damaged, or holds other positions than it should.
+//   - ErrStateMismatch: also where fingerprints are of another model, or keys of several conversations.
+//   - ErrUnsupported: the cache does not allow blocks.
+//
 // After any other error the sequence is empty.
 func (s Sequence) LoadBlocks(ctx context.Context, blocks []Block, checkpoint Memory, options ...Option) (Completion, error) {
 	if !s.llama.inFlight.enter() {
