@@ -89,15 +89,18 @@ void a_refused_load_is_withdrawn_before_its_cells_are_removed() {
     constexpr size_t tensor = size_t{cells} * row;
     constexpr size_t header = sizeof(int32_t) + sizeof(uint64_t);
     const size_t end = state.bytes.size();
-    fake->state = {
-        state.bytes.data(), end, {{end - 2 * tensor - header, tensor}, {end - tensor, tensor}}};
+    fake->state = {state.bytes.data(),
+                   end,
+                   {{end - 2 * tensor - header, tensor}, {end - tensor, tensor}},
+                   cells};
     fake->last_position = cells - 1;
     kvf_llama llama = 0;
     CHECK(kvf_llama_attach(engine, context, nullptr, &llama) == KVF_OK);
 
     const std::vector<unsigned char> given = state.bytes;
     kvf_block block = {const_cast<unsigned char *>(given.data()), given.size(), 0, cells};
-    fake->refuses_states = true;
+    fake->loads_tensors = true;
+    fake->on_tensor = [](int number) { fake->refuses_state = number == 2; };
     fake->on_removal = &on_removal;
     for (const bool as_block : {false, true}) {
         removals = 0;
@@ -112,7 +115,8 @@ void a_refused_load_is_withdrawn_before_its_cells_are_removed() {
         CHECK(fake->last_position == -1);
     }
     fake->on_removal = nullptr;
-    fake->refuses_states = false;
+    fake->loads_tensors = fake->refuses_state = false;
+    fake->on_tensor = nullptr;
     CHECK(kvf_llama_detach(llama) == KVF_OK);
     fake->state = {};
 }
@@ -142,7 +146,7 @@ void the_sizes_of_blocks_are_written_before_the_job_can_end() {
     constexpr size_t header = sizeof(int32_t) + sizeof(uint64_t); // of a tensor: its type and row
     const size_t end = state.bytes.size();
     fake->state = {
-        state.bytes.data(), end, {{end - 2 * tensor - header, tensor}, {end - tensor, tensor}}};
+        state.bytes.data(), end, {{end - 2 * tensor - header, tensor}, {end - tensor, tensor}}, 3};
     fake->last_position = 2;
 
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
