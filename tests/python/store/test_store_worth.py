@@ -231,6 +231,21 @@ async def test_what_was_found_and_evicted_meanwhile_is_searched(
             assert context.pos_max(0) == expected - 1
 
 
+async def test_what_was_found_and_has_expired_meanwhile_is_not_restored(
+    make_context: MakeContext,
+) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine, store_of_ram() as store:
+        llama = engine.attach(context.address)
+        await store.keep(llama, 0, prompt, ttl=1000.0)
+        found = await store.find(llama, prompt, leave=0)
+        assert found.tokens == TOKENS
+        for entry in store._ram:
+            entry.expires = 0.0
+        assert await store.restore(llama, 0, prompt, leave=0, found=found) == 0
+        assert (await store.find(llama, prompt, leave=0)).tokens == 0
+
+
 async def test_what_was_found_for_other_arguments_is_refused(make_context: MakeContext) -> None:
     context, prompt = prompted(make_context, "llama")
     async with kvferry.Engine(DEVICES) as engine, store_of_ram() as store:
