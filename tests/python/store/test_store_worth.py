@@ -15,6 +15,7 @@ from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
 from support.faulty_objects import FaultyObjects
 from support.like_contexts import MakeContext
+from support.s3_server import BUCKET, Proxy
 
 pytestmark = pytest.mark.anyio
 
@@ -139,6 +140,27 @@ async def test_the_store_measures_what_it_reads_and_loads(
             assert store._worth.tier("disk").line() is not None
             assert store._worth.load(llama).line() is not None
             assert store._worth.tier("remote").line() is None
+
+
+async def test_a_network_that_is_slow_is_left(make_context: MakeContext, network: Proxy) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with Store(ram="64 MiB", remote=f"s3://{BUCKET}", block_tokens=BLOCK) as store:
+            await store.keep(llama, 0, prompt)
+            await store.flush()
+            evaluates(store, llama, 1e-6)
+            network.delay = 0.01
+            for _ in range(3):
+                store.clear()
+                assert await store.restore(llama, 1, prompt) == 3 * BLOCK
+            store.clear()
+            assert await store.restore(llama, 1, prompt) == 0
+            told = await store.explain(llama, prompt)
+            assert told.why.startswith("it takes more than prefill")
+            for _ in range(3):
+                evaluates(store, llama, 1e3)
+            assert await store.restore(llama, 1, prompt) == 3 * BLOCK
 
 
 async def test_a_prefetch_brings_it_all_the_same(make_context: MakeContext, tmp_path: Path) -> None:
