@@ -9,8 +9,9 @@ from pathlib import Path
 import kvferry
 import pytest
 from disk_stores import BLOCK, TOKENS, prompted, store_in
+from given_speeds import evaluates, reads
 from kvferry import Store
-from kvferry.store.prefix import Search, Tier
+from kvferry.store.prefix import Search
 from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
 from support.faulty_objects import FaultyObjects
@@ -18,16 +19,6 @@ from support.like_contexts import MakeContext
 from support.s3_server import BUCKET, Proxy
 
 pytestmark = pytest.mark.anyio
-
-
-def slow(store: Store, tier: Tier, seconds_a_mib: float = 1000.0) -> None:
-    for _ in range(7):
-        store._worth.tier(tier).note(1 << 20, seconds_a_mib)
-
-
-def evaluates(store: Store, llama: kvferry.Llama, seconds_a_token: float = 1e-3) -> None:
-    for _ in range(3):
-        store.note_prefill(llama, 1000, 1000 * seconds_a_token)
 
 
 def remote_store(objects: FaultyObjects, ram: str = "64 MiB") -> Store:
@@ -59,7 +50,7 @@ async def test_a_slow_object_store_is_not_read(make_context: MakeContext) -> Non
         async with remote_store(objects) as store:
             await store.keep(llama, 0, prompt)
         async with remote_store(objects) as store:
-            slow(store, "remote")
+            reads(store, "remote", 1000.0)
             evaluates(store, llama)
             assert (await store.find(llama, prompt)).tokens == 3 * BLOCK
             assert await store.restore(llama, 0, prompt) == 0
@@ -77,7 +68,7 @@ async def test_what_is_near_is_restored_where_the_rest_is_too_far(
             await store.keep(llama, 0, prompt)
         async with store_in(tmp_path) as store:
             assert await store.restore(llama, 1, prompt[: BLOCK + 1]) == BLOCK
-            slow(store, "disk")
+            reads(store, "disk", 1000.0)
             evaluates(store, llama)
             assert await store.restore(llama, 1, prompt, leave=0) == BLOCK
             assert context.pos_max(1) == BLOCK - 1
@@ -96,7 +87,7 @@ async def test_a_nearer_checkpoint_is_restored_where_the_last_one_is_too_far(
             await store.keep(llama, 0, prompt + turn)
         async with store_in(tmp_path) as store:
             assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
-            slow(store, "disk")
+            reads(store, "disk", 1000.0)
             evaluates(store, llama)
             assert (await store.find(llama, prompt + turn, leave=0)).tokens == TOKENS + 100
             assert await store.restore(llama, 1, prompt + turn, leave=0) == TOKENS
@@ -115,7 +106,7 @@ async def test_a_slow_disk_that_is_fast_now_is_found_out(
             evaluates(store, llama)
             clock = store._worth.clock
             store._worth.tier("disk")._clock = lambda: clock() + later
-            slow(store, "disk", 1e9)
+            reads(store, "disk", 1e9)
             assert await store.restore(llama, 1, prompt) == 0
             later = 1e12
             assert await store.restore(llama, 1, prompt) == 3 * BLOCK
@@ -170,7 +161,7 @@ async def test_a_prefetch_brings_it_all_the_same(make_context: MakeContext, tmp_
         async with store_in(tmp_path) as store:
             await store.keep(llama, 0, prompt)
         async with store_in(tmp_path) as store:
-            slow(store, "disk")
+            reads(store, "disk", 1000.0)
             evaluates(store, llama)
             store.prefetch(llama, prompt)
             while (await store.find(llama, prompt)).tier != "ram":
