@@ -16,6 +16,7 @@ import anyio.to_thread
 
 from .._bridge.arguments import invalid
 from .._bridge.block_list import BlocksAllowed
+from .counts import Reason
 from .description import Description, Kind
 from .keys import Link, next_key
 from .objects import Objects, objects_of
@@ -139,7 +140,10 @@ class Away:
             if entry in self._there or entry in self._waiting:
                 continue
             nbytes = entry.capacity
-            if self.remote.left_alone or self.pending_bytes + nbytes > self._most_pending:
+            left_alone = self.remote.left_alone
+            if left_alone or self.pending_bytes + nbytes > self._most_pending:
+                reason: Reason = "breaker_open" if left_alone else "budget"
+                self.remote.refused[reason] += 1
                 self.failed += 1
                 continue
             entry.holds += 1
@@ -240,7 +244,9 @@ class Away:
         Returns after the timeout of a search at the latest, with what is known until then.
         """
         seen = Seen(anyio.current_time() + self.remote.find_timeout)
-        if not self.remote.left_alone:
+        if self.remote.left_alone:
+            self.remote.refused["breaker_open"] += 1
+        else:
             known = 0 if nearer is None else nearer.end // search.block_tokens
             await self._look(search, known, seen)
         return seen

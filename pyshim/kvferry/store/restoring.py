@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from ..llama import Llama
 from .away import Away, Seen
 from .behind import Behind
 from .buffers import Buffers
+from .counts import Counts, Tier
 from .description import Description
 from .disk import Disk
 from .identity import Identities
@@ -56,7 +58,7 @@ class Restoring:
         buffers: Buffers,
         identities: Identities,
         block_tokens: int,
-        counts: Counter[str],
+        counts: Counts,
     ) -> None:
         self._ram = ram
         self._behind = behind
@@ -112,13 +114,22 @@ class Restoring:
         self, llama: Llama, seq: int, tokens: Tokens, salt: bytes, priority: Priority
     ) -> int:
         """Returns how many tokens were loaded; 0: none, and the sequence was not touched."""
+        begin = time.monotonic()
+        hits = await self._restore(llama, seq, tokens, salt, priority)
+        self._counts.restored(len(tokens), hits, time.monotonic() - begin)
+        return sum(hits.values())
+
+    async def _restore(
+        self, llama: Llama, seq: int, tokens: Tokens, salt: bytes, priority: Priority
+    ) -> Counter[Tier]:
+        """Returns how many tokens were loaded from each tier."""
         ram_alone = False
         for _ in range(_SEARCHES):
             again = False
             for prefix in await self.prefixes(llama, tokens, salt, ram_alone=ram_alone):
                 with contextlib.ExitStack() as held:
                     try:
-                        entries = await self.bring(llama, tokens, prefix, held)
+                        entries, tiers = await self.bring(llama, tokens, prefix, held)
                     except _NotRead:
                         again = True
                         continue
@@ -127,12 +138,11 @@ class Restoring:
                         continue
                     if await self._load(llama, seq, prefix, entries, priority):
                         self._ram.use(entries)
-                        self._counts["restored_tokens"] += prefix.end
-                        self._counts["restored_bytes"] += prefix.nbytes
-                        return prefix.end
+                        self._counts.restored_bytes += prefix.nbytes
+                        return _hits(prefix, tiers)
             if not again:
                 break
-        return 0
+        return Counter()
 
     async def prefetch(self, llama: Llama, tokens: Tokens, salt: bytes) -> None:
         """Brings the longest prefix of each cache to RAM."""
@@ -142,12 +152,14 @@ class Restoring:
 
     async def bring(
         self, llama: Llama, tokens: Tokens, prefix: Prefix, held: contextlib.ExitStack
-    ) -> list[Entry]:
-        """Returns what a load of a prefix needs, in RAM, where ``held`` keeps it.
+    ) -> tuple[list[Entry], list[Tier]]:
+        """Returns what a load of a prefix needs, in RAM, where ``held`` keeps it; and where each
+        part was before.
 
         Raises _NotRead, _NoRoom, and as ``Buffers.take``.
         """
         entries: dict[int, Entry] = {}
+        tiers: list[Tier] = ["ram"] * len(prefix.parts)
         absent: list[Exception] = []
         problems: list[Exception] = []
 
@@ -168,7 +180,9 @@ class Restoring:
         async def read(index: int) -> None:
             try:
                 part = prefix.parts[index]
-                hold(index, await self._read(llama, tokens, part, whole=not prefix.blocks))
+                whole = not prefix.blocks
+                entry, tiers[index] = await self._read(llama, tokens, part, whole=whole)
+                hold(index, entry)
             except (_NotRead, _NoRoom) as reason:
                 absent.append(reason)  # other parts may be of use for a shorter prefix
             except Exception as problem:
@@ -181,29 +195,32 @@ class Restoring:
                     reads.start_soon(read, index)
         for each in (*problems, *absent):
             raise each
-        return [entries[index] for index in range(len(prefix.parts))]
+        return [entries[index] for index in range(len(prefix.parts))], tiers
 
-    async def _read(self, llama: Llama, tokens: Tokens, part: Description, *, whole: bool) -> Entry:
+    async def _read(
+        self, llama: Llama, tokens: Tokens, part: Description, *, whole: bool
+    ) -> tuple[Entry, Tier]:
         """Reads a part from a farther tier into a buffer of the engine, and keeps it in RAM."""
         if self._behind is None and self._away is None:
             raise _NotRead
         if (taken := await self._buffers.take(llama, part.nbytes)) is None:
             raise _NoRoom
         buffer, room = taken
-        found = await self._fill(part, buffer.view, room.release)
-        if found is None:
+        read = await self._fill(part, buffer.view, room.release)
+        if read is None:
             raise _NotRead
+        found, tier = read
         saved = _saved(found, buffer.memory, llama.fingerprint, tokens, whole)
-        self._counts["read_bytes"] += part.nbytes
-        return self._ram.add(Entry(found, saved, buffer.capacity), room)
+        self._counts.read_bytes += part.nbytes
+        return self._ram.add(Entry(found, saved, buffer.capacity), room), tier
 
     async def _fill(
         self, part: Description, memory: memoryview, dropped: Callable[[], None]
-    ) -> Description | None:
+    ) -> tuple[Description, Tier] | None:
         """Reads a part from the disk if it is there, else from the object store.
 
-        Returns None where it was not read; raises _NoRoom. Then ``dropped`` is called when nothing
-        writes into ``memory`` any more.
+        Returns what was read, and from where. Returns None where it was not read; raises _NoRoom.
+        Then ``dropped`` is called when nothing writes into ``memory`` any more.
         """
         away = self._away
         if self._behind is not None and (away is None or await self._is_on_disk(part, dropped)):
@@ -211,9 +228,10 @@ class Restoring:
                 right = await self._behind.read(part, memory, dropped=dropped)
             except Hanging:
                 raise _NoRoom from None
-            return part if right else None
+            return (part, "disk") if right else None
         assert away is not None
-        return await away.read(part, memory, dropped)
+        found = await away.read(part, memory, dropped)
+        return None if found is None else (found, "remote")
 
     async def _is_on_disk(self, part: Description, dropped: Callable[[], None]) -> bool:
         assert self._behind is not None
@@ -238,12 +256,24 @@ class Restoring:
         try:
             await llama.load_blocks(blocks, seq, checkpoint=checkpoint, priority=priority)  # type: ignore[arg-type]
         except (StateMismatch, StateDamaged) as refusal:
-            self._counts["refused_loads"] += 1
+            self._counts.refused_loads += 1
             # Of a new context that is how the layout of the cache is found out.
             level = logging.DEBUG if was_unseen else logging.WARNING
+            if not was_unseen:
+                is_damaged = isinstance(refusal, StateDamaged)
+                self._counts.refused["damaged" if is_damaged else "foreign"] += 1
             log.log(level, "a prefix of %d tokens was refused: %s", prefix.end, refusal)
             return False
         return True
+
+
+def _hits(prefix: Prefix, tiers: Sequence[Tier]) -> Counter[Tier]:
+    """Returns how many tokens of a prefix came from each tier."""
+    hits: Counter[Tier] = Counter()
+    for part, tier in zip(prefix.parts, tiers, strict=True):
+        whole = not prefix.blocks  # the checkpoint stands for all tokens
+        hits[tier] += part.end if whole else part.end - part.begin
+    return hits
 
 
 def _search_in(

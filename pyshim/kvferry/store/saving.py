@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from ..llama import Llama
 from .away import Away
 from .behind import Behind
 from .buffers import Buffers
+from .counts import Counts
 from .description import Description, Kind
 from .identity import Kept
 from .keys import Link, Tokens
@@ -76,7 +76,7 @@ class Saving:
         away: Away | None,
         buffers: Buffers,
         block_tokens: int,
-        counts: Counter[str],
+        counts: Counts,
     ) -> None:
         self._ram = ram
         self._behind = behind
@@ -212,7 +212,7 @@ class Saving:
         part = dataclasses.replace(missing.part, nbytes=saved.nbytes)
         entry = Entry(part, saved, saved.capacity, expires=expires)
         if self._ram.add(entry, missing.room) is entry:
-            self._counts["saved_bytes"] += saved.nbytes
+            self._counts.saved_bytes += saved.nbytes
             if self._behind is not None:
                 self._behind.write(entry)
         return entry.id

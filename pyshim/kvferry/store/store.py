@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -22,11 +21,13 @@ from ..llama import Llama
 from .away import Away
 from .behind import Behind
 from .buffers import Buffers
+from .counts import Counts
 from .identity import Identities
 from .keys import Tokens, chain, checked_tokens
 from .names import Listed, Names
 from .objects import Objects
 from .ram import Ram
+from .readings import Readings, readings
 from .restoring import Restoring
 from .saving import Conversation, Saving
 from .sizes import size
@@ -103,10 +104,10 @@ class Store:
                 remote, block_tokens=self._block_tokens, most_pending=self._ram.limit // 4
             )
         self._salt = _checked_salt(salt)
-        self._counts: Counter[str] = Counter()
+        self._counts = Counts()
         self._identities = Identities(anyio.CapacityLimiter(1), self._behind, self._away)
         self._names = Names(self._ram)
-        buffers = Buffers(self._ram, self._behind)
+        buffers = Buffers(self._ram, self._behind, self._counts.refused)
         self._restoring = Restoring(
             self._ram,
             self._behind,
@@ -132,12 +133,12 @@ class Store:
         all of them is told, and ``restore`` may find that it does not fit.
         """
         self._check_open()
+        begin = time.monotonic()
         wanted, salt = self._part(tokens, leave), self._salt_or(salt)
         prefixes = await self._restoring.prefixes(llama, wanted, salt)
-        if not prefixes:
-            return Found(0, 0, "")
-        tier = await self._restoring.tier(prefixes[0])
-        return Found(prefixes[0].end, prefixes[0].nbytes, tier)
+        tier = await self._restoring.tier(prefixes[0]) if prefixes else ""
+        self._counts.find_seconds.observe(time.monotonic() - begin)
+        return Found(prefixes[0].end, prefixes[0].nbytes, tier) if prefixes else Found(0, 0, "")
 
     async def restore(
         self,
@@ -219,8 +220,9 @@ class Store:
         sequence is in flight).
         """
         self._check_open()
+        begin = time.monotonic()
         tokens = checked_tokens(tokens)
-        expires = None if ttl is None else time.monotonic() + ttl
+        expires = None if ttl is None else begin + ttl
         kept, why = await self._identities.to_keep(llama, self._salt_or(salt))
         if kept.allowed is BlocksAllowed.UNSEEN:
             raise error(lib.KVF_ERR_SEQUENCE_EMPTY, why)
@@ -231,7 +233,8 @@ class Store:
             return 0
         conversation = Conversation(llama, seq, tokens, kept, links)
         end, ids = await self._saving.save(conversation, expires, priority)
-        self._counts["kept_tokens"] += end
+        self._counts.kept_tokens += end
+        self._counts.keep_seconds.observe(time.monotonic() - begin)
         if name is not None:
             self._names.give(name, end, ids)
         return end
@@ -280,7 +283,7 @@ class Store:
             "disk_writes_failed": self._behind.failed if self._behind else 0,
             **(self._away.stats() if self._away else {}),
             **{
-                name: self._counts[name]
+                name: getattr(self._counts, name)
                 for name in (
                     "kept_tokens",
                     "saved_bytes",
@@ -291,6 +294,10 @@ class Store:
                 )
             },
         }
+
+    def readings(self) -> Readings:
+        """Returns the numbers that ``kvferry.metrics`` exports. Any thread may call this."""
+        return readings(self._counts, self._ram, self._behind, self._away)
 
     # ---- Closing --------------------------------------------------------------------------------
 
