@@ -39,6 +39,7 @@ from .engine import Engine
 from .errors import error
 from .llama import Llama
 from .store import Store
+from .store.readings import Readings
 from .store.sizes import size
 from .store.weights import weights_hash
 
@@ -156,6 +157,10 @@ class PromptCache(BaseLlamaCache):
 
     async def _stats(self) -> dict[str, int]:
         return self._store.stats()
+
+    def readings(self) -> Readings:
+        """As ``Store.readings``. Any thread may call this, also after ``close``."""
+        return self._store.readings()
 
     # ---- Closing --------------------------------------------------------------------------------
 
