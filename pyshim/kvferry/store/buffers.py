@@ -5,18 +5,15 @@ from __future__ import annotations
 from ..buffer import Buffer
 from ..llama import Llama
 from .behind import Behind
-from .counts import Refusals
 from .ram import Ram, Room, most_taken
 
 
 class Buffers:
     """Takes buffers for what is saved or read. For the thread of the event loop."""
 
-    def __init__(self, ram: Ram, behind: Behind | None, refused: Refusals) -> None:
-        """``refused`` counts what there was no room for."""
+    def __init__(self, ram: Ram, behind: Behind | None) -> None:
         self._ram = ram
         self._behind = behind
-        self._refused = refused
 
     async def take(self, llama: Llama, nbytes: int) -> tuple[Buffer, Room] | None:
         """Takes a buffer of the engine of ``llama``, and the room for it. None: there is no room.
@@ -26,7 +23,7 @@ class Buffers:
         """
         room = await self._reserve(most_taken(nbytes))
         if room is None:
-            self._refused["budget"] += 1
+            self._ram.refused["budget"] += 1
             return None
         try:
             buffer = await llama.allocate(nbytes)

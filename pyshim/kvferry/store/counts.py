@@ -76,8 +76,6 @@ class Counts:
     """From farther tiers into RAM, without headers."""
     refused_loads: int = 0
     """Loads that the library has refused, also where that tells the layout of a new context."""
-    refused: Refusals = field(default_factory=Counter)
-    """By RAM: what it had no room for, and loads of what it has."""
     find_seconds: Histogram = field(default_factory=Histogram)
     keep_seconds: Histogram = field(default_factory=Histogram)
     restore_seconds: dict[Tier | None, Histogram] = field(

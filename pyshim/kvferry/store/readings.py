@@ -64,7 +64,7 @@ def _of_ram(counts: Counts, ram: Ram) -> TierReadings:
         hit_tokens=counts.hit_tokens["ram"],
         read_bytes=counts.restored_bytes,
         written_bytes=counts.saved_bytes,
-        refused=_refused("ram", counts.refused),
+        refused=_refused("ram", ram.refused),
         usage_bytes=ram.used + ram.reserved,
         limit_bytes=ram.limit,
         evicted=ram.evicted,

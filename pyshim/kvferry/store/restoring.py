@@ -261,7 +261,7 @@ class Restoring:
             level = logging.DEBUG if was_unseen else logging.WARNING
             if not was_unseen:
                 is_damaged = isinstance(refusal, StateDamaged)
-                self._counts.refused["damaged" if is_damaged else "foreign"] += 1
+                self._ram.refused["damaged" if is_damaged else "foreign"] += 1
             log.log(level, "a prefix of %d tokens was refused: %s", prefix.end, refusal)
             return False
         return True

@@ -107,7 +107,7 @@ class Store:
         self._counts = Counts()
         self._identities = Identities(anyio.CapacityLimiter(1), self._behind, self._away)
         self._names = Names(self._ram)
-        buffers = Buffers(self._ram, self._behind, self._counts.refused)
+        buffers = Buffers(self._ram, self._behind)
         self._restoring = Restoring(
             self._ram,
             self._behind,
