@@ -301,9 +301,10 @@ class Disk:
             over = self._occupied() + need + GROWTH - self._limit
         if need and over > self._with_index(lambda index: index.allocated()):
             return False
+        noted = self._with_index(lambda index: index.pinned()) if over > 0 else set()
         while over > 0:
             victim = self._with_index(
-                lambda index: index.evictable(kind, key, parent, self._pinned)
+                lambda index: index.evictable(kind, key, parent, self._pinned, noted)
             )
             if victim is None:
                 return False
