@@ -127,7 +127,7 @@ def _add_bench(commands: _Commands) -> None:
 def _add_store(commands: _Commands) -> None:
     store = commands.add_parser(
         "store",
-        help="look into the folder of a store, verify it, evict from it",
+        help="look into the folder of a store, verify it, pin, evict",
         description="Looks into the folder of a kvferry.Store. Programs may use it meanwhile.",
     )
     actions = store.add_subparsers(required=True, metavar="ACTION", dest="action")
@@ -139,6 +139,13 @@ def _add_store(commands: _Commands) -> None:
         action = actions.add_parser(name, help=text)
         action.add_argument("folder", metavar="FOLDER", help="the folder of the store")
         action.add_argument("--json", action="store_true", help="print JSON instead of text")
+    for name, text in (
+        ("pin", "keep conversations from being evicted, by any process"),
+        ("unpin", "end this"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("folder", metavar="FOLDER", help="the folder of the store")
+        action.add_argument("names", metavar="NAME", nargs="+", help="as list prints it")
     evict = actions.add_parser("evict", help="remove conversations, except what others share")
     evict.add_argument("folder", metavar="FOLDER", help="the folder of the store")
     which = evict.add_mutually_exclusive_group(required=True)
@@ -250,6 +257,8 @@ def _store(options: argparse.Namespace) -> int:
 
     if options.action == "evict":
         done = store.store_evict(options.folder, options.names, options.all)
+    elif options.action in ("pin", "unpin"):
+        done = getattr(store, f"store_{options.action}")(options.folder, options.names)
     else:
         function = getattr(store, f"store_{options.action}")
         done = function(options.folder, options.json)

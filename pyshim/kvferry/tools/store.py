@@ -1,4 +1,4 @@
-"""``kvferry store``: looks into the folder of a store, verifies it, and evicts from it.
+"""``kvferry store``: looks into the folder of a store, verifies it, pins and evicts.
 
 The programs that use the folder may go on meanwhile.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ..store.description import Description
 from ..store.disk import Disk
+from ..store.pins import pin, unpin
 from .table import mib, table
 
 _NO_LIMIT = 1 << 62
@@ -30,7 +31,9 @@ class Conversation:
     """Of the end."""
     tokens: int
     parts: list[Description]
-    """From the end to the beginning. Conversations that begin alike share parts."""
+    """From the end to the beginning. Conversations that begin alike share parts. Of a pinned one
+    parts may be lost."""
+    pinned: bool
 
     @property
     def name(self) -> str:
@@ -43,20 +46,24 @@ class Conversation:
 
 
 def conversations(parts: Iterable[Description]) -> list[Conversation]:
-    """Returns what stands in a folder, the longest first."""
+    """Returns what stands in a folder, the longest first: what nothing builds on, or is pinned."""
     by_key: dict[bytes, list[Description]] = defaultdict(list)
+    pins: dict[bytes, Description] = {}
     for part in parts:
-        if part.kind != "layout":
+        if part.kind == "pin":
+            pins[part.key] = part
+        elif part.kind != "layout":
             by_key[part.key].append(part)
     built_on = {part.parent for several in by_key.values() for part in several}
     found = []
-    for key in by_key.keys() - built_on:
+    for key in (by_key.keys() - built_on) | pins.keys():
         chain: list[Description] = []
-        link: list[Description] | None = by_key[key]
+        link = by_key.get(key)
         while link:
             chain += link
             link = by_key.get(link[0].parent)
-        found.append(Conversation(key, chain[0].end, chain))
+        end = chain[0].end if chain else pins[key].end
+        found.append(Conversation(key, end, chain, key in pins))
     return sorted(found, key=lambda each: (-each.tokens, each.key))
 
 
@@ -64,13 +71,16 @@ def store_list(folder: str, as_json: bool) -> bool:
     """Prints each conversation: its name, tokens, parts and bytes."""
     with _opened(folder) as disk:
         found = conversations(disk.list())
-    rows = [(each.name, each.tokens, len(each.parts), each.nbytes) for each in found]
+    rows = [(each.name, each.tokens, len(each.parts), each.nbytes, each.pinned) for each in found]
     if as_json:
-        keys = ("name", "tokens", "parts", "bytes")
+        keys = ("name", "tokens", "parts", "bytes", "pinned")
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
     else:
-        lines = [[name, f"{tokens:,}", str(parts), mib(size)] for name, tokens, parts, size in rows]
-        print(table(["conversation", "tokens", "parts", "MiB"], lines))
+        lines = [
+            [name, f"{tokens:,}", str(parts), mib(size), "pinned" if pinned else ""]
+            for name, tokens, parts, size, pinned in rows
+        ]
+        print(table(["conversation", "tokens", "parts", "MiB", ""], lines, left=(0, 4)))
         print("Conversations that begin alike share parts: stats tells what the folder occupies.")
     return True
 
@@ -107,15 +117,41 @@ def store_verify(folder: str, as_json: bool) -> bool:
 
 
 def store_evict(folder: str, names: Sequence[str], everything: bool) -> bool:
-    """Removes conversations, except the parts that others share. Returns True if all were there."""
+    """Removes conversations and their pins, except the parts that others share.
+
+    Returns True if all were there.
+    """
     with _opened(folder) as disk:
         found = conversations(disk.list())
         chosen = [each for each in found if everything or each.name in names]
         stays = {part for each in found if each not in chosen for part in each.parts}
         goes = {part for each in chosen for part in each.parts} - stays
+        for each in chosen:
+            unpin(disk, each.key)
         # From the end: a command that is interrupted leaves no block without its parent.
         for part in sorted(goes, key=lambda part: part.end, reverse=True):
             disk.remove(part.kind, part.key)
+    return _all_there(names, chosen)
+
+
+def store_pin(folder: str, names: Sequence[str]) -> bool:
+    """Keeps conversations from being evicted, by any process. Returns True if all were there."""
+    with _opened(folder) as disk:
+        chosen = [each for each in conversations(disk.list()) if each.name in names]
+        chosen = [each for each in chosen if pin(disk, each.key)]
+    return _all_there(names, chosen)
+
+
+def store_unpin(folder: str, names: Sequence[str]) -> bool:
+    """Ends ``store_pin``. Returns True if all were there."""
+    with _opened(folder) as disk:
+        chosen = [each for each in conversations(disk.list()) if each.name in names]
+        for each in chosen:
+            unpin(disk, each.key)
+    return _all_there(names, chosen)
+
+
+def _all_there(names: Sequence[str], chosen: Sequence[Conversation]) -> bool:
     missing = [name for name in names if name not in {each.name for each in chosen}]
     for name in missing:
         print(f"no conversation {name}")
