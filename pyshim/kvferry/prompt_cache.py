@@ -109,7 +109,7 @@ class PromptCache(BaseLlamaCache):
         self._told_why_not = False
         self._speeds = RestoreSpeeds()
         self._counted = (0, 0.0)
-        variant = _variant(llm, variant)
+        variant = variant_of(llm, variant)
 
         @contextlib.asynccontextmanager
         async def opened() -> AsyncIterator[tuple[Store, Llama]]:
@@ -286,7 +286,8 @@ class PromptCache(BaseLlamaCache):
         return self._loop.call(function)
 
 
-def _variant(llm: Any, given: str) -> str:
+def variant_of(llm: Any, given: str) -> str:
+    """Returns the ``variant`` with which a PromptCache attaches a ``llama_cpp.Llama``."""
     told = [given, settings(llm)]
     if llm.lora_path:
         told += [weights_hash(llm.lora_path).hex(), str(llm.lora_scale)]

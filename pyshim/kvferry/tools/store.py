@@ -38,11 +38,16 @@ class Conversation:
     @property
     def name(self) -> str:
         """What ``evict`` takes."""
-        return self.key.hex()[:16]
+        return conversation_name(self.key)
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+
+def conversation_name(key: bytes) -> str:
+    """Returns what the commands call the conversation whose end has this key."""
+    return key.hex()[:16]
 
 
 def conversations(parts: Iterable[Description]) -> list[Conversation]:
@@ -140,6 +145,13 @@ def store_pin(folder: str, names: Sequence[str]) -> bool:
         chosen = [each for each in conversations(disk.list()) if each.name in names]
         chosen = [each for each in chosen if pin(disk, each.key)]
     return _all_there(names, chosen)
+
+
+def pin_keys(folder: str, keys: Iterable[bytes]) -> None:
+    """Pins the conversations whose ends have these keys."""
+    with _opened(folder) as disk:
+        for key in keys:
+            pin(disk, key)
 
 
 def store_unpin(folder: str, names: Sequence[str]) -> bool:
