@@ -2,5 +2,6 @@
 
 from .names import Listed
 from .store import Found, Store
+from .tracing import TraceSpan
 
-__all__ = ["Found", "Listed", "Store"]
+__all__ = ["Found", "Listed", "Store", "TraceSpan"]

@@ -23,6 +23,7 @@ from .objects import Objects, objects_of
 from .prefix import Prefix, Search
 from .ram import Entry
 from .remote import Calls, Remote
+from .tracing import part_told, traced
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -315,6 +316,7 @@ class Away:
             return []
         return [end for (end,) in _END.iter_unpack(content)]
 
+    @traced("read remote", part_told)
     async def read(
         self, part: Description, memory: memoryview, dropped: Callable[[], None]
     ) -> Description | None:

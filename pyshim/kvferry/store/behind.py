@@ -25,6 +25,7 @@ from .disk import Disk
 from .part_format import HEADER_BYTES
 from .ram import Entry, Id
 from .threads import DiskThreads, Hanging, Progress
+from .tracing import part_told, traced
 
 T = TypeVar("T")
 
@@ -175,6 +176,7 @@ class Behind:
         self._hangs = False
         return found
 
+    @traced("read disk", part_told)
     async def read(
         self, description: Description, memory: memoryview, dropped: Callable[[], None]
     ) -> bool:

@@ -29,6 +29,7 @@ from .keys import Tokens
 from .prefix import InBoth, InTurn, Lookup, Prefix, Search
 from .ram import Entry, Ram
 from .threads import Hanging
+from .tracing import part_told, traced
 
 if TYPE_CHECKING:
     from .._native import CData
@@ -68,6 +69,7 @@ class Restoring:
         self._block_tokens = block_tokens
         self._counts = counts
 
+    @traced("find")
     async def prefixes(
         self, llama: Llama, tokens: Tokens, salt: bytes, *, ram_alone: bool = False
     ) -> list[Prefix]:
@@ -150,6 +152,7 @@ class Restoring:
             with contextlib.ExitStack() as held, contextlib.suppress(_NotRead, _NoRoom):
                 await self.bring(llama, tokens, prefix, held)
 
+    @traced("bring", lambda _self, _llama, _tokens, prefix, _held: {"tokens": prefix.end})
     async def bring(
         self, llama: Llama, tokens: Tokens, prefix: Prefix, held: contextlib.ExitStack
     ) -> tuple[list[Entry], list[Tier]]:
@@ -197,6 +200,7 @@ class Restoring:
             raise each
         return [entries[index] for index in range(len(prefix.parts))], tiers
 
+    @traced("part", part_told, apart=True)
     async def _read(
         self, llama: Llama, tokens: Tokens, part: Description, *, whole: bool
     ) -> tuple[Entry, Tier]:
@@ -241,6 +245,10 @@ class Restoring:
             dropped()
             raise
 
+    @traced(
+        "load",
+        lambda _self, _llama, _seq, prefix, *_: {"tokens": prefix.end, "bytes": prefix.nbytes},
+    )
     async def _load(
         self,
         llama: Llama,

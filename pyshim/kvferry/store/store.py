@@ -31,6 +31,7 @@ from .readings import Readings, readings
 from .restoring import Restoring
 from .saving import Conversation, Saving
 from .sizes import size
+from .tracing import Recorder, TraceSpan, recorded
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -77,6 +78,8 @@ class Store:
         Names the owner of what is kept. It is hashed into every key, so that nothing is found that
         was kept with another salt. Methods have an argument of this name for stores that serve
         several owners.
+    trace
+        Records what the calls do, for ``trace()``.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Store:
         remote: str | ObjectStore | Objects | None = None,
         block_tokens: int = 256,
         salt: bytes = b"",
+        trace: bool = False,
     ) -> None:
         """Raises TypeError, InvalidArgument; ImportError where ``remote`` needs obstore."""
         self._ram = Ram(size("ram", ram))
@@ -105,6 +109,7 @@ class Store:
             )
         self._salt = _checked_salt(salt)
         self._counts = Counts()
+        self.recorder = Recorder() if trace else None
         self._identities = Identities(anyio.CapacityLimiter(1), self._behind, self._away)
         self._names = Names(self._ram)
         buffers = Buffers(self._ram, self._behind)
@@ -124,6 +129,7 @@ class Store:
 
     # ---- Finding and restoring ------------------------------------------------------------------
 
+    @recorded("find")
     async def find(
         self, llama: Llama, tokens: ArrayLike, *, leave: int = 1, salt: bytes | None = None
     ) -> Found:
@@ -140,6 +146,7 @@ class Store:
         self._counts.find_seconds.observe(time.monotonic() - begin)
         return Found(prefixes[0].end, prefixes[0].nbytes, tier) if prefixes else Found(0, 0, "")
 
+    @recorded("restore")
     async def restore(
         self,
         llama: Llama,
@@ -177,6 +184,7 @@ class Store:
         self._check_open()
         self._tasks.start_soon(self._prefetch, llama, checked_tokens(tokens), self._salt_or(salt))
 
+    @recorded("prefetch")
     async def _prefetch(self, llama: Llama, tokens: Tokens, salt: bytes) -> None:
         try:
             await self._restoring.prefetch(llama, tokens, salt)
@@ -187,6 +195,7 @@ class Store:
 
     # ---- Keeping --------------------------------------------------------------------------------
 
+    @recorded("keep")
     async def keep(
         self,
         llama: Llama,
@@ -266,6 +275,14 @@ class Store:
         """
         self._names.drop_all()
         return self._ram.remove_all(self._ram)
+
+    def trace(self) -> list[TraceSpan]:
+        """Takes the recorded spans of calls, in the order of their ends; ``kvferry.write_trace``
+        makes a file of them. The store keeps the latest 65,536.
+
+        Needs ``Store(trace=True)``; else there are none.
+        """
+        return self.recorder.take() if self.recorder is not None else []
 
     def list(self) -> list[Listed]:
         """Returns the conversations that have a name."""
