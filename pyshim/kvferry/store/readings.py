@@ -81,8 +81,8 @@ def _of_disk(counts: Counts, behind: Behind) -> TierReadings:
         usage_bytes=disk.latest_occupied if disk else None,
         limit_bytes=behind.limit,
         evicted=disk.evicted if disk else 0,
-        pending_writes=behind.pending,
-        failed_writes=behind.failed,
+        pending_writes=behind.writes.pending,
+        failed_writes=behind.writes.failed,
     )
 
 
@@ -93,8 +93,8 @@ def _of_remote(counts: Counts, away: Away) -> TierReadings:
         read_bytes=remote.read_bytes,
         written_bytes=remote.written_bytes,
         refused=_refused("remote", remote.refused),
-        pending_writes=away.pending,
-        failed_writes=away.failed,
+        pending_writes=away.writes.pending,
+        failed_writes=away.stats()["remote_writes_failed"],
         breaker_open=remote.left_alone,
         breaker_openings=remote.opened,
     )

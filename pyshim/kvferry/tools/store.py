@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from ..store.description import Description
 from ..store.disk import Disk
+from ..store.layout_notes import allowed_of
+from ..store.loadable import loadable
 from ..store.pins import pin, unpin
 from .table import mib, table
 
@@ -51,7 +53,7 @@ def conversation_name(key: bytes) -> str:
 
 
 def conversations(parts: Iterable[Description]) -> list[Conversation]:
-    """Returns what stands in a folder, the longest first: what nothing builds on, or is pinned."""
+    """Returns what nothing in ``parts`` builds on, or what is pinned, the longest first."""
     by_key: dict[bytes, list[Description]] = defaultdict(list)
     pins: dict[bytes, Description] = {}
     for part in parts:
@@ -75,7 +77,8 @@ def conversations(parts: Iterable[Description]) -> list[Conversation]:
 def store_list(folder: str, as_json: bool) -> bool:
     """Prints each conversation: its name, tokens, parts and bytes."""
     with _opened(folder) as disk:
-        found = conversations(disk.list())
+        parts, lost = _parts(disk)
+        found = conversations(parts)
     rows = [(each.name, each.tokens, len(each.parts), each.nbytes, each.pinned) for each in found]
     if as_json:
         keys = ("name", "tokens", "parts", "bytes", "pinned")
@@ -87,6 +90,9 @@ def store_list(folder: str, as_json: bool) -> bool:
         ]
         print(table(["conversation", "tokens", "parts", "MiB", ""], lines, left=(0, 4)))
         print("Conversations that begin alike share parts: stats tells what the folder occupies.")
+        if lost:
+            size = mib(sum(part.nbytes for part in lost))
+            print(f"{len(lost)} parts ({size} MiB) need one that is lost: no restore finds them.")
     return True
 
 
@@ -127,12 +133,15 @@ def store_evict(folder: str, names: Sequence[str], everything: bool) -> bool:
     Returns True if all were there.
     """
     with _opened(folder) as disk:
-        found = conversations(disk.list())
+        parts, lost = _parts(disk)
+        found = conversations(parts)
         chosen = [each for each in found if everything or each.name in names]
         stays = {part for each in found if each not in chosen for part in each.parts}
         goes = {part for each in chosen for part in each.parts} - stays
         for each in chosen:
             unpin(disk, each.key)
+        if everything:
+            goes.update(lost)
         # From the end: a command that is interrupted leaves no block without its parent.
         for part in sorted(goes, key=lambda part: part.end, reverse=True):
             disk.remove(part.kind, part.key)
@@ -142,7 +151,7 @@ def store_evict(folder: str, names: Sequence[str], everything: bool) -> bool:
 def store_pin(folder: str, names: Sequence[str]) -> bool:
     """Keeps conversations from being evicted, by any process. Returns True if all were there."""
     with _opened(folder) as disk:
-        chosen = [each for each in conversations(disk.list()) if each.name in names]
+        chosen = [each for each in conversations(_parts(disk)[0]) if each.name in names]
         chosen = [each for each in chosen if pin(disk, each.key)]
     return _all_there(names, chosen)
 
@@ -157,7 +166,7 @@ def pin_keys(folder: str, keys: Iterable[bytes]) -> None:
 def store_unpin(folder: str, names: Sequence[str]) -> bool:
     """Ends ``store_pin``. Returns True if all were there."""
     with _opened(folder) as disk:
-        chosen = [each for each in conversations(disk.list()) if each.name in names]
+        chosen = [each for each in conversations(_parts(disk)[0]) if each.name in names]
         for each in chosen:
             unpin(disk, each.key)
     return _all_there(names, chosen)
@@ -168,6 +177,14 @@ def _all_there(names: Sequence[str], chosen: Sequence[Conversation]) -> bool:
     for name in missing:
         print(f"no conversation {name}")
     return not missing
+
+
+def _parts(disk: Disk) -> tuple[list[Description], set[Description]]:
+    """Returns what a restore can find, and blocks and checkpoints that none can."""
+    parts = list(disk.list())
+    there = loadable(parts, allowed_of(disk, parts))
+    lost = {each for each in parts if each.kind in ("block", "checkpoint")} - there
+    return [each for each in parts if each not in lost], lost
 
 
 @contextlib.contextmanager
