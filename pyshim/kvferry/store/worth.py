@@ -133,7 +133,7 @@ class Worth:
         blocks = 0
         for count, nbytes in prefix.beginnings():
             end = prefix.blocks[count - 1].end
-            if end > held and (shorter := lines.estimate(end, nbytes, held)).gain > best.gain:
+            if (shorter := lines.estimate(end, nbytes, held)).gain > best.gain:
                 best, blocks = shorter, count
         if whole.gain >= max(0.0, best.gain):
             return Choice(whole, whole, prefix)

@@ -68,6 +68,19 @@ def test_one_slow_transfer_among_equal_ones_changes_nothing(speed: TransferSpeed
     assert at(speed, MIB) == pytest.approx(1.0)
 
 
+def test_sizes_that_are_much_alike_tell_no_latency(speed: TransferSpeed) -> None:
+    for size, seconds in ((100, 1.3), (101, 1.2), (102, 1.1), (103, 1.0)):
+        speed.note(size, seconds)
+    assert at(speed, 1000) == pytest.approx(11.5, rel=0.1)
+
+
+def test_one_fast_transfer_changes_little(speed: TransferSpeed) -> None:
+    for size in (1, 2, 4, 8, 16, 32):
+        speed.note(size * MIB, 0.5 + 0.01 * size)
+    speed.note(3 * MIB, 0.0)
+    assert at(speed, MIB) == pytest.approx(0.51, rel=0.1)
+
+
 def test_a_speed_that_has_changed_is_seen_after_four(speed: TransferSpeed) -> None:
     seen(speed, *[1.0] * 7)
     seen(speed, *[5.0] * 3)

@@ -263,6 +263,11 @@ async def test_kept_for_another_variant(make_context: MakeContext) -> None:
         llama = engine.attach(context.address)
         told = await store.explain(llama, prompt, leave=0)
         assert only_reason(told) == "200 tokens are kept for another model or variant"
+        assert told.known == 0
+        # Where no more is kept than is known, that is no reason.
+        await store.keep(llama, 0, prompt)
+        more = [*prompt, 1, 2, 3]
+        assert (await store.explain(llama, more, leave=0)).not_found == ()
         # Another owner is told nothing.
         assert (await store.explain(llama, prompt, leave=0, salt=b"b")).not_found == ()
 

@@ -101,6 +101,28 @@ async def test_a_nearer_checkpoint_is_restored_where_the_last_one_is_too_far(
             assert await store.restore(llama, 1, prompt + turn, leave=0) == TOKENS
 
 
+async def test_a_slow_disk_that_is_fast_now_is_found_out(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    context, prompt = prompted(make_context, "llama")
+    later = 0.0
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with store_in(tmp_path) as store:
+            await store.keep(llama, 0, prompt)
+        async with store_in(tmp_path) as store:
+            evaluates(store, llama)
+            clock = store._worth.clock
+            store._worth.tier("disk")._clock = lambda: clock() + later
+            slow(store, "disk", 1e9)
+            assert await store.restore(llama, 1, prompt) == 0
+            later = 1e12
+            assert await store.restore(llama, 1, prompt) == 3 * BLOCK
+            store.clear()
+            told = await store.explain(llama, prompt)
+            assert (told.restored, told.why) == (3 * BLOCK, "the speed of disk is not known yet")
+
+
 async def test_the_store_measures_what_it_reads_and_loads(
     make_context: MakeContext, tmp_path: Path
 ) -> None:
