@@ -120,7 +120,7 @@ _TOTALS: tuple[tuple[str, str, Callable[[Counts], float]], ...] = (
     (
         "missed_tokens",
         "Tokens for which restores have looked and that were not restored.",
-        lambda c: c.requested_tokens - c.restored_tokens,
+        lambda c: c.requested_tokens - sum(c.hit_tokens.values()),
     ),
     ("kept_tokens", "Tokens that were kept when keeps returned.", lambda c: c.kept_tokens),
 )

@@ -15,7 +15,7 @@ Tier = Literal["ram", "disk", "remote"]
 TIERS: tuple[Tier, ...] = ("ram", "disk", "remote")
 """From the nearest to the farthest."""
 
-Reason = Literal["budget", "breaker_open", "damaged", "newer", "foreign", "failed", "hangs"]
+Reason = Literal["budget", "breaker_open", "damaged", "newer", "foreign", "slow", "failed", "hangs"]
 """Why a tier did not do what it was asked for.
 
 budget
@@ -28,6 +28,8 @@ newer
     A newer version of kvferry wrote it.
 foreign
     It is of another context or of another part than its name says.
+slow
+    Bringing it takes longer than evaluating its tokens.
 failed
     A system call or a request failed.
 hangs
@@ -63,9 +65,11 @@ class Counts:
     """What the calls of a store have done. For the thread of the event loop."""
 
     requested_tokens: int = 0
-    """Tokens for which ``restore`` has looked."""
+    """Tokens for which ``restore`` has looked, without those that the sequence held."""
     hit_tokens: Counter[Tier] = field(default_factory=Counter)
-    """Tokens that ``restore`` has loaded, by the tier from which it took them."""
+    """Those of them that it has loaded, by the tier from which it took them."""
+    restored_tokens: int = 0
+    """All that it has loaded, also those that the sequence held."""
     kept_tokens: int = 0
     """Tokens that were kept when ``keep`` returned."""
     saved_bytes: int = 0
@@ -74,6 +78,9 @@ class Counts:
     """From RAM into contexts."""
     read_bytes: int = 0
     """From farther tiers into RAM, without headers."""
+    slow: Counter[Tier] = field(default_factory=Counter)
+    """Prefixes that were not brought, or not all of them, by their farthest tier: evaluating the
+    tokens is faster."""
     refused_loads: int = 0
     """Loads that the library has refused, also where that tells the layout of a new context."""
     find_seconds: Histogram = field(default_factory=Histogram)
@@ -82,10 +89,6 @@ class Counts:
         default_factory=lambda: {tier: Histogram() for tier in (*TIERS, None)}
     )
     """By the farthest tier from which something was taken; None: nothing was restored."""
-
-    @property
-    def restored_tokens(self) -> int:
-        return sum(self.hit_tokens.values())
 
     def restored(self, requested: int, hits: Counter[Tier], seconds: float) -> None:
         """Counts a ``restore``. ``hits`` are tokens by tier."""

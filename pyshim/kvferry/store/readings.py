@@ -11,9 +11,9 @@ from .counts import Counts, Reason, Refusals, Tier
 from .ram import Ram
 
 _REASONS: dict[Tier, tuple[Reason, ...]] = {
-    "ram": ("budget", "damaged", "foreign"),
-    "disk": ("budget", "damaged", "newer", "foreign", "failed", "hangs"),
-    "remote": ("budget", "breaker_open", "damaged", "newer", "failed"),
+    "ram": ("budget", "damaged", "foreign", "slow"),
+    "disk": ("budget", "damaged", "newer", "foreign", "slow", "failed", "hangs"),
+    "remote": ("budget", "breaker_open", "damaged", "newer", "slow", "failed"),
 }
 """Why each tier may refuse something."""
 
@@ -64,7 +64,7 @@ def _of_ram(counts: Counts, ram: Ram) -> TierReadings:
         hit_tokens=counts.hit_tokens["ram"],
         read_bytes=counts.restored_bytes,
         written_bytes=counts.saved_bytes,
-        refused=_refused("ram", ram.refused),
+        refused=_refused("ram", counts, ram.refused),
         usage_bytes=ram.used + ram.reserved,
         limit_bytes=ram.limit,
         evicted=ram.evicted,
@@ -77,7 +77,7 @@ def _of_disk(counts: Counts, behind: Behind) -> TierReadings:
         hit_tokens=counts.hit_tokens["disk"],
         read_bytes=behind.read_bytes,
         written_bytes=disk.written_bytes if disk else 0,
-        refused=_refused("disk", behind.refused, disk.refused if disk else Refusals()),
+        refused=_refused("disk", counts, behind.refused, disk.refused if disk else Refusals()),
         usage_bytes=disk.latest_occupied if disk else None,
         limit_bytes=behind.limit,
         evicted=disk.evicted if disk else 0,
@@ -92,7 +92,7 @@ def _of_remote(counts: Counts, away: Away) -> TierReadings:
         hit_tokens=counts.hit_tokens["remote"],
         read_bytes=remote.read_bytes,
         written_bytes=remote.written_bytes,
-        refused=_refused("remote", remote.refused),
+        refused=_refused("remote", counts, remote.refused),
         pending_writes=away.writes.pending,
         failed_writes=away.stats()["remote_writes_failed"],
         breaker_open=remote.left_alone,
@@ -100,5 +100,6 @@ def _of_remote(counts: Counts, away: Away) -> TierReadings:
     )
 
 
-def _refused(tier: Tier, *counted: Refusals) -> dict[Reason, int]:
-    return {reason: sum(each[reason] for each in counted) for reason in _REASONS[tier]}
+def _refused(tier: Tier, counts: Counts, *counted: Refusals) -> dict[Reason, int]:
+    refused = {reason: sum(each[reason] for each in counted) for reason in _REASONS[tier]}
+    return {**refused, "slow": counts.slow[tier]}

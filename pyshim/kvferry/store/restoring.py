@@ -125,14 +125,16 @@ class Restoring:
         and nothing that is not worth it. ``searched`` is the search to begin with.
         """
         begin = time.monotonic()
-        hits = await self._restore_longest(asked, seq, held, priority, searched)
-        self._tiers.counts.restored(len(asked.tokens), hits, time.monotonic() - begin)
-        return sum(hits.values())
+        loaded = await self._restore_longest(asked, seq, held, priority, searched)
+        hits = Counter[Tier]() if loaded is None else _hits(loaded, held)
+        wanted = max(0, len(asked.tokens) - held)
+        self._tiers.counts.restored(wanted, hits, time.monotonic() - begin)
+        return 0 if loaded is None else loaded.end
 
     async def _restore_longest(
         self, asked: Asked, seq: int, held: int, priority: Priority, searched: Searched | None
-    ) -> Counter[Tier]:
-        """Returns how many tokens were loaded from each tier."""
+    ) -> Prefix | None:
+        """Returns what was loaded."""
         farthest: Tier = "remote"
         for _ in range(_SEARCHES):
             if searched is None:
@@ -142,8 +144,8 @@ class Restoring:
                 if prefix.end <= held:
                     continue
                 try:
-                    if hits := await self._restore(asked, seq, prefix, held, priority):
-                        return hits
+                    if loaded := await self._restore(asked, seq, prefix, held, priority):
+                        return loaded
                 except _NotRead:
                     again.append(farthest)
                 except _NoRoom:
@@ -155,17 +157,18 @@ class Restoring:
             if not again:
                 break
             farthest, searched = min(again, key=TIERS.index), None
-        return Counter()
+        return None
 
     async def _restore(
         self, asked: Asked, seq: int, prefix: Prefix, held: int, priority: Priority
-    ) -> Counter[Tier]:
-        """Returns how many tokens of a prefix were loaded, by the tier that had them; none: the
-        library has refused it.
+    ) -> Prefix | None:
+        """Returns what of a prefix was loaded; None: the library has refused it.
 
         Raises _NotWorth, and as ``bring``.
         """
         choice = self._worth.choose(asked.llama, prefix, held)
+        if choice.prefix != prefix:
+            self._tiers.counts.slow[prefix.farthest] += 1
         if (chosen := choice.prefix) is None:
             raise _NotWorth
         for speed in choice.trials:
@@ -173,10 +176,11 @@ class Restoring:
         with contextlib.ExitStack() as held_in_ram:
             entries = await self.bring(asked, chosen, held_in_ram)
             if not await self._load(asked.llama, seq, chosen, entries, priority):
-                return Counter()
+                return None
             self._tiers.ram.use(entries)
+        self._tiers.counts.restored_tokens += chosen.end
         self._tiers.counts.restored_bytes += chosen.nbytes
-        return _hits(chosen)
+        return chosen
 
     async def prefetch(self, asked: Asked) -> None:
         """Brings the longest prefix of each cache to RAM."""
@@ -305,12 +309,12 @@ class Restoring:
         return True
 
 
-def _hits(prefix: Prefix) -> Counter[Tier]:
-    """Returns how many tokens of a prefix are in each tier."""
+def _hits(prefix: Prefix, held: int) -> Counter[Tier]:
+    """Returns how many tokens of a prefix, from ``held`` on, each tier has."""
     hits: Counter[Tier] = Counter()
     for part, tier in zip(prefix.parts, prefix.tiers, strict=True):
-        whole = not prefix.blocks  # the checkpoint stands for all tokens
-        hits[tier] += part.end if whole else part.end - part.begin
+        begin = part.begin if prefix.blocks else 0  # a checkpoint alone stands for all tokens
+        hits[tier] += max(0, part.end - max(begin, held))
     return hits
 
 

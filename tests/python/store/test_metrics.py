@@ -251,6 +251,39 @@ async def test_a_load_of_another_context(
         assert refusals(scraped(store)) == {"foreign ram": 1}
 
 
+async def test_a_disk_that_is_slower_than_the_model(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with store_in(tmp_path) as store:
+            await store.keep(llama, 0, prompt)
+        async with store_in(tmp_path) as store:
+            assert await store.restore(llama, 1, prompt[: BLOCK + 1]) == BLOCK
+            for _ in range(7):
+                store._worth.tier("disk").note(1 << 20, 1000.0)
+            for _ in range(3):
+                store.note_prefill(llama, 1000, 1.0)
+            assert await store.restore(llama, 1, prompt, leave=0) == BLOCK
+            values = scraped(store)
+            assert refusals(values) == {"slow disk": 1}
+            assert hits(values) == [BLOCK + TOKENS, BLOCK, BLOCK, 0, TOKENS - BLOCK]
+
+
+async def test_what_the_sequence_holds_is_neither_hit_nor_miss(make_context: MakeContext) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine, Store(ram="64 MiB", block_tokens=BLOCK) as store:
+        llama = engine.attach(context.address)
+        await store.keep(llama, 0, prompt)
+        assert await store.restore(llama, 1, prompt, leave=0, held=BLOCK + 6) == TOKENS
+        assert hits(scraped(store)) == [TOKENS - BLOCK - 6, TOKENS - BLOCK - 6, 0, 0, 0]
+        assert await store.restore(llama, 1, [*prompt, 5, 6], leave=0, held=TOKENS) == TOKENS
+        asked = TOKENS - BLOCK - 6
+        assert hits(scraped(store)) == [asked + 2, asked, 0, 0, 2]
+        assert store.stats()["restored_tokens"] == TOKENS
+
+
 async def test_no_room_in_ram(make_context: MakeContext) -> None:
     context, prompt = prompted(make_context, "llama")
     async with kvferry.Engine(DEVICES) as engine:
@@ -460,6 +493,7 @@ async def test_all_series_are_there_from_the_start(everything: StoreCollector) -
         "damaged",
         "newer",
         "foreign",
+        "slow",
         "failed",
         "hangs",
     }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import kvferry
 import pytest
+from kvferry.metrics import StoreCollector
+from prometheus_client import CollectorRegistry
 from support.llama_reference import LIBRARY_FOLDER, bindings_fit
 from support.programs import run_kvferry
 from support.text_model import write_text_model
@@ -54,7 +56,12 @@ def test_a_prompt_cache_finds_the_prompts(tmp_path: Path, path: Path) -> None:
         llm.create_completion(TEXTS[1], max_tokens=1)
         restored = cache.stats()["restored_tokens"]
         assert llm.n_tokens == counts[1]
+        collector = StoreCollector(cache, "chat")
     llm.close()
+    registry = CollectorRegistry()
+    registry.register(collector)  # also of a cache that was closed
+    labels = {"store": "chat", "tier": "disk"}
+    assert registry.get_sample_value("kvferry_store_hit_tokens_total", labels) == restored
     # The last token is evaluated, for its logits.
     assert restored >= (counts[1] - 1) // BLOCK * BLOCK > 0
 
