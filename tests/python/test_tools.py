@@ -124,6 +124,7 @@ def test_the_reference_has_every_public_name() -> None:
         "store.Explanation",
         "store.Listed",
         "store.Share",
+        "store.mooncake.MooncakeObjects",
         "store.objects.Objects",
     }
 
