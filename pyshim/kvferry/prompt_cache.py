@@ -36,6 +36,7 @@ from .engine import Engine
 from .errors import error
 from .llama import Llama
 from .store import Store
+from .store.readings import Readings
 from .store.sizes import size
 from .store.weights import weights_hash
 
@@ -103,7 +104,7 @@ class PromptCache(BaseLlamaCache):
         self._closed = False
         self._lock = threading.Lock()  # of close
         self._told_why_not = False
-        variant = _variant(llm, variant)
+        variant = variant_of(llm, variant)
 
         @contextlib.asynccontextmanager
         async def opened() -> AsyncIterator[tuple[Store, Llama]]:
@@ -151,6 +152,10 @@ class PromptCache(BaseLlamaCache):
 
     async def _stats(self) -> dict[str, int]:
         return self._store.stats()
+
+    def readings(self) -> Readings:
+        """As ``Store.readings``. Any thread may call this, also after ``close``."""
+        return self._store.readings()
 
     # ---- Closing --------------------------------------------------------------------------------
 
@@ -266,7 +271,8 @@ class PromptCache(BaseLlamaCache):
         return self._loop.call(function)
 
 
-def _variant(llm: Any, given: str) -> str:
+def variant_of(llm: Any, given: str) -> str:
+    """Returns the ``variant`` with which a PromptCache attaches a ``llama_cpp.Llama``."""
     told = [given, settings(llm)]
     if llm.lora_path:
         told += [weights_hash(llm.lora_path).hex(), str(llm.lora_scale)]
