@@ -16,6 +16,7 @@ from kvferry import Store
 from kvferry.store.objects import Refused, Unavailable
 from new_process import assert_a_new_process_goes_on
 from support.devices import DEVICES
+from support.event_loops import EVENT_LOOPS
 from support.faulty_objects import FaultyObjects
 from support.like_contexts import MakeContext
 from support.llama_reference import Context
@@ -199,22 +200,21 @@ async def test_a_server_that_hangs_slows_nobody_down(
             await store.keep(llama, 0, prompt)
         async with remote_store() as store:
             network.hangs = True
-            begin = time.monotonic()
-            for _ in range(4):
+            for _ in range(3):  # three searches, until the server is left alone
                 assert await store.restore(llama, 1, prompt) == 0
-            assert time.monotonic() - begin < 5  # three searches, until the server is left alone
-            begin = time.monotonic()
+            connections = network.connections
             for _ in range(20):
                 assert await store.restore(llama, 1, prompt) == 0
                 assert await store.keep(llama, 0, prompt) == TOKENS
                 assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
                 store.clear()
             await store.flush()
-            assert time.monotonic() - begin < 2
+            assert network.connections == connections
             assert store.stats()["ram_reserved"] == 0
             network.hangs = False
 
 
+@pytest.mark.parametrize("anyio_backend", EVENT_LOOPS.values(), ids=EVENT_LOOPS.keys())
 async def test_a_server_that_stops_while_parts_are_read(
     make_context: MakeContext, network: Proxy
 ) -> None:
@@ -241,7 +241,6 @@ async def test_a_failed_body_ends_the_writes(make_context: MakeContext, network:
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         network.hangs = True
-        begin = time.monotonic()
         store = remote_store()
 
         async def failing() -> None:
@@ -251,7 +250,7 @@ async def test_a_failed_body_ends_the_writes(make_context: MakeContext, network:
 
         with pytest.raises(RuntimeError, match="body"):
             await failing()
-        assert time.monotonic() - begin < 1
+        assert store.stats()["remote_writes_failed"] == 0  # nothing waited for a timeout
         assert store.stats()["ram_used"] == 0
         assert store.stats()["remote_writes_pending"] == 0
 
