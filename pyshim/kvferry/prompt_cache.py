@@ -24,6 +24,7 @@ from ._bridge.llama_cpp_cache import (
     KeptState,
     SaveState,
     completing,
+    evaluate,
     evaluated_in_batches,
     has_seen_images,
     held_tokens,
@@ -33,6 +34,7 @@ from ._bridge.llama_cpp_cache import (
 )
 from ._bridge.llama_cpp_object import SEQUENCE, LlamaCppObject
 from ._bridge.loop_thread import LoopThread
+from ._bridge.recent_tokens import RecentTokens, Tokens
 from ._bridge.restore_speeds import RestoreSpeeds
 from ._native import lib
 from .engine import Engine
@@ -65,8 +67,9 @@ class PromptCache(BaseLlamaCache):
     ram, disk, disk_limit, salt
         As for ``Store``.
     block_tokens
-        As for ``Store``. A prefix is known up to a multiple of this number; where the cache needs
-        checkpoints, up to the end of a completion.
+        As for ``Store``. A prefix is known up to a multiple of this number. Where the cache needs
+        checkpoints, it is known up to the end of a completion, and from the third prompt on up to
+        where prompts that begin alike differ.
     variant
         Names what the states depend on and the object does not tell, such as adapters that were
         added by llama.cpp's own calls. The object's ``lora_path``, ``lora_scale``, RoPE settings
@@ -107,6 +110,7 @@ class PromptCache(BaseLlamaCache):
         self._lock = threading.Lock()  # of close
         self._told_why_not = False
         self._speeds = RestoreSpeeds()
+        self._recent = RecentTokens()
         self._counted = (0, 0.0)
         variant = _variant(llm, variant)
 
@@ -195,7 +199,8 @@ class PromptCache(BaseLlamaCache):
         return self._on_loop(find)
 
     def _restore(self, tokens: Sequence[int], frame: FrameType) -> int:
-        """Returns how many tokens were brought; 0 if the object goes on with what it holds."""
+        """Returns how many tokens the object holds now of those; 0 if it goes on with what it
+        holds."""
         self._check_caller(frame)
         llm = self._llm
         if has_seen_images(llm):
@@ -208,8 +213,12 @@ class PromptCache(BaseLlamaCache):
         allowed = self._allowed()
         here, is_wrong = reusable_prefix(llm, tokens, allowed.checkpoints)
 
+        known = here
+
         async def restore() -> int:
+            nonlocal known
             found = await self._store.find(self._llama, tokens)
+            known = max(here, found.tokens)
             gain = found.tokens - here
             if gain <= 0 or not self._speeds.is_worth(found.tier, found.nbytes, gain):
                 return 0
@@ -227,7 +236,22 @@ class PromptCache(BaseLlamaCache):
             if is_wrong and not count:
                 llm.reset()
             self._counted = evaluated_in_batches(llm)
+        if allowed.checkpoints:
+            count = self._evaluate_shared(tokens, max(count, here), known) or count
         return count
+
+    def _evaluate_shared(self, tokens: Sequence[int], begin: int, known: int) -> int:
+        """Evaluates what the prompt shares with an earlier one, from ``begin`` on, and keeps it: a
+        checkpoint can be taken only where the evaluation stands, and the earlier prompt went past.
+
+        Returns how many tokens the object holds then; 0 if it shares no more than is known.
+        """
+        shared = self._whole_blocks(min(self._recent.shared(tokens), len(tokens) - 1))
+        if shared <= known:
+            return 0
+        evaluate(self._llm, tokens[:shared], begin)
+        self._or_log("a checkpoint was not kept", None, self._save, held_tokens(self._llm))
+        return shared
 
     def _keep(self, frame: FrameType) -> None:
         self._check_caller(frame)
@@ -238,15 +262,24 @@ class PromptCache(BaseLlamaCache):
         allowed = self._allowed()
         if not allowed.checkpoints:
             # The rest would be kept once more with the tokens that follow it.
-            tokens = tokens[: len(tokens) // self._block_tokens * self._block_tokens]
+            tokens = tokens[: self._whole_blocks(len(tokens))]
         if not len(tokens) or allowed is BlocksAllowed.NONE or has_seen_images(self._llm):
             return
+        self._save(tokens)
+        if allowed.checkpoints:
+            self._recent.add(tokens)
+
+    def _save(self, tokens: Tokens) -> None:
+        """Keeps what the object holds: of caches that need checkpoints, all of it."""
 
         async def keep() -> None:
             # Urgent: the object waits.
             await self._store.keep(self._llama, SEQUENCE, tokens, priority="urgent")
 
         self._on_loop(keep)
+
+    def _whole_blocks(self, count: int) -> int:
+        return count // self._block_tokens * self._block_tokens
 
     def _allowed(self) -> BlocksAllowed:
         self._check_open()

@@ -205,6 +205,103 @@ def test_a_conversation_goes_on_where_its_last_answer_ended(
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_the_second_prompt_that_begins_alike_takes_a_checkpoint(
+    kind: str, make_llm: Callable[..., Llm]
+) -> None:
+    """The first one does not know where others will differ; the third one begins there."""
+    llm, like = make_llm(kind), make_llm(kind)
+    cached(llm)
+    shared = whole_blocks(len(tokens_of(llm, RULES)))
+    prompts = [
+        tokens_of(llm, RULES + text) for text in ("Who is first?", "And last?", "Who is that?")
+    ]
+    expected = []
+    for prompt in prompts:
+        expected.append(complete(like, prompt))
+        complete(like, "Something else.")
+    evaluated = []
+    for prompt, text in zip(prompts, expected, strict=True):
+        assert complete(llm, prompt) == text
+        evaluated.append([count for count in llm.evaluated if count > 1])
+        llm.reset()  # as if somebody else had used the object meanwhile
+    first, second, third = (len(prompt) for prompt in prompts)
+    assert evaluated == [[first], [shared, second - shared], [third - shared]]
+
+
+@pytest.mark.parametrize("swa_full", [False, True])
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_a_checkpoint_inside_a_prompt_gives_the_same_logits(
+    kind: str, swa_full: bool, make_llm: Callable[..., Llm]
+) -> None:
+    # All prompts are divided alike, so that blocks of the first one are those of the second one.
+    arguments = {"swa_full": swa_full, "n_batch": BLOCK, "n_ubatch": BLOCK}
+    llm, like = make_llm(kind, **arguments), make_llm(kind, **arguments)
+    cached(llm)
+    shared = whole_blocks(len(tokens_of(llm, RULES)))
+    for question in ("Who is first?", "And last?"):
+        complete(llm, RULES + question)
+        complete(llm, "Something else.")
+    prompt = tokens_of(llm, RULES + "Who is that?")
+    complete(llm, prompt, max_tokens=1)
+    assert prefilled(llm) == len(prompt) - shared
+    # The same batches into the same cells: the sums are rounded alike.
+    like.eval(prompt[:shared])
+    with llama_cpp_keeps(like):
+        complete(like, "Something else.")
+    like.eval(prompt[shared:])
+    assert logits_of(llm) == logits_of(like)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_a_checkpoint_inside_a_prompt_is_found_in_the_folder(
+    kind: str, make_llm: Callable[..., Llm], tmp_path: Path
+) -> None:
+    disk = {"disk": tmp_path, "disk_limit": "1 GiB"}
+    llm, again = make_llm(kind), make_llm(kind)
+    shared = whole_blocks(len(tokens_of(llm, RULES)))
+    with cached(llm, **disk):
+        for question in ("Who is first?", "And last?"):
+            complete(llm, RULES + question)
+            complete(llm, "Something else.")
+    prompt = tokens_of(llm, RULES + "Who is that?")
+    with cached(again, **disk):
+        complete(again, prompt)
+        assert prefilled(again) == len(prompt) - shared
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_prompts_that_share_nothing_are_evaluated_at_once(
+    kind: str, make_llm: Callable[..., Llm]
+) -> None:
+    llm = make_llm(kind)
+    cached(llm)
+    for prompt in (RULES, "Something else. " * 20, "And more of that. " * 20):
+        complete(llm, prompt)
+        assert len([count for count in llm.evaluated if count > 1]) == 1
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_a_checkpoint_that_cannot_be_kept_costs_time_alone(
+    kind: str,
+    make_llm: Callable[..., Llm],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    llm, like = make_llm(kind), make_llm(kind)
+    cached(llm)
+    prompts = [RULES + "Who is first?", RULES + "And last?"]
+    complete(llm, prompts[0])
+    complete(llm, "Something else.")
+
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError("no disk")
+
+    monkeypatch.setattr(Store, "keep", fail)
+    assert complete(llm, prompts[1]) == complete(like, prompts[1])
+    assert caplog.text.count("no disk") == 2
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
 def test_a_window_that_has_moved_on_is_not_used(kind: str, make_llm: Callable[..., Llm]) -> None:
     """The object removes what follows the beginning of a prompt, and would go on without the rows
     that its windows have lost."""
