@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import random
 import signal
 import threading
 import weakref
@@ -299,6 +300,28 @@ def test_a_checkpoint_that_cannot_be_kept_costs_time_alone(
     monkeypatch.setattr(Store, "keep", fail)
     assert complete(llm, prompts[1]) == complete(like, prompts[1])
     assert caplog.text.count("no disk") == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", *CHECKPOINTED])
+def test_prompts_that_leave_one_another_anywhere_are_right(
+    kind: str, make_llm: Callable[..., Llm]
+) -> None:
+    llm, like = make_llm(kind, n_ctx=1024), make_llm(kind, n_ctx=1024)
+    cache = cached(llm)
+    chance = random.Random(3)
+    prompts = [chance.choices(range(3, 250), k=600)]
+    evaluated = 0
+    for _ in range(20):
+        other = chance.choice(prompts)
+        own = chance.choices(range(3, 250), k=chance.randrange(5, 80))
+        prompts.append(other[: chance.randrange(len(other))] + own)
+        if chance.random() < 0.5:
+            llm.reset()
+        like.reset()
+        assert complete(llm, prompts[-1]) == complete(like, prompts[-1])
+        evaluated += sum(llm.evaluated) - sum(like.evaluated)
+    assert evaluated < 0
+    assert cache.stats()["refused_loads"] == 0
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTED)
