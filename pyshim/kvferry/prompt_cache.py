@@ -67,9 +67,10 @@ class PromptCache(BaseLlamaCache):
     ram, disk, disk_limit, salt
         As for ``Store``.
     block_tokens
-        As for ``Store``. A prefix is known up to a multiple of this number. Where the cache needs
-        checkpoints, it is known up to the end of a completion, and from the third prompt on up to
-        where prompts that begin alike differ.
+        As for ``Store``. A prefix is known up to a multiple of this number, and from the third
+        prompt on up to where prompts that begin alike differ. Where the cache needs checkpoints, it
+        is known up to the end of a completion, and from the third prompt on up to the last multiple
+        before they differ.
     variant
         Names what the states depend on and the object does not tell, such as adapters that were
         added by llama.cpp's own calls. The object's ``lora_path``, ``lora_scale``, RoPE settings
@@ -111,6 +112,8 @@ class PromptCache(BaseLlamaCache):
         self._told_why_not = False
         self._speeds = RestoreSpeeds()
         self._recent = RecentTokens()
+        self._fork = 0
+        """Up to where the prompt begins as an earlier one does, if that is not kept yet."""
         self._counted = (0, 0.0)
         variant = _variant(llm, variant)
 
@@ -201,6 +204,7 @@ class PromptCache(BaseLlamaCache):
     def _restore(self, tokens: Sequence[int], frame: FrameType) -> int:
         """Returns how many tokens the object holds now of those; 0 if it goes on with what it
         holds."""
+        self._fork = 0
         self._check_caller(frame)
         llm = self._llm
         if has_seen_images(llm):
@@ -213,12 +217,12 @@ class PromptCache(BaseLlamaCache):
         allowed = self._allowed()
         here, is_wrong = reusable_prefix(llm, tokens, allowed.checkpoints)
 
-        known = here
+        known = 0
 
         async def restore() -> int:
             nonlocal known
             found = await self._store.find(self._llama, tokens)
-            known = max(here, found.tokens)
+            known = found.tokens
             gain = found.tokens - here
             if gain <= 0 or not self._speeds.is_worth(found.tier, found.nbytes, gain):
                 return 0
@@ -238,7 +242,15 @@ class PromptCache(BaseLlamaCache):
             self._counted = evaluated_in_batches(llm)
         if allowed.checkpoints:
             count = self._evaluate_shared(tokens, max(count, here), known) or count
+        else:
+            fork = self._fork_of(tokens)
+            # Less is not worth a block of its own.
+            self._fork = fork if fork >= known + self._block_tokens // 4 else 0
         return count
+
+    def _fork_of(self, tokens: Sequence[int]) -> int:
+        """Up to where an earlier prompt begins as this one does; at least one token is left."""
+        return min(self._recent.fork(tokens), len(tokens) - 1)
 
     def _evaluate_shared(self, tokens: Sequence[int], begin: int, known: int) -> int:
         """Evaluates what the prompt shares with an earlier one, from ``begin`` on, and keeps it: a
@@ -246,8 +258,8 @@ class PromptCache(BaseLlamaCache):
 
         Returns how many tokens the object holds then; 0 if it shares no more than is known.
         """
-        shared = self._whole_blocks(min(self._recent.shared(tokens), len(tokens) - 1))
-        if shared <= known:
+        shared = self._whole_blocks(self._fork_of(tokens))
+        if shared <= max(begin, known):
             return 0
         evaluate(self._llm, tokens[:shared], begin)
         self._or_log("a checkpoint was not kept", None, self._save, held_tokens(self._llm))
@@ -260,17 +272,21 @@ class PromptCache(BaseLlamaCache):
         self._counted = count, seconds
         tokens = held_tokens(self._llm)
         allowed = self._allowed()
-        if not allowed.checkpoints:
-            # The rest would be kept once more with the tokens that follow it.
-            tokens = tokens[: self._whole_blocks(len(tokens))]
         if not len(tokens) or allowed is BlocksAllowed.NONE or has_seen_images(self._llm):
             return
-        self._save(tokens)
         if allowed.checkpoints:
-            self._recent.add(tokens)
+            self._save(tokens)
+        else:
+            # The rest would be kept once more with the tokens that follow it; other prompts may
+            # follow a fork.
+            self._save(tokens[: self._whole_blocks(len(tokens))])
+            self._save(tokens[: self._fork])
+        self._recent.add(tokens)
 
     def _save(self, tokens: Tokens) -> None:
         """Keeps what the object holds: of caches that need checkpoints, all of it."""
+        if not len(tokens):
+            return
 
         async def keep() -> None:
             # Urgent: the object waits.

@@ -34,7 +34,8 @@ class RecentTokens:
         self._latest.clear()
         self._latest.extend([*others, tokens])
 
-    def shared(self, tokens: Sequence[int]) -> int:
-        """How many of the first tokens are also those of one of the conversations."""
+    def fork(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens are also those of a conversation that goes on otherwise."""
         wanted = numpy.asarray(tokens, numpy.int32)
-        return max((shared_length(each, wanted) for each in self._latest), default=0)
+        shared = [(shared_length(each, wanted), len(each)) for each in self._latest]
+        return max((count for count, length in shared if count < length), default=0)

@@ -12,13 +12,20 @@ def tokens(*values: int) -> Tokens:
 
 def test_the_longest_shared_beginning_counts() -> None:
     recent = RecentTokens()
-    assert recent.shared([1, 2, 3]) == 0
+    assert recent.fork([1, 2, 3]) == 0
     recent.add(tokens(1, 2, 9))
     recent.add(tokens(1, 8))
-    assert recent.shared([1, 2, 3]) == 2
-    assert recent.shared([1, 2, 9, 9]) == 3
-    assert recent.shared([1]) == 1
-    assert recent.shared([7]) == 0
+    assert recent.fork([1, 2, 3]) == 2
+    assert recent.fork([1, 2]) == 2
+    assert recent.fork([1]) == 1
+    assert recent.fork([7]) == 0
+
+
+def test_a_conversation_that_goes_on_leaves_none() -> None:
+    recent = RecentTokens()
+    recent.add(tokens(1, 2, 3))
+    recent.add(tokens(1, 5))
+    assert recent.fork([1, 2, 3, 4]) == 1
 
 
 def test_a_conversation_takes_the_place_of_its_beginning() -> None:
@@ -28,12 +35,12 @@ def test_a_conversation_takes_the_place_of_its_beginning() -> None:
         recent.add(tokens(1000))
     for other in range(62):
         recent.add(tokens(2000 + other))
-    assert recent.shared(range(500)) == 199
+    assert recent.fork([*range(150), 7]) == 150
 
 
 def test_the_oldest_conversation_is_forgotten() -> None:
     recent = RecentTokens()
     for value in range(65):
         recent.add(tokens(value, 1, 2))
-    assert recent.shared([0, 1, 2]) == 0
-    assert recent.shared([1, 1, 2]) == 3
+    assert recent.fork([0, 1, 9]) == 0
+    assert recent.fork([1, 1, 9]) == 2

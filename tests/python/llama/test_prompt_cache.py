@@ -148,13 +148,16 @@ def test_what_was_evaluated_is_not_evaluated_again(make_llm: Callable[..., Llm])
 def test_prompts_that_begin_alike_share_their_beginning(make_llm: Callable[..., Llm]) -> None:
     llm, like = make_llm(), make_llm()
     cache = cached(llm)
-    shared = len(tokens_of(llm, RULES))
+    shared = len(tokens_of(llm, RULES + "Is number "))
+    assert shared != whole_blocks(shared)
     texts = [f"Is number {number} before number {number + 1}?" for number in range(4)]
+    # The second one shows where they differ.
+    known = [0, whole_blocks(shared), shared, shared]
     for number, text in enumerate(texts):
         like.reset()
         assert complete(llm, RULES + text) == complete(like, RULES + text)
         count = len(tokens_of(llm, RULES + text))
-        assert prefilled(llm) == count - (whole_blocks(shared) if number else 0)
+        assert prefilled(llm) == count - known[number]
         state = llama.llama_state_get_size(llm.ctx)
         complete(llm, f"{number}: something else.")  # the object forgets the rules
     assert cache.stats()["saved_bytes"] < 2 * state
@@ -183,6 +186,18 @@ def test_what_the_object_holds_already_is_not_restored(make_llm: Callable[..., L
     complete(llm, RULES + "B?")
     assert prefilled(llm) == len("B?")
     assert cache.stats()["restored_tokens"] == 0
+
+
+def test_a_conversation_keeps_each_token_once(make_llm: Callable[..., Llm]) -> None:
+    """The end of a conversation that goes on is not where prompts differ."""
+    llm = make_llm()
+    cache = cached(llm)
+    conversation = tokens_of(llm, RULES)
+    for turn in range(3):
+        complete(llm, conversation)
+        assert cache.stats()["ram_entries"] == llm.n_tokens // BLOCK
+        conversation = llm.input_ids[: llm.n_tokens].tolist() + tokens_of(llm, f"{turn}?")[1:]
+        llm.reset()
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTED)
