@@ -14,8 +14,9 @@ rounds.
 No cache can be faster; where nothing is to be forgotten, it is "none" measured again. "Rest" is the
 time without the first prompt, which every cache evaluates whole. "In cache" is the time of the
 completions without what they evaluate and sample, less the same time without a cache. "CPU" is the
-time of all threads of the process, writes to the disk included. "Kept" is what the cache has at the
-end; "written" is what the process has given to write calls.
+time of all threads of the process, writes to the disk included; "threads" is that of all but the
+one that completes, which is what a cache does on its own threads if the model has one. "Kept" is
+what the cache has at the end; "written" is what the process has given to write calls.
 
 The models are synthetic Llamas. Their cache takes 12 KiB a token.
 """
@@ -25,7 +26,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import statistics
 import tempfile
 import time
@@ -68,6 +68,8 @@ class Measured:
     """Without the first prompt."""
     cpu: float
     rest_cpu: float
+    threads: float
+    """CPU time of all threads but the one that completes."""
     outside: float
     """Without what was evaluated and sampled."""
     kept: int
@@ -183,8 +185,8 @@ def measure(
         evaluation = Evaluation(llm)
         evaluated = 0.0
         written = bytes_written()
-        cpu = time.process_time()
-        between = 0.0
+        cpu, own_cpu = time.process_time(), time.thread_time()
+        between = own_between = 0.0
         texts, times, first_cpu = [], [], 0.0
         for prompt in scenario.prompts:
             llm.set_cache(kept_by)
@@ -194,19 +196,28 @@ def measure(
             first_cpu = first_cpu or time.process_time() - cpu
             evaluated += evaluation.seconds - before
             if scenario.between is not None and cache.object_forgets:
-                begin = time.process_time()
+                begin, own_begin = time.process_time(), time.thread_time()
                 llm.set_cache(None)
                 complete(llm, scenario.between)
                 between += time.process_time() - begin
+                own_between += time.thread_time() - own_begin
         kept = cache.kept(kept_by, Path(folder))
         cpu = time.process_time() - cpu - between
+        own_cpu = time.thread_time() - own_cpu - own_between
         written = bytes_written() - written
         if isinstance(kept_by, kvferry.PromptCache):
             kept_by.close()
         llm.close()
     total = sum(times)
     measured = Measured(
-        total, total - times[0], cpu, cpu - first_cpu, total - evaluated, kept, written
+        total,
+        total - times[0],
+        cpu,
+        cpu - first_cpu,
+        cpu - own_cpu,
+        total - evaluated,
+        kept,
+        written,
     )
     return measured, texts
 
@@ -217,6 +228,7 @@ def median(measured: list[Measured]) -> Measured:
         statistics.median(each.rest for each in measured),
         statistics.median(each.cpu for each in measured),
         statistics.median(each.rest_cpu for each in measured),
+        statistics.median(each.threads for each in measured),
         statistics.median(each.outside for each in measured),
         measured[-1].kept,
         measured[-1].written,
@@ -230,12 +242,14 @@ def report(scenario: Scenario, found: dict[str, Measured]) -> None:
     )
     print(
         f"{'cache':18}{'total s':>9}{'of none':>9}{'rest s':>9}{'CPU s':>9}"
-        f"{'of none':>9}{'rest CPU':>10}{'in cache s':>11}{'kept MiB':>10}{'written MiB':>12}"
+        f"{'of none':>9}{'rest CPU':>10}{'threads':>9}{'in cache s':>11}{'kept MiB':>10}"
+        f"{'written MiB':>12}"
     )
     for name, each in found.items():
         print(
             f"{name:18}{each.total:9.3f}{each.total / none.total:9.3f}"
             f"{each.rest:9.3f}{each.cpu:9.3f}{each.cpu / none.cpu:9.3f}{each.rest_cpu:10.3f}"
+            f"{each.threads:9.3f}"
             f"{each.outside - none.outside:11.3f}"
             f"{each.kept / 2**20:10.1f}{each.written / 2**20:12.1f}"
         )
@@ -268,7 +282,7 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=16, help="tokens of a question")
     parser.add_argument("--answer", type=int, default=4, help="tokens of an answer")
     parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=1, help="of the model")
     parser.add_argument("--only", help="a scenario, such as 'in turn'")
     parser.add_argument("--without", action="append", default=[], help="a cache")
     given = parser.parse_args()
