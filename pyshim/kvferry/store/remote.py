@@ -250,6 +250,10 @@ class Remote:
 
         return await self._call(delete, "a removal", self._timeout) is not None
 
+    def unusable(self, kind: Kind, key: bytes) -> bool:
+        """Whether a part was read that was not right, and has not been written since."""
+        return name_of(kind, key) in self._unusable
+
     # ---- Notes ----------------------------------------------------------------------------------
 
     async def note(self, kind: Kind, key: bytes, *, seconds: float | None = None) -> bytes | None:
