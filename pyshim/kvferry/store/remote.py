@@ -16,7 +16,7 @@ import xxhash
 
 from .breaker import Breaker, Open
 from .description import Description, Kind
-from .objects import PIECE_BYTES, Objects, Refused, Unavailable, first_line
+from .objects import PIECE_BYTES, Full, Objects, Refused, Unavailable, first_line
 from .part_format import (
     HEADER_BYTES,
     Damaged,
@@ -384,6 +384,10 @@ class Remote:
             late = TimeoutError(f"no answer within {seconds:.3g} s")
             self._breaker.failed(trial, late)
             raise late from None
+        except Full:
+            known = True
+            self._breaker.succeeded()  # it answers
+            raise
         except Exception as problem:
             known = True
             self._breaker.failed(trial, first_line(problem))
