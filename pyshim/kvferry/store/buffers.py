@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..buffer import Buffer
 from ..llama import Llama
 from .behind import Behind
 from .ram import Ram, Room, most_taken
 from .tracing import traced
+
+_AT_ONCE = 16
+"""So many buffers are taken by one call: until then, the most that each may take is set aside."""
 
 
 class Buffers:
@@ -34,6 +39,25 @@ class Buffers:
             room.release()
             raise
         return buffer, room
+
+    async def take_first(self, llama: Llama, sizes: Sequence[int]) -> list[tuple[Buffer, Room]]:
+        """As ``take``, for the first buffers of these sizes: for at least one, if there is room."""
+        if not sizes or (first := await self._reserve(most_taken(sizes[0]))) is None:
+            return []
+        rooms = [first]
+        try:
+            for nbytes in sizes[1:_AT_ONCE]:
+                if (room := self._ram.reserve(most_taken(nbytes))) is None:
+                    break
+                rooms.append(room)
+            buffers = await llama._allocate_each(sizes[: len(rooms)])
+            for buffer, room in zip(buffers, rooms, strict=True):
+                room.shrink(buffer.capacity)
+        except BaseException:
+            for room in rooms:
+                room.release()
+            raise
+        return list(zip(buffers, rooms, strict=True))
 
     async def _reserve(self, nbytes: int) -> Room | None:
         while (room := self._ram.reserve(nbytes)) is None:
