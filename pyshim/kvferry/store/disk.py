@@ -346,7 +346,7 @@ class Disk:
 
     def _reconcile(self, index: Index) -> None:
         """Makes the index agree with the names in the folder; reads only headers it lacks."""
-        known = {name_of(kind, key): (kind, key) for kind, key in index.names()}
+        known = {name_of(kind, key): (kind, key) for kind, key in index.add_up()}
         names = set(self._system.names(self._folder.parts))
         for name in known.keys() - names:
             index.delete(*known[name])

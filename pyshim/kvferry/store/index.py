@@ -49,6 +49,7 @@ _OLDEST = "SELECT kind, key FROM part WHERE kind || hex(key) <> ? AND key <> ? O
 _TYPES = (str, bytes, bytes, int, int, bytes, int)
 SUFFIXES = ("", "-wal", "-shm")
 """Of the files of an index."""
+_MOST = (1 << 62) - 1
 
 
 class Index:
@@ -109,8 +110,18 @@ class Index:
         """Returns the parts that follow this one, in the order of kind and key."""
         return self._rows("(kind, key) > (?, ?) ORDER BY kind, key LIMIT ?", kind, key, count)
 
-    def names(self) -> Iterator[tuple[str, bytes]]:
-        return map(_checked_id, self._sql.execute("SELECT kind, key FROM part").fetchall())
+    def add_up(self) -> list[tuple[str, bytes]]:
+        """Computes anew what the parts occupy. Returns their kinds and keys."""
+        with self.transaction():
+            rows = self._sql.execute("SELECT kind, key, allocated FROM part").fetchall()
+            total = 0
+            for _, _, allocated in rows:
+                if type(allocated) is not int or allocated < 0:
+                    raise sqlite3.DatabaseError("a row has a wrong size")
+                total += allocated
+            self._sql.execute("DELETE FROM total")
+            self._sql.execute("INSERT INTO total VALUES (?)", (min(total, _MOST),))
+        return [_checked_id(row[:2]) for row in rows]
 
     def put(self, parts: Iterable[tuple[Description, int, int]]) -> None:
         """Takes descriptions with the bytes they occupy and the time of their last use."""

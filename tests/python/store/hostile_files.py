@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import socket
 from pathlib import Path
 
 import xxhash
+from kvferry.store import folder
 from kvferry.store.part_format import HEADER_BYTES
 
 _COVERED = HEADER_BYTES - 8
@@ -59,11 +59,19 @@ def mutate(right: bytes, other: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
+def make_deep_folder(path: Path, depth: int) -> None:
+    """Makes folders in one another; their path is longer than the system takes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d" * 9, dir_fd=descriptor)
+        inner = os.open("d" * 9, os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(descriptor)
+
+
 def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    folder.remove_tree(str(path))
 
 
 def plant(path: Path, right: bytes, other: bytes, outside: Path, chance: random.Random) -> bool:
@@ -79,7 +87,9 @@ def plant(path: Path, right: bytes, other: bytes, outside: Path, chance: random.
     if how < 91:
         path.mkdir()
         if chance.random() < 0.5:
-            (path / path.name).write_bytes(right)
+            (path / path.name[:9]).write_bytes(right)
+        elif chance.random() < 0.02:
+            make_deep_folder(path, 2000)
     elif how < 95:
         path.symlink_to(chance.choice([outside, path, path.parent / "nothing", path.parent, "/dev/zero"]))
     elif how < 97:
