@@ -113,6 +113,10 @@ class Disk:
         """Returns the parts that have this parent, in no order."""
         return self._with_index(lambda index: index.children(parent))
 
+    def ends(self, parent: bytes) -> list[int]:
+        """Returns where the parts end that have this parent, each end once, in no order."""
+        return self._with_index(lambda index: index.ends(parent))
+
     def use(self, kind: str, key: bytes) -> None:
         """Notes that a part was of use: it is evicted after those that were used before."""
         with self._folder.in_thread():

@@ -28,7 +28,7 @@ CREATE TABLE part (
     kind TEXT NOT NULL, key BLOB NOT NULL, parent BLOB NOT NULL, begin INTEGER NOT NULL,
     end INTEGER NOT NULL, root BLOB NOT NULL, nbytes INTEGER NOT NULL, checksum BLOB NOT NULL,
     allocated INTEGER NOT NULL, used INTEGER NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID;
-CREATE INDEX part_parent ON part (parent);
+CREATE INDEX part_parent ON part (parent, end);
 CREATE INDEX part_used ON part (used);
 CREATE TABLE total (allocated INTEGER NOT NULL);
 INSERT INTO total VALUES (0);
@@ -36,13 +36,17 @@ CREATE TRIGGER part_added AFTER INSERT ON part BEGIN
     UPDATE total SET allocated = allocated + new.allocated; END;
 CREATE TRIGGER part_removed AFTER DELETE ON part BEGIN
     UPDATE total SET allocated = allocated - old.allocated; END;
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 """
 _COLUMNS = "kind, key, parent, begin, end, root, nbytes, checksum"
 # A block that another part builds on is useful as long as that part is; so is the note of a layout.
 _EVICTABLE = """SELECT kind, key FROM part AS p WHERE kind || hex(key) <> ? AND key <> ?
     AND (kind = 'checkpoint' OR NOT EXISTS (SELECT 1 FROM part AS c WHERE c.parent = p.key
     AND NOT (c.key = p.key AND c.kind = p.kind))) ORDER BY used"""
+# Jumps from one end to the next: thousands of parts may have one parent and one end.
+_ENDS = """WITH RECURSIVE found(end) AS (SELECT max(end) FROM part WHERE parent = ?1 UNION ALL
+    SELECT (SELECT max(end) FROM part WHERE parent = ?1 AND end < found.end) FROM found
+    WHERE found.end IS NOT NULL) SELECT end FROM found WHERE end IS NOT NULL"""
 _OLDEST = "SELECT kind, key FROM part WHERE kind || hex(key) <> ? AND key <> ? ORDER BY used"
 
 
@@ -72,12 +76,14 @@ class Index:
                 "journal_mode = WAL",
                 "synchronous = NORMAL",
                 "wal_autocheckpoint = 16",
+                # KiB: what leads to the rows of some millions of parts
+                "cache_size = -8192",
             ):
                 self._sql.execute(f"PRAGMA {setting}").fetchall()
             version = self._sql.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 self._sql.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-            elif version != 1:
+            elif version != 2:
                 raise sqlite3.DatabaseError(f"an index of version {version}")
             if _schema(self._sql) != _right_schema():
                 raise sqlite3.DatabaseError("the tables are others")
@@ -105,6 +111,10 @@ class Index:
 
     def children(self, parent: bytes) -> list[Description]:
         return self._rows("parent = ?", parent)
+
+    def ends(self, parent: bytes) -> list[int]:
+        """Where the parts end that have this parent, each end once."""
+        return [end for (end,) in self._sql.execute(_ENDS, (parent,)) if type(end) is int]
 
     def after(self, kind: str, key: bytes, count: int) -> list[Description]:
         """Returns the parts that follow this one, in the order of kind and key."""

@@ -54,8 +54,7 @@ class InBoth:
         return self._asked[key]
 
     def ends(self, parent: bytes) -> list[int]:
-        on_disk = {each.end for each in self._disk.children(parent)}
-        return list(on_disk.union(self._ram.ends(parent)))
+        return list({*self._disk.ends(parent), *self._ram.ends(parent)})
 
 
 class InTurn:
