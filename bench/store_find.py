@@ -103,7 +103,9 @@ def timed(function: Callable[[Any], object], prompts: list[Any]) -> list[float]:
     return times
 
 
-async def timed_async(function: Callable[[Any], Awaitable[object]], prompts: list[Any]) -> list[float]:
+async def timed_async(
+    function: Callable[[Any], Awaitable[object]], prompts: list[Any]
+) -> list[float]:
     times = []
     for prompt in prompts:
         begin = time.perf_counter()
@@ -113,7 +115,9 @@ async def timed_async(function: Callable[[Any], Awaitable[object]], prompts: lis
 
 
 class Measured:
-    def __init__(self, given: argparse.Namespace, store: kvferry.Store, llama: kvferry.Llama) -> None:
+    def __init__(
+        self, given: argparse.Namespace, store: kvferry.Store, llama: kvferry.Llama
+    ) -> None:
         self.store, self.llama, self.finds = store, llama, given.finds
         self.count = given.tokens
         self.chance = numpy.random.default_rng(5)
@@ -139,13 +143,17 @@ class Measured:
         print(f"  find, of a list            {milliseconds(of_lists)}   (goal {GOAL} ms: {met})")
         print(f"  find, of an array          {milliseconds(of_arrays)}")
         print(f"    a list to an array       {milliseconds(timed(checked_tokens, prompts))}")
-        print(f"    keys                     {milliseconds(timed(lambda array: chain(kept.root, array, BLOCK), arrays))}")
+        print(
+            f"    keys                     {milliseconds(timed(lambda array: chain(kept.root, array, BLOCK), arrays))}"
+        )
         searches = []
         for array in arrays:
             search = Search(store._ram, kept.root, kept.allowed, array, BLOCK)
             assert search.links
             searches.append(search)
-        print(f"    search in RAM            {milliseconds(timed(lambda search: search.run(), searches))}")
+        print(
+            f"    search in RAM            {milliseconds(timed(lambda search: search.run(), searches))}"
+        )
         if tier != "ram" and store._behind is not None:
             disk = store._behind.disk
             times = timed(lambda search: _search_in(search, store._ram, disk), searches)
@@ -158,7 +166,9 @@ async def measure(given: argparse.Namespace, folder: Path) -> None:
         context.decode(0, [1, 2, 3])
         async with (
             kvferry.Engine("host") as engine,
-            kvferry.Store(ram=1 << 60, disk=folder / "store", disk_limit=1 << 60, block_tokens=BLOCK) as store,
+            kvferry.Store(
+                ram=1 << 60, disk=folder / "store", disk_limit=1 << 60, block_tokens=BLOCK
+            ) as store,
         ):
             llama = engine.attach(context.address)
             kept, _ = await store._identities.to_keep(llama, b"")
@@ -168,7 +178,9 @@ async def measure(given: argparse.Namespace, folder: Path) -> None:
 
             def links(prompts: list[list[int]], count: int) -> Iterator[Description]:
                 for prompt in prompts:
-                    yield from described(chain(kept.root, checked_tokens(prompt), BLOCK)[:count], kept.root)
+                    yield from described(
+                        chain(kept.root, checked_tokens(prompt), BLOCK)[:count], kept.root
+                    )
 
             print(f"{given.blocks} blocks in the folder's index and as many in RAM")
             before, begin = resident(), time.perf_counter()
@@ -189,7 +201,9 @@ async def measure(given: argparse.Namespace, folder: Path) -> None:
             print(f"filled in {time.perf_counter() - begin:.0f} s")
             await measured.report("all in RAM", in_ram, given.tokens, "ram")
             await measured.report("all in the folder", on_disk, given.tokens, "disk")
-            await measured.report("half in the folder", half, given.tokens // BLOCK // 2 * BLOCK, "disk")
+            await measured.report(
+                "half in the folder", half, given.tokens // BLOCK // 2 * BLOCK, "disk"
+            )
             await measured.report("unknown", unknown, 0, "")
 
 

@@ -52,6 +52,10 @@ class Behind:
             Entry | tuple[Description, bytes]
         ](math.inf)
         self._write_ended = anyio.Event()
+        self._disk: Disk | None = None
+        self._opened = anyio.Event()  # or it failed
+        self._problem: Exception | None = None
+        """Why the folder was not opened."""
         self._hangs = False  # as the log has it
         self._noted: set[bytes] = set()  # roots whose notes are on the disk, or will be
         self._closed = False
@@ -61,14 +65,44 @@ class Behind:
         """Writes that have failed or were refused."""
 
     async def open(self) -> None:
-        """Raises OSError."""
-        self.disk = await anyio.to_thread.run_sync(
-            lambda: Disk(self._folder, self._limit, system=self._progress, pinned=self._pinned)
-        )
+        """Raises OSError. If the folder hangs, this returns, and the folder is used when it has been
+        opened after all."""
         self._tasks = await anyio.create_task_group().__aenter__()
         for threads in (self._lookups, self._readers, self._writer):
             threads.open(self._tasks)
-        self._tasks.start_soon(self._write_all)
+        self._tasks.start_soon(self._open_and_write)
+        try:
+            if not await self._writer.wait(self._opened):
+                self._report("opening", Hanging("the disk does not answer"))
+            elif self._problem is not None:
+                raise self._problem
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open_and_write(self) -> None:
+        try:
+            await self._writer.to_its_end(self._open_disk)
+        except Exception as problem:
+            self._problem = problem
+            if self._hangs:  # ``open`` has returned
+                self._report("opening", problem)
+        self._opened.set()
+        await self._write_all()
+
+    def _open_disk(self) -> None:
+        """For a thread, also one that nobody waits for any more."""
+        disk = Disk(self._folder, self._limit, system=self._progress, pinned=self._pinned)
+        self._disk = disk
+        if self._closed:
+            disk.close()
+
+    @property
+    def disk(self) -> Disk:
+        """Raises OSError where the folder could not be opened, or has not been yet."""
+        if self._disk is None:
+            raise self._problem or Hanging("the disk does not answer")
+        return self._disk
 
     async def close(self) -> None:
         """Waits for calls that make progress, and begins no more. A call that hangs goes on."""
@@ -82,10 +116,10 @@ class Behind:
             self._tasks.cancel_scope.cancel()
             await self._tasks.__aexit__(None, None, None)
         finally:
-            if all(ended):
+            if all(ended) and self._disk is not None:
                 with anyio.move_on_after(PATIENCE, shield=True):
-                    await anyio.to_thread.run_sync(self.disk.close, abandon_on_cancel=True)
-            else:
+                    await anyio.to_thread.run_sync(self._disk.close, abandon_on_cancel=True)
+            elif not all(ended):
                 log.warning("%s hangs, and was not closed", self._folder)
 
     # ---- Writes ---------------------------------------------------------------------------------
@@ -147,10 +181,10 @@ class Behind:
 
     # ---- Reads ----------------------------------------------------------------------------------
 
-    async def look_up(self, what: str, function: Callable[[], T], failed: T) -> T:
+    async def look_up(self, what: str, function: Callable[[Disk], T], failed: T) -> T:
         """Returns what a function finds on the disk; ``failed`` if the disk fails or hangs."""
         try:
-            found = await self._lookups.call(function)
+            found = await self._lookups.call(function, self.disk)
         except KvferryError:
             raise  # the store is closed
         except Exception as problem:  # an index may have anything in it
@@ -169,7 +203,7 @@ class Behind:
         """
         try:
             right = await self._readers.call(
-                self.disk.read_into, description, memory, dropped=dropped
+                lambda: self.disk.read_into(description, memory), dropped=dropped
             )
         except Hanging as problem:
             self._report("a read", problem)
@@ -191,16 +225,16 @@ class Behind:
         if not asked:
             return set()
 
-        def find() -> set[Id]:
+        def find(disk: Disk) -> set[Id]:
             found = set()
             for root in {each.root for each in asked}:
-                self.disk.use("layout", root)  # its note is of use, too
+                disk.use("layout", root)  # its note is of use, too
             for each in asked:
-                part = self.disk.find(each.kind, each.key)
+                part = disk.find(each.kind, each.key)
                 if part is not None and each == dataclasses.replace(
                     part, nbytes=each.nbytes, checksum=each.checksum
                 ):
-                    self.disk.use(each.kind, each.key)
+                    disk.use(each.kind, each.key)
                     found.add((each.kind, each.key))
             return found
 
@@ -208,7 +242,7 @@ class Behind:
 
     async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
         """The roots for which something was kept with a model."""
-        return await self.look_up("a search", lambda: _layouts(self.disk, model), {})
+        return await self.look_up("a search", lambda disk: _layouts(disk, model), {})
 
     def _report(self, what: str, problem: Exception) -> None:
         if isinstance(problem, Hanging):

@@ -87,14 +87,14 @@ class Restoring:
             return prefix is not None and prefix.end == len(search.tokens)
 
         if self._behind is not None and not whole():
-            run = functools.partial(_search_in, search, self._ram, self._behind.disk)
+            run = functools.partial(_search_in, search, self._ram)
             prefix = await self._behind.look_up("a search", run, prefix)
         if self._away is not None and not whole():
             seen = await self._away.look(search, prefix)
             without_disk = _search_in(search, self._ram, seen=seen)
             if self._behind is None:
                 return without_disk
-            run = functools.partial(_search_in, search, self._ram, self._behind.disk, seen)
+            run = functools.partial(_search_in, search, self._ram, seen=seen)
             prefix = await self._behind.look_up("a search", run, without_disk or prefix)
         return prefix
 

@@ -88,9 +88,14 @@ class HostileFolder:
             assert loaded(self.disk, part)
 
     def _plant_a_name(self) -> None:
-        chance, names = self._chance, [os.path.basename(file_of(self._folder, part)) for part, _ in self._parts]
+        chance, names = (
+            self._chance,
+            [os.path.basename(file_of(self._folder, part)) for part, _ in self._parts],
+        )
         name = chance.choice(names)[chance.randrange(3) :]
-        name = chance.choice([name, name + "x", name.upper(), "0" * 255, "a\nb", "\udcff", ".", "*"])
+        name = chance.choice(
+            [name, name + "x", name.upper(), "0" * 255, "a\nb", "\udcff", ".", "*"]
+        )
         where = chance.choice(["parts", "parts", "aside", "quarantine", "."])
         if name == ".":
             return
@@ -119,7 +124,10 @@ class HostileFolder:
                 logs[path] = path.read_bytes()
         self.disk.close()
         if chance.random() < 0.5:
-            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(index)) as sql:
+            with (
+                contextlib.suppress(sqlite3.Error),
+                contextlib.closing(sqlite3.connect(index)) as sql,
+            ):
                 sql.executescript(_statement(chance))
         else:
             for path, content in logs.items():
@@ -145,15 +153,34 @@ def _damaged(content: bytes, chance: random.Random) -> bytes:
         if chance.random() < 0.5:
             begin = begin // 4096 * 4096 + chance.randrange(120)
         length = chance.choice([1, 2, 4, 64])
-        data[begin : begin + length] = chance.choice([bytes(length), b"\xff" * length, chance.randbytes(length)])
+        data[begin : begin + length] = chance.choice(
+            [bytes(length), b"\xff" * length, chance.randbytes(length)]
+        )
     return bytes(data)
 
 
 def _statement(chance: random.Random) -> str:
     columns = "kind key parent begin end root nbytes checksum allocated used".split()
     value = chance.choice(
-        ["0", "-1", "1 << 62", "-9223372036854775808", "9223372036854775807", "0.5", "1e308", "'block'"]
-        + ["''", "x''", "x'00'", "zeroblob(32)", "zeroblob(1 << 20)", "randomblob(32)", "CAST(x'ff' AS TEXT)"]
+        [
+            "0",
+            "-1",
+            "1 << 62",
+            "-9223372036854775808",
+            "9223372036854775807",
+            "0.5",
+            "1e308",
+            "'block'",
+        ]
+        + [
+            "''",
+            "x''",
+            "x'00'",
+            "zeroblob(32)",
+            "zeroblob(1 << 20)",
+            "randomblob(32)",
+            "CAST(x'ff' AS TEXT)",
+        ]
     )
     column = chance.choice(columns)
     return chance.choice(

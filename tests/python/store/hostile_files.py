@@ -12,7 +12,15 @@ from kvferry.store import folder
 from kvferry.store.part_format import HEADER_BYTES
 
 _COVERED = HEADER_BYTES - 8
-_FIELDS = [(0, 8), (8, 4), (16, 16), (32, 32), (64, 32), (96, 32), *((at, 8) for at in range(128, 160, 8))]
+_FIELDS = [
+    (0, 8),
+    (8, 4),
+    (16, 16),
+    (32, 32),
+    (64, 32),
+    (96, 32),
+    *((at, 8) for at in range(128, 160, 8)),
+]
 _NBYTES, _CHECKSUM = 144, 152
 _ENORMOUS = 1 << 40
 
@@ -91,7 +99,9 @@ def plant(path: Path, right: bytes, other: bytes, outside: Path, chance: random.
         elif chance.random() < 0.02:
             make_deep_folder(path, 2000)
     elif how < 95:
-        path.symlink_to(chance.choice([outside, path, path.parent / "nothing", path.parent, "/dev/zero"]))
+        path.symlink_to(
+            chance.choice([outside, path, path.parent / "nothing", path.parent, "/dev/zero"])
+        )
     elif how < 97:
         os.mkfifo(path)
     elif how < 98:
