@@ -251,7 +251,7 @@ class Behind:
             self._hangs = True
             return
         unexpected = not isinstance(problem, (OSError, ValueError))
-        log.warning("%s of %s failed: %s", what, self._folder, problem, exc_info=unexpected)
+        log.warning("%s of %s failed: %s", what, self._folder, str(problem), exc_info=unexpected)
 
 
 def _write(disk: Disk, what: Entry | tuple[Description, bytes]) -> bool:

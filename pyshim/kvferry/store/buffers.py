@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import anyio
+
 from ..buffer import Buffer
 from ..llama import Llama
 from .behind import Behind
@@ -25,9 +27,17 @@ class Buffers:
         if room is None:
             return None
         try:
-            buffer = await llama.allocate(nbytes)
+            # A call that is cancelled may hold its buffer a little longer than the room.
+            with anyio.CancelScope(shield=True):
+                buffer = await llama.allocate(nbytes)
             room.shrink(buffer.capacity)
         except BaseException:
+            room.release()
+            raise
+        try:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+        except BaseException:
+            buffer.close()
             room.release()
             raise
         return buffer, room

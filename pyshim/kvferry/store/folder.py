@@ -115,8 +115,9 @@ class Folder:
 
     def to_quarantine(self, name: str, reason: object) -> None:
         """Moves what stands at a part's name. Needs the lock."""
-        # With %r a name has no line break in the log.
-        log.warning("quarantined: %r: %s", self.part(name), reason)
+        # With %r a name has no line break in the log. What is logged may be kept: an exception
+        # would keep the frames that have buffers.
+        log.warning("quarantined: %r: %s", self.part(name), str(reason))
         short = os.fsdecode(os.fsencode(name)[:_LONGEST_NAME])
         with contextlib.suppress(FileNotFoundError):
             self._system.rename(

@@ -179,8 +179,15 @@ class Restoring:
             async with anyio.create_task_group() as reads:
                 for index in missing:
                     reads.start_soon(read, index)
-        for each in (*problems, *absent):
-            raise each
+        # No variable keeps the exception: its traceback refers to the frames that have the buffers.
+        failure = next(iter((*problems, *absent)), None)
+        problems.clear()
+        absent.clear()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure
         return [entries[index] for index in range(len(prefix.parts))]
 
     async def _read(self, llama: Llama, tokens: Tokens, part: Description, *, whole: bool) -> Entry:
@@ -190,7 +197,15 @@ class Restoring:
         if (taken := await self._buffers.take(llama, part.nbytes)) is None:
             raise _NoRoom
         buffer, room = taken
-        found = await self._fill(part, buffer.view, room.release)
+        view = buffer.view
+
+        def dropped() -> None:
+            # The memory first: frames and threads may refer to the view for some time yet.
+            view.release()
+            buffer.close()
+            room.release()
+
+        found = await self._fill(part, view, dropped)
         if found is None:
             raise _NotRead
         saved = _saved(found, buffer.memory, llama.fingerprint, tokens, whole)
