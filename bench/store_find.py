@@ -59,14 +59,14 @@ def described(links: Any, root: bytes) -> Iterator[Description]:
 
 def strangers(count: int, blocks: int, root: bytes) -> Iterator[Description]:
     """Blocks of conversations that nobody asks for."""
+    parent = root
     for number in range(count):
-        place = number % blocks
+        begin = BLOCK * (number % blocks)
+        if begin == 0:
+            parent = root
         key = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=32).digest()
-        parent = key if place else root
-        if place:
-            parent = before
-        yield Description("block", key, parent, BLOCK * place, BLOCK * (place + 1), root, NBYTES, 1)
-        before = key
+        yield Description("block", key, parent, begin, begin + BLOCK, root, NBYTES, 1)
+        parent = key
 
 
 def fill_ram(store: kvferry.Store, parts: Iterator[Description]) -> None:

@@ -65,7 +65,7 @@ class Behind:
         """Writes that have failed or were refused."""
 
     async def open(self) -> None:
-        """Raises OSError. If the folder hangs, this returns, and the folder is used when it has been
+        """Raises OSError. If the folder hangs, this returns; the folder is used when it has been
         opened after all."""
         self._tasks = await anyio.create_task_group().__aenter__()
         for threads in (self._lookups, self._readers, self._writer):

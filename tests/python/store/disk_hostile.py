@@ -103,7 +103,7 @@ class HostileFolder:
             plant(self._folder / where / name, *self._right[:2], self._outside, chance)
 
     def check(self) -> None:
-        """Whatever the folder says is there is read and covered by its checksum, or is not loaded."""
+        """What the folder says is there is covered by its checksum, or is not loaded."""
         for found in itertools.islice(self.disk.list(), 1000):
             self.loads += loaded(self.disk, found)
         self.disk.verify()
@@ -114,7 +114,7 @@ class HostileFolder:
         assert self._outside.read_bytes() == self._right[0]
 
     def replace_the_index(self) -> None:
-        """Somebody changes the index while nobody has it open, or leaves another's log beside it."""
+        """Somebody changes the index while nobody has it open, or leaves an old log beside it."""
         index = self._folder / "index.sqlite"
         chance = self._chance
         logs = {}
@@ -160,7 +160,8 @@ def _damaged(content: bytes, chance: random.Random) -> bytes:
 
 
 def _statement(chance: random.Random) -> str:
-    columns = "kind key parent begin end root nbytes checksum allocated used".split()
+    columns = ["kind", "key", "parent", "begin", "end", "root", "nbytes", "checksum"]
+    columns += ["allocated", "used"]
     value = chance.choice(
         [
             "0",
@@ -201,11 +202,14 @@ def _statement(chance: random.Random) -> str:
             "PRAGMA application_id = 7; PRAGMA journal_mode = OFF;",
             "CREATE TRIGGER more AFTER INSERT ON part BEGIN DELETE FROM part; END;",
             "DROP TABLE total; CREATE VIEW total AS WITH RECURSIVE n(allocated) AS"
-            " (SELECT 1 UNION ALL SELECT allocated + 1 FROM n) SELECT sum(allocated) AS allocated FROM n;",
+            " (SELECT 1 UNION ALL SELECT allocated + 1 FROM n)"
+            " SELECT sum(allocated) AS allocated FROM n;",
             "ALTER TABLE part RENAME COLUMN used TO unused;",
             "ALTER TABLE part ADD COLUMN more TEXT;",
-            "PRAGMA writable_schema = 1; UPDATE sqlite_schema SET rootpage = 1 + abs(random() % 9);",
-            "PRAGMA writable_schema = 1; UPDATE sqlite_schema SET sql = 'nonsense' WHERE random() % 2;",
+            "PRAGMA writable_schema = 1;"
+            " UPDATE sqlite_schema SET rootpage = 1 + abs(random() % 9);",
+            "PRAGMA writable_schema = 1;"
+            " UPDATE sqlite_schema SET sql = 'nonsense' WHERE random() % 2;",
         ]
     )
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import anyio
 import kvferry
-from disk_parts import occupied
+from disk_parts import occupied_at_once
 from kvferry import Store
 from kvferry.tools.synthetic import write_model
 from support.llama_reference import Context, ContextOptions, Model
@@ -90,7 +90,8 @@ class Walk:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.002):
-            self.most.folder = max(self.most.folder, occupied(self._folder))
+            if (self._folder / "lock").exists():
+                self.most.folder = max(self.most.folder, occupied_at_once(self._folder))
             if self._baseline is not None:
                 self.most.resident = max(self.most.resident, resident() - self._baseline)
             self.most.samples += 1
