@@ -82,6 +82,7 @@ help:
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
 	@echo "make bench-prompt-cache  the cache for llama-cpp-python beside its own"
+	@echo "make bench-store-find  a search in a store of a million blocks; make bench-store-disk: reads of its files"
 	@echo "make docs      the documentation as a site: build/docs/index.html"
 	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"

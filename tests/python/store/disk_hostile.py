@@ -172,8 +172,6 @@ def _statement(chance: random.Random) -> str:
             "0.5",
             "1e308",
             "'block'",
-        ]
-        + [
             "''",
             "x''",
             "x'00'",
