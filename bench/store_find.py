@@ -25,7 +25,7 @@ import kvferry
 import numpy
 from kvferry.store.description import Description
 from kvferry.store.keys import chain, checked_tokens
-from kvferry.store.prefix import Search
+from kvferry.store.prefix import InTurn, Search
 from kvferry.store.ram import Entry, Room
 from kvferry.store.restoring import _search_in
 from kvferry.tools.synthetic import write_model
@@ -147,7 +147,7 @@ class Measured:
         print(f"    keys                     {milliseconds(times)}")
         searches = []
         for array in arrays:
-            search = Search(store._ram, kept.root, kept.allowed, array, BLOCK)
+            search = Search(InTurn({"ram": store._ram}), kept.root, kept.allowed, array, BLOCK)
             assert search.links
             searches.append(search)
         times = timed(lambda search: search.run(), searches)

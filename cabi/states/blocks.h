@@ -58,7 +58,7 @@ public:
     // `like`: what states of the cache look like; NULL: not known. `parts`: how many of its
     // sections blocks hold; 0: as many as the blocks have. `last_position`: as of StateView. Throws
     // KVF_ERR_STATE_DAMAGED or KVF_ERR_STATE_MISMATCH, and KVF_ERR_UNSUPPORTED where several
-    // formats describe the blocks.
+    // formats describe all that is given, and the state depends on which one is meant.
     StateJoin(const Structure *like, size_t parts, std::span<const kvf_block> blocks,
               const void *checkpoint, uint64_t checkpoint_bytes, int32_t last_position);
 
@@ -69,6 +69,9 @@ public:
     BlockMap map() const;
 
 private:
+    void read(const Structure *known, const Structure *rest, size_t parts);
+    void read_in_the_only_way(const std::vector<Structure> &ways, size_t parts);
+    bool makes_same_state_as(const StateJoin &other) const;
     void check_block(size_t index, const kvf_block &block) const;
     void check_checkpoint(const Structure &rest) const;
     Structure lay_out(unsigned char *memory) const;
@@ -77,8 +80,8 @@ private:
     std::span<const kvf_block> blocks_;
     std::vector<StateView> views_;
     std::vector<Structure> structures_; // of the blocks
-    StateView checkpoint_{};
-    std::optional<Structure> rest_; // of the checkpoint
+    StateView checkpoint_{};            // its `data` is NULL where there is none
+    std::optional<Structure> rest_;     // of the checkpoint
     Structure joined_;
 };
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Callable, Container, Iterable
 from typing import TypeVar
 
 import anyio
 import anyio.to_thread
-import xxhash
 
 from .._bridge.block_list import BlocksAllowed
 from ..errors import KvferryError
 from .description import Description
 from .disk import Disk
+from .layout_notes import allowed_of, layout_note
 from .ram import Entry, Id
 from .threads import DiskThreads, Hanging, Progress
+from .writes import Writes
 
 T = TypeVar("T")
 
@@ -48,10 +48,7 @@ class Behind:
         self._lookups = DiskThreads(1, LOOKUP_PATIENCE, self._progress)
         self._readers = DiskThreads(_READERS, PATIENCE, self._progress)
         self._writer = DiskThreads(1, PATIENCE, self._progress)
-        self._send, self._receive = anyio.create_memory_object_stream[
-            Entry | tuple[Description, bytes]
-        ](math.inf)
-        self._write_ended = anyio.Event()
+        self.writes: Writes[tuple[Description, bytes]] = Writes(str(folder), self._write)
         self._disk: Disk | None = None
         self._opened = anyio.Event()  # or it failed
         self._problem: Exception | None = None
@@ -59,10 +56,6 @@ class Behind:
         self._hangs = False  # as the log has it
         self._noted: set[bytes] = set()  # roots whose notes are on the disk, or will be
         self._closed = False
-        self.pending = 0
-        """Writes that have not ended."""
-        self.failed = 0
-        """Writes that have failed or were refused."""
 
     async def open(self) -> None:
         """Raises OSError. If the folder hangs, this returns; the folder is used when it has been
@@ -88,7 +81,7 @@ class Behind:
             if self._hangs:  # ``open`` has returned
                 self._report("opening", problem)
         self._opened.set()
-        await self._write_all()
+        await self.writes.run()
 
     def _open_disk(self) -> None:
         """For a thread, also one that nobody waits for any more."""
@@ -107,7 +100,7 @@ class Behind:
     async def close(self) -> None:
         """Waits for calls that make progress, and begins no more. A call that hangs goes on."""
         self._closed = True
-        self._send.close()
+        self.writes.close()
         ended = []
         with anyio.CancelScope(shield=True):
             for threads in (self._lookups, self._readers, self._writer):
@@ -116,6 +109,7 @@ class Behind:
             self._tasks.cancel_scope.cancel()
             await self._tasks.__aexit__(None, None, None)
         finally:
+            self.writes.drop()
             if all(ended) and self._disk is not None:
                 with anyio.move_on_after(PATIENCE, shield=True):
                     await anyio.to_thread.run_sync(self._disk.close, abandon_on_cancel=True)
@@ -124,27 +118,17 @@ class Behind:
 
     # ---- Writes ---------------------------------------------------------------------------------
 
-    def write(self, what: Entry | tuple[Description, bytes]) -> None:
-        """Writes an entry of RAM later, or a note. The entry is not evicted before. Writes nothing
-        after ``close``: a keep may go on when the store is left."""
-        if self._closed:
-            return
-        if isinstance(what, Entry):
-            what.holds += 1
-        self.pending += 1
-        self._send.send_nowait(what)
-
     def note(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
         """Has it written that something is kept under a root, unless that has been done."""
         if root not in self._noted:
             self._noted.add(root)
-            self.write(layout_note(model, root, allowed))
+            self.writes.add(layout_note(model, root, allowed))
 
     async def write_ends(self) -> bool:
         """Returns True when a write has ended; False if none is pending, or the disk hangs."""
-        if not self.pending:
+        if not self.writes.pending:
             return False
-        if await self._writer.wait(self._write_ended):
+        if await self._writer.wait(self.writes.ended):
             return True
         self._report("a write", Hanging("the disk does not answer"))
         return False
@@ -154,29 +138,17 @@ class Behind:
         while await self.write_ends():
             pass
 
-    async def _write_all(self) -> None:
-        """Writes what ``write`` is given, until this is cancelled."""
-        async for what in self._receive:
-            try:
-                if not await self._written(what):
-                    self.failed += 1
-                    if not isinstance(what, Entry):
-                        self._noted.discard(what[0].key)  # the next keep tries again
-            finally:
-                if isinstance(what, Entry):
-                    what.holds -= 1
-                self.pending -= 1
-                self._write_ended.set()
-                self._write_ended = anyio.Event()
-
-    async def _written(self, what: Entry | tuple[Description, bytes]) -> bool:
+    async def _write(self, what: Entry | tuple[Description, bytes]) -> bool:
         try:
             written = await self._writer.to_its_end(_write, self.disk, what)
         except Exception as problem:
             if not self._closed:
                 self._report("a write", problem)  # what is kept in RAM stays there
-            return False
-        self._hangs = False
+            written = False
+        else:
+            self._hangs = False
+        if not written and not isinstance(what, Entry):
+            self._noted.discard(what[0].key)  # the next keep tries again
         return written
 
     # ---- Reads ----------------------------------------------------------------------------------
@@ -240,6 +212,20 @@ class Behind:
 
         return await self.look_up("a search", find, set())
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a call hangs, and none has ended since."""
+        return self._hangs
+
+    async def quarantined(self, wanted: Iterable[Id]) -> list[Id]:
+        """Returns which of these parts are in quarantine."""
+
+        def find(disk: Disk) -> list[Id]:
+            there = disk.quarantined()
+            return [each for each in wanted if each in there]
+
+        return await self.look_up("a search", find, [])
+
     async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
         """The roots for which something was kept with a model."""
         return await self.look_up("a search", lambda disk: _layouts(disk, model), {})
@@ -263,21 +249,4 @@ def _write(disk: Disk, what: Entry | tuple[Description, bytes]) -> bool:
 
 
 def _layouts(disk: Disk, model: bytes) -> dict[bytes, BlocksAllowed]:
-    found = {}
-    for note in disk.children(model):
-        if note.kind != "layout" or note.nbytes > 64:
-            continue
-        memory = bytearray(note.nbytes)
-        try:
-            if disk.read_into(note, memory):
-                found[note.key] = BlocksAllowed(memory.decode())
-        except (OSError, ValueError) as problem:
-            log.warning("a note of a layout cannot be used: %s", problem)
-    return found
-
-
-def layout_note(model: bytes, root: bytes, allowed: BlocksAllowed) -> tuple[Description, bytes]:
-    """A note that something is kept under a root, to be written."""
-    data = allowed.value.encode()
-    checksum = xxhash.xxh64_intdigest(data)
-    return Description("layout", root, model, 0, 0, model, len(data), checksum), data
+    return allowed_of(disk, disk.children(model))
