@@ -231,14 +231,9 @@ Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
     bool any_disagrees = false;
     for (Structure &candidate : candidates) {
         if (candidate.cells() == 0) return std::move(candidate);
-        if (skeleton) {
-            why = mismatch(candidate, *skeleton);
-            if (!why.empty()) continue;
-        }
-        if (is_known_where_it_has_cells(candidate) ? policy_.lacks_cells(candidate)
-                                                   : !candidate.has_cells_everywhere()) {
-            throw Error(KVF_ERR_STATE_DAMAGED, kOfAPart);
-        }
+        if (skeleton) why = mismatch(candidate, *skeleton);
+        if (!why.empty()) continue;
+        check_parts(candidate);
         if (disagrees(candidate, view)) {
             any_disagrees = true; // read in another way it may agree
             continue;
@@ -252,6 +247,14 @@ Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
     throw Error(KVF_ERR_STATE_MISMATCH,
                 format("this context does not take states of its structure (format \"%s\")",
                        candidates.front().format->name));
+}
+
+// A state that lacks the cells of a part is damaged, unless a window is known to be empty.
+void KnownStates::check_parts(const Structure &candidate) const {
+    const bool lacks_cells = is_known_where_it_has_cells(candidate)
+                                 ? policy_.lacks_cells(candidate)
+                                 : !candidate.has_cells_everywhere();
+    if (lacks_cells) throw Error(KVF_ERR_STATE_DAMAGED, kOfAPart);
 }
 
 // Whether sequences of the context have cells in all parts in which the candidate has some.

@@ -91,6 +91,7 @@ private:
     Structure examine_first(int32_t sequence, const StateView &view);
     IncomingState examine_sealed(const unsigned char *state, uint64_t bytes, uint32_t flags) const;
     bool disagrees(const Structure &structure, const StateView &view) const;
+    void check_parts(const Structure &candidate) const;
     bool is_known_where_it_has_cells(const Structure &candidate) const;
     bool is_believed(int32_t sequence, const Structure &candidate);
     int32_t sequence_for_trial(int32_t sequence);

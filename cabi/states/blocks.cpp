@@ -252,9 +252,9 @@ StateJoin::StateJoin(const Structure *like, size_t parts, std::span<const kvf_bl
     if (like && (parts || blocks.empty())) {
         const Structure known = parts_in_blocks(*like, parts);
         const Structure rest = parts_in_checkpoint(*like, parts);
-        read(&known, &rest, parts);
+        read(known, &rest, parts);
     } else if (blocks.empty()) {
-        read(nullptr, nullptr, parts);
+        read(Structure(), nullptr, parts);
     } else {
         const std::string name = name_of(0, blocks.front());
         read_in_the_only_way(ways_to_read_block(views_.front(), nullptr, parts, name), parts);
@@ -262,11 +262,11 @@ StateJoin::StateJoin(const Structure *like, size_t parts, std::span<const kvf_bl
     joined_ = lay_out(nullptr);
 }
 
-// Reads all that is given. `known`: what the blocks look like; NULL where there are none. `rest`:
-// what the checkpoint looks like; NULL: not known.
-void StateJoin::read(const Structure *known, const Structure *rest, size_t parts) {
+// Reads all that is given. `known`: what the blocks look like, where there are any. `rest`: what
+// the checkpoint looks like; NULL: not known.
+void StateJoin::read(const Structure &known, const Structure *rest, size_t parts) {
     for (size_t i = 0; i < blocks_.size(); ++i) {
-        structures_.push_back(read_block(views_[i], *known, parts, name_of(i, blocks_[i])));
+        structures_.push_back(read_block(views_[i], known, parts, name_of(i, blocks_[i])));
         check_block(i, blocks_[i]);
     }
     if (!checkpoint_.data) return;
@@ -278,14 +278,13 @@ void StateJoin::read(const Structure *known, const Structure *rest, size_t parts
 // then the other blocks and the checkpoint tell which one is meant. Where they do not, the formats
 // must make the same state.
 void StateJoin::read_in_the_only_way(const std::vector<Structure> &ways, size_t parts) {
+    if (ways.size() == 1) return read(ways.front(), nullptr, parts);
     std::vector<StateJoin> joins;
-    std::optional<Error> first_error;
     for (const Structure &way : ways) {
         StateJoin join(*this);
         try {
-            join.read(&way, nullptr, parts);
-        } catch (const Error &error) {
-            if (!first_error) first_error = error;
+            join.read(way, nullptr, parts);
+        } catch (const Error &) {
             continue;
         }
         join.joined_ = join.lay_out(nullptr);
@@ -293,7 +292,7 @@ void StateJoin::read_in_the_only_way(const std::vector<Structure> &ways, size_t 
             throw Error(KVF_ERR_UNSUPPORTED, "several known formats describe the blocks");
         joins.push_back(std::move(join));
     }
-    if (joins.empty()) throw *first_error;
+    if (joins.empty()) return read(ways.front(), nullptr, parts); // throws once more
     *this = std::move(joins.front());
 }
 

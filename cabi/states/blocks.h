@@ -69,7 +69,7 @@ public:
     BlockMap map() const;
 
 private:
-    void read(const Structure *known, const Structure *rest, size_t parts);
+    void read(const Structure &known, const Structure *rest, size_t parts);
     void read_in_the_only_way(const std::vector<Structure> &ways, size_t parts);
     bool makes_same_state_as(const StateJoin &other) const;
     void check_block(size_t index, const kvf_block &block) const;
