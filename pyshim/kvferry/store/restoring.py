@@ -206,8 +206,9 @@ class Restoring:
         missing = []
         for index, part in enumerate(prefix.parts):
             entry = self._tiers.ram.get(part.kind, part.key)
-            # One whose time is over was found on the disk: it need not be read.
-            entry = entry or self._tiers.ram.renew(part.kind, part.key, None)
+            if entry is None and prefix.tiers[index] != "ram":
+                # One whose time is over was found farther away: it need not be read.
+                entry = self._tiers.ram.renew(part.kind, part.key, None)
             if entry is None:
                 missing.append(index)
             else:
