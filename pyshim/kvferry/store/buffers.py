@@ -35,6 +35,7 @@ class Buffers:
             return None
         return (await self._allocate(llama, [nbytes], [room]))[0]
 
+    @traced("wait for a buffer")
     async def take_first(self, llama: Llama, sizes: Sequence[int]) -> list[tuple[Buffer, Room]]:
         """As ``take``, for the first buffers of these sizes: for at least one, if there is room."""
         if not sizes or (first := await self._reserve(most_taken(sizes[0]))) is None:

@@ -229,14 +229,18 @@ class Disk:
         parsed = (part_format.parse_name(name.rpartition(".")[0]) for name in names)
         return set(filter(None, parsed))
 
-    def verify(self) -> Report:
-        """Reads every file of the folder, and quarantines what is not right."""
+    def verify(self, told: Callable[[int, int], object] = lambda done, names: None) -> Report:
+        """Reads every file of the folder, and quarantines what is not right.
+
+        ``told`` is called with how many files have been read, and how many there are.
+        """
         right = newer = 0
         before = self._quarantined
         with self._folder.locked():
             self._with_index(self._reconcile)
             names = self._system.names(self._folder.parts)
-        for name in names:
+        for done, name in enumerate(names):
+            told(done, len(names))
             try:
                 with self._opened(name) as (descriptor, found):
                     part_format.check_data(self._system, descriptor, found)

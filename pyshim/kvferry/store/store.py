@@ -117,7 +117,7 @@ class Store:
             )
         self._salt = _checked_salt(salt)
         self._counts = Counts()
-        self.recorder = Recorder() if trace else None
+        self._recorder = Recorder() if trace else None
         self._identities = Identities(anyio.CapacityLimiter(1), self._behind, self._away)
         self._names = Names(self._ram)
         tiers = Tiers(
@@ -346,7 +346,7 @@ class Store:
 
         Needs ``Store(trace=True)``; else there are none.
         """
-        return self.recorder.take() if self.recorder is not None else []
+        return self._recorder.take() if self._recorder is not None else []
 
     def list(self) -> list[Listed]:
         """Returns the conversations that have a name."""

@@ -87,7 +87,7 @@ _current: ContextVar[tuple[Recorder, str] | None] = ContextVar("kvferry store tr
 def recorded(
     name: str,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
-    """Records a method of an object that has a ``recorder``, in a lane of its own."""
+    """Records a method of a store, in a lane of its own."""
 
     def decorate(
         method: Callable[P, Coroutine[Any, Any, T]],
@@ -95,7 +95,7 @@ def recorded(
         @functools.wraps(method)
         async def call(*arguments: P.args, **keywords: P.kwargs) -> T:
             owner: Any = arguments[0]
-            recorder: Recorder | None = owner.recorder
+            recorder: Recorder | None = owner._recorder
             if recorder is None:
                 return await method(*arguments, **keywords)
             with recorder.lane("store"):

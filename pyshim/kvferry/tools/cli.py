@@ -181,12 +181,7 @@ def _add_warm(actions: _Commands) -> None:
     warm.add_argument("--variant", metavar="TEXT", default="", help="as for Engine.attach")
     warm.add_argument("--pin", action="store_true", help="pin what is kept")
     _llama_lib(warm)
-    warm.add_argument(
-        "--device",
-        choices=("auto", "host", "cuda"),
-        default="auto",
-        help="where the cache is (auto: on a GPU if libllama can use one)",
-    )
+    _cache_device(warm)
     warm.add_argument(
         "--no-flash-attention", action="store_true", help="as of servers that do not use it"
     )
@@ -226,14 +221,18 @@ def _add_config(commands: _Commands) -> None:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     _llama_lib(parser)
+    _cache_device(parser)
+    parser.add_argument(
+        "--model", metavar="FILE", help="a GGUF file (default: a synthetic model is written)"
+    )
+
+
+def _cache_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         choices=("auto", "host", "cuda"),
         default="auto",
         help="where caches are (auto: on a GPU if libllama can use one)",
-    )
-    parser.add_argument(
-        "--model", metavar="FILE", help="a GGUF file (default: a synthetic model is written)"
     )
 
 

@@ -19,7 +19,7 @@ from ..store.disk import Disk
 from ..store.layout_notes import allowed_of
 from ..store.loadable import loadable
 from ..store.pins import pin, unpin
-from .table import mib, table
+from .table import StatusLine, mib, table
 
 _NO_LIMIT = 1 << 62
 """The command evicts nothing but what it is told to."""
@@ -115,8 +115,10 @@ def store_stats(folder: str, as_json: bool) -> bool:
 
 def store_verify(folder: str, as_json: bool) -> bool:
     """Reads every file, and quarantines what is not right. Returns True if all were right."""
+    line = StatusLine()
     with _opened(folder) as disk:
-        report = disk.verify()
+        report = disk.verify(lambda done, names: line.show(f"{done + 1}/{names} files"))
+    line.clear()
     if as_json:
         print(json.dumps(dataclasses.asdict(report), indent=2))
     else:

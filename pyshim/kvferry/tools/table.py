@@ -43,6 +43,18 @@ class Progress:
         print(f"[{time.monotonic() - self._begin:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
+class StatusLine:
+    """A line that changes, on standard error if that is a terminal. Elsewhere nothing is shown."""
+
+    def show(self, text: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{text}\x1b[K")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        self.show("")
+
+
 def ms(value: float) -> str:
     """Formats milliseconds with about three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -7,13 +7,12 @@ is computed, so that an interrupted command leaves all that it has printed.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -23,6 +22,7 @@ from .decoders import BATCH, Decoder, Layout, Prompt, by_libllama, by_llama_cpp_
 from .libllama import Libllama, LlamaError, find
 from .models import on_gpu
 from .store import conversation_name, pin_keys
+from .table import StatusLine
 
 _NAME = "warm"
 
@@ -48,7 +48,7 @@ class Options:
 
 @dataclass
 class Meter:
-    """Shows on a terminal how far the command is; elsewhere nothing."""
+    """Shows how far the command is."""
 
     prompts: int
     done: int = 0
@@ -56,22 +56,13 @@ class Meter:
     """Tokens that were decoded."""
     found: int = 0
     """Tokens that were kept before."""
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    line: StatusLine = field(default_factory=StatusLine)
     begin: float = field(default_factory=time.monotonic)
 
     def show(self) -> None:
-        if self.stream.isatty():
-            rate = self.computed / max(1e-9, time.monotonic() - self.begin)
-            tokens = f"{self.computed:,} tokens computed, {self.found:,} known before"
-            self._write(f"{self.done}/{self.prompts} prompts, {tokens}, {rate:,.0f} tokens/s")
-
-    def clear(self) -> None:
-        if self.stream.isatty():
-            self._write("")
-
-    def _write(self, text: str) -> None:
-        self.stream.write(f"\r{text}\x1b[K")
-        self.stream.flush()
+        rate = self.computed / max(1e-9, time.monotonic() - self.begin)
+        tokens = f"{self.computed:,} tokens computed, {self.found:,} known before"
+        self.line.show(f"{self.done}/{self.prompts} prompts, {tokens}, {rate:,.0f} tokens/s")
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -117,7 +108,7 @@ async def warm(options: Options) -> bool:
                     for tokens in filter(None, decoder.prompts):
                         complete &= await _keep(options, store, llama, decoder, tokens, meter)
     finally:
-        meter.clear()
+        meter.line.clear()
     return complete
 
 
@@ -175,7 +166,7 @@ async def _keep(
         [listed] = store.list()
         if options.pin:
             await anyio.to_thread.run_sync(pin_keys, options.folder, [listed.key])
-        meter.clear()
+        meter.line.clear()
         print(conversation_name(listed.key), kept, flush=True)
     meter.show()
     return kept == len(tokens)

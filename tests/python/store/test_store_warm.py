@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +14,7 @@ import kvferry
 import pytest
 from kvferry.tools.libllama import Context, ContextOptions, Found, Libllama, Model
 from support.llama_reference import LIBRARY_FOLDER
-from support.programs import run_kvferry
+from support.programs import kvferry_command, run_kvferry, run_kvferry_on_a_terminal
 from support.text_model import write_text_model
 
 pytestmark = pytest.mark.anyio
@@ -129,25 +126,10 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path, path: Path) -> None
     assert after == before
 
 
-def program(*arguments: str) -> list[str]:
-    code = "import sys; from kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
-    return [sys.executable, "-c", code, *arguments]
-
-
 def on_a_terminal(arguments: list[str]) -> str:
-    """Runs the command with a terminal as its standard error, and returns what it writes there."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(program(*arguments), stdout=subprocess.DEVNULL, stderr=theirs) as done:
-        os.close(theirs)
-        written = bytearray()
-        try:
-            while piece := os.read(ours, 4096):
-                written += piece
-        except OSError:
-            pass  # nobody has the other end any more
-        os.close(ours)
-    assert done.returncode == 0, written
-    return written.decode()
+    status, text = run_kvferry_on_a_terminal(*arguments)
+    assert status == 0, text
+    return text
 
 
 def test_a_terminal_shows_progress(tmp_path: Path, path: Path) -> None:
@@ -174,7 +156,7 @@ async def test_an_interrupted_command_leaves_what_it_has_printed(
 ) -> None:
     texts = [f"{number} {BEGIN}" for number in range(300)]
     folder = tmp_path / "store"
-    command = program(*arguments(folder, prompts_file(tmp_path, texts), path))
+    command = kvferry_command(*arguments(folder, prompts_file(tmp_path, texts), path))
     lines = await anyio.to_thread.run_sync(interrupted, command)
     assert lines[0]
     assert len(lines) < 300

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -47,3 +49,30 @@ def run_kvferry(
     """Runs the command kvferry in a process of its own, after the Python statements ``first``."""
     code = f"import sys; {first}\nfrom kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
     return run_python("-c", code, *arguments, environment=environment, timeout=240)
+
+
+def kvferry_command(*arguments: str) -> list[str]:
+    """The command kvferry of the package that the tests have."""
+    code = "import sys; from kvferry.tools.cli import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-c", code, *arguments]
+
+
+def run_kvferry_on_a_terminal(*arguments: str) -> tuple[int, str]:
+    """Runs the command kvferry with a terminal as its standard error.
+
+    Returns its exit status, and what it has written to the terminal.
+    """
+    ours, theirs = pty.openpty()
+    written = bytearray()
+    with subprocess.Popen(
+        kvferry_command(*arguments), stdout=subprocess.DEVNULL, stderr=theirs
+    ) as running:
+        os.close(theirs)
+        try:
+            while piece := os.read(ours, 4096):
+                written += piece
+        except OSError as problem:
+            if problem.errno != errno.EIO:  # that one: nobody has the other end any more
+                raise
+        os.close(ours)
+    return running.returncode, written.decode()

@@ -12,7 +12,7 @@ from kvferry._bridge.block_list import BlocksAllowed
 from kvferry.store.description import Description, Kind
 from kvferry.store.disk import Disk
 from kvferry.store.layout_notes import layout_note
-from support.programs import run_kvferry
+from support.programs import run_kvferry, run_kvferry_on_a_terminal
 
 ROOT = bytes(32)
 BYTES = 5000
@@ -130,6 +130,13 @@ def test_blocks_that_end_without_their_checkpoint_end_at_the_one_before(tmp_path
     assert [(row["name"], row["tokens"], row["parts"]) for row in listed(tmp_path)] == [
         ("01" * 8, 10, 2)
     ]
+
+
+def test_verify_shows_on_a_terminal_how_far_it_is(folder: Path) -> None:
+    status, text = run_kvferry_on_a_terminal("store", "verify", str(folder))
+    assert status == 0
+    assert "\r5/5 files" in text
+    assert text.endswith("\r\x1b[K"), "the line is removed in the end"
 
 
 def test_evict_leaves_what_others_share(folder: Path) -> None:
