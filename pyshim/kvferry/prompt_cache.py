@@ -38,6 +38,7 @@ from .engine import Engine
 from .errors import error
 from .llama import Llama
 from .store import Store
+from .store.readings import Readings
 from .store.sizes import size
 from .store.weights import weights_hash
 
@@ -110,7 +111,7 @@ class PromptCache(BaseLlamaCache):
         self._recent = RecentTokens()
         self._fork = 0
         """Up to where the prompt begins as an earlier one does, if that is not kept yet."""
-        variant = _variant(llm, variant)
+        variant = variant_of(llm, variant)
 
         @contextlib.asynccontextmanager
         async def opened() -> AsyncIterator[tuple[Store, Llama]]:
@@ -158,6 +159,10 @@ class PromptCache(BaseLlamaCache):
 
     async def _stats(self) -> dict[str, int]:
         return self._store.stats()
+
+    def readings(self) -> Readings:
+        """As ``Store.readings``. Any thread may call this, also after ``close``."""
+        return self._store.readings()
 
     # ---- Closing --------------------------------------------------------------------------------
 
@@ -315,7 +320,8 @@ class PromptCache(BaseLlamaCache):
         return self._loop.call(function)
 
 
-def _variant(llm: Any, given: str) -> str:
+def variant_of(llm: Any, given: str) -> str:
+    """Returns the ``variant`` with which a PromptCache attaches a ``llama_cpp.Llama``."""
     told = [given, settings(llm)]
     if llm.lora_path:
         told += [weights_hash(llm.lora_path).hex(), str(llm.lora_scale)]

@@ -8,6 +8,7 @@ from ..buffer import Buffer
 from ..llama import Llama
 from .behind import Behind
 from .ram import Ram, Room, most_taken
+from .tracing import traced
 
 _AT_ONCE = 16
 """So many buffers are taken by one call: until then, the most that each may take is set aside."""
@@ -20,6 +21,7 @@ class Buffers:
         self._ram = ram
         self._behind = behind
 
+    @traced("wait for a buffer", lambda _self, _llama, nbytes: {"bytes": nbytes})
     async def take(self, llama: Llama, nbytes: int) -> tuple[Buffer, Room] | None:
         """Takes a buffer of the engine of ``llama``, and the room for it. None: there is no room.
 
@@ -28,6 +30,7 @@ class Buffers:
         """
         room = await self._reserve(most_taken(nbytes))
         if room is None:
+            self._ram.refused["budget"] += 1
             return None
         try:
             buffer = await llama.allocate(nbytes)

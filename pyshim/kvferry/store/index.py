@@ -37,6 +37,15 @@ _EVICTABLE = """SELECT kind, key FROM part AS p WHERE kind || hex(key) <> ? AND 
     AND NOT (c.key = p.key AND c.kind = p.kind))) ORDER BY used"""
 _OLDEST = "SELECT kind, key FROM part WHERE kind || hex(key) <> ? AND key <> ? ORDER BY used"
 
+# The pins, what has the key of one or of something before it, and the notes of their roots. CROSS
+# JOIN tells SQLite which table comes first: it would read all parts.
+_PINNED = """WITH RECURSIVE needed(key) AS (
+    SELECT key FROM part WHERE kind = 'pin' UNION SELECT root FROM part WHERE kind = 'pin'
+    UNION SELECT p.parent FROM part AS p JOIN needed ON p.key = needed.key
+    WHERE p.kind IN ('block', 'checkpoint'))
+    SELECT p.kind, p.key FROM needed CROSS JOIN part AS p ON p.key = needed.key
+    WHERE p.kind IN ('block', 'checkpoint', 'layout', 'pin')"""
+
 
 class Index:
     """One connection. The caller lets one thread in at a time."""
@@ -113,16 +122,20 @@ class Index:
             self._sql.executemany("UPDATE part SET used = ? WHERE kind = ? AND key = ?", uses)
 
     def evictable(
-        self, kind: str, key: bytes, parent: bytes, pinned: Container[tuple[str, bytes]]
+        self, kind: str, key: bytes, parent: bytes, *pinned: Container[tuple[str, bytes]]
     ) -> tuple[str, bytes] | None:
         """Returns the part to evict first: neither this one, nor its parent, nor a pinned one."""
         for query in (_EVICTABLE, _OLDEST):
             rows = self._sql.execute(query, (kind + key.hex().upper(), parent))
             with contextlib.closing(rows):
                 for row in rows:
-                    if row not in pinned:
+                    if not any(row in each for each in pinned):
                         return cast("tuple[str, bytes]", row)
         return None
+
+    def pinned(self) -> set[tuple[str, bytes]]:
+        """Returns what the pins in the folder need."""
+        return set(self._sql.execute(_PINNED))
 
     def allocated(self) -> int:
         return cast("int", self._sql.execute("SELECT allocated FROM total").fetchone()[0])

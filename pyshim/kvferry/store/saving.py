@@ -199,7 +199,7 @@ class Saving:
         part = dataclasses.replace(missing.part, nbytes=saved.nbytes)
         entry = Entry(part, saved, saved.capacity, expires=expires)
         if self._tiers.ram.add(entry, missing.room) is entry:
-            self._tiers.counts["saved_bytes"] += saved.nbytes
+            self._tiers.counts.saved_bytes += saved.nbytes
             if self._tiers.behind is not None:
                 self._tiers.behind.writes.add(entry)
         return entry.id
