@@ -47,12 +47,15 @@ class Behind:
     ) -> None:
         """``pinned`` is what the disk does not evict; it may change."""
         self._folder, self.limit, self._pinned = folder, limit, pinned
-        self._disk: Disk | None = None
         self._progress = Progress()
         self._lookups = DiskThreads(1, LOOKUP_PATIENCE, self._progress)
         self._readers = DiskThreads(_READERS, PATIENCE, self._progress)
         self._writer = DiskThreads(1, PATIENCE, self._progress)
         self.writes: Writes[tuple[Description, bytes]] = Writes(str(folder), self._write)
+        self._disk: Disk | None = None
+        self._opened = anyio.Event()  # or it failed
+        self._problem: Exception | None = None
+        """Why the folder was not opened."""
         self._hangs = False  # as the log has it
         self._noted: set[bytes] = set()  # roots whose notes are on the disk, or will be
         self._closed = False
@@ -61,24 +64,49 @@ class Behind:
         """Calls that have failed, and for which the disk hung. The Disk counts the rest."""
 
     @property
-    def disk(self) -> Disk:
-        assert self._disk is not None, "not opened"
-        return self._disk
-
-    @property
     def is_open(self) -> bool:
         """Whether there is a ``disk``, also after ``close``."""
         return self._disk is not None
 
     async def open(self) -> None:
-        """Raises OSError."""
-        self._disk = await anyio.to_thread.run_sync(
-            lambda: Disk(self._folder, self.limit, system=self._progress, pinned=self._pinned)
-        )
+        """Raises OSError. If the folder hangs, this returns; the folder is used when it has been
+        opened after all."""
         self._tasks = await anyio.create_task_group().__aenter__()
         for threads in (self._lookups, self._readers, self._writer):
             threads.open(self._tasks)
-        self._tasks.start_soon(self.writes.run)
+        self._tasks.start_soon(self._open_and_write)
+        try:
+            if not await self._writer.wait(self._opened):
+                self._report("opening", Hanging("the disk does not answer"))
+            elif self._problem is not None:
+                raise self._problem
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open_and_write(self) -> None:
+        try:
+            await self._writer.to_its_end(self._open_disk)
+        except Exception as problem:
+            self._problem = problem
+            if self._hangs:  # ``open`` has returned
+                self._report("opening", problem)
+        self._opened.set()
+        await self.writes.run()
+
+    def _open_disk(self) -> None:
+        """For a thread, also one that nobody waits for any more."""
+        disk = Disk(self._folder, self.limit, system=self._progress, pinned=self._pinned)
+        self._disk = disk
+        if self._closed:
+            disk.close()
+
+    @property
+    def disk(self) -> Disk:
+        """Raises OSError where the folder could not be opened, or has not been yet."""
+        if self._disk is None:
+            raise self._problem or Hanging("the disk does not answer")
+        return self._disk
 
     async def close(self) -> None:
         """Waits for calls that make progress, and begins no more. A call that hangs goes on."""
@@ -93,10 +121,10 @@ class Behind:
             await self._tasks.__aexit__(None, None, None)
         finally:
             self.writes.drop()
-            if all(ended):
+            if all(ended) and self._disk is not None:
                 with anyio.move_on_after(PATIENCE, shield=True):
-                    await anyio.to_thread.run_sync(self.disk.close, abandon_on_cancel=True)
-            else:
+                    await anyio.to_thread.run_sync(self._disk.close, abandon_on_cancel=True)
+            elif not all(ended):
                 log.warning("%s hangs, and was not closed", self._folder)
 
     # ---- Writes ---------------------------------------------------------------------------------
@@ -136,10 +164,10 @@ class Behind:
 
     # ---- Reads ----------------------------------------------------------------------------------
 
-    async def look_up(self, what: str, function: Callable[[], T], failed: T) -> T:
+    async def look_up(self, what: str, function: Callable[[Disk], T], failed: T) -> T:
         """Returns what a function finds on the disk; ``failed`` if the disk fails or hangs."""
         try:
-            found = await self._lookups.call(function)
+            found = await self._lookups.call(function, self.disk)
         except KvferryError:
             raise  # the store is closed
         except Exception as problem:  # an index may have anything in it
@@ -159,7 +187,7 @@ class Behind:
         """
         try:
             right = await self._readers.call(
-                self.disk.read_into, description, memory, dropped=dropped
+                lambda: self.disk.read_into(description, memory), dropped=dropped
             )
         except Hanging as problem:
             self._report("a read", problem)
@@ -183,16 +211,16 @@ class Behind:
         if not asked:
             return set()
 
-        def find() -> set[Id]:
+        def find(disk: Disk) -> set[Id]:
             found = set()
             for root in {each.root for each in asked}:
-                self.disk.use("layout", root)  # its note is of use, too
+                disk.use("layout", root)  # its note is of use, too
             for each in asked:
-                part = self.disk.find(each.kind, each.key)
+                part = disk.find(each.kind, each.key)
                 if part is not None and each == dataclasses.replace(
                     part, nbytes=each.nbytes, checksum=each.checksum
                 ):
-                    self.disk.use(each.kind, each.key)
+                    disk.use(each.kind, each.key)
                     found.add((each.kind, each.key))
             return found
 
@@ -206,15 +234,15 @@ class Behind:
     async def quarantined(self, wanted: Iterable[Id]) -> list[Id]:
         """Returns which of these parts are in quarantine."""
 
-        def find() -> list[Id]:
-            there = self.disk.quarantined()
+        def find(disk: Disk) -> list[Id]:
+            there = disk.quarantined()
             return [each for each in wanted if each in there]
 
         return await self.look_up("a search", find, [])
 
     async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
         """The roots for which something was kept with a model."""
-        return await self.look_up("a search", lambda: _layouts(self.disk, model), {})
+        return await self.look_up("a search", lambda disk: _layouts(disk, model), {})
 
     def _report(self, what: str, problem: Exception) -> None:
         self.refused["hangs" if isinstance(problem, Hanging) else "failed"] += 1
@@ -224,7 +252,7 @@ class Behind:
             self._hangs = True
             return
         unexpected = not isinstance(problem, (OSError, ValueError))
-        log.warning("%s of %s failed: %s", what, self._folder, problem, exc_info=unexpected)
+        log.warning("%s of %s failed: %s", what, self._folder, str(problem), exc_info=unexpected)
 
 
 def _write(disk: Disk, what: Entry | tuple[Description, bytes]) -> bool:

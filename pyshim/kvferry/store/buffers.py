@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import anyio
+
 from ..buffer import Buffer
 from ..llama import Llama
 from .behind import Behind
@@ -30,30 +32,35 @@ class Buffers:
         """
         room = await self._reserve(most_taken(nbytes))
         if room is None:
-            self._ram.refused["budget"] += 1
             return None
-        try:
-            buffer = await llama.allocate(nbytes)
-            room.shrink(buffer.capacity)
-        except BaseException:
-            room.release()
-            raise
-        return buffer, room
+        return (await self._allocate(llama, [nbytes], [room]))[0]
 
     async def take_first(self, llama: Llama, sizes: Sequence[int]) -> list[tuple[Buffer, Room]]:
         """As ``take``, for the first buffers of these sizes: for at least one, if there is room."""
         if not sizes or (first := await self._reserve(most_taken(sizes[0]))) is None:
             return []
         rooms = [first]
+        for nbytes in sizes[1:_AT_ONCE]:
+            if (room := self._ram.reserve(most_taken(nbytes))) is None:
+                break
+            rooms.append(room)
+        return await self._allocate(llama, sizes[: len(rooms)], rooms)
+
+    async def _allocate(
+        self, llama: Llama, sizes: Sequence[int], rooms: Sequence[Room]
+    ) -> list[tuple[Buffer, Room]]:
+        """Takes buffers for these rooms, or releases the rooms."""
+        buffers: list[Buffer] = []
         try:
-            for nbytes in sizes[1:_AT_ONCE]:
-                if (room := self._ram.reserve(most_taken(nbytes))) is None:
-                    break
-                rooms.append(room)
-            buffers = await llama._allocate_each(sizes[: len(rooms)])
+            # A call that is cancelled may hold its buffers a little longer than the room.
+            with anyio.CancelScope(shield=True):
+                buffers = await llama._allocate_each(sizes)
             for buffer, room in zip(buffers, rooms, strict=True):
                 room.shrink(buffer.capacity)
+            await anyio.lowlevel.checkpoint_if_cancelled()
         except BaseException:
+            for buffer in buffers:
+                buffer.close()
             for room in rooms:
                 room.release()
             raise
@@ -61,8 +68,8 @@ class Buffers:
 
     async def _reserve(self, nbytes: int) -> Room | None:
         while (room := self._ram.reserve(nbytes)) is None:
-            if nbytes > self._ram.limit or self._behind is None:
-                return None
-            if not await self._behind.write_ends():
+            behind = self._behind if nbytes <= self._ram.limit else None
+            if behind is None or not await behind.write_ends():
+                self._ram.refused["budget"] += 1
                 return None
         return room

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import sqlite3
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from . import part_format
 from .counts import Reason, Refusals
 from .description import Description
 from .folder import BLOCK, GROWTH, Folder, log, occupied, remove_tree
-from .index import Index
+from .index import BROKEN, SUFFIXES, Index
 from .part_format import HEADER_BYTES, Damaged, Newer, name_of
 from .system import System
 
@@ -73,6 +73,7 @@ class Disk:
         self._system = system or System()
         path = os.path.abspath(os.path.expanduser(os.fspath(folder)))
         self._folder = Folder(path, self._system)
+        self._largest = min(limit, self._system.capacity(path))
         self._index: Index | None = None
         self._touched: dict[tuple[str, bytes], int] = {}
         self._newer = 0  # bytes of files of a newer version, which stay
@@ -116,6 +117,10 @@ class Disk:
     def children(self, parent: bytes) -> list[Description]:
         """Returns the parts that have this parent, in no order."""
         return self._with_index(lambda index: index.children(parent))
+
+    def ends(self, parent: bytes) -> list[int]:
+        """Returns where the parts end that have this parent, each end once, in no order."""
+        return self._with_index(lambda index: index.ends(parent))
 
     def use(self, kind: str, key: bytes) -> None:
         """Notes that a part was of use: it is evicted after those that were used before."""
@@ -181,18 +186,12 @@ class Disk:
             raise ValueError("the memory has another length than the part")
         name = name_of(description.kind, description.key)
         try:
-            descriptor = part_format.open_part(self._system, self._folder.part(name))
-            try:
-                found = part_format.read_header(self._system, descriptor)
-                if name_of(found.kind, found.key) != name:
-                    raise Damaged("the file has the name of another")
+            with self._opened(name) as (descriptor, found):
                 if found != description:  # the caller's, or the index's, is a stale one
                     self._refuse("foreign")
                     self._renew_entry(found)
                     return False
                 part_format.read_data(self._system, descriptor, view, description.checksum)
-            finally:
-                self._system.close(descriptor)
         except FileNotFoundError:
             self._forget(description.kind, description.key)
             return False
@@ -239,12 +238,8 @@ class Disk:
             names = self._system.names(self._folder.parts)
         for name in names:
             try:
-                descriptor = part_format.open_part(self._system, self._folder.part(name))
-                try:
-                    found = part_format.read_header(self._system, descriptor)
+                with self._opened(name) as (descriptor, found):
                     part_format.check_data(self._system, descriptor, found)
-                finally:
-                    self._system.close(descriptor)
                 right += 1
             except FileNotFoundError:
                 continue
@@ -253,6 +248,21 @@ class Disk:
             except (Damaged, OSError) as error:
                 self._quarantine(name, error)
         return Report(right, self._quarantined - before, newer)
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[int, Description]]:
+        """Opens a part's file and reads its header. Raises OSError, Damaged, Newer."""
+        descriptor = part_format.open_part(self._system, self._folder.part(name))
+        try:
+            found = part_format.read_header(self._system, descriptor)
+            if name_of(found.kind, found.key) != name:
+                raise Damaged("the file has the name of another")
+            # Somebody may have made a file of any length that has no blocks.
+            if HEADER_BYTES + found.nbytes > self._largest:
+                raise Damaged("the file is longer than the folder may be large")
+            yield descriptor, found
+        finally:
+            self._system.close(descriptor)
 
     # ---- With the folder's lock
 
@@ -272,14 +282,8 @@ class Disk:
     def _describe(self, name: str) -> tuple[Description, int] | None:
         """Reads a header, and the bytes the file occupies; quarantines what is not right."""
         try:
-            descriptor = part_format.open_part(self._system, self._folder.part(name))
-            try:
-                found = part_format.read_header(self._system, descriptor)
+            with self._opened(name) as (descriptor, found):
                 allocated = self._system.fstat(descriptor).st_blocks * BLOCK
-            finally:
-                self._system.close(descriptor)
-            if name_of(found.kind, found.key) != name:
-                raise Damaged("the file has the name of another")
         except FileNotFoundError:
             return None
         except (Damaged, OSError) as error:
@@ -364,7 +368,7 @@ class Disk:
 
     def _reconcile(self, index: Index) -> None:
         """Makes the index agree with the names in the folder; reads only headers it lacks."""
-        known = {name_of(kind, key): (kind, key) for kind, key in index.names()}
+        known = {name_of(kind, key): (kind, key) for kind, key in index.add_up()}
         names = set(self._system.names(self._folder.parts))
         for name in known.keys() - names:
             index.delete(*known[name])
@@ -433,7 +437,7 @@ class Disk:
             try:
                 if self._index is not None and self._index.is_current():
                     return use(self._index)
-            except sqlite3.DatabaseError as error:
+            except BROKEN as error:
                 _raise_if_full(error)
                 log.warning("the index is made anew: %s", error)
                 return self._renew(use, corrupt=True)
@@ -450,15 +454,15 @@ class Disk:
                 if not corrupt:
                     try:
                         return self._open_index(use)
-                    except sqlite3.DatabaseError as error:
+                    except BROKEN as error:
                         _raise_if_full(error)
                         log.warning("the index is made anew: %s", error)
                         if self._index is not None:
                             self._index.close()
-                for suffix in ("", "-wal", "-shm"):
+                for suffix in SUFFIXES:
                     remove_tree(self._folder.index + suffix)
                 return self._open_index(use)
-            except sqlite3.Error as error:
+            except BROKEN as error:
                 raise OSError(errno.EIO, f"the index: {error}") from error
 
     def _open_index(self, use: Callable[[Index], T]) -> T:
@@ -469,6 +473,6 @@ class Disk:
         return use(self._index)
 
 
-def _raise_if_full(error: sqlite3.Error) -> None:
+def _raise_if_full(error: Exception) -> None:
     if "full" in str(error):
         raise OSError(errno.ENOSPC, f"the index: {error}") from error

@@ -75,7 +75,7 @@ class OnDisk:
         return self._asked[key]
 
     def ends(self, parent: bytes) -> list[int]:
-        return [each.end for each in self._disk.children(parent)]
+        return self._disk.ends(parent)
 
 
 @dataclass(frozen=True)

@@ -105,14 +105,14 @@ class Restoring:
             return prefix is not None and prefix.end == len(search.tokens)
 
         if behind is not None and not whole():
-            run = functools.partial(_search_in, search, ram, behind.disk)
+            run = functools.partial(_search_in, search, ram)
             prefix = await behind.look_up("a search", run, prefix)
         if away is not None and not whole():
             seen = await away.look(search, prefix)
             without_disk = _search_in(search, ram, seen=seen)
             if behind is None:
                 return without_disk
-            run = functools.partial(_search_in, search, ram, behind.disk, seen)
+            run = functools.partial(_search_in, search, ram, seen=seen)
             prefix = await behind.look_up("a search", run, without_disk or prefix)
         return prefix
 
@@ -230,8 +230,15 @@ class Restoring:
             async with anyio.create_task_group() as reads:
                 for index in missing:
                     reads.start_soon(read, index)
-        for each in (*problems, *absent):
-            raise each
+        # No variable keeps the exception: its traceback refers to the frames that have the buffers.
+        failure = next(iter((*problems, *absent)), None)
+        problems.clear()
+        absent.clear()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure
         self._worth.note_reads(watches)
         return [entries[index] for index in range(len(prefix.parts))]
 
@@ -251,8 +258,16 @@ class Restoring:
         if (taken := await self._tiers.buffers.take(asked.llama, part.nbytes)) is None:
             raise _NoRoom
         buffer, room = taken
+        view = buffer.view
+
+        def dropped() -> None:
+            # The memory first: frames and threads may refer to the view for some time yet.
+            view.release()
+            buffer.close()
+            room.release()
+
         with watches[tier].reading():
-            found = await self._fill(part, tier, buffer.view, room.release)
+            found = await self._fill(part, tier, view, dropped)
         if found is None:
             raise _NotRead
         watches[tier].nbytes += part.nbytes
