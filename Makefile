@@ -313,7 +313,8 @@ LLAMA_TESTS_ON_CUDA := $(addprefix tests/python/llama/,test_llama_in_flight.py t
 PYTHON_TESTS_ON_CUDA := tests/python/cuda $(LLAMA_TESTS_ON_CUDA)
 
 BINDINGS_TESTS := $(addprefix tests/python/,llama/test_llama_cpp_python.py llama/test_prompt_cache.py \
-    store/test_store_llama_cpp_python.py)
+    llama/test_prompt_cache_server.py store/test_store_llama_cpp_python.py \
+    store/test_store_warm_llama_cpp_python.py)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)

@@ -152,7 +152,7 @@ bool Llama::positions_tell_cells() const {
 
 // Scratch memory for the state of a sequence, which is a borrowed one or that of the blocks. Throws
 // KVF_ERR_SEQUENCE_EMPTY for a borrowed one without cells.
-ScratchState Llama::make_scratch(int32_t sequence, bool is_borrowed) const {
+BorrowedScratch Llama::make_scratch(int32_t sequence, bool is_borrowed) {
     const Structure &structure = *states_->structure();
     const char *const none = "no token at the positions of the blocks";
     if (is_borrowed && positions_tell_cells()) {
@@ -160,7 +160,8 @@ ScratchState Llama::make_scratch(int32_t sequence, bool is_borrowed) const {
         try {
             // The size of the largest state: it is address space alone, and to ask libllama for the
             // size of this one would cost the thread another walk over all cells.
-            return ScratchState(block_bytes(structure, context_.most_cells() + kCellPadding));
+            return BorrowedScratch(scratch_,
+                                   block_bytes(structure, context_.most_cells() + kCellPadding));
         } catch (const Error &) {
             // Address space is limited: no more than is needed.
         }
@@ -168,7 +169,7 @@ ScratchState Llama::make_scratch(int32_t sequence, bool is_borrowed) const {
     const uint64_t bytes = context_.state_bytes(sequence);
     if (is_borrowed && bytes == empty_state_bytes(structure))
         throw Error(KVF_ERR_SEQUENCE_EMPTY, none);
-    return ScratchState(bytes);
+    return BorrowedScratch(scratch_, bytes);
 }
 
 void Llama::look_for_blocks(int32_t sequence) {
@@ -223,7 +224,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
 
     const BorrowedSequence borrowed(*this, sequence, blocks.front().begin, blocks.back().end);
     const int32_t listed = borrowed.id < 0 ? sequence : borrowed.id;
-    const ScratchState scratch = make_scratch(listed, borrowed.id >= 0);
+    const BorrowedScratch scratch = make_scratch(listed, borrowed.id >= 0);
     Recorder recorder =
         make_recorder(Direction::Save, scratch.data, scratch.bytes(), submission.gate);
     Recorded recorded = record_save(listed, scratch.data, scratch.bytes(), recorder);
@@ -323,7 +324,7 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
     look_for_blocks(sequence);
     check_loadable(blocks.size(), checkpoint != nullptr);
     const StateJoin join = join_blocks(blocks, checkpoint, checkpoint_bytes);
-    const ScratchState scratch(join.bytes());
+    const BorrowedScratch scratch(scratch_, join.bytes());
     join.write(scratch.data);
     const IncomingState state = states_->examine(sequence, scratch.data, join.bytes(), 0);
     if (!state.structure) throw Error(KVF_ERR_UNSUPPORTED, states_->policy().why_not_more_blocks());

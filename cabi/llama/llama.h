@@ -109,7 +109,7 @@ private:
     class BorrowedSequence;
     int32_t find_empty_sequence() const;
     bool positions_tell_cells() const;
-    ScratchState make_scratch(int32_t sequence, bool is_borrowed) const;
+    BorrowedScratch make_scratch(int32_t sequence, bool is_borrowed);
     void look_for_blocks(int32_t sequence);
     void check_blocks_allowed(bool checkpoints) const;
     void check_has_position(int32_t sequence) const;
@@ -137,6 +137,7 @@ private:
 
     // Touched by the context's thread only.
     HeapCache heap_;
+    ScratchCache scratch_;
     std::set<uint32_t> devices_; // that hold the context's tensors, as far as has been seen
     bool replaced_ = false;      // the context's address holds something else by now
 

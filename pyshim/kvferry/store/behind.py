@@ -17,11 +17,14 @@ import anyio.to_thread
 
 from .._bridge.block_list import BlocksAllowed
 from ..errors import KvferryError
+from .counts import Refusals
 from .description import Description
 from .disk import Disk
 from .layout_notes import allowed_of, layout_note
+from .part_format import HEADER_BYTES
 from .ram import Entry, Id
 from .threads import DiskThreads, Hanging, Progress
+from .tracing import part_told, traced
 from .writes import Writes
 
 T = TypeVar("T")
@@ -43,7 +46,7 @@ class Behind:
         self, folder: str | os.PathLike[str], limit: int, pinned: Container[Id] = ()
     ) -> None:
         """``pinned`` is what the disk does not evict; it may change."""
-        self._folder, self._limit, self._pinned = folder, limit, pinned
+        self._folder, self.limit, self._pinned = folder, limit, pinned
         self._progress = Progress()
         self._lookups = DiskThreads(1, LOOKUP_PATIENCE, self._progress)
         self._readers = DiskThreads(_READERS, PATIENCE, self._progress)
@@ -56,6 +59,14 @@ class Behind:
         self._hangs = False  # as the log has it
         self._noted: set[bytes] = set()  # roots whose notes are on the disk, or will be
         self._closed = False
+        self.read_bytes = 0
+        self.refused: Refusals = Refusals()
+        """Calls that have failed, and for which the disk hung. The Disk counts the rest."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a ``disk``, also after ``close``."""
+        return self._disk is not None
 
     async def open(self) -> None:
         """Raises OSError. If the folder hangs, this returns; the folder is used when it has been
@@ -85,7 +96,7 @@ class Behind:
 
     def _open_disk(self) -> None:
         """For a thread, also one that nobody waits for any more."""
-        disk = Disk(self._folder, self._limit, system=self._progress, pinned=self._pinned)
+        disk = Disk(self._folder, self.limit, system=self._progress, pinned=self._pinned)
         self._disk = disk
         if self._closed:
             disk.close()
@@ -165,6 +176,7 @@ class Behind:
         self._hangs = False
         return found
 
+    @traced("read disk", part_told)
     async def read(
         self, description: Description, memory: memoryview, dropped: Callable[[], None]
     ) -> bool:
@@ -186,7 +198,9 @@ class Behind:
             self._report("a read", problem)
             return False
         self._hangs = False
-        if not right:
+        if right:
+            self.read_bytes += HEADER_BYTES + description.nbytes
+        else:
             dropped()
         return right
 
@@ -231,6 +245,7 @@ class Behind:
         return await self.look_up("a search", lambda disk: _layouts(disk, model), {})
 
     def _report(self, what: str, problem: Exception) -> None:
+        self.refused["hangs" if isinstance(problem, Hanging) else "failed"] += 1
         if isinstance(problem, Hanging):
             if not self._hangs:
                 log.warning("%s hangs; it is not used until it answers", self._folder)

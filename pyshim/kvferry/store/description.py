@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["block", "checkpoint", "layout", "layouts", "ends"]
+Kind = Literal["block", "checkpoint", "layout", "pin", "layouts", "ends"]
 """A "layout" is a note that something is kept for a cache: its key is the root, its parent stands
-for the model, and its bytes are a value of BlocksAllowed. "layouts" and "ends" are notes of the
-remote tier, which cannot list what has a parent."""
+for the model, and its bytes are a value of BlocksAllowed. A "pin" has no bytes: what has its key,
+and all before, is not evicted from the disk. "layouts" and "ends" are notes of the remote tier,
+which cannot list what has a parent."""
 
 
 @dataclass(frozen=True)

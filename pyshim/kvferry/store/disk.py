@@ -13,6 +13,7 @@ from typing import TypeVar
 import xxhash
 
 from . import part_format
+from .counts import Reason, Refusals
 from .description import Description
 from .folder import BLOCK, GROWTH, Folder, log, occupied, remove_tree
 from .index import BROKEN, SUFFIXES, Index
@@ -76,7 +77,11 @@ class Disk:
         self._index: Index | None = None
         self._touched: dict[tuple[str, bytes], int] = {}
         self._newer = 0  # bytes of files of a newer version, which stay
-        self._written = self._evicted = self._quarantined = 0
+        self._written = self.evicted = self._quarantined = 0
+        self.written_bytes = 0
+        self.latest_occupied = 0
+        """Bytes, as they were measured for the latest write."""
+        self.refused: Refusals = Refusals()
         try:
             with self._folder.locked():
                 self._folder.clean_aside()
@@ -153,9 +158,11 @@ class Disk:
                     self._system.sync_folder(self._folder.parts)
                     return True
             except Newer:
+                self._refuse("newer")
                 return False
             aside = self._reserve(description)
         if aside is None:
+            self._refuse("budget")
             return False
         path, descriptor = aside
         try:
@@ -181,6 +188,7 @@ class Disk:
         try:
             with self._opened(name) as (descriptor, found):
                 if found != description:  # the caller's, or the index's, is a stale one
+                    self._refuse("foreign")
                     self._renew_entry(found)
                     return False
                 part_format.read_data(self._system, descriptor, view, description.checksum)
@@ -188,6 +196,7 @@ class Disk:
             self._forget(description.kind, description.key)
             return False
         except Newer:
+            self._refuse("newer")
             return False
         except (Damaged, OSError) as error:
             if isinstance(error, OSError) and error.errno in _TRANSIENT:
@@ -210,7 +219,7 @@ class Disk:
                 self._occupied(),
                 self._limit,
                 self._written,
-                self._evicted,
+                self.evicted,
                 self._quarantined,
             )
 
@@ -302,16 +311,17 @@ class Disk:
             over = self._occupied() + need + GROWTH - self._limit
         if need and over > self._with_index(lambda index: index.allocated()):
             return False
+        noted = self._with_index(lambda index: index.pinned()) if over > 0 else set()
         while over > 0:
             victim = self._with_index(
-                lambda index: index.evictable(kind, key, parent, self._pinned)
+                lambda index: index.evictable(kind, key, parent, self._pinned, noted)
             )
             if victim is None:
                 return False
             before = self._with_index(lambda index: index.allocated())
             self._remove(*victim)
             over -= before - self._with_index(lambda index: index.allocated())
-            self._evicted += 1
+            self.evicted += 1
         return True
 
     def _publish(self, description: Description, path: str, descriptor: int) -> None:
@@ -335,6 +345,7 @@ class Disk:
                 self._remove(description.kind, description.key)
             raise
         self._written += linked
+        self.written_bytes += linked * (HEADER_BYTES + description.nbytes)
 
     def _remove(self, kind: str, key: bytes) -> bool:
         there = True
@@ -350,6 +361,7 @@ class Disk:
     def _to_quarantine(self, name: str, reason: object) -> None:
         self._folder.to_quarantine(name, reason)
         self._quarantined += 1
+        self._refuse("damaged")
         parsed = part_format.parse_name(name)
         if parsed is not None:
             self._with_index(lambda index: index.delete(*parsed))
@@ -378,7 +390,8 @@ class Disk:
 
     def _occupied(self) -> int:
         parts = self._with_index(lambda index: index.allocated())
-        return parts + self._newer + self._folder.occupied_beside_parts()
+        self.latest_occupied = parts + self._newer + self._folder.occupied_beside_parts()
+        return self.latest_occupied
 
     def _flush_touches(self) -> None:
         uses = [(used, kind, key) for (kind, key), used in self._touched.items()]
@@ -387,6 +400,10 @@ class Disk:
             self._with_index(lambda index: index.touch(uses))
 
     # ---- By any thread
+
+    def _refuse(self, reason: Reason) -> None:
+        with self._folder.in_thread():
+            self.refused[reason] += 1
 
     def _touch(self, kind: str, key: bytes) -> None:
         with self._folder.in_thread():

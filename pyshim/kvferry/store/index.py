@@ -49,6 +49,15 @@ _ENDS = """WITH RECURSIVE found(end) AS (SELECT max(end) FROM part WHERE parent 
     WHERE found.end IS NOT NULL) SELECT end FROM found WHERE end IS NOT NULL"""
 _OLDEST = "SELECT kind, key FROM part WHERE kind || hex(key) <> ? AND key <> ? ORDER BY used"
 
+# The pins, what has the key of one or of something before it, and the notes of their roots. CROSS
+# JOIN tells SQLite which table comes first: it would read all parts.
+_PINNED = """WITH RECURSIVE needed(key) AS (
+    SELECT key FROM part WHERE kind = 'pin' UNION SELECT root FROM part WHERE kind = 'pin'
+    UNION SELECT p.parent FROM part AS p JOIN needed ON p.key = needed.key
+    WHERE p.kind IN ('block', 'checkpoint'))
+    SELECT p.kind, p.key FROM needed CROSS JOIN part AS p ON p.key = needed.key
+    WHERE p.kind IN ('block', 'checkpoint', 'layout', 'pin')"""
+
 
 _TYPES = (str, bytes, bytes, int, int, bytes, int)
 SUFFIXES = ("", "-wal", "-shm")
@@ -153,16 +162,20 @@ class Index:
             self._sql.executemany("UPDATE part SET used = ? WHERE kind = ? AND key = ?", uses)
 
     def evictable(
-        self, kind: str, key: bytes, parent: bytes, pinned: Container[tuple[str, bytes]]
+        self, kind: str, key: bytes, parent: bytes, *pinned: Container[tuple[str, bytes]]
     ) -> tuple[str, bytes] | None:
         """Returns the part to evict first: neither this one, nor its parent, nor a pinned one."""
         for query in (_EVICTABLE, _OLDEST):
             rows = self._sql.execute(query, (kind + key.hex().upper(), parent))
             with contextlib.closing(rows):
                 for row in map(_checked_id, rows):
-                    if row not in pinned:
+                    if not any(row in each for each in pinned):
                         return row
         return None
+
+    def pinned(self) -> set[tuple[str, bytes]]:
+        """Returns what the pins in the folder need."""
+        return set(self._sql.execute(_PINNED))
 
     def allocated(self) -> int:
         """Bytes that the parts occupy."""
