@@ -77,6 +77,9 @@ class Call(Generic[T]):
         except Exception as problem:
             self._problem = problem
         finally:
+            # The thread may hold this object longer than the task waits: the function must not
+            # keep the memory that it has filled.
+            del self._function
             self.running = False
 
     def stalls(self, patience: float) -> bool:
