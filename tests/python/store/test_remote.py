@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import time
 from pathlib import Path
 
 import anyio
@@ -29,6 +28,16 @@ URL = f"s3://{BUCKET}/a/prefix"
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     backend: str = request.param
     return backend
+
+
+class Clock:
+    """A clock that stands still until a test sets it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def remote(timeout: float = 5.0, breaker: Breaker | None = None, url: str = URL) -> Remote:
@@ -206,20 +215,20 @@ async def test_notes(s3: S3Server) -> None:
 
 
 async def test_the_server_stops_and_starts(s3: S3Server, caplog: pytest.LogCaptureFixture) -> None:
-    tier = remote(breaker=Breaker("the server", seconds=0.2))
+    clock = Clock()
+    tier = remote(breaker=Breaker("the server", seconds=10, clock=clock))
     part, data = make_part(1)
     other, other_data = make_part(2)
     assert await tier.write(part, data)
     s3.stop()
-    begin = time.monotonic()
     assert await read(tier, part) is None
     assert await tier.sizes([(part.kind, part.key)]) == [None]
     assert not await tier.write(other, other_data)
-    assert time.monotonic() - begin < 3
     assert tier.opened == 1
     assert "is left alone for" in caplog.text
     s3.start()
-    await anyio.sleep(0.3 if not tier.left_alone else 1.0)
+    assert await read(tier, part) is None
+    clock.now += 11
     assert await read(tier, part) == data
     assert await tier.write(other, other_data)
     assert not tier.left_alone
@@ -227,30 +236,26 @@ async def test_the_server_stops_and_starts(s3: S3Server, caplog: pytest.LogCaptu
 
 
 async def test_a_server_that_hangs_is_left_alone(network: Proxy) -> None:
-    tier = remote(timeout=0.3, breaker=Breaker("the server", failures=3, seconds=30))
+    clock = Clock()
+    tier = remote(timeout=0.3, breaker=Breaker("the server", failures=3, clock=clock))
     part, data = make_part(1)
-    assert await tier.write(part, data)
+    assert await remote().write(part, data)
     network.hangs = True
-    begin = time.monotonic()
     assert await read(tier, part) is None
-    assert time.monotonic() - begin < 3
     assert tier.left_alone
     connections = network.connections
-    begin = time.monotonic()
     for _ in range(100):
         assert await read(tier, part) is None
         assert await tier.sizes([(part.kind, part.key)]) == [None]
         assert not await tier.write(*make_part(2))
-    assert time.monotonic() - begin < 0.5
     assert network.connections == connections
 
 
-async def test_a_search_waits_for_its_timeout_alone(network: Proxy) -> None:
-    tier = remote(timeout=0.3)
+async def test_a_search_waits_for_one_timeout(network: Proxy) -> None:
+    tier = remote()
     network.hangs = True
-    begin = time.monotonic()
-    assert await tier.sizes([("block", bytes([n]) * 32) for n in range(30)]) == [None] * 30
-    assert time.monotonic() - begin < 0.6
+    with anyio.fail_after(20):  # one timeout for each name would take 30 seconds
+        assert await tier.sizes([("block", bytes([n]) * 32) for n in range(30)]) == [None] * 30
 
 
 async def test_a_slow_network_is_waited_for(network: Proxy) -> None:
@@ -280,15 +285,10 @@ async def test_a_connection_that_is_cut(s3: S3Server, network: Proxy, nbytes: in
 async def test_one_cut_is_tried_again(network: Proxy) -> None:
     tier = remote()
     part, data = make_part(1)
-    network.cut_after = 10
-    async with anyio.create_task_group() as tasks:
-
-        async def repair() -> None:
-            await anyio.sleep(0.02)
-            network.cut_after = None
-
-        tasks.start_soon(repair)
-        assert await tier.write(part, data)
+    network.cut_after, network.cuts = 10, 1
+    assert await tier.write(part, data)
+    assert network.cuts == 0
+    assert await read(tier, part) == data
 
 
 async def test_credentials_that_are_refused(
@@ -336,11 +336,9 @@ async def test_a_cancelled_read(network: Proxy) -> None:
     part, data = make_part(1, 4 * PIECE_BYTES)
     assert await tier.write(part, data)
     network.delay = 0.02
-    begin = time.monotonic()
     with anyio.move_on_after(0.1) as scope:
         await read(tier, part)
     assert scope.cancelled_caught
-    assert time.monotonic() - begin < 0.5
     network.delay = 0
     assert await read(tier, part) == data
     assert not tier.left_alone
@@ -349,16 +347,9 @@ async def test_a_cancelled_read(network: Proxy) -> None:
 # ---- The breaker
 
 
-class Time:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_the_breaker(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    clock = Time()
+    clock = Clock()
     breaker = Breaker("it", failures=3, seconds=10, longest=25, clock=clock)
     for _ in range(2):
         breaker.failed(breaker.enter(), "why")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,19 +239,18 @@ async def test_a_disk_that_hangs_does_not_slow_what_is_in_ram(
         llama = engine.attach(context.address)
         hanging.begin()
         await store.keep(llama, 0, prompt)
-        begin = time.monotonic()
+        await until_it_hangs(hanging)
+        hung = hanging.hanging
         assert (await store.find(llama, prompt, leave=0)).tokens == TOKENS
         assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
-        assert time.monotonic() - begin < hanging.PATIENCE / 2
+        assert hanging.hanging == hung
         # Something that RAM has the beginning of is looked for on the disk: that waits once.
-        await until_it_hangs(hanging)
         with anyio.fail_after(20):
             assert await store.restore(llama, 1, [*prompt, 7, 8]) == TOKENS
-        begin = time.monotonic()
-        for _ in range(5):
-            assert (await store.find(llama, [*prompt, 7, 8])).tokens == TOKENS
-            assert await store.restore(llama, 1, [*prompt, 7, 8]) == TOKENS
-        assert time.monotonic() - begin < hanging.PATIENCE
+        with anyio.fail_after(25 * hanging.PATIENCE):
+            for _ in range(50):
+                assert (await store.find(llama, [*prompt, 7, 8])).tokens == TOKENS
+                assert await store.restore(llama, 1, [*prompt, 7, 8]) == TOKENS
         hanging.end()
 
 

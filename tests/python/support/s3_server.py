@@ -106,8 +106,11 @@ class Proxy:
         """Seconds before each piece of an answer."""
         self.cut_after: int | None = None
         """Bytes of both directions after which a connection is cut."""
+        self.cuts: int | None = None
+        """How many connections are cut; None: each that gets so far."""
         self.connections = 0
         self._closed = False
+        self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
@@ -135,11 +138,19 @@ class Proxy:
                         if not data:
                             return
                         passed += len(data)
-                        if self.cut_after is not None and passed > self.cut_after:
+                        if self._is_cut(passed):
                             return
                         if ready is server and self.delay:
                             time.sleep(self.delay)
                         others[ready].sendall(data)
+
+    def _is_cut(self, passed: int) -> bool:
+        with self._lock:
+            if self.cut_after is None or passed <= self.cut_after or self.cuts == 0:
+                return False
+            if self.cuts is not None:
+                self.cuts -= 1
+            return True
 
     def close(self) -> None:
         self._closed = True
