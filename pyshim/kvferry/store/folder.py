@@ -1,7 +1,8 @@
 """The disk tier's folder: paths, lock, files aside, quarantine, and the room they occupy.
 
-``parts`` has the parts; ``aside`` the files that are being written, each locked by its writer, so
-that a file without a lock is what a killed writer left; ``quarantine`` what was not right.
+``parts`` has the parts. ``aside`` has the files that are being written. Each is locked by its
+writer, so that a file without a lock was left by a killed writer. ``quarantine`` has files that
+were not right.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ log = logging.getLogger("kvferry.store")
 
 BLOCK = 512  # the unit of st_blocks
 GROWTH = 512 << 10
-"""What the index and folders may grow by from one measurement to the next."""
+"""How much the index and the folders may grow between two measurements."""
 
 
 class Folder:
@@ -46,13 +47,13 @@ class Folder:
 
     @contextlib.contextmanager
     def in_thread(self) -> Iterator[None]:
-        """One thread of this process."""
+        """Admits one thread of this process at a time."""
         with self._thread_lock:
             yield
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One thread of one process."""
+        """Admits one thread of all processes that share the folder at a time: the folder's lock."""
         with self._thread_lock:
             if self._depth == 0:
                 self._system.lock(self._lock, wait=True)
@@ -68,7 +69,10 @@ class Folder:
         return os.path.join(self.parts, name)
 
     def new_aside(self, nbytes: int) -> tuple[str, int]:
-        """Makes a file of this many bytes, which occupies its room at once. Needs the lock."""
+        """Creates a file in ``aside``, whose bytes are allocated at once. Needs the folder's lock.
+
+        Returns its path, and a descriptor that holds the file's own lock.
+        """
         path = os.path.join(self.aside, secrets.token_hex(8))
         descriptor = self._system.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
@@ -86,10 +90,10 @@ class Folder:
         except FileNotFoundError:
             pass
         except OSError as error:  # without its lock, the next writer removes the file
-            log.warning("%s stays for now: %s", path, error)
+            log.warning("%s was not removed: %s", path, error)
 
     def clean_aside(self) -> None:
-        """Removes what killed writers left. Needs the lock."""
+        """Removes the files that killed writers have left. Needs the folder's lock."""
         for name in self._system.names(self.aside):
             path = os.path.join(self.aside, name)
             try:
@@ -108,7 +112,7 @@ class Folder:
             remove_tree(path)
 
     def to_quarantine(self, name: str, reason: object) -> None:
-        """Moves what stands at a part's name. Needs the lock."""
+        """Moves whatever has a part's name into the quarantine. Needs the folder's lock."""
         log.warning("quarantined: %s: %s", self.part(name), reason)
         with contextlib.suppress(FileNotFoundError):
             self._system.rename(
@@ -120,7 +124,7 @@ class Folder:
             remove_tree(os.path.join(self.quarantine, name))
 
     def occupied_beside_parts(self) -> int:
-        """Bytes, as du counts them, of everything but the parts."""
+        """Returns the bytes, as du counts them, of everything but the parts."""
         paths = [self.path, self.parts]
         for entry in os.scandir(self.path):
             if entry.path not in (self.parts, self.aside, self.quarantine):
@@ -143,7 +147,7 @@ def tree(path: str) -> int:
 
 
 def remove_tree(path: str) -> None:
-    """Removes whatever it is; follows no link."""
+    """Removes a file, a link, or a folder with all that is in it. Follows no link."""
     try:
         os.unlink(path)
     except FileNotFoundError:

@@ -38,7 +38,7 @@ _SEARCHES = 8
 
 
 class _NotRead(Exception):
-    """A part is not in RAM, and cannot be read: the disk knows now that it has not got it."""
+    """A part is not in RAM, and could not be read. Another search may find a shorter prefix."""
 
 
 class _NoRoom(Exception):
@@ -81,7 +81,7 @@ class Restoring:
         return sorted(filter(None, found), key=lambda prefix: prefix.end, reverse=True)
 
     async def _search_farther(self, search: Search, prefix: Prefix | None) -> Prefix | None:
-        """Returns the longest prefix of all tiers; ``prefix`` is that of RAM."""
+        """Returns the longest prefix of all tiers. ``prefix`` is the longest one of RAM."""
 
         def whole() -> bool:
             return prefix is not None and prefix.end == len(search.tokens)
@@ -158,7 +158,8 @@ class Restoring:
         missing = []
         for index, part in enumerate(prefix.parts):
             entry = self._ram.get(part.kind, part.key)
-            # One whose time is over was found on the disk: it need not be read.
+            # The search found it on the disk. If RAM still has it, after its time to live, it need
+            # not be read.
             entry = entry or self._ram.renew(part.kind, part.key, None)
             if entry is None:
                 missing.append(index)
@@ -231,7 +232,7 @@ class Restoring:
         entries: Sequence[Entry],
         priority: Priority,
     ) -> bool:
-        """False: the library has refused it, before it touched the sequence."""
+        """Returns False if the library has refused the prefix. The sequence is unchanged then."""
         blocks = [entry.part for entry in entries[: len(prefix.blocks)]]
         checkpoint = entries[-1].part if prefix.checkpoint else None
         was_unseen = await self._identities.is_unseen(llama)
@@ -239,7 +240,7 @@ class Restoring:
             await llama.load_blocks(blocks, seq, checkpoint=checkpoint, priority=priority)  # type: ignore[arg-type]
         except (StateMismatch, StateDamaged) as refusal:
             self._counts["refused_loads"] += 1
-            # Of a new context that is how the layout of the cache is found out.
+            # For a context that has had no cells, refusals tell which layout its cache has.
             level = logging.DEBUG if was_unseen else logging.WARNING
             log.log(level, "a prefix of %d tokens was refused: %s", prefix.end, refusal)
             return False
@@ -249,7 +250,7 @@ class Restoring:
 def _search_in(
     search: Search, ram: Ram, disk: Disk | None = None, seen: Seen | None = None
 ) -> Prefix | None:
-    """Searches RAM, the disk, and what was seen in the object store. With a disk it may block."""
+    """Searches RAM, the disk, and what was seen in the object store. May block on the disk."""
     lookup: Lookup = ram
     if disk is not None:
         lookup = InBoth(ram, disk, [link.key for link in search.links])
@@ -261,7 +262,8 @@ def _search_in(
 def _saved(
     part: Description, memory: CData, fingerprint: str, tokens: Tokens, whole: bool
 ) -> Block | Checkpoint:
-    """Returns the object of a part that was read. ``whole``: it stands for all tokens before it."""
+    """Returns the Block or Checkpoint of a part that was read. ``whole``: it stands for all tokens
+    before its end."""
     begin = 0 if whole else part.begin
     common = {
         "key": part.key,
