@@ -1,4 +1,4 @@
-"""Whether a prefix is worth its restore."""
+"""Whether a restore is faster than evaluating the tokens again."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from collections import Counter
 
 _SEEN_ENOUGH = 3
-"""The first restores also allocate memory, and find cold disks: so many are always tried."""
+"""How many restores are always made: the first ones also allocate memory, and find cold disks."""
 
 
 class RestoreSpeeds:
     """The speeds of restores and of evaluating tokens, as they were seen.
 
-    The best of each counts: a slow one may be due to what else the machine does. What has not been
-    seen often enough is taken for fast where it is a restore, so that it is tried.
+    The best speed of each counts, because other work of the machine may have slowed the others
+    down. A tier with too few restores counts as fast, so that it is tried.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class RestoreSpeeds:
         self._seconds_a_byte[tier] = min(self._seconds_a_byte.get(tier, math.inf), speed)
 
     def is_worth(self, tier: str, nbytes: int, tokens: int) -> bool:
-        """Whether so many bytes are there sooner than so many tokens are evaluated."""
+        """Whether a restore of these bytes takes less time than evaluating these tokens."""
         if self._restores[tier] < _SEEN_ENOUGH:
             return True
         return nbytes * self._seconds_a_byte[tier] <= tokens * self._seconds_a_token
