@@ -8,13 +8,16 @@ were not right.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 
+from .part_format import parse_name
 from .system import System
 
 log = logging.getLogger("kvferry.store")
@@ -26,6 +29,7 @@ GROWTH = 512 << 10
 
 class Folder:
     def __init__(self, path: str, system: System) -> None:
+        """Opens the folder or creates it. Raises OSError, also for a folder of something else."""
         self.path = path
         self.parts, self.aside, self.quarantine = (
             os.path.join(path, name) for name in ("parts", "aside", "quarantine")
@@ -34,13 +38,33 @@ class Folder:
         self._system = system
         self._thread_lock = threading.RLock()
         self._depth = 0
+        lock = os.path.join(path, "lock")
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not os.path.lexists(lock):
+            self._check_parts()
         for folder in (path, self.parts, self.aside, self.quarantine):
             with contextlib.suppress(FileExistsError):
                 system.make_folder(folder)
         for folder in (self.parts, self.aside, self.quarantine):
-            os.chmod(folder, 0o700, follow_symlinks=True)
-        self._lock = system.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT)
+            # Behind a link are the files of somebody else.
+            if not stat.S_ISDIR(system.lstat(folder).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder")
+        for folder in (self.parts, self.aside, self.quarantine):
+            os.chmod(folder, 0o700)
+        self._lock = system.open(lock, os.O_RDWR | os.O_CREAT)
+
+    def _check_parts(self) -> None:
+        """Raises OSError if ``parts`` has other files than parts, in a folder that no store has
+        used.
+
+        A store quarantines these files, and removes them when it needs the room.
+        """
+        try:
+            names = self._system.names(self.parts)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if not all(map(parse_name, names)):
+            raise FileExistsError(errno.EEXIST, f"{self.parts} has files of something else")
 
     def close(self) -> None:
         self._system.close(self._lock)
