@@ -40,7 +40,7 @@ _SEARCHES = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """What a prefix is looked for."""
+    """What a search looks for: a prefix of tokens, for a context and a salt."""
 
     llama: Llama
     tokens: Tokens
@@ -64,7 +64,7 @@ class _NoRoom(Exception):
 
 
 class _NotWorth(Exception):
-    """Bringing any of a prefix takes longer than evaluating its tokens."""
+    """To bring any part of a prefix takes longer than to evaluate its tokens."""
 
 
 class Restoring:
@@ -147,7 +147,7 @@ class Restoring:
     async def _restore(
         self, asked: Asked, seq: int, prefix: Prefix, held: int, priority: Priority
     ) -> int:
-        """Returns how many tokens of a prefix were loaded; 0: the library has refused it.
+        """Returns how many tokens of a prefix were loaded; 0 if the library has refused it.
 
         Raises _NotWorth, and as ``bring``.
         """
@@ -228,7 +228,7 @@ class Restoring:
     ) -> Entry:
         """Reads a part from a farther tier into a buffer of the engine, and keeps it in RAM."""
         if tier == "ram":
-            raise _NotRead  # it was evicted meanwhile
+            raise _NotRead  # it has been evicted since the search
         if (taken := await self._tiers.buffers.take(asked.llama, part.nbytes)) is None:
             raise _NoRoom
         buffer, room = taken
