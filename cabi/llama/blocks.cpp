@@ -348,7 +348,7 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
 StateJoin Llama::join_blocks(std::span<const kvf_block> blocks, const void *checkpoint,
                              uint64_t checkpoint_bytes) const {
     const CachePolicy policy = states_->policy();
-    const bool is_known = policy.format() == CachePolicy::Format::Known;
+    const bool is_known = policy.blocks_allowed() != KVF_BLOCKS_UNSEEN;
     const Structure *const like = is_known ? states_->structure() : nullptr;
     const size_t parts = is_known ? policy.parts_in_blocks() : 0;
     return StateJoin(like, parts, blocks, checkpoint, checkpoint_bytes,
@@ -372,7 +372,7 @@ void Llama::load_joined(int32_t sequence, const StateView &view, const Structure
         open.emplace(*engine_, std::move(submission), options, job != nullptr);
         open->stage(device, load_ahead);
     }
-    Recorded recorded = take_cells(sequence, view, structure, recorder);
+    Recorded recorded = take_cells(sequence, view, structure, recorder, open);
     const Layouts early = recorder.take_early();
     check_all_recorded(structure, recorded.layouts, early);
     Spreader in_buffer(map, buffer.places());

@@ -11,6 +11,7 @@
 namespace kvf {
 namespace {
 
+const char kOfAPart[] = "it has cells for a part of the memory only";
 const char kDisagrees[] = "its parts have cells at different positions";
 
 // Whether a known format accounts for the state, and every part of it has cells, or none.
@@ -81,10 +82,13 @@ std::optional<KnownStates::Metadata> KnownStates::record_metadata(int32_t sequen
     return Metadata{std::move(scratch), written, std::move(recorded)};
 }
 
+bool KnownStates::may_be_empty_in_part() const {
+    return context_.window() > 0 || context_.has_recurrent_layers();
+}
+
 // What libllama writes for a sequence that it calls empty, where a part of it need not be.
 std::vector<Structure> KnownStates::read_though_empty(int32_t sequence) {
-    const bool has_parts = context_.window() > 0 || context_.has_recurrent_layers();
-    if (!has_parts || policy_.is_opaque()) return {};
+    if (!may_be_empty_in_part() || policy_.is_opaque()) return {};
     const auto metadata = record_metadata(sequence);
     if (!metadata) return {};
     return parse_state_in_every_way(metadata->view(), structure());
@@ -113,7 +117,8 @@ void KnownStates::look_at(int32_t sequence) {
     }
     const bool empty = !context_.holds_cells(sequence);
     auto found = parse_state_in_every_way(metadata->view(), structure_ ? &*structure_ : nullptr);
-    if (empty && has_cells(found)) return; // of the part that is empty it tells nothing
+    if (empty && has_cells(found))
+        return note_parts_with_cells(std::move(found), metadata->recorded);
     if (empty) empty_bytes_ = metadata->bytes;
     // The tap knows how many bytes are those of tensors; without it, they cannot be distinguished.
     std::erase_if(found, [&](const Structure &structure) {
@@ -132,11 +137,33 @@ void KnownStates::look_at(int32_t sequence) {
     note_believed(found.front());
 }
 
+// Of a sequence that libllama calls empty although some parts have cells. Of the part that is empty
+// it tells nothing.
+void KnownStates::note_parts_with_cells(std::vector<Structure> &&found, const Recorded &recorded) {
+    std::erase_if(found, [&](const Structure &structure) {
+        return structure.cells() == 0 || structure.tensor_bytes != recorded.bytes;
+    });
+    if (by_tap_ && found.size() == 1) note_believed(found.front());
+}
+
+void KnownStates::look_first() {
+    look_at(most_telling_sequence());
+    if (is_unseen()) look_at_parts();
+}
+
 void KnownStates::look_at_any() {
     for (uint32_t i = 0; i < context_.sequence_count() && is_unseen(); ++i) {
         const auto sequence = static_cast<int32_t>(i);
         if (context_.holds_cells(sequence)) look_at(sequence);
     }
+    if (is_unseen()) look_at_parts();
+}
+
+// Looks at the sequences that libllama calls empty, where a part of them need not be.
+void KnownStates::look_at_parts() {
+    if (!by_tap_ || !may_be_empty_in_part()) return;
+    for (uint32_t i = 0; i < context_.sequence_count() && is_unseen(); ++i)
+        look_at(static_cast<int32_t>(i));
 }
 
 void KnownStates::note_believed(const Structure &structure) {
@@ -150,9 +177,10 @@ void KnownStates::note_believed(const Structure &structure) {
         }
         if (!structure_->format) structure_->format = structure.format;
     }
-    if (!structure_->format || !structure_->has_cells_everywhere()) return;
+    if (!structure_->format) return;
     std::lock_guard lock(mutex_);
-    policy_.note_known(*structure_);
+    policy_.note_cells(*structure_);
+    if (structure_->has_cells_everywhere()) policy_.note_known(*structure_);
 }
 
 void KnownStates::learn_that_opaque() {
@@ -190,8 +218,7 @@ Structure KnownStates::examine_known(const StateView &view) const {
         throw Error(KVF_ERR_CACHE_FULL, describe_cells(*state));
     // libllama takes such a state. The sequence is then empty in one part of the memory and has
     // cells in another.
-    if (policy_.lacks_cells(*state))
-        throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+    if (policy_.lacks_cells(*state)) throw Error(KVF_ERR_STATE_DAMAGED, kOfAPart);
     if (disagrees(*state, view)) throw Error(KVF_ERR_STATE_DAMAGED, kDisagrees);
     return std::move(*state);
 }
@@ -202,8 +229,8 @@ bool KnownStates::disagrees(const Structure &structure, const StateView &view) c
     return positions_agree_ && !positions_agree(structure, view);
 }
 
-// For a context that has never had a cell: its first state with cells comes from outside. Its
-// format is believed only when libllama has taken one cell in that format and written it again.
+// For a context of which no sequence has cells in every part. Most have none at all: the first
+// state with cells then comes from outside.
 Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
     const Structure *const skeleton = structure_ ? &*structure_ : nullptr;
     auto candidates = parse_state_in_every_way(view, skeleton);
@@ -213,28 +240,65 @@ Structure KnownStates::examine_first(int32_t sequence, const StateView &view) {
         const std::string why = skeleton ? mismatch(*other, *skeleton) : "";
         throw Error(KVF_ERR_STATE_MISMATCH, why);
     }
+    std::string why;
     bool any_disagrees = false;
     for (Structure &candidate : candidates) {
         if (candidate.cells() == 0) return std::move(candidate);
-        if (!candidate.has_cells_everywhere()) {
-            throw Error(KVF_ERR_STATE_DAMAGED, "it has cells for a part of the memory only");
+        if (skeleton) {
+            why = mismatch(candidate, *skeleton);
+            if (!why.empty()) continue;
+        }
+        if (is_known_where_it_has_cells(candidate) ? policy_.lacks_cells(candidate)
+                                                   : !candidate.has_cells_everywhere()) {
+            throw Error(KVF_ERR_STATE_DAMAGED, kOfAPart);
         }
         if (disagrees(candidate, view)) {
             any_disagrees = true; // read in another way it may agree
             continue;
         }
-        if (!takes_format_of(sequence, candidate)) continue;
+        if (!is_believed(sequence, candidate)) continue;
         note_believed(candidate);
         return std::move(candidate);
     }
     if (any_disagrees) throw Error(KVF_ERR_STATE_DAMAGED, kDisagrees);
+    if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, why);
     throw Error(KVF_ERR_STATE_MISMATCH,
                 format("this context does not take states of its structure (format \"%s\")",
                        candidates.front().format->name));
 }
 
+// Whether sequences of the context have cells in all parts in which the candidate has some.
+bool KnownStates::is_known_where_it_has_cells(const Structure &candidate) const {
+    if (!structure_ || !structure_->format) return false;
+    for (size_t i = 0; i < candidate.sections.size(); ++i) {
+        if (candidate.sections[i].cells && !structure_->sections[i].cells) return false;
+    }
+    return true;
+}
+
+// A format is believed when libllama has written it, or has taken one cell in it and written that
+// again.
+bool KnownStates::is_believed(int32_t sequence, const Structure &candidate) {
+    if (is_known_where_it_has_cells(candidate)) return true;
+    const int32_t trial = sequence_for_trial(sequence);
+    // Without a sequence for it there is no trial, which would cost this one its cells. The format
+    // is known from these, and libllama itself refuses tensors of other shapes.
+    if (trial < 0) return structure_ && structure_->format == candidate.format;
+    return takes_format_of(trial, candidate);
+}
+
+// A sequence without cells: the given one, or another one. Negative: there is none.
+int32_t KnownStates::sequence_for_trial(int32_t sequence) {
+    if (!holds_cells(sequence)) return sequence;
+    for (uint32_t i = 0; i < context_.sequence_count(); ++i) {
+        const auto other = static_cast<int32_t>(i);
+        if (sequences_.is_idle(other) && !holds_cells(other)) return other;
+    }
+    return -1;
+}
+
 // Tries the candidate's format: libllama is given a state of one cell. Only called for an empty
-// context, which is empty again afterwards.
+// sequence, which is empty again afterwards.
 bool KnownStates::takes_format_of(int32_t sequence, const Structure &candidate) {
     const auto one_cell = make_state_of_one_cell(candidate);
     const StateView view{one_cell.data(), one_cell.size(), context_.last_sane_position()};

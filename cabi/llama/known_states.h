@@ -54,13 +54,15 @@ public:
     const Structure *structure() const { return structure_ ? &*structure_ : nullptr; }
 
     // Looks at the state of a sequence. An empty one tells the kind of the cache, one with cells
-    // its types and row sizes too; and whether a known format describes it. Throws
-    // KVF_ERR_UNSUPPORTED for a context without cells of its own.
+    // its types and row sizes too; and whether a known format describes it. One that is empty in a
+    // part of the cache tells this of the other parts. Throws KVF_ERR_UNSUPPORTED for a context
+    // without cells of its own.
     void look_at(int32_t sequence);
-    // Looks at a sequence that has cells, if there is one.
+    // Looks at a sequence that has cells, if there is one, else at those that have some in a part
+    // of the cache.
     void look_at_any();
     // Looks at the sequence that tells most, or that is cheapest to look at.
-    void look_first() { look_at(most_telling_sequence()); }
+    void look_first();
     // Notes the structure of a state that libllama has written or taken.
     void note_believed(const Structure &structure);
 
@@ -98,12 +100,18 @@ public:
 
 private:
     int32_t most_telling_sequence() const;
+    void look_at_parts();
+    bool may_be_empty_in_part() const;
+    void note_parts_with_cells(std::vector<Structure> &&found, const Recorded &recorded);
     std::vector<Structure> read_though_empty(int32_t sequence);
     void learn_that_opaque();
     Structure examine_known(const StateView &view) const;
     Structure examine_first(int32_t sequence, const StateView &view);
     IncomingState examine_sealed(const unsigned char *state, uint64_t bytes, uint32_t flags) const;
     bool disagrees(const Structure &structure, const StateView &view) const;
+    bool is_known_where_it_has_cells(const Structure &candidate) const;
+    bool is_believed(int32_t sequence, const Structure &candidate);
+    int32_t sequence_for_trial(int32_t sequence);
     bool takes_format_of(int32_t sequence, const Structure &candidate);
     bool writes_as(int32_t sequence, const Structure &candidate);
 

@@ -98,7 +98,7 @@ private:
     void load_recorded(int32_t sequence, const StateView &view, const Structure &structure,
                        Submission &&submission, const kvf_submit_options &options, kvf_job *job);
     Recorded take_cells(int32_t sequence, const StateView &view, const Structure &structure,
-                        Recorder &recorder);
+                        Recorder &recorder, std::optional<OpenJob> &open);
     void load_during_call(int32_t sequence, const IncomingState &state, Submission &&submission,
                           const kvf_submit_options &options, kvf_job *job);
     std::shared_ptr<LoadAhead> make_load_ahead(uint32_t mode, const std::vector<BufferPart> &parts,

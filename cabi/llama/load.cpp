@@ -62,13 +62,7 @@ void Llama::load_recorded(int32_t sequence, const StateView &view, const Structu
     } else {
         start_job_from_recorder(recorder, open, submission, options, job != nullptr);
     }
-    Recorded recorded;
-    try {
-        recorded = take_cells(sequence, view, structure, recorder);
-    } catch (...) {
-        open.reset(); // no byte may move when the sequence loses its cells
-        throw;
-    }
+    Recorded recorded = take_cells(sequence, view, structure, recorder, open);
     recorded.bytes = view.bytes;
     fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
     move_now(Direction::Load, buffer, view.bytes, recorder.take_early(), nullptr);
@@ -77,11 +71,14 @@ void Llama::load_recorded(int32_t sequence, const StateView &view, const Structu
     commit(open, submission, std::move(recorded), options, job);
 }
 
-// Has libllama take the state's cells, whose tensor bytes the recorder notes.
+// Has libllama take the state's cells, whose tensor bytes the recorder notes. Where libllama
+// refuses, the open job is withdrawn: no byte may move when the sequence loses its cells.
 Recorded Llama::take_cells(int32_t sequence, const StateView &view, const Structure &structure,
-                           Recorder &recorder) {
-    if (!context_.read_state(sequence, view, recorder))
+                           Recorder &recorder, std::optional<OpenJob> &open) {
+    if (!context_.read_state(sequence, view, recorder)) {
+        open.reset();
         throw load_failure(sequence, recorder.abort_text(), &structure);
+    }
     Recorded recorded = recorder.finish();
     if (context_.holds_cells(sequence)) check_recorded_anything(recorder);
     sequences_->note_tensors(recorder.tensors());

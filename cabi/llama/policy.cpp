@@ -17,6 +17,13 @@ void CachePolicy::note_parts(const Structure &structure) {
                                structure.sections.begin(), structure.sections.end(), is_recurrent));
 }
 
+void CachePolicy::note_cells(const Structure &structure) {
+    const size_t parts = parts_in_blocks();
+    const auto begin = structure.sections.begin();
+    knows_blocks_ = parts > 0 && std::all_of(begin, begin + static_cast<ptrdiff_t>(parts),
+                                             [](const Section &section) { return section.cells; });
+}
+
 void CachePolicy::note_known(const Structure &structure) {
     format_ = Format::Known;
     format_name_ = structure.format->name;
@@ -29,6 +36,7 @@ void CachePolicy::note_opaque() {
     layout_.clear();
     kind_ = "unknown";
     knows_parts_ = false;
+    knows_blocks_ = false;
     has_one_attention_ = false;
 }
 
@@ -44,7 +52,7 @@ size_t CachePolicy::parts_in_blocks() const {
 }
 
 kvf_blocks_allowed CachePolicy::blocks_allowed() const {
-    if (format_ == Format::Unseen) return KVF_BLOCKS_UNSEEN;
+    if (format_ == Format::Unseen && !knows_blocks_) return KVF_BLOCKS_UNSEEN;
     if (format_ == Format::Opaque) return KVF_BLOCKS_NONE;
     if (attentions_ == 0) return KVF_BLOCKS_CHECKPOINTS_ALONE;
     if (parts_in_blocks() == 0) return KVF_BLOCKS_NONE;

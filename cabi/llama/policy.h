@@ -25,6 +25,8 @@ public:
 
     // What a state says of the parts of the cache. It need not have cells.
     void note_parts(const Structure &structure);
+    // The format is known, and the parts that have cells here are.
+    void note_cells(const Structure &structure);
     // A state with cells in every part has told everything.
     void note_known(const Structure &structure);
     void note_opaque();
@@ -73,6 +75,7 @@ private:
     int32_t window_;
     bool recurs_;
     bool knows_parts_ = false;
+    bool knows_blocks_ = false; // states with cells in all parts that blocks hold have been seen
     bool has_one_attention_ = false; // and that is the first part
     size_t attentions_ = 0, parts_ = 0;
     Format format_ = Format::Unseen;

@@ -210,22 +210,27 @@ Error unreadable_block(const StateView &view, const Structure *known, const std:
     return Error(KVF_ERR_STATE_DAMAGED, name);
 }
 
-// Reads a block of the cache that `known` describes (NULL: nothing is known).
-Structure read_block(const StateView &view, const Structure *known, size_t parts,
-                     const std::string &name) {
+// Returns every way to read a block of the cache that `known` describes (NULL: nothing is known):
+// at least one.
+std::vector<Structure> ways_to_read_block(const StateView &view, const Structure *known,
+                                          size_t parts, const std::string &name) {
     auto found = parse_state_in_every_way(view, known);
     std::erase_if(found, [&](const Structure &one) { return !looks_like_block(one, parts); });
     if (found.empty()) throw unreadable_block(view, known, name);
-    if (found.size() > 1)
-        throw Error(KVF_ERR_UNSUPPORTED, "several known formats describe " + name);
-    const std::string why = known ? mismatch(found.front(), *known) : "";
+    return found;
+}
+
+Structure read_block(const StateView &view, const Structure &known, size_t parts,
+                     const std::string &name) {
+    Structure block = std::move(ways_to_read_block(view, &known, parts, name).front());
+    const std::string why = mismatch(block, known);
     if (!why.empty()) throw Error(KVF_ERR_STATE_MISMATCH, name + ": " + why);
-    return std::move(found.front());
+    return block;
 }
 
 // Reads a checkpoint whose structure must be as `like` says (NULL: nothing is known). `format` is
 // the format of the blocks (NULL: there are no blocks).
-Structure read_checkpoint(const StateView &view, const Structure *like, const StateFormat *format) {
+Structure read_rest(const StateView &view, const Structure *like, const StateFormat *format) {
     auto found = parse_state_in_every_way(view, like);
     if (found.empty()) throw Error(KVF_ERR_STATE_DAMAGED, "the checkpoint");
     // Recurrent sections, and windows without cells, have the same bytes in several formats.
@@ -242,24 +247,66 @@ Structure read_checkpoint(const StateView &view, const Structure *like, const St
 StateJoin::StateJoin(const Structure *like, size_t parts, std::span<const kvf_block> blocks,
                      const void *checkpoint, uint64_t checkpoint_bytes, int32_t last_position)
     : blocks_(blocks) {
-    std::optional<Structure> known;
-    if (like && parts) known = parts_in_blocks(*like, parts);
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        views_.push_back(view_of(blocks[i].buffer, blocks[i].bytes, last_position));
-        structures_.push_back(
-            read_block(views_[i], known ? &*known : nullptr, parts, name_of(i, blocks[i])));
-        if (!known) known = structures_.front();
-        check_block(i, blocks[i]);
-    }
-    if (checkpoint) {
-        checkpoint_ = view_of(checkpoint, checkpoint_bytes, last_position);
-        std::optional<Structure> other;
-        if (like) other = parts_in_checkpoint(*like, parts);
-        rest_ = read_checkpoint(checkpoint_, other ? &*other : nullptr,
-                                blocks.empty() ? nullptr : structures_.front().format);
-        if (!blocks.empty()) check_checkpoint(*rest_);
+    for (const kvf_block &block : blocks)
+        views_.push_back(view_of(block.buffer, block.bytes, last_position));
+    if (checkpoint) checkpoint_ = view_of(checkpoint, checkpoint_bytes, last_position);
+    if (like && (parts || blocks.empty())) {
+        const Structure known = parts_in_blocks(*like, parts);
+        const Structure rest = parts_in_checkpoint(*like, parts);
+        read(&known, &rest, parts);
+    } else if (blocks.empty()) {
+        read(nullptr, nullptr, parts);
+    } else {
+        const std::string name = name_of(0, blocks.front());
+        read_in_the_only_way(ways_to_read_block(views_.front(), nullptr, parts, name), parts);
     }
     joined_ = lay_out(nullptr);
+}
+
+// Reads all blocks and the checkpoint. `known` is the structure of the blocks; NULL if there are no
+// blocks. `rest` is the structure of the checkpoint; NULL if it is not known.
+void StateJoin::read(const Structure *known, const Structure *rest, size_t parts) {
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        structures_.push_back(read_block(views_[i], *known, parts, name_of(i, blocks_[i])));
+        check_block(i, blocks_[i]);
+    }
+    if (!checkpoint_.data) return;
+    rest_ = read_rest(checkpoint_, rest, blocks_.empty() ? nullptr : structures_.front().format);
+    if (!blocks_.empty()) check_checkpoint(*rest_);
+}
+
+// `ways` are the possible structures of the first block. Several formats describe a block of one
+// cell without tensors. Then the other blocks and the checkpoint tell which format it has. If they
+// do not, all of these formats must make the same state.
+void StateJoin::read_in_the_only_way(const std::vector<Structure> &ways, size_t parts) {
+    std::vector<StateJoin> joins;
+    std::optional<Error> first_error;
+    for (const Structure &way : ways) {
+        StateJoin join(*this);
+        try {
+            join.read(&way, nullptr, parts);
+        } catch (const Error &error) {
+            if (!first_error) first_error = error;
+            continue;
+        }
+        join.joined_ = join.lay_out(nullptr);
+        if (!joins.empty() && !joins.front().makes_same_state_as(join))
+            throw Error(KVF_ERR_UNSUPPORTED, "several known formats describe the blocks");
+        joins.push_back(std::move(join));
+    }
+    if (joins.empty()) throw *first_error;
+    *this = std::move(joins.front());
+}
+
+bool StateJoin::makes_same_state_as(const StateJoin &other) const {
+    // Only blocks without tensors can be read in several formats.
+    if (joined_.tensor_bytes || other.joined_.tensor_bytes || bytes() != other.bytes())
+        return false;
+    std::vector<unsigned char> ours(bytes());
+    std::vector<unsigned char> theirs(bytes());
+    write(ours.data());
+    other.write(theirs.data());
+    return ours == theirs;
 }
 
 // Each cell must have a position of the block. Positions may be missing, and may repeat: the

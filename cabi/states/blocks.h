@@ -62,7 +62,7 @@ public:
     // many of its sections blocks hold; 0 means as many as these blocks have. `last_position` is
     // that of StateView. The memory of the blocks and of the checkpoint must outlive this object.
     // Throws KVF_ERR_STATE_DAMAGED or KVF_ERR_STATE_MISMATCH, and KVF_ERR_UNSUPPORTED if several
-    // formats describe the blocks.
+    // formats describe all blocks and the checkpoint, and would make different states of them.
     StateJoin(const Structure *like, size_t parts, std::span<const kvf_block> blocks,
               const void *checkpoint, uint64_t checkpoint_bytes, int32_t last_position);
 
@@ -74,6 +74,9 @@ public:
     BlockMap map() const;
 
 private:
+    void read(const Structure *known, const Structure *rest, size_t parts);
+    void read_in_the_only_way(const std::vector<Structure> &ways, size_t parts);
+    bool makes_same_state_as(const StateJoin &other) const;
     void check_block(size_t index, const kvf_block &block) const;
     void check_checkpoint(const Structure &rest) const;
     Structure lay_out(unsigned char *memory) const;
@@ -82,8 +85,8 @@ private:
     std::span<const kvf_block> blocks_;
     std::vector<StateView> views_;
     std::vector<Structure> structures_; // by block
-    StateView checkpoint_{};
-    std::optional<Structure> rest_; // of the checkpoint
+    StateView checkpoint_{};            // its `data` is NULL if there is no checkpoint
+    std::optional<Structure> rest_;     // of the checkpoint
     Structure joined_;
 };
 

@@ -86,6 +86,13 @@ class Llama:
         llm = self._attachment.llm
         return None if llm is None else llm.model_path
 
+    async def _evaluated(self, seq: int) -> tuple[int, float] | None:
+        """For the store. As ``LlamaCppObject.evaluated``; None where no such object decodes the
+        sequence."""
+        self._attachment.check_usable()
+        llm = self._attachment.llm_of(sequence_id(seq))
+        return None if llm is None else await self._attachment.worker.call(llm.evaluated)
+
     async def allocate(self, nbytes: int) -> Buffer:
         """As ``Engine.allocate`` of the engine that this was made by."""
         return await self._core.on_memory_thread(pinned, nbytes)

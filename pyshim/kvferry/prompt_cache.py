@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +23,6 @@ from ._bridge.llama_cpp_cache import (
     KeptState,
     SaveState,
     completing,
-    evaluated_in_batches,
     has_seen_images,
     held_tokens,
     reusable_prefix,
@@ -33,7 +31,6 @@ from ._bridge.llama_cpp_cache import (
 )
 from ._bridge.llama_cpp_object import SEQUENCE, LlamaCppObject
 from ._bridge.loop_thread import LoopThread
-from ._bridge.restore_speeds import RestoreSpeeds
 from ._native import lib
 from .engine import Engine
 from .errors import error
@@ -106,8 +103,6 @@ class PromptCache(BaseLlamaCache):
         self._closed = False
         self._lock = threading.Lock()  # of close
         self._told_why_not = False
-        self._speeds = RestoreSpeeds()
-        self._counted = (0, 0.0)
         variant = _variant(llm, variant)
 
         @contextlib.asynccontextmanager
@@ -210,14 +205,8 @@ class PromptCache(BaseLlamaCache):
 
         async def restore() -> int:
             found = await self._store.find(self._llama, tokens)
-            gain = found.tokens - here
-            if gain <= 0 or not self._speeds.is_worth(found.tier, found.nbytes, gain):
-                return 0
-            begin = time.monotonic()
-            count = await self._store.restore(self._llama, SEQUENCE, tokens)
-            if count == found.tokens:
-                self._speeds.restored(found.tier, found.nbytes, time.monotonic() - begin)
-            return count
+            count = await self._store.restore(self._llama, SEQUENCE, tokens, held=here, found=found)
+            return count if count > here else 0
 
         count = 0
         try:
@@ -226,14 +215,10 @@ class PromptCache(BaseLlamaCache):
         finally:
             if is_wrong and not count:
                 llm.reset()
-            self._counted = evaluated_in_batches(llm)
         return count
 
     def _keep(self, frame: FrameType) -> None:
         self._check_caller(frame)
-        count, seconds = evaluated_in_batches(self._llm)
-        self._speeds.evaluated(count - self._counted[0], seconds - self._counted[1])
-        self._counted = count, seconds
         tokens = held_tokens(self._llm)
         allowed = self._allowed()
         if not allowed.checkpoints:

@@ -532,12 +532,40 @@ func TestATransferOfBlocksAllocatesNothing(t *testing.T) {
 		"load":             func() error { _, err := model.Sequence(1).LoadBlocks(context.Background(), own, nil); return err },
 	} {
 		saveBlocks(t, model.Sequence(0), own)
-		if n := testing.AllocsPerRun(200, func() {
-			if err := transfer(); err != nil {
-				t.Fatal(err)
-			}
-		}); n != 0 {
-			t.Errorf("%s: %v allocations", name, n)
+		expectNoAllocations(t, name, transfer)
+	}
+}
+
+func TestATransferOfACheckpointAllocatesNothing(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	llama, engine, model := attach(t, "hybrid")
+	llama.Decode(0, words(64, 1)...)
+	blocks := cut(t, engine, model, 0, 32, 64)
+	saveBlocks(t, model.Sequence(0), blocks)
+	size, err := model.Sequence(0).CheckpointSize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkpoint := &kvferry.Checkpoint{Memory: newBuffer(t, engine, size), Position: 63}
+	expectNoAllocations(t, "save", func() error {
+		_, err := model.Sequence(0).SaveCheckpoint(context.Background(), checkpoint)
+		return err
+	})
+	expectNoAllocations(t, "load", func() error {
+		_, err := model.Sequence(1).LoadBlocks(context.Background(), blocks, checkpoint)
+		return err
+	})
+}
+
+func expectNoAllocations(t *testing.T, name string, transfer func() error) {
+	t.Helper()
+	if n := testing.AllocsPerRun(200, func() {
+		if err := transfer(); err != nil {
+			t.Fatal(err)
 		}
+	}); n != 0 {
+		t.Errorf("%s: %v allocations", name, n)
 	}
 }

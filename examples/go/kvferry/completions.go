@@ -5,7 +5,6 @@ import "C"
 
 import (
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -34,12 +33,10 @@ type completions struct {
 // allocates nothing.
 type waiter struct {
 	submission C.kvgo_submission
-	pinner     runtime.Pinner
-	memory     []byte // keeps the memory reachable that C works on
-	blocks     []C.kvf_block
-	claimed    []*Buffer // that each block is in; nil: in other memory, or the block is whole
-	whole      chan int  // the blocks that are whole, if the program wants to know: has room for all
-	keepsJob   bool      // the transfer itself releases the job's handle
+	blockList
+	memory   []byte   // keeps the memory reachable that C works on
+	whole    chan int // the blocks that are whole, if the program wants to know: has room for all
+	keepsJob bool     // the transfer itself releases the job's handle
 
 	// True from before the submission until the completion. Go's memory model does not see that C calls lie between what
 	// the submitter writes and what the reader reads: this flag orders the two. The channel orders the way back.
@@ -180,9 +177,8 @@ func (c *completions) get() *waiter {
 
 // put makes a waiter free again.
 func (c *completions) put(w *waiter) {
-	w.pinner.Unpin()
 	w.memory = nil
-	w.releaseBlocks()
+	w.blockList.release()
 	w.whole = nil
 	w.detail = ""
 	c.mutex.Lock()

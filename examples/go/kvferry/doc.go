@@ -38,7 +38,9 @@
 // A conversation need not be saved whole after every turn. [Sequence.SaveBlocks] saves the tokens at some positions, and
 // [Sequence.LoadBlocks] makes a sequence of blocks, also of blocks that several conversations share. Sliding windows and
 // recurrent layers are not in blocks: [Sequence.SaveCheckpoint] saves them, small, at the sequence's end.
-// [Llama.BlocksAllowed] tells what the cache of a model needs.
+// [Llama.BlocksAllowed] tells what the cache of a model needs. [Block.WriteFile] and [Checkpoint.WriteFile] keep them in
+// files, which the Python package reads and writes, too. [CutState] and [JoinBlocks] turn whole states into blocks and
+// back, without a context.
 //
 // # Errors and cancellation
 //

@@ -1,10 +1,13 @@
 package kvferry_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log"
+	"os"
+	"path/filepath"
 	"unsafe"
 
 	"example.org/kvferry"
@@ -226,6 +229,103 @@ func ExampleSequence_SaveBlocks() {
 	// saved positions 0 to 7: 98720 bytes
 	// saved positions 8 to 9: 24920 bytes
 	// goes on as before: true
+}
+
+// A state of any program can be cut into blocks, and blocks be joined to a state that llama.cpp itself loads: no
+// context is needed.
+func ExampleCutState() {
+	llama := openContext() // stands for your bindings of llama.cpp
+	defer llama.Close()
+	engine, err := kvferry.NewEngine(kvferry.EngineOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer engine.Close()
+	model, err := engine.Attach(llama.Address, &llama.Lock, kvferry.AttachOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer model.Close()
+	llama.Decode(0, 3, 1, 4, 1, 5, 9, 2, 6)
+	size, err := model.Sequence(0).Size()
+	if err != nil {
+		log.Fatal(err)
+	}
+	state := make([]byte, size)
+	if _, err := model.Sequence(0).Save(context.Background(), kvferry.Bytes(state)); err != nil {
+		log.Fatal(err)
+	}
+	parts, err := model.PartsInBlocks()
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	blocks := []kvferry.Block{{Begin: 0, End: 4}, {Begin: 4, End: 8}}
+	checkpoint, err := kvferry.CutState(kvferry.Bytes(state), blocks, parts)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(blocks[0].Size, "and", blocks[1].Size, "bytes; a checkpoint:", checkpoint != nil)
+	joined, err := kvferry.JoinBlocks(blocks, checkpoint, parts)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("the same state:", bytes.Equal(joined, state))
+	// Output:
+	// 49520 and 49520 bytes; a checkpoint: false
+	// the same state: true
+}
+
+// A file keeps a block with its positions, its keys and the model's fingerprint. Reading verifies every byte. The files
+// are those of the Python package.
+func ExampleBlock_WriteFile() {
+	folder, err := os.MkdirTemp("", "blocks")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(folder)
+	path := filepath.Join(folder, "first.block")
+
+	block := kvferry.Block{Memory: kvferry.Bytes("what SaveBlocks has written"), Begin: 0, End: 256, Key: "hash of the tokens"}
+	if err := block.WriteFile(path); err != nil {
+		log.Fatal(err)
+	}
+	var read kvferry.Block
+	if err := read.ReadFile(path); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("positions %d to %d, %s: %s\n", read.Begin, read.End-1, read.Key, read.Memory)
+
+	damaged, err := os.ReadFile(path)
+	if err != nil {
+		log.Fatal(err)
+	}
+	damaged[len(damaged)-1]++
+	_, err = read.ReadFrom(bytes.NewReader(damaged))
+	fmt.Println(err)
+	// Output:
+	// positions 0 to 255, hash of the tokens: what SaveBlocks has written
+	// the state is truncated or its structure is damaged: the checksum is wrong
+}
+
+// A checkpoint of a sequence's end goes with the blocks before it. It is as good a Memory as a Buffer, and knows its size.
+func ExampleCheckpoint() {
+	checkpoint := kvferry.Checkpoint{Memory: kvferry.Bytes("windows"), Position: 511, Key: "hash of the tokens"}
+	var file bytes.Buffer
+	if _, err := checkpoint.WriteTo(&file); err != nil {
+		log.Fatal(err)
+	}
+	var read kvferry.Checkpoint
+	if _, err := read.ReadFrom(&file); err != nil {
+		log.Fatal(err)
+	}
+	checksum, err := read.Checksum()
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("%d bytes of position %d, checksum %016x\n", read.Size, read.Position, checksum)
+	// Output:
+	// 7 bytes of position 511, checksum ef76bed429173ee4
 }
 
 // Any memory of a device or of the host can be saved and loaded, here bytes of a text.

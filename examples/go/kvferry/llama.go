@@ -33,6 +33,8 @@ type Llama struct {
 	blocking bool // libllama's blocking calls move the bytes
 	inFlight gate
 
+	fingerprint string
+
 	mutex  sync.Mutex
 	closed bool
 }
@@ -85,7 +87,10 @@ func (e *Engine) Attach(llamaContext uintptr, lock sync.Locker, options AttachOp
 		e.removeAttachment()
 		return nil, failure(status, text[:])
 	}
-	var found struct{ Tap bool }
+	var found struct {
+		Tap         bool
+		Fingerprint string
+	}
 	description, err := l.Describe()
 	if err == nil {
 		err = json.Unmarshal(description, &found)
@@ -94,7 +99,7 @@ func (e *Engine) Attach(llamaContext uintptr, lock sync.Locker, options AttachOp
 		l.Close()
 		return nil, err
 	}
-	l.blocking = !found.Tap
+	l.blocking, l.fingerprint = !found.Tap, found.Fingerprint
 	return l, nil
 }
 
@@ -145,6 +150,25 @@ func (l *Llama) Describe() (json.RawMessage, error) {
 	return describe(func(text *C.char, capacity C.uint64_t, needed *C.uint64_t) C.int32_t {
 		return C.kvf_llama_describe(l.handle, text, capacity, needed)
 	})
+}
+
+// Fingerprint tells models apart: it is a hash of what libllama says of the context's model. Describe names what it
+// covers.
+func (l *Llama) Fingerprint() string { return l.fingerprint }
+
+// PartsInBlocks returns how many parts of a state of this context blocks hold, for CutState and JoinBlocks.
+//
+// Errors: ErrClosed.
+func (l *Llama) PartsInBlocks() (int, error) {
+	description, err := l.Describe()
+	if err != nil {
+		return 0, err
+	}
+	var found struct {
+		Parts int `json:"parts_in_blocks"`
+	}
+	err = json.Unmarshal(description, &found)
+	return found.Parts, err
 }
 
 // locked calls a function of the library that needs the context's lock. It returns the function's status.

@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 				log.Fatal("KVFERRY_LLAMA_LIB is set, but: ", err)
 			}
 			fmt.Fprintln(os.Stderr, "SKIPPED: the examples that need llama.cpp (run `make go-kvcache` in the root of kvferry):", err)
-			leaveOut("^(Example|ExampleEngine_Attach|ExampleSequence_.*)$")
+			leaveOut("^(Example|ExampleEngine_Attach|ExampleSequence_.*|ExampleCutState)$")
 			break
 		}
 	}

@@ -1,7 +1,7 @@
 package kvferry
 
-// Memory is host memory that a transfer writes or reads: a *Buffer, a Slice of a Buffer, or any memory of the caller's
-// as Bytes. A GPU copies to and from a Buffer at full speed.
+// Memory is host memory that a transfer writes or reads: a *Buffer, a Slice of a Buffer, any memory of the caller's as
+// Bytes, or the memory of a *Checkpoint. A GPU copies to and from a Buffer at full speed.
 //
 // While a transfer is in flight its memory can be neither freed nor moved: a Buffer's Close is refused with ErrBusy,
 // and Go memory is pinned and kept reachable. Bytes that do not lie in Go's heap, such as those of an mmap, are the
@@ -27,6 +27,30 @@ func (s Slice) Len() int { return s.high - s.low }
 // claim returns the bytes of memory, and the Buffer that they belong to, or nil. That Buffer cannot be closed until
 // its release.
 func claim(memory Memory) ([]byte, *Buffer, error) {
+	if checkpoint, is := memory.(*Checkpoint); is {
+		if checkpoint == nil {
+			return nil, nil, errNoMemory()
+		}
+		return claimPart(checkpoint.Memory, checkpoint.Size)
+	}
+	return claimPlain(memory)
+}
+
+// claimPart claims the first `size` bytes of the memory of a block or a checkpoint; 0: all.
+func claimPart(memory Memory, size int) ([]byte, *Buffer, error) {
+	bytes, buffer, err := claimPlain(memory)
+	if err != nil || size == 0 {
+		return bytes, buffer, err
+	}
+	if size < 0 || size > len(bytes) {
+		buffer.release()
+		return nil, nil, &Error{Status: ErrInvalidArgument, Detail: "Size is not within Memory"}
+	}
+	return bytes[:size], buffer, nil
+}
+
+// claimPlain is as claim, for memory other than a Checkpoint's.
+func claimPlain(memory Memory) ([]byte, *Buffer, error) {
 	switch m := memory.(type) {
 	case Bytes:
 		return m, nil, nil
@@ -47,8 +71,10 @@ func claim(memory Memory) ([]byte, *Buffer, error) {
 		}
 		return m.buffer.bytes[m.low:m.high], m.buffer, nil
 	}
-	return nil, nil, &Error{Status: ErrInvalidArgument, Detail: "memory is nil"}
+	return nil, nil, errNoMemory()
 }
+
+func errNoMemory() error { return &Error{Status: ErrInvalidArgument, Detail: "memory is nil"} }
 
 func errBufferClosed() error {
 	return &Error{Status: ErrInvalidArgument, Detail: "the buffer has been closed"}

@@ -114,5 +114,6 @@ func (s Sequence) load(ctx context.Context, operation C.uint32_t, blocks []Block
 
 func (s Sequence) submit(ctx context.Context, operation C.uint32_t, blocks []Block, memory []byte, set settings) (Completion, error) {
 	return s.llama.engine.transfer(ctx, request{operation: operation, owner: s.llama.handle, lock: s.llama.lock,
-		blocking: s.llama.blocking, sequence: s.id, blocks: blocks, memory: memory, settings: set})
+		blocking: s.llama.blocking, sequence: s.id, blocks: blocks, memory: memory, fingerprint: s.llama.fingerprint,
+		settings: set})
 }

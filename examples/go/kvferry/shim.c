@@ -46,3 +46,25 @@ int32_t kvgo_attach(uint64_t engine, uintptr_t context, uint32_t flags, const ch
     options.error_size = error_size;
     return kvf_llama_attach(engine, (struct llama_context *)context, &options, llama);
 }
+
+int32_t kvgo_state_cut(const void *state, uint64_t bytes, kvf_block *blocks, uint32_t count,
+                       void *checkpoint, uint64_t *checkpoint_bytes, uint32_t parts, char *error,
+                       uint64_t error_size) {
+    kvf_state_options options = KVF_STATE_OPTIONS_INIT;
+    options.parts_in_blocks = parts;
+    options.error = error;
+    options.error_size = error_size;
+    return kvf_state_cut(state, bytes, blocks, sizeof *blocks, count, checkpoint, checkpoint_bytes,
+                         &options);
+}
+
+int32_t kvgo_state_join(const kvf_block *blocks, uint32_t count, const void *checkpoint,
+                        uint64_t checkpoint_bytes, void *state, uint64_t *state_bytes,
+                        uint32_t parts, char *error, uint64_t error_size) {
+    kvf_state_options options = KVF_STATE_OPTIONS_INIT;
+    options.parts_in_blocks = parts;
+    options.error = error;
+    options.error_size = error_size;
+    return kvf_state_join(blocks, sizeof *blocks, count, checkpoint, checkpoint_bytes, state,
+                          state_bytes, &options);
+}

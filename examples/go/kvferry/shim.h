@@ -36,3 +36,9 @@ int32_t kvgo_submit(kvgo_submission *s, const kvf_region *regions, kvf_block *bl
 void kvgo_release(const uint64_t *jobs, uint32_t count);
 int32_t kvgo_attach(uint64_t engine, uintptr_t context, uint32_t flags, const char *library,
                     char *error, uint64_t error_size, uint64_t *llama);
+int32_t kvgo_state_cut(const void *state, uint64_t bytes, kvf_block *blocks, uint32_t count,
+                       void *checkpoint, uint64_t *checkpoint_bytes, uint32_t parts, char *error,
+                       uint64_t error_size);
+int32_t kvgo_state_join(const kvf_block *blocks, uint32_t count, const void *checkpoint,
+                        uint64_t checkpoint_bytes, void *state, uint64_t *state_bytes,
+                        uint32_t parts, char *error, uint64_t error_size);

@@ -40,6 +40,8 @@ type request struct {
 	regions   []Region
 	blocks    []Block
 	memory    []byte // of LoadBlocks: the checkpoint
+
+	fingerprint string // of the model, for blocks
 	settings
 }
 
@@ -69,6 +71,9 @@ func (e *Engine) transfer(ctx context.Context, r request) (Completion, error) {
 	err := w.submit(ctx, lock, r.regions)
 	if r.operation == C.KVGO_SAVE_BLOCKS {
 		w.setSizes(r.blocks, err)
+		if err == nil {
+			setFingerprint(r.blocks, r.fingerprint)
+		}
 	}
 	if err != nil {
 		w.armed.Store(false)

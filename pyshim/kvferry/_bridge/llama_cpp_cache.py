@@ -107,15 +107,6 @@ def held_tokens(llm: Any) -> Tokens:
     return numpy.array(llm.input_ids[: llm.n_tokens], numpy.int32)
 
 
-def evaluated_in_batches(llm: Any) -> tuple[int, float]:
-    """Returns how many tokens the context has evaluated in batches of several, and in how many
-    seconds. Somebody may have reset both numbers since the last call."""
-    from llama_cpp import llama_cpp as functions
-
-    counted = functions.llama_perf_context(llm.ctx)
-    return int(counted.n_p_eval), float(counted.t_p_eval_ms) / 1e3
-
-
 def has_seen_images(llm: Any) -> bool:
     """Whether the object may hold images, whose cells have no tokens."""
     return getattr(llm.chat_handler, "mtmd_ctx", None) is not None

@@ -67,6 +67,18 @@ class LlamaCppObject:
         path = getattr(self._llm, "model_path", None)
         return path if isinstance(path, str) else None
 
+    def evaluated(self) -> tuple[int, float]:
+        """How many tokens the context has evaluated in batches of several, and in how many seconds.
+
+        It may have begun anew since it was last asked. The seconds are 0 if the object was made
+        with ``no_perf``.
+        """
+        from llama_cpp import llama_cpp as functions
+
+        functions.llama_synchronize(self._llm.ctx)  # libllama counts a batch when it has ended
+        counted = functions.llama_perf_context(self._llm.ctx)
+        return int(counted.n_p_eval), float(counted.t_p_eval_ms) / 1e3
+
     def state(self, begin: int = 0, end: int | None = None) -> LlmState:
         """Returns a copy of what the object knows now of its tokens at [begin, end), or of all."""
         llm = self._llm

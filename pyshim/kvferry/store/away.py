@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -22,6 +20,7 @@ from .objects import Objects, objects_of
 from .prefix import Prefix, Search
 from .ram import Entry
 from .remote import Calls, Remote
+from .writes import Writes
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -93,98 +92,51 @@ class Away:
         self.remote = Remote(objects, name=self._name)
         self._block_tokens = block_tokens
         self._most_pending = most_pending
-        self._send, self._receive = anyio.create_memory_object_stream[
-            Entry | tuple[bytes, bytes, BlocksAllowed]
-        ](math.inf)
-        self._write_ended = anyio.Event()
+        self.writes: Writes[tuple[bytes, bytes, BlocksAllowed]] = Writes(self._name, self._write)
         self._hashes = anyio.CapacityLimiter(_WRITERS)
         self._notes = anyio.Lock()
         self._there: WeakSet[Entry] = WeakSet()
-        self._waiting: set[Entry] = set()
         self._noted: set[tuple[bytes, bytes]] = set()
-        self._closed = False
-        self.pending = 0
-        """Writes that have not ended."""
-        self.pending_bytes = 0
-        self.failed = 0
-        """Writes that have failed, and writes that were not tried: too much was waiting, or the
-        circuit breaker was open."""
+        self._refused = 0
+        """Writes that were not tried: too much was waiting, or the circuit breaker was open."""
 
     async def open(self) -> None:
         self._tasks = await anyio.create_task_group().__aenter__()
         for _ in range(_WRITERS):
-            self._tasks.start_soon(self._write_all)
+            self._tasks.start_soon(self.writes.run)
 
     async def close(self) -> None:
         """Ends writes that are under way: their uploads are aborted."""
-        self._closed = True
-        self._send.close()
+        self.writes.close()
         self._tasks.cancel_scope.cancel()
         try:
             await self._tasks.__aexit__(None, None, None)
         finally:
-            with contextlib.suppress(anyio.EndOfStream):
-                while True:
-                    self._write_has_ended(self._receive.receive_nowait())
-            self._receive.close()
+            self.writes.drop()
 
     # ---- Writes ---------------------------------------------------------------------------------
 
     def write(self, entries: Iterable[Entry]) -> None:
-        """Has entries of RAM written by a task, unless the object store has them.
-
-        RAM does not evict an entry before its write has ended. After ``close`` nothing is written:
-        a ``keep`` may still run when the program leaves the store.
-        """
-        if self._closed:
-            return
+        """Has entries of RAM written by a task, unless the object store has them."""
         for entry in entries:
-            if entry in self._there or entry in self._waiting:
+            if entry in self._there or entry in self.writes:
                 continue
-            nbytes = entry.capacity
-            if self.remote.left_alone or self.pending_bytes + nbytes > self._most_pending:
-                self.failed += 1
-                continue
-            entry.holds += 1
-            self.pending_bytes += nbytes
-            self._waiting.add(entry)
-            self._queue(entry)
+            waiting = self.writes.pending_bytes + entry.capacity
+            if self.remote.left_alone or waiting > self._most_pending:
+                self._refused += 1
+            else:
+                self.writes.add(entry)
 
     def note(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
         """Has a note written that something is kept under a root, unless that has been done."""
-        if not self._closed and (model, root) not in self._noted and not self.remote.left_alone:
+        if (model, root) not in self._noted and not self.remote.left_alone:
             self._noted.add((model, root))
-            self._queue((model, root, allowed))
-
-    def _queue(self, what: Entry | tuple[bytes, bytes, BlocksAllowed]) -> None:
-        self.pending += 1
-        self._send.send_nowait(what)
+            self.writes.add((model, root, allowed))
 
     async def flush(self) -> None:
         """Returns when all writes have ended."""
-        while self.pending:
-            await self._write_ended.wait()
-
-    async def _write_all(self) -> None:
-        """Writes what ``write`` is given, until this is cancelled."""
-        async for what in self._receive:
-            try:
-                if not await self._write(what):
-                    self.failed += 1
-            except Exception as problem:
-                self.failed += 1
-                log.warning("a write to %s failed: %r", self._name, problem, exc_info=True)
-            finally:
-                self._write_has_ended(what)
-
-    def _write_has_ended(self, what: Entry | tuple[bytes, bytes, BlocksAllowed]) -> None:
-        if isinstance(what, Entry):
-            what.holds -= 1
-            self.pending_bytes -= what.capacity
-            self._waiting.discard(what)
-        self.pending -= 1
-        self._write_ended.set()
-        self._write_ended = anyio.Event()
+        while self.writes.pending:
+            await self.writes.ended.wait()
 
     async def _write(self, what: Entry | tuple[bytes, bytes, BlocksAllowed]) -> bool:
         if not isinstance(what, Entry):
@@ -335,8 +287,8 @@ class Away:
     def stats(self) -> dict[str, int]:
         """Counters, for ``Store.stats``."""
         return {
-            "remote_writes_pending": self.pending,
-            "remote_writes_failed": self.failed,
+            "remote_writes_pending": self.writes.pending,
+            "remote_writes_failed": self.writes.failed + self._refused,
             "remote_written_bytes": self.remote.written_bytes,
             "remote_read_bytes": self.remote.read_bytes,
             "remote_calls_failed": self.remote.failed,

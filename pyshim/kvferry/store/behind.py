@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Callable, Container, Iterable
 from typing import TypeVar
 
 import anyio
 import anyio.to_thread
-import xxhash
 
 from .._bridge.block_list import BlocksAllowed
 from ..errors import KvferryError
 from .description import Description
 from .disk import Disk
+from .layout_notes import allowed_of, layout_note
 from .ram import Entry, Id
 from .threads import DiskThreads, Hanging, Progress
+from .writes import Writes
 
 T = TypeVar("T")
 
@@ -48,17 +48,10 @@ class Behind:
         self._lookups = DiskThreads(1, LOOKUP_PATIENCE, self._progress)
         self._readers = DiskThreads(_READERS, PATIENCE, self._progress)
         self._writer = DiskThreads(1, PATIENCE, self._progress)
-        self._send, self._receive = anyio.create_memory_object_stream[
-            Entry | tuple[Description, bytes]
-        ](math.inf)
-        self._write_ended = anyio.Event()
+        self.writes: Writes[tuple[Description, bytes]] = Writes(str(folder), self._write)
         self._hangs = False  # whether the log says so
         self._noted: set[bytes] = set()  # roots whose notes are on the disk, or will be
         self._closed = False
-        self.pending = 0
-        """Writes that have not ended."""
-        self.failed = 0
-        """Writes that have failed or were refused."""
 
     async def open(self) -> None:
         """Raises OSError."""
@@ -68,13 +61,13 @@ class Behind:
         self._tasks = await anyio.create_task_group().__aenter__()
         for threads in (self._lookups, self._readers, self._writer):
             threads.open(self._tasks)
-        self._tasks.start_soon(self._write_all)
+        self._tasks.start_soon(self.writes.run)
 
     async def close(self) -> None:
         """Begins no more calls, and waits for those that make progress. A call that hangs goes on
         on its thread."""
         self._closed = True
-        self._send.close()
+        self.writes.close()
         ended = []
         with anyio.CancelScope(shield=True):
             for threads in (self._lookups, self._readers, self._writer):
@@ -83,6 +76,7 @@ class Behind:
             self._tasks.cancel_scope.cancel()
             await self._tasks.__aexit__(None, None, None)
         finally:
+            self.writes.drop()
             if all(ended):
                 with anyio.move_on_after(PATIENCE, shield=True):
                     await anyio.to_thread.run_sync(self.disk.close, abandon_on_cancel=True)
@@ -91,30 +85,17 @@ class Behind:
 
     # ---- Writes ---------------------------------------------------------------------------------
 
-    def write(self, what: Entry | tuple[Description, bytes]) -> None:
-        """Has an entry of RAM, or a note, written by a task.
-
-        RAM does not evict the entry before its write has ended. After ``close`` nothing is written:
-        a ``keep`` may still run when the program leaves the store.
-        """
-        if self._closed:
-            return
-        if isinstance(what, Entry):
-            what.holds += 1
-        self.pending += 1
-        self._send.send_nowait(what)
-
     def note(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
         """Has a note written that something is kept under a root, unless that has been done."""
         if root not in self._noted:
             self._noted.add(root)
-            self.write(layout_note(model, root, allowed))
+            self.writes.add(layout_note(model, root, allowed))
 
     async def write_ends(self) -> bool:
         """Returns True when a write has ended; False if none is pending, or the disk hangs."""
-        if not self.pending:
+        if not self.writes.pending:
             return False
-        if await self._writer.wait(self._write_ended):
+        if await self._writer.wait(self.writes.ended):
             return True
         self._report("a write", Hanging("the disk does not answer"))
         return False
@@ -124,29 +105,17 @@ class Behind:
         while await self.write_ends():
             pass
 
-    async def _write_all(self) -> None:
-        """Writes what ``write`` is given, until this is cancelled."""
-        async for what in self._receive:
-            try:
-                if not await self._written(what):
-                    self.failed += 1
-                    if not isinstance(what, Entry):
-                        self._noted.discard(what[0].key)  # the next keep tries again
-            finally:
-                if isinstance(what, Entry):
-                    what.holds -= 1
-                self.pending -= 1
-                self._write_ended.set()
-                self._write_ended = anyio.Event()
-
-    async def _written(self, what: Entry | tuple[Description, bytes]) -> bool:
+    async def _write(self, what: Entry | tuple[Description, bytes]) -> bool:
         try:
             written = await self._writer.to_its_end(_write, self.disk, what)
         except Exception as problem:
             if not self._closed:
                 self._report("a write", problem)  # what is kept in RAM stays there
-            return False
-        self._hangs = False
+            written = False
+        else:
+            self._hangs = False
+        if not written and not isinstance(what, Entry):
+            self._noted.discard(what[0].key)  # the next keep tries again
         return written
 
     # ---- Reads ----------------------------------------------------------------------------------
@@ -210,6 +179,20 @@ class Behind:
 
         return await self.look_up("a search", find, set())
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a call hangs, and none has ended since."""
+        return self._hangs
+
+    async def quarantined(self, wanted: Iterable[Id]) -> list[Id]:
+        """Returns which of these parts are in quarantine."""
+
+        def find() -> list[Id]:
+            there = self.disk.quarantined()
+            return [each for each in wanted if each in there]
+
+        return await self.look_up("a search", find, [])
+
     async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
         """Returns the roots under which something was kept for a model, and what they allow."""
         return await self.look_up("a search", lambda: _layouts(self.disk, model), {})
@@ -233,21 +216,4 @@ def _write(disk: Disk, what: Entry | tuple[Description, bytes]) -> bool:
 
 
 def _layouts(disk: Disk, model: bytes) -> dict[bytes, BlocksAllowed]:
-    found = {}
-    for note in disk.children(model):
-        if note.kind != "layout" or note.nbytes > 64:
-            continue
-        memory = bytearray(note.nbytes)
-        try:
-            if disk.read_into(note, memory):
-                found[note.key] = BlocksAllowed(memory.decode())
-        except (OSError, ValueError) as problem:
-            log.warning("a note of a layout cannot be used: %s", problem)
-    return found
-
-
-def layout_note(model: bytes, root: bytes, allowed: BlocksAllowed) -> tuple[Description, bytes]:
-    """Returns the description and the bytes of a note that something is kept under a root."""
-    data = allowed.value.encode()
-    checksum = xxhash.xxh64_intdigest(data)
-    return Description("layout", root, model, 0, 0, model, len(data), checksum), data
+    return allowed_of(disk, disk.children(model))

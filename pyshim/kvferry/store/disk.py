@@ -216,6 +216,12 @@ class Disk:
                 self._quarantined,
             )
 
+    def quarantined(self) -> set[tuple[str, bytes]]:
+        """Returns kinds and keys of what is in quarantine now."""
+        names = self._system.names(self._folder.quarantine)
+        parsed = (part_format.parse_name(name.rpartition(".")[0]) for name in names)
+        return set(filter(None, parsed))
+
     def verify(self) -> Report:
         """Reads every file of the folder, and quarantines what is not right."""
         right = newer = 0

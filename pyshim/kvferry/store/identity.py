@@ -52,15 +52,42 @@ class Identities:
         model = await self._model(llama, salt)
         layout, allowed, _ = await self._layout(llama)
         if allowed is BlocksAllowed.UNSEEN:
-            known = self._known.get(model, {})
-            if self._behind is not None:
-                known = {**await self._behind.layouts(model), **known}
-            if self._away is not None:
-                known = {**await self._away.layouts(model), **known}
-            return [Kept(*each) for each in known.items()]
+            return [Kept(*each) for each in (await self._known_layouts(model)).items()]
         if allowed is BlocksAllowed.NONE:
             return []
         return [Kept(root_key([model, layout.encode()]), allowed)]
+
+    async def _known_layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
+        """The roots for which something was kept with a model, in any tier."""
+        known = self._known.get(model, {})
+        if self._behind is not None:
+            known = {**await self._behind.layouts(model), **known}
+        if self._away is not None:
+            known = {**await self._away.layouts(model), **known}
+        return known
+
+    async def why_nothing(self, llama: Llama) -> str:
+        """Why a context has no candidates."""
+        _, allowed, why = await self._layout(llama)
+        if allowed is BlocksAllowed.NONE:
+            return f"the cache allows neither blocks nor checkpoints: {why}"
+        return "nothing is kept for this model, variant and salt"
+
+    async def others(self, llama: Llama, salt: bytes) -> list[tuple[str, Kept]]:
+        """What is kept with the same salt for other caches: of this model, and of the models of
+        other contexts that the store has seen. With a word for how they differ."""
+        own = await self._model(llama, salt)
+        models = {root_key([salt, *parts]) for parts in list(self._models.values())}
+        mine = {each.root for each in await self.candidates(llama, salt)}
+        found = []
+        for model in models:
+            kind = (
+                "a cache of other types or layout" if model == own else "another model or variant"
+            )
+            for root, allowed in (await self._known_layouts(model)).items():
+                if root not in mine:
+                    found.append((kind, Kept(root, allowed)))
+        return found
 
     async def to_keep(self, llama: Llama, salt: bytes) -> tuple[Kept, str]:
         """Returns and remembers the root for this context, and says why the cache allows no

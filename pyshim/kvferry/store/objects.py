@@ -34,13 +34,18 @@ class Refused(Exception):
     """The object store will not do this, however often it is asked: such as wrong credentials."""
 
 
+class Full(Refused):
+    """The object store has no room now. Reads go on."""
+
+
 class Objects(Protocol):
     """Objects of bytes that have names, such as in a bucket.
 
     These four functions are all that ``Store(remote=...)`` uses. Each blocks, and is called by
     several threads at a time. Names have the characters ``a-z``, ``0-9`` and ``.``. A function that
-    raises Unavailable may be called again; any other exception ends the attempt. A function that
-    hangs keeps its thread: it should have a timeout of its own.
+    raises Unavailable may be called again; any other exception ends the attempt, and counts as a
+    failure of the object store unless it is Full. A function that hangs keeps its thread: it should
+    have a timeout of its own.
     """
 
     def put(self, name: str, nbytes: int, pieces: Iterator[memoryview]) -> None:

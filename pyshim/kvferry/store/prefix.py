@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 from .._bridge.block_list import BlocksAllowed
 from .description import Description, Kind
 from .disk import Disk
 from .keys import Link, Tokens, chain, next_key
-from .ram import Ram
 
 _MOST_ASKED = 512  # a statement of SQLite may have at least 999 values
+
+
+Tier = Literal["ram", "disk", "remote"]
+
+TIERS: tuple[Tier, ...] = ("ram", "disk", "remote")
+"""The nearest first."""
 
 
 class Lookup(Protocol):
@@ -23,8 +29,30 @@ class Lookup(Protocol):
     def ends(self, parent: bytes) -> list[int]: ...
 
 
-class InBoth:
-    """Looks into RAM, then into the folder. May block on the disk. For one search.
+class InTurn:
+    """Looks into the tiers, one after the other."""
+
+    def __init__(self, tiers: Mapping[Tier, Lookup]) -> None:
+        self._tiers = tiers
+        self._found_in: dict[tuple[Kind, bytes], Tier] = {}
+
+    def find(self, kind: Kind, key: bytes) -> Description | None:
+        for tier, lookup in self._tiers.items():
+            if (found := lookup.find(kind, key)) is not None:
+                self._found_in[kind, key] = tier
+                return found
+        return None
+
+    def ends(self, parent: bytes) -> list[int]:
+        return list({end for lookup in self._tiers.values() for end in lookup.ends(parent)})
+
+    def tiers(self, parts: Iterable[Description]) -> tuple[Tier, ...]:
+        """In which tier each part was found."""
+        return tuple(self._found_in[part.kind, part.key] for part in parts)
+
+
+class OnDisk:
+    """Looks into the folder. May block on the disk. For one search.
 
     The search follows keys that are known before, and a question to the index for many keys takes
     hardly longer than one for a single key. Most searches end at the first block, and others find a
@@ -32,9 +60,8 @@ class InBoth:
     many.
     """
 
-    def __init__(self, ram: Ram, disk: Disk, blocks: Sequence[bytes] = ()) -> None:
+    def __init__(self, disk: Disk, blocks: Sequence[bytes] = ()) -> None:
         """``blocks`` are the keys of the blocks of the prompt, in order."""
-        self._ram = ram
         self._disk = disk
         self._blocks = blocks
         self._places = {key: place for place, key in enumerate(blocks)}
@@ -42,8 +69,6 @@ class InBoth:
         self._count = 1
 
     def find(self, kind: Kind, key: bytes) -> Description | None:
-        if (found := self._ram.find(kind, key)) is not None:
-            return found
         if kind != "block" or key not in self._places:
             return self._disk.find(kind, key)
         if key not in self._asked:
@@ -55,22 +80,7 @@ class InBoth:
         return self._asked[key]
 
     def ends(self, parent: bytes) -> list[int]:
-        on_disk = {each.end for each in self._disk.children(parent)}
-        return list(on_disk.union(self._ram.ends(parent)))
-
-
-class InTurn:
-    """Looks into one Lookup, then into another."""
-
-    def __init__(self, first: Lookup, second: Lookup) -> None:
-        self._first = first
-        self._second = second
-
-    def find(self, kind: Kind, key: bytes) -> Description | None:
-        return self._first.find(kind, key) or self._second.find(kind, key)
-
-    def ends(self, parent: bytes) -> list[int]:
-        return list({*self._first.ends(parent), *self._second.ends(parent)})
+        return [each.end for each in self._disk.children(parent)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class Prefix:
     checkpoint: Description | None
     end: int
     """How many tokens the prefix has."""
+    tiers: tuple[Tier, ...]
+    """Where each of ``parts`` lies: the nearest tier that had it when the search asked."""
 
     @property
     def parts(self) -> list[Description]:
@@ -89,6 +101,34 @@ class Prefix:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    @cached_property
+    def nbytes_of(self) -> dict[Tier, int]:
+        """The bytes that lie in each tier."""
+        counted: Counter[Tier] = Counter()
+        for tier, part in zip(self.tiers, self.parts, strict=True):
+            counted[tier] += part.nbytes
+        return dict(counted)
+
+    @property
+    def farthest(self) -> Tier:
+        """The farthest tier that something of it must be brought from."""
+        return max(self.tiers, key=TIERS.index)
+
+    def beginnings(self) -> Iterator[tuple[int, dict[Tier, int]]]:
+        """Shorter prefixes that can be loaded, where the next block lies in another tier: the
+        number of their blocks, and their bytes in each tier."""
+        nbytes: dict[Tier, int] = {}
+        if self.checkpoint is None:
+            for count, block in enumerate(self.blocks[:-1], 1):
+                tier = self.tiers[count - 1]
+                nbytes[tier] = nbytes.get(tier, 0) + block.nbytes
+                if self.tiers[count] != tier:
+                    yield count, dict(nbytes)
+
+    def beginning(self, count: int) -> Prefix:
+        """The prefix of its first blocks."""
+        return Prefix(self.blocks[:count], None, self.blocks[count - 1].end, self.tiers[:count])
 
 
 @dataclass(frozen=True)
@@ -99,7 +139,7 @@ class Search:
     found by its parent: the tokens up to its end must give its key.
     """
 
-    lookup: Lookup
+    lookup: InTurn
     root: bytes
     allowed: BlocksAllowed
     tokens: Tokens
@@ -151,7 +191,8 @@ class Search:
             blocks = [*before, block]
         if self.allowed.checkpoints and (checkpoint := self._checkpoint(last)) is None:
             return None
-        return Prefix(blocks, checkpoint, last.end)
+        parts = blocks if checkpoint is None else [*blocks, checkpoint]
+        return Prefix(blocks, checkpoint, last.end, self.lookup.tiers(parts))
 
     def _block(self, link: Link) -> Description | None:
         return self._right(self.lookup.find("block", link.key), link, link.begin)

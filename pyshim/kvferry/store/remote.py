@@ -16,7 +16,7 @@ import xxhash
 
 from .breaker import Breaker, Open
 from .description import Description, Kind
-from .objects import PIECE_BYTES, Objects, Refused, Unavailable, first_line
+from .objects import PIECE_BYTES, Full, Objects, Refused, Unavailable, first_line
 from .part_format import (
     HEADER_BYTES,
     Damaged,
@@ -250,6 +250,10 @@ class Remote:
 
         return await self._call(delete, "a removal", self._timeout) is not None
 
+    def unusable(self, kind: Kind, key: bytes) -> bool:
+        """Whether a part was read that was not right, and has not been written since."""
+        return name_of(kind, key) in self._unusable
+
     # ---- Notes ----------------------------------------------------------------------------------
 
     async def note(self, kind: Kind, key: bytes, *, seconds: float | None = None) -> bytes | None:
@@ -381,6 +385,10 @@ class Remote:
             late = TimeoutError(f"no answer within {seconds:.3g} s")
             self._breaker.failed(trial, late)
             raise late from None
+        except Full:
+            known = True
+            self._breaker.succeeded()  # it answers
+            raise
         except Exception as problem:
             known = True
             self._breaker.failed(trial, first_line(problem))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +14,11 @@ from ..blocks import Block, Checkpoint
 from ..buffer import Buffer
 from ..errors import BufferTooSmall
 from ..llama import Llama
-from .away import Away
-from .behind import Behind
-from .buffers import Buffers
 from .description import Description, Kind
 from .identity import Kept
 from .keys import Link, Tokens
-from .ram import Entry, Id, Ram, Room
+from .ram import Entry, Id, Room
+from .tiers import Tiers
 
 
 @dataclass(frozen=True)
@@ -69,21 +66,8 @@ class _Missing:
 class Saving:
     """What ``Store.keep`` does."""
 
-    def __init__(
-        self,
-        ram: Ram,
-        behind: Behind | None,
-        away: Away | None,
-        buffers: Buffers,
-        block_tokens: int,
-        counts: Counter[str],
-    ) -> None:
-        self._ram = ram
-        self._behind = behind
-        self._away = away
-        self._buffers = buffers
-        self._block_tokens = block_tokens
-        self._counts = counts
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
 
     async def save(
         self, conversation: Conversation, expires: float | None, priority: Priority
@@ -97,17 +81,17 @@ class Saving:
             there: set[Id] = set()
             for part in parts:
                 # Later blocks may be there without one before them, after a file was lost.
-                if entry := self._ram.renew(part.kind, part.key, expires):
-                    held.enter_context(self._ram.held([entry]))
+                if entry := self._tiers.ram.renew(part.kind, part.key, expires):
+                    held.enter_context(self._tiers.ram.held([entry]))
                     there.add(entry.id)
             absent = [part for part in parts if (part.kind, part.key) not in there]
-            if self._behind is not None:
-                there |= await self._behind.use(absent)
+            if self._tiers.behind is not None:
+                there |= await self._tiers.behind.use(absent)
                 absent = [part for part in parts if (part.kind, part.key) not in there]
             there |= await self._save_missing(conversation, absent, expires, priority)
-            if self._away is not None:
-                entries = [self._ram.entry((part.kind, part.key)) for part in parts]
-                self._away.write(entry for entry in entries if entry)
+            if self._tiers.away is not None:
+                entries = [self._tiers.ram.entry((part.kind, part.key)) for part in parts]
+                self._tiers.away.write(entry for entry in entries if entry)
         needed = [(part.kind, part.key) for part in parts]
         if conversation.kept.allowed.checkpoints:
             return (conversation.links[-1].end, needed) if there.issuperset(needed) else (0, [])
@@ -157,7 +141,7 @@ class Saving:
                     if part.kind == "block"
                     else llama.checkpoint_size_async(conversation.seq)
                 )
-            if (taken := await self._buffers.take(llama, sizes[count])) is None:
+            if (taken := await self._tiers.buffers.take(llama, sizes[count])) is None:
                 return
             missing.append(_Missing(part, *taken))
 
@@ -190,7 +174,7 @@ class Saving:
                 conversation.seq,
                 first.begin,
                 last.end,
-                tokens=self._block_tokens,
+                tokens=self._tiers.block_tokens,
                 into=[each.buffer for each in run],
                 keys=[each.part.key for each in run],
                 parent=first.parent,
@@ -211,10 +195,10 @@ class Saving:
         assert saved is not None
         part = dataclasses.replace(missing.part, nbytes=saved.nbytes)
         entry = Entry(part, saved, saved.capacity, expires=expires)
-        if self._ram.add(entry, missing.room) is entry:
-            self._counts["saved_bytes"] += saved.nbytes
-            if self._behind is not None:
-                self._behind.write(entry)
+        if self._tiers.ram.add(entry, missing.room) is entry:
+            self._tiers.counts["saved_bytes"] += saved.nbytes
+            if self._tiers.behind is not None:
+                self._tiers.behind.writes.add(entry)
         return entry.id
 
 

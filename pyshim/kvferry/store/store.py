@@ -6,11 +6,12 @@ import logging
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import anyio
+import numpy
 from numpy.typing import ArrayLike
 
 from .._bridge.arguments import integer, invalid
@@ -22,14 +23,19 @@ from ..llama import Llama
 from .away import Away
 from .behind import Behind
 from .buffers import Buffers
+from .evaluations import Evaluations
+from .explaining import Explaining
+from .explanation import Explanation
 from .identity import Identities
-from .keys import Tokens, chain, checked_tokens
+from .keys import chain, checked_tokens
 from .names import Listed, Names
 from .objects import Objects
 from .ram import Ram
-from .restoring import Restoring
+from .restoring import Asked, Restoring, Searched
 from .saving import Conversation, Saving
 from .sizes import size
+from .tiers import Tiers
+from .worth import Worth
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -48,6 +54,8 @@ class Found:
     tier: str
     """The farthest tier that a restore reads from: "ram"; "disk" if some bytes are not in RAM;
     "remote" if some are only in the object store; "" if nothing is kept."""
+    _searched: Searched | None = field(default=None, repr=False, compare=False)
+    """For ``restore``, which need not search again."""
 
 
 class Store:
@@ -107,19 +115,19 @@ class Store:
         self._counts: Counter[str] = Counter()
         self._identities = Identities(anyio.CapacityLimiter(1), self._behind, self._away)
         self._names = Names(self._ram)
-        buffers = Buffers(self._ram, self._behind)
-        self._restoring = Restoring(
+        tiers = Tiers(
             self._ram,
             self._behind,
             self._away,
-            buffers,
-            self._identities,
+            Buffers(self._ram, self._behind),
             self._block_tokens,
             self._counts,
         )
-        self._saving = Saving(
-            self._ram, self._behind, self._away, buffers, self._block_tokens, self._counts
-        )
+        self._worth = Worth()
+        self._evaluations = Evaluations(self._worth)
+        self._restoring = Restoring(tiers, self._identities, self._worth)
+        self._explaining = Explaining(tiers, self._identities, self._worth, self._restoring)
+        self._saving = Saving(tiers)
         self._closed = True  # until it is entered
 
     # ---- Finding and restoring ------------------------------------------------------------------
@@ -127,18 +135,19 @@ class Store:
     async def find(
         self, llama: Llama, tokens: ArrayLike, *, leave: int = 1, salt: bytes | None = None
     ) -> Found:
-        """Returns what ``restore`` with the same arguments would bring.
+        """Returns the longest known prefix. ``restore`` takes what this returns, and then does not
+        search again.
 
         For a context that has never had a cell, several caches are possible. This returns the
         longest prefix of all of them, and ``restore`` may find that it does not fit the context.
         """
         self._check_open()
-        wanted, salt = self._part(tokens, leave), self._salt_or(salt)
-        prefixes = await self._restoring.prefixes(llama, wanted, salt)
-        if not prefixes:
-            return Found(0, 0, "")
-        tier = await self._restoring.tier(prefixes[0])
-        return Found(prefixes[0].end, prefixes[0].nbytes, tier)
+        asked = self._asked(llama, tokens, leave, salt)
+        searched = await self._restoring.search(asked)
+        if not searched.prefixes:
+            return Found(0, 0, "", searched)
+        longest = searched.prefixes[0]
+        return Found(longest.end, longest.nbytes, longest.farthest, searched)
 
     async def restore(
         self,
@@ -147,44 +156,97 @@ class Store:
         tokens: ArrayLike,
         *,
         leave: int = 1,
+        held: int | None = None,
+        found: Found | None = None,
         salt: bytes | None = None,
         priority: Priority = "urgent",
     ) -> int:
         """Loads the longest known prefix into a sequence, in place of what the sequence held.
 
         Returns how many tokens the sequence holds then. The program goes on with the tokens after
-        these. If no prefix is known, the sequence is emptied, and this returns 0.
+        these. If nothing is restored, the sequence is emptied, and this returns 0.
+
+        Blocks that would take longer to bring than to evaluate are not brought, as far as the
+        speeds of both have been measured: then a shorter prefix is restored, or none. See
+        ``explain``.
 
         ``leave`` is how many tokens at the end are not restored, even if they are known. A state
         has no logits, so at least one token must be decoded before the next one is sampled.
+
+        ``held`` is for a program that can go on from what the sequence holds: how many of the first
+        ``tokens`` the sequence holds already. If no longer prefix is worth its restore, the
+        sequence stays as it is, and this returns ``held``.
+
+        ``found`` is what ``find`` has returned for the same context, salt and tokens: this restores
+        that prefix, without a search. If some of it has been evicted meanwhile, this searches.
 
         If the disk fails or hangs, or RAM has no room for the parts that it lacks, this restores
         the prefix that is in RAM.
 
         If the task is cancelled, or this raises, ``llama.load_outcome(seq)`` tells what the
         sequence holds. Raises CacheFull, SequenceRange, PinnedLimit, EngineClosed, ContextFreed,
-        Busy (a transfer of the sequence is in flight), and KvferryError (the store is closed).
+        Busy (a transfer of the sequence is in flight), InvalidArgument (``found`` is of other
+        arguments), and KvferryError (the store is closed).
         """
         self._check_open()
-        wanted, salt = self._part(tokens, leave), self._salt_or(salt)
-        count = await self._restoring.restore(llama, seq, wanted, salt, priority)
+        asked = self._asked(llama, tokens, leave, salt)
+        least = 0 if held is None else integer("held", held)
+        searched = None if found is None else _searched(found, asked)
+        count = await self._restoring.restore(asked, seq, least, priority, searched)
         if not count:
-            await llama.remove(seq)
+            if held is None:
+                await llama.remove(seq)
+            count = least
+        await self._evaluations.restored(llama, seq, count)
         return count
+
+    async def explain(
+        self,
+        llama: Llama,
+        tokens: ArrayLike,
+        *,
+        leave: int = 1,
+        held: int = 0,
+        salt: bytes | None = None,
+    ) -> Explanation:
+        """Says what is known of a prompt and where it lies, what ``restore`` with the same
+        arguments would bring now, why, and why not more was found.
+
+        Moves nothing, but searches all tiers. Of what others have kept, this tells what has the
+        same salt, and only for models of contexts that this store has been called with.
+        """
+        self._check_open()
+        asked = self._asked(llama, tokens, leave, salt)
+        return await self._explaining.explain(asked, integer("held", held))
 
     def prefetch(self, llama: Llama, tokens: ArrayLike, *, salt: bytes | None = None) -> None:
         """Reads the longest known prefix from disk and object store into RAM, in a task of the
         store. Returns at once. A failure is in the log."""
         self._check_open()
-        self._tasks.start_soon(self._prefetch, llama, checked_tokens(tokens), self._salt_or(salt))
+        self._tasks.start_soon(self._prefetch, self._asked(llama, tokens, 0, salt))
 
-    async def _prefetch(self, llama: Llama, tokens: Tokens, salt: bytes) -> None:
+    async def _prefetch(self, asked: Asked) -> None:
         try:
-            await self._restoring.prefetch(llama, tokens, salt)
+            await self._restoring.prefetch(asked)
         except Exception as problem:
             # Nobody waits for this task, and an error here would end the other tasks of the store.
             unexpected = not isinstance(problem, (KvferryError, OSError))
             log.warning("a prefix was not brought to RAM ahead: %r", problem, exc_info=unexpected)
+
+    # ---- Speeds ---------------------------------------------------------------------------------
+
+    def note_prefill(self, llama: Llama, tokens: int, seconds: float, *, begin: int = 0) -> None:
+        """Tells the store that the context has evaluated ``tokens`` tokens of a prompt, at the
+        positions from ``begin`` on, in so many seconds.
+
+        With this the store knows what is worth its restore. Of a ``llama_cpp.Llama`` it measures
+        that itself. Raises InvalidArgument.
+        """
+        self._check_open()
+        count, begin = integer("tokens", tokens, least=1), integer("begin", begin)
+        if not seconds > 0:
+            raise invalid(f"seconds are {seconds}")
+        self._worth.prefill(llama).note(count, seconds, begin)
 
     # ---- Keeping --------------------------------------------------------------------------------
 
@@ -222,6 +284,7 @@ class Store:
         """
         self._check_open()
         tokens = checked_tokens(tokens)
+        await self._evaluations.kept(llama, seq, len(tokens))
         expires = None if ttl is None else time.monotonic() + ttl
         kept, why = await self._identities.to_keep(llama, self._salt_or(salt))
         if kept.allowed is BlocksAllowed.UNSEEN:
@@ -277,8 +340,8 @@ class Store:
             "ram_reserved": self._ram.reserved,
             "ram_entries": len(self._ram),
             "evicted": self._ram.evicted,
-            "disk_writes_pending": self._behind.pending if self._behind else 0,
-            "disk_writes_failed": self._behind.failed if self._behind else 0,
+            "disk_writes_pending": self._behind.writes.pending if self._behind else 0,
+            "disk_writes_failed": self._behind.writes.failed if self._behind else 0,
             **(self._away.stats() if self._away else {}),
             **{
                 name: self._counts[name]
@@ -350,10 +413,23 @@ class Store:
     def _salt_or(self, salt: bytes | None) -> bytes:
         return self._salt if salt is None else _checked_salt(salt)
 
-    @staticmethod
-    def _part(tokens: ArrayLike, leave: int) -> Tokens:
+    def _asked(self, llama: Llama, tokens: ArrayLike, leave: int, salt: bytes | None) -> Asked:
         array = checked_tokens(tokens)
-        return array[: max(0, len(array) - integer("leave", leave))]
+        part = array[: max(0, len(array) - integer("leave", leave))]
+        return Asked(llama, part, self._salt_or(salt))
+
+
+def _searched(found: Found, asked: Asked) -> Searched:
+    """The search that has found something, if it was of the same arguments."""
+    searched = found._searched
+    if searched is None:
+        raise invalid("found was not returned by find")
+    same = searched.llama is asked.llama and searched.salt == asked.salt
+    if not same or not numpy.array_equal(
+        searched.tokens[: found.tokens], asked.tokens[: found.tokens]
+    ):
+        raise invalid("found is of another context, of another salt or of other tokens")
+    return searched
 
 
 def _checked_salt(salt: object) -> bytes:

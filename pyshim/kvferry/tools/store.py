@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from ..store.description import Description
 from ..store.disk import Disk
+from ..store.layout_notes import allowed_of
+from ..store.loadable import loadable
 from .table import mib, table
 
 _NO_LIMIT = 1 << 62
@@ -43,7 +45,7 @@ class Conversation:
 
 
 def conversations(parts: Iterable[Description]) -> list[Conversation]:
-    """Returns what stands in a folder, the longest first."""
+    """Returns what ``parts`` has that nothing builds on, the longest first."""
     by_key: dict[bytes, list[Description]] = defaultdict(list)
     for part in parts:
         if part.kind != "layout":
@@ -63,7 +65,8 @@ def conversations(parts: Iterable[Description]) -> list[Conversation]:
 def store_list(folder: str, as_json: bool) -> bool:
     """Prints each conversation: its name, tokens, parts and bytes."""
     with _opened(folder) as disk:
-        found = conversations(disk.list())
+        parts, lost = _parts(disk)
+        found = conversations(parts)
     rows = [(each.name, each.tokens, len(each.parts), each.nbytes) for each in found]
     if as_json:
         keys = ("name", "tokens", "parts", "bytes")
@@ -72,6 +75,9 @@ def store_list(folder: str, as_json: bool) -> bool:
         lines = [[name, f"{tokens:,}", str(parts), mib(size)] for name, tokens, parts, size in rows]
         print(table(["conversation", "tokens", "parts", "MiB"], lines))
         print("Conversations that begin alike share parts: stats tells what the folder occupies.")
+        if lost:
+            size = mib(sum(part.nbytes for part in lost))
+            print(f"{len(lost)} parts ({size} MiB) need one that is lost: no restore finds them.")
     return True
 
 
@@ -109,10 +115,13 @@ def store_verify(folder: str, as_json: bool) -> bool:
 def store_evict(folder: str, names: Sequence[str], everything: bool) -> bool:
     """Removes conversations, except the parts that others share. Returns True if all were there."""
     with _opened(folder) as disk:
-        found = conversations(disk.list())
+        parts, lost = _parts(disk)
+        found = conversations(parts)
         chosen = [each for each in found if everything or each.name in names]
         stays = {part for each in found if each not in chosen for part in each.parts}
         goes = {part for each in chosen for part in each.parts} - stays
+        if everything:
+            goes.update(lost)
         # From the end: a command that is interrupted leaves no block without its parent.
         for part in sorted(goes, key=lambda part: part.end, reverse=True):
             disk.remove(part.kind, part.key)
@@ -120,6 +129,14 @@ def store_evict(folder: str, names: Sequence[str], everything: bool) -> bool:
     for name in missing:
         print(f"no conversation {name}")
     return not missing
+
+
+def _parts(disk: Disk) -> tuple[list[Description], set[Description]]:
+    """Returns what a restore can find, and blocks and checkpoints that none can."""
+    parts = list(disk.list())
+    there = loadable(parts, allowed_of(disk, parts))
+    lost = {each for each in parts if each.kind in ("block", "checkpoint")} - there
+    return [each for each in parts if each not in lost], lost
 
 
 @contextlib.contextmanager

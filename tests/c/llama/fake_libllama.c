@@ -7,7 +7,7 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-EXPORTED struct fake_llama fake_llama = {.last_position = -1};
+EXPORTED struct fake_llama fake_llama = {.last_position = -1, .last_of_others = {-1, -1, -1}};
 
 static char model[8], memory[8];
 
@@ -69,6 +69,10 @@ EXPORTED void ggml_abort(const char *file, int line, const char *format, ...) {
 
 /* ---- llama ---- */
 
+static int32_t *last_of(int32_t sequence) {
+    return sequence ? &fake_llama.last_of_others[sequence - 1] : &fake_llama.last_position;
+}
+
 /* Calls what kvferry watches, so that there are relocation slots for it. */
 EXPORTED int llama_decode(void *context, void *buffer) {
     (void)context;
@@ -93,20 +97,26 @@ EXPORTED void *llama_get_memory(const void *context) {
 
 EXPORTED size_t llama_state_seq_get_size_ext(void *context, int32_t sequence, uint32_t flags) {
     (void)context;
-    (void)sequence;
     (void)flags;
-    if (fake_llama.last_position >= 0 && fake_llama.claimed_bytes) return fake_llama.claimed_bytes;
-    if (fake_llama.last_position >= 0 && fake_llama.state.bytes) return fake_llama.state.bytes;
+    if (*last_of(sequence) >= 0 && fake_llama.claimed_bytes) return fake_llama.claimed_bytes;
+    if (*last_of(sequence) >= 0 && fake_llama.state.bytes) return fake_llama.state.bytes;
     return fake_llama.shares_cells ? 8 : 16;
+}
+
+/* Where the tensor of this number is. A tensor's address is that of its data. */
+static char *tensor_of(int number) {
+    const struct fake_tensor *const tensors = fake_llama.state.tensors;
+    if (!fake_llama.memory) return (char *)(fake_llama.state.data + tensors[number].offset);
+    return fake_llama.memory + (number ? tensors[0].bytes : 0);
 }
 
 static size_t write_cells(const struct fake_state *state, uint8_t *buffer, size_t bytes) {
     if (bytes < state->bytes) return 0;
     size_t at = 0;
-    for (const struct fake_tensor *tensor = state->tensors; tensor < state->tensors + 2; ++tensor) {
+    for (int number = 0; number < 2; ++number) {
+        const struct fake_tensor *const tensor = &state->tensors[number];
         memcpy(buffer + at, state->data + at, tensor->offset - at);
-        ggml_backend_tensor_get(state->data + tensor->offset, buffer + tensor->offset, 0,
-                                tensor->bytes);
+        ggml_backend_tensor_get(tensor_of(number), buffer + tensor->offset, 0, tensor->bytes);
         at = tensor->offset + tensor->bytes;
     }
     memcpy(buffer + at, state->data + at, state->bytes - at);
@@ -120,49 +130,54 @@ EXPORTED size_t llama_state_seq_get_data_ext(void *context, uint8_t *buffer, siz
     const uint32_t words[] = {0xaf143cd8, (uint32_t)sequence, 1, 0};
     const size_t written = fake_llama.shares_cells ? 8 : 16;
     (void)context;
-    if (fake_llama.last_position >= 0 && fake_llama.state.bytes)
+    if (*last_of(sequence) >= 0 && fake_llama.state.bytes)
         return write_cells(&fake_llama.state, buffer, bytes);
     if (bytes < written) return 0;
     memcpy(buffer, words, written);
     return written;
 }
 
-/* Takes whatever it is given. */
+static bool go_on(int number) {
+    if (fake_llama.on_tensor) fake_llama.on_tensor(number);
+    return !fake_llama.refuses_state;
+}
+
 EXPORTED size_t llama_state_seq_set_data_ext(void *context, const uint8_t *buffer, size_t bytes,
                                              int32_t sequence, uint32_t flags) {
     (void)context;
-    (void)buffer;
-    (void)sequence;
     (void)flags;
-    fake_llama.last_position = 0;
-    return bytes;
+    *last_of(sequence) = fake_llama.loads_tensors ? (int32_t)fake_llama.state.cells - 1 : 0;
+    if (!fake_llama.loads_tensors) return bytes;
+    for (int number = 0; number < 2; ++number) {
+        const struct fake_tensor *const tensor = &fake_llama.state.tensors[number];
+        if (!go_on(number)) return 0;
+        ggml_backend_tensor_set(tensor_of(number), buffer + tensor->offset, 0, tensor->bytes);
+    }
+    return go_on(2) ? bytes : 0;
 }
 
 EXPORTED void llama_memory_seq_cp(void *of, int32_t from, int32_t to, int32_t begin, int32_t end) {
     (void)of;
-    (void)from;
-    (void)to;
     (void)begin;
     (void)end;
+    *last_of(to) = *last_of(from);
 }
 
 EXPORTED bool llama_memory_seq_rm(void *of, int32_t sequence, int32_t begin, int32_t end) {
     (void)of;
-    (void)sequence;
     (void)begin;
     (void)end;
-    fake_llama.last_position = -1;
+    if (fake_llama.on_removal) fake_llama.on_removal();
+    *last_of(sequence) = -1;
     return true;
 }
 EXPORTED int32_t llama_memory_seq_pos_min(void *of, int32_t sequence) {
     (void)of;
-    (void)sequence;
-    return fake_llama.last_position < 0 ? -1 : 0;
+    return *last_of(sequence) < 0 ? -1 : 0;
 }
 EXPORTED int32_t llama_memory_seq_pos_max(void *of, int32_t sequence) {
     (void)of;
-    (void)sequence;
-    return fake_llama.last_position;
+    return *last_of(sequence);
 }
 
 EXPORTED uint32_t llama_n_ctx(const void *context) {
@@ -171,7 +186,7 @@ EXPORTED uint32_t llama_n_ctx(const void *context) {
 }
 EXPORTED uint32_t llama_n_seq_max(const void *context) {
     (void)context;
-    return 1;
+    return 1 + fake_llama.more_sequences;
 }
 EXPORTED int32_t llama_model_desc(const void *of, char *text, size_t bytes) {
     (void)of;

@@ -12,6 +12,7 @@ struct fake_state {
     struct fake_tensor {
         size_t offset, bytes;
     } tensors[2];
+    uint32_t cells; /* of a load that names tensors: the sequence then has so many positions */
 };
 
 struct fake_llama {
@@ -20,4 +21,16 @@ struct fake_llama {
     uint64_t claimed_bytes; /* the size of a state with cells, as far as it says; 0: the true one */
     struct fake_state
         state; /* while `last_position` is not -1; of 0 bytes: a state without cells */
+    /* A load names the tensors of `state`, one after the other; else it takes whatever it is given
+     * and names none. */
+    bool loads_tensors;
+    /* Called in such a load before the tensor of this number is named, and with 2 at the end; or
+     * NULL. */
+    void (*on_tensor)(int number);
+    bool refuses_state; /* from then on, a load that names tensors does not go on, and fails */
+    char *memory;       /* of the tensors, one behind the other; NULL: they lie in the state */
+    /* Sequences beside the first one, and their last positions. */
+    uint32_t more_sequences;
+    int32_t last_of_others[3];
+    void (*on_removal)(void); /* called before the cells of the sequence are removed; or NULL */
 };

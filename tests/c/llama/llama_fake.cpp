@@ -59,6 +59,68 @@ void the_cell_of_a_trial_that_fails_does_not_stay() {
     CHECK(kvf_llama_detach(llama) == KVF_OK);
 }
 
+// ---- A load that libllama refuses ---------------------------------------------------------------
+
+uint32_t removals;
+bool removed_during_job;
+
+bool has_job_in_flight() {
+    char text[4096];
+    CHECK(kvf_engine_describe(engine, text, sizeof text, nullptr) == KVF_OK);
+    return !std::strstr(text, "\"jobs_in_flight\": 0");
+}
+
+// The engine counts a job until a moment after its end.
+void on_removal() {
+    ++removals;
+    for (int i = 0; i < 100 && has_job_in_flight(); ++i) {
+        constexpr timespec hundredth{0, 10'000'000};
+        nanosleep(&hundredth, nullptr);
+    }
+    removed_during_job |= has_job_in_flight();
+}
+
+// The first part moves while libllama still takes cells. Then libllama refuses the state: no byte
+// may move any more when the cells are removed, for they may be another sequence's from then on.
+void a_refused_load_is_withdrawn_before_its_cells_are_removed() {
+    constexpr uint32_t cells = 128, row = 64 << 10; // 8 MiB in each tensor
+    StateBuilder state;
+    state.attention({.cells = cells, .layers = 1, .row = row});
+    constexpr size_t tensor = size_t{cells} * row;
+    constexpr size_t header = sizeof(int32_t) + sizeof(uint64_t);
+    const size_t end = state.bytes.size();
+    fake->state = {state.bytes.data(),
+                   end,
+                   {{end - 2 * tensor - header, tensor}, {end - tensor, tensor}},
+                   cells};
+    fake->last_position = cells - 1;
+    kvf_llama llama = 0;
+    CHECK(kvf_llama_attach(engine, context, nullptr, &llama) == KVF_OK);
+
+    const std::vector<unsigned char> given = state.bytes;
+    kvf_block block = {const_cast<unsigned char *>(given.data()), given.size(), 0, cells};
+    fake->loads_tensors = true;
+    fake->on_tensor = [](int number) { fake->refuses_state = number == 2; };
+    fake->on_removal = &on_removal;
+    for (const bool as_block : {false, true}) {
+        removals = 0;
+        kvf_job job = 0;
+        const int32_t status =
+            as_block ? kvf_llama_load_blocks(llama, 0, &block, sizeof block, 1, nullptr, 0, nullptr,
+                                             &job)
+                     : kvf_llama_load(llama, 0, given.data(), given.size(), nullptr, &job);
+        CHECK(status == KVF_ERR_CACHE_FULL);
+        CHECK(job == 0);
+        CHECK(removals > 0 && !removed_during_job);
+        CHECK(fake->last_position == -1);
+    }
+    fake->on_removal = nullptr;
+    fake->loads_tensors = fake->refuses_state = false;
+    fake->on_tensor = nullptr;
+    CHECK(kvf_llama_detach(llama) == KVF_OK);
+    fake->state = {};
+}
+
 // ---- The array of blocks ------------------------------------------------------------------------
 
 kvf_block *array; // in a page of its own
@@ -84,7 +146,7 @@ void the_sizes_of_blocks_are_written_before_the_job_can_end() {
     constexpr size_t header = sizeof(int32_t) + sizeof(uint64_t); // of a tensor: its type and row
     const size_t end = state.bytes.size();
     fake->state = {
-        state.bytes.data(), end, {{end - 2 * tensor - header, tensor}, {end - tensor, tensor}}};
+        state.bytes.data(), end, {{end - 2 * tensor - header, tensor}, {end - tensor, tensor}}, 3};
     fake->last_position = 2;
 
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -132,6 +194,7 @@ int main(int count, char **arguments) {
     engine = host_engine();
     a_context_that_shares_cells_is_refused_by_the_right_words();
     the_cell_of_a_trial_that_fails_does_not_stay();
+    a_refused_load_is_withdrawn_before_its_cells_are_removed();
     the_sizes_of_blocks_are_written_before_the_job_can_end();
     CHECK(kvf_engine_destroy(engine) == KVF_OK);
 }

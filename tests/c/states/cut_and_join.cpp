@@ -165,6 +165,49 @@ void every_cache_is_cut_and_joined() {
     }
 }
 
+// Two formats describe a block of one cell where the layers that keep every token have no tensors.
+void blocks_of_one_cell_without_tensors_are_joined() {
+    const std::vector<std::pair<int32_t, int32_t>> begins_with_one{{5, 6}, {6, 7}, {7, 15}};
+    const std::vector<std::pair<int32_t, int32_t>> ends_with_one{{5, 14}, {14, 15}};
+    const std::vector<std::pair<int32_t, int32_t>> all_of_one{{5, 6}, {6, 7}, {7, 8}};
+    for (const Format &format : kFormats) {
+        for (const bool recurrent : {false, true}) {
+            const Cache cache{format, {{.layers = 0}}, true, recurrent};
+            for (const auto &ranges : {begins_with_one, ends_with_one, all_of_one}) {
+                Blocks blocks(ranges);
+                const std::vector<int32_t> positions =
+                    those_in(kInOrder, ranges.front().first, ranges.back().second);
+                for (size_t i = 0; i < ranges.size(); ++i) {
+                    const auto these = those_in(kInOrder, ranges[i].first, ranges[i].second);
+                    blocks.set(i, cache.blocks(these).bytes);
+                }
+                const Bytes checkpoint = cache.checkpoint(positions.back());
+                CHECK(joined(cache, blocks, checkpoint) == cache.state(positions));
+            }
+        }
+        // Without a checkpoint the other blocks tell the format; one block is the state.
+        const Cache cache{format, {{.layers = 0}}};
+        Blocks two({{5, 6}, {6, 15}});
+        two.set(0, cache.blocks({5}).bytes);
+        two.set(1, cache.blocks(those_in(kInOrder, 6, 15)).bytes);
+        CHECK(joined(cache, two, {}) == cache.state(kInOrder));
+        Blocks one({{5, 6}});
+        one.set(0, cache.blocks({5}).bytes);
+        CHECK(joined(cache, one, {}) == cache.blocks({5}).bytes);
+    }
+    // Nothing tells whose format this is, and the formats make different states.
+    const Cache cache{{.cell_words = 0, .rotation_words = 2}, {{.layers = 0}}};
+    Blocks blocks({{5, 6}, {6, 7}});
+    blocks.set(0, cache.blocks({5}).bytes);
+    blocks.set(1, cache.blocks({6}).bytes);
+    uint64_t bytes = 0;
+    CHECK(join(cache, blocks, {}, nullptr, &bytes) == KVF_ERR_UNSUPPORTED);
+    // A block of another cache is refused as elsewhere.
+    const Cache other{{.rotation_words = 2}, {{.layers = 3}}};
+    blocks.set(1, other.blocks({6}).bytes);
+    CHECK(join(cache, blocks, {}, nullptr, &bytes) == KVF_ERR_STATE_MISMATCH);
+}
+
 void some_blocks_alone_are_cut() {
     const Cache cache{{.rotation_words = 2}, {{.transposed = true}}, true};
     const Bytes state = cache.state(kMixed);
@@ -304,6 +347,7 @@ void what_cannot_be_joined() {
 
 int main() {
     every_cache_is_cut_and_joined();
+    blocks_of_one_cell_without_tensors_are_joined();
     some_blocks_alone_are_cut();
     nothing_is_written_where_room_is_missing();
     what_cannot_be_cut();

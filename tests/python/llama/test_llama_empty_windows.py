@@ -13,12 +13,13 @@ import pytest
 from support.block_histories import SEQ, SEQUENCES, TARGET
 from support.block_reference import beginning_of, cut_by_format, rest_ends_at, rest_of
 from support.blocks import MakePair, save_blocks, save_checkpoint
-from support.c_interface import Blocks, Engine, Failure, LoadMode, SaveMode
+from support.c_interface import Blocks, BlocksAllowed, Engine, Failure, LoadMode, SaveMode
 from support.devices import DEVICES
 from support.empty_windows import (
     KEPT,
     copy_the_beginning,
     cut_off_the_end,
+    lose_every_window,
     lose_the_recurrent_cell,
     lose_the_window,
 )
@@ -161,6 +162,115 @@ def test_a_copied_part_of_a_hybrid_sequence_has_a_checkpoint_of_another_position
             with pytest.raises(Failure, match="the checkpoint is of position 11"):
                 attachment.load_blocks(3, Blocks.of(whole), checkpoint)
     assert states(ours) == states(like)
+
+
+# ---- No sequence of the context is whole, and kvferry has seen none before -----------------------
+
+
+@without_a_window
+def test_a_sequence_without_a_window_tells_what_blocks_need(
+    c_engine: Engine, pair: MakePair, kind: str, cache: str, history: Callable[[Context], None]
+) -> None:
+    ours, like = both = pair(kind, cache)
+    state = lose_every_window(both, history)
+    with c_engine.attach(ours.address) as attachment:
+        assert attachment.blocks_allowed()[0] == BlocksAllowed.WITH_CHECKPOINTS
+        blocks = save_blocks(attachment, RANGES)
+        assert [block.state for block in blocks] == [
+            cut_by_format(kind, state, *each) for each in RANGES
+        ]
+        with pytest.raises(Failure, match="KVF_ERR_SEQUENCE_EMPTY"):
+            attachment.checkpoint_size(SEQ)
+    assert states(ours) == states(like)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "hybrid-iswa"])
+def test_a_sequence_without_its_recurrent_cell_tells_what_blocks_need(
+    c_engine: Engine, pair: MakePair, kind: str
+) -> None:
+    ours, like = both = pair(kind, "flash")
+    state = lose_every_window(both, lose_the_recurrent_cell)
+    with c_engine.attach(ours.address) as attachment:
+        assert attachment.blocks_allowed()[0] == BlocksAllowed.WITH_CHECKPOINTS
+        [whole] = save_blocks(attachment, [(0, KEPT)])
+        assert whole.state == beginning_of(kind, state)
+    assert states(ours) == states(like)
+
+
+@without_a_window
+@pytest.mark.parametrize("target", [SEQ, TARGET])
+def test_a_state_without_a_window_is_loaded_where_no_sequence_is_whole(
+    c_engine: Engine,
+    pair: MakePair,
+    kind: str,
+    cache: str,
+    history: Callable[[Context], None],
+    target: int,
+) -> None:
+    ours, like = both = pair(kind, cache)
+    state = lose_every_window(both, history)
+    with c_engine.attach(ours.address) as attachment:
+        load = ctypes.create_string_buffer(state, len(state))
+        assert attachment.load(target, load).wait() == "KVF_OK"
+        assert like.state_set(target, state) == len(state)
+        assert states(ours) == states(like)
+
+
+@without_a_window
+def test_whole_states_and_blocks_are_loaded_where_no_sequence_is_whole(
+    c_engine: Engine, pair: MakePair, kind: str, cache: str, history: Callable[[Context], None]
+) -> None:
+    ours, like = both = pair(kind, cache)
+    for context in both:
+        context.decode(1, context.model.prompt(20))
+    state = like.state_get(1)
+    with c_engine.attach(ours.address) as attachment:
+        blocks = save_blocks(attachment, [(0, 12), (12, 20)], seq=1)
+        checkpoint = save_checkpoint(attachment, seq=1)
+    for context in both:
+        context.clear()
+    lose_every_window(both, history)
+    for by_blocks in (False, True):
+        with c_engine.attach(ours.address) as attachment:
+            load = ctypes.create_string_buffer(state, len(state))
+            done = (
+                attachment.load_blocks(TARGET, Blocks.of(blocks), checkpoint)
+                if by_blocks
+                else attachment.load(TARGET, load)
+            )
+            assert done.wait() == "KVF_OK"
+            assert like.state_set(TARGET, state) == len(state)
+            assert states(ours) == states(like)
+            assert ours.decode(TARGET, [7]).tobytes() == like.decode(TARGET, [7]).tobytes()
+        for context in both:
+            context.seq_rm(TARGET)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "hybrid-iswa"])
+@pytest.mark.parametrize("as_blocks", [False, True])
+def test_what_is_refused_leaves_a_sequence_as_it_was_where_none_is_whole(
+    c_engine: Engine, pair: MakePair, kind: str, as_blocks: bool
+) -> None:
+    """The states are of a cache with the other layout of values: the one that libllama would have
+    to be asked about."""
+    other, _ = pair(kind, "transposed")
+    other.decode(1, other.model.prompt(20))
+    foreign = other.state_get(1)
+    with c_engine.attach(other.address) as attachment:
+        blocks = save_blocks(attachment, [(0, 20)], seq=1)
+        checkpoint = save_checkpoint(attachment, seq=1)
+    ours, like = both = pair(kind, "flash")
+    lose_every_window(both, copy_the_beginning)
+    load = ctypes.create_string_buffer(foreign, len(foreign))
+    with c_engine.attach(ours.address) as attachment:
+        for target in (SEQ, TARGET):
+            with pytest.raises(Failure, match="KVF_ERR_STATE_MISMATCH"):
+                _ = (
+                    attachment.load_blocks(target, Blocks.of(blocks), checkpoint)
+                    if as_blocks
+                    else attachment.load(target, load)
+                )
+            assert states(ours) == states(like)
 
 
 @pytest.mark.anyio

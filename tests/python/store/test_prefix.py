@@ -13,7 +13,7 @@ from kvferry._bridge.block_list import BlocksAllowed
 from kvferry.store.description import Description
 from kvferry.store.disk import Disk
 from kvferry.store.keys import Link, Tokens, chain
-from kvferry.store.prefix import InBoth, Prefix, Search
+from kvferry.store.prefix import InTurn, OnDisk, Prefix, Search
 from kvferry.store.ram import Entry, Ram
 
 ROOT = bytes(32)
@@ -57,7 +57,7 @@ def test_parts_in_ram_and_on_the_disk_with_gaps(disk: Disk, allowed: BlocksAllow
     for case in range(60):
         tokens = numpy.array([chooser.randrange(9) for _ in range(150)], "<i4")
         tokens[0] = case
-        ram, on_disk, parts = Ram(1 << 20), [], set()
+        ram, rows, parts = Ram(1 << 20), [], set()
         lost = chooser.choice([0, 0.02, 0.5])
         ends = {len(tokens), *(chooser.randrange(1, 151) for _ in range(6))}
         for end in ends:
@@ -72,10 +72,11 @@ def test_parts_in_ram_and_on_the_disk_with_gaps(disk: Disk, allowed: BlocksAllow
                     assert room is not None
                     ram.add(Entry(part, Closed(), 8), room)  # type: ignore[arg-type]
                 else:
-                    on_disk.append((part, 8192, 1))
-        disk._with_index(lambda index, rows=on_disk: index.put(rows))
-        alone = Search(ram, ROOT, allowed, tokens, BLOCK)
-        lookup = InBoth(ram, disk, [link.key for link in alone.links])
+                    rows.append((part, 8192, 1))
+        disk._with_index(lambda index, rows=rows: index.put(rows))
+        alone = Search(InTurn({"ram": ram}), ROOT, allowed, tokens, BLOCK)
+        on_disk = OnDisk(disk, [link.key for link in alone.links])
+        lookup = InTurn({"ram": ram, "disk": on_disk})
         found: Prefix | None = dataclasses.replace(alone, lookup=lookup).run()
         expected = longest(parts, allowed, tokens)
         assert (found.end if found else 0) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -14,8 +15,9 @@ import xxhash
 from disk_parts import make_part
 from kvferry.store.breaker import Breaker
 from kvferry.store.description import Description
-from kvferry.store.objects import PIECE_BYTES, ObstoreObjects
+from kvferry.store.objects import PIECE_BYTES, Full, ObstoreObjects
 from kvferry.store.remote import Remote
+from support.faulty_objects import FaultyObjects
 from support.s3_server import BUCKET, Proxy, S3Server
 
 pytestmark = pytest.mark.anyio
@@ -305,6 +307,28 @@ async def test_credentials_that_are_refused(
     assert "403" in caplog.text
     assert "another-secret" not in caplog.text
     assert all("\n" not in each.getMessage() for each in caplog.records)
+
+
+async def test_no_room_for_writes_does_not_stop_reads() -> None:
+    objects = FaultyObjects()
+    tier = Remote(objects, breaker=Breaker("the server", failures=1))
+    part, data = make_part(1)
+    assert await tier.write(part, data)
+    put = objects.put
+
+    def full(name: str, nbytes: int, pieces: Iterator[memoryview]) -> None:
+        objects.calls += 1
+        raise Full("no room")
+
+    objects.put = full  # type: ignore[method-assign]
+    for n in range(2, 12):
+        calls = objects.calls
+        assert not await tier.write(*make_part(n))
+        assert objects.calls == calls + 2  # is it there, and one attempt
+    assert not tier.left_alone
+    assert await read(tier, part) == data
+    objects.put = put  # type: ignore[method-assign]
+    assert await tier.write(*make_part(2))
 
 
 async def test_a_bucket_that_does_not_exist(s3: S3Server) -> None:

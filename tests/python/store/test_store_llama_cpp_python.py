@@ -108,6 +108,28 @@ async def test_a_restored_llama_goes_on_as_if_it_had_evaluated_the_tokens(
         assert await other.run(answer, fresh, [*prompt, *question]) == expected
 
 
+async def test_the_store_learns_how_fast_an_object_evaluates(llms: list[llama_cpp.Llama]) -> None:
+    llm, like, _ = llms
+    async with (
+        kvferry.Engine("host") as engine,
+        kvferry.Store(ram="64 MiB", block_tokens=BLOCK) as store,
+    ):
+        model, other = engine.attach(llm), engine.attach(like)
+        prompt = llm.tokenize(TEXT)
+        for turn in range(3):
+            assert (await store.explain(model, prompt)).prefill_seconds is None
+            await store.restore(model, 0, prompt, salt=b"nothing is kept for it")
+            await model.run(llm.eval, prompt)
+            await store.keep(model, 0, prompt)
+            assert len(store._worth.prefill(model)._seen) == turn + 1
+        (tokens, depth, seconds) = store._worth.prefill(model)._seen[-1]
+        assert (tokens, depth) == (len(prompt), len(prompt) / 2)
+        assert seconds > 0
+        told = await store.explain(model, prompt)
+        assert told.prefill_seconds is not None
+        assert (await store.explain(other, prompt)).prefill_seconds is None
+
+
 async def test_a_model_file_that_is_gone_hides_what_others_kept(
     llms: list[llama_cpp.Llama],
     monkeypatch: pytest.MonkeyPatch,

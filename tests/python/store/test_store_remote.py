@@ -16,6 +16,7 @@ from kvferry import Store
 from kvferry.store.objects import Refused, Unavailable
 from new_process import assert_a_new_process_goes_on
 from support.devices import DEVICES
+from support.event_loops import EVENT_LOOPS
 from support.faulty_objects import FaultyObjects
 from support.like_contexts import MakeContext
 from support.llama_reference import Context
@@ -213,6 +214,7 @@ async def test_a_server_that_hangs_slows_nobody_down(
             network.hangs = False
 
 
+@pytest.mark.parametrize("anyio_backend", EVENT_LOOPS.values(), ids=EVENT_LOOPS.keys())
 async def test_a_server_that_stops_while_parts_are_read(
     make_context: MakeContext, network: Proxy
 ) -> None:

@@ -29,17 +29,10 @@ def ranges_of(state: bytes, kind: str, tokens: int = 16) -> list[tuple[int, int]
     return list(itertools.pairwise([*positions[::tokens], positions[-1] + 1]))
 
 
-def ranges_that_begin_at(
-    begins: Iterable[int], positions: Iterable[int], kind: str
-) -> list[tuple[int, int]]:
+def ranges_that_begin_at(begins: Iterable[int], positions: Iterable[int]) -> list[tuple[int, int]]:
     """Returns ranges that cover these positions, and begin at the first and at some others."""
     whole = sorted(set(positions))
-    begins = {whole[0], *begins}
-    if kind == "hybrid-iswa" and len(whole) > 1:
-        # Its blocks have no tensors. Two formats describe such a block of one token, so that
-        # kvf_state_join() refuses it if it comes first.
-        begins -= {whole[1]}
-    return list(itertools.pairwise([*sorted(begins), whole[-1] + 1]))
+    return list(itertools.pairwise([*sorted({whole[0], *begins}), whole[-1] + 1]))
 
 
 def save_blocks(

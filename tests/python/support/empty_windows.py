@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from support.block_histories import SEQ
+from support.block_histories import SEQ, SEQUENCES
 from support.llama_reference import Context
 
 KEPT = 5
@@ -43,4 +43,14 @@ def lose_the_window(pair: tuple[Context, Context], history: Callable[[Context], 
         assert context.pos_max(SEQ) == -1
         for seq in (1, 2, 3):
             context.decode(seq, [7])
+    return pair[1].state_get(SEQ)
+
+
+def lose_every_window(pair: tuple[Context, Context], history: Callable[[Context], None]) -> bytes:
+    """As `lose_the_window`, where no other sequence has cells."""
+    for context in pair:
+        history(context)
+        for seq in (1, 2, 3):
+            context.seq_rm(seq)
+        assert all(context.pos_max(seq) == -1 for seq in range(SEQUENCES))
     return pair[1].state_get(SEQ)

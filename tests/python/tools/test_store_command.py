@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from kvferry._bridge.block_list import BlocksAllowed
 from kvferry.store.description import Description, Kind
 from kvferry.store.disk import Disk
+from kvferry.store.layout_notes import layout_note
 from support.programs import run_kvferry
 
 ROOT = bytes(32)
@@ -20,16 +22,18 @@ def key(number: int) -> bytes:
     return bytes([number]) * 32
 
 
-def keep(folder: Path, kind: Kind, number: int, parent: bytes, end: int) -> None:
+def keep(
+    folder: Path, kind: Kind, number: int, parent: bytes, end: int, root: bytes = ROOT
+) -> None:
     data = os.urandom(BYTES)
     begin = end if kind == "checkpoint" else end - 10
+    checksum = xxhash.xxh64_intdigest(data)
+    write(folder, Description(kind, key(number), parent, begin, end, root, BYTES, checksum), data)
+
+
+def write(folder: Path, description: Description, data: bytes) -> None:
     disk = Disk(folder, 1 << 30)
-    disk.write(
-        Description(
-            kind, key(number), parent, begin, end, ROOT, BYTES, xxhash.xxh64_intdigest(data)
-        ),
-        data,
-    )
+    disk.write(description, data)
     disk.close()
 
 
@@ -89,8 +93,43 @@ def test_verify_finds_what_is_damaged(folder: Path) -> None:
     done = run_kvferry("store", "verify", str(folder), "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout) == {"right": 4, "quarantined": 1, "newer": 0}
-    # What follows the lost block stands alone.
-    assert [row["parts"] for row in listed(folder)] == [2, 2]
+    # No restore finds what follows the lost block.
+    assert listed(folder) == [SHORT]
+    assert (
+        "2 parts (0.01 MiB) need one that is lost"
+        in run_kvferry("store", "list", str(folder)).stdout
+    )
+    assert run_kvferry("store", "evict", str(folder), "--all").returncode == 0
+    assert list((folder / "parts").iterdir()) == []
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_checkpoint_that_needs_no_blocks_is_a_conversation(tmp_path: Path, noted: bool) -> None:
+    if noted:
+        write(tmp_path, *layout_note(key(9), ROOT, BlocksAllowed.CHECKPOINTS_ALONE))
+    keep(tmp_path, "checkpoint", 3, key(2), 30)
+    assert [(row["tokens"], row["parts"]) for row in listed(tmp_path)] == [(30, 1)]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_checkpoint_whose_blocks_are_lost_is_none(tmp_path: Path, number: int) -> None:
+    write(tmp_path, *layout_note(key(9), ROOT, BlocksAllowed.WITH_CHECKPOINTS))
+    keep(tmp_path, "checkpoint", 3, key(2), 30)
+    if number > 1:
+        keep(tmp_path, "block", 1, ROOT, 10)
+    if number > 2:
+        keep(tmp_path, "block", 2, key(1), 20)
+    assert listed(tmp_path) == []
+
+
+def test_blocks_that_end_without_their_checkpoint_end_at_the_one_before(tmp_path: Path) -> None:
+    write(tmp_path, *layout_note(key(9), ROOT, BlocksAllowed.WITH_CHECKPOINTS))
+    keep(tmp_path, "block", 1, ROOT, 10)
+    keep(tmp_path, "checkpoint", 1, ROOT, 10)
+    keep(tmp_path, "block", 2, key(1), 20)
+    assert [(row["name"], row["tokens"], row["parts"]) for row in listed(tmp_path)] == [
+        ("01" * 8, 10, 2)
+    ]
 
 
 def test_evict_leaves_what_others_share(folder: Path) -> None:

@@ -157,4 +157,4 @@ class BlockTransfers:
         positions = sorted(set(positions_in_order(self._kind, state)))
         count = min(len(positions) - 1, walk.random.choice((0, 1, 3, 8)))
         begins = walk.random.sample(positions[1:], count)
-        return ranges_that_begin_at(begins, positions, self._kind)
+        return ranges_that_begin_at(begins, positions)
