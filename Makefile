@@ -77,11 +77,12 @@ help:
 	@echo "make test-builds  all tests that use libllama, on each of $(words $(TESTED_BUILDS)) builds; make builds-table: what is seen there"
 	@echo "make test-gpu  the CUDA tests and the Python tests on a real GPU"
 	@echo "make soak      random operations beside transfers, and damaged blocks, against llama.cpp; as long as ARGS says"
-	@echo "make soak-disk killed writers and mutated files in the store's folder"
+	@echo "make soak-disk killed writers and mutated files in the store's folder, mutated objects, the store's budgets"
 	@echo "make sanitize  the C tests under ASan with UBSan, and under TSan"
 	@echo "make go-kvcache  what the Go program needs; then: cd examples/go && go run ./cmd/kvcache"
 	@echo "make bench     the figures that the documentation quotes"
 	@echo "make bench-prompt-cache  the cache for llama-cpp-python beside its own"
+	@echo "make bench-store-find  a search in a store of a million blocks; make bench-store-disk: reads of its files"
 	@echo "make docs      the documentation as a site: build/docs/index.html"
 	@echo "make lint      formatting, linters, types, prose: checks only"
 	@echo "make format    formats all sources"
@@ -205,7 +206,7 @@ $(DIST): $(TOOLS) $(PACKAGE_SOURCES)
 # ---- Demo and figures ------------------------------------------------------------------------------------------------
 
 # For whoever names no libllama.
-demo bench test-examples test-python test-gpu soak: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
+demo bench bench-store-find test-examples test-python test-gpu soak soak-disk: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(PYTHON_LIB)
 test-go: export KVFERRY_LLAMA_LIB ?= $(CURDIR)/$(OTHER_LIB)
 
 .PHONY: demo
@@ -229,6 +230,15 @@ bench-scheduling: build/native/build.ninja
 .PHONY: bench-store-remote
 bench-store-remote: $(PACKAGE) $(S3_SERVER)
 	python bench/store_remote.py $(ARGS)
+
+# tests/python has the model and its context.
+.PHONY: bench-store-find
+bench-store-find: $(PACKAGE) $(PYTHON_LLAMA)
+	PYTHONPATH=tests/python python bench/store_find.py $(ARGS)
+
+.PHONY: bench-store-disk
+bench-store-disk: $(PACKAGE)
+	python bench/store_disk.py $(ARGS)
 
 # ---- Tests -----------------------------------------------------------------------------------------------------------
 
@@ -303,7 +313,8 @@ LLAMA_TESTS_ON_CUDA := $(addprefix tests/python/llama/,test_llama_in_flight.py t
 PYTHON_TESTS_ON_CUDA := tests/python/cuda $(LLAMA_TESTS_ON_CUDA)
 
 BINDINGS_TESTS := $(addprefix tests/python/,llama/test_llama_cpp_python.py llama/test_prompt_cache.py \
-    store/test_store_llama_cpp_python.py)
+    llama/test_prompt_cache_server.py store/test_store_llama_cpp_python.py \
+    store/test_store_warm_llama_cpp_python.py)
 
 define run_python_tests
 export LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB"; python -m pytest $(PYTHON_TESTS_ON_CUDA)
@@ -371,11 +382,16 @@ soak: $(PACKAGE) $(BINDINGS) $(PYTHON_LLAMA) build/native/build.ninja
 	cmake --build build/native --parallel $(JOBS) --target cuda_simulated
 	LLAMA_CPP_LIB_PATH="$$KVFERRY_LLAMA_LIB" python tests/python/soak.py $(ARGS)
 
-# The disk tier of the store: writers that are killed 1,000 times, and 100,000 mutated files.
+# The store: writers that are killed 1,000 times; 100,000 mutated files, and as many objects; restores while a folder's files
+# are changed; and budgets at 100,000 random operations.
 .PHONY: soak-disk
-soak-disk: $(PACKAGE)
+soak-disk: export PYTHONPATH = tests/python
+soak-disk: $(PACKAGE) $(PYTHON_LLAMA)
 	python tests/python/store/disk_killed.py 1000
 	python tests/python/store/disk_hostile.py 100000
+	python tests/python/store/remote_hostile.py 100000
+	python tests/python/store/store_hostile.py 10000
+	python tests/python/store/store_budgets.py 100000
 
 # Only a libllama built for CUDA (KVFERRY_LLAMA_LIB is its folder) has its caches in the memory of the GPU. What its build cannot
 # do is known by its name, such as KVFERRY_LLAMA_BUILD=b10361.

@@ -59,8 +59,11 @@ void Pacer::learn() {
         return std::clamp(wanted, static_cast<double>(kLeastBytes),
                           static_cast<double>(kMostBytes));
     };
-    const double two = cut(factor * overhead_.get()), one = cut(factor * overhead_alone_.get());
-    settled_.window = one < 2 * two ? 1 : 2;
+    const double wanted_alone = factor * overhead_alone_.get();
+    const double two = cut(factor * overhead_.get()), one = cut(wanted_alone);
+    // A single piece that would have to be larger than the largest cannot reach the share.
+    const bool alone_reaches_share = wanted_alone <= static_cast<double>(kMostBytes);
+    settled_.window = alone_reaches_share && one < 2 * two ? 1 : 2;
     constexpr uint64_t kGrain = 64 << 10;
     settled_.bytes = static_cast<uint64_t>(settled_.window == 1 ? one : two) / kGrain * kGrain;
     const double rest = settled_.window == 1 ? overhead_alone_.get() : overhead_.get();

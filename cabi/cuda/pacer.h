@@ -8,11 +8,11 @@
 //     time = overhead(window) + bytes / bandwidth
 //
 // so that a share of the bandwidth needs bytes = share / (1 - share) * overhead * bandwidth. Of two
-// windows, the better one has fewer bytes queued. The pacer measures overheads and bandwidth: from
-// time to time it makes a few pieces half as large, and then it queues a few pieces alone. (An H200
-// had overheads of 3.4 us with two pieces queued and 11 us with one, at 55 GB/s. That gives two
-// pieces of 4.3 MiB for a share of 0.96. A link of a fifth of that speed needs pieces of a fifth of
-// that size.)
+// windows that reach the share, the better one has fewer bytes queued. The pacer measures overheads
+// and bandwidth: from time to time it makes a few pieces half as large, and then it queues a few
+// pieces alone. (An H200 had overheads of 3.4 us with two pieces queued and 11 us with one, at 55
+// GB/s. That gives two pieces of 4.3 MiB for a share of 0.96. A link of a fifth of that speed needs
+// pieces of a fifth of that size.)
 //
 // The caller locks. The pacer knows no clock and no device.
 #pragma once

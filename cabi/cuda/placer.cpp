@@ -9,8 +9,9 @@ namespace kvf {
 namespace {
 
 constexpr uint64_t kPiece = 16 << 20;
-// Smaller regions are placed by one launch for many: blocks of a state have thousands of them, and
-// each copy or launch of its own takes some microseconds.
+// Smaller regions, and shorter stretches of the irregular rest, are placed by one launch for many:
+// blocks of a state have thousands of them, and each copy or launch of its own takes some
+// microseconds.
 constexpr uint64_t kLeastAlone = 4 << 20;
 // All blocks of the kernel share so many rows, however long they are: FEW in gather.cu.
 constexpr uint32_t kMostInBatch = 256;
@@ -69,7 +70,6 @@ bool CudaPlacer::take_next() {
 void CudaPlacer::copy(const Piece &piece) {
     const kvf_region &region = piece.region;
     if (piece.runs) {
-        launch_batch();
         copy_runs(piece);
     } else if (piece.bytes >= kLeastAlone) {
         launch_batch();
@@ -100,22 +100,41 @@ void CudaPlacer::copy_alone(const Piece &piece) {
     }
 }
 
+void CudaPlacer::copy_runs(const Piece &piece) {
+    if (piece.bytes >= kLeastAlone && scatter_resident(piece)) return;
+    if (add_runs_to_batch(piece)) return;
+    for (uint64_t i = 0; i < piece.count; ++i) {
+        const Run run = piece.run(i);
+        copy_run(run.address, run.offset, run.bytes);
+    }
+}
+
+void CudaPlacer::begin_batch(const Piece &first) {
+    launch_batch();
+    synchronize(); // the batch before this one may use the table
+    memory_->rows().clear();
+    batch_.first = first;
+}
+
 bool CudaPlacer::fits_batch(const Piece &piece) const {
-    if (batch_.pieces == 0 || batch_.pieces == kMostInBatch) return false;
-    const kvf_region &first = batch_.first.region, &region = piece.region;
-    if (region.offset < first.offset || region.offset - first.offset > UINT32_MAX - piece.bytes)
+    if (batch_.pieces == 0) return false;
+    const Piece &first = batch_.first;
+    if (piece.runs || first.runs) {
+        const bool has_room = batch_.runs + piece.count <= CudaRowTable::kRows;
+        return piece.runs && first.runs && has_room;
+    }
+    if (batch_.pieces == kMostInBatch) return false;
+    const kvf_region &region = piece.region;
+    if (region.offset < first.region.offset ||
+        region.offset - first.region.offset > UINT32_MAX - piece.bytes)
         return false;
-    return region.rows > 1 ? CudaShape::of(region) == CudaShape::of(first) : first.rows == 1;
+    return region.rows > 1 ? CudaShape::of(region) == CudaShape::of(first.region)
+                           : first.region.rows == 1;
 }
 
 void CudaPlacer::add_to_batch(const Piece &piece) {
+    if (!fits_batch(piece)) begin_batch(piece);
     CudaRowTable &rows = memory_->rows();
-    if (!fits_batch(piece)) {
-        launch_batch();
-        synchronize(); // the batch before this one may use the table
-        rows.clear();
-        batch_.first = piece;
-    }
     const uint64_t distance = piece.offset() - batch_.first.offset();
     if (piece.region.rows > 1) {
         rows.add_region(piece, distance);
@@ -125,23 +144,28 @@ void CudaPlacer::add_to_batch(const Piece &piece) {
     ++batch_.pieces;
 }
 
+// Returns false for runs that are too far apart for a table.
+bool CudaPlacer::add_runs_to_batch(const Piece &piece) {
+    const auto add = [&] { return memory_->rows().add_as_in_buffer(piece, batch_.first.offset()); };
+    if (!fits_batch(piece) || !add()) {
+        begin_batch(piece);
+        if (!add()) return false;
+    }
+    ++batch_.pieces;
+    batch_.runs += piece.count;
+    return true;
+}
+
 void CudaPlacer::launch_batch() {
     const Batch batch = std::exchange(batch_, {});
     if (batch.pieces == 0) return;
-    if (batch.pieces == 1) return copy_alone(batch.first);
-    const kvf_region &first = batch.first.region;
+    const Piece &first = batch.first;
+    if (batch.pieces == 1 && !first.runs) return copy_alone(first);
     const CudaRowTable &rows = memory_->rows();
     rows.send(memory_->stream());
-    scatter(first.rows > 1 ? rows.rows_of_regions(CudaShape::of(first)) : rows.rows(),
-            first.offset);
-}
-
-void CudaPlacer::copy_runs(const Piece &piece) {
-    if (scatter_resident(piece) || scatter_rows(piece)) return;
-    for (uint64_t i = 0; i < piece.count; ++i) {
-        const Run run = piece.run(i);
-        copy_run(run.address, run.offset, run.bytes);
-    }
+    const bool has_regions = !first.runs && first.region.rows > 1;
+    scatter(has_regions ? rows.rows_of_regions(CudaShape::of(first.region)) : rows.rows(),
+            first.offset());
 }
 
 // Places the runs through the resident table. Returns false for a table of runs that cannot be
@@ -160,18 +184,6 @@ bool CudaPlacer::scatter_resident(const Piece &piece) {
     holds_resident_ = true;
     table.send(memory_->stream());
     scatter(table.rows(piece, 0), piece.offset());
-    return true;
-}
-
-// Places the runs through a table that is written for this piece. Returns false for runs that are
-// too far apart.
-bool CudaPlacer::scatter_rows(const Piece &piece) {
-    CudaRowTable &rows = memory_->rows();
-    synchronize(); // the piece before this one may use the table
-    rows.clear();
-    if (!rows.add_as_in_buffer(piece)) return false;
-    rows.send(memory_->stream());
-    scatter(rows.rows(), piece.offset());
     return true;
 }
 

@@ -22,21 +22,23 @@ public:
 
 private:
     // Small pieces that one launch places through the table of rows. Each is one row of any width,
-    // or all are packed rows of one shape.
+    // or all are packed rows of one shape, or all are of the irregular rest.
     struct Batch {
         uint32_t pieces = 0;
+        uint64_t runs = 0; // of the irregular rest
         Piece first;
     };
 
     bool take_next();
     void copy(const Piece &piece);
     void copy_alone(const Piece &piece);
-    void add_to_batch(const Piece &piece);
-    bool fits_batch(const Piece &piece) const;
-    void launch_batch();
     void copy_runs(const Piece &piece);
+    void begin_batch(const Piece &first);
+    bool fits_batch(const Piece &piece) const;
+    void add_to_batch(const Piece &piece);
+    bool add_runs_to_batch(const Piece &piece);
+    void launch_batch();
     bool scatter_resident(const Piece &piece);
-    bool scatter_rows(const Piece &piece);
     void copy_run(CUdeviceptr to, uint64_t offset, uint64_t bytes);
     void scatter(const CudaRows &rows, uint64_t offset);
     void synchronize();

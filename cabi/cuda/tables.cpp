@@ -37,12 +37,16 @@ void CudaRowTable::add(const RunTable &table) {
     }
 }
 
-bool CudaRowTable::add_as_in_buffer(const Piece &piece) {
+bool CudaRowTable::add_as_in_buffer(const Piece &piece, uint64_t begin) {
+    const uint32_t before = count_;
     for (uint64_t i = 0; i < piece.count; ++i) {
-        const Run &run = piece.runs[i];
-        const uint64_t distance = run.offset - piece.runs[0].offset;
-        if (distance > UINT32_MAX) return false;
-        add(run.address + piece.address_distance, distance, run.bytes);
+        const Run run = piece.run(i);
+        const uint64_t distance = run.offset - begin; // modulo 2^64
+        if (distance > UINT32_MAX) {
+            count_ = before;
+            return false;
+        }
+        add(run.address, distance, run.bytes);
     }
     return true;
 }

@@ -41,9 +41,9 @@ public:
     }
     // Adds all runs of a table, each at its distance from the first one in the buffer.
     void add(const RunTable &table);
-    // Adds the runs of a piece, each at its distance from the first one in the buffer. Returns
-    // false if they are too far apart for a table.
-    bool add_as_in_buffer(const Piece &piece);
+    // Adds the runs of a piece, each at its distance from the place `begin` of the buffer. Returns
+    // false, and adds none, if one of them lies before it or too far behind it for a table.
+    bool add_as_in_buffer(const Piece &piece, uint64_t begin);
 
     // Queues the copy of the table to the device.
     void send(CUstream stream) const;

@@ -153,16 +153,17 @@ bool Llama::positions_tell_cells() const {
 
 // Returns scratch memory for the state of a sequence: either a borrowed sequence, or the one that
 // the blocks are saved of. Throws KVF_ERR_SEQUENCE_EMPTY if a borrowed sequence has no cells.
-ScratchState Llama::make_scratch(int32_t sequence, bool is_borrowed) const {
+BorrowedScratch Llama::make_scratch(int32_t sequence, bool is_borrowed) {
     const Structure &structure = *states_->structure();
     const char *const none = "no token at the positions of the blocks";
     if (is_borrowed && positions_tell_cells()) {
         if (!context_.holds_cells(sequence)) throw Error(KVF_ERR_SEQUENCE_EMPTY, none);
         try {
-            // The size of the largest possible state is enough, since the memory is address space
-            // that nobody fills. To ask libllama for the size of this state would take another walk
-            // over all cells.
-            return ScratchState(block_bytes(structure, context_.most_cells() + kCellPadding));
+            // The size of the largest possible state is enough, since the memory is mostly address
+            // space. To ask libllama for the size of this state would take another walk over all
+            // cells.
+            return BorrowedScratch(scratch_,
+                                   block_bytes(structure, context_.most_cells() + kCellPadding));
         } catch (const Error &) {
             // Address space is limited. The size of this state is enough.
         }
@@ -170,7 +171,7 @@ ScratchState Llama::make_scratch(int32_t sequence, bool is_borrowed) const {
     const uint64_t bytes = context_.state_bytes(sequence);
     if (is_borrowed && bytes == empty_state_bytes(structure))
         throw Error(KVF_ERR_SEQUENCE_EMPTY, none);
-    return ScratchState(bytes);
+    return BorrowedScratch(scratch_, bytes);
 }
 
 void Llama::look_for_blocks(int32_t sequence) {
@@ -225,7 +226,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
 
     const BorrowedSequence borrowed(*this, sequence, blocks.front().begin, blocks.back().end);
     const int32_t listed = borrowed.id < 0 ? sequence : borrowed.id;
-    const ScratchState scratch = make_scratch(listed, borrowed.id >= 0);
+    const BorrowedScratch scratch = make_scratch(listed, borrowed.id >= 0);
     Recorder recorder =
         make_recorder(Direction::Save, scratch.data, scratch.bytes(), submission.gate);
     Recorded recorded = record_save(listed, scratch.data, scratch.bytes(), recorder);
@@ -325,7 +326,7 @@ void Llama::load_blocks(int32_t sequence, std::span<const kvf_block> blocks, con
     look_for_blocks(sequence);
     check_loadable(blocks.size(), checkpoint != nullptr);
     const StateJoin join = join_blocks(blocks, checkpoint, checkpoint_bytes);
-    const ScratchState scratch(join.bytes());
+    const BorrowedScratch scratch(scratch_, join.bytes());
     join.write(scratch.data);
     const IncomingState state = states_->examine(sequence, scratch.data, join.bytes(), 0);
     if (!state.structure) throw Error(KVF_ERR_UNSUPPORTED, states_->policy().why_not_more_blocks());

@@ -1,7 +1,5 @@
 #include "llama/known_states.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 
 #include "states/cells.h"
@@ -29,17 +27,6 @@ bool has_cells(const std::vector<Structure> &found) {
 }
 
 } // namespace
-
-ScratchState::ScratchState(uint64_t bytes) : bytes_(bytes) {
-    void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw Error(KVF_ERR_OUT_OF_MEMORY, "mapping a scratch state");
-    data = static_cast<unsigned char *>(memory);
-}
-
-ScratchState::~ScratchState() {
-    if (data) munmap(data, bytes_);
-}
 
 KnownStates::KnownStates(const LlamaContext &context, LlamaSequences &sequences, bool by_tap,
                          MakeRecorder make_recorder)

@@ -7,31 +7,13 @@
 #include <functional>
 #include <mutex>
 #include <optional>
-#include <utility>
 
 #include "llama/context.h"
 #include "llama/policy.h"
+#include "llama/scratch.h"
 #include "llama/sequences.h"
 
 namespace kvf {
-
-// Address space for a state of which only the few bytes between the tensors will be written.
-class ScratchState {
-public:
-    explicit ScratchState(uint64_t bytes); // throws KVF_ERR_OUT_OF_MEMORY
-    ~ScratchState();
-    ScratchState(const ScratchState &) = delete;
-    ScratchState &operator=(const ScratchState &) = delete;
-
-    ScratchState(ScratchState &&other) noexcept
-        : data(std::exchange(other.data, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-
-    unsigned char *data;
-    uint64_t bytes() const { return bytes_; }
-
-private:
-    uint64_t bytes_;
-};
 
 // A state that is to be loaded, after it was examined.
 struct IncomingState {

@@ -110,7 +110,7 @@ private:
     class BorrowedSequence;
     int32_t find_empty_sequence() const;
     bool positions_tell_cells() const;
-    ScratchState make_scratch(int32_t sequence, bool is_borrowed) const;
+    BorrowedScratch make_scratch(int32_t sequence, bool is_borrowed);
     void look_for_blocks(int32_t sequence);
     void check_blocks_allowed(bool checkpoints) const;
     void check_has_position(int32_t sequence) const;
@@ -137,8 +137,9 @@ private:
     std::unique_ptr<ThreadPool> blocking_;
     std::unique_ptr<KnownStates> states_;
 
-    // The next three are for the context's thread alone.
+    // The next four are for the context's thread alone.
     HeapCache heap_;
+    ScratchCache scratch_;
     std::set<uint32_t> devices_; // those that hold tensors of the context, as far as is known
     bool replaced_ = false;      // the context's address holds something else by now
 

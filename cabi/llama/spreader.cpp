@@ -87,6 +87,7 @@ std::vector<Layout> Spreader::cut(const std::vector<kvf_region> &regions) {
             });
     }
     std::vector<Layout> parts;
+    parts.reserve(builders.size());
     for (LayoutBuilder &builder : builders) parts.push_back(builder.finish());
     return parts;
 }

@@ -101,10 +101,7 @@ struct TapHooks {
         Tap::Library &library = *libraries[index].load(std::memory_order_acquire);
         const GgmlApi &ggml = library.llama.ggml;
         Recorder *const recorder = Recording::current();
-        if (recorder && recorder->record(tensor, data, offset, bytes, direction, ggml)) {
-            library.recorded.fetch_add(1, std::memory_order_relaxed);
-            return;
-        }
+        if (recorder && recorder->record(tensor, data, offset, bytes, direction, ggml)) return;
         library.passed_through.fetch_add(1, std::memory_order_relaxed);
         const bool reads = direction == Direction::Save;
         wait_for_transfers(tensor, offset, bytes, reads ? Access::Read : Access::Write, ggml);
@@ -319,6 +316,8 @@ void Tap::renew_slots() {
     std::lock_guard lock(taps_mutex());
     library_->slots.write();
 }
+
+std::atomic<uint64_t> &Tap::recorded_calls() { return library_->recorded; }
 
 Tap::Counters Tap::counters() const {
     return {library_->recorded.load(std::memory_order_relaxed),

@@ -17,6 +17,7 @@
 //   rewrites memory of a transfer in flight waits for it (waiting.h).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 
@@ -45,6 +46,10 @@ public:
         uint64_t recorded, passed_through; // calls
     };
     Counters counters() const;
+    // The counter of recorded calls, which outlives the tap. A recorder adds the sum of a
+    // recording: a locked addition for each of half a million calls would take longer than to
+    // record them.
+    std::atomic<uint64_t> &recorded_calls();
 
 private:
     struct Library;

@@ -68,7 +68,7 @@ Recorder Llama::make_recorder(Direction direction, const void *buffer, uint64_t 
         }
     };
     return Recorder(direction, buffer, bytes, static_cast<uint32_t>(engine_->device_count()),
-                    locate, heap_);
+                    locate, heap_, tap_ ? &tap_->recorded_calls() : nullptr);
 }
 
 // Has the recorder start the job when libllama has named the first part, and move that part while

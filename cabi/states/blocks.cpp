@@ -1,6 +1,7 @@
 #include "states/blocks.h"
 
 #include <algorithm>
+#include <exception>
 #include <map>
 
 #include "states/cells.h"
@@ -266,7 +267,7 @@ StateJoin::StateJoin(const Structure *like, size_t parts, std::span<const kvf_bl
 // Reads all blocks and the checkpoint. `known` is the structure of the blocks; NULL if there are no
 // blocks. `rest` is the structure of the checkpoint; NULL if it is not known.
 void StateJoin::read(const Structure *known, const Structure *rest, size_t parts) {
-    for (size_t i = 0; i < blocks_.size(); ++i) {
+    for (size_t i = 0; known && i < blocks_.size(); ++i) {
         structures_.push_back(read_block(views_[i], *known, parts, name_of(i, blocks_[i])));
         check_block(i, blocks_[i]);
     }
@@ -280,13 +281,13 @@ void StateJoin::read(const Structure *known, const Structure *rest, size_t parts
 // do not, all of these formats must make the same state.
 void StateJoin::read_in_the_only_way(const std::vector<Structure> &ways, size_t parts) {
     std::vector<StateJoin> joins;
-    std::optional<Error> first_error;
+    std::exception_ptr first_error;
     for (const Structure &way : ways) {
         StateJoin join(*this);
         try {
             join.read(&way, nullptr, parts);
-        } catch (const Error &error) {
-            if (!first_error) first_error = error;
+        } catch (const Error &) {
+            if (!first_error) first_error = std::current_exception();
             continue;
         }
         join.joined_ = join.lay_out(nullptr);
@@ -294,7 +295,7 @@ void StateJoin::read_in_the_only_way(const std::vector<Structure> &ways, size_t 
             throw Error(KVF_ERR_UNSUPPORTED, "several known formats describe the blocks");
         joins.push_back(std::move(join));
     }
-    if (joins.empty()) throw *first_error;
+    if (joins.empty()) std::rethrow_exception(first_error);
     *this = std::move(joins.front());
 }
 

@@ -48,7 +48,8 @@ from .regions import Region
 from .sequence_transfer import LoadOutcome
 from .snapshot import Snapshot
 from .state_blocks import cut_state, join_blocks
-from .store import Found, Store
+from .store import Found, Store, TraceSpan
+from .trace_file import write_trace
 from .transfer import Transfer
 
 __all__ = [
@@ -91,6 +92,7 @@ __all__ = [
     "TapUnavailable",
     "TimedOut",
     "TraceEvent",
+    "TraceSpan",
     "Transfer",
     "TransferCancelled",
     "Unreachable",
@@ -98,6 +100,7 @@ __all__ = [
     "cut_state",
     "join_blocks",
     "sync",
+    "write_trace",
 ]
 
 if _lib.kvf_abi_version() != _lib.KVF_ABI_VERSION:

@@ -97,6 +97,11 @@ class Llama:
         """As ``Engine.allocate`` of the engine that this was made by."""
         return await self._core.on_memory_thread(pinned, nbytes)
 
+    async def _allocate_each(self, sizes: Sequence[int]) -> list[Buffer]:
+        """As ``allocate``, for several buffers: a call on another thread costs as much as a small
+        buffer."""
+        return await self._core.on_memory_thread(pinned_each, sizes)
+
     # ---- The context's thread -------------------------------------------------------------------
 
     async def run(self, function: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs) -> T:

@@ -23,6 +23,7 @@ from ._bridge.llama_cpp_cache import (
     KeptState,
     SaveState,
     completing,
+    evaluate,
     has_seen_images,
     held_tokens,
     reusable_prefix,
@@ -31,11 +32,13 @@ from ._bridge.llama_cpp_cache import (
 )
 from ._bridge.llama_cpp_object import SEQUENCE, LlamaCppObject
 from ._bridge.loop_thread import LoopThread
+from ._bridge.recent_tokens import RecentTokens, Tokens
 from ._native import lib
 from .engine import Engine
 from .errors import error
 from .llama import Llama
 from .store import Store
+from .store.readings import Readings
 from .store.sizes import size
 from .store.weights import weights_hash
 
@@ -62,8 +65,10 @@ class PromptCache(BaseLlamaCache):
     ram, disk, disk_limit, salt
         As for ``Store``.
     block_tokens
-        As for ``Store``. A prefix is known up to a multiple of this number. If the cache needs
-        checkpoints, it is known up to the end of a completion.
+        As for ``Store``. A prefix is known up to a multiple of this number, and from the third
+        prompt on up to where prompts that begin alike differ. Where the cache needs checkpoints, it
+        is known up to the end of a completion, and from the third prompt on up to the last multiple
+        before they differ.
     variant
         Names settings that change the states and that the object does not tell, such as adapters
         that were added by llama.cpp's own calls. The object tells ``lora_path``, ``lora_scale``,
@@ -103,7 +108,10 @@ class PromptCache(BaseLlamaCache):
         self._closed = False
         self._lock = threading.Lock()  # of close
         self._told_why_not = False
-        variant = _variant(llm, variant)
+        self._recent = RecentTokens()
+        self._fork = 0
+        """Up to where the prompt begins as an earlier one does, if that is not kept yet."""
+        variant = variant_of(llm, variant)
 
         @contextlib.asynccontextmanager
         async def opened() -> AsyncIterator[tuple[Store, Llama]]:
@@ -152,6 +160,10 @@ class PromptCache(BaseLlamaCache):
     async def _stats(self) -> dict[str, int]:
         return self._store.stats()
 
+    def readings(self) -> Readings:
+        """As ``Store.readings``. Any thread may call this, also after ``close``."""
+        return self._store.readings()
+
     # ---- Closing --------------------------------------------------------------------------------
 
     def flush(self) -> None:
@@ -190,7 +202,9 @@ class PromptCache(BaseLlamaCache):
         return self._on_loop(find)
 
     def _restore(self, tokens: Sequence[int], frame: FrameType) -> int:
-        """Returns how many tokens were loaded; 0 if the object goes on with the tokens it holds."""
+        """Returns how many of the tokens the object holds after a load; 0 if it goes on with the
+        tokens that it held before."""
+        self._fork = 0
         self._check_caller(frame)
         llm = self._llm
         if has_seen_images(llm):
@@ -203,8 +217,12 @@ class PromptCache(BaseLlamaCache):
         allowed = self._allowed()
         here, is_wrong = reusable_prefix(llm, tokens, allowed.checkpoints)
 
+        known = 0
+
         async def restore() -> int:
+            nonlocal known
             found = await self._store.find(self._llama, tokens)
+            known = found.tokens
             count = await self._store.restore(self._llama, SEQUENCE, tokens, held=here, found=found)
             return count if count > here else 0
 
@@ -215,16 +233,49 @@ class PromptCache(BaseLlamaCache):
         finally:
             if is_wrong and not count:
                 llm.reset()
+        if allowed.checkpoints:
+            count = self._evaluate_shared(tokens, max(count, here), known) or count
+        else:
+            fork = self._fork_of(tokens)
+            # Less is not worth a block of its own.
+            self._fork = fork if fork >= known + self._block_tokens // 4 else 0
         return count
+
+    def _fork_of(self, tokens: Sequence[int]) -> int:
+        """Up to where an earlier prompt begins as this one does; at least one token is left."""
+        return min(self._recent.fork(tokens), len(tokens) - 1)
+
+    def _evaluate_shared(self, tokens: Sequence[int], begin: int, known: int) -> int:
+        """Evaluates what the prompt shares with an earlier one, from ``begin`` on, and keeps it: a
+        checkpoint can be taken only where the evaluation stands, and the earlier prompt went past.
+
+        Returns how many tokens the object holds then; 0 if it shares no more than is known.
+        """
+        shared = self._whole_blocks(self._fork_of(tokens))
+        if shared <= max(begin, known):
+            return 0
+        evaluate(self._llm, tokens[:shared], begin)
+        self._or_log("a checkpoint was not kept", None, self._save, held_tokens(self._llm))
+        return shared
 
     def _keep(self, frame: FrameType) -> None:
         self._check_caller(frame)
         tokens = held_tokens(self._llm)
         allowed = self._allowed()
-        if not allowed.checkpoints:
-            # A later completion keeps the rest, together with the tokens that follow it.
-            tokens = tokens[: len(tokens) // self._block_tokens * self._block_tokens]
         if not len(tokens) or allowed is BlocksAllowed.NONE or has_seen_images(self._llm):
+            return
+        if allowed.checkpoints:
+            self._save(tokens)
+        else:
+            # The rest would be kept once more with the tokens that follow it; other prompts may
+            # follow a fork.
+            self._save(tokens[: self._whole_blocks(len(tokens))])
+            self._save(tokens[: self._fork])
+        self._recent.add(tokens)
+
+    def _save(self, tokens: Tokens) -> None:
+        """Keeps what the object holds: of caches that need checkpoints, all of it."""
+        if not len(tokens):
             return
 
         async def keep() -> None:
@@ -232,6 +283,9 @@ class PromptCache(BaseLlamaCache):
             await self._store.keep(self._llama, SEQUENCE, tokens, priority="urgent")
 
         self._on_loop(keep)
+
+    def _whole_blocks(self, count: int) -> int:
+        return count // self._block_tokens * self._block_tokens
 
     def _allowed(self) -> BlocksAllowed:
         self._check_open()
@@ -266,7 +320,8 @@ class PromptCache(BaseLlamaCache):
         return self._loop.call(function)
 
 
-def _variant(llm: Any, given: str) -> str:
+def variant_of(llm: Any, given: str) -> str:
+    """Returns the ``variant`` with which a PromptCache attaches a ``llama_cpp.Llama``."""
     told = [given, settings(llm)]
     if llm.lora_path:
         told += [weights_hash(llm.lora_path).hex(), str(llm.lora_scale)]

@@ -120,6 +120,7 @@ def test_the_reference_has_every_public_name() -> None:
 
     described = {line.removeprefix("::: kvferry.") for line in page if line.startswith(":::")}
     further = {
+        "metrics.StoreCollector",
         "store.Explanation",
         "store.Listed",
         "store.Share",

@@ -23,11 +23,9 @@ from types import FrameType
 from typing import Any
 
 import numpy
-from numpy.typing import NDArray
 
 from .llama_cpp_object import SEQUENCE
-
-Tokens = NDArray[numpy.int32]
+from .recent_tokens import Tokens, shared_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +118,23 @@ def reusable_prefix(llm: Any, tokens: Sequence[int], needs_checkpoints: bool) ->
     layers refuse that, and then the object evaluates the whole prompt. Sliding windows do not
     refuse, but may have lost rows that the tokens behind the prefix need.
     """
-    held = llm.input_ids[: llm.n_tokens]
-    length = min(len(held), len(tokens))
-    different = numpy.flatnonzero(held[:length] != numpy.asarray(tokens[:length]))
-    shared = int(different[0]) if len(different) else length
+    shared = shared_length(llm.input_ids[: llm.n_tokens], numpy.asarray(tokens, numpy.int32))
     # The object may go on from all that it holds. If that is the whole prompt, it first removes the
     # last token, unless it has that token's logits.
     goes_on = shared == llm.n_tokens and (shared < len(tokens) or not llm._requires_eval)
     if goes_on or not needs_checkpoints or _window_is_whole(llm, shared):
         return shared, False
     return 0, shared > 0
+
+
+def evaluate(llm: Any, tokens: Sequence[int], begin: int) -> None:
+    """Evaluates the tokens from ``begin`` on, up to which the object can go on from what it
+    holds: then it holds these tokens alone."""
+    if begin:
+        llm.n_tokens = begin
+    else:
+        llm.reset()
+    llm.eval(tokens[begin:])
 
 
 def _window_is_whole(llm: Any, shared: int) -> bool:

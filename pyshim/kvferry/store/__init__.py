@@ -3,5 +3,6 @@
 from .explanation import Explanation, Share
 from .names import Listed
 from .store import Found, Store
+from .tracing import TraceSpan
 
-__all__ = ["Explanation", "Found", "Listed", "Share", "Store"]
+__all__ = ["Explanation", "Found", "Listed", "Share", "Store", "TraceSpan"]

@@ -14,12 +14,14 @@ import anyio.to_thread
 
 from .._bridge.arguments import invalid
 from .._bridge.block_list import BlocksAllowed
+from .counts import Reason
 from .description import Description, Kind
 from .keys import Link, next_key
 from .objects import Objects, objects_of
 from .prefix import Prefix, Search
 from .ram import Entry
 from .remote import Calls, Remote
+from .tracing import part_told, traced
 from .writes import Writes
 
 if TYPE_CHECKING:
@@ -122,7 +124,10 @@ class Away:
             if entry in self._there or entry in self.writes:
                 continue
             waiting = self.writes.pending_bytes + entry.capacity
-            if self.remote.left_alone or waiting > self._most_pending:
+            left_alone = self.remote.left_alone
+            if left_alone or waiting > self._most_pending:
+                reason: Reason = "breaker_open" if left_alone else "budget"
+                self.remote.refused[reason] += 1
                 self._refused += 1
             else:
                 self.writes.add(entry)
@@ -265,6 +270,7 @@ class Away:
             return []
         return [end for (end,) in _END.iter_unpack(content)]
 
+    @traced("read remote", part_told)
     async def read(
         self, part: Description, memory: memoryview, dropped: Callable[[], None]
     ) -> Description | None:

@@ -17,11 +17,14 @@ import anyio.to_thread
 
 from .._bridge.block_list import BlocksAllowed
 from ..errors import KvferryError
+from .counts import Refusals
 from .description import Description
 from .disk import Disk
 from .layout_notes import allowed_of, layout_note
+from .part_format import HEADER_BYTES
 from .ram import Entry, Id
 from .threads import DiskThreads, Hanging, Progress
+from .tracing import part_told, traced
 from .writes import Writes
 
 T = TypeVar("T")
@@ -43,25 +46,67 @@ class Behind:
         self, folder: str | os.PathLike[str], limit: int, pinned: Container[Id] = ()
     ) -> None:
         """``pinned`` is what the disk does not evict; it may change."""
-        self._folder, self._limit, self._pinned = folder, limit, pinned
+        self._folder, self.limit, self._pinned = folder, limit, pinned
         self._progress = Progress()
         self._lookups = DiskThreads(1, LOOKUP_PATIENCE, self._progress)
         self._readers = DiskThreads(_READERS, PATIENCE, self._progress)
         self._writer = DiskThreads(1, PATIENCE, self._progress)
         self.writes: Writes[tuple[Description, bytes]] = Writes(str(folder), self._write)
+        self._disk: Disk | None = None
+        self._opened = anyio.Event()  # or it failed
+        self._problem: Exception | None = None
+        """Why the folder was not opened."""
         self._hangs = False  # whether the log says so
         self._noted: set[bytes] = set()  # roots whose notes are on the disk, or will be
         self._closed = False
+        self.read_bytes = 0
+        self.refused: Refusals = Refusals()
+        """Calls that have failed, and for which the disk hung. The Disk counts the rest."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a ``disk``, also after ``close``."""
+        return self._disk is not None
 
     async def open(self) -> None:
-        """Raises OSError."""
-        self.disk = await anyio.to_thread.run_sync(
-            lambda: Disk(self._folder, self._limit, system=self._progress, pinned=self._pinned)
-        )
+        """Raises OSError. If the folder hangs, this returns; the folder is used when it has been
+        opened after all."""
         self._tasks = await anyio.create_task_group().__aenter__()
         for threads in (self._lookups, self._readers, self._writer):
             threads.open(self._tasks)
-        self._tasks.start_soon(self.writes.run)
+        self._tasks.start_soon(self._open_and_write)
+        try:
+            if not await self._writer.wait(self._opened):
+                self._report("opening", Hanging("the disk does not answer"))
+            elif self._problem is not None:
+                raise self._problem
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open_and_write(self) -> None:
+        try:
+            await self._writer.to_its_end(self._open_disk)
+        except Exception as problem:
+            self._problem = problem
+            if self._hangs:  # ``open`` has returned
+                self._report("opening", problem)
+        self._opened.set()
+        await self.writes.run()
+
+    def _open_disk(self) -> None:
+        """For a thread, also one that nobody waits for any more."""
+        disk = Disk(self._folder, self.limit, system=self._progress, pinned=self._pinned)
+        self._disk = disk
+        if self._closed:
+            disk.close()
+
+    @property
+    def disk(self) -> Disk:
+        """Raises OSError where the folder could not be opened, or has not been yet."""
+        if self._disk is None:
+            raise self._problem or Hanging("the disk does not answer")
+        return self._disk
 
     async def close(self) -> None:
         """Begins no more calls, and waits for those that make progress. A call that hangs goes on
@@ -77,10 +122,10 @@ class Behind:
             await self._tasks.__aexit__(None, None, None)
         finally:
             self.writes.drop()
-            if all(ended):
+            if all(ended) and self._disk is not None:
                 with anyio.move_on_after(PATIENCE, shield=True):
-                    await anyio.to_thread.run_sync(self.disk.close, abandon_on_cancel=True)
-            else:
+                    await anyio.to_thread.run_sync(self._disk.close, abandon_on_cancel=True)
+            elif not all(ended):
                 log.warning("%s hangs, and was not closed", self._folder)
 
     # ---- Writes ---------------------------------------------------------------------------------
@@ -120,10 +165,10 @@ class Behind:
 
     # ---- Reads ----------------------------------------------------------------------------------
 
-    async def look_up(self, what: str, function: Callable[[], T], failed: T) -> T:
+    async def look_up(self, what: str, function: Callable[[Disk], T], failed: T) -> T:
         """Returns what a function finds on the disk; ``failed`` if the disk fails or hangs."""
         try:
-            found = await self._lookups.call(function)
+            found = await self._lookups.call(function, self.disk)
         except KvferryError:
             raise  # the store is closed
         except Exception as problem:  # an index may have anything in it
@@ -132,6 +177,7 @@ class Behind:
         self._hangs = False
         return found
 
+    @traced("read disk", part_told)
     async def read(
         self, description: Description, memory: memoryview, dropped: Callable[[], None]
     ) -> bool:
@@ -142,7 +188,7 @@ class Behind:
         """
         try:
             right = await self._readers.call(
-                self.disk.read_into, description, memory, dropped=dropped
+                lambda: self.disk.read_into(description, memory), dropped=dropped
             )
         except Hanging as problem:
             self._report("a read", problem)
@@ -153,7 +199,9 @@ class Behind:
             self._report("a read", problem)
             return False
         self._hangs = False
-        if not right:
+        if right:
+            self.read_bytes += HEADER_BYTES + description.nbytes
+        else:
             dropped()
         return right
 
@@ -164,16 +212,16 @@ class Behind:
         if not asked:
             return set()
 
-        def find() -> set[Id]:
+        def find(disk: Disk) -> set[Id]:
             found = set()
             for root in {each.root for each in asked}:
-                self.disk.use("layout", root)  # a new process needs the note of the layout
+                disk.use("layout", root)  # a new process needs the note of the layout
             for each in asked:
-                part = self.disk.find(each.kind, each.key)
+                part = disk.find(each.kind, each.key)
                 if part is not None and each == dataclasses.replace(
                     part, nbytes=each.nbytes, checksum=each.checksum
                 ):
-                    self.disk.use(each.kind, each.key)
+                    disk.use(each.kind, each.key)
                     found.add((each.kind, each.key))
             return found
 
@@ -187,24 +235,25 @@ class Behind:
     async def quarantined(self, wanted: Iterable[Id]) -> list[Id]:
         """Returns which of these parts are in quarantine."""
 
-        def find() -> list[Id]:
-            there = self.disk.quarantined()
+        def find(disk: Disk) -> list[Id]:
+            there = disk.quarantined()
             return [each for each in wanted if each in there]
 
         return await self.look_up("a search", find, [])
 
     async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
         """Returns the roots under which something was kept for a model, and what they allow."""
-        return await self.look_up("a search", lambda: _layouts(self.disk, model), {})
+        return await self.look_up("a search", lambda disk: _layouts(disk, model), {})
 
     def _report(self, what: str, problem: Exception) -> None:
+        self.refused["hangs" if isinstance(problem, Hanging) else "failed"] += 1
         if isinstance(problem, Hanging):
             if not self._hangs:
                 log.warning("%s hangs; it is not used until it answers", self._folder)
             self._hangs = True
             return
         unexpected = not isinstance(problem, (OSError, ValueError))
-        log.warning("%s of %s failed: %s", what, self._folder, problem, exc_info=unexpected)
+        log.warning("%s of %s failed: %s", what, self._folder, str(problem), exc_info=unexpected)
 
 
 def _write(disk: Disk, what: Entry | tuple[Description, bytes]) -> bool:

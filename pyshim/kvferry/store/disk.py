@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import sqlite3
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ from typing import TypeVar
 import xxhash
 
 from . import part_format
+from .counts import Reason, Refusals
 from .description import Description
 from .folder import BLOCK, GROWTH, Folder, log, occupied, remove_tree
-from .index import Index
+from .index import BROKEN, SUFFIXES, Index
 from .part_format import HEADER_BYTES, Damaged, Newer, name_of
 from .system import System
 
@@ -72,10 +73,15 @@ class Disk:
         self._system = system or System()
         path = os.path.abspath(os.path.expanduser(os.fspath(folder)))
         self._folder = Folder(path, self._system)
+        self._largest = min(limit, self._system.capacity(path))
         self._index: Index | None = None
         self._touched: dict[tuple[str, bytes], int] = {}
         self._newer = 0  # bytes of files of a newer version, which stay
-        self._written = self._evicted = self._quarantined = 0
+        self._written = self.evicted = self._quarantined = 0
+        self.written_bytes = 0
+        self.latest_occupied = 0
+        """Bytes, as they were measured for the latest write."""
+        self.refused: Refusals = Refusals()
         try:
             with self._folder.locked():
                 self._folder.clean_aside()
@@ -111,6 +117,10 @@ class Disk:
     def children(self, parent: bytes) -> list[Description]:
         """Returns the parts that have this parent, in no order."""
         return self._with_index(lambda index: index.children(parent))
+
+    def ends(self, parent: bytes) -> list[int]:
+        """Returns where the parts end that have this parent, each end once, in no order."""
+        return self._with_index(lambda index: index.ends(parent))
 
     def use(self, kind: str, key: bytes) -> None:
         """Notes a use of a part. Parts are evicted in the order of their last use."""
@@ -149,9 +159,11 @@ class Disk:
                     self._system.sync_folder(self._folder.parts)
                     return True
             except Newer:
+                self._refuse("newer")
                 return False
             aside = self._reserve(description)
         if aside is None:
+            self._refuse("budget")
             return False
         path, descriptor = aside
         try:
@@ -175,21 +187,17 @@ class Disk:
             raise ValueError("the memory has another length than the part")
         name = name_of(description.kind, description.key)
         try:
-            descriptor = part_format.open_part(self._system, self._folder.part(name))
-            try:
-                found = part_format.read_header(self._system, descriptor)
-                if name_of(found.kind, found.key) != name:
-                    raise Damaged("the file has the name of another")
+            with self._opened(name) as (descriptor, found):
                 if found != description:  # the caller has an old description, or the index has
+                    self._refuse("foreign")
                     self._renew_entry(found)
                     return False
                 part_format.read_data(self._system, descriptor, view, description.checksum)
-            finally:
-                self._system.close(descriptor)
         except FileNotFoundError:
             self._forget(description.kind, description.key)
             return False
         except Newer:
+            self._refuse("newer")
             return False
         except (Damaged, OSError) as error:
             if isinstance(error, OSError) and error.errno in _TRANSIENT:
@@ -212,7 +220,7 @@ class Disk:
                 self._occupied(),
                 self._limit,
                 self._written,
-                self._evicted,
+                self.evicted,
                 self._quarantined,
             )
 
@@ -231,12 +239,8 @@ class Disk:
             names = self._system.names(self._folder.parts)
         for name in names:
             try:
-                descriptor = part_format.open_part(self._system, self._folder.part(name))
-                try:
-                    found = part_format.read_header(self._system, descriptor)
+                with self._opened(name) as (descriptor, found):
                     part_format.check_data(self._system, descriptor, found)
-                finally:
-                    self._system.close(descriptor)
                 right += 1
             except FileNotFoundError:
                 continue
@@ -245,6 +249,21 @@ class Disk:
             except (Damaged, OSError) as error:
                 self._quarantine(name, error)
         return Report(right, self._quarantined - before, newer)
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[int, Description]]:
+        """Opens a part's file and reads its header. Raises OSError, Damaged, Newer."""
+        descriptor = part_format.open_part(self._system, self._folder.part(name))
+        try:
+            found = part_format.read_header(self._system, descriptor)
+            if name_of(found.kind, found.key) != name:
+                raise Damaged("the file has the name of another")
+            # Somebody may have made a file of any length that has no blocks.
+            if HEADER_BYTES + found.nbytes > self._largest:
+                raise Damaged("the file is longer than the folder may be large")
+            yield descriptor, found
+        finally:
+            self._system.close(descriptor)
 
     # ---- With the folder's lock
 
@@ -265,14 +284,8 @@ class Disk:
         """Returns what a file's header says, and the bytes that the file occupies; None if there is
         no right file. Quarantines a file that is not right."""
         try:
-            descriptor = part_format.open_part(self._system, self._folder.part(name))
-            try:
-                found = part_format.read_header(self._system, descriptor)
+            with self._opened(name) as (descriptor, found):
                 allocated = self._system.fstat(descriptor).st_blocks * BLOCK
-            finally:
-                self._system.close(descriptor)
-            if name_of(found.kind, found.key) != name:
-                raise Damaged("the file has the name of another")
         except FileNotFoundError:
             return None
         except (Damaged, OSError) as error:
@@ -300,16 +313,17 @@ class Disk:
             over = self._occupied() + need + GROWTH - self._limit
         if need and over > self._with_index(lambda index: index.allocated()):
             return False
+        noted = self._with_index(lambda index: index.pinned()) if over > 0 else set()
         while over > 0:
             victim = self._with_index(
-                lambda index: index.evictable(kind, key, parent, self._pinned)
+                lambda index: index.evictable(kind, key, parent, self._pinned, noted)
             )
             if victim is None:
                 return False
             before = self._with_index(lambda index: index.allocated())
             self._remove(*victim)
             over -= before - self._with_index(lambda index: index.allocated())
-            self._evicted += 1
+            self.evicted += 1
         return True
 
     def _publish(self, description: Description, path: str, descriptor: int) -> None:
@@ -333,6 +347,7 @@ class Disk:
                 self._remove(description.kind, description.key)
             raise
         self._written += linked
+        self.written_bytes += linked * (HEADER_BYTES + description.nbytes)
 
     def _remove(self, kind: str, key: bytes) -> bool:
         there = True
@@ -348,13 +363,14 @@ class Disk:
     def _to_quarantine(self, name: str, reason: object) -> None:
         self._folder.to_quarantine(name, reason)
         self._quarantined += 1
+        self._refuse("damaged")
         parsed = part_format.parse_name(name)
         if parsed is not None:
             self._with_index(lambda index: index.delete(*parsed))
 
     def _reconcile(self, index: Index) -> None:
         """Makes the index agree with the names in the folder; reads only headers it lacks."""
-        known = {name_of(kind, key): (kind, key) for kind, key in index.names()}
+        known = {name_of(kind, key): (kind, key) for kind, key in index.add_up()}
         names = set(self._system.names(self._folder.parts))
         for name in known.keys() - names:
             index.delete(*known[name])
@@ -376,7 +392,8 @@ class Disk:
 
     def _occupied(self) -> int:
         parts = self._with_index(lambda index: index.allocated())
-        return parts + self._newer + self._folder.occupied_beside_parts()
+        self.latest_occupied = parts + self._newer + self._folder.occupied_beside_parts()
+        return self.latest_occupied
 
     def _flush_touches(self) -> None:
         uses = [(used, kind, key) for (kind, key), used in self._touched.items()]
@@ -385,6 +402,10 @@ class Disk:
             self._with_index(lambda index: index.touch(uses))
 
     # ---- By any thread
+
+    def _refuse(self, reason: Reason) -> None:
+        with self._folder.in_thread():
+            self.refused[reason] += 1
 
     def _touch(self, kind: str, key: bytes) -> None:
         with self._folder.in_thread():
@@ -418,7 +439,7 @@ class Disk:
             try:
                 if self._index is not None and self._index.is_current():
                     return use(self._index)
-            except sqlite3.DatabaseError as error:
+            except BROKEN as error:
                 _raise_if_full(error)
                 log.warning("the index is rebuilt: %s", error)
                 return self._renew(use, corrupt=True)
@@ -435,15 +456,15 @@ class Disk:
                 if not corrupt:
                     try:
                         return self._open_index(use)
-                    except sqlite3.DatabaseError as error:
+                    except BROKEN as error:
                         _raise_if_full(error)
                         log.warning("the index is rebuilt: %s", error)
                         if self._index is not None:
                             self._index.close()
-                for suffix in ("", "-wal", "-shm"):
+                for suffix in SUFFIXES:
                     remove_tree(self._folder.index + suffix)
                 return self._open_index(use)
-            except sqlite3.Error as error:
+            except BROKEN as error:
                 raise OSError(errno.EIO, f"the index: {error}") from error
 
     def _open_index(self, use: Callable[[Index], T]) -> T:
@@ -454,6 +475,6 @@ class Disk:
         return use(self._index)
 
 
-def _raise_if_full(error: sqlite3.Error) -> None:
+def _raise_if_full(error: Exception) -> None:
     if "full" in str(error):
         raise OSError(errno.ENOSPC, f"the index: {error}") from error

@@ -117,9 +117,9 @@ class Explaining:
         if expired:
             reasons.append(f"the time of {_parts(expired)} in RAM is over")
         if behind is not None and (damaged := await behind.quarantined(ids)):
-            reasons.append(f"{_parts(damaged)} on the disk were damaged, and are in quarantine")
+            reasons.append(f"damaged on the disk and put in quarantine: {_parts(damaged)}")
         if away is not None and (damaged := [each for each in ids if away.remote.unusable(*each)]):
-            reasons.append(f"{_parts(damaged)} in the object store were damaged")
+            reasons.append(f"damaged in the object store: {_parts(damaged)}")
         if kept.allowed is BlocksAllowed.WITH_CHECKPOINTS:
             alone = Kept(kept.root, BlocksAllowed.ALONE)
             blocks = await self._restoring.search_cache(asked, alone, "remote")

@@ -12,7 +12,6 @@ import errno
 import logging
 import os
 import secrets
-import shutil
 import stat
 import threading
 from collections.abc import Iterator
@@ -25,11 +24,12 @@ log = logging.getLogger("kvferry.store")
 BLOCK = 512  # the unit of st_blocks
 GROWTH = 512 << 10
 """How much the index and the folders may grow between two measurements."""
+_LONGEST_NAME = 100
+"""Bytes of a name that are kept in the quarantine; a part's name has 80 at most."""
 
 
 class Folder:
     def __init__(self, path: str, system: System) -> None:
-        """Opens the folder or creates it. Raises OSError, also for a folder of something else."""
         self.path = path
         self.parts, self.aside, self.quarantine = (
             os.path.join(path, name) for name in ("parts", "aside", "quarantine")
@@ -46,10 +46,9 @@ class Folder:
             with contextlib.suppress(FileExistsError):
                 system.make_folder(folder)
         for folder in (self.parts, self.aside, self.quarantine):
-            # Behind a link are the files of somebody else.
+            # Somebody else's folder behind a link must keep its mode and its files.
             if not stat.S_ISDIR(system.lstat(folder).st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder")
-        for folder in (self.parts, self.aside, self.quarantine):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
             os.chmod(folder, 0o700)
         self._lock = system.open(lock, os.O_RDWR | os.O_CREAT)
 
@@ -137,10 +136,13 @@ class Folder:
 
     def to_quarantine(self, name: str, reason: object) -> None:
         """Moves whatever has a part's name into the quarantine. Needs the folder's lock."""
-        log.warning("quarantined: %s: %s", self.part(name), reason)
+        # With %r a name has no line break in the log. What is logged may be kept: an exception
+        # would keep the frames that have buffers.
+        log.warning("quarantined: %r: %s", self.part(name), str(reason))
+        short = os.fsdecode(os.fsencode(name)[:_LONGEST_NAME])
         with contextlib.suppress(FileNotFoundError):
             self._system.rename(
-                self.part(name), os.path.join(self.quarantine, f"{name}.{secrets.token_hex(4)}")
+                self.part(name), os.path.join(self.quarantine, f"{short}.{secrets.token_hex(4)}")
             )
 
     def empty_quarantine(self) -> None:
@@ -164,17 +166,33 @@ def occupied(path: str) -> int:
 
 
 def tree(path: str) -> int:
-    total = occupied(path)
-    for folder, folders, files in os.walk(path):
-        total += sum(occupied(os.path.join(folder, name)) for name in (*folders, *files))
+    """As ``occupied``, with everything below; without what the system finds too deep."""
+    total, folders = occupied(path), [path]
+    while folders:  # without recursion, as somebody may have made folders of any depth
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                total += occupied(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
     return total
 
 
 def remove_tree(path: str) -> None:
-    """Removes a file, a link, or a folder with all that is in it. Follows no link."""
+    """Removes a file, a link, or a folder with all that is in it. Follows no link. Moves inner
+    folders out of it first, so that no path is too long."""
     try:
         os.unlink(path)
     except FileNotFoundError:
         pass
     except (IsADirectoryError, PermissionError):
-        shutil.rmtree(path)
+        folders = [path]
+        while folders:
+            folder = folders.pop()
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(os.path.join(os.path.dirname(path), secrets.token_hex(8)))
+                        os.rename(entry.path, folders[-1])
+                    else:
+                        os.unlink(entry.path)
+            os.rmdir(folder)

@@ -126,7 +126,11 @@ class Identities:
         if (known := self._layouts.get(llama)) is not None:
             return known
         allowed, why = await llama.blocks_allowed_async()
-        found = (llama.describe()["layout"], allowed, why)
+        layout = llama.describe()["layout"]
+        if not layout and allowed is not BlocksAllowed.NONE:
+            # Sequences that are empty in a part of the cache tell what blocks need, and no layout.
+            allowed, why = BlocksAllowed.UNSEEN, "no sequence of the context has been whole yet"
+        found = (layout, allowed, why)
         if allowed is not BlocksAllowed.UNSEEN:
             self._layouts[llama] = found
         return found

@@ -17,6 +17,9 @@ class Listed:
     nbytes: int
     """The bytes of it that are in RAM. Others may share them."""
     pinned: bool
+    key: bytes
+    """Stands for all of its tokens. ``kvferry store`` calls the conversation by the first 16
+    hexadecimal digits."""
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Names:
                 named.tokens,
                 sum(part.nbytes for each in named.ids if (part := self._ram.find(*each))),
                 named.pinned,
+                named.ids[-1][1],
             )
             for name, named in self._named.items()
         ]

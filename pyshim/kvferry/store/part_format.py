@@ -49,10 +49,15 @@ def parse_name(name: str) -> tuple[str, bytes] | None:
     return found and (found[2], bytes.fromhex(found[1]))
 
 
+def is_id(kind: str, key: bytes) -> bool:
+    """Whether a part may have this kind and key."""
+    return len(key) == 32 and _KIND.fullmatch(kind) is not None
+
+
 def check(description: Description) -> None:
     """Raises ValueError for a description that no file can hold."""
     d = description
-    if not _KIND.fullmatch(d.kind) or {len(d.key), len(d.parent), len(d.root)} != {32}:
+    if not (is_id(d.kind, d.key) and len(d.parent) == len(d.root) == 32):
         raise ValueError("a kind is of 1 to 15 small letters; key, parent and root are of 32 bytes")
     if not (0 <= d.begin <= d.end < 1 << 63 and 0 <= d.nbytes < 1 << 62):
         raise ValueError("positions or nbytes out of range")

@@ -6,20 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 from .._bridge.block_list import BlocksAllowed
+from .counts import TIERS as TIERS
+from .counts import Tier as Tier
 from .description import Description, Kind
 from .disk import Disk
 from .keys import Link, Tokens, chain, next_key
 
 _MOST_ASKED = 512  # a statement of SQLite may have at least 999 values
-
-
-Tier = Literal["ram", "disk", "remote"]
-
-TIERS: tuple[Tier, ...] = ("ram", "disk", "remote")
-"""The nearest first."""
 
 
 class Lookup(Protocol):
@@ -80,7 +76,7 @@ class OnDisk:
         return self._asked[key]
 
     def ends(self, parent: bytes) -> list[int]:
-        return [each.end for each in self._disk.children(parent)]
+        return self._disk.ends(parent)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..blocks import Block, Checkpoint
+from .counts import Refusals
 from .description import Description, Kind
 from .s3_fifo import S3Fifo
 
@@ -80,6 +81,8 @@ class Ram:
         """Bytes of buffers that are being filled."""
         self.evicted = 0
         """Entries evicted so far to make room."""
+        self.refused: Refusals = Refusals()
+        """What there was no room for, and loads of what is here."""
         self.pinned: Counter[Id] = Counter()
         """How many pins each part has, whether or not RAM has the part now. Pinned parts are not
         evicted. Any thread may test whether a part is among them."""

@@ -15,6 +15,7 @@ import anyio.to_thread
 import xxhash
 
 from .breaker import Breaker, Open
+from .counts import Reason, Refusals
 from .description import Description, Kind
 from .objects import PIECE_BYTES, Full, Objects, Refused, Unavailable, first_line
 from .part_format import (
@@ -102,6 +103,7 @@ class Remote:
         self._unusable: dict[str, bool] = {}  # names, and whether a put may replace them
         self.written_bytes = self.read_bytes = self.failed = 0
         """``failed`` counts the calls that failed. An object that is not there is no failure."""
+        self.refused: Refusals = Refusals()
 
     @property
     def left_alone(self) -> bool:
@@ -364,6 +366,8 @@ class Remote:
                 problem = failure
                 break
         self.failed += 1
+        reason: Reason = "breaker_open" if isinstance(problem, Open) else "failed"
+        self.refused[reason] += 1
         level = logging.DEBUG if isinstance(problem, Open) else logging.WARNING
         log.log(level, "%s: %s failed: %s", self._name, what, problem)
         return None
@@ -400,6 +404,8 @@ class Remote:
     def _put_aside(self, name: str, problem: Damaged | Newer) -> None:
         """Notes that an object is not right: it is not used any more. If it is damaged, the next
         write replaces it."""
+        reason: Reason = "damaged" if isinstance(problem, Damaged) else "newer"
+        self.refused[reason] += 1
         if name not in self._unusable:
             log.warning("%s: %s is not used: %s", self._name, name, problem)
         self._unusable[name] = isinstance(problem, Damaged)

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ from .ram import Entry, Ram
 from .speeds import Stopwatch
 from .threads import Hanging
 from .tiers import Tiers
+from .tracing import part_told, traced
 from .worth import Worth
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ class Restoring:
         self._identities = identities
         self._worth = worth
 
+    @traced("find")
     async def search(self, asked: Asked, farthest: Tier = "remote") -> Searched:
         """Searches all tiers up to the farthest one that is named."""
         candidates = await self._identities.candidates(asked.llama, asked.salt)
@@ -101,14 +105,14 @@ class Restoring:
             return prefix is not None and prefix.end == len(search.tokens)
 
         if behind is not None and not whole():
-            run = functools.partial(_search_in, search, ram, behind.disk)
+            run = functools.partial(_search_in, search, ram)
             prefix = await behind.look_up("a search", run, prefix)
         if away is not None and not whole():
             seen = await away.look(search, prefix)
             without_disk = _search_in(search, ram, seen=seen)
             if behind is None:
                 return without_disk
-            run = functools.partial(_search_in, search, ram, behind.disk, seen)
+            run = functools.partial(_search_in, search, ram, seen=seen)
             prefix = await behind.look_up("a search", run, without_disk or prefix)
         return prefix
 
@@ -120,6 +124,17 @@ class Restoring:
         ``held`` is how many of the tokens the sequence holds already: nothing shorter is loaded,
         and nothing that is not worth it. ``searched`` is the search to begin with.
         """
+        begin = time.monotonic()
+        loaded = await self._restore_longest(asked, seq, held, priority, searched)
+        hits = Counter[Tier]() if loaded is None else _hits(loaded, held)
+        wanted = max(0, len(asked.tokens) - held)
+        self._tiers.counts.restored(wanted, hits, time.monotonic() - begin)
+        return 0 if loaded is None else loaded.end
+
+    async def _restore_longest(
+        self, asked: Asked, seq: int, held: int, priority: Priority, searched: Searched | None
+    ) -> Prefix | None:
+        """Returns what was loaded."""
         farthest: Tier = "remote"
         for _ in range(_SEARCHES):
             if searched is None:
@@ -129,8 +144,8 @@ class Restoring:
                 if prefix.end <= held:
                     continue
                 try:
-                    if count := await self._restore(asked, seq, prefix, held, priority):
-                        return count
+                    if loaded := await self._restore(asked, seq, prefix, held, priority):
+                        return loaded
                 except _NotRead:
                     again.append(farthest)
                 except _NoRoom:
@@ -142,16 +157,18 @@ class Restoring:
             if not again:
                 break
             farthest, searched = min(again, key=TIERS.index), None
-        return 0
+        return None
 
     async def _restore(
         self, asked: Asked, seq: int, prefix: Prefix, held: int, priority: Priority
-    ) -> int:
-        """Returns how many tokens of a prefix were loaded; 0 if the library has refused it.
+    ) -> Prefix | None:
+        """Returns the part of a prefix that was loaded; None if the library has refused it.
 
         Raises _NotWorth, and as ``bring``.
         """
         choice = self._worth.choose(asked.llama, prefix, held)
+        if choice.prefix != prefix:
+            self._tiers.counts.slow[prefix.farthest] += 1
         if (chosen := choice.prefix) is None:
             raise _NotWorth
         for speed in choice.trials:
@@ -159,11 +176,11 @@ class Restoring:
         with contextlib.ExitStack() as held_in_ram:
             entries = await self.bring(asked, chosen, held_in_ram)
             if not await self._load(asked.llama, seq, chosen, entries, priority):
-                return 0
+                return None
             self._tiers.ram.use(entries)
-        self._tiers.counts["restored_tokens"] += chosen.end
-        self._tiers.counts["restored_bytes"] += chosen.nbytes
-        return chosen.end
+        self._tiers.counts.restored_tokens += chosen.end
+        self._tiers.counts.restored_bytes += chosen.nbytes
+        return chosen
 
     async def prefetch(self, asked: Asked) -> None:
         """Brings the longest prefix of each cache to RAM."""
@@ -171,6 +188,7 @@ class Restoring:
             with contextlib.ExitStack() as held, contextlib.suppress(_NotRead, _NoRoom):
                 await self.bring(asked, prefix, held)
 
+    @traced("bring", lambda _self, _asked, prefix, _held: {"tokens": prefix.end})
     async def bring(self, asked: Asked, prefix: Prefix, held: contextlib.ExitStack) -> list[Entry]:
         """Returns what a load of a prefix needs, in RAM, where ``held`` keeps it.
 
@@ -188,9 +206,10 @@ class Restoring:
         missing = []
         for index, part in enumerate(prefix.parts):
             entry = self._tiers.ram.get(part.kind, part.key)
-            # The search found it on the disk. If RAM still has it, after its time to live, it need
-            # not be read.
-            entry = entry or self._tiers.ram.renew(part.kind, part.key, None)
+            if entry is None and prefix.tiers[index] != "ram":
+                # The search found it in a farther tier. If RAM still has it, after its time to
+                # live, it need not be read.
+                entry = self._tiers.ram.renew(part.kind, part.key, None)
             if entry is None:
                 missing.append(index)
             else:
@@ -212,11 +231,19 @@ class Restoring:
             async with anyio.create_task_group() as reads:
                 for index in missing:
                     reads.start_soon(read, index)
-        for each in (*problems, *absent):
-            raise each
+        # No variable keeps the exception: its traceback refers to the frames that have the buffers.
+        failure = next(iter((*problems, *absent)), None)
+        problems.clear()
+        absent.clear()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure
         self._worth.note_reads(watches)
         return [entries[index] for index in range(len(prefix.parts))]
 
+    @traced("part", part_told, apart=True)
     async def _read(
         self,
         asked: Asked,
@@ -232,13 +259,21 @@ class Restoring:
         if (taken := await self._tiers.buffers.take(asked.llama, part.nbytes)) is None:
             raise _NoRoom
         buffer, room = taken
+        view = buffer.view
+
+        def dropped() -> None:
+            # The memory first: frames and threads may refer to the view for some time yet.
+            view.release()
+            buffer.close()
+            room.release()
+
         with watches[tier].reading():
-            found = await self._fill(part, tier, buffer.view, room.release)
+            found = await self._fill(part, tier, view, dropped)
         if found is None:
             raise _NotRead
         watches[tier].nbytes += part.nbytes
         saved = _saved(found, buffer.memory, asked.llama.fingerprint, asked.tokens, whole)
-        self._tiers.counts["read_bytes"] += part.nbytes
+        self._tiers.counts.read_bytes += part.nbytes
         return self._tiers.ram.add(Entry(found, saved, buffer.capacity), room)
 
     async def _fill(
@@ -259,6 +294,10 @@ class Restoring:
             raise _NoRoom from None
         return part if right else None
 
+    @traced(
+        "load",
+        lambda _self, _llama, _seq, prefix, *_: {"tokens": prefix.end, "bytes": prefix.nbytes},
+    )
     async def _load(
         self,
         llama: Llama,
@@ -275,13 +314,25 @@ class Restoring:
         try:
             await llama.load_blocks(blocks, seq, checkpoint=checkpoint, priority=priority)  # type: ignore[arg-type]
         except (StateMismatch, StateDamaged) as refusal:
-            self._tiers.counts["refused_loads"] += 1
+            self._tiers.counts.refused_loads += 1
             # For a context that has had no cells, refusals tell which layout its cache has.
             level = logging.DEBUG if was_unseen else logging.WARNING
+            if not was_unseen:
+                is_damaged = isinstance(refusal, StateDamaged)
+                self._tiers.ram.refused["damaged" if is_damaged else "foreign"] += 1
             log.log(level, "a prefix of %d tokens was refused: %s", prefix.end, refusal)
             return False
         self._worth.load(llama).note(prefix.nbytes, self._worth.clock() - begin)
         return True
+
+
+def _hits(prefix: Prefix, held: int) -> Counter[Tier]:
+    """Returns how many tokens of a prefix, from ``held`` on, each tier has."""
+    hits: Counter[Tier] = Counter()
+    for part, tier in zip(prefix.parts, prefix.tiers, strict=True):
+        begin = part.begin if prefix.blocks else 0  # a checkpoint alone stands for all tokens
+        hits[tier] += max(0, part.end - max(begin, held))
+    return hits
 
 
 def _search_in(

@@ -141,9 +141,12 @@ class Saving:
                     if part.kind == "block"
                     else llama.checkpoint_size_async(conversation.seq)
                 )
-            if (taken := await self._tiers.buffers.take(llama, sizes[count])) is None:
-                return
-            missing.append(_Missing(part, *taken))
+        wanted = [sizes[part.end - part.begin] for part in absent]
+        while taken := await self._tiers.buffers.take_first(llama, wanted[len(missing) :]):
+            missing += [
+                _Missing(part, *each)
+                for part, each in zip(absent[len(missing) :], taken, strict=False)
+            ]
 
     async def _save_checkpoint(
         self, conversation: Conversation, missing: _Missing, priority: Priority
@@ -196,7 +199,7 @@ class Saving:
         part = dataclasses.replace(missing.part, nbytes=saved.nbytes)
         entry = Entry(part, saved, saved.capacity, expires=expires)
         if self._tiers.ram.add(entry, missing.room) is entry:
-            self._tiers.counts["saved_bytes"] += saved.nbytes
+            self._tiers.counts.saved_bytes += saved.nbytes
             if self._tiers.behind is not None:
                 self._tiers.behind.writes.add(entry)
         return entry.id

@@ -24,7 +24,7 @@ _AGAIN_LOSSES = 20
 """Trials may waste a twentieth of the time."""
 _LEAST_TOKENS = 32
 """Prefills of fewer tokens take about as long as one of this many."""
-_FULL_TOKENS = 256
+_LONG_TOKENS = 256
 """Each token of a shorter prefill takes longer, so that short ones tell nothing of the depth."""
 
 
@@ -98,24 +98,31 @@ class PrefillSpeed:
 
     A token at depth d, with d tokens before it, takes a + b d seconds: its attention reads what is
     before it. Batches of few tokens and other load make tokens slower, nothing makes them faster:
-    so the fastest of the recent measurements gives a.
+    so the fastest of the recent measurements gives a. Where a store is of use, most prompts have
+    few tokens left to evaluate: long prefills are remembered apart from short ones.
     """
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[int, float, float]] = deque(maxlen=_RECENT)
+        self._short: deque[tuple[float, float]] = deque(maxlen=_RECENT)
+        self._long: deque[tuple[float, float]] = deque(maxlen=_RECENT)
+
+    @property
+    def seen(self) -> list[tuple[float, float]]:
+        """The recent measurements: mean depth, and seconds for a token."""
+        return [*self._long, *self._short]
 
     def note(self, tokens: int, seconds: float, begin: int) -> None:
         """Takes the evaluation of ``tokens`` tokens at the positions from ``begin`` on."""
         if tokens >= _LEAST_TOKENS and seconds > 0:
-            self._seen.append((tokens, begin + tokens / 2, seconds / tokens))
+            of_length = self._long if tokens >= _LONG_TOKENS else self._short
+            of_length.append((begin + tokens / 2, seconds / tokens))
 
     def line(self) -> Line | None:
         """Seconds for a token as a function of its depth. None: not seen often enough."""
-        if len(self._seen) < _ENOUGH:
+        if len(self.seen) < _ENOUGH:
             return None
-        full = [(depth, each) for tokens, depth, each in self._seen if tokens >= _FULL_TOKENS]
-        slope = _slope(full) or 0.0
-        return Line(max(0.0, min(each - slope * depth for _, depth, each in self._seen)), slope)
+        slope = _slope(self._long) or 0.0
+        return Line(max(0.0, min(each - slope * depth for depth, each in self.seen)), slope)
 
 
 def prefill_seconds(line: Line, begin: int, end: int) -> float:

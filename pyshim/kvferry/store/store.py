@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from ..llama import Llama
 from .away import Away
 from .behind import Behind
 from .buffers import Buffers
+from .counts import Counts
 from .evaluations import Evaluations
 from .explaining import Explaining
 from .explanation import Explanation
@@ -31,10 +31,12 @@ from .keys import chain, checked_tokens
 from .names import Listed, Names
 from .objects import Objects
 from .ram import Ram
+from .readings import Readings, readings
 from .restoring import Asked, Restoring, Searched
 from .saving import Conversation, Saving
 from .sizes import size
 from .tiers import Tiers
+from .tracing import Recorder, TraceSpan, recorded
 from .worth import Worth
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ class Store:
         Names the owner of what is kept. It is hashed into every key, so that nothing is found that
         was kept with another salt. Methods also have this argument, for stores that serve several
         owners.
+    trace
+        Records what the calls do, for ``trace()``.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Store:
         remote: str | ObjectStore | Objects | None = None,
         block_tokens: int = 256,
         salt: bytes = b"",
+        trace: bool = False,
     ) -> None:
         """Raises TypeError, InvalidArgument; ImportError where ``remote`` needs obstore."""
         self._ram = Ram(size("ram", ram))
@@ -112,7 +117,8 @@ class Store:
                 remote, block_tokens=self._block_tokens, most_pending=self._ram.limit // 4
             )
         self._salt = _checked_salt(salt)
-        self._counts: Counter[str] = Counter()
+        self._counts = Counts()
+        self.recorder = Recorder() if trace else None
         self._identities = Identities(anyio.CapacityLimiter(1), self._behind, self._away)
         self._names = Names(self._ram)
         tiers = Tiers(
@@ -132,6 +138,7 @@ class Store:
 
     # ---- Finding and restoring ------------------------------------------------------------------
 
+    @recorded("find")
     async def find(
         self, llama: Llama, tokens: ArrayLike, *, leave: int = 1, salt: bytes | None = None
     ) -> Found:
@@ -142,13 +149,16 @@ class Store:
         longest prefix of all of them, and ``restore`` may find that it does not fit the context.
         """
         self._check_open()
+        begin = time.monotonic()
         asked = self._asked(llama, tokens, leave, salt)
         searched = await self._restoring.search(asked)
+        self._counts.find_seconds.observe(time.monotonic() - begin)
         if not searched.prefixes:
             return Found(0, 0, "", searched)
         longest = searched.prefixes[0]
         return Found(longest.end, longest.nbytes, longest.farthest, searched)
 
+    @recorded("restore")
     async def restore(
         self,
         llama: Llama,
@@ -225,6 +235,7 @@ class Store:
         self._check_open()
         self._tasks.start_soon(self._prefetch, self._asked(llama, tokens, 0, salt))
 
+    @recorded("prefetch")
     async def _prefetch(self, asked: Asked) -> None:
         try:
             await self._restoring.prefetch(asked)
@@ -250,6 +261,7 @@ class Store:
 
     # ---- Keeping --------------------------------------------------------------------------------
 
+    @recorded("keep")
     async def keep(
         self,
         llama: Llama,
@@ -283,6 +295,7 @@ class Store:
         sequence is in flight).
         """
         self._check_open()
+        begin = time.monotonic()
         tokens = checked_tokens(tokens)
         await self._evaluations.kept(llama, seq, len(tokens))
         expires = None if ttl is None else time.monotonic() + ttl
@@ -296,7 +309,8 @@ class Store:
             return 0
         conversation = Conversation(llama, seq, tokens, kept, links)
         end, ids = await self._saving.save(conversation, expires, priority)
-        self._counts["kept_tokens"] += end
+        self._counts.kept_tokens += end
+        self._counts.keep_seconds.observe(time.monotonic() - begin)
         if name is not None:
             self._names.give(name, end, ids)
         return end
@@ -328,6 +342,14 @@ class Store:
         self._names.drop_all()
         return self._ram.remove_all(self._ram)
 
+    def trace(self) -> list[TraceSpan]:
+        """Takes the recorded spans of calls, in the order of their ends; ``kvferry.write_trace``
+        makes a file of them. The store keeps the latest 65,536.
+
+        Needs ``Store(trace=True)``; else there are none.
+        """
+        return self.recorder.take() if self.recorder is not None else []
+
     def list(self) -> list[Listed]:
         """Returns the conversations that have a name."""
         return self._names.list()
@@ -344,7 +366,7 @@ class Store:
             "disk_writes_failed": self._behind.writes.failed if self._behind else 0,
             **(self._away.stats() if self._away else {}),
             **{
-                name: self._counts[name]
+                name: getattr(self._counts, name)
                 for name in (
                     "kept_tokens",
                     "saved_bytes",
@@ -355,6 +377,10 @@ class Store:
                 )
             },
         }
+
+    def readings(self) -> Readings:
+        """Returns the numbers that ``kvferry.metrics`` exports. Any thread may call this."""
+        return readings(self._counts, self._ram, self._behind, self._away)
 
     # ---- Closing --------------------------------------------------------------------------------
 

@@ -37,6 +37,11 @@ class System:
     def lstat(self, path: str) -> os.stat_result:
         return self.call(os.lstat, path)
 
+    def capacity(self, path: str) -> int:
+        """Returns how many bytes the file system has, free or not."""
+        found = self.call(os.statvfs, path)
+        return found.f_blocks * found.f_frsize
+
     def make_folder(self, path: str) -> None:
         self.call(os.mkdir, path, 0o700)
 

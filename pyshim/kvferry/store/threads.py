@@ -97,8 +97,13 @@ class Call(Generic[T]):
 
     def outcome(self) -> T:
         """Returns or raises what the function has returned or raised."""
-        if self._problem is not None:
-            raise self._problem
+        # No variable keeps the exception: its traceback refers to frames that have memory.
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            try:
+                raise problem
+            finally:
+                del problem
         return cast("T", self._result)
 
 

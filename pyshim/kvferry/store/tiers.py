@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from .away import Away
 from .behind import Behind
 from .buffers import Buffers
+from .counts import Counts
 from .ram import Ram
 
 
@@ -23,5 +23,4 @@ class Tiers:
     buffers: Buffers
     """Buffers within the budget of ``ram``."""
     block_tokens: int
-    counts: Counter[str]
-    """Counters of ``Store.stats``."""
+    counts: Counts

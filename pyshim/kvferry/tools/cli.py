@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import anyio
@@ -127,7 +129,7 @@ def _add_bench(commands: _Commands) -> None:
 def _add_store(commands: _Commands) -> None:
     store = commands.add_parser(
         "store",
-        help="look into the folder of a store, verify it, evict from it",
+        help="look into the folder of a store, verify it, pin, evict, warm",
         description="Looks into the folder of a kvferry.Store. Programs may use it meanwhile.",
     )
     actions = store.add_subparsers(required=True, metavar="ACTION", dest="action")
@@ -139,12 +141,66 @@ def _add_store(commands: _Commands) -> None:
         action = actions.add_parser(name, help=text)
         action.add_argument("folder", metavar="FOLDER", help="the folder of the store")
         action.add_argument("--json", action="store_true", help="print JSON instead of text")
+    for name, text in (
+        ("pin", "keep conversations from being evicted, by any process"),
+        ("unpin", "end this"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("folder", metavar="FOLDER", help="the folder of the store")
+        action.add_argument("names", metavar="NAME", nargs="+", help="as list prints it")
     evict = actions.add_parser("evict", help="remove conversations, except what others share")
     evict.add_argument("folder", metavar="FOLDER", help="the folder of the store")
     which = evict.add_mutually_exclusive_group(required=True)
     which.add_argument("names", metavar="NAME", nargs="*", default=[], help="as list prints it")
     which.add_argument("--all", action="store_true", help="all conversations")
+    _add_warm(actions)
     store.set_defaults(command=_store)
+
+
+def _add_warm(actions: _Commands) -> None:
+    warm = actions.add_parser(
+        "warm",
+        help="compute prompts, and keep them in a folder",
+        description="Computes prompts and keeps them in a folder, so that a server that starts "
+        "with it finds them. The options must be those of the server. Prints the name and the "
+        "tokens of each prompt that is kept.",
+    )
+    warm.add_argument("folder", metavar="FOLDER", help="the folder of the store; it may be new")
+    warm.add_argument(
+        "prompts",
+        metavar="PROMPTS",
+        help='a file with a prompt a line; or a .jsonl file of objects with "prompt" or "tokens"',
+    )
+    warm.add_argument("--model", metavar="FILE", required=True, help="a GGUF file")
+    warm.add_argument(
+        "--disk-limit", metavar="SIZE", required=True, help='of the folder, such as "100 GiB"'
+    )
+    warm.add_argument("--ram", metavar="SIZE", default="4 GiB", help="%(default)s")
+    warm.add_argument("--block-tokens", type=int, metavar="N", help="256; of a PromptCache 64")
+    warm.add_argument("--salt-file", metavar="FILE", help="a file whose bytes are the salt")
+    warm.add_argument("--variant", metavar="TEXT", default="", help="as for Engine.attach")
+    warm.add_argument("--pin", action="store_true", help="pin what is kept")
+    _llama_lib(warm)
+    warm.add_argument(
+        "--device",
+        choices=("auto", "host", "cuda"),
+        default="auto",
+        help="where the cache is (auto: on a GPU if libllama can use one)",
+    )
+    warm.add_argument(
+        "--no-flash-attention", action="store_true", help="as of servers that do not use it"
+    )
+    for name in ("k", "v"):
+        warm.add_argument(
+            f"--cache-type-{name}", metavar="TYPE", default="f16", help="%(default)s, q8_0, ..."
+        )
+    warm.add_argument(
+        "--llama-cpp-python",
+        type=_arguments,
+        metavar="JSON",
+        help='compute with a llama_cpp.Llama, which has these arguments, such as {"n_ctx": 8192}, '
+        "for servers with a PromptCache; in place of the options of libllama and of the cache",
+    )
 
 
 def _add_config(commands: _Commands) -> None:
@@ -194,6 +250,16 @@ def _device(text: str) -> str:
     if re.fullmatch(r"auto|host|cuda(:[0-9]{1,2})?", text):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is none of auto, host, cuda, cuda:N")
+
+
+def _arguments(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
 
 
 def _tokens(text: str) -> int:
@@ -248,12 +314,43 @@ def _bench(options: argparse.Namespace) -> int:
 def _store(options: argparse.Namespace) -> int:
     from . import store
 
+    if options.action == "warm":
+        return _warm(options)
     if options.action == "evict":
         done = store.store_evict(options.folder, options.names, options.all)
+    elif options.action in ("pin", "unpin"):
+        done = getattr(store, f"store_{options.action}")(options.folder, options.names)
     else:
         function = getattr(store, f"store_{options.action}")
         done = function(options.folder, options.json)
     return 0 if done else _DIFFERS
+
+
+def _warm(options: argparse.Namespace) -> int:
+    from . import warm
+    from .decoders import Layout
+    from .libllama import CACHE_TYPES
+
+    for name in (options.cache_type_k, options.cache_type_v):
+        if name not in CACHE_TYPES:
+            raise LlamaError(f"{name} is no type of a cache: {', '.join(CACHE_TYPES)}")
+    block_tokens = 256 if options.llama_cpp_python is None else 64
+    chosen = warm.Options(
+        folder=options.folder,
+        prompts=options.prompts,
+        model=options.model,
+        disk_limit=options.disk_limit,
+        ram=options.ram,
+        block_tokens=block_tokens if options.block_tokens is None else options.block_tokens,
+        salt=Path(options.salt_file).read_bytes() if options.salt_file else b"",
+        variant=options.variant,
+        pin=options.pin,
+        device=options.device,
+        llama_lib=options.llama_lib,
+        layout=Layout(not options.no_flash_attention, options.cache_type_k, options.cache_type_v),
+        llama_cpp_python=options.llama_cpp_python,
+    )
+    return 0 if anyio.run(warm.warm, chosen) else _DIFFERS
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``kvferry store``: looks into the folder of a store, verifies it, and evicts from it.
+"""``kvferry store``: looks into the folder of a store, verifies it, pins and evicts.
 
 The programs that use the folder may go on meanwhile.
 """
@@ -18,6 +18,7 @@ from ..store.description import Description
 from ..store.disk import Disk
 from ..store.layout_notes import allowed_of
 from ..store.loadable import loadable
+from ..store.pins import pin, unpin
 from .table import mib, table
 
 _NO_LIMIT = 1 << 62
@@ -32,33 +33,44 @@ class Conversation:
     """Of the end."""
     tokens: int
     parts: list[Description]
-    """From the end to the beginning. Conversations that begin alike share parts."""
+    """From the end to the beginning. Conversations that begin alike share parts. Of a pinned one
+    parts may be lost."""
+    pinned: bool
 
     @property
     def name(self) -> str:
         """What ``evict`` takes."""
-        return self.key.hex()[:16]
+        return conversation_name(self.key)
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
 
+def conversation_name(key: bytes) -> str:
+    """Returns what the commands call the conversation whose end has this key."""
+    return key.hex()[:16]
+
+
 def conversations(parts: Iterable[Description]) -> list[Conversation]:
-    """Returns what ``parts`` has that nothing builds on, the longest first."""
+    """Returns what nothing in ``parts`` builds on, or what is pinned, the longest first."""
     by_key: dict[bytes, list[Description]] = defaultdict(list)
+    pins: dict[bytes, Description] = {}
     for part in parts:
-        if part.kind != "layout":
+        if part.kind == "pin":
+            pins[part.key] = part
+        elif part.kind != "layout":
             by_key[part.key].append(part)
     built_on = {part.parent for several in by_key.values() for part in several}
     found = []
-    for key in by_key.keys() - built_on:
+    for key in (by_key.keys() - built_on) | pins.keys():
         chain: list[Description] = []
-        link: list[Description] | None = by_key[key]
+        link = by_key.get(key)
         while link:
             chain += link
             link = by_key.get(link[0].parent)
-        found.append(Conversation(key, chain[0].end, chain))
+        end = chain[0].end if chain else pins[key].end
+        found.append(Conversation(key, end, chain, key in pins))
     return sorted(found, key=lambda each: (-each.tokens, each.key))
 
 
@@ -67,13 +79,16 @@ def store_list(folder: str, as_json: bool) -> bool:
     with _opened(folder) as disk:
         parts, lost = _parts(disk)
         found = conversations(parts)
-    rows = [(each.name, each.tokens, len(each.parts), each.nbytes) for each in found]
+    rows = [(each.name, each.tokens, len(each.parts), each.nbytes, each.pinned) for each in found]
     if as_json:
-        keys = ("name", "tokens", "parts", "bytes")
+        keys = ("name", "tokens", "parts", "bytes", "pinned")
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
     else:
-        lines = [[name, f"{tokens:,}", str(parts), mib(size)] for name, tokens, parts, size in rows]
-        print(table(["conversation", "tokens", "parts", "MiB"], lines))
+        lines = [
+            [name, f"{tokens:,}", str(parts), mib(size), "pinned" if pinned else ""]
+            for name, tokens, parts, size, pinned in rows
+        ]
+        print(table(["conversation", "tokens", "parts", "MiB", ""], lines, left=(0, 4)))
         print("Conversations that begin alike share parts: stats tells what the folder occupies.")
         if lost:
             size = mib(sum(part.nbytes for part in lost))
@@ -113,18 +128,51 @@ def store_verify(folder: str, as_json: bool) -> bool:
 
 
 def store_evict(folder: str, names: Sequence[str], everything: bool) -> bool:
-    """Removes conversations, except the parts that others share. Returns True if all were there."""
+    """Removes conversations and their pins, except the parts that others share.
+
+    Returns True if all were there.
+    """
     with _opened(folder) as disk:
         parts, lost = _parts(disk)
         found = conversations(parts)
         chosen = [each for each in found if everything or each.name in names]
         stays = {part for each in found if each not in chosen for part in each.parts}
         goes = {part for each in chosen for part in each.parts} - stays
+        for each in chosen:
+            unpin(disk, each.key)
         if everything:
             goes.update(lost)
         # From the end: a command that is interrupted leaves no block without its parent.
         for part in sorted(goes, key=lambda part: part.end, reverse=True):
             disk.remove(part.kind, part.key)
+    return _all_there(names, chosen)
+
+
+def store_pin(folder: str, names: Sequence[str]) -> bool:
+    """Keeps conversations from being evicted, by any process. Returns True if all were there."""
+    with _opened(folder) as disk:
+        chosen = [each for each in conversations(_parts(disk)[0]) if each.name in names]
+        chosen = [each for each in chosen if pin(disk, each.key)]
+    return _all_there(names, chosen)
+
+
+def pin_keys(folder: str, keys: Iterable[bytes]) -> None:
+    """Pins the conversations whose ends have these keys."""
+    with _opened(folder) as disk:
+        for key in keys:
+            pin(disk, key)
+
+
+def store_unpin(folder: str, names: Sequence[str]) -> bool:
+    """Ends ``store_pin``. Returns True if all were there."""
+    with _opened(folder) as disk:
+        chosen = [each for each in conversations(_parts(disk)[0]) if each.name in names]
+        for each in chosen:
+            unpin(disk, each.key)
+    return _all_there(names, chosen)
+
+
+def _all_there(names: Sequence[str], chosen: Sequence[Conversation]) -> bool:
     missing = [name for name in names if name not in {each.name for each in chosen}]
     for name in missing:
         print(f"no conversation {name}")

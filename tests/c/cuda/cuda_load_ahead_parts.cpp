@@ -1,5 +1,6 @@
 // Loads ahead of several parts of a buffer, as of blocks: parts are staged and placed in the order
 // in which they were given, whatever their order in the buffer and their sizes are.
+#include "blocks.hpp"
 #include "inside.hpp"
 
 namespace {
@@ -114,6 +115,50 @@ void small_regions_are_placed_together(kvf::Engine &engine, Random &random) {
     }
 }
 
+// A block of a sequence whose cells lie at random has some hundred runs of each tensor, and no
+// other block has the same table.
+void short_stretches_of_an_irregular_rest_are_placed_together(kvf::Engine &engine, Random &random) {
+    const Blocks blocks{
+        .cells = Cells::AtRandom, .count = 8, .tensors = 16, .tokens = 256, .row = 64};
+    const uint64_t distance = blocks.buffer_bytes() + 4 * KiB, bytes = blocks.count * distance;
+    auto *const buffer = static_cast<unsigned char *>(engine.pool().alloc(bytes));
+    const Bytes content = random_bytes(random, bytes);
+    std::copy(content.begin(), content.end(), buffer);
+    Bytes expected(blocks.device_bytes());
+    const DeviceMemory memory{expected};
+    std::vector<kvf::BufferPart> parts;
+    for (uint64_t i = 0; i < blocks.count; ++i) {
+        parts.push_back({i * distance, blocks.buffer_bytes()});
+        blocks.for_each_fragment(
+            i, 0, [] {},
+            [&](uint64_t address, uint64_t offset, uint64_t count) {
+                std::copy_n(&content[i * distance + offset], count, &expected[address]);
+            });
+    }
+    const auto load_ahead = engine.device(1).make_load_ahead(parts);
+    CHECK(load_ahead);
+    kvf::Recorded recorded;
+    for (uint64_t i = 0; i < blocks.count; ++i) {
+        const uint64_t place = load_ahead->bytes_before(parts[i].offset);
+        recorded.layouts.emplace_back(1, blocks.layout(i, memory.address(), place, true));
+    }
+    const bool simulated = driver().simulated();
+    const uint64_t copies = simulated ? driver().calls("cuMemcpyDtoDAsync") : 0;
+    const uint64_t launches = simulated ? driver().calls("cuLaunchKernel") : 0;
+    kvf::OpenJob open(engine, make_submission(Way::Load, buffer, bytes),
+                      options_of(KVF_PRIORITY_URGENT), false);
+    open.stage(1, load_ahead);
+    sleep_ms(20); // all of it is there
+    open.commit(std::move(recorded), nullptr);
+    succeed(open.job());
+    CHECK(memory.read() == expected);
+    if (simulated) {
+        CHECK(driver().calls("cuMemcpyDtoDAsync") == copies);
+        CHECK(driver().calls("cuLaunchKernel") - launches <= blocks.count);
+    }
+    kvf_buffer_free(buffer);
+}
+
 } // namespace
 
 int main() {
@@ -124,6 +169,7 @@ int main() {
     are_placed_in_their_order(*engine, random);
     wait_for_a_small_one(*engine, random);
     small_regions_are_placed_together(*engine, random);
+    short_stretches_of_an_irregular_rest_are_placed_together(*engine, random);
     engine->close();
     engine.reset();
     holdings.check_same();

@@ -68,6 +68,22 @@ void one_piece_is_queued_where_that_costs_little() {
     CHECK(settle(pacer, {55, 3400, 20000}, 5).window == 2);
 }
 
+// Pieces that a kernel gathers, beside decoding on an H100: alone, each waits for its kernel. A
+// single piece of 16 MiB would reach 0.86 of the link.
+void one_piece_is_not_queued_where_it_cannot_reach_the_share() {
+    const Link h100{54, 13000, 50000};
+    Pacer pacer(0.93, 4 * kMiB);
+    const Pacer::Pace pace = settle(pacer, h100, 1);
+    CHECK(pace.window == 2);
+    CHECK(is_about(pace.bytes, 0.93 / 0.07 * 13000 * 54, 0.05));
+    const double reached =
+        static_cast<double>(pace.bytes) / 54 / static_cast<double>(h100.time(pace));
+    CHECK(reached > 0.92);
+    // Where not even two reach it, two are nearer.
+    Pacer hopeless(0.93, 4 * kMiB);
+    CHECK(settle(hopeless, {54, 60000, 90000}, 1).window == 2);
+}
+
 void bounds_hold() {
     Pacer fast(0.99, 4 * kMiB), free(0.96, 4 * kMiB);
     CHECK(settle(fast, {200, 20000, 40000}, 1).bytes == Pacer::kMostBytes);
@@ -117,6 +133,7 @@ int main() {
     pieces_are_as_large_as_the_share_needs();
     a_slow_link_gets_small_pieces();
     one_piece_is_queued_where_that_costs_little();
+    one_piece_is_not_queued_where_it_cannot_reach_the_share();
     bounds_hold();
     noise_is_outvoted();
     what_makes_no_sense_changes_nothing();

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import random
 import signal
 import threading
 import weakref
@@ -147,13 +148,16 @@ def test_what_was_evaluated_is_not_evaluated_again(make_llm: Callable[..., Llm])
 def test_prompts_that_begin_alike_share_their_beginning(make_llm: Callable[..., Llm]) -> None:
     llm, like = make_llm(), make_llm()
     cache = cached(llm)
-    shared = len(tokens_of(llm, RULES))
+    shared = len(tokens_of(llm, RULES + "Is number "))
+    assert shared != whole_blocks(shared)
     texts = [f"Is number {number} before number {number + 1}?" for number in range(4)]
+    # The second one shows where they differ.
+    known = [0, whole_blocks(shared), shared, shared]
     for number, text in enumerate(texts):
         like.reset()
         assert complete(llm, RULES + text) == complete(like, RULES + text)
         count = len(tokens_of(llm, RULES + text))
-        assert prefilled(llm) == count - (whole_blocks(shared) if number else 0)
+        assert prefilled(llm) == count - known[number]
         state = llama.llama_state_get_size(llm.ctx)
         complete(llm, f"{number}: something else.")  # the object forgets the rules
     assert cache.stats()["saved_bytes"] < 2 * state
@@ -184,6 +188,18 @@ def test_what_the_object_holds_already_is_not_restored(make_llm: Callable[..., L
     assert cache.stats()["restored_tokens"] == 0
 
 
+def test_a_conversation_keeps_each_token_once(make_llm: Callable[..., Llm]) -> None:
+    """The end of a conversation that goes on is not where prompts differ."""
+    llm = make_llm()
+    cache = cached(llm)
+    conversation = tokens_of(llm, RULES)
+    for turn in range(3):
+        complete(llm, conversation)
+        assert cache.stats()["ram_entries"] == llm.n_tokens // BLOCK
+        conversation = llm.input_ids[: llm.n_tokens].tolist() + tokens_of(llm, f"{turn}?")[1:]
+        llm.reset()
+
+
 @pytest.mark.parametrize("kind", CHECKPOINTED)
 @pytest.mark.parametrize("swa_full", [False, True])
 def test_a_conversation_goes_on_where_its_last_answer_ended(
@@ -202,6 +218,125 @@ def test_a_conversation_goes_on_where_its_last_answer_ended(
         with llama_cpp_keeps(like):
             for each in (llm, like):
                 complete(each, f"{turn}: something else.")
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_the_second_prompt_that_begins_alike_takes_a_checkpoint(
+    kind: str, make_llm: Callable[..., Llm]
+) -> None:
+    """The first one does not know where others will differ; the third one begins there."""
+    llm, like = make_llm(kind), make_llm(kind)
+    cached(llm)
+    shared = whole_blocks(len(tokens_of(llm, RULES)))
+    prompts = [
+        tokens_of(llm, RULES + text) for text in ("Who is first?", "And last?", "Who is that?")
+    ]
+    expected = []
+    for prompt in prompts:
+        expected.append(complete(like, prompt))
+        complete(like, "Something else.")
+    evaluated = []
+    for prompt, text in zip(prompts, expected, strict=True):
+        assert complete(llm, prompt) == text
+        evaluated.append([count for count in llm.evaluated if count > 1])
+        llm.reset()  # as if somebody else had used the object meanwhile
+    first, second, third = (len(prompt) for prompt in prompts)
+    assert evaluated == [[first], [shared, second - shared], [third - shared]]
+
+
+@pytest.mark.parametrize("swa_full", [False, True])
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_a_checkpoint_inside_a_prompt_gives_the_same_logits(
+    kind: str, swa_full: bool, make_llm: Callable[..., Llm]
+) -> None:
+    # All prompts are divided alike, so that blocks of the first one are those of the second one.
+    arguments = {"swa_full": swa_full, "n_batch": BLOCK, "n_ubatch": BLOCK}
+    llm, like = make_llm(kind, **arguments), make_llm(kind, **arguments)
+    cached(llm)
+    shared = whole_blocks(len(tokens_of(llm, RULES)))
+    for question in ("Who is first?", "And last?"):
+        complete(llm, RULES + question)
+        complete(llm, "Something else.")
+    prompt = tokens_of(llm, RULES + "Who is that?")
+    complete(llm, prompt, max_tokens=1)
+    assert prefilled(llm) == len(prompt) - shared
+    # The same batches into the same cells: the sums are rounded alike.
+    like.eval(prompt[:shared])
+    with llama_cpp_keeps(like):
+        complete(like, "Something else.")
+    like.eval(prompt[shared:])
+    assert logits_of(llm) == logits_of(like)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_a_checkpoint_inside_a_prompt_is_found_in_the_folder(
+    kind: str, make_llm: Callable[..., Llm], tmp_path: Path
+) -> None:
+    disk = {"disk": tmp_path, "disk_limit": "1 GiB"}
+    llm, again = make_llm(kind), make_llm(kind)
+    shared = whole_blocks(len(tokens_of(llm, RULES)))
+    with cached(llm, **disk):
+        for question in ("Who is first?", "And last?"):
+            complete(llm, RULES + question)
+            complete(llm, "Something else.")
+    prompt = tokens_of(llm, RULES + "Who is that?")
+    with cached(again, **disk):
+        complete(again, prompt)
+        assert prefilled(again) == len(prompt) - shared
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_prompts_that_share_nothing_are_evaluated_at_once(
+    kind: str, make_llm: Callable[..., Llm]
+) -> None:
+    llm = make_llm(kind)
+    cached(llm)
+    for prompt in (RULES, "Something else. " * 20, "And more of that. " * 20):
+        complete(llm, prompt)
+        assert len([count for count in llm.evaluated if count > 1]) == 1
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_a_checkpoint_that_cannot_be_kept_costs_time_alone(
+    kind: str,
+    make_llm: Callable[..., Llm],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    llm, like = make_llm(kind), make_llm(kind)
+    cached(llm)
+    prompts = [RULES + "Who is first?", RULES + "And last?"]
+    complete(llm, prompts[0])
+    complete(llm, "Something else.")
+
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError("no disk")
+
+    monkeypatch.setattr(Store, "keep", fail)
+    assert complete(llm, prompts[1]) == complete(like, prompts[1])
+    assert caplog.text.count("no disk") == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", *CHECKPOINTED])
+def test_prompts_that_leave_one_another_anywhere_are_right(
+    kind: str, make_llm: Callable[..., Llm]
+) -> None:
+    llm, like = make_llm(kind, n_ctx=1024), make_llm(kind, n_ctx=1024)
+    cache = cached(llm)
+    chance = random.Random(3)
+    prompts = [chance.choices(range(3, 250), k=600)]
+    evaluated = 0
+    for _ in range(20):
+        other = chance.choice(prompts)
+        own = chance.choices(range(3, 250), k=chance.randrange(5, 80))
+        prompts.append(other[: chance.randrange(len(other))] + own)
+        if chance.random() < 0.5:
+            llm.reset()
+        like.reset()
+        assert complete(llm, prompts[-1]) == complete(like, prompts[-1])
+        evaluated += sum(llm.evaluated) - sum(like.evaluated)
+    assert evaluated < 0
+    assert cache.stats()["refused_loads"] == 0
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTED)

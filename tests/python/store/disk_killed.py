@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from disk_parts import leftovers, make_part, occupied
+from disk_parts import leftovers, make_part, occupied, occupied_at_once
 from kvferry.store.disk import Disk
 
 LIMIT = 3 << 20
@@ -54,8 +54,8 @@ def run(folder: Path, kills: int, seed: int, limit: int = LIMIT) -> None:
     def watch() -> None:
         nonlocal highest
         while not ended.is_set():
-            highest = max(highest, occupied(folder))
-            time.sleep(0.002)
+            highest = max(highest, occupied_at_once(folder))
+            time.sleep(0.004)
 
     Disk(folder, limit).close()
     watcher = threading.Thread(target=watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 from pathlib import Path
@@ -32,14 +33,23 @@ def file_of(folder: Path, description: Description) -> Path:
 
 
 def occupied(folder: Path) -> int:
-    """As du counts."""
-    total = folder.lstat().st_blocks
-    for path in folder.rglob("*"):
+    """As du counts: a file of two names once."""
+    blocks = {}
+    for path in [folder, *folder.rglob("*")]:
         try:
-            total += path.lstat().st_blocks
+            status = path.lstat()
         except FileNotFoundError:
             continue
-    return total * 512
+        blocks[status.st_ino] = status.st_blocks
+    return sum(blocks.values()) * 512
+
+
+def occupied_at_once(folder: Path) -> int:
+    """As ``occupied``, while nobody reserves room, evicts or publishes: so no file is counted that
+    has gone before another one came."""
+    with (folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return occupied(folder)
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -127,7 +127,7 @@ def test_a_link_in_place_of_an_inner_folder_is_refused(
     folder.mkdir()
     (folder / "lock").touch()
     (folder / name).symlink_to(elsewhere)
-    with pytest.raises(OSError, match=f"{name} is no folder"):
+    with pytest.raises(NotADirectoryError):
         Disk(folder, GENEROUS)
     assert [path.name for path in elsewhere.iterdir()] == ["letter"]
     assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o755

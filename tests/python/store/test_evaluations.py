@@ -37,9 +37,9 @@ class Case:
         await self.evaluations.kept(self.llama, 0, position)  # type: ignore[arg-type]
 
     @property
-    def seen(self) -> list[tuple[int, float, float]]:
-        """Tokens, mean depth, and seconds for each token."""
-        return list(self.worth.prefill(self.llama)._seen)  # type: ignore[arg-type]
+    def seen(self) -> list[tuple[float, float]]:
+        """Mean depth, and seconds for each token."""
+        return self.worth.prefill(self.llama).seen  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ async def test_from_a_restore_to_a_keep(case: Case) -> None:
     await case.restored(1000)
     case.llama.evaluate(100, 2.0)
     await case.kept(1150)  # 50 tokens were generated
-    assert case.seen == [(100, 1050.0, 0.02)]
+    assert case.seen == [(1050.0, 0.02)]
 
 
 async def test_from_one_keep_to_the_next(case: Case) -> None:
@@ -60,14 +60,14 @@ async def test_from_one_keep_to_the_next(case: Case) -> None:
     await case.kept(120)
     case.llama.evaluate(200, 4.0)
     await case.kept(340)
-    assert case.seen == [(100, 50.0, 0.01), (200, 220.0, 0.02)]
+    assert case.seen == [(50.0, 0.01), (220.0, 0.02)]
 
 
 async def test_another_conversation_began_at_its_beginning(case: Case) -> None:
     await case.restored(1000)
     case.llama.evaluate(200, 2.0)
     await case.kept(210)
-    assert case.seen == [(200, 110.0, 0.01)]
+    assert case.seen == [(110.0, 0.01)]
 
 
 async def test_counts_that_began_anew_or_are_of_others_say_nothing(case: Case) -> None:

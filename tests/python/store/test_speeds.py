@@ -210,3 +210,11 @@ def test_the_fastest_of_recent_prefills_counts() -> None:
     for _ in range(7):
         speed.note(1000, 3.0, 0)
     assert seconds_of(speed, 0, 1000) == pytest.approx(3.0)
+
+
+def test_small_batches_do_not_push_out_the_others() -> None:
+    speed = PrefillSpeed()
+    speed.note(1000, 1.0, 0)
+    for _ in range(20):
+        speed.note(40, 0.8, 1000)
+    assert seconds_of(speed, 0, 1000) == pytest.approx(1.0)

@@ -10,7 +10,9 @@ import kvferry
 import numpy as np
 import pytest
 from kvferry import Store
+from support.block_histories import options
 from support.devices import DEVICES
+from support.empty_windows import KEPT, copy_the_beginning
 from support.event_loops import anyio_backend  # noqa: F401
 from support.like_contexts import CACHES, MakeContext
 from support.llama_reference import Context
@@ -168,6 +170,26 @@ async def test_another_cache_finds_nothing(
         assert await store.keep(llama, 0, prompt) == TOKENS
         again = engine.attach(make_context("llama", **{"n_ctx": 1024, **options}).address)
         assert await store.restore(again, 0, prompt, leave=0) == TOKENS
+
+
+async def test_nothing_is_kept_before_the_whole_layout_of_a_cache_is_known(
+    make_context: MakeContext,
+) -> None:
+    """A sequence without a window tells what blocks need, but not what all parts look like."""
+    context = make_context("gemma3", **options("flash"))
+    copy_the_beginning(context)
+    context.seq_rm(2)
+    assert [context.pos_max(seq) for seq in (0, 1, 2)] == [-1, -1, -1]
+    prompt = context.model.prompt(TOKENS)
+    async with kvferry.Engine(DEVICES) as engine, Store(ram=RAM, block_tokens=BLOCK) as store:
+        llama = engine.attach(context.address)
+        with pytest.raises(kvferry.SequenceEmpty, match="been whole"):
+            await store.keep(llama, 0, context.model.prompt(150)[:KEPT])
+        assert (await store.find(llama, prompt)).tokens == 0
+        context.decode(1, prompt)
+        assert await store.keep(llama, 1, prompt) == TOKENS
+        fresh = engine.attach(make_context("gemma3", **options("flash")).address)
+        assert await store.restore(fresh, 0, prompt, leave=0) == TOKENS
 
 
 async def test_another_model_and_another_variant_find_nothing(make_context: MakeContext) -> None:

@@ -14,6 +14,7 @@ import kvferry
 import pytest
 from disk_stores import BLOCK, TOKENS, HangingDisk, prompted, store_in, until
 from kvferry.llama import Llama
+from kvferry.store import behind
 from kvferry.store.behind import layout_note
 from kvferry.store.disk import Disk
 from kvferry.store.system import System
@@ -304,3 +305,84 @@ async def test_a_store_that_is_left_by_an_error_does_not_wait_for_its_writes(
         assert not lines(caplog)
         async with store_in(tmp_path) as store:
             assert await store.find(llama, prompt)
+
+
+async def test_opening_a_folder_that_hangs_is_a_disk_that_has_nothing(
+    make_context: MakeContext,
+    tmp_path: Path,
+    hanging: HangingDisk,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        hanging.begin()
+        with anyio.fail_after(20):
+            async with store_in(tmp_path) as store:
+                assert await store.keep(llama, 0, prompt) == TOKENS
+                assert (await store.find(llama, prompt, leave=0)).tier == "ram"
+                assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+                assert (await store.find(llama, [*prompt, 7])).tokens == TOKENS
+                store.prefetch(llama, [*prompt, 7])
+        assert any("hangs" in each.message for each in lines(caplog))
+        hanging.end()
+
+
+async def test_a_folder_that_hung_when_it_was_opened_is_used_when_it_answers(
+    make_context: MakeContext, tmp_path: Path, hanging: HangingDisk
+) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        hanging.begin()
+        with anyio.fail_after(20):
+            async with store_in(tmp_path) as store:
+                assert await store.keep(llama, 0, prompt) == TOKENS
+                hanging.end()
+                await until(lambda: not store.stats()["disk_writes_pending"])
+                store.clear()
+                assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+        async with store_in(tmp_path) as store:
+            assert (await store.find(llama, prompt, leave=0)).tier == "disk"
+
+
+async def test_a_folder_that_hung_and_then_cannot_be_opened(
+    make_context: MakeContext,
+    tmp_path: Path,
+    hanging: HangingDisk,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    context, prompt = prompted(make_context, "llama")
+
+    def fail(*_: object, system: System, **__: object) -> None:
+        system.call(lambda: None)  # hangs
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(behind, "Disk", fail)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        hanging.begin()
+        with anyio.fail_after(20):
+            async with store_in(tmp_path) as store:
+                hanging.end()
+                await until(lambda: any("broken" in each.message for each in lines(caplog)))
+                assert await store.keep(llama, 0, prompt) == TOKENS
+                assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+                assert (await store.find(llama, [*prompt, 7])).tokens == TOKENS
+                await store.flush()
+                assert store.stats()["disk_writes_failed"] > 0
+
+
+async def test_the_wait_for_a_folder_that_hangs_can_be_cancelled(
+    tmp_path: Path, hanging: HangingDisk
+) -> None:
+    hanging.begin()
+    with anyio.fail_after(20):
+        with anyio.move_on_after(hanging.PATIENCE / 2) as moved:
+            async with store_in(tmp_path):
+                pass
+        assert moved.cancelled_caught
+        hanging.end()
+        async with store_in(tmp_path):
+            pass

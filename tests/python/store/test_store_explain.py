@@ -7,18 +7,16 @@ from pathlib import Path
 import kvferry
 import pytest
 from disk_stores import BLOCK, TOKENS, HangingDisk, prompted, store_in
+from given_speeds import MIB, evaluates, loads, reads
 from kvferry import Store
 from kvferry.store import Explanation
 from kvferry.store.objects import Unavailable
-from kvferry.store.prefix import Tier
 from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
 from support.faulty_objects import FaultyObjects
 from support.like_contexts import CACHES, MakeContext
 
 pytestmark = pytest.mark.anyio
-
-MIB = 1 << 20
 
 
 def store_of_ram(salt: bytes = b"") -> Store:
@@ -27,21 +25,6 @@ def store_of_ram(salt: bytes = b"") -> Store:
 
 def remote_store(objects: FaultyObjects) -> Store:
     return Store(ram="64 MiB", remote=objects, block_tokens=BLOCK)  # type: ignore[arg-type]
-
-
-def seen(store: Store, tier: Tier, latency: float, seconds_a_mib: float) -> None:
-    for size in (1, 2, 4, 8, 16):
-        store._worth.tier(tier).note(size * MIB, latency + size * seconds_a_mib)
-
-
-def loads(store: Store, llama: kvferry.Llama, seconds_a_mib: float) -> None:
-    for _ in range(7):
-        store._worth.load(llama).note(MIB, seconds_a_mib)
-
-
-def evaluates(store: Store, llama: kvferry.Llama, seconds_a_token: float = 1e-3) -> None:
-    for _ in range(3):
-        store.note_prefill(llama, 1000, 1000 * seconds_a_token)
 
 
 def only_reason(explanation: Explanation) -> str:
@@ -89,7 +72,7 @@ async def test_what_it_takes_and_why(make_context: MakeContext, tmp_path: Path) 
             evaluates(store, llama)
             told = await store.explain(llama, prompt, leave=0)
             assert (told.restored, told.why) == (TOKENS, "the speed of disk is not known yet")
-            seen(store, "disk", 0.01, 0.001)
+            reads(store, "disk", 0.01, 0.001)
             told = await store.explain(llama, prompt, leave=0)
             assert (told.restored, told.why) == (TOKENS, "the speed of load is not known yet")
             loads(store, llama, 0.002)
@@ -132,7 +115,7 @@ async def test_it_tells_what_restore_does(
             while (await store.find(llama, prompt, leave=0)).tier != "ram":
                 await llama.run(lambda: None)
             evaluates(store, llama)
-            seen(store, "disk", disk_latency, 0.0)
+            reads(store, "disk", disk_latency, 0.0)
             told = await store.explain(llama, prompt + turn, leave=0)
             assert told.known == TOKENS + 100
             count = await store.restore(llama, 1, prompt + turn, leave=0)
@@ -152,7 +135,7 @@ async def test_a_trial_is_told(make_context: MakeContext, tmp_path: Path) -> Non
         async with store_in(tmp_path) as store:
             store._worth.tier("disk")._clock = lambda: now
             evaluates(store, llama)
-            seen(store, "disk", 1.0, 0.0)
+            reads(store, "disk", 1.0, 0.0)
             assert (await store.explain(llama, prompt)).restored == 0
             now = 1000.0
             for _ in range(2):  # to explain is no trial
@@ -206,7 +189,7 @@ async def test_in_quarantine(make_context: MakeContext, tmp_path: Path) -> None:
             assert await store.restore(llama, 1, prompt) == BLOCK
             told = await store.explain(llama, prompt)
             assert told.known == BLOCK
-            assert "1 part on the disk" in only_reason(told)
+            assert "damaged on the disk and put in quarantine: 1 part" in only_reason(told)
 
 
 async def test_damaged_in_the_object_store(make_context: MakeContext) -> None:
@@ -219,7 +202,9 @@ async def test_damaged_in_the_object_store(make_context: MakeContext) -> None:
         objects.change = lambda _, data: data[:-1] + bytes([data[-1] ^ 1])
         async with remote_store(objects) as store:
             assert await store.restore(llama, 1, prompt) == 0
-            assert "3 parts in the object store" in only_reason(await store.explain(llama, prompt))
+            assert "damaged in the object store: 3 parts" in only_reason(
+                await store.explain(llama, prompt)
+            )
 
 
 async def test_left_alone(make_context: MakeContext) -> None:

@@ -9,24 +9,16 @@ from pathlib import Path
 import kvferry
 import pytest
 from disk_stores import BLOCK, TOKENS, prompted, store_in
+from given_speeds import evaluates, reads
 from kvferry import Store
-from kvferry.store.prefix import Search, Tier
+from kvferry.store.prefix import Search
 from support.devices import DEVICES
 from support.event_loops import anyio_backend  # noqa: F401
 from support.faulty_objects import FaultyObjects
 from support.like_contexts import MakeContext
+from support.s3_server import BUCKET, Proxy
 
 pytestmark = pytest.mark.anyio
-
-
-def slow(store: Store, tier: Tier, seconds_a_mib: float = 1000.0) -> None:
-    for _ in range(7):
-        store._worth.tier(tier).note(1 << 20, seconds_a_mib)
-
-
-def evaluates(store: Store, llama: kvferry.Llama, seconds_a_token: float = 1e-3) -> None:
-    for _ in range(3):
-        store.note_prefill(llama, 1000, 1000 * seconds_a_token)
 
 
 def remote_store(objects: FaultyObjects, ram: str = "64 MiB") -> Store:
@@ -58,7 +50,7 @@ async def test_a_slow_object_store_is_not_read(make_context: MakeContext) -> Non
         async with remote_store(objects) as store:
             await store.keep(llama, 0, prompt)
         async with remote_store(objects) as store:
-            slow(store, "remote")
+            reads(store, "remote", 1000.0)
             evaluates(store, llama)
             assert (await store.find(llama, prompt)).tokens == 3 * BLOCK
             assert await store.restore(llama, 0, prompt) == 0
@@ -76,7 +68,7 @@ async def test_what_is_near_is_restored_where_the_rest_is_too_far(
             await store.keep(llama, 0, prompt)
         async with store_in(tmp_path) as store:
             assert await store.restore(llama, 1, prompt[: BLOCK + 1]) == BLOCK
-            slow(store, "disk")
+            reads(store, "disk", 1000.0)
             evaluates(store, llama)
             assert await store.restore(llama, 1, prompt, leave=0) == BLOCK
             assert context.pos_max(1) == BLOCK - 1
@@ -95,7 +87,7 @@ async def test_a_nearer_checkpoint_is_restored_where_the_last_one_is_too_far(
             await store.keep(llama, 0, prompt + turn)
         async with store_in(tmp_path) as store:
             assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
-            slow(store, "disk")
+            reads(store, "disk", 1000.0)
             evaluates(store, llama)
             assert (await store.find(llama, prompt + turn, leave=0)).tokens == TOKENS + 100
             assert await store.restore(llama, 1, prompt + turn, leave=0) == TOKENS
@@ -114,7 +106,7 @@ async def test_a_slow_disk_that_is_fast_now_is_found_out(
             evaluates(store, llama)
             clock = store._worth.clock
             store._worth.tier("disk")._clock = lambda: clock() + later
-            slow(store, "disk", 1e9)
+            reads(store, "disk", 1e9)
             assert await store.restore(llama, 1, prompt) == 0
             later = 1e12
             assert await store.restore(llama, 1, prompt) == 3 * BLOCK
@@ -141,6 +133,27 @@ async def test_the_store_measures_what_it_reads_and_loads(
             assert store._worth.tier("remote").line() is None
 
 
+async def test_a_network_that_is_slow_is_left(make_context: MakeContext, network: Proxy) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with Store(ram="64 MiB", remote=f"s3://{BUCKET}", block_tokens=BLOCK) as store:
+            await store.keep(llama, 0, prompt)
+            await store.flush()
+            evaluates(store, llama, 1e-6)
+            network.delay = 0.01
+            for _ in range(3):
+                store.clear()
+                assert await store.restore(llama, 1, prompt) == 3 * BLOCK
+            store.clear()
+            assert await store.restore(llama, 1, prompt) == 0
+            told = await store.explain(llama, prompt)
+            assert told.why.startswith("it takes more than prefill")
+            for _ in range(3):
+                evaluates(store, llama, 1e3)
+            assert await store.restore(llama, 1, prompt) == 3 * BLOCK
+
+
 async def test_a_prefetch_brings_it_all_the_same(make_context: MakeContext, tmp_path: Path) -> None:
     context, prompt = prompted(make_context, "llama")
     async with kvferry.Engine(DEVICES) as engine:
@@ -148,7 +161,7 @@ async def test_a_prefetch_brings_it_all_the_same(make_context: MakeContext, tmp_
         async with store_in(tmp_path) as store:
             await store.keep(llama, 0, prompt)
         async with store_in(tmp_path) as store:
-            slow(store, "disk")
+            reads(store, "disk", 1000.0)
             evaluates(store, llama)
             store.prefetch(llama, prompt)
             while (await store.find(llama, prompt)).tier != "ram":
@@ -229,6 +242,21 @@ async def test_what_was_found_and_evicted_meanwhile_is_searched(
             expected = TOKENS if on_disk else 0
             assert await store.restore(llama, 0, prompt, leave=0, found=found) == expected
             assert context.pos_max(0) == expected - 1
+
+
+async def test_what_was_found_and_has_expired_meanwhile_is_not_restored(
+    make_context: MakeContext,
+) -> None:
+    context, prompt = prompted(make_context, "llama")
+    async with kvferry.Engine(DEVICES) as engine, store_of_ram() as store:
+        llama = engine.attach(context.address)
+        await store.keep(llama, 0, prompt, ttl=1000.0)
+        found = await store.find(llama, prompt, leave=0)
+        assert found.tokens == TOKENS
+        for entry in store._ram:
+            entry.expires = 0.0
+        assert await store.restore(llama, 0, prompt, leave=0, found=found) == 0
+        assert (await store.find(llama, prompt, leave=0)).tokens == 0
 
 
 async def test_what_was_found_for_other_arguments_is_refused(make_context: MakeContext) -> None:

@@ -11,6 +11,14 @@ from pathlib import Path
 _TESTS = Path(__file__).resolve().parents[1]
 
 
+def environment_with_support(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """Returns the environment of a Python program that can import ``support``. ``changes`` replaces
+    variables; None removes one."""
+    path = [str(_TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    changed = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **changes}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
 def run_python(
     *arguments: str,
     environment: Mapping[str, str | None] | None = None,
@@ -22,12 +30,10 @@ def run_python(
     ``environment`` replaces variables; None removes one. The program can import ``support``. It
     runs in ``folder``, or in the current one. Raises TimeoutExpired after ``timeout`` seconds.
     """
-    path = [str(_TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    changed = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **(environment or {})}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={name: value for name, value in changed.items() if value is not None},
+        env=environment_with_support(environment or {}),
         capture_output=True,
         text=True,
         timeout=timeout,

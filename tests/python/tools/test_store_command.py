@@ -55,8 +55,8 @@ def listed(folder: Path) -> list[dict[str, object]]:
     return rows
 
 
-LONG = {"name": "03" * 8, "tokens": 30, "parts": 4, "bytes": 4 * BYTES}
-SHORT = {"name": "04" * 8, "tokens": 20, "parts": 2, "bytes": 2 * BYTES}
+LONG = {"name": "03" * 8, "tokens": 30, "parts": 4, "bytes": 4 * BYTES, "pinned": False}
+SHORT = {"name": "04" * 8, "tokens": 20, "parts": 2, "bytes": 2 * BYTES, "pinned": False}
 
 
 def test_conversations_are_listed(folder: Path) -> None:
@@ -144,9 +144,59 @@ def test_evict_leaves_what_others_share(folder: Path) -> None:
     assert list((folder / "parts").iterdir()) == []
 
 
-@pytest.mark.parametrize("action", ["list", "stats", "verify", "evict"])
+def test_a_pinned_conversation_is_listed_until_it_is_unpinned(folder: Path) -> None:
+    done = run_kvferry("store", "pin", str(folder), "04" * 8)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert listed(folder) == [LONG, {**SHORT, "pinned": True}]
+    lines = run_kvferry("store", "list", str(folder)).stdout.splitlines()
+    assert [line.split()[4:] for line in lines[2:4]] == [[], ["pinned"]]
+    # Pins have no bytes, and the damage of none is found.
+    assert json.loads(run_kvferry("store", "stats", str(folder), "--json").stdout)["kinds"][
+        "pin"
+    ] == {"parts": 1, "bytes": 0}
+
+    # A longer conversation that begins with it is another one.
+    keep(folder, "block", 5, key(4), 30)
+    longer = {"name": "05" * 8, "tokens": 30, "parts": 3, "bytes": 3 * BYTES, "pinned": False}
+    assert listed(folder) == [LONG, longer, {**SHORT, "pinned": True}]
+    assert run_kvferry("store", "evict", str(folder), "05" * 8).returncode == 0
+
+    assert run_kvferry("store", "unpin", str(folder), "04" * 8).returncode == 0
+    assert listed(folder) == [LONG, SHORT]
+
+
+@pytest.mark.parametrize("action", ["pin", "unpin"])
+def test_pinning_wants_names_of_conversations(folder: Path, action: str) -> None:
+    done = run_kvferry("store", action, str(folder), "07" * 8)
+    assert (done.returncode, done.stdout) == (1, f"no conversation {'07' * 8}\n")
+    done = run_kvferry("store", action, str(folder))
+    assert (done.returncode, "usage" in done.stderr) == (2, True)
+    assert listed(folder) == [LONG, SHORT]
+
+
+def test_evict_ends_the_pin(folder: Path) -> None:
+    for name in ("03" * 8, "04" * 8):
+        assert run_kvferry("store", "pin", str(folder), name).returncode == 0
+    assert run_kvferry("store", "evict", str(folder), "03" * 8).returncode == 0
+    assert listed(folder) == [{**SHORT, "pinned": True}]
+    assert run_kvferry("store", "evict", str(folder), "--all").returncode == 0
+    assert list((folder / "parts").iterdir()) == []
+
+
+def test_a_pin_of_what_is_lost_can_be_ended(folder: Path) -> None:
+    assert run_kvferry("store", "pin", str(folder), "04" * 8).returncode == 0
+    disk = Disk(folder, 1 << 30)
+    disk.remove("block", key(4))
+    disk.close()
+    lost = {"name": "04" * 8, "tokens": 20, "parts": 0, "bytes": 0, "pinned": True}
+    assert lost in listed(folder)
+    assert run_kvferry("store", "unpin", str(folder), "04" * 8).returncode == 0
+    assert [row["name"] for row in listed(folder)] == ["03" * 8]
+
+
+@pytest.mark.parametrize("action", ["list", "stats", "verify", "evict", "pin", "unpin"])
 def test_another_folder_is_refused(tmp_path: Path, action: str) -> None:
-    more = ["--all"] if action == "evict" else []
+    more = {"evict": ["--all"], "pin": ["04" * 8], "unpin": ["04" * 8]}.get(action, [])
     for folder in (tmp_path, tmp_path / "missing"):
         done = run_kvferry("store", action, str(folder), *more)
         assert (done.returncode, done.stdout) == (2, "")

@@ -9,9 +9,12 @@ from .context import Context, ContextOptions, Model, Step
 from .errors import LlamaError
 from .finding import ENVIRONMENT_VARIABLE, Found, find
 from .library import Libllama
+from .parameters import CACHE_TYPES, CacheType
 
 __all__ = [
+    "CACHE_TYPES",
     "ENVIRONMENT_VARIABLE",
+    "CacheType",
     "Context",
     "ContextOptions",
     "Found",

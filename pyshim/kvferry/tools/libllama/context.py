@@ -8,9 +8,11 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import LlamaError
 from .library import Libllama
+from .parameters import CACHE_TYPES, CacheType
 
 
 class Model:
@@ -33,8 +35,8 @@ class Model:
         )
         if not self.pointer:
             raise library.refusal(f"libllama can't load {path}")
-        vocabulary = library.functions.llama_model_get_vocab(self.pointer)
-        self.vocabulary: int = library.functions.llama_vocab_n_tokens(vocabulary)
+        self._vocabulary = library.functions.llama_model_get_vocab(self.pointer)
+        self.vocabulary: int = library.functions.llama_vocab_n_tokens(self._vocabulary)
         """Number of token ids."""
         self.recurrent: bool = library.functions.llama_model_is_recurrent(self.pointer)
 
@@ -43,6 +45,29 @@ class Model:
         text = ctypes.create_string_buffer(256)
         self.library.functions.llama_model_desc(self.pointer, text, len(text))
         return text.value.decode(errors="replace")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the tokens of a prompt, with those that the model wants before and after it.
+
+        Special tokens may be written as text. Raises LlamaError, such as for a model without a
+        tokenizer.
+        """
+        data = text.encode()
+        self.library.log.clear()
+
+        def fill(room: int) -> tuple[Any, int]:
+            tokens = (ctypes.c_int32 * room)()
+            count: int = self.library.functions.llama_tokenize(
+                self._vocabulary, data, len(data), tokens, room, True, True
+            )
+            return tokens, count
+
+        tokens, count = fill(len(data) + 16)
+        if count < 0:  # there are so many
+            tokens, count = fill(-count)
+        if count < 0 or (data and not count):
+            raise self.library.refusal("libllama can't make tokens of a prompt")
+        return list(tokens[:count])
 
     def close(self) -> None:
         if self.pointer:
@@ -65,6 +90,8 @@ class ContextOptions:
     threads: int
     flash_attention: bool = True
     n_batch: int = 512
+    type_k: CacheType = "f16"
+    type_v: CacheType = "f16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +119,8 @@ class Context:
         params.n_batch = params.n_ubatch = options.n_batch
         params.n_threads = params.n_threads_batch = options.threads
         params.flash_attn_type = int(options.flash_attention)
+        params.type_k = CACHE_TYPES[options.type_k]
+        params.type_v = CACHE_TYPES[options.type_v]
         params.swa_full = False
         params.kv_unified = True
         if not model.gpu:

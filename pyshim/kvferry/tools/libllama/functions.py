@@ -42,6 +42,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_is_recurrent": (_BOOL, [_POINTER]),
     "llama_model_desc": (_INT, [_POINTER, ctypes.c_char_p, _SIZE]),
     "llama_vocab_n_tokens": (_INT, [_POINTER]),
+    "llama_tokenize": (
+        _INT,
+        [_POINTER, ctypes.c_char_p, _INT, ctypes.POINTER(_INT), _INT, _BOOL, _BOOL],
+    ),
     "llama_free": (None, [_POINTER]),
     "llama_n_ctx": (_COUNT, [_POINTER]),
     "llama_n_ctx_seq": (_COUNT, [_POINTER]),

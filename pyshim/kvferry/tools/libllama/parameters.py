@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, Literal
 
 GGML_TYPE_F16 = 1
+
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+CACHE_TYPES: dict[CacheType, int] = {
+    "f32": 0,
+    "f16": GGML_TYPE_F16,
+    "bf16": 30,
+    "q8_0": 8,
+    "q5_1": 7,
+    "q5_0": 6,
+    "q4_1": 3,
+    "q4_0": 2,
+    "iq4_nl": 20,
+}
+"""The types that a cache may have, with ggml's numbers."""
 
 # GGML_DEFAULT_N_THREADS: llama_context_default_params() has always returned this number.
 _DEFAULT_THREADS = 4
