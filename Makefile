@@ -295,7 +295,7 @@ test-tsan: build/tsan/build.ninja
 .PHONY: test-install
 test-install: $(TOOLS) $(BINDINGS_HEADERS) $(EXAMPLE_MODEL) $(DIST)
 	tests/install/by_pip.sh $(CURDIR) $(PYTHON) cmake $(CC) dist/kvferry-*.whl
-	tests/install/release.sh dist
+	tests/install/release.sh dist $(CURDIR) $(PYTHON)
 
 # The programs of examples/ from the source tree. (Those in Go: test-go.)
 .PHONY: test-examples

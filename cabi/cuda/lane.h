@@ -11,11 +11,10 @@
 //     save    gather kernel*  ->  copy to the host  ->  copy threads empty the bounce buffer**
 //     load    copy threads fill the bounce buffer**  ->  copy to the device  ->  scatter kernel*
 //
-// *  only for pieces that go through staging on the device: the irregular rest, narrow rows, rows
-// at
+// *  Only pieces that go through staging on the device: the irregular rest, narrow rows, rows at
 //    addresses that the copy engine reads slowly from the host, and small regions of a block, which
-//    one copy moves together
-// ** only for a pageable buffer, which the copy engine cannot reach
+//    one copy moves together.
+// ** Only for a pageable buffer, which the copy engine cannot reach.
 #pragma once
 
 #include <array>

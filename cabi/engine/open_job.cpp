@@ -54,7 +54,8 @@ OpenJob::OpenJob(Engine &engine, Submission &&submission, const kvf_submit_optio
     : engine_(engine), job_(make_job(engine, submission, options)), with_handle_(with_handle) {
     if (with_handle_) publish(job_->handle, job_);
     try {
-        engine_.enter(*job_, submission.on_entry); // make_job() has left on_entry
+        // make_job() has moved other members of the submission into the job, but not on_entry.
+        engine_.enter(*job_, submission.on_entry);
     } catch (...) {
         if (with_handle_) unpublish(job_->handle);
         throw;

@@ -29,7 +29,7 @@ void BlockReports::tell(size_t block, const kvf_completion &completion, JobOwner
     Callbacks callback;
     {
         std::lock_guard lock(mutex_);
-        told.use.reset(); // before anybody can see the completion, and free the buffer
+        told.use.reset(); // whoever sees the completion may free the buffer
         if (!callbacks_.empty()) callback.splice(callback.end(), callbacks_, callbacks_.begin());
     }
     if (!callback.empty()) callback.front().completion = completion;

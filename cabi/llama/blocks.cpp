@@ -1,5 +1,6 @@
-// The way of blocks: as of a state (save.cpp, load.cpp), but what libllama writes or takes is a
-// state of which only the metadata exists, and the bytes that the recorder notes lie in blocks.
+// Saves and loads of blocks and checkpoints. They go the way of states (save.cpp, load.cpp), with
+// one difference: libllama writes or takes a state of which only the metadata exists, and the
+// tensor bytes, which the recorder notes, lie in blocks.
 #include "states/blocks.h"
 
 #include "llama/llama.h"
@@ -12,8 +13,8 @@ namespace kvf {
 struct BufferOfParts {
     std::vector<std::pair<const void *, uint64_t>> parts;
     unsigned char *begin = nullptr;
-    uint64_t extent = 0; // to the end of the last part
-    uint64_t bytes = 0;  // of the parts together
+    uint64_t extent = 0; // from `begin` to the end of the last part
+    uint64_t bytes = 0;  // of all parts together
 
     BufferOfParts(Direction direction, std::span<const kvf_block> blocks, const void *checkpoint,
                   uint64_t checkpoint_bytes) {
@@ -73,8 +74,8 @@ private:
 
 namespace {
 
-// Spreads the layouts of a load ahead: that of `device` to the places where the parts are staged,
-// the others to the parts' places in the buffer.
+// Spreads the layouts of a load ahead. The layout of `device` goes to the places where the parts
+// are staged, and the layouts of other devices go to the places of the parts in the buffer.
 Layouts spread_staged(Layouts &&layouts, Spreader &in_buffer, uint32_t device,
                       Spreader &&in_staging) {
     Layouts in_place;
@@ -99,8 +100,8 @@ void check_all_recorded(const Structure &structure, const Layouts &layouts,
 // libllama rounds the cells of a cache up to a multiple of this.
 constexpr uint64_t kCellPadding = 256;
 
-// The size of a state without cells, where every section is of attention and has one stream: the
-// number of its streams, and that of its cells.
+// Returns the size of a state without cells whose sections all are of attention and have one
+// stream: each section is the number of its streams and the number of its cells.
 uint64_t empty_state_bytes(const Structure &structure) {
     const uint64_t sections = structure.sections.size() * 2 * sizeof(uint32_t);
     return structure.framed ? kFrameBytes + sections : sections;
@@ -108,8 +109,8 @@ uint64_t empty_state_bytes(const Structure &structure) {
 
 } // namespace
 
-// A sequence id that is lent by the context, shares some cells of another sequence, and is empty
-// again afterwards.
+// A sequence id of the context that is empty before and afterwards. In between, the sequence shares
+// some cells of another one.
 class Llama::BorrowedSequence {
 public:
     BorrowedSequence(Llama &llama, int32_t from, int32_t begin, int32_t end)
@@ -126,13 +127,13 @@ private:
     Llama &llama_;
 
 public:
-    const int32_t id; // negative: none was to be had
+    const int32_t id; // negative: the context has no empty sequence
 };
 
-// A sequence without cells, and without a transfer in flight; negative: there is none.
+// Returns a sequence without cells and without a transfer in flight; negative if there is none.
 int32_t Llama::find_empty_sequence() const {
-    // libllama shares cells within one stream alone. A copy of a part of a recurrent sequence has
-    // the recurrent cell of all of it, which would then move.
+    // Only sequences of one stream can share cells. A copy of a part of a recurrent sequence has
+    // the recurrent cell of the whole sequence, and libllama would then move that cell.
     const Structure *const structure = states_->structure();
     if (!structure || context_.has_recurrent_layers()) return -1;
     if (structure->sections[0].streams != 1) return -1;
@@ -144,26 +145,27 @@ int32_t Llama::find_empty_sequence() const {
     return -1;
 }
 
-// Whether a sequence without a last position has no cells. Elsewhere one part of the cache may be
-// empty, and libllama then says that the sequence is.
+// Whether a sequence without a last position has no cells. In other caches one part may be empty,
+// and libllama then says that the whole sequence is empty.
 bool Llama::positions_tell_cells() const {
     return states_->structure()->sections.size() == 1 && context_.window() == 0;
 }
 
-// Scratch memory for the state of a sequence, which is a borrowed one or that of the blocks. Throws
-// KVF_ERR_SEQUENCE_EMPTY for a borrowed one without cells.
+// Returns scratch memory for the state of a sequence: either a borrowed sequence, or the one that
+// the blocks are saved of. Throws KVF_ERR_SEQUENCE_EMPTY if a borrowed sequence has no cells.
 BorrowedScratch Llama::make_scratch(int32_t sequence, bool is_borrowed) {
     const Structure &structure = *states_->structure();
     const char *const none = "no token at the positions of the blocks";
     if (is_borrowed && positions_tell_cells()) {
         if (!context_.holds_cells(sequence)) throw Error(KVF_ERR_SEQUENCE_EMPTY, none);
         try {
-            // The size of the largest state: it is address space alone, and to ask libllama for the
-            // size of this one would cost the thread another walk over all cells.
+            // The size of the largest possible state is enough, since the memory is mostly address
+            // space. To ask libllama for the size of this state would take another walk over all
+            // cells.
             return BorrowedScratch(scratch_,
                                    block_bytes(structure, context_.most_cells() + kCellPadding));
         } catch (const Error &) {
-            // Address space is limited: no more than is needed.
+            // Address space is limited. The size of this state is enough.
         }
     }
     const uint64_t bytes = context_.state_bytes(sequence);
@@ -245,7 +247,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
     buffer.set_in(submission);
     submission.mode = options.mode;
     if (options.mode == KVF_SAVE_AUTO) {
-        // Decoding never overwrites what blocks consist of, while the sequence holds it.
+        // Decoding never overwrites the cells of blocks as long as the sequence holds them.
         submission.mode =
             states_->policy().keeps_first_position() ? KVF_SAVE_IN_PLACE : KVF_SAVE_SNAPSHOT;
     }
@@ -260,7 +262,7 @@ void Llama::save_blocks(int32_t sequence, std::span<kvf_block> blocks,
     submit_job(*engine_, std::move(submission), std::move(recorded), options, job);
 }
 
-// As watch() of a save: blocks stay as they are while the sequence holds their positions.
+// As watch() for a save. Blocks stay unchanged as long as the sequence holds their positions.
 std::function<bool()> Llama::watch_blocks(int32_t sequence, int32_t end) const {
     const bool keeps_first = states_->policy().keeps_first_position();
     return [=, this, first = context_.first_position(sequence)] {
@@ -269,7 +271,7 @@ std::function<bool()> Llama::watch_blocks(int32_t sequence, int32_t end) const {
     };
 }
 
-// Without a position no load could use a checkpoint.
+// A load can use a checkpoint only at a known position.
 void Llama::check_has_position(int32_t sequence) const {
     if (context_.holds_cells(sequence)) return;
     throw Error(KVF_ERR_SEQUENCE_EMPTY,
@@ -381,13 +383,14 @@ void Llama::load_joined(int32_t sequence, const StateView &view, const Structure
     recorded.bytes = buffer.bytes;
     fence->raise(enclosure(Direction::Load, sequence, recorder, stops_rows));
     move_now(Direction::Load, buffer.begin, buffer.extent, in_buffer.spread(early), nullptr);
-    // Only now is it known that this device holds none of the cache.
+    // The recording has shown whether this device holds a part of the cache.
     if (load_ahead && !devices_.contains(device)) recorded.mode = KVF_LOAD_IN_PLACE;
     commit(open, submission, std::move(recorded), options, job);
 }
 
 void Llama::check_loadable(size_t blocks, bool has_checkpoint) const {
-    if (states_->is_unseen() && tap_) return; // the state tells
+    // In a context that has had no cells, the blocks themselves tell what its cache must be.
+    if (states_->is_unseen() && tap_) return;
     const kvf_blocks_allowed allowed = states_->policy().blocks_allowed();
     check_blocks_allowed(allowed == KVF_BLOCKS_CHECKPOINTS_ALONE);
     const bool needs_blocks = allowed != KVF_BLOCKS_CHECKPOINTS_ALONE;

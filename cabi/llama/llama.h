@@ -1,4 +1,5 @@
-// An attachment to a llama_context: sizes, saves and loads of its sequences.
+// An attachment to a llama_context: sizes, saves and loads of its sequences. The class is in
+// several files, which the comments below name.
 #pragma once
 
 #include <functional>
@@ -131,18 +132,19 @@ private:
     const std::shared_ptr<Engine> engine_;
     const LlamaContext context_;
     const std::shared_ptr<LlamaSequences> sequences_;
-    std::unique_ptr<Tap> tap_;             // either this
-    std::unique_ptr<ThreadPool> blocking_; // or this
+    // An attachment has either a tap, or threads that make libllama's own blocking calls.
+    std::unique_ptr<Tap> tap_;
+    std::unique_ptr<ThreadPool> blocking_;
     std::unique_ptr<KnownStates> states_;
 
-    // Touched by the context's thread only.
+    // The next four are for the context's thread alone.
     HeapCache heap_;
     ScratchCache scratch_;
-    std::set<uint32_t> devices_; // that hold the context's tensors, as far as has been seen
+    std::set<uint32_t> devices_; // those that hold tensors of the context, as far as is known
     bool replaced_ = false;      // the context's address holds something else by now
 
-    mutable std::mutex
-        mutex_; // for what follows, and for whether there is a tap: describe() looks, on any thread
+    // Guards the next member, and whether there is a tap: any thread may call describe().
+    mutable std::mutex mutex_;
     bool detached_ = false;
 };
 

@@ -1,5 +1,6 @@
 // The way of a save: kvf_llama_save() -> Llama::save() -> libllama writes the state, the recorder
-// notes where its tensor bytes are -> a job of the engine moves these.
+// notes where its tensor bytes are -> a job of the engine moves these. transfer.cpp has what a save
+// shares with a load: it makes the submission, the recorder and the job.
 #include "llama/llama.h"
 #include "memory/buffer_checks.h"
 #include "states/envelope.h"

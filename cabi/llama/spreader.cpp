@@ -7,7 +7,7 @@
 namespace kvf {
 namespace {
 
-// Where the span's runs begin in the buffer, and how far they reach.
+// place_of(): where the span's runs begin in the buffer. extent_of(): from there to their end.
 uint64_t place_of(const Span &span) {
     return span.table->runs.front().offset + span.offset_distance;
 }
@@ -31,7 +31,7 @@ void append_moved(Layout &to, const Layout &layout, uint64_t address_distance,
     to.bytes += layout.bytes;
 }
 
-// Regions and spans in the order of the buffer, as owners of gaps promise.
+// Sorts regions and spans in the order of the buffer, which Layout::owns_gaps requires.
 void sort_by_offset(Layout &layout) {
     std::sort(layout.regions.begin(), layout.regions.end(),
               [](const kvf_region &a, const kvf_region &b) { return a.offset < b.offset; });
@@ -70,7 +70,8 @@ Layouts Spreader::spread(const Layouts &layouts) {
 
 std::vector<Layout> Spreader::cut(const std::vector<kvf_region> &regions) {
     std::vector<LayoutBuilder> builders(places_.size());
-    std::vector<size_t> tensors(places_.size(), SIZE_MAX); // that was added last
+    // By part: the tensor whose rows were added last.
+    std::vector<size_t> tensors(places_.size(), SIZE_MAX);
     for (const kvf_region &region : regions) {
         const uint64_t pitch = region.rows == 1 ? region.width : region.buffer_pitch;
         map_.for_each_rows(
@@ -86,6 +87,7 @@ std::vector<Layout> Spreader::cut(const std::vector<kvf_region> &regions) {
             });
     }
     std::vector<Layout> parts;
+    parts.reserve(builders.size());
     for (LayoutBuilder &builder : builders) parts.push_back(builder.finish());
     return parts;
 }

@@ -1,4 +1,4 @@
-// The layout of a state becomes layouts of the blocks that hold its bytes.
+// Turns the layout of a state into layouts of the blocks that hold the state's bytes.
 #pragma once
 
 #include "engine/submission.h"
@@ -6,18 +6,19 @@
 
 namespace kvf {
 
-// Cuts regions of rows and tables of runs as a whole where it can: a sequence that was decoded in
-// turn with others has half a million rows, which lie in some thousand regions of blocks.
+// Cuts regions of rows and tables of runs as a whole where this is possible. (A sequence that was
+// decoded in turn with others has half a million rows, in some thousand regions of blocks.)
 class Spreader {
 public:
-    // `places`: where each part begins, in the buffer or in device memory that it is staged in.
+    // `places` says where each part begins: in the buffer, or in the device memory where the parts
+    // are staged.
     Spreader(BlockMap map, std::vector<uint64_t> places)
         : map_(std::move(map)), places_(std::move(places)) {}
 
-    // A layout for each part, in the order of the parts.
+    // Returns a layout for each part, in the order of the parts.
     std::vector<Layout> spread(const Layout &layout);
-    // The same for several devices. The bytes between the rows of a block are the job's own, where
-    // one device has all rows. Leaves out layouts without bytes.
+    // The same for several devices. If one device has all rows of a block, the bytes between these
+    // rows are the job's own (Layout::owns_gaps). Leaves out layouts without bytes.
     Layouts spread(const Layouts &layouts);
 
 private:
@@ -26,8 +27,8 @@ private:
         size_t part;
         Layout layout;
     };
-    // A span that was cut. The tensors of a cache are fragmented alike, so that the next tensors
-    // have the same shares, moved.
+    // A span that was cut. The tensors of a cache are fragmented in the same way, so the next
+    // tensors have the same shares at other places.
     struct CutSpan {
         Span span;
         std::vector<Share> shares;

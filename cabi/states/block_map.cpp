@@ -23,7 +23,7 @@ void BlockMap::add_section(const Section &whole, const std::vector<const Section
 
 void BlockMap::add_rest(uint64_t begin, uint64_t end, size_t block, uint64_t offset) {
     if (begin == end) return;
-    // As one cell of one tensor.
+    // The map sees these bytes as one cell of one tensor.
     InBlocks rest;
     rest.runs.push_back({0, 1, block, 0});
     rest.cells.assign(block + 1, 1);
@@ -46,7 +46,7 @@ const BlockMap::Tensor *BlockMap::tensor_at(uint64_t place) {
     return &tensors_[last_];
 }
 
-// Whether each row has the same cells, in one stripe after another.
+// Whether each row has the same cells as the others, and lies in a stripe of its own.
 bool BlockMap::is_row_of_each_stripe(const Tensor &tensor, const Rows &rows) {
     const uint64_t end = rows.place + (rows.rows - 1) * rows.pitch + rows.width;
     const uint64_t column = (rows.place - tensor.begin) % tensor.stripe;

@@ -11,7 +11,7 @@ namespace kvf {
 
 // Cells that follow one another in a section of a whole state, and in the same section of a block.
 struct CellRun {
-    uint64_t first; // in the whole
+    uint64_t first; // in the whole state
     uint64_t count;
     size_t block;
     uint64_t first_in_block;
@@ -19,43 +19,46 @@ struct CellRun {
 
 class BlockMap {
 public:
-    // A section of the whole, the same section of each block, and the runs of cells, in the order
-    // of the whole. Cells in no run are in no block. Sections are added in the order of the whole.
+    // Adds a section of the whole state, with the same section of each block and the runs of cells
+    // in the order of the whole state. Cells in no run are in no block. Sections are added in the
+    // order of the whole state.
     void add_section(const Section &whole, const std::vector<const Section *> &blocks,
                      std::vector<CellRun> runs);
-    // The bytes [begin, end) of the whole lie in one buffer more, from `offset` on. It counts as
-    // the block behind the last. Added behind the sections.
+    // Adds the bytes [begin, end) of the whole state. They lie in one more buffer, from `offset`
+    // on; this buffer counts as the block behind the last one. Call this after all sections have
+    // been added.
     void add_rest(uint64_t begin, uint64_t end, size_t block, uint64_t offset);
 
-    // Calls `take(block, offset in the block, place in the whole, bytes)` for each run of the
-    // tensor bytes [place, place + bytes) of the whole, in their order. Leaves out what no block
-    // has. Bytes that are asked for in ascending order are found soonest.
+    // Calls `take(block, offset in the block, place in the whole state, bytes)` for each run of the
+    // tensor bytes [place, place + bytes) of the whole state, in their order. Leaves out bytes that
+    // no block has. Calls for ascending places are the fastest.
     template <class Take>
     void for_each(uint64_t place, uint64_t bytes, Take &&take);
 
-    // While `take` runs: which tensor of the whole the bytes are of.
+    // While `take` runs: the index of the tensor, in the whole state, whose bytes it is given.
     size_t tensor() const { return last_; }
 
-    // Rows of tensor bytes of the whole.
+    // Rows of tensor bytes of the whole state.
     struct Rows {
-        uint64_t place; // of the first
+        uint64_t place; // of the first row
         uint64_t width, rows;
         uint64_t pitch; // from one row to the next
     };
-    // Calls `take(block, offset in the block, rows of the whole, pitch in the block)` for the parts
-    // that for_each() finds in all rows. Takes rows together where one block holds them at one
-    // pitch.
+    // Calls `take(block, offset in the block, rows of the whole state, pitch in the block)` for the
+    // runs that for_each() finds in all rows. Rows that one block holds at one pitch are given in
+    // one call.
     template <class Take>
     void for_each_rows(const Rows &rows, Take &&take);
 
-    // Whether the bytes at `a` and at `b` of the whole are of the same cells, in two tensors of one
-    // shape (or in one tensor, where `a` is `b`), which have all these bytes.
+    // Whether the bytes at `a` and at `b` of the whole state belong to the same cells, in two
+    // tensors of one shape (or in one tensor, if `a` is `b`). Both tensors must have all of these
+    // bytes.
     bool are_alike(uint64_t a, uint64_t b, uint64_t bytes);
-    // How far behind the bytes at `a` those at `b`, which are alike, lie in a block that holds
-    // them; modulo 2^64.
+    // For bytes at `a` and `b` that are alike, and a block that holds both: the distance from the
+    // first to the second in the block, modulo 2^64.
     uint64_t distance(size_t block, uint64_t a, uint64_t b);
 
-    // Calls `take` for everything.
+    // Calls `take`, as for_each() does, for all tensor bytes.
     template <class Take>
     void for_all(Take &&take) {
         for (const Tensor &tensor : tensors_)
@@ -64,9 +67,9 @@ public:
 
 private:
     struct Tensor {
-        uint64_t begin, end; // in the whole
+        uint64_t begin, end; // in the whole state
         uint64_t unit;       // bytes of one cell in a stripe: a row, or one element
-        uint64_t stripe;     // bytes of all cells of the whole, `unit` each
+        uint64_t stripe;     // bytes of all cells of the whole state, `unit` each
         size_t section;      // index into sections_
         size_t index;        // of the tensor in its section
     };
@@ -79,7 +82,7 @@ private:
     const Tensor *tensor_at(uint64_t place);
     static bool is_row_of_each_stripe(const Tensor &tensor, const Rows &rows);
 
-    std::vector<Tensor> tensors_; // in the order of the whole
+    std::vector<Tensor> tensors_; // in the order of the whole state
     std::vector<InBlocks> sections_;
     size_t last_ = 0; // the tensor that was found last
 };
@@ -135,7 +138,7 @@ void BlockMap::for_each_rows(const Rows &rows, Take &&take) {
             for_each(rows.place + row * rows.pitch, rows.width, take_row);
         return;
     }
-    // Without gaps between the rows. What one block holds may begin and end within a row.
+    // There are no gaps between the rows. A run of one block may begin and end within a row.
     for_each(rows.place, rows.width * rows.rows,
              [&](size_t block, uint64_t offset, uint64_t place, uint64_t bytes) {
                  const uint64_t column = (place - rows.place) % rows.width;

@@ -1,6 +1,7 @@
 #include "states/blocks.h"
 
 #include <algorithm>
+#include <exception>
 #include <map>
 
 #include "states/cells.h"
@@ -15,7 +16,7 @@ int32_t sequence_of(const Structure &structure, const StateView &view) {
     return sequence;
 }
 
-// Copies the metadata of a cell, as a cell of `sequence`.
+// Copies the metadata of a cell. The copy belongs to `sequence`.
 void copy_cell(StateWriter &out, const unsigned char *cell, const StateFormat &format,
                int32_t sequence) {
     out.copy(cell, cell_bytes(format) - sizeof sequence);
@@ -34,10 +35,10 @@ const char *why_not_behind(const kvf_block &block, const kvf_block &before, bool
     return nullptr;
 }
 
-// The bytes that stand before the sections.
+// Returns how many bytes a state has before its sections.
 uint64_t frame_bytes(const Structure &structure) { return structure.framed ? kFrameBytes : 0; }
 
-// What the sections that blocks hold leave of a whole state.
+// Returns where the first `parts` sections of a whole state end.
 uint64_t end_of_parts(const Structure &whole, size_t parts, const StateFormat &format) {
     StateWriter out(nullptr);
     write_frame(out, whole, 0);
@@ -124,10 +125,10 @@ StateCut::StateCut(const Structure &whole, const StateView &state, size_t parts,
     structures_ = lay_out(blocks, 0, false);
 }
 
-// Lays each block out, and writes its metadata if `write`. Keeps their sizes.
+// Returns the structure of each block, and writes the blocks' metadata if `write` is true.
 std::vector<Structure> StateCut::lay_out(std::span<const kvf_block> blocks, int32_t sequence,
                                          bool write) const {
-    // The cells of each block in each section, in their order.
+    // By section and block: the block's cells, in their order.
     std::vector<std::vector<std::vector<uint64_t>>> cells(
         parts_, std::vector<std::vector<uint64_t>>(blocks.size()));
     for (size_t part = 0; part < parts_; ++part) {
@@ -191,8 +192,8 @@ StateView view_of(const void *memory, uint64_t bytes, int32_t last_position) {
     return {static_cast<const unsigned char *>(memory), bytes, last_position};
 }
 
-// Whether blocks can look so: attention alone, every section with cells, `parts` sections (0: any
-// number).
+// Whether a block can have this structure: it has attention alone, every section has cells, and
+// there are `parts` sections (0: any number).
 bool looks_like_block(const Structure &structure, size_t parts) {
     const bool attention = std::all_of(
         structure.sections.begin(), structure.sections.end(),
@@ -201,7 +202,8 @@ bool looks_like_block(const Structure &structure, size_t parts) {
            (parts == 0 || structure.sections.size() == parts);
 }
 
-// The error of a block that cannot be read as one of a cache that looks like `known`.
+// Returns the error for a block that cannot be read as a block of the cache that `known` describes
+// (NULL: nothing is known).
 Error unreadable_block(const StateView &view, const Structure *known, const std::string &name) {
     const auto other = known ? parse_state(view) : std::nullopt;
     const std::string why = other ? mismatch(*other, *known) : "";
@@ -209,8 +211,8 @@ Error unreadable_block(const StateView &view, const Structure *known, const std:
     return Error(KVF_ERR_STATE_DAMAGED, name);
 }
 
-// Every way to read a block as one of a cache that looks like `known` (NULL: nothing is known); at
-// least one.
+// Returns every way to read a block of the cache that `known` describes (NULL: nothing is known):
+// at least one.
 std::vector<Structure> ways_to_read_block(const StateView &view, const Structure *known,
                                           size_t parts, const std::string &name) {
     auto found = parse_state_in_every_way(view, known);
@@ -227,12 +229,12 @@ Structure read_block(const StateView &view, const Structure &known, size_t parts
     return block;
 }
 
-// Reads a checkpoint that looks like `like` (NULL: nothing is known), in the format of the blocks
-// (NULL: there are none).
+// Reads a checkpoint whose structure must be as `like` says (NULL: nothing is known). `format` is
+// the format of the blocks (NULL: there are no blocks).
 Structure read_rest(const StateView &view, const Structure *like, const StateFormat *format) {
     auto found = parse_state_in_every_way(view, like);
     if (found.empty()) throw Error(KVF_ERR_STATE_DAMAGED, "the checkpoint");
-    // Recurrent sections, and windows without cells, read the same in several formats.
+    // Recurrent sections, and windows without cells, have the same bytes in several formats.
     const auto same = std::find_if(found.begin(), found.end(), [&](const Structure &one) {
         return !format || !one.format || one.format == format;
     });
@@ -262,8 +264,8 @@ StateJoin::StateJoin(const Structure *like, size_t parts, std::span<const kvf_bl
     joined_ = lay_out(nullptr);
 }
 
-// Reads all that is given. `known`: what the blocks look like, where there are any. `rest`: what
-// the checkpoint looks like; NULL: not known.
+// Reads all blocks and the checkpoint. `known` is the structure of the blocks, if there are any.
+// `rest` is the structure of the checkpoint; NULL if it is not known.
 void StateJoin::read(const Structure &known, const Structure *rest, size_t parts) {
     for (size_t i = 0; i < blocks_.size(); ++i) {
         structures_.push_back(read_block(views_[i], known, parts, name_of(i, blocks_[i])));
@@ -274,9 +276,9 @@ void StateJoin::read(const Structure &known, const Structure *rest, size_t parts
     if (!blocks_.empty()) check_checkpoint(*rest_);
 }
 
-// `ways`: to read the first block. Several formats describe a block of one cell without tensors;
-// then the other blocks and the checkpoint tell which one is meant. Where they do not, the formats
-// must make the same state.
+// `ways` are the possible structures of the first block. Several formats describe a block of one
+// cell without tensors. Then the other blocks and the checkpoint tell which format it has. If they
+// do not, all of these formats must make the same state.
 void StateJoin::read_in_the_only_way(const std::vector<Structure> &ways, size_t parts) {
     if (ways.size() == 1) return read(ways.front(), nullptr, parts);
     std::vector<StateJoin> joins;
@@ -307,8 +309,9 @@ bool StateJoin::makes_same_state_as(const StateJoin &other) const {
     return ours == theirs;
 }
 
-// The cells of a block have its positions. Positions may be missing, and they may repeat: patches
-// of an image share one, and llama_memory_seq_div() and _cp() make more such cells.
+// Each cell must have a position of the block. Positions may be missing, and may repeat: the
+// patches of an image share a position, and llama_memory_seq_div() and _cp() make cells that share
+// one.
 void StateJoin::check_block(size_t index, const kvf_block &block) const {
     const Structure &structure = structures_[index];
     for (size_t part = 0; part < structure.sections.size(); ++part) {
@@ -321,7 +324,7 @@ void StateJoin::check_block(size_t index, const kvf_block &block) const {
     }
 }
 
-// Windows and recurrent layers stand at the end of the last block.
+// The windows and recurrent layers must be those at the end of the last block.
 void StateJoin::check_checkpoint(const Structure &rest) const {
     const int32_t end = blocks_.back().end;
     for (size_t part = 0; part < rest.sections.size(); ++part) {
@@ -340,7 +343,7 @@ Structure StateJoin::lay_out(unsigned char *memory) const {
     Structure joined = structures_.empty() ? Structure() : lay_out_blocks(out);
     if (!rest_) return joined;
     if (structures_.empty()) {
-        // A checkpoint alone is a state.
+        // A checkpoint without blocks is a whole state.
         if (memory) copy_metadata(*rest_, checkpoint_, memory, 0, 0);
         joined = *rest_;
         joined.bytes = checkpoint_.bytes;
@@ -357,7 +360,7 @@ Structure StateJoin::lay_out(unsigned char *memory) const {
     return joined;
 }
 
-// The sections that the blocks make together, behind the frame of the state.
+// Lays out the frame of the state and the sections that the blocks make together.
 Structure StateJoin::lay_out_blocks(StateWriter &out) const {
     const Structure &first = structures_.front();
     Structure joined = first;
@@ -368,7 +371,7 @@ Structure StateJoin::lay_out_blocks(StateWriter &out) const {
         uint64_t cells = 0;
         for (const Structure &structure : structures_) cells += structure.sections[part].cells;
         size_t block = 0;
-        uint64_t before = 0; // cells of the blocks before
+        uint64_t before = 0; // how many cells the blocks before `block` have
         const auto copy = [&](StateWriter &o, uint64_t cell) {
             while (cell - before == structures_[block].sections[part].cells)
                 before += structures_[block++].sections[part].cells;

@@ -1,5 +1,5 @@
 // Blocks and checkpoints as bytes: a state is cut into blocks, and blocks are joined to a state.
-// What is written here is the metadata; where the tensor bytes belong, a BlockMap says.
+// These classes write the metadata. A BlockMap says where the tensor bytes belong.
 #pragma once
 
 #include <span>
@@ -12,32 +12,34 @@ namespace kvf {
 
 class StateWriter;
 
-// The first `parts` sections of a cache, which keep every token; and the others.
+// The first `parts` sections of a cache keep every token and go into blocks. The others go into a
+// checkpoint.
 Structure parts_in_blocks(const Structure &structure, size_t parts);
 Structure parts_in_checkpoint(const Structure &structure, size_t parts);
 
-// Throws KVF_ERR_INVALID_ARGUMENT where blocks are empty, misordered or overlap; `no_gaps`: or
-// where one does not begin where the one before it ends.
+// Throws KVF_ERR_INVALID_ARGUMENT if blocks are empty, misordered or overlap. With `no_gaps` also
+// if a block does not begin where the block before it ends.
 void check_ranges(std::span<const kvf_block> blocks, bool no_gaps);
 
-// The size of a block of so many cells.
+// The size of a block of this many cells.
 uint64_t block_bytes(const Structure &parts, uint64_t cells);
 
-// A whole state, cut. Blocks hold the cells at their positions in the order of the state.
+// Cuts a whole state into blocks. A block holds the cells at its positions, in the order of the
+// state.
 class StateCut {
 public:
     // `whole` describes `state`, whose first `parts` sections are cut. Throws
-    // KVF_ERR_SEQUENCE_EMPTY where there is no cell at the positions of a block.
+    // KVF_ERR_SEQUENCE_EMPTY if the state has no cell at the positions of a block.
     StateCut(const Structure &whole, const StateView &state, size_t parts,
              std::span<const kvf_block> blocks);
 
     // Sets the `bytes` of each block to what it needs. Returns whether all buffers have room; a
     // block without a buffer needs none.
     bool set_sizes(std::span<kvf_block> blocks) const;
-    // Writes the metadata of each block into its buffer, which has room, as libllama would for
-    // `sequence`.
+    // Writes the metadata of each block into its buffer, as libllama would write it for `sequence`.
+    // The buffers must be large enough: set_sizes().
     void write(std::span<const kvf_block> blocks, int32_t sequence) const;
-    // For the tensor bytes of the sections that were cut.
+    // Returns the map of the tensor bytes of the sections that were cut.
     BlockMap map() const;
 
 private:
@@ -49,23 +51,26 @@ private:
     const size_t parts_;
     std::vector<std::vector<CellRun>> runs_;      // by section
     std::vector<std::vector<uint64_t>> in_block_; // by section and block: cells
-    std::vector<Structure> structures_;           // of the blocks
+    std::vector<Structure> structures_;           // by block
 };
 
-// Blocks, and perhaps a checkpoint, looked at: what a state of them looks like.
+// Checks blocks, and perhaps a checkpoint, and finds the structure of the state that they make
+// together.
 class StateJoin {
 public:
-    // `like`: what states of the cache look like; NULL: not known. `parts`: how many of its
-    // sections blocks hold; 0: as many as the blocks have. `last_position`: as of StateView. Throws
-    // KVF_ERR_STATE_DAMAGED or KVF_ERR_STATE_MISMATCH, and KVF_ERR_UNSUPPORTED where several
-    // formats describe all that is given, and the state depends on which one is meant.
+    // `like` is the structure of other states of the cache; NULL if none is known. `parts` is how
+    // many of its sections blocks hold; 0 means as many as these blocks have. `last_position` is
+    // that of StateView. The memory of the blocks and of the checkpoint must outlive this object.
+    // Throws KVF_ERR_STATE_DAMAGED or KVF_ERR_STATE_MISMATCH, and KVF_ERR_UNSUPPORTED if several
+    // formats describe all blocks and the checkpoint, and would make different states of them.
     StateJoin(const Structure *like, size_t parts, std::span<const kvf_block> blocks,
               const void *checkpoint, uint64_t checkpoint_bytes, int32_t last_position);
 
     uint64_t bytes() const { return joined_.bytes; } // of the state
-    // Writes the state's metadata into `memory`, which has bytes().
+    // Writes the state's metadata into `memory`, which has room for bytes().
     void write(unsigned char *memory) const { lay_out(memory); }
-    // For all tensor bytes of the state. The checkpoint counts as the block behind the last.
+    // Returns the map of all tensor bytes of the state. The checkpoint counts as the block behind
+    // the last one.
     BlockMap map() const;
 
 private:
@@ -79,13 +84,13 @@ private:
 
     std::span<const kvf_block> blocks_;
     std::vector<StateView> views_;
-    std::vector<Structure> structures_; // of the blocks
-    StateView checkpoint_{};            // its `data` is NULL where there is none
+    std::vector<Structure> structures_; // by block
+    StateView checkpoint_{};            // its `data` is NULL if there is no checkpoint
     std::optional<Structure> rest_;     // of the checkpoint
     Structure joined_;
 };
 
-// kvf_state_cut() and kvf_state_join().
+// What kvf_state_cut() and kvf_state_join() do, on plain memory.
 void cut_state(const StateView &state, size_t parts, std::span<kvf_block> blocks, void *checkpoint,
                uint64_t *checkpoint_bytes);
 void join_state(std::span<const kvf_block> blocks, const void *checkpoint,

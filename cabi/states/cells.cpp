@@ -22,19 +22,21 @@ std::vector<int32_t> positions_of(const Section &section, const StateFormat &for
     return positions;
 }
 
-// As is_masked_swa() of any kind of window would say of a token at `position`, seen from `from`.
+// A window of any kind: says of a cell at `position` what is_masked_swa() would say for one kind of
+// window at least.
 struct Window {
     int64_t size;
 
     bool is_outside(int64_t position, int64_t from) const { return from - position >= size; }
-    // Of one kind at least, while the token at `last` still sees it.
+    // Whether the token behind `last` may not see the cell, while the token at `last` still sees
+    // it.
     bool may_leave_after(int64_t position, int64_t last) const {
         const bool sliding = is_outside(position, last + 1);
         const bool symmetric = last + 1 - position > size / 2 && last - position <= size / 2;
         const bool chunked = (last + 1) % size == 0;
         return sliding || symmetric || chunked;
     }
-    // Of one kind at least, whether or not the token at `last` sees it.
+    // Whether the token behind `last` may not see the cell. The token at `last` may see it or not.
     bool may_be_outside_after(int64_t position, int64_t last) const {
         const bool sliding = is_outside(position, last + 1);
         const bool symmetric = last + 1 - position > size / 2;
@@ -43,8 +45,8 @@ struct Window {
     }
 };
 
-// The section that holds a window's cells, if any does. A cache of two kinds of layers has two:
-// that of the window is the last. NULL where there are not two.
+// Returns the section that holds a window's cells. A cache of two kinds of layers has two attention
+// sections, and the last one is the window's. Returns NULL if there are not two.
 const Section *section_of_window(const Structure &structure) {
     const Section *last = nullptr;
     size_t count = 0;
@@ -57,7 +59,7 @@ const Section *section_of_window(const Structure &structure) {
 }
 
 // Runs of the cells that libllama may give away when the token behind `last` is decoded.
-// `has_masked`: some may be outside of the window already.
+// `has_masked`: some cells may be outside of the window already.
 std::vector<ByteRange> cells_that_may_go(const std::vector<int32_t> &positions,
                                          const Window &window, int64_t last, bool has_masked) {
     std::vector<ByteRange> cells;
@@ -74,7 +76,7 @@ std::vector<ByteRange> cells_that_may_go(const std::vector<int32_t> &positions,
     return cells;
 }
 
-// Adds the bytes that the cells have in each tensor of the section, in the order of the state.
+// Adds the bytes of the cells in each tensor of the section, in the order of the state.
 void add_cells(const Section &section, const std::vector<ByteRange> &cells,
                std::vector<ByteRange> &ranges) {
     for (size_t i = 0; i < section.tensors.size(); ++i) {
@@ -101,7 +103,7 @@ int32_t position_of_cell(const Structure &structure, size_t index, const StateVi
 
 void copy_metadata(const Structure &structure, const StateView &state, unsigned char *memory,
                    uint64_t from, uint64_t to) {
-    uint64_t at = from; // what has been copied, or is of a tensor
+    uint64_t at = from; // the bytes before it have been copied, or are tensor bytes
     for (const Section &section : structure.sections) {
         for (size_t i = 0; i < section.tensors.size(); ++i) {
             const uint64_t begin = section.tensor_at[i];
@@ -142,11 +144,13 @@ std::vector<ByteRange> bytes_free_for_others(const Structure &structure, const S
     const Section *const of_window = section_of_window(structure);
     for (const Section &section : structure.sections) {
         if (section.kind != Section::Kind::Attention || section.cells == 0) continue;
-        if (section.streams > 1) continue; // each sequence has a stream of its own
+        // If there are several streams, each sequence has a stream of its own.
+        if (section.streams > 1) continue;
         const auto positions = positions_of(section, *structure.format, state);
         const auto [first, last] = std::minmax_element(positions.begin(), positions.end());
         const bool has_outside = window.is_outside(*first, *last);
-        if (has_outside && &section != of_window) continue; // this one keeps every token
+        // A section with cells outside of any window keeps every token.
+        if (has_outside && &section != of_window) continue;
         const bool has_masked = has_outside || !structure.framed;
         add_cells(section, cells_that_may_go(positions, window, *last, has_masked), ranges);
     }

@@ -1,10 +1,10 @@
 // The envelope of an opaque state: 64 bytes behind what libllama wrote.
 //
-// Where no known format describes a cache's states (formats.h), a damaged one cannot be told from a
-// whole one by its structure. So kvferry puts an envelope behind each state that it saves there,
-// and verifies it before libllama sees the state again. The checksum has no key: it tells damage,
-// and no forgery. The state itself stays what libllama wrote, from its first byte on. Words are
-// little-endian.
+// If no known format describes the states of a cache (formats.h), their structure does not tell
+// whether a state is damaged. So kvferry writes an envelope behind each state that it saves of such
+// a cache, and verifies the envelope before libllama sees the state again. The checksum has no key:
+// it finds damage, not forgery. The state itself stays as libllama wrote it, from its first byte
+// on. Words are little-endian.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,11 @@ public:
     // Writes the envelope of [state, state + bytes) behind it; there must be room for kBytes.
     static void seal(unsigned char *state, uint64_t bytes, uint64_t fingerprint);
 
-    // The bytes end with something that was meant to be an envelope.
+    // Whether the bytes end with an envelope, even with a damaged one.
     static bool is_on(const unsigned char *sealed, uint64_t bytes);
 
-    // Reads the whole state. `why` is "" if state and envelope are whole and were written for this
-    // fingerprint.
+    // Reads the whole state. `why` is "" if the state and its envelope are undamaged and were
+    // written for this fingerprint; otherwise it is the reason for a refusal.
     struct Verdict {
         bool damaged = false, foreign = false;
         std::string why;

@@ -9,7 +9,7 @@
 namespace kvf {
 namespace {
 
-// Every format that is known. A new one is a new row, once `make test-builds` has seen it in a real
+// All known formats. A new format becomes a new row when `make test-builds` has seen it in a real
 // library. (docs/builds.md says what was seen on which build.)
 constexpr StateFormat kFormats[] = {
     // name, framed, words a cell, words after the layers, seen in
@@ -64,9 +64,9 @@ bool has_magic(const StateView &state) {
 
 bool plausible(int32_t type) { return type >= 0 && static_cast<uint32_t>(type) < kMostTypes; }
 
-// One way through a state. Where the format leaves something open, it goes back and tries the
-// other; the budget bounds that, so that no state makes it walk for longer than a few times its own
-// length.
+// Reads a state by one format. Where the format leaves two possibilities, the parser tries one, and
+// then returns and tries the other. The budget bounds these attempts: no state makes the parser
+// read more than a few times the state's length.
 class Walk {
 public:
     Walk(const StateView &state, const StateFormat &format, const Structure *like)
@@ -93,7 +93,7 @@ private:
         return true;
     }
 
-    // What is known of the section that comes next; NULL for nothing.
+    // Returns what is known of the section that comes next; NULL if nothing is known.
     const Section *known() const {
         const size_t index = structure_.sections.size();
         return like_ && index < like_->sections.size() ? &like_->sections[index] : nullptr;
@@ -128,8 +128,8 @@ private:
             int32_t position, sequence;
             uint32_t sequences;
             if (!spend() || !reader.read(position) || !reader.read(sequences)) return false;
-            // A negative position would mark the cell as empty and never be freed again; one near
-            // the largest leaves no next position to decode.
+            // A negative position would mark the cell as empty, and the cell could never be freed
+            // again. After the largest positions there is no next position to decode.
             if (position < 0 || position > state_.last_position || sequences != 1) return false;
             if (!reader.skip(format_.cell_words, sizeof(uint32_t)) || !reader.read(sequence))
                 return false;
@@ -181,16 +181,16 @@ private:
             uint32_t cells;
             if (!spend() || !reader.read(cells)) return false;
             if (cells == 0) continue;
-            // A sequence lies in one stream; a state with two would be loaded twice into the same
-            // cells.
+            // A sequence lies in one stream. libllama would load a state with two streams twice
+            // into the same cells.
             if (section.cells || !read_stream(reader, cells, has_values, section)) return false;
             section.stream = stream;
         }
-        // Without cells it reads the same with values and without.
+        // Without cells, a section with values has the same bytes as one without.
         return section.cells > 0 || has_values;
     }
 
-    // All of a recurrent section that comes before its tensors.
+    // Reads the part of a recurrent section before its tensors.
     bool read_recurrent_cell(Reader &reader, Section &section) {
         section.kind = Section::Kind::Recurrent;
         uint32_t cells, transposed;
@@ -208,8 +208,8 @@ private:
         return reader.read(section.layers) && section.layers <= kMostLayers;
     }
 
-    // How many of a recurrent section's layers have tensors only `like` tells, or what comes
-    // behind.
+    // Only `like`, or the bytes behind the section, tell how many layers of a recurrent section
+    // have tensors.
     bool read_recurrent(Reader reader) {
         Section section;
         if (!read_recurrent_cell(reader, section)) return false;
@@ -224,7 +224,7 @@ private:
         if (known) return ends.size() == wanted + 1 && go_on(ends.back(), std::move(section));
         const size_t index = structure_.sections.size();
         structure_.sections.push_back(std::move(section));
-        // The one that leaves the least comes first.
+        // The possibility that leaves the fewest bytes is tried first.
         for (; !ends.empty() && spend(); ends.pop_back()) {
             structure_.sections[index].tensors.resize(ends.size() - 1);
             structure_.sections[index].tensor_at.resize(ends.size() - 1);
@@ -280,7 +280,7 @@ std::vector<Structure> parse_state_in_every_way(const StateView &state, const St
         if (like && like->format && like->format != &format) continue;
         auto structure = Walk(state, format, like).run();
         if (!structure) continue;
-        // Without cells all formats read the same.
+        // Without cells, all formats have the same bytes.
         const bool settled = !structure->format;
         found.push_back(std::move(*structure));
         if (settled) break;
@@ -300,12 +300,12 @@ bool is_frame_alone(const StateView &state) {
 
 namespace {
 
-// Of two sections of one kind.
+// Compares two sections of one kind, as mismatch() of structures.
 std::string mismatch(const Section &state, const Section &cache) {
     const bool is_recurrent = state.kind == Section::Kind::Recurrent;
     if (!is_recurrent && state.streams != cache.streams)
         return format("%u cache streams instead of %u", state.streams, cache.streams);
-    // A section without cells does not tell its layers.
+    // A section without cells does not tell how many layers it has.
     if (!is_recurrent && (!state.cells || !cache.cells)) return "";
     if (state.layers != cache.layers)
         return format("%u layers instead of %u", state.layers, cache.layers);
@@ -324,7 +324,7 @@ std::string mismatch(const Structure &state, const Structure &cache) {
     if (state.kind() != cache.kind()) {
         return "a state of kind " + state.kind() + " for a cache of kind " + cache.kind();
     }
-    // libllama reads cells as its own format has them, whatever they were taken for here.
+    // libllama reads all cells by its own format, so a state of another format is refused.
     if (state.framed != cache.framed ||
         (state.format && cache.format && state.format != cache.format)) {
         return "another release of llama.cpp, or another kind of model, wrote it";

@@ -1,15 +1,15 @@
 // The formats of a state: what llama.cpp writes around the tensor bytes.
 //
-// libllama trusts the states that it loads: some damaged ones end the process in an assertion,
-// others leave cells that can never be freed. So a state is walked through here before libllama
-// sees it.
+// libllama trusts the states that it loads: some damaged states end the process in an assertion,
+// others leave cells that can never be freed. So these functions read a state before libllama sees
+// it.
 //
-// llama.cpp does not document its formats, and they differ between releases and models. Each one
-// that is known here is a row of one table (formats.cpp), with the builds in which it was seen. The
-// functions that write them are the state_write() of llama.cpp's llama-kv-cache.cpp and
-// llama-memory-recurrent.cpp. A state is a frame, and one section for each part of the memory. What
-// no row accounts for, to the last byte, is opaque: it is not called damaged, since another format
-// may be the reason (envelope.h guards it).
+// llama.cpp does not document its formats, and they differ between releases and models. Each known
+// format is a row of one table (formats.cpp), with the builds in which it was seen. The
+// state_write() functions of llama.cpp's llama-kv-cache.cpp and llama-memory-recurrent.cpp write
+// them. A state is a frame, and one section for each part of the memory. If no row accounts for
+// every byte of a state, the state is opaque. It is not called damaged, since its format may be one
+// that kvferry does not know (envelope.h guards such states).
 #pragma once
 
 #include <cstdint>
@@ -19,21 +19,21 @@
 
 namespace kvf {
 
-// What differs between releases and models, and is the same in all sections of a state.
+// A format: the differences between releases and models. All sections of a state have one format.
 struct StateFormat {
     const char *name;
-    bool framed;             // begins with a magic number and the id of the sequence
-    uint32_t cell_words;     // further words of 32 bits a cell: coordinates of M-RoPE, the token
+    bool framed;             // a state begins with a magic number and the id of the sequence
+    uint32_t cell_words;     // further words of 32 bits in each cell: M-RoPE coordinates, the token
     uint32_t rotation_words; // words of 32 bits after the number of layers: how keys and values are
                              // rotated
-    const char *seen;        // builds, and models where not in all
+    const char *seen;        // the builds, and the models unless it is all of them
 };
 
-// One tensor's entry: its ggml type and the bytes of one row; where V is transposed, of one cell.
+// One tensor's entry: its ggml type, and the bytes of one row, or of one cell if V is transposed.
 struct TensorShape {
     int32_t type;
     uint64_t row;
-    uint32_t element; // bytes of one element where V is transposed, else 0
+    uint32_t element; // bytes of one element if V is transposed, otherwise 0
     bool operator==(const TensorShape &) const = default;
 };
 
@@ -54,7 +54,7 @@ struct Section {
 };
 
 struct Structure {
-    const StateFormat *format = nullptr; // NULL where there are no cells: several are possible
+    const StateFormat *format = nullptr; // NULL if there are no cells: several are possible then
     bool framed = true;
     std::vector<Section> sections;
     uint64_t tensor_bytes = 0;
@@ -62,17 +62,17 @@ struct Structure {
 
     uint64_t cells() const;
     bool has_cells_everywhere() const;
-    // One section of attention, and that the first.
+    // Whether the first section, and no other, is one of attention.
     bool has_one_attention_first() const;
     // "attention", "attention+recurrent" ...
     std::string kind() const;
 };
 
-// A state to walk through, and what is known about it beforehand.
+// The bytes of a state that is to be read.
 struct StateView {
     const unsigned char *data;
     uint64_t bytes;
-    int32_t last_position = INT32_MAX - 1; // positions beyond it are damaged
+    int32_t last_position = INT32_MAX - 1; // a state with a larger position is damaged
 };
 
 // The bytes of a cell of an attention section: position, number of sequences, further words,
@@ -85,25 +85,27 @@ constexpr uint32_t kStateMagic = 0xaf143cd8; // io_magic in llama-context.cpp
 // The frame: the magic number, and the sequence.
 constexpr uint64_t kFrameBytes = 2 * sizeof(uint32_t);
 
-// Walks through a state. Nothing where no known format accounts for every byte of it. Where several
-// do, the first. `like` (may be NULL) is what other states of this cache look like: sections that
-// it knows must be as it says. Takes time in proportion to the state's metadata, and memory in
-// proportion to the entries that are really there.
+// Reads a state. Returns nothing if no known format accounts for every byte of the state; if
+// several formats do, returns the structure by the first one. `like` is the structure of other
+// states of this cache, or NULL: the sections that it describes must be as it says. Takes time in
+// proportion to the state's metadata, and memory in proportion to the entries that are really
+// there.
 std::optional<Structure> parse_state(const StateView &state, const Structure *like = nullptr);
-// All formats that account for the state.
+// As parse_state(), but returns the structures by all formats that account for the state.
 std::vector<Structure> parse_state_in_every_way(const StateView &state,
                                                 const Structure *like = nullptr);
 
-// Whether the state is a frame around nothing. libllama writes that where the context's memory is
-// that of another context (llama_context_params.ctx_other, from 0.6.0 on).
+// Whether the state is a frame around nothing. libllama writes such a state for a context that uses
+// the memory of another context (llama_context_params.ctx_other, from 0.6.0 on).
 bool is_frame_alone(const StateView &state);
 
-// Why a state with structure `state` cannot belong to a cache whose states look like `cache`; "" if
-// it can. Sections without cells say less, and are compared by what they say.
+// Returns why a state with the structure `state` cannot belong to a cache whose states have the
+// structure `cache`; "" if it can. A section without cells tells less than one with cells; what it
+// tells is compared.
 std::string mismatch(const Structure &state, const Structure &cache);
 
-// Everything that mismatch() compares, as a hash in hex. Two structures with cells in every section
-// match if and only if their hashes are equal (but for collisions of 64 bits).
+// Returns a hash, in hex, of everything that mismatch() compares. Two structures with cells in
+// every section match if and only if their hashes are equal (but for collisions of 64 bits).
 std::string layout_hash(const Structure &structure);
 
 } // namespace kvf

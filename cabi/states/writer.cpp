@@ -16,7 +16,7 @@ void write_recurrent_cell(StateWriter &out, const Section &section) {
     }
 }
 
-// The same for an attention section. The first stream has the cell.
+// Writes the same for an attention section. The first stream has the cell.
 void write_attention_cell(StateWriter &out, const Section &section, const StateFormat &format) {
     Section in_first = section;
     in_first.stream = 0;

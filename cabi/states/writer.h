@@ -1,4 +1,4 @@
-// Writes what stands around the tensor bytes of a state: the other half of formats.h.
+// Writes the metadata of a state, which is all but its tensor bytes. formats.h reads it.
 #pragma once
 
 #include <cstring>
@@ -7,7 +7,7 @@
 
 namespace kvf {
 
-// Writes behind what was written before. Without memory it only counts.
+// Appends to memory. Without memory it only counts the bytes.
 class StateWriter {
 public:
     explicit StateWriter(unsigned char *memory) : memory_(memory) {}
@@ -20,7 +20,7 @@ public:
         if (memory_ && count) std::memcpy(memory_ + at_, bytes, count);
         at_ += count;
     }
-    // Room for tensor bytes, which somebody else writes.
+    // Leaves room for tensor bytes, which somebody else writes.
     void skip(uint64_t count) { at_ += count; }
     uint64_t at() const { return at_; }
 
@@ -31,18 +31,19 @@ private:
 
 void write_frame(StateWriter &out, const Structure &structure, int32_t sequence);
 
-// Writes an attention section that is like `shape` and has `cells` cells. `write_cell(out, i)`
-// writes the metadata of cell i, cell_bytes() of it. Returns the section as it was written.
+// Writes an attention section with the tensors of `shape` and with `cells` cells. `write_cell(out,
+// i)` writes the metadata of cell i, of cell_bytes(). Returns the section that was written.
 template <class WriteCell>
 Section write_attention(StateWriter &out, const Section &shape, uint64_t cells,
                         WriteCell &&write_cell);
 
-// A state of one cell at position 0 of the same kind of cache, with tensor bytes of zero.
+// Returns a state of the same kind of cache with one cell, at position 0, whose tensor bytes are 0.
 std::vector<unsigned char> make_state_of_one_cell(const Structure &structure);
 
 // ---- Implementation ----------------------------------------------------------------------------
 
-// The type and the row size of a tensor, with what else its entry has before its bytes.
+// Writes the entry of a tensor before its bytes: the type, the row size, and what else the format
+// has there.
 void write_tensor_entry(StateWriter &out, const TensorShape &shape);
 void write_before_cells(StateWriter &out, const Section &section);
 void write_behind_cells(StateWriter &out, Section &section);

@@ -56,9 +56,9 @@ log = logging.getLogger("kvferry.store")
 class PromptCache(BaseLlamaCache):
     """Keeps what a ``llama_cpp.Llama`` has evaluated, so that it is not evaluated again.
 
-    Give it to ``llm.set_cache``. A completion then begins with the longest prefix of its prompt
-    that is known, and its tokens are kept when it has ended. Prompts that begin alike share what is
-    kept of their beginning.
+    Pass it to ``llm.set_cache``. A completion then begins with the longest known prefix of its
+    prompt, and its tokens are kept when it has ended. Prompts that begin alike share the blocks of
+    their beginning.
 
     llm
         The ``llama_cpp.Llama``. It is kept alive until ``close``.
@@ -70,14 +70,14 @@ class PromptCache(BaseLlamaCache):
         is known up to the end of a completion, and from the third prompt on up to the last multiple
         before they differ.
     variant
-        Names what the states depend on and the object does not tell, such as adapters that were
-        added by llama.cpp's own calls. The object's ``lora_path``, ``lora_scale``, RoPE settings
-        and ``kv_overrides`` are known.
+        Names settings that change the states and that the object does not tell, such as adapters
+        that were added by llama.cpp's own calls. The object tells ``lora_path``, ``lora_scale``,
+        RoPE settings and ``kv_overrides``.
     devices
         As for ``Engine``.
 
-    A call of the object waits for its prefix, and for the save at its end. The folder is written by
-    other threads. What goes wrong is in the log ``kvferry.store``, and the tokens are evaluated as
+    A completion waits for its prefix, and for the save at its end. Other threads write the folder.
+    If anything goes wrong, a line is in the log ``kvferry.store``, and the tokens are evaluated as
     without a cache.
     """
 
@@ -129,9 +129,9 @@ class PromptCache(BaseLlamaCache):
     # ---- The interface of llama-cpp-python's caches ---------------------------------------------
 
     def __getitem__(self, tokens: Sequence[int]) -> KeptState:  # type: ignore[override]
-        """Brings the longest known prefix into the object, if the object holds a shorter one.
+        """Loads the longest known prefix into the object, if the object holds a shorter one.
 
-        For the object's own completions. Raises KeyError if nothing was brought.
+        For the object's own completions. Raises KeyError if nothing was loaded.
         """
         frame = sys._getframe(1)
         count = self._or_log("a prefix was not restored", 0, self._restore, tokens, frame)
@@ -150,7 +150,7 @@ class PromptCache(BaseLlamaCache):
 
     @property
     def cache_size(self) -> int:
-        """The bytes of RAM that are used."""
+        """How many bytes of RAM the cache uses."""
         return self.stats()["ram_used"]
 
     def stats(self) -> dict[str, int]:
@@ -167,15 +167,15 @@ class PromptCache(BaseLlamaCache):
     # ---- Closing --------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Returns when all that has been kept is on the disk, or could not be written. Raises
-        EngineClosed."""
+        """Returns when the disk has all that has been kept, except for what could not be written.
+        Raises EngineClosed."""
         self._on_loop(self._store.flush)
 
     def close(self) -> None:
-        """Waits for the writes to the disk, and makes ``llm`` what it was before.
+        """Waits for the writes to the disk, and removes the cache from ``llm``.
 
-        What is in RAM is forgotten. May be repeated. Call this while no thread uses ``llm``. At the
-        exit of the program caches close by themselves.
+        Frees all memory. May be repeated. Call this while no thread uses ``llm``. At the exit of
+        the program caches close by themselves.
         """
         with self._lock:
             if self._closed or not self._loop.is_here:
@@ -202,8 +202,8 @@ class PromptCache(BaseLlamaCache):
         return self._on_loop(find)
 
     def _restore(self, tokens: Sequence[int], frame: FrameType) -> int:
-        """Returns how many tokens the object holds now of those; 0 if it goes on with what it
-        holds."""
+        """Returns how many of the tokens the object holds after a load; 0 if it goes on with the
+        tokens that it held before."""
         self._fork = 0
         self._check_caller(frame)
         llm = self._llm
@@ -296,7 +296,7 @@ class PromptCache(BaseLlamaCache):
         return allowed
 
     def _check_caller(self, frame: FrameType) -> None:
-        """The tokens alone do not tell whose completion it is."""
+        """Checks whose completion has called: the tokens alone do not tell."""
         self._check_open()
         if (other := completing(frame)) is not None and other is not self._llm:
             raise TypeError("this cache was made for another llama_cpp.Llama")
@@ -306,7 +306,7 @@ class PromptCache(BaseLlamaCache):
             raise error(lib.KVF_ERR_CLOSED, "the prompt cache")
 
     def _or_log(self, trouble: str, default: T, function: Callable[..., T], *arguments: Any) -> T:
-        """A completion must go on whatever happens here."""
+        """Calls a function, and returns ``default`` if it raises: a completion must go on."""
         try:
             return function(*arguments)
         except Exception as problem:
@@ -314,7 +314,7 @@ class PromptCache(BaseLlamaCache):
             return default
 
     def _on_loop(self, function: Callable[[], Awaitable[T]]) -> T:
-        """As ``LoopThread.call``. No thread uses the object meanwhile."""
+        """As ``LoopThread.call``. No thread may use the object until this returns."""
         self._check_open()
         self._llama._attachment.worker.check_elsewhere()
         return self._loop.call(function)

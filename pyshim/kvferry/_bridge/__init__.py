@@ -1,4 +1,6 @@
-"""What stands between the C library and Python's event loops. For kvferry itself, not for programs.
+"""What the package needs between the C library, event loops, files and llama-cpp-python's objects.
+
+For kvferry itself, not for programs.
 
 Nothing here knows the classes that programs import, except for the exceptions in ``errors``.
 """

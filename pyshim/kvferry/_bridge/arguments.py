@@ -73,8 +73,8 @@ def choice(name: str, value: object, choices: Mapping[str, int]) -> int:
 def sequence_id(value: object) -> int:
     """Returns the id of a sequence as an int.
 
-    Raises TypeError, or SequenceRange for an id that no context has. Whether this context has the
-    sequence is for the C library to say.
+    Raises TypeError, or SequenceRange for an id that no context has. The C library checks whether
+    this context has the sequence.
     """
     number = integer("seq", value, least=-_UINT64_MAX)
     if not -(1 << 31) <= number < 1 << 31:
@@ -94,7 +94,7 @@ def check_no_objects(memory: object) -> None:
         # The names of a record's fields stand between colons.
         objects = "O" in re.sub(":[^:]*:", "", text)
     if objects:
-        raise TypeError("an array of Python objects holds references, which can't be moved")
+        raise TypeError("an array of Python objects holds references, which cannot be moved")
 
 
 def invalid(detail: str) -> Exception:

@@ -1,7 +1,7 @@
 """An engine's attachment to a llama context, from attaching to detaching.
 
-``kvferry.Llama`` and ``kvferry.sync.Llama`` are two views of one attachment: what does not depend
-on how a caller waits is here.
+``kvferry.Llama`` and ``kvferry.sync.Llama`` are two views of one attachment. Everything that does
+not depend on how a caller waits is here.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Attachment:
         self.checkpoint_sizes: dict[int, int] = {}
         """The size of each sequence's checkpoint in bytes, as it was last measured."""
         self._block_sizes: dict[int, int] = {}
-        """The size in bytes of a block of so many tokens."""
+        """The size in bytes of a block, by its number of tokens."""
         self._positions: LibllamaPositions | None = None
         self.detaching = False
         self._variant = variant
@@ -56,7 +56,7 @@ class Attachment:
         self._sequences: int = description["sequences"]
 
     def check_usable(self) -> None:
-        """Raises Forked, EngineClosed or ContextFreed where nothing can be asked of it."""
+        """Raises Forked, EngineClosed or ContextFreed if the attachment cannot be used."""
         self.worker.completions.check_usable()
         if self.detaching:
             raise error(lib.KVF_ERR_CLOSED, "detached")
@@ -64,12 +64,12 @@ class Attachment:
             raise error(lib.KVF_ERR_CONTEXT_FREED)
 
     def check_fingerprint(self, fingerprint: str | None) -> None:
-        """Raises StateMismatch for a state of another model; None fits any."""
+        """Raises StateMismatch for a state of another model. None fits every model."""
         if fingerprint not in (None, self.fingerprint):
             raise error(lib.KVF_ERR_STATE_MISMATCH, f"{fingerprint}, here {self.fingerprint}")
 
     def describe(self) -> dict[str, Any]:
-        """What ``kvf_llama_describe`` says, with the variant."""
+        """Returns what ``kvf_llama_describe`` says, and the variant."""
         description = describe(lib.kvf_llama_describe, self.handle)
         if self._variant:
             description["fingerprint"] += f"/{self._variant}"
@@ -77,11 +77,12 @@ class Attachment:
         return description
 
     def llm_of(self, seq: int) -> LlamaCppObject | None:
-        """The ``llama_cpp.Llama`` that decodes this sequence and keeps its tokens; or None."""
+        """Returns the ``llama_cpp.Llama`` that decodes this sequence and keeps its tokens; or
+        None."""
         return self.llm if seq == SEQUENCE else None
 
     def size(self, seq: int) -> int:
-        """Size of a sequence's state in bytes. Blocks while the context's thread is at work."""
+        """Returns the bytes of a sequence's state. Blocks while the context's thread is at work."""
         self.check_usable()
         return self.exclusively(self.measure, sequence_id(seq))
 
@@ -93,7 +94,7 @@ class Attachment:
     # ---- On the context's thread, or while that is held off -------------------------------------
 
     def measure(self, seq: int) -> int:
-        """Size of a sequence's state in bytes."""
+        """Returns the size of a sequence's state in bytes."""
         nbytes = ffi.new("uint64_t *")
         check(lib.kvf_llama_size(self.handle, seq, nbytes))
         size: int = nbytes[0]
@@ -101,7 +102,7 @@ class Attachment:
         return size
 
     def measure_checkpoint(self, seq: int) -> int:
-        """Size of a sequence's checkpoint in bytes."""
+        """Returns the size of a sequence's checkpoint in bytes."""
         nbytes = ffi.new("uint64_t *")
         check(lib.kvf_llama_checkpoint_size(self.handle, seq, nbytes))
         size: int = nbytes[0]
@@ -109,7 +110,7 @@ class Attachment:
         return size
 
     def measure_block(self, tokens: int) -> int:
-        """Size in bytes of a block of so many tokens at positions of their own."""
+        """Returns the bytes of a block of this many tokens, each at a position of its own."""
         nbytes = ffi.new("uint64_t *")
         check(lib.kvf_llama_block_size(self.handle, tokens, nbytes))
         size: int = nbytes[0]
@@ -117,22 +118,22 @@ class Attachment:
         return size
 
     def measure_blocks(self, spans: Sequence[Span]) -> list[int]:
-        """Size in bytes of each block, if its tokens have positions of their own."""
+        """Returns the bytes of each block, if each token has a position of its own."""
         return [self.measure_block(end - begin) for begin, end in spans]
 
     def known_block_sizes(self, spans: Sequence[Span]) -> list[int] | None:
-        """As ``measure_blocks``, on any thread; None if one of them has not been measured yet."""
+        """As ``measure_blocks``, on any thread. None if a block of this size was never measured."""
         sizes = [self._block_sizes.get(end - begin, 0) for begin, end in spans]
         return sizes if all(sizes) else None
 
     def blocks_allowed(self) -> tuple[BlocksAllowed, str]:
-        """What the cache allows, and why not more."""
+        """Returns what the cache allows, and why it does not allow more."""
         reason = ffi.new("char[]", 256)
         number = check(lib.kvf_llama_blocks_allowed(self.handle, reason, ffi.sizeof(reason)))
         return ALLOWED[number], ffi.string(reason).decode(errors="replace")
 
     def last_position(self, seq: int) -> int:
-        """The last position of a sequence; -1 if it is empty."""
+        """Returns the last position of a sequence; -1 if the sequence is empty."""
         check(lib.kvf_llama_blocks_allowed(self.handle, ffi.NULL, 0))  # the context is alive
         if not 0 <= seq < self._sequences:
             raise error(lib.KVF_ERR_SEQUENCE_RANGE, f"sequence {seq}")
@@ -141,7 +142,8 @@ class Attachment:
         return self._positions.last(seq)
 
     def spans(self, seq: int, begin: int, end: int | None, tokens: int) -> list[Span]:
-        """The positions of the blocks from ``begin`` to ``end``, or to the sequence's end."""
+        """Returns the positions of the blocks from ``begin`` to ``end``, or to the sequence's
+        end."""
         if end is None:
             end = self.last_position(seq) + 1
             if end <= begin:
@@ -207,7 +209,7 @@ def attach(
 
 
 def _context_address(llm: object) -> int | None:
-    """The address of the context; None if it has been freed, as far as Python can tell."""
+    """Returns the address of the context; None if Python can tell that it has been freed."""
     context = getattr(llm, "ctx", llm)  # llama_cpp.Llama.ctx, None after Llama.close()
     if context is None or isinstance(context, int):
         return context

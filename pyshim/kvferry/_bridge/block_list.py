@@ -50,7 +50,7 @@ ALLOWED: dict[int, BlocksAllowed] = {
     lib.KVF_BLOCKS_WITH_CHECKPOINTS: BlocksAllowed.WITH_CHECKPOINTS,
     lib.KVF_BLOCKS_ALONE: BlocksAllowed.ALONE,
 }
-"""By the numbers of the C library."""
+"""The values, by the numbers of the C library."""
 
 
 def checked_position(name: str, value: object) -> int:
@@ -87,8 +87,8 @@ class BlockList:
     """An array of ``kvf_block``."""
 
     def __init__(self, blocks: Sequence[tuple[CData, int, Span]]) -> None:
-        """Of each block the memory, or NULL, its bytes, and its positions. Whoever makes this keeps
-        the memory alive."""
+        """Each block is its memory, or NULL; its number of bytes; and its positions. The caller
+        keeps the memory alive."""
         self.count = len(blocks)
         self.native: CData = ffi.new(
             "kvf_block[]", [(memory, nbytes, *positions) for memory, nbytes, positions in blocks]
@@ -97,5 +97,6 @@ class BlockList:
 
     @property
     def sizes(self) -> list[int]:
-        """The bytes of each block: of a save, those that the C library has written."""
+        """The bytes of each block. After a save these are the numbers that the C library has
+        written."""
         return [self.native[index].bytes for index in range(self.count)]

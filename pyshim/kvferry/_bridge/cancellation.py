@@ -12,9 +12,10 @@ async def await_to_end(
 ) -> None:
     """Awaits ``attempt()``, and awaits it again if a cancellation or a signal interrupts it.
 
-    An exception in the first attempt, be it a cancellation or raised by a signal handler, calls
-    ``on_break`` and is raised on after the second attempt has ended. A further cancellation does
-    not end the second attempt; the exception of a further signal does.
+    If a cancellation, or the exception of a signal handler, interrupts the first attempt, this
+    calls ``on_break``, makes the second attempt, and raises that exception when the second attempt
+    has ended. A further cancellation does not end the second attempt; the exception of a further
+    signal does.
     """
     try:
         await attempt()

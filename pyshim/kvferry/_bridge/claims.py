@@ -34,7 +34,7 @@ class Claim:
 
 
 class _Reference(weakref.ref[Claim]):
-    """Refers to a claim, and knows which entry of the table is that claim's."""
+    """A weak reference to a claim, with the key of the claim's entry in the table."""
 
     __slots__ = ("key",)
 
@@ -113,7 +113,7 @@ def claim_for_transfer(memory: CData, nbytes: int, *, writing: bool) -> Claim:
 
 
 def claim_for_saved(memory: CData, nbytes: int, kind: str) -> Claim:
-    """Claims bytes that have just been saved. The claim of their transfer ends a little later.
+    """Claims bytes that have just been saved. The claim of their transfer may still last a moment.
 
     ``kind`` is the name of the class that holds them.
     """

@@ -17,13 +17,13 @@ class Completion(NamedTuple):
     """``KVF_OK`` (0) or a negative ``kvf_status``."""
     mode: int
     """How a sequence's transfer was done: a ``KVF_SAVE_*`` (1 in place, 2 from a snapshot) or a
-    ``KVF_LOAD_*`` (16 in place, 17 ahead). Else 0."""
+    ``KVF_LOAD_*`` (16 in place, 17 ahead). 0 for other transfers."""
     bytes: int
     """Size of the state or of the regions."""
     fragments: int
     """How many separate runs of tensor memory it consists of."""
     segments: int
-    """How many remained after runs and rows had been joined into blocks."""
+    """How many pieces remained after runs and rows had been joined."""
     submitted_ns: int
     started_ns: int
     """When the first piece began to move; 0 if no piece moved."""

@@ -1,4 +1,4 @@
-"""Files of bytes that say what they are.
+"""Files that describe their own content.
 
 A file has, in this order: a line with its kind and the version of the kind's format; a line with
 the length of the header in bytes, in decimal, and, in some kinds, with the XXH64 of the header; the
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 
     name: str
     version: int
-    """The newest version of its format: the one that is written. All older ones are read."""
+    """The newest version of the format, which is written. All older versions are read."""
     header_checksum: bool
     """Whether the XXH64 of the header is in the file."""
 

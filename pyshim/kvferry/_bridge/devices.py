@@ -20,7 +20,7 @@ _MOST = 64  # bits of kvf_engine_options.cuda_devices
 
 
 def engine_devices(devices: Devices) -> tuple[int, int]:
-    """Returns a ``KVF_DEVICES_*`` and a mask with a bit for each CUDA device that is named.
+    """Returns a ``KVF_DEVICES_*``, and a mask with a bit for each CUDA device that is named.
 
     Raises ValueError.
     """

@@ -1,7 +1,7 @@
 """What an engine consists of, and how it is taken down.
 
-Apart from the engine objects that programs hold, and without a reference to them, so that a core
-can do its work after such an object has been collected, and at the interpreter's exit.
+A core has no reference to the engine object that a program holds. So it can do its work after that
+object has been collected, and at the interpreter's exit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class EngineCore:
     # ---- For callers on an event loop -----------------------------------------------------------
 
     async def check_ready(self) -> None:
-        """Refuses what cannot be done here, and lets a cancellation that is pending go first.
+        """Checks that the engine can be used here. A cancellation that is pending comes first.
 
         Raises Forked, EngineClosed, RuntimeError beside another event loop.
         """
@@ -75,13 +75,13 @@ class EngineCore:
         return take_trace(self.handle)
 
     def _check_open(self) -> None:
-        """An engine that is closing can still be looked into."""
+        """Raises as ``describe`` does: an engine that is closing can still be described."""
         self.completions.check_process()
         if self.closed:
             raise error(lib.KVF_ERR_CLOSED)
 
     def text_of(self, attachment: Attachment) -> str:
-        """An attachment of this engine in words, for people."""
+        """Returns a text about an attachment, for people."""
         if not (attachment.detaching or self.closed):
             condition = in_flight(len(attachment.in_flight))
         elif attachment in self.attachments and not self.closed:
@@ -147,7 +147,7 @@ class EngineCore:
         return self.completions.drain_without_loop(deadline - time.monotonic())
 
     def _detach_all(self, deadline: float) -> bool:
-        # Beside what other engines' attachments run on the context's thread.
+        # Attachments of other engines may run calls on the context's thread.
         return all(
             each.worker.when_idle(
                 functools.partial(lib.kvf_llama_detach, each.handle), deadline - time.monotonic()
@@ -157,5 +157,5 @@ class EngineCore:
 
 
 def in_flight(count: int) -> str:
-    """How many transfers are in flight, in words."""
+    """Returns a text that says how many transfers are in flight."""
     return f"{count or 'no'} transfer{'s' if count > 1 else ''} in flight"

@@ -1,4 +1,4 @@
-"""What a cache of llama-cpp-python has to know of the ``llama_cpp.Llama`` that it is set on.
+"""What a cache of llama-cpp-python must know of the ``llama_cpp.Llama`` that it is set on.
 
 ``Llama._create_completion`` uses a cache like this::
 
@@ -8,8 +8,8 @@
     ...                                          # ``generate`` reuses the prefix in ``input_ids``
     self.cache[prompt_tokens + completion_tokens] = self.save_state()
 
-``save_state`` copies the whole state. ``SaveState`` takes its place in the object, for calls by
-this method alone. ``load_state`` needs no replacement: the object holds what ``item`` says by then,
+``save_state`` copies the whole state. ``SaveState`` replaces it in the object, for calls by this
+method alone. ``load_state`` needs no replacement: the object already holds the tokens of ``item``,
 so that the method does not call it.
 """
 
@@ -30,7 +30,7 @@ from .recent_tokens import Tokens, shared_length
 
 @dataclass(frozen=True, eq=False)
 class KeptState:
-    """What the cache and ``_create_completion`` give each other, in place of a LlamaState."""
+    """What the cache and ``_create_completion`` exchange, in place of a LlamaState."""
 
     input_ids: Tokens
     """The tokens that the object holds."""
@@ -63,7 +63,7 @@ class SaveState:
     def uninstall(self) -> None:
         self._users -= 1
         llm = self._llm()
-        # Somebody may have replaced this meanwhile, and may call it still.
+        # Somebody may have replaced this in the meantime, and may still call it.
         if self._users or llm is None or vars(llm).get("save_state") is not self:
             return
         if self._had_own:
@@ -85,8 +85,8 @@ class SaveState:
 def completing(frame: FrameType) -> Any:
     """The object whose ``_create_completion`` runs in this frame; None if it is another function.
 
-    A method of this name that a subclass puts in its place has a cache of its own to deal with: it
-    gets true states.
+    A subclass may have a method of this name. It gets a true LlamaState, since nothing is known of
+    how it uses a cache.
     """
     from llama_cpp import Llama
 
@@ -95,7 +95,7 @@ def completing(frame: FrameType) -> Any:
 
 
 def wants_all_logits(frame: FrameType) -> bool:
-    """Whether the completion in this frame tells the logits of its prompt."""
+    """Whether the completion in this frame returns the logits of its prompt."""
     arguments = frame.f_locals
     return bool(arguments.get("echo")) and arguments.get("logprobs") is not None
 
@@ -111,15 +111,16 @@ def has_seen_images(llm: Any) -> bool:
 
 
 def reusable_prefix(llm: Any, tokens: Sequence[int], needs_checkpoints: bool) -> tuple[int, bool]:
-    """How many of the first tokens a completion can go on from in what the object holds; and
-    whether the object would go on from more, and wrongly.
+    """Returns how many of the first tokens the object holds such that a completion can go on from
+    them; and whether the object would wrongly go on from more tokens.
 
-    The object removes the tokens that follow the prefix it shares with the prompt. Recurrent layers
-    refuse that, and then the object evaluates the whole prompt. Sliding windows do not refuse, but
-    may have lost the rows that the tokens at the end of the prefix had in their windows.
+    The object removes the tokens that follow the prefix that it shares with the prompt. Recurrent
+    layers refuse that, and then the object evaluates the whole prompt. Sliding windows do not
+    refuse, but may have lost rows that the tokens behind the prefix need.
     """
     shared = shared_length(llm.input_ids[: llm.n_tokens], numpy.asarray(tokens, numpy.int32))
-    # Of the whole prompt one token is removed, unless its logits are there.
+    # The object may go on from all that it holds. If that is the whole prompt, it first removes the
+    # last token, unless it has that token's logits.
     goes_on = shared == llm.n_tokens and (shared < len(tokens) or not llm._requires_eval)
     if goes_on or not needs_checkpoints or _window_is_whole(llm, shared):
         return shared, False
@@ -137,9 +138,9 @@ def evaluate(llm: Any, tokens: Sequence[int], begin: int) -> None:
 
 
 def _window_is_whole(llm: Any, shared: int) -> bool:
-    """Whether the windows have all that the tokens from the end of the prefix on see, or from one
-    token before: of a whole prompt the object evaluates the last token again. Of recurrent layers
-    only the last position is there."""
+    """Whether the windows have all rows that the next token sees. The next token follows the
+    prefix, or is its last one: the object evaluates the last token of a whole prompt again.
+    Recurrent layers have the last position alone."""
     from llama_cpp import llama_cpp as functions
 
     memory = functions.llama_get_memory(llm.ctx)
@@ -162,7 +163,7 @@ _SETTINGS = (
 
 
 def settings(llm: Any) -> str:
-    """What the states of the object depend on, and libllama does not tell."""
+    """Returns the settings that change the states of the object and that libllama does not tell."""
     told = [f"{name}={getattr(llm.context_params, name)}" for name in _SETTINGS]
     told.append(f"kv_overrides={llm.kv_overrides}")
     return ",".join(told)

@@ -34,11 +34,11 @@ class LlmState:
     scores: NDArray[numpy.float32] | None = None
     """The logits after each token, one row for each token; None without ``logits_all``."""
     seed: int | None = None
-    """The sampler's seed; None if it is not known: then a load does not change it."""
+    """The sampler's seed. None if it is not known; then a load does not change the seed."""
 
 
 def joined(parts: Sequence[LlmState]) -> LlmState:
-    """Returns what is known of tokens that follow one another: of the last part, the seed."""
+    """Returns what is known of parts that follow one another. The seed is that of the last part."""
     scores = [part.scores for part in parts if part.scores is not None]
     return LlmState(
         tokens=numpy.concatenate([part.tokens for part in parts]),
@@ -51,7 +51,7 @@ class LlamaCppObject:
     """The ``llama_cpp.Llama`` of an attachment. For the context's thread, between decodes."""
 
     def __init__(self, llm: llama_cpp.Llama) -> None:
-        self._llm: Any = llm  # attributes differ between its versions
+        self._llm: Any = llm  # attributes differ between versions of llama-cpp-python
 
     @classmethod
     def of(cls, owner: object) -> LlamaCppObject | None:

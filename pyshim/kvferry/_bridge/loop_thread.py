@@ -40,7 +40,7 @@ class LoopThread(Generic[T]):
 
     @property
     def is_here(self) -> bool:
-        """Whether this process has the thread: a forked child has not."""
+        """Whether this process has the thread. A forked child does not have it."""
         return os.getpid() == self._process
 
     def call(self, function: Callable[[], Awaitable[R]]) -> R:
@@ -77,7 +77,7 @@ class LoopThread(Generic[T]):
             self._over.set_result(None)
 
     async def _main(self) -> None:
-        # The context first: what entering it raises would come out of the portal in a group.
+        # The context is entered first: the portal would raise an exception of that in a group.
         async with self._opened() as context, BlockingPortal() as portal:
             self._ready.set_result((portal, context))
             await portal.sleep_until_stopped()

@@ -1,4 +1,4 @@
-"""A thread that makes calls one after the other, for tasks that await their results.
+"""A thread that makes calls one after another, for tasks that await their results.
 
 Only one thread at a time may use a llama context. kvferry gives each context a thread of its own,
 which all attachments to that context share, those of other engines too. Decoding and recording take
@@ -178,7 +178,7 @@ class WorkerThread:
                     has_run = call.run()
                 if has_run:
                     call.worker.completions.post(call)
-                del call  # else the call would live until the next one
+                del call  # otherwise the call would live until the next one
 
     def _next(self) -> Call | None:
         for calls in (self._first_calls, self._calls):

@@ -31,10 +31,10 @@ log = logging.getLogger("kvferry.store")
 
 _WRITERS = 4
 _FIRST_LOOK = 8
-"""Parts that a search asks for first; four times as many each further time."""
+"""How many parts a search asks for at first. Each further question has four times as many."""
 _NOTES_AT_A_TIME = 8
 _ENDS = 16
-"""Ends behind one block that a search asks for, the longest first."""
+"""How many ends behind one block a search asks for; the longest come first."""
 _MOST_ENDS = 1024
 _MOST_LAYOUTS = 256
 _END = struct.Struct("<Q")
@@ -42,10 +42,10 @@ _LAYOUT = struct.Struct("<32s32s")
 
 
 class Seen:
-    """What a search has found in the object store. A Lookup."""
+    """What a search has found in the object store: a Lookup of these parts."""
 
     def __init__(self, deadline: float) -> None:
-        """``deadline``: the search ends then, in the event loop's time."""
+        """``deadline`` is when the search ends, by the event loop's clock."""
         self.deadline = deadline
         self._parts: dict[tuple[Kind, bytes], Description] = {}
         self._ends: dict[bytes, list[int]] = {}
@@ -74,9 +74,9 @@ class Seen:
 class Away:
     """A Remote, with tasks that write to it. For the thread of the event loop.
 
-    An object store cannot be asked what has a parent. So there are two kinds of notes: "ends" says
-    where parts end that follow a block and are shorter than one; "layouts" says for which caches of
-    a model something is kept.
+    An object store cannot list the parts that have a parent. So there are two kinds of notes.
+    "ends" has the positions at which parts end that follow a block and are shorter than a block.
+    "layouts" has the caches of a model for which something is kept.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Away:
         self._there: WeakSet[Entry] = WeakSet()
         self._noted: set[tuple[bytes, bytes]] = set()
         self._refused = 0
-        """Writes that were not tried: too much was waiting, or the object store was left alone."""
+        """Writes that were not tried: too much was waiting, or the circuit breaker was open."""
 
     async def open(self) -> None:
         self._tasks = await anyio.create_task_group().__aenter__()
@@ -119,7 +119,7 @@ class Away:
     # ---- Writes ---------------------------------------------------------------------------------
 
     def write(self, entries: Iterable[Entry]) -> None:
-        """Writes entries of RAM later, unless they are there."""
+        """Has entries of RAM written by a task, unless the object store has them."""
         for entry in entries:
             if entry in self._there or entry in self.writes:
                 continue
@@ -133,7 +133,7 @@ class Away:
                 self.writes.add(entry)
 
     def note(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
-        """Has it written that something is kept under a root, unless that has been done."""
+        """Has a note written that something is kept under a root, unless that has been done."""
         if (model, root) not in self._noted and not self.remote.left_alone:
             self._noted.add((model, root))
             self.writes.add((model, root, allowed))
@@ -183,7 +183,7 @@ class Away:
     # ---- Searches and reads ---------------------------------------------------------------------
 
     async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
-        """The roots for which something was kept with a model."""
+        """Returns the roots under which something was kept for a model, and what they allow."""
         content = await self.remote.note("layouts", model) or b""
         found = {}
         if len(content) % _LAYOUT.size == 0:
@@ -191,13 +191,13 @@ class Away:
                 try:
                     found[root] = BlocksAllowed(value.rstrip(b"\0").decode())
                 except ValueError as problem:
-                    log.warning("a layout's note is not used: %s", problem)
+                    log.warning("an entry in a note of layouts is not used: %s", problem)
         return found
 
     async def look(self, search: Search, nearer: Prefix | None) -> Seen:
-        """Asks the object store for a longer prefix than the one that is ``nearer``.
+        """Asks the object store for a longer prefix than ``nearer``, which RAM and disk have.
 
-        Returns after the timeout of a search at the latest, with what is known until then.
+        Returns when the timeout of a search is over at the latest, with what was found by then.
         """
         seen = Seen(anyio.current_time() + self.remote.find_timeout)
         if not self.remote.left_alone:
@@ -217,7 +217,7 @@ class Away:
                     break
                 window *= 4
             links = links[:begin]
-        # Where blocks are enough, the search ends behind the last one that is there.
+        # If the cache needs no checkpoints, only parts behind the last block make a longer prefix.
         least = known if search.allowed.checkpoints else len(links)
         for last in range(len(links), least - 1, -_NOTES_AT_A_TIME):
             async with anyio.create_task_group() as behind:
@@ -227,7 +227,7 @@ class Away:
                 break
 
     async def _look_behind(self, search: Search, before: Sequence[Link], seen: Seen) -> None:
-        """Asks for what ends at the last of these blocks, or behind it before the next."""
+        """Asks for the parts that end at the last of these blocks, or between it and the next."""
         parent = before[-1].key if before else search.root
         begin = len(before) * search.block_tokens
         asked: list[tuple[Kind, Link]] = []
@@ -249,7 +249,8 @@ class Away:
             await self._ask(search, asked, seen)
 
     async def _ask(self, search: Search, asked: Sequence[tuple[Kind, Link]], seen: Seen) -> int:
-        """Returns how many of the first ones are there."""
+        """Adds the parts that are there to ``seen``. Returns how many come before the first one
+        that is missing."""
         sizes = await self.remote.sizes(
             [(kind, link.key) for kind, link in asked], seconds=seen.seconds_left
         )

@@ -1,7 +1,7 @@
-"""The disk tier as tasks use it: reads on threads, and writes behind.
+"""The disk tier as tasks use it: reads on threads, and a task that writes.
 
-A disk that fails or hangs is a disk that has nothing: that is in the log, and no error reaches the
-tasks.
+If the disk fails or hangs, a line is in the log, and the tasks go on as if the disk had nothing. No
+error reaches them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ log = logging.getLogger("kvferry.store")
 _READERS = 4
 
 LOOKUP_PATIENCE = 1.0
-"""Seconds that a search waits for a disk on which no system call ends."""
+"""How many seconds a search waits while no system call of the disk ends."""
 PATIENCE = 5.0
-"""Seconds that a read, and a task that needs the room of what is being written, wait likewise."""
+"""How many seconds a read waits likewise, and a task that needs the room of a pending write."""
 
 
 class Behind:
@@ -56,7 +56,7 @@ class Behind:
         self._opened = anyio.Event()  # or it failed
         self._problem: Exception | None = None
         """Why the folder was not opened."""
-        self._hangs = False  # as the log has it
+        self._hangs = False  # whether the log says so
         self._noted: set[bytes] = set()  # roots whose notes are on the disk, or will be
         self._closed = False
         self.read_bytes = 0
@@ -109,7 +109,8 @@ class Behind:
         return self._disk
 
     async def close(self) -> None:
-        """Waits for calls that make progress, and begins no more. A call that hangs goes on."""
+        """Begins no more calls, and waits for those that make progress. A call that hangs goes on
+        on its thread."""
         self._closed = True
         self.writes.close()
         ended = []
@@ -130,7 +131,7 @@ class Behind:
     # ---- Writes ---------------------------------------------------------------------------------
 
     def note(self, model: bytes, root: bytes, allowed: BlocksAllowed) -> None:
-        """Has it written that something is kept under a root, unless that has been done."""
+        """Has a note written that something is kept under a root, unless that has been done."""
         if root not in self._noted:
             self._noted.add(root)
             self.writes.add(layout_note(model, root, allowed))
@@ -180,7 +181,7 @@ class Behind:
     async def read(
         self, description: Description, memory: memoryview, dropped: Callable[[], None]
     ) -> bool:
-        """As ``Disk.read_into``; False where the disk fails, too.
+        """As ``Disk.read_into``, but returns False also if the disk fails.
 
         Raises Hanging. ``dropped`` is called when nothing writes into ``memory`` any more, unless
         this returns True.
@@ -205,8 +206,8 @@ class Behind:
         return right
 
     async def use(self, wanted: Iterable[Description]) -> set[Id]:
-        """Returns which of these parts are there, and notes that they are of use. ``nbytes`` and
-        ``checksum`` do not matter."""
+        """Returns which of these parts are on the disk, and notes their use. ``nbytes`` and
+        ``checksum`` are not compared."""
         asked = list(wanted)
         if not asked:
             return set()
@@ -214,7 +215,7 @@ class Behind:
         def find(disk: Disk) -> set[Id]:
             found = set()
             for root in {each.root for each in asked}:
-                disk.use("layout", root)  # its note is of use, too
+                disk.use("layout", root)  # a new process needs the note of the layout
             for each in asked:
                 part = disk.find(each.kind, each.key)
                 if part is not None and each == dataclasses.replace(
@@ -241,7 +242,7 @@ class Behind:
         return await self.look_up("a search", find, [])
 
     async def layouts(self, model: bytes) -> dict[bytes, BlocksAllowed]:
-        """The roots for which something was kept with a model."""
+        """Returns the roots under which something was kept for a model, and what they allow."""
         return await self.look_up("a search", lambda disk: _layouts(disk, model), {})
 
     def _report(self, what: str, problem: Exception) -> None:

@@ -1,4 +1,4 @@
-"""A circuit breaker: what fails again and again is left alone for a while."""
+"""A circuit breaker: after several failures in a row, no call is made for a while."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Open(Exception):
 
 
 class Breaker:
-    """Counts failures that follow each other; opens after some of them, for some seconds.
+    """Counts failures in a row. After ``failures`` of them the breaker opens for ``seconds``.
 
-    Then one call is let through as a trial, while all others are still refused. It closes the
-    breaker if it succeeds; else the breaker stays open for twice as long as before, up to a limit.
-    Any thread may use it.
+    While it is open, calls are refused. Then one call is made as a trial, and all others are still
+    refused. If the trial succeeds, the breaker closes. Otherwise it stays open for twice as long as
+    before, up to ``longest``. Any thread may use it.
     """
 
     def __init__(
@@ -45,17 +45,18 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Also while a trial is under way."""
+        """Whether calls are refused now, or a trial is under way."""
         return self._open_until is not None
 
     @property
     def would_refuse(self) -> bool:
-        """Whether ``enter`` would raise now. Takes no trial."""
+        """Whether ``enter`` would raise now. Begins no trial."""
         with self._lock:
             return self._refuses(self._clock())
 
     def enter(self) -> bool:
-        """Call this before each call; then ``succeeded``, ``failed`` or ``cancelled``.
+        """Use this before each call, and one of ``succeeded``, ``failed`` and ``cancelled`` after
+        it.
 
         Returns whether the call is a trial. Raises Open.
         """
@@ -98,7 +99,7 @@ class Breaker:
         log.warning("%s is left alone for %g s: %s", self._name, seconds, why)
 
     def cancelled(self, trial: bool) -> None:
-        """Nothing is known of the call."""
+        """The call was cancelled, so that its outcome is not known."""
         if trial:
             with self._lock:
                 self._trial_began = None

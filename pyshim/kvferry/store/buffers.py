@@ -17,7 +17,7 @@ _AT_ONCE = 16
 
 
 class Buffers:
-    """Takes buffers for what is saved or read. For the thread of the event loop."""
+    """Takes buffers for saves and reads. For the thread of the event loop."""
 
     def __init__(self, ram: Ram, behind: Behind | None) -> None:
         self._ram = ram
@@ -25,10 +25,10 @@ class Buffers:
 
     @traced("wait for a buffer", lambda _self, _llama, nbytes: {"bytes": nbytes})
     async def take(self, llama: Llama, nbytes: int) -> tuple[Buffer, Room] | None:
-        """Takes a buffer of the engine of ``llama``, and the room for it. None: there is no room.
+        """Takes a buffer of the engine of ``llama``, and the room for it; None if there is no room.
 
-        What is being written to the disk cannot be evicted: this waits for the writes, unless the
-        disk hangs. Raises PinnedLimit, OutOfMemory, EngineClosed.
+        Entries that are being written to the disk cannot be evicted: this waits for their writes,
+        unless the disk hangs. Raises PinnedLimit, OutOfMemory, EngineClosed.
         """
         room = await self._reserve(most_taken(nbytes))
         if room is None:

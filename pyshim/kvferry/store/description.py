@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["block", "checkpoint", "layout", "pin", "layouts", "ends"]
-"""A "layout" is a note that something is kept for a cache: its key is the root, its parent stands
-for the model, and its bytes are a value of BlocksAllowed. A "pin" has no bytes: what has its key,
-and all before, is not evicted from the disk. "layouts" and "ends" are notes of the remote tier,
-which cannot list what has a parent."""
+"""The kind of a part. A "layout" is a note on the disk that something is kept for a cache: its key
+is the root, its parent stands for the model, and its bytes are a value of BlocksAllowed. A "pin"
+has no bytes: the parts of its key, and all parts before them, are not evicted from the disk.
+"layouts" and "ends" are notes of the remote tier, which cannot list the parts that have a
+parent."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .system import System
 T = TypeVar("T")
 
 _TOUCHES = 32
-"""Uses that are noted in memory before the index has them. A killed process forgets as many."""
+"""How many uses are noted in memory before the index gets them. A killed process loses them."""
 _TRANSIENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 
 
@@ -36,7 +36,7 @@ class DiskStats:
     written: int
     evicted: int
     quarantined: int
-    """The last three are counts of this object."""
+    """``written``, ``evicted`` and ``quarantined`` count since this object was made."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Report:
     right: int
     quarantined: int
     newer: int
-    """Files of a newer version, left alone."""
+    """Files of a newer version, which stay as they are."""
 
 
 class Disk:
@@ -101,17 +101,17 @@ class Disk:
                 with self._folder.locked():
                     self._flush_touches()
             except OSError as error:
-                log.warning("last uses are forgotten: %s", error)
+                log.warning("the latest uses are not in the index: %s", error)
             if self._index is not None:
                 self._index.close()
         self._folder.close()
 
     def find(self, kind: str, key: bytes) -> Description | None:
-        """Returns what the index has. Whether the file is right, ``read_into`` says."""
+        """Returns what the index says. Only ``read_into`` checks the file."""
         return self._with_index(lambda index: index.find(kind, key))
 
     def find_all(self, kind: str, keys: Sequence[bytes]) -> list[Description]:
-        """As ``find``, for at most 900 keys: returns those that are there, in no order."""
+        """As ``find``, for at most 900 keys. Returns the parts that the index has, in no order."""
         return self._with_index(lambda index: index.find_all(kind, keys))
 
     def children(self, parent: bytes) -> list[Description]:
@@ -123,12 +123,13 @@ class Disk:
         return self._with_index(lambda index: index.ends(parent))
 
     def use(self, kind: str, key: bytes) -> None:
-        """Notes that a part was of use: it is evicted after those that were used before."""
+        """Notes a use of a part. Parts are evicted in the order of their last use."""
         with self._folder.in_thread():
             self._touched[kind, key] = time.time_ns()
 
     def list(self) -> Iterator[Description]:
-        """Gives the parts in the order of kind and key; some that come or go meanwhile."""
+        """Gives the parts in the order of kind and key. A part that is written or removed meanwhile
+        may be among them or not."""
         kind, key = "", b""
         while True:
             # The lambda runs before the loop goes on.
@@ -176,9 +177,9 @@ class Disk:
     def read_into(self, description: Description, memory: bytearray | memoryview) -> bool:
         """Fills ``memory``, of ``description.nbytes`` bytes, with the part's bytes.
 
-        Returns False if the part is not there or not right; then what stands there is quarantined
-        and ``memory`` has any content. Raises OSError where the process lacks descriptors or
-        memory.
+        Returns False if the part is not there or not right. Then a file that is not right has been
+        quarantined, and ``memory`` has any content. Raises OSError where the process lacks
+        descriptors or memory.
         """
         part_format.check(description)
         view = memoryview(memory).cast("B")
@@ -187,7 +188,7 @@ class Disk:
         name = name_of(description.kind, description.key)
         try:
             with self._opened(name) as (descriptor, found):
-                if found != description:  # the caller's, or the index's, is a stale one
+                if found != description:  # the caller has an old description, or the index has
                     self._refuse("foreign")
                     self._renew_entry(found)
                     return False
@@ -284,7 +285,8 @@ class Disk:
         return True
 
     def _describe(self, name: str) -> tuple[Description, int] | None:
-        """Reads a header, and the bytes the file occupies; quarantines what is not right."""
+        """Returns what a file's header says, and the bytes that the file occupies; None if there is
+        no right file. Quarantines a file that is not right."""
         try:
             with self._opened(name) as (descriptor, found):
                 allocated = self._system.fstat(descriptor).st_blocks * BLOCK
@@ -301,14 +303,14 @@ class Disk:
         self._folder.clean_aside()
         self._flush_touches()
         size = HEADER_BYTES + description.nbytes
-        # a page more for the file's last, one for the file system's list of its extents
+        # One page more for the file's last page, and one for the file system's list of its extents.
         need = size + 2 * 4096
         if not self._make_room(need, description.kind, description.key, description.parent):
             return None
         return self._folder.new_aside(size)
 
     def _make_room(self, need: int, kind: str, key: bytes, parent: bytes) -> bool:
-        """Evicts until ``need`` bytes are free; nothing if they cannot be."""
+        """Evicts until ``need`` bytes are free. Returns False if that is not possible."""
         over = self._occupied() + need + GROWTH - self._limit
         if over > 0:
             self._folder.empty_quarantine()
@@ -331,7 +333,7 @@ class Disk:
     def _publish(self, description: Description, path: str, descriptor: int) -> None:
         part = self._folder.part(name_of(description.kind, description.key))
         allocated = self._system.fstat(descriptor).st_blocks * BLOCK
-        # The index first: a process that is killed leaves it with too much, never with too little.
+        # The index first: a killed process may leave it with one entry too many, never one too few.
         self._with_index(lambda index: index.put([(description, allocated, time.time_ns())]))
         linked = False
         try:
@@ -433,7 +435,7 @@ class Disk:
             self._to_quarantine(name, reason)
 
     def _with_index(self, use: Callable[[Index], T]) -> T:
-        """Uses the index; makes it anew from the files if it is lost or corrupt.
+        """Calls ``use`` with the index, which is rebuilt from the files if it is lost or corrupt.
 
         Raises OSError.
         """
@@ -443,7 +445,7 @@ class Disk:
                     return use(self._index)
             except BROKEN as error:
                 _raise_if_full(error)
-                log.warning("the index is made anew: %s", error)
+                log.warning("the index is rebuilt: %s", error)
                 return self._renew(use, corrupt=True)
             return self._renew(use, corrupt=False)
 
@@ -451,7 +453,7 @@ class Disk:
         with self._folder.locked():
             old, self._index = self._index, None
             if old is not None:
-                # Another process may have made it anew already.
+                # Another process may have rebuilt it already.
                 corrupt = corrupt and old.is_current()
                 old.close()
             try:
@@ -460,7 +462,7 @@ class Disk:
                         return self._open_index(use)
                     except BROKEN as error:
                         _raise_if_full(error)
-                        log.warning("the index is made anew: %s", error)
+                        log.warning("the index is rebuilt: %s", error)
                         if self._index is not None:
                             self._index.close()
                 for suffix in SUFFIXES:

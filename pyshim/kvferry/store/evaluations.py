@@ -31,12 +31,12 @@ class Evaluations:
         self._before: WeakKeyDictionary[Llama, _Counted] = WeakKeyDictionary()
 
     async def restored(self, llama: Llama, seq: int, position: int) -> None:
-        """The sequence holds so many tokens of its prompt now."""
+        """Notes how many tokens of its prompt the sequence holds now."""
         if (now := await llama._evaluated(seq)) is not None:
             self._before[llama] = _Counted(*now, position)
 
     async def kept(self, llama: Llama, seq: int, position: int) -> None:
-        """The sequence holds so many tokens, and is kept."""
+        """Notes how many tokens the sequence holds when it is kept."""
         if (now := await llama._evaluated(seq)) is None:
             return
         before = self._before.get(llama, _Counted())

@@ -1,7 +1,8 @@
 """The disk tier's folder: paths, lock, files aside, quarantine, and the room they occupy.
 
-``parts`` has the parts; ``aside`` the files that are being written, each locked by its writer, so
-that a file without a lock is what a killed writer left; ``quarantine`` what was not right.
+``parts`` has the parts. ``aside`` has the files that are being written. Each is locked by its
+writer, so that a file without a lock was left by a killed writer. ``quarantine`` has files that
+were not right.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import stat
 import threading
 from collections.abc import Iterator
 
+from .part_format import parse_name
 from .system import System
 
 log = logging.getLogger("kvferry.store")
 
 BLOCK = 512  # the unit of st_blocks
 GROWTH = 512 << 10
-"""What the index and folders may grow by from one measurement to the next."""
+"""How much the index and the folders may grow between two measurements."""
 _LONGEST_NAME = 100
 """Bytes of a name that are kept in the quarantine; a part's name has 80 at most."""
 
@@ -36,7 +38,10 @@ class Folder:
         self._system = system
         self._thread_lock = threading.RLock()
         self._depth = 0
+        lock = os.path.join(path, "lock")
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not os.path.lexists(lock):
+            self._check_parts()
         for folder in (path, self.parts, self.aside, self.quarantine):
             with contextlib.suppress(FileExistsError):
                 system.make_folder(folder)
@@ -45,20 +50,33 @@ class Folder:
             if not stat.S_ISDIR(system.lstat(folder).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
             os.chmod(folder, 0o700)
-        self._lock = system.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT)
+        self._lock = system.open(lock, os.O_RDWR | os.O_CREAT)
+
+    def _check_parts(self) -> None:
+        """Raises OSError if ``parts`` has other files than parts, in a folder that no store has
+        used.
+
+        A store quarantines these files, and removes them when it needs the room.
+        """
+        try:
+            names = self._system.names(self.parts)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if not all(map(parse_name, names)):
+            raise FileExistsError(errno.EEXIST, f"{self.parts} has files of something else")
 
     def close(self) -> None:
         self._system.close(self._lock)
 
     @contextlib.contextmanager
     def in_thread(self) -> Iterator[None]:
-        """One thread of this process."""
+        """Admits one thread of this process at a time."""
         with self._thread_lock:
             yield
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One thread of one process."""
+        """Admits one thread of all processes that share the folder at a time: the folder's lock."""
         with self._thread_lock:
             if self._depth == 0:
                 self._system.lock(self._lock, wait=True)
@@ -74,7 +92,10 @@ class Folder:
         return os.path.join(self.parts, name)
 
     def new_aside(self, nbytes: int) -> tuple[str, int]:
-        """Makes a file of this many bytes, which occupies its room at once. Needs the lock."""
+        """Creates a file in ``aside``, whose bytes are allocated at once. Needs the folder's lock.
+
+        Returns its path, and a descriptor that holds the file's own lock.
+        """
         path = os.path.join(self.aside, secrets.token_hex(8))
         descriptor = self._system.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
@@ -92,10 +113,10 @@ class Folder:
         except FileNotFoundError:
             pass
         except OSError as error:  # without its lock, the next writer removes the file
-            log.warning("%s stays for now: %s", path, error)
+            log.warning("%s was not removed: %s", path, error)
 
     def clean_aside(self) -> None:
-        """Removes what killed writers left. Needs the lock."""
+        """Removes the files that killed writers have left. Needs the folder's lock."""
         for name in self._system.names(self.aside):
             path = os.path.join(self.aside, name)
             try:
@@ -114,7 +135,7 @@ class Folder:
             remove_tree(path)
 
     def to_quarantine(self, name: str, reason: object) -> None:
-        """Moves what stands at a part's name. Needs the lock."""
+        """Moves whatever has a part's name into the quarantine. Needs the folder's lock."""
         # With %r a name has no line break in the log. What is logged may be kept: an exception
         # would keep the frames that have buffers.
         log.warning("quarantined: %r: %s", self.part(name), str(reason))
@@ -129,7 +150,7 @@ class Folder:
             remove_tree(os.path.join(self.quarantine, name))
 
     def occupied_beside_parts(self) -> int:
-        """Bytes, as du counts them, of everything but the parts."""
+        """Returns the bytes, as du counts them, of everything but the parts."""
         paths = [self.path, self.parts]
         for entry in os.scandir(self.path):
             if entry.path not in (self.parts, self.aside, self.quarantine):
@@ -157,8 +178,8 @@ def tree(path: str) -> int:
 
 
 def remove_tree(path: str) -> None:
-    """Removes whatever it is; follows no link. Folders in it are moved beside it first, so that no
-    path is too long."""
+    """Removes a file, a link, or a folder with all that is in it. Follows no link. Moves inner
+    folders out of it first, so that no path is too long."""
     try:
         os.unlink(path)
     except FileNotFoundError:

@@ -31,8 +31,8 @@ class Identities:
     """The roots of the keys. For the thread of the event loop.
 
     libllama does not tell the types and layout of a cache before a state with cells has been seen.
-    So the layouts for which something was kept are remembered, for each model and salt: for a
-    context that is new all of them are tried.
+    So the layouts for which something was kept are remembered, for each model and salt. All of them
+    are tried for a context that has had no cells.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Identities:
         self._known: dict[bytes, dict[bytes, BlocksAllowed]] = {}
 
     async def candidates(self, llama: Llama, salt: bytes) -> list[Kept]:
-        """The roots under which something for this context may be kept."""
+        """Returns the roots under which something may be kept for this context."""
         model = await self._model(llama, salt)
         layout, allowed, _ = await self._layout(llama)
         if allowed is BlocksAllowed.UNSEEN:
@@ -90,7 +90,8 @@ class Identities:
         return found
 
     async def to_keep(self, llama: Llama, salt: bytes) -> tuple[Kept, str]:
-        """The root for this context, which is remembered; and why not more is allowed."""
+        """Returns and remembers the root for this context, and says why the cache allows no
+        more."""
         model = await self._model(llama, salt)
         layout, allowed, why = await self._layout(llama)
         root = root_key([model, layout.encode()])
@@ -106,7 +107,7 @@ class Identities:
         return (await self._layout(llama))[1] is BlocksAllowed.UNSEEN
 
     async def _model(self, llama: Llama, salt: bytes) -> bytes:
-        """The hash of a salt and a model."""
+        """Returns the hash of a salt and a model."""
         if llama not in self._models:
             weights = await self._weights(llama.model_path)
             self._models.setdefault(llama, [llama.fingerprint.encode(), weights])

@@ -1,9 +1,9 @@
 """The index of a folder: an SQLite file that says which parts there are.
 
-It is never trusted with more than the choice of files: what is read is verified against the file's
-own header. What it gives has the right types, so that a hostile index is one that is made anew.
-Whoever changes it holds the folder's lock. SQLite's write-ahead log needs memory that processes
-share, so the folder must not lie on a network file system.
+The index only chooses files: what is read is verified against the file's own header. The types of
+its values are checked, so that a hostile index is rebuilt. A process changes the index only while
+it holds the folder's lock. SQLite's write-ahead log needs memory that processes share, so the
+folder must not lie on a network file system.
 """
 
 from __future__ import annotations
@@ -66,14 +66,15 @@ _MOST = (1 << 62) - 1
 
 
 class Index:
-    """One connection. The caller lets one thread in at a time."""
+    """One connection. Only one thread may use it at a time."""
 
     def __init__(self, path: str) -> None:
-        """Raises one of BROKEN for a file that is no such index."""
+        """Raises one of BROKEN if the file is not such an index."""
         self.path = path
         for suffix in SUFFIXES:
             _check_regular(path + suffix)
-        # For its owner only; opened only where it is new, as closing it would end SQLite's locks.
+        # For its owner only. It is opened here only if it is new: closing a descriptor of the file
+        # would end SQLite's locks on it.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         self.inode = os.stat(path).st_ino
@@ -143,7 +144,8 @@ class Index:
         return [_checked_id(row[:2]) for row in rows]
 
     def put(self, parts: Iterable[tuple[Description, int, int]]) -> None:
-        """Takes descriptions with the bytes they occupy and the time of their last use."""
+        """Adds or replaces parts: each is a description, the bytes that its file occupies, and the
+        time of its last use."""
         with self.transaction():
             for d, allocated, used in parts:
                 self._delete(d.kind, d.key)

@@ -17,7 +17,7 @@ _MOST_BYTES = 64
 
 
 def layout_note(model: bytes, root: bytes, allowed: BlocksAllowed) -> tuple[Description, bytes]:
-    """A note that something is kept under a root, to be written."""
+    """Returns the description and the bytes of a note that something is kept under a root."""
     data = allowed.value.encode()
     checksum = xxhash.xxh64_intdigest(data)
     return Description("layout", root, model, 0, 0, model, len(data), checksum), data

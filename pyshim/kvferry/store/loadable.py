@@ -13,8 +13,8 @@ def loadable(
 ) -> set[Description]:
     """Returns the blocks and checkpoints that are part of a prefix which can be loaded.
 
-    A block is of no use without those before it. ``allowed`` says by root what a cache allows; of
-    a root that it does not have, blocks are of use with and without a checkpoint behind them.
+    A block is useless without the blocks before it. ``allowed`` says by root what a cache allows.
+    For an unknown root, blocks count with and without a checkpoint behind them.
     """
     blocks: dict[bytes, Description] = {}
     checkpoints = []

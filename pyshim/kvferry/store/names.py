@@ -30,15 +30,15 @@ class _Named:
 
 
 class Names:
-    """What has a name. Methods raise KeyError for a name that nothing has."""
+    """The conversations that have a name. Methods raise KeyError for an unknown name."""
 
     def __init__(self, ram: Ram) -> None:
         self._ram = ram
         self._named: dict[str, _Named] = {}
 
     def give(self, name: str, tokens: int, ids: Sequence[Id]) -> None:
-        """Gives a name to blocks and checkpoints. If the name was that of others, they lose it, and
-        its pin passes on."""
+        """Gives a name to blocks and checkpoints. If others had the name, they lose it, and a pin
+        of the name now holds the new ones."""
         was_pinned = name in self._named and self._named[name].pinned
         if was_pinned:
             self.unpin(name)
@@ -59,7 +59,7 @@ class Names:
             self._ram.unpin(named.ids)
 
     def drop(self, name: str) -> Sequence[Id]:
-        """Ends a name and its pin. Returns what had it."""
+        """Removes a name and its pin. Returns the parts that had the name."""
         self.unpin(name)
         return self._named.pop(name).ids
 

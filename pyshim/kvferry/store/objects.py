@@ -1,4 +1,4 @@
-"""The interface that the remote tier wants of an object store, and obstore behind it."""
+"""The functions that the remote tier needs of an object store, and obstore behind them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 PIECE_BYTES = 8 << 20
-"""What one request carries, of what is larger."""
+"""The bytes of one request for an object that is larger."""
 
 _SINGLE_PUT = 5 * PIECE_BYTES
-"""An object of so many bytes is put by one request: a multipart upload takes two more, and on the
-servers that were measured more time."""
+"""An object of at most this size is put by one request. A multipart upload takes two requests more,
+and on the servers that were measured more time."""
 _HEADS = 16
 """HEAD requests in flight for one call of ``sizes``."""
 _BEHIND_THE_END = "416 Range Not Satisfiable"
-"""In the message of obstore's error, which has no type of its own."""
+"""A part of the message of obstore's error for this case, which has no type of its own."""
 
 
 # --8<-- [start:interface]
@@ -182,8 +182,8 @@ class ObstoreObjects:
 
 
 def _drained(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-    """Before an error of ``pieces`` is raised, gives an empty piece: before obstore takes that, it
-    waits for the one in flight."""
+    """Gives an empty piece before it raises an error of ``pieces``. Before obstore takes that
+    piece, it waits for the piece in flight."""
     try:
         yield from pieces
     except Exception:
@@ -215,7 +215,7 @@ def _http_allowed() -> bool:
 
 
 def first_line(problem: BaseException) -> str:
-    """obstore's messages have a page of details behind the first line."""
+    """Returns the first line of a message. obstore's messages go on for a page."""
     return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 

@@ -1,7 +1,8 @@
-"""The format of a part's file: 4,096 bytes that describe it, then its bytes.
+"""The format of a part's file: 4,096 bytes that describe the part, then the part's bytes.
 
-A page of fixed size, not the JSON of ``_bridge.described_file``: nothing in a hostile header has a
-length to trust, and the bytes begin at a page, so that they are read straight into the caller's.
+The header is a page of fixed size, and not the JSON of ``_bridge.described_file``. So a hostile
+header has no length that a reader must trust, and the bytes begin at a page and are read straight
+into the caller's memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAGIC = b"kvfstore"
 VERSION = 1
 HEADER_BYTES = 4096
 PIECE_BYTES = 1 << 20
-"""Read or written at once; hashed while the processor's cache still holds it."""
+"""How much is read or written at once. It is hashed while the processor's cache still holds it."""
 
 _FIELDS = struct.Struct("<8sI4x16s32s32s32sQQQQ")
 _CHECKSUM = struct.Struct("<Q")
@@ -114,7 +115,7 @@ def parse_header(header: bytes | bytearray) -> Description:
 
 
 def open_part(system: System, path: str) -> int:
-    """Raises OSError; Damaged for what is no file."""
+    """Returns a descriptor. Raises OSError, and Damaged for anything but a regular file."""
     descriptor = system.open(path, os.O_RDONLY)
     try:
         if not stat.S_ISREG(system.fstat(descriptor).st_mode):
@@ -126,7 +127,7 @@ def open_part(system: System, path: str) -> int:
 
 
 def read_header(system: System, descriptor: int) -> Description:
-    """Raises OSError, Damaged, Newer. No memory but the header's is allocated."""
+    """Returns what the header says. Raises OSError, Damaged, Newer. Allocates only the header."""
     header = bytearray(HEADER_BYTES)
     _read_all(system, descriptor, memoryview(header), 0)
     found = parse_header(header)
@@ -136,7 +137,7 @@ def read_header(system: System, descriptor: int) -> Description:
 
 
 def read_data(system: System, descriptor: int, memory: memoryview, checksum: int) -> None:
-    """Fills ``memory``. Raises OSError; Damaged for other bytes than the checksum's."""
+    """Fills ``memory``. Raises OSError, and Damaged if the bytes have another checksum."""
     digest = xxhash.xxh64()
     for begin in range(0, len(memory), PIECE_BYTES):
         piece = memory[begin : begin + PIECE_BYTES]
@@ -158,7 +159,7 @@ def check_data(system: System, descriptor: int, description: Description) -> Non
 
 
 def write_part(system: System, descriptor: int, header: bytes, data: memoryview) -> None:
-    """Writes and syncs. Raises OSError."""
+    """Writes a part and syncs it. Raises OSError."""
     _write_all(system, descriptor, memoryview(header), 0)
     for begin in range(0, len(data), PIECE_BYTES):
         piece = data[begin : begin + PIECE_BYTES]

@@ -50,9 +50,10 @@ class InTurn:
 class OnDisk:
     """Looks into the folder. May block on the disk. For one search.
 
-    The keys of the blocks that will be asked for are known before, and one question for many keys
-    takes hardly longer than one for a single key. Questions become longer as long as blocks are
-    found: most searches end at the first block, and others have a hundred.
+    The search follows keys that are known before, and a question to the index for many keys takes
+    hardly longer than one for a single key. Most searches end at the first block, and others find a
+    hundred. So the first question is for one block, and each further question is for eight times as
+    many.
     """
 
     def __init__(self, disk: Disk, blocks: Sequence[bytes] = ()) -> None:
@@ -85,9 +86,9 @@ class Prefix:
     blocks: list[Description]
     checkpoint: Description | None
     end: int
-    """How many tokens it has."""
+    """How many tokens the prefix has."""
     tiers: tuple[Tier, ...]
-    """Where each of ``parts`` lies: the nearest tier that had it when it was looked for."""
+    """Where each of ``parts`` lies: the nearest tier that had it when the search asked."""
 
     @property
     def parts(self) -> list[Description]:
@@ -130,8 +131,8 @@ class Prefix:
 class Search:
     """A search for the longest prefix of tokens that is kept and can be loaded.
 
-    Keys of whole blocks are followed from the root on. What ends elsewhere is found by its parent:
-    the tokens up to where it ends must give its key.
+    The search follows the keys of whole blocks from the root on. A part that ends elsewhere is
+    found by its parent: the tokens up to its end must give its key.
     """
 
     lookup: InTurn
@@ -170,13 +171,14 @@ class Search:
         return None
 
     def _shorter(self, parent: bytes, begin: int) -> Iterator[Link]:
-        """What may be kept behind a whole block and ends before the next one, longest first."""
+        """Gives the links of parts that end behind a whole block and before the next, longest
+        first."""
         for end in sorted(self.lookup.ends(parent), reverse=True):
             if begin < end < begin + self.block_tokens and end <= len(self.tokens):
                 yield Link(begin, end, next_key(parent, self.tokens[begin:end]), parent)
 
     def _loadable(self, before: list[Description], last: Link) -> Prefix | None:
-        """The prefix that ends with ``last``, if all that it needs is there."""
+        """Returns the prefix that ends with ``last``, if all that it needs is there."""
         blocks: list[Description] = []
         checkpoint = None
         if self.allowed.blocks:
@@ -195,7 +197,7 @@ class Search:
         return self._right(self.lookup.find("checkpoint", link.key), link, link.end)
 
     def _right(self, found: Description | None, link: Link, begin: int) -> Description | None:
-        """What was found, if it says of itself what its key stands for: a file may say anything."""
+        """Returns what was found if its description fits its key: a file may say anything."""
         if found is None:
             return None
         told = (found.key, found.parent, found.begin, found.end, found.root)

@@ -56,7 +56,7 @@ class Room:
         ram.reserved += nbytes
 
     def shrink(self, nbytes: int) -> None:
-        """Sets no more aside than this."""
+        """Keeps at most this many bytes set aside."""
         unused = max(0, self.nbytes - nbytes)
         self.nbytes -= unused
         self._ram.reserved -= unused
@@ -69,8 +69,8 @@ class Room:
 class Ram:
     """Blocks and checkpoints in buffers. For one thread; any thread may call ``find`` and ``ends``.
 
-    A block goes only after the blocks that follow it and the checkpoint at its end: without those
-    before it a block is of no use.
+    A block is evicted only after the blocks that follow it and the checkpoint at its end, because a
+    block is useless without the blocks before it.
     """
 
     def __init__(self, limit: int) -> None:
@@ -84,8 +84,8 @@ class Ram:
         self.refused: Refusals = Refusals()
         """What there was no room for, and loads of what is here."""
         self.pinned: Counter[Id] = Counter()
-        """How many pins there are of what is not evicted, whether or not it is here now. Any thread
-        may look whether something is in it."""
+        """How many pins each part has, whether or not RAM has the part now. Pinned parts are not
+        evicted. Any thread may test whether a part is among them."""
         self._entries: dict[Id, Entry] = {}
         self._order: S3Fifo[Id] = S3Fifo()
         self._standing_on: Counter[bytes] = Counter()  # a block's key: entries that need the block
@@ -99,19 +99,19 @@ class Ram:
         return len(self._entries)
 
     def get(self, kind: Kind, key: bytes) -> Entry | None:
-        """Returns an entry unless there is none or its time is over."""
+        """Returns an entry; None if there is none, or its time to live is over."""
         entry = self._entries.get((kind, key))
         if entry is None or (entry.expires is not None and entry.expires <= time.monotonic()):
             return None
         return entry
 
     def entry(self, chosen: Id) -> Entry | None:
-        """Returns an entry, also one whose time is over."""
+        """Returns an entry, even one whose time to live is over."""
         return self._entries.get(chosen)
 
     def renew(self, kind: Kind, key: bytes, expires: float | None) -> Entry | None:
-        """Returns an entry, also one whose time is over, which is kept as long as this asks at
-        least."""
+        """Returns an entry, even one whose time to live is over, and extends that time to
+        ``expires`` (None: without end)."""
         entry = self._entries.get((kind, key))
         if entry is not None and entry.expires is not None:
             if expires is None:
@@ -127,17 +127,17 @@ class Ram:
         return None if entry is None else entry.description
 
     def ends(self, parent: bytes) -> list[int]:
-        """Where the entries with this parent end."""
+        """Returns where the entries with this parent end."""
         return list(self._ends.get(parent, ()))
 
     def use(self, entries: Iterable[Entry]) -> None:
-        """Notes that entries have been of use."""
+        """Notes a use of entries."""
         for entry in entries:
             self._order.use(entry.id)
 
     @contextmanager
     def held(self, entries: Sequence[Entry]) -> Iterator[None]:
-        """While this is entered the entries are not evicted."""
+        """Keeps the entries from being evicted in the ``with`` block."""
         for entry in entries:
             entry.holds += 1
         try:
@@ -149,7 +149,8 @@ class Ram:
     # ---- Room -----------------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> Room | None:
-        """Makes room for a buffer, for which it evicts others. None: there is no such room."""
+        """Sets room aside for a buffer, and evicts entries for it. Returns None if there is no
+        room."""
         if nbytes > self.limit:
             return None
         self._remove_expired()
@@ -163,8 +164,8 @@ class Ram:
     def add(self, entry: Entry, room: Room) -> Entry:
         """Keeps an entry in the room that was set aside for its buffer.
 
-        Returns the entry that is kept now: another one, if that was there before. Then it is kept
-        as long as both ask, and ``entry`` has been closed.
+        Returns the entry that is kept now. If RAM had one of this kind and key before, that is the
+        older one: it lives as long as either of them would, and ``entry`` has been closed.
         """
         room.release()
         if (known := self.renew(*entry.id, entry.expires)) is not None:
@@ -188,7 +189,7 @@ class Ram:
             _subtract(self.pinned, each)
 
     def remove(self, entry: Entry) -> bool:
-        """Removes an entry. False: it is held or pinned, or others stand on it."""
+        """Removes an entry. Returns False if it is held or pinned, or other entries need it."""
         if self._entries.get(entry.id) is not entry or not self._may_go(entry.id):
             return False
         self._order.remove(entry.id)
@@ -196,7 +197,7 @@ class Ram:
         return True
 
     def remove_all(self, entries: Iterable[Entry]) -> int:
-        """Removes those of the entries that nothing else needs; returns how many."""
+        """Removes those of the entries that nothing else needs. Returns how many."""
         last_first = sorted(
             entries, key=lambda entry: (entry.description.end, entry.description.kind), reverse=True
         )
@@ -215,7 +216,7 @@ class Ram:
         return kind != "block" or key not in self._standing_on
 
     def _drop(self, entry: Entry) -> None:
-        """The entry is not in ``_order`` any more."""
+        """Forgets an entry that has been removed from ``_order``."""
         del self._entries[entry.id]
         self._expiring.pop(entry.id, None)
         self.used -= entry.capacity
@@ -233,7 +234,7 @@ class Ram:
 
 
 def _subtract(counts: Counter[C], counted: C) -> None:
-    """Counts one less. A Counter keeps what it has counted to 0 otherwise."""
+    """Counts one less, and removes a count of 0, which a Counter would keep."""
     counts[counted] -= 1
     if not counts[counted]:
         del counts[counted]

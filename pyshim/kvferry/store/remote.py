@@ -35,20 +35,20 @@ log = logging.getLogger("kvferry.store")
 TRANSFERS = 16
 """Reads and writes at a time. Searches do not wait for them."""
 _THREADS = 4 * TRANSFERS
-"""More, as calls that hang keep theirs for a while."""
+"""More than transfers, because a call that hangs keeps its thread for a while."""
 _ATTEMPTS = 3
 _BACK_OFF = 0.1
 """Seconds before the second attempt, at most; twice as many before each further one."""
 _SLOWEST = 4 << 20
-"""A timeout grows by a second for so many bytes."""
+"""A timeout is one second longer for every so many bytes."""
 _POLL = 0.02
 """Seconds."""
 _NOTE_BYTES = 1 << 16
-"""What a note may have."""
+"""The most bytes of a note."""
 
 
 class Calls:
-    """Counts calls that threads are in the middle of."""
+    """Counts the calls that run on threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class Calls:
         return call
 
     async def ended(self) -> None:
-        """Returns when no thread is in a call. The threads cannot tell: their loop may be gone."""
+        """Returns when no call runs. Polls, because the event loop of a late call may be gone."""
         running = True
         while running:
             await anyio.sleep(_POLL)  # first, as a thread may be about to start
@@ -77,12 +77,12 @@ class Calls:
 class Remote:
     """Parts as objects of the same format as the disk tier's files, named by kind and key.
 
-    For tasks of one event loop, of any kind. No method raises because of the object store: what
-    fails is a miss, with a line in the log, and what fails again and again is left alone for a
-    while.
+    For tasks of one event loop, of any kind. No method raises because of the object store: a call
+    that fails is a miss, and a line is in the log. After several failures in a row the object store
+    is *left alone*: for a while no call is made.
 
-    ``timeout`` is for an attempt that moves little, in seconds; ``find_timeout`` for all that one
-    search asks for.
+    ``timeout`` is how many seconds an attempt has that moves few bytes. ``find_timeout`` is for all
+    that one search asks for.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class Remote:
         self._threads = anyio.CapacityLimiter(_THREADS)
         self._unusable: dict[str, bool] = {}  # names, and whether a put may replace them
         self.written_bytes = self.read_bytes = self.failed = 0
-        """``failed``: calls that ended without what was asked for, except for misses."""
+        """``failed`` counts the calls that failed. An object that is not there is no failure."""
         self.refused: Refusals = Refusals()
 
     @property
     def left_alone(self) -> bool:
-        """Whether a call would not be made now, after failures."""
+        """Whether a call would be refused now, because others have failed."""
         return self._breaker.would_refuse
 
     @property
@@ -210,7 +210,7 @@ class Remote:
                 )
             missing |= count is None
             if count is not None and count != sum(map(len, memories)):
-                # What the header says decides; these bytes are not the object's.
+                # The object is too short. Its header decides what is told in the log.
                 short.append(begin)
 
         short: list[int] = []
@@ -345,14 +345,15 @@ class Remote:
     async def _call(
         self, function: Callable[[], T], what: str, seconds: float, *, attempts: int = _ATTEMPTS
     ) -> T | None:
-        """Calls a function on a thread, with a timeout; tries again what is worth it.
+        """Calls a function on a thread, with a timeout. Tries again if the object store was
+        unavailable.
 
-        None: it failed, and a line is in the log.
+        Returns None if it failed; then a line is in the log.
         """
         problem: BaseException | None = None
         for attempt in range(attempts):
             if attempt:
-                # Full jitter: several that have failed together do not come again together.
+                # Full jitter: calls that have failed together are not repeated together.
                 await anyio.sleep(random.uniform(0, _BACK_OFF * 2 ** (attempt - 1)))
             try:
                 return await self._attempt(function, seconds)
@@ -376,7 +377,7 @@ class Remote:
         known = False
         try:
             with anyio.fail_after(seconds):
-                # A thread that hangs is left behind. It has its slot until the call ends.
+                # Nobody waits for a thread that hangs. It occupies the limiter until its call ends.
                 result = await anyio.to_thread.run_sync(
                     function, limiter=self._threads, abandon_on_cancel=True
                 )
@@ -401,7 +402,8 @@ class Remote:
                 self._breaker.cancelled(trial)
 
     def _put_aside(self, name: str, problem: Damaged | Newer) -> None:
-        """An object that is not right is not used any more, and may be written again."""
+        """Notes that an object is not right: it is not used any more. If it is damaged, the next
+        write replaces it."""
         reason: Reason = "damaged" if isinstance(problem, Damaged) else "newer"
         self.refused[reason] += 1
         if name not in self._unusable:

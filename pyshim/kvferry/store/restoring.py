@@ -43,7 +43,7 @@ _SEARCHES = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """What a prefix is looked for."""
+    """What a search looks for: a prefix of tokens, for a context and a salt."""
 
     llama: Llama
     tokens: Tokens
@@ -59,7 +59,7 @@ class Searched(Asked):
 
 
 class _NotRead(Exception):
-    """A part is not in RAM, and cannot be read: the disk knows now that it has not got it."""
+    """A part is not in RAM, and could not be read. Another search may find a shorter prefix."""
 
 
 class _NoRoom(Exception):
@@ -67,7 +67,7 @@ class _NoRoom(Exception):
 
 
 class _NotWorth(Exception):
-    """Bringing any of a prefix takes longer than evaluating its tokens."""
+    """To bring any part of a prefix takes longer than to evaluate its tokens."""
 
 
 class Restoring:
@@ -87,7 +87,7 @@ class Restoring:
         return Searched(asked.llama, asked.tokens, asked.salt, longest_first)
 
     async def search_cache(self, asked: Asked, kept: Kept, farthest: Tier) -> Prefix | None:
-        """Searches likewise what is kept for one cache."""
+        """Returns the longest prefix that is kept for one cache, in tiers up to ``farthest``."""
         ram = InTurn({"ram": self._tiers.ram})
         block_tokens = self._tiers.block_tokens
         search = Search(ram, kept.root, kept.allowed, asked.tokens, block_tokens)
@@ -96,7 +96,7 @@ class Restoring:
     async def _search_farther(
         self, search: Search, prefix: Prefix | None, farthest: Tier
     ) -> Prefix | None:
-        """Returns the longest prefix of all tiers; ``prefix`` is that of RAM."""
+        """Returns the longest prefix of these tiers. ``prefix`` is the longest one of RAM."""
         ram = self._tiers.ram
         behind = self._tiers.behind if farthest != "ram" else None
         away = self._tiers.away if farthest == "remote" else None
@@ -162,7 +162,7 @@ class Restoring:
     async def _restore(
         self, asked: Asked, seq: int, prefix: Prefix, held: int, priority: Priority
     ) -> Prefix | None:
-        """Returns what of a prefix was loaded; None: the library has refused it.
+        """Returns the part of a prefix that was loaded; None if the library has refused it.
 
         Raises _NotWorth, and as ``bring``.
         """
@@ -207,7 +207,8 @@ class Restoring:
         for index, part in enumerate(prefix.parts):
             entry = self._tiers.ram.get(part.kind, part.key)
             if entry is None and prefix.tiers[index] != "ram":
-                # One whose time is over was found farther away: it need not be read.
+                # The search found it in a farther tier. If RAM still has it, after its time to
+                # live, it need not be read.
                 entry = self._tiers.ram.renew(part.kind, part.key, None)
             if entry is None:
                 missing.append(index)
@@ -254,7 +255,7 @@ class Restoring:
     ) -> Entry:
         """Reads a part from a farther tier into a buffer of the engine, and keeps it in RAM."""
         if tier == "ram":
-            raise _NotRead  # it was evicted meanwhile
+            raise _NotRead  # it has been evicted since the search
         if (taken := await self._tiers.buffers.take(asked.llama, part.nbytes)) is None:
             raise _NoRoom
         buffer, room = taken
@@ -305,7 +306,7 @@ class Restoring:
         entries: Sequence[Entry],
         priority: Priority,
     ) -> bool:
-        """False: the library has refused it, before it touched the sequence."""
+        """Returns False if the library has refused the prefix. The sequence is unchanged then."""
         blocks = [entry.part for entry in entries[: len(prefix.blocks)]]
         checkpoint = entries[-1].part if prefix.checkpoint else None
         was_unseen = await self._identities.is_unseen(llama)
@@ -314,7 +315,7 @@ class Restoring:
             await llama.load_blocks(blocks, seq, checkpoint=checkpoint, priority=priority)  # type: ignore[arg-type]
         except (StateMismatch, StateDamaged) as refusal:
             self._tiers.counts.refused_loads += 1
-            # Of a new context that is how the layout of the cache is found out.
+            # For a context that has had no cells, refusals tell which layout its cache has.
             level = logging.DEBUG if was_unseen else logging.WARNING
             if not was_unseen:
                 is_damaged = isinstance(refusal, StateDamaged)
@@ -337,7 +338,7 @@ def _hits(prefix: Prefix, held: int) -> Counter[Tier]:
 def _search_in(
     search: Search, ram: Ram, disk: Disk | None = None, seen: Seen | None = None
 ) -> Prefix | None:
-    """Searches RAM, the disk, and what was seen in the object store. With a disk it may block."""
+    """Searches RAM, the disk, and what was seen in the object store. May block on the disk."""
     tiers: dict[Tier, Lookup] = {"ram": ram}
     if disk is not None:
         tiers["disk"] = OnDisk(disk, [link.key for link in search.links])
@@ -349,7 +350,8 @@ def _search_in(
 def _saved(
     part: Description, memory: CData, fingerprint: str, tokens: Tokens, whole: bool
 ) -> Block | Checkpoint:
-    """Returns the object of a part that was read. ``whole``: it stands for all tokens before it."""
+    """Returns the Block or Checkpoint of a part that was read. ``whole``: it stands for all tokens
+    before its end."""
     begin = 0 if whole else part.begin
     common = {
         "key": part.key,

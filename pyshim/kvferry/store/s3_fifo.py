@@ -1,10 +1,10 @@
-"""Which entry of a cache is evicted next: S3-FIFO, for entries of which some stand on others.
+"""Which entry of a cache is evicted next: S3-FIFO, for entries of which some need others.
 
-S3-FIFO is of Yang and others, "FIFO queues are all you need for cache eviction", SOSP 2023. A small
-queue has new entries. The main queue has those that were used while they were in the small one. A
-ghost queue has the keys that left the small one unused. A scan fills and leaves the small queue,
-and the main queue stays. No maintained library lets the program say which entry may go, which pins
-and prefixes need.
+Yang and others describe S3-FIFO in "FIFO queues are all you need for cache eviction", SOSP 2023. A
+small queue has new entries. The main queue has entries that were used while they were in the small
+queue. A ghost queue has the keys of entries that left the small queue unused. So a scan passes
+through the small queue, and the main queue stays as it was. No maintained library lets the program
+say which entry may be evicted, and pins and prefixes need that.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class _Missing:
     saved: Block | Checkpoint | None = None
 
     def release(self) -> None:
-        """Releases the memory, as nothing is kept."""
+        """Releases the buffer and its room: nothing of it is kept."""
         if self.saved is not None:
             self.saved.close()
         self.buffer.close()
@@ -171,7 +171,7 @@ class Saving:
     ) -> None:
         """Saves blocks that follow one another, as one transfer."""
         first, last = run[0].part, run[-1].part
-        wrong = "the sequence has not one token at each position from {} to {}"
+        wrong = "the sequence does not have one token at each position from {} to {}"
         try:
             blocks = await conversation.llama.save_blocks(
                 conversation.seq,
@@ -206,7 +206,7 @@ class Saving:
 
 
 def _last_first(missing: Sequence[_Missing]) -> list[_Missing]:
-    """Blocks that follow others come first: so they are the first that are evicted."""
+    """The last blocks come first, so that they are evicted before the blocks that they follow."""
     return sorted(missing, key=lambda each: each.part.end, reverse=True)
 
 

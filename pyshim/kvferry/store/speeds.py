@@ -1,4 +1,4 @@
-"""Speeds, as they were seen: of a tier that brings bytes, and of a model that evaluates tokens.
+"""Measured speeds: of a tier that brings bytes, and of a model that evaluates tokens.
 
 Other work on the machine makes a measurement slow at times, so that medians are taken, and nothing
 is said before there are several.
@@ -18,14 +18,14 @@ Clock = Callable[[], float]
 _ENOUGH = 3
 """The first transfers also allocate memory, and find cold disks and connections."""
 _RECENT = 7
-"""Measurements that count: a speed that has changed is seen after four."""
+"""How many measurements count. A speed that has changed is noticed after four of them."""
 _AGAIN_SECONDS = 60.0
 _AGAIN_LOSSES = 20
-"""A trial may take a twentieth of the time in vain."""
+"""Trials may waste a twentieth of the time."""
 _LEAST_TOKENS = 32
-"""Fewer tokens take about as long as so many."""
+"""Prefills of fewer tokens take about as long as one of this many."""
 _LONG_TOKENS = 256
-"""Fewer tokens take longer each, so that they say nothing of the depth."""
+"""Each token of a shorter prefill takes longer, so that short ones tell nothing of the depth."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Stopwatch:
         self._begin = 0.0
         self.seconds = 0.0
         self.nbytes = 0
-        """Of reads that have ended well."""
+        """The bytes of the reads that have succeeded."""
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The store: what is kept of conversations, and found again by their tokens."""
+"""The store: keeps the KV cache of conversations, and finds it again by their tokens."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Found:
     nbytes: int
     """The bytes that a restore would move."""
     tier: str
-    """Where they lie: "ram"; "disk", where some of them are on disk alone; "remote", where some
-    are in the object store alone; "" where nothing is kept."""
+    """The farthest tier that a restore reads from: "ram"; "disk" if some bytes are not in RAM;
+    "remote" if some are only in the object store; "" if nothing is kept."""
     _searched: Searched | None = field(default=None, repr=False, compare=False)
     """For ``restore``, which need not search again."""
 
@@ -68,24 +68,25 @@ class Store:
     called by several tasks at a time.
 
     ram
-        The most bytes that the buffers of all that is kept may take: an int, or a string such as
-        "8 GiB". Buffers that are being filled count.
+        The most bytes that the store's buffers may take: an int, or a string such as "8 GiB".
+        Buffers that are being filled count.
     disk
-        A folder, which several processes may share. What is kept is written there behind, and found
-        again when the process has been started anew.
+        A folder, which several processes may share. A task of the store writes there what has been
+        kept, and another process finds it again.
     disk_limit
         The most bytes that the folder may take. Given with ``disk``.
     remote
         An object store, which any number of stores may share: a URL such as "s3://bucket/prefix"
         (needs ``pip install kvferry[remote]``; credentials and endpoint are found in the
         environment, as obstore does), a store object of ``obstore.store``, or an object with the
-        functions of ``kvferry.store.objects.Objects``. What is kept is written there behind.
+        functions of ``kvferry.store.objects.Objects``. Tasks of the store write there what has been
+        kept.
     block_tokens
         How many tokens a block has. Only what was kept with this number is found.
     salt
         Names the owner of what is kept. It is hashed into every key, so that nothing is found that
-        was kept with another salt. Methods have an argument of this name for stores that serve
-        several owners.
+        was kept with another salt. Methods also have this argument, for stores that serve several
+        owners.
     trace
         Records what the calls do, for ``trace()``.
     """
@@ -144,8 +145,8 @@ class Store:
         """Returns the longest known prefix. ``restore`` takes what this returns, and then does not
         search again.
 
-        For a context that has never had a cell, several caches are possible: the longest prefix of
-        all of them is told, and ``restore`` may find that it does not fit.
+        For a context that has never had a cell, several caches are possible. This returns the
+        longest prefix of all of them, and ``restore`` may find that it does not fit the context.
         """
         self._check_open()
         begin = time.monotonic()
@@ -172,23 +173,25 @@ class Store:
     ) -> int:
         """Loads the longest known prefix into a sequence, in place of what the sequence held.
 
-        Returns how many tokens the sequence holds then: the program decodes ``tokens`` from there
-        on. Where nothing is restored the sequence is emptied, and this returns 0.
+        Returns how many tokens the sequence holds then. The program goes on with the tokens after
+        these. If nothing is restored, the sequence is emptied, and this returns 0.
 
-        What would take longer to bring than to evaluate is not brought, as far as the speeds of
-        both have been measured: then a shorter prefix is restored, or none. See ``explain``.
+        Blocks that would take longer to bring than to evaluate are not brought, as far as the
+        speeds of both have been measured: then a shorter prefix is restored, or none. See
+        ``explain``.
 
         ``leave`` is how many tokens at the end are not restored, even if they are known. A state
-        has no logits, so that at least one token must be decoded before the next one is sampled.
+        has no logits, so at least one token must be decoded before the next one is sampled.
 
-        ``held`` is for a program that can go on from what the sequence holds: it is the number of
-        the first of ``tokens`` that the sequence holds already. Where nothing longer is worth its
-        restore, the sequence stays as it is, and this returns ``held``.
+        ``held`` is for a program that can go on from what the sequence holds: how many of the first
+        ``tokens`` the sequence holds already. If no longer prefix is worth its restore, the
+        sequence stays as it is, and this returns ``held``.
 
         ``found`` is what ``find`` has returned for the same context, salt and tokens: this restores
         that prefix, without a search. If some of it has been evicted meanwhile, this searches.
 
-        Where the disk fails, hangs, or has more than RAM has room for, what is in RAM is restored.
+        If the disk fails or hangs, or RAM has no room for the parts that it lacks, this restores
+        the prefix that is in RAM.
 
         If the task is cancelled, or this raises, ``llama.load_outcome(seq)`` tells what the
         sequence holds. Raises CacheFull, SequenceRange, PinnedLimit, EngineClosed, ContextFreed,
@@ -270,19 +273,19 @@ class Store:
         ttl: float | None = None,
         priority: Priority = "background",
     ) -> int:
-        """Keeps what the sequence holds of these tokens, which stand at its positions from 0 on.
+        """Keeps the state of these tokens, which the sequence holds at its positions from 0 on.
 
-        Only what is neither in RAM nor on the disk is saved. The sequence may be decoded further
-        meanwhile, but where the cache needs checkpoints it must end with ``tokens`` when this is
-        called, and until the context's thread has taken the checkpoint.
+        Only blocks and checkpoints that are neither in RAM nor on the disk are saved. The sequence
+        may be decoded further meanwhile. But if the cache needs checkpoints, the sequence must end
+        with ``tokens`` from the call of this until the context's thread has taken the checkpoint.
 
-        Returns how many of the tokens are kept then: fewer than ``tokens`` has where the budget has
-        no room for all. Where the cache needs checkpoints that is all or none.
+        Returns how many of the tokens are kept then: fewer than given if the budget has no room for
+        all. If the cache needs checkpoints, all tokens are kept or none.
 
-        ``name`` is for ``pin``, ``evict`` and ``list``; an older conversation of this name loses
-        it. ``ttl`` is a time in seconds after which RAM does not find it any more; what is shared
-        is kept as long as the longest of those who keep it ask. The disk knows neither: it finds
-        what it has until its limit needs the room.
+        ``name`` is for ``pin``, ``evict`` and ``list``. An older conversation of this name loses
+        it. ``ttl`` is how many seconds RAM finds the conversation; blocks that several
+        conversations share are found for the longest of their times. The disk knows neither names
+        nor times: it finds what it has until its limit needs the room.
 
         If the task is cancelled, the save is cancelled, and nothing more is kept.
 
@@ -315,8 +318,9 @@ class Store:
     # ---- What is kept ---------------------------------------------------------------------------
 
     def pin(self, name: str) -> None:
-        """Keeps what has this name from being evicted, from RAM and by this store from the disk,
-        until ``unpin``, ``evict``, or the store is closed. Raises KeyError."""
+        """Keeps the conversation of this name from being evicted from RAM, and by this store from
+        the disk, until ``unpin``, ``evict`` or ``clear``, or until the store is closed. Raises
+        KeyError."""
         self._names.pin(name)
 
     def unpin(self, name: str) -> None:
@@ -324,19 +328,17 @@ class Store:
         self._names.unpin(name)
 
     def evict(self, name: str) -> int:
-        """Removes from RAM what has this name, and its pin.
+        """Removes the name, its pin, and the conversation from RAM.
 
-        What others share, or a restore uses now, stays. Returns how many blocks and
-        checkpoints were removed. Raises KeyError.
+        Blocks that other conversations share, or that a transfer uses now, stay. Returns how many
+        blocks and checkpoints were removed. Raises KeyError.
         """
         ids = self._names.drop(name)
         return self._ram.remove_all(entry for each in ids if (entry := self._ram.entry(each)))
 
     def clear(self) -> int:
-        """Removes everything from RAM, except what a restore or a keep uses now.
-
-        Returns as ``evict``.
-        """
+        """Removes all names, their pins, and everything from RAM, except for what a transfer uses
+        now. Returns as ``evict``."""
         self._names.drop_all()
         return self._ram.remove_all(self._ram)
 
@@ -383,8 +385,9 @@ class Store:
     # ---- Closing --------------------------------------------------------------------------------
 
     async def flush(self) -> None:
-        """Returns when all that has been kept is on the disk and in the object store, or could not
-        be written; or when the disk hangs (``stats()["disk_writes_pending"]`` is not 0 then)."""
+        """Returns when the disk and the object store have all that has been kept, except for what
+        could not be written. Returns earlier if the disk hangs
+        (``stats()["disk_writes_pending"]`` is not 0 then)."""
         if self._behind is not None:
             await self._behind.flush()
         if self._away is not None:
@@ -406,8 +409,8 @@ class Store:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Waits for the writes to disk and object store, unless the body has failed; then forgets
-        what is in RAM."""
+        """Waits for the writes to disk and object store, unless the body has raised. Then frees all
+        memory."""
         self._closed = True
         try:
             if exception is None:

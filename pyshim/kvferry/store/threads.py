@@ -1,8 +1,8 @@
-"""Calls that block on the disk, on threads, without a wait that has no end.
+"""Threads that call the disk, and tasks that never wait for them without end.
 
 A thread that the kernel holds in a system call cannot be stopped. So a task that waits for a call
-gives up when the call has made no progress for some time; the call itself goes on, and what its
-thread uses is released when it has ended.
+gives up when the call has made no progress for some time. The call itself goes on, and the memory
+that its thread uses is released when the call has ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .system import System
 T = TypeVar("T")
 
 _CHECKS = 8
-"""How often a waiting task looks for progress, in the time after which it gives up."""
+"""How often a waiting task checks for progress before it gives up."""
 
 
 class Hanging(TimeoutError):
@@ -55,7 +55,7 @@ class Progress(System):
 
 
 class Call(Generic[T]):
-    """A call on a thread, and how it has ended."""
+    """A call on a thread, and its outcome."""
 
     def __init__(self, function: Callable[[], T], dropped: Callable[[], None]) -> None:
         self._function = function
@@ -123,7 +123,7 @@ class DiskThreads:
         self._closed = False
 
     def open(self, tasks: anyio.abc.TaskGroup) -> None:
-        """Calls are waited for in this task group."""
+        """``tasks`` runs the tasks that wait for the threads."""
         self._tasks = tasks
 
     @property
@@ -165,12 +165,13 @@ class DiskThreads:
         return call.outcome()
 
     async def wait(self, event: anyio.Event) -> bool:
-        """Waits for something that calls bring about. Returns False if the threads are stuck."""
+        """Waits for an event that the end of a call sets. Returns False if the threads are
+        stuck."""
         return await self._wait(event, lambda: self.stuck)
 
     async def close(self) -> bool:
-        """Begins no call any more, and waits for those that make progress. Returns False if others
-        go on."""
+        """Begins no more calls, and waits for those that make progress. Returns False if a call
+        hangs, which goes on on its thread."""
         self._closed = True
         return all([await self._ends(call) for call in list(self._calls)])
 

@@ -1,4 +1,4 @@
-"""What those who bring parts and those who keep them share: the tiers of a store."""
+"""The tiers of a store, which restores and keeps share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .ram import Ram
 
 @dataclass(frozen=True)
 class Tiers:
-    """The tiers of a store, nearest first, and what holds for all of them."""
+    """The tiers of a store, nearest first, and settings of all of them."""
 
     ram: Ram
     behind: Behind | None

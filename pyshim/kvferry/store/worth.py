@@ -1,4 +1,4 @@
-"""Whether a prefix is worth its restore, or how much of it."""
+"""How much of a prefix is worth its restore."""
 
 from __future__ import annotations
 
@@ -27,29 +27,30 @@ class Estimate:
 
     @property
     def bring(self) -> float:
-        """Seconds of reads and load. What was not measured is taken for fast, so that it is
+        """Seconds of reads and load. A speed that was not measured counts as fast, so that it is
         tried."""
         reads = max((seconds or 0.0 for seconds in self.reads.values()), default=0.0)
         return reads + (self.load or 0.0)
 
     @property
     def gain(self) -> float:
-        """Seconds that a restore saves. Endless where no prefill was measured."""
+        """Seconds that a restore saves; infinite if no prefill was measured."""
         return float("inf") if self.prefill is None else self.prefill - self.bring
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is brought of a prefix."""
+    """How much of a prefix is brought."""
 
     whole: Estimate
-    """Of the whole prefix."""
+    """The estimate for the whole prefix."""
     best: Estimate | None
-    """Of what is brought; None: nothing is."""
+    """The estimate for the part that is brought; None if nothing is."""
     prefix: Prefix | None
-    """What is brought."""
+    """The part that is brought; None if nothing is."""
     trials: tuple[TransferSpeed, ...] = ()
-    """Speeds for whose sake all is brought although it does not seem to pay."""
+    """Speeds that are measured again: because of them the whole prefix is brought, although that
+    does not seem to pay."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class _Lines:
     prefill: Line | None
 
     def estimate(self, end: int, nbytes: Mapping[Tier, int], held: int) -> Estimate:
-        """Of the first ``end`` tokens, which have so many bytes in each tier."""
+        """Returns the estimate for the first ``end`` tokens, which have ``nbytes`` in each tier."""
         prefill = self.prefill
         return Estimate(
             end,
@@ -98,19 +99,19 @@ class Worth:
         self._contexts: WeakKeyDictionary[Llama, _Context] = WeakKeyDictionary()
 
     def tier(self, tier: Tier) -> TransferSpeed:
-        """How fast a tier beyond RAM is read."""
+        """Returns the speed of reads from a tier beyond RAM."""
         return self._tiers[tier]
 
     def load(self, llama: Llama) -> TransferSpeed:
-        """How fast a context is loaded from RAM."""
+        """Returns the speed of loads from RAM into a context."""
         return self._context(llama).load
 
     def prefill(self, llama: Llama) -> PrefillSpeed:
-        """How fast a context evaluates tokens."""
+        """Returns how fast a context evaluates tokens."""
         return self._context(llama).prefill
 
     def stopwatches(self) -> dict[Tier, Stopwatch]:
-        """For the reads of one prefix, from each tier."""
+        """Returns a stopwatch for each tier, for the reads of one prefix."""
         return {tier: Stopwatch(self.clock) for tier in self._tiers}
 
     def note_reads(self, watches: Mapping[Tier, Stopwatch]) -> None:
@@ -122,11 +123,13 @@ class Worth:
         return self._lines(llama).estimate(prefix.end, prefix.nbytes_of, held)
 
     def choose(self, llama: Llama, prefix: Prefix, held: int = 0) -> Choice:
-        """Chooses what of a prefix is brought, whose ``end`` is larger than ``held``. Changes
-        nothing: call ``begin_trial`` of the ``trials`` of what is done.
+        """Chooses how much of a prefix is brought. Its ``end`` must be larger than ``held``.
 
-        The seconds that a tier takes grow as its bytes do, and those of a prefill no slower than
-        its tokens. So, of the blocks in a row that lie in one tier, it pays to bring all or none.
+        Changes nothing: if the choice is followed, call ``begin_trial`` of its ``trials``.
+
+        The time of a tier grows in proportion to its bytes, and the time of a prefill at least in
+        proportion to its tokens. So if several blocks in a row lie in one tier, it pays to bring
+        all of them or none.
         """
         lines = self._lines(llama)
         best = whole = lines.estimate(prefix.end, prefix.nbytes_of, held)

@@ -1,4 +1,4 @@
-"""Writes behind: what a tier is to write later, in the order in which it was kept."""
+"""The queue of a tier: entries that are in RAM already, and that tasks write to the tier."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Writes(Generic[N]):
         self._entries: set[Entry] = set()
         self._closed = False
         self.ended = anyio.Event()
-        """Is set when a write ends. Then another event takes its place."""
+        """Is set when a write ends. Another event then replaces it."""
         self.pending = 0
         """Writes that have not ended."""
         self.pending_bytes = 0
-        """Of the buffers of entries that wait."""
+        """The bytes of the buffers of entries whose writes have not ended."""
         self.failed = 0
         """Writes that have failed or were refused."""
 
     async def run(self) -> None:
-        """Writes what ``add`` is given, one at a time, until this is cancelled."""
+        """Writes everything that ``add`` gets, one at a time, until this is cancelled."""
         async for what in self._receive:
             try:
                 if not await self._write(what):
@@ -57,8 +57,8 @@ class Writes(Generic[N]):
         return entry in self._entries
 
     def add(self, what: Entry | N) -> None:
-        """Has something written later. Does nothing after ``close``: a keep may go on when the
-        store is left."""
+        """Adds an entry or a note to the queue. Does nothing after ``close``: a ``keep`` may still
+        run when the program leaves the store."""
         if self._closed:
             return
         if isinstance(what, Entry):
@@ -69,12 +69,12 @@ class Writes(Generic[N]):
         self._send.send_nowait(what)
 
     def close(self) -> None:
-        """Takes nothing more. May be repeated."""
+        """Takes no more entries. May be repeated."""
         self._closed = True
         self._send.close()
 
     def drop(self) -> None:
-        """Writes nothing of what waits. Call this after ``close``, when no ``run`` goes on."""
+        """Drops all entries that wait. Call this after ``close``, when no ``run`` runs."""
         with contextlib.suppress(anyio.EndOfStream):
             while True:
                 self._end(self._receive.receive_nowait())

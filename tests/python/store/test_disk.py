@@ -106,6 +106,45 @@ def test_for_the_owner_only(disk: Disk, folder: Path) -> None:
         assert mode == (0o700 if path.is_dir() else 0o600), path
 
 
+@pytest.mark.parametrize("limit", [GENEROUS, 600 << 10])
+def test_a_folder_of_something_else_is_refused(folder: Path, limit: int) -> None:
+    (folder / "parts" / "engine").mkdir(parents=True)
+    drawing = folder / "parts" / "engine" / "drawing.dxf"
+    drawing.write_bytes(b"of years")
+    with pytest.raises(OSError, match="something else"):
+        Disk(folder, limit)
+    assert drawing.read_bytes() == b"of years"
+    assert [path.name for path in folder.iterdir()] == ["parts"]
+
+
+@pytest.mark.parametrize("name", ["parts", "aside", "quarantine"])
+def test_a_link_in_place_of_an_inner_folder_is_refused(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    (elsewhere / "letter").write_bytes(b"Dear Sir or Madam")
+    folder.mkdir()
+    (folder / "lock").touch()
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(NotADirectoryError):
+        Disk(folder, GENEROUS)
+    assert [path.name for path in elsewhere.iterdir()] == ["letter"]
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o755
+
+
+def test_a_folder_that_has_lost_all_but_its_parts(disk: Disk, folder: Path) -> None:
+    part, data = make_part(1)
+    disk.write(part, data)
+    disk.close()
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    again = Disk(folder, GENEROUS)
+    assert read(again, part) == data
+    again.close()
+
+
 def test_data_of_another_description(disk: Disk) -> None:
     part, data = make_part(1)
     with pytest.raises(ValueError, match="length"):
