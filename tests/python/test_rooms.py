@@ -16,7 +16,7 @@ ROOMS = [
     ("the bridge", ["_bridge"]),
     ("what programs import", ["*"]),
     ("the store", ["store"]),
-    ("what stands on the store", ["prompt_cache"]),
+    ("what stands on the store", ["metrics", "prompt_cache", "trace_file"]),
     ("the package itself", [""]),
     ("the tools", ["tools", "__main__"]),
 ]

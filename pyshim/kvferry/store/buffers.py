@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
@@ -33,7 +33,11 @@ class Buffers:
         room = await self._reserve(most_taken(nbytes))
         if room is None:
             return None
-        return (await self._allocate(llama, [nbytes], [room]))[0]
+
+        async def allocate() -> list[Buffer]:
+            return [await llama.allocate(nbytes)]
+
+        return (await _fill(allocate, [room]))[0]
 
     @traced("wait for a buffer")
     async def take_first(self, llama: Llama, sizes: Sequence[int]) -> list[tuple[Buffer, Room]]:
@@ -45,27 +49,7 @@ class Buffers:
             if (room := self._ram.reserve(most_taken(nbytes))) is None:
                 break
             rooms.append(room)
-        return await self._allocate(llama, sizes[: len(rooms)], rooms)
-
-    async def _allocate(
-        self, llama: Llama, sizes: Sequence[int], rooms: Sequence[Room]
-    ) -> list[tuple[Buffer, Room]]:
-        """Takes buffers for these rooms, or releases the rooms."""
-        buffers: list[Buffer] = []
-        try:
-            # A call that is cancelled may hold its buffers a little longer than the room.
-            with anyio.CancelScope(shield=True):
-                buffers = await llama._allocate_each(sizes)
-            for buffer, room in zip(buffers, rooms, strict=True):
-                room.shrink(buffer.capacity)
-            await anyio.lowlevel.checkpoint_if_cancelled()
-        except BaseException:
-            for buffer in buffers:
-                buffer.close()
-            for room in rooms:
-                room.release()
-            raise
-        return list(zip(buffers, rooms, strict=True))
+        return await _fill(lambda: llama._allocate_each(sizes[: len(rooms)]), rooms)
 
     async def _reserve(self, nbytes: int) -> Room | None:
         while (room := self._ram.reserve(nbytes)) is None:
@@ -74,3 +58,24 @@ class Buffers:
                 self._ram.refused["budget"] += 1
                 return None
         return room
+
+
+async def _fill(
+    allocate: Callable[[], Awaitable[list[Buffer]]], rooms: Sequence[Room]
+) -> list[tuple[Buffer, Room]]:
+    """Takes a buffer for each of the rooms, or releases the rooms."""
+    buffers: list[Buffer] = []
+    try:
+        # A call that is cancelled may hold its buffers a little longer than the room.
+        with anyio.CancelScope(shield=True):
+            buffers = await allocate()
+        for buffer, room in zip(buffers, rooms, strict=True):
+            room.shrink(buffer.capacity)
+        await anyio.lowlevel.checkpoint_if_cancelled()
+    except BaseException:
+        for buffer in buffers:
+            buffer.close()
+        for room in rooms:
+            room.release()
+        raise
+    return list(zip(buffers, rooms, strict=True))
