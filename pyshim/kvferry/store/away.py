@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from .._bridge.block_list import BlocksAllowed
 from .counts import Reason
 from .description import Description, Kind
 from .keys import Link, next_key
+from .layout_notes import MOST_LAYOUTS
 from .objects import Objects, objects_of
 from .prefix import Prefix, Search
 from .ram import Entry
@@ -36,7 +38,6 @@ _NOTES_AT_A_TIME = 8
 _ENDS = 16
 """How many ends behind one block a search asks for; the longest come first."""
 _MOST_ENDS = 1024
-_MOST_LAYOUTS = 256
 _END = struct.Struct("<Q")
 _LAYOUT = struct.Struct("<32s32s")
 
@@ -177,7 +178,7 @@ class Away:
                 return True
             known[root] = allowed
             records = [_LAYOUT.pack(key, each.value.encode()) for key, each in known.items()]
-            content = b"".join(records[-_MOST_LAYOUTS:])
+            content = b"".join(records[-MOST_LAYOUTS:])
             return await self.remote.write_note("layouts", model, content)
 
     # ---- Searches and reads ---------------------------------------------------------------------
@@ -187,19 +188,23 @@ class Away:
         content = await self.remote.note("layouts", model) or b""
         found = {}
         if len(content) % _LAYOUT.size == 0:
-            for root, value in _LAYOUT.iter_unpack(content):
+            for root, value in itertools.islice(_LAYOUT.iter_unpack(content), MOST_LAYOUTS):
                 try:
                     found[root] = BlocksAllowed(value.rstrip(b"\0").decode())
                 except ValueError as problem:
                     log.warning("an entry in a note of layouts is not used: %s", problem)
         return found
 
-    async def look(self, search: Search, nearer: Prefix | None) -> Seen:
+    def deadline(self) -> float:
+        """When a search ends that begins now, by the event loop's clock."""
+        return anyio.current_time() + self.remote.find_timeout
+
+    async def look(self, search: Search, nearer: Prefix | None, deadline: float) -> Seen:
         """Asks the object store for a longer prefix than ``nearer``, which RAM and disk have.
 
-        Returns when the timeout of a search is over at the latest, with what was found by then.
+        Returns at the deadline at the latest, with what was found by then.
         """
-        seen = Seen(anyio.current_time() + self.remote.find_timeout)
+        seen = Seen(deadline)
         if not self.remote.left_alone:
             known = 0 if nearer is None else nearer.end // search.block_tokens
             await self._look(search, known, seen)

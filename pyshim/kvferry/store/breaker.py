@@ -43,10 +43,15 @@ class Breaker:
         self.opened = 0
         """How often it has opened, from closed."""
 
-    @property
-    def is_open(self) -> bool:
-        """Whether calls are refused now, or a trial is under way."""
-        return self._open_until is not None
+    def another(self, name: str) -> Breaker:
+        """Returns a closed breaker with the same limits and clock."""
+        return Breaker(
+            name,
+            failures=self._most,
+            seconds=self._first,
+            longest=self._longest,
+            clock=self._clock,
+        )
 
     @property
     def would_refuse(self) -> bool:

@@ -15,6 +15,9 @@ log = logging.getLogger("kvferry.store")
 
 _MOST_BYTES = 64
 
+MOST_LAYOUTS = 256
+"""Caches of a model that are remembered: a search may have to try all."""
+
 
 def layout_note(model: bytes, root: bytes, allowed: BlocksAllowed) -> tuple[Description, bytes]:
     """Returns the description and the bytes of a note that something is kept under a root."""
@@ -26,10 +29,12 @@ def layout_note(model: bytes, root: bytes, allowed: BlocksAllowed) -> tuple[Desc
 def allowed_of(disk: Disk, parts: Iterable[Description]) -> dict[bytes, BlocksAllowed]:
     """Returns what the notes among these parts say: what each root's cache allows. Blocks on the
     disk."""
-    found = {}
+    found: dict[bytes, BlocksAllowed] = {}
     for note in parts:
         if note.kind != "layout" or note.nbytes > _MOST_BYTES:
             continue
+        if len(found) == MOST_LAYOUTS:
+            break
         memory = bytearray(note.nbytes)
         try:
             if disk.read_into(note, memory):

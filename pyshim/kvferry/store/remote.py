@@ -98,6 +98,8 @@ class Remote:
         self._name = name
         self._timeout, self._find_timeout = timeout, find_timeout
         self._breaker = breaker or Breaker(name)
+        self._put_breaker = self._breaker.another(f"writing to {name}")
+        """Apart, so that a program that may not write goes on to read."""
         self._transfers = anyio.CapacityLimiter(TRANSFERS)
         self._threads = anyio.CapacityLimiter(_THREADS)
         self._unusable: dict[str, bool] = {}  # names, and whether a put may replace them
@@ -117,7 +119,7 @@ class Remote:
     @property
     def opened(self) -> int:
         """How often the circuit breaker has opened."""
-        return self._breaker.opened
+        return self._breaker.opened + self._put_breaker.opened
 
     # ---- Parts ----------------------------------------------------------------------------------
 
@@ -328,7 +330,9 @@ class Remote:
             async with self._transfers:
                 seconds = self._seconds(len(memory))
                 counted = calls.counted(put)
-                return await self._call(counted, f"the write of {name}", seconds) is not None
+                what = f"the write of {name}"
+                breaker = self._put_breaker
+                return await self._call(counted, what, seconds, breaker=breaker) is not None
         finally:
             stopped = True  # a thread that is still at it aborts the upload
 
@@ -343,7 +347,13 @@ class Remote:
         return self._timeout + nbytes / _SLOWEST
 
     async def _call(
-        self, function: Callable[[], T], what: str, seconds: float, *, attempts: int = _ATTEMPTS
+        self,
+        function: Callable[[], T],
+        what: str,
+        seconds: float,
+        *,
+        attempts: int = _ATTEMPTS,
+        breaker: Breaker | None = None,
     ) -> T | None:
         """Calls a function on a thread, with a timeout. Tries again if the object store was
         unavailable.
@@ -356,7 +366,7 @@ class Remote:
                 # Full jitter: calls that have failed together are not repeated together.
                 await anyio.sleep(random.uniform(0, _BACK_OFF * 2 ** (attempt - 1)))
             try:
-                return await self._attempt(function, seconds)
+                return await self._attempt(function, seconds, breaker or self._breaker)
             except Open as refusal:
                 problem = problem or refusal
                 break
@@ -372,8 +382,8 @@ class Remote:
         log.log(level, "%s: %s failed: %s", self._name, what, problem)
         return None
 
-    async def _attempt(self, function: Callable[[], T], seconds: float) -> T:
-        trial = self._breaker.enter()
+    async def _attempt(self, function: Callable[[], T], seconds: float, breaker: Breaker) -> T:
+        trial = breaker.enter()
         known = False
         try:
             with anyio.fail_after(seconds):
@@ -382,24 +392,24 @@ class Remote:
                     function, limiter=self._threads, abandon_on_cancel=True
                 )
             known = True
-            self._breaker.succeeded()
+            breaker.succeeded()
             return result
         except TimeoutError:
             known = True
             late = TimeoutError(f"no answer within {seconds:.3g} s")
-            self._breaker.failed(trial, late)
+            breaker.failed(trial, late)
             raise late from None
         except Full:
             known = True
-            self._breaker.succeeded()  # it answers
+            breaker.succeeded()  # it answers
             raise
         except Exception as problem:
             known = True
-            self._breaker.failed(trial, first_line(problem))
+            breaker.failed(trial, first_line(problem))
             raise
         finally:
             if not known:
-                self._breaker.cancelled(trial)
+                breaker.cancelled(trial)
 
     def _put_aside(self, name: str, problem: Damaged | Newer) -> None:
         """Notes that an object is not right: it is not used any more. If it is damaged, the next

@@ -82,19 +82,24 @@ class Restoring:
     async def search(self, asked: Asked, farthest: Tier = "remote") -> Searched:
         """Searches all tiers up to the farthest one that is named."""
         candidates = await self._identities.candidates(asked.llama, asked.salt)
-        found = [await self.search_cache(asked, each, farthest) for each in candidates]
+        away = self._tiers.away
+        deadline = None if away is None else away.deadline()  # of all together
+        found = [await self.search_cache(asked, each, farthest, deadline) for each in candidates]
         longest_first = sorted(filter(None, found), key=lambda prefix: prefix.end, reverse=True)
         return Searched(asked.llama, asked.tokens, asked.salt, longest_first)
 
-    async def search_cache(self, asked: Asked, kept: Kept, farthest: Tier) -> Prefix | None:
-        """Returns the longest prefix that is kept for one cache, in tiers up to ``farthest``."""
+    async def search_cache(
+        self, asked: Asked, kept: Kept, farthest: Tier, deadline: float | None = None
+    ) -> Prefix | None:
+        """Returns the longest prefix that is kept for one cache, in tiers up to ``farthest``. The
+        object store is asked until the deadline; by default, for as long as a search may take."""
         ram = InTurn({"ram": self._tiers.ram})
         block_tokens = self._tiers.block_tokens
         search = Search(ram, kept.root, kept.allowed, asked.tokens, block_tokens)
-        return await self._search_farther(search, search.run(), farthest)
+        return await self._search_farther(search, search.run(), farthest, deadline)
 
     async def _search_farther(
-        self, search: Search, prefix: Prefix | None, farthest: Tier
+        self, search: Search, prefix: Prefix | None, farthest: Tier, deadline: float | None
     ) -> Prefix | None:
         """Returns the longest prefix of these tiers. ``prefix`` is the longest one of RAM."""
         ram = self._tiers.ram
@@ -108,7 +113,7 @@ class Restoring:
             run = functools.partial(_search_in, search, ram)
             prefix = await behind.look_up("a search", run, prefix)
         if away is not None and not whole():
-            seen = await away.look(search, prefix)
+            seen = await away.look(search, prefix, deadline or away.deadline())
             without_disk = _search_in(search, ram, seen=seen)
             if behind is None:
                 return without_disk

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anyio
@@ -14,6 +16,8 @@ import pytest
 from disk_stores import BLOCK, TOKENS, prompted
 from kvferry import Store
 from kvferry.store.objects import Refused, Unavailable
+from kvferry.store.part_format import HEADER_BYTES
+from kvferry.store.remote import Remote
 from new_process import assert_a_new_process_goes_on
 from support.devices import DEVICES
 from support.event_loops import EVENT_LOOPS
@@ -392,3 +396,50 @@ async def test_each_read_is_wrong(
                 count = await store.restore(llama, 1, prompt, leave=0)
                 assert count in (0, TOKENS)
                 assert context.pos_max(1) == count - 1
+
+
+# ---- A bucket that others write to
+
+
+async def test_a_note_of_many_caches_makes_no_search_long(make_context: MakeContext) -> None:
+    context, prompt = prompted(make_context, "llama")
+    fresh = make_context("llama", n_ctx=1024)
+    objects = FaultyObjects()
+    async with kvferry.Engine(DEVICES) as engine:
+        async with remote_store(objects) as store:
+            await store.keep(engine.attach(context.address), 0, prompt)
+        (note,) = [name for name in objects.objects if name.endswith(".layouts")]
+        true = objects.objects[note][HEADER_BYTES:]
+        others = b"".join(bytes([n]) * 32 + true[32:] for n in range(200))
+        model = bytes.fromhex(note.partition(".")[0])
+        assert await Remote(objects).write_note("layouts", model, true + others)
+        calls = objects.calls
+        objects.fault = lambda call: time.sleep(0.1)
+        async with remote_store(objects) as store:
+            found = await store.find(engine.attach(fresh.address), [*prompt, 7])
+            assert found.tokens == TOKENS
+        assert objects.calls - calls < 60  # one search, not one for each cache
+
+
+async def test_a_bucket_that_is_read_only(make_context: MakeContext) -> None:
+    context, prompt = prompted(make_context, "llama")
+    objects = FaultyObjects()
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with remote_store(objects) as store:
+            await store.keep(llama, 0, prompt)
+
+        three = threading.Barrier(3)
+
+        def refused(name: str, nbytes: int, pieces: Iterator[memoryview]) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                three.wait(timeout=1)  # one after the other, with no successful call between
+            raise Refused("403 Forbidden")
+
+        objects.put = refused  # type: ignore[method-assign]
+        async with remote_store(objects) as store:
+            assert await store.keep(llama, 0, prompt, salt=b"another") == TOKENS
+            await store.flush()
+            store.clear()
+            assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+            assert store.stats()["remote_writes_failed"] > 0
