@@ -89,7 +89,7 @@ def _add_demo(commands: _Commands) -> None:
         "--picture",
         metavar="FILE",
         default="kvferry-demo.png",
-        help="draw the timeline to this file (%(default)s)",
+        help="draw the timeline to this file, and the restart beside it (%(default)s)",
     )
     demo.add_argument(
         "--tokens",

@@ -58,9 +58,10 @@ def test_demo_is_bit_identical_in_every_layout(tmp_path: Path) -> None:
     assert restart["tokens"] == restart["kept_tokens"] == restart["restored_tokens"] == 4 * 32
     assert restart["answer_ms"] >= restart["restore_ms"] > 0
     assert "Of 128 tokens it had to prefill 0." in done.stdout
-    header = picture.read_bytes()[:24]
-    assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    assert int.from_bytes(header[16:20], "big") == 1200  # pixels wide
+    for path in (picture, tmp_path / "demo-restart.png"):
+        header = path.read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n"
+        assert int.from_bytes(header[16:20], "big") == 1200  # pixels wide
 
 
 def test_demo_takes_a_model_of_the_users(tmp_path: Path, model_path: Callable[..., Path]) -> None:

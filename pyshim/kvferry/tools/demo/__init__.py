@@ -25,7 +25,7 @@ from ..timeline import Timeline, check_kind
 from ..workload import decoding_threads
 from .comparison import compare
 from .layouts import LAYOUTS, OTHER_CACHES
-from .report import cpu, print_restart, print_table, write_figures, write_picture
+from .report import cpu, print_restart, print_table, write_figures, write_pictures
 from .restart import Conversation, restart_process
 from .script import REPEATS
 
@@ -62,7 +62,7 @@ async def demo(options: Options, progress: Progress) -> bool:
     if restarted is not None:
         print_restart(restarted)
     if options.picture:
-        write_picture(timelines, Path(options.picture), progress)
+        write_pictures(timelines, restarted, Path(options.picture), progress)
     if options.json:
         report = {
             "kvferry": __version__,

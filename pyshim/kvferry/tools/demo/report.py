@@ -9,6 +9,7 @@ from typing import Any
 
 from ..table import Progress, mib, ms, table
 from ..timeline import Timeline, draw
+from .restart_picture import draw_restart
 from .script import REPEATS
 
 _HEADER = [
@@ -133,13 +134,21 @@ def write_figures(report: dict[str, Any], path: Path, progress: Progress) -> Non
     progress.say(f"figures: {path}")
 
 
-def write_picture(timelines: list[Timeline], path: Path, progress: Progress) -> None:
+def write_pictures(
+    timelines: list[Timeline], restarted: dict[str, Any] | None, path: Path, progress: Progress
+) -> None:
+    """Writes the timelines to ``path``, and the restart beside it."""
+    paths = [path]
     try:
         draw(timelines, path, heading="kvferry demo: decoding goes on while a sequence is moved")
+        if restarted is not None:
+            paths.append(path.with_stem(f"{path.stem}-restart"))
+            draw_restart(restarted, paths[-1])
     except ImportError:
         progress.say("no picture: pip install matplotlib")
         return
-    progress.say(f"picture: {path}")
+    for each in paths:
+        progress.say(f"picture: {each}")
 
 
 def cpu() -> str:
