@@ -52,7 +52,7 @@ void nothing_is_kept_of_a_limited_address_space() {
     CHECK(getrlimit(RLIMIT_AS, &before) == 0);
     if (before.rlim_max == RLIM_INFINITY) {
         rlimit limited = before;
-        limited.rlim_cur = uint64_t{1} << 46;
+        limited.rlim_cur = uint64_t{1} << 62; // room for the shadow memory of TSan
         CHECK(setrlimit(RLIMIT_AS, &limited) == 0);
         {
             BorrowedScratch(cache, kPage).data[0] = 7;
