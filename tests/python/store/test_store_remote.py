@@ -414,11 +414,11 @@ async def test_a_note_of_many_caches_makes_no_search_long(make_context: MakeCont
         model = bytes.fromhex(note.partition(".")[0])
         assert await Remote(objects).write_note("layouts", model, true + others)
         calls = objects.calls
-        objects.fault = lambda call: time.sleep(0.1)
+        objects.fault = lambda call: time.sleep(0.03)
         async with remote_store(objects) as store:
             found = await store.find(engine.attach(fresh.address), [*prompt, 7])
             assert found.tokens == TOKENS
-        assert objects.calls - calls < 60  # one search, not one for each cache
+        assert objects.calls - calls < 200  # one search; one for each cache makes 400
 
 
 async def test_a_bucket_that_is_read_only(make_context: MakeContext) -> None:
