@@ -240,10 +240,6 @@ class Remote:
         self.read_bytes += HEADER_BYTES + len(view)
         return found
 
-    async def checksum(self, memory: memoryview) -> int:
-        """Returns the XXH64, which a thread computes."""
-        return await anyio.to_thread.run_sync(xxhash.xxh64_intdigest, memory, limiter=self._threads)
-
     async def remove(self, parts: Sequence[tuple[Kind, bytes]]) -> bool:
         """Returns whether the parts are not there any more."""
         names = [name_of(*part) for part in parts]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import kvferry
 import pytest
 from kvferry import Store
 from kvferry.store import behind
 from kvferry.store.system import System
+from support.devices import DEVICES
 from support.like_contexts import MakeContext
 from support.llama_reference import Context
 
@@ -33,6 +36,20 @@ def prompted(make_context: MakeContext, kind: str) -> tuple[Context, list[int]]:
     prompt = context.model.prompt(TOKENS)
     context.decode(0, prompt)
     return context, prompt
+
+
+@contextlib.asynccontextmanager
+async def kept_in(
+    folder: Path, make_context: MakeContext, kind: str
+) -> AsyncIterator[tuple[Context, kvferry.Llama, list[int]]]:
+    """Gives a context of ``prompted``, its attachment, and the prompt, which a store that is closed
+    has kept in the folder."""
+    context, prompt = prompted(make_context, kind)
+    async with kvferry.Engine(DEVICES) as engine:
+        llama = engine.attach(context.address)
+        async with store_in(folder) as store:
+            await store.keep(llama, 0, prompt)
+        yield context, llama, prompt
 
 
 async def until(condition: Callable[[], object]) -> None:

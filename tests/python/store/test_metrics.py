@@ -11,7 +11,8 @@ import anyio
 import anyio.to_thread
 import kvferry
 import pytest
-from disk_stores import BLOCK, TOKENS, HangingDisk, prompted, store_in, until
+from disk_stores import BLOCK, TOKENS, HangingDisk, kept_in, prompted, store_in, until
+from given_speeds import evaluates, reads
 from kvferry import Store
 from kvferry._native import lib
 from kvferry.errors import error
@@ -137,29 +138,25 @@ async def test_a_restore_from_the_folder(
 async def test_a_prefix_of_which_a_part_is_in_ram(
     make_context: MakeContext, tmp_path: Path
 ) -> None:
-    context, prompt = prompted(make_context, "llama")
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
-        async with store_in(tmp_path) as store:
-            assert await store.restore(llama, 1, prompt[: BLOCK + 1]) == BLOCK
-            assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
-            assert hits(scraped(store)) == [BLOCK + TOKENS, BLOCK, TOKENS, 0, 0]
+    async with (
+        kept_in(tmp_path, make_context, "llama") as (_, llama, prompt),
+        store_in(tmp_path) as store,
+    ):
+        assert await store.restore(llama, 1, prompt[: BLOCK + 1]) == BLOCK
+        assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+        assert hits(scraped(store)) == [BLOCK + TOKENS, BLOCK, TOKENS, 0, 0]
 
 
 async def test_a_prefetch_makes_a_hit_in_ram(make_context: MakeContext, tmp_path: Path) -> None:
-    context, prompt = prompted(make_context, "llama")
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
-        async with store_in(tmp_path) as store:
-            store.prefetch(llama, prompt)
-            await until(lambda: scraped(store)["read_bytes_total", "disk"])
-            await until(lambda: store.stats()["ram_reserved"] == 0)
-            assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
-            assert hits(scraped(store)) == [TOKENS, TOKENS, 0, 0, 0]
+    async with (
+        kept_in(tmp_path, make_context, "llama") as (_, llama, prompt),
+        store_in(tmp_path) as store,
+    ):
+        store.prefetch(llama, prompt)
+        await until(lambda: scraped(store)["read_bytes_total", "disk"])
+        await until(lambda: store.stats()["ram_reserved"] == 0)
+        assert await store.restore(llama, 1, prompt, leave=0) == TOKENS
+        assert hits(scraped(store)) == [TOKENS, TOKENS, 0, 0, 0]
 
 
 async def test_a_restore_from_a_bucket(make_context: MakeContext, s3: S3Server) -> None:
@@ -213,11 +210,7 @@ async def test_a_damaged_file(make_context: MakeContext, tmp_path: Path) -> None
 async def test_files_of_a_newer_version(
     make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, prompt = prompted(make_context, "llama")
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
+    async with kept_in(tmp_path, make_context, "llama") as (_, llama, prompt):
         path = next(
             path
             for path in (tmp_path / "parts").glob("*.block")
@@ -254,21 +247,17 @@ async def test_a_load_of_another_context(
 async def test_a_disk_that_is_slower_than_the_model(
     make_context: MakeContext, tmp_path: Path
 ) -> None:
-    context, prompt = prompted(make_context, "llama")
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
-        async with store_in(tmp_path) as store:
-            assert await store.restore(llama, 1, prompt[: BLOCK + 1]) == BLOCK
-            for _ in range(7):
-                store._worth.tier("disk").note(1 << 20, 1000.0)
-            for _ in range(3):
-                store.note_prefill(llama, 1000, 1.0)
-            assert await store.restore(llama, 1, prompt, leave=0) == BLOCK
-            values = scraped(store)
-            assert refusals(values) == {"slow disk": 1}
-            assert hits(values) == [BLOCK + TOKENS, BLOCK, BLOCK, 0, TOKENS - BLOCK]
+    async with (
+        kept_in(tmp_path, make_context, "llama") as (_, llama, prompt),
+        store_in(tmp_path) as store,
+    ):
+        assert await store.restore(llama, 1, prompt[: BLOCK + 1]) == BLOCK
+        reads(store, "disk", 1000.0)
+        evaluates(store, llama)
+        assert await store.restore(llama, 1, prompt, leave=0) == BLOCK
+        values = scraped(store)
+        assert refusals(values) == {"slow disk": 1}
+        assert hits(values) == [BLOCK + TOKENS, BLOCK, BLOCK, 0, TOKENS - BLOCK]
 
 
 async def test_what_the_sequence_holds_is_neither_hit_nor_miss(make_context: MakeContext) -> None:

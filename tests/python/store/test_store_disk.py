@@ -8,7 +8,7 @@ from pathlib import Path
 import kvferry
 import numpy as np
 import pytest
-from disk_stores import TOKENS, prompted, store_in
+from disk_stores import TOKENS, kept_in, prompted, store_in
 from kvferry import Store
 from new_process import assert_a_new_process_goes_on
 from support.devices import DEVICES
@@ -75,11 +75,7 @@ def damage(folder: Path, name: str = "*.*") -> None:
 async def test_a_damaged_file_shortens_what_is_restored(
     make_context: MakeContext, tmp_path: Path, kind: str
 ) -> None:
-    context, prompt = prompted(make_context, kind)
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
+    async with kept_in(tmp_path, make_context, kind) as (context, llama, prompt):
         damage(tmp_path)
         async with store_in(tmp_path) as store:
             assert await store.restore(llama, 1, prompt, leave=0) == 0

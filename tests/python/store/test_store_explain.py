@@ -6,7 +6,7 @@ from pathlib import Path
 
 import kvferry
 import pytest
-from disk_stores import BLOCK, TOKENS, HangingDisk, prompted, store_in
+from disk_stores import BLOCK, TOKENS, HangingDisk, kept_in, prompted, store_in
 from given_speeds import MIB, evaluates, loads, reads
 from kvferry import Store
 from kvferry.store import Explanation
@@ -37,64 +37,60 @@ def only_reason(explanation: Explanation) -> str:
 
 
 async def test_tokens_and_bytes_of_each_tier(make_context: MakeContext, tmp_path: Path) -> None:
-    context, prompt = prompted(make_context, "llama")
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
-        async with store_in(tmp_path) as store:
-            await store.restore(llama, 1, prompt[: BLOCK + 1])
-            told = await store.explain(llama, prompt, leave=0)
-            ram, disk = told.shares
-            assert (told.tokens, told.held, told.known, told.restored) == (
-                TOKENS,
-                0,
-                TOKENS,
-                TOKENS,
-            )
-            assert (ram.tier, ram.tokens, ram.seconds) == ("ram", BLOCK, 0.0)
-            assert (disk.tier, disk.tokens, disk.seconds) == ("disk", TOKENS - BLOCK, None)
-            assert ram.nbytes == llama.block_size(BLOCK)
-            assert disk.nbytes == 2 * ram.nbytes + llama.block_size(TOKENS - 3 * BLOCK)
-            assert told.prefill_seconds is told.bring_seconds is None
-            assert told.not_found == ()
-            assert "prefill is not known yet" in told.why
-            assert "speed not known yet" in str(told)
+    async with (
+        kept_in(tmp_path, make_context, "llama") as (_, llama, prompt),
+        store_in(tmp_path) as store,
+    ):
+        await store.restore(llama, 1, prompt[: BLOCK + 1])
+        told = await store.explain(llama, prompt, leave=0)
+        ram, disk = told.shares
+        assert (told.tokens, told.held, told.known, told.restored) == (
+            TOKENS,
+            0,
+            TOKENS,
+            TOKENS,
+        )
+        assert (ram.tier, ram.tokens, ram.seconds) == ("ram", BLOCK, 0.0)
+        assert (disk.tier, disk.tokens, disk.seconds) == ("disk", TOKENS - BLOCK, None)
+        assert ram.nbytes == llama.block_size(BLOCK)
+        assert disk.nbytes == 2 * ram.nbytes + llama.block_size(TOKENS - 3 * BLOCK)
+        assert told.prefill_seconds is told.bring_seconds is None
+        assert told.not_found == ()
+        assert "prefill is not known yet" in told.why
+        assert "speed not known yet" in str(told)
 
 
 async def test_what_it_takes_and_why(make_context: MakeContext, tmp_path: Path) -> None:
-    context, prompt = prompted(make_context, "llama")
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
-        async with store_in(tmp_path) as store:
-            evaluates(store, llama)
-            told = await store.explain(llama, prompt, leave=0)
-            assert (told.restored, told.why) == (TOKENS, "the speed of disk is not known yet")
-            reads(store, "disk", 0.01, 0.001)
-            told = await store.explain(llama, prompt, leave=0)
-            assert (told.restored, told.why) == (TOKENS, "the speed of load is not known yet")
-            loads(store, llama, 0.002)
-            told = await store.explain(llama, prompt, leave=0)
-            (disk,) = told.shares
-            size = disk.nbytes / MIB
-            assert disk.latency == pytest.approx(0.01)
-            assert disk.bandwidth == pytest.approx(1000 * MIB)
-            assert disk.seconds == pytest.approx(0.01 + 0.001 * size)
-            assert told.load_seconds == pytest.approx(0.002 * size)
-            assert told.bring_seconds == pytest.approx(0.01 + 0.003 * size)
-            assert told.prefill_seconds == pytest.approx(0.2)
-            assert told.restored == TOKENS
-            assert told.why.startswith("it takes less than prefill")
-            assert "latency 10 ms, 1,000 MiB/s" in str(told)
-            held = await store.explain(llama, prompt, leave=0, held=190)
-            assert held.prefill_seconds == pytest.approx(0.01)
-            assert held.restored == 0
-            assert held.why.startswith("it takes more than prefill")
-            assert (await store.explain(llama, prompt, leave=0, held=TOKENS)).why == (
-                "the sequence holds as many"
-            )
+    async with (
+        kept_in(tmp_path, make_context, "llama") as (_, llama, prompt),
+        store_in(tmp_path) as store,
+    ):
+        evaluates(store, llama)
+        told = await store.explain(llama, prompt, leave=0)
+        assert (told.restored, told.why) == (TOKENS, "the speed of disk is not known yet")
+        reads(store, "disk", 0.01, 0.001)
+        told = await store.explain(llama, prompt, leave=0)
+        assert (told.restored, told.why) == (TOKENS, "the speed of load is not known yet")
+        loads(store, llama, 0.002)
+        told = await store.explain(llama, prompt, leave=0)
+        (disk,) = told.shares
+        size = disk.nbytes / MIB
+        assert disk.latency == pytest.approx(0.01)
+        assert disk.bandwidth == pytest.approx(1000 * MIB)
+        assert disk.seconds == pytest.approx(0.01 + 0.001 * size)
+        assert told.load_seconds == pytest.approx(0.002 * size)
+        assert told.bring_seconds == pytest.approx(0.01 + 0.003 * size)
+        assert told.prefill_seconds == pytest.approx(0.2)
+        assert told.restored == TOKENS
+        assert told.why.startswith("it takes less than prefill")
+        assert "latency 10 ms, 1,000 MiB/s" in str(told)
+        held = await store.explain(llama, prompt, leave=0, held=190)
+        assert held.prefill_seconds == pytest.approx(0.01)
+        assert held.restored == 0
+        assert held.why.startswith("it takes more than prefill")
+        assert (await store.explain(llama, prompt, leave=0, held=TOKENS)).why == (
+            "the sequence holds as many"
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama", "hybrid", "mamba"])

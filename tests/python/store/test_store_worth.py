@@ -8,7 +8,7 @@ from pathlib import Path
 
 import kvferry
 import pytest
-from disk_stores import BLOCK, TOKENS, prompted, store_in
+from disk_stores import BLOCK, TOKENS, kept_in, prompted, store_in
 from given_speeds import evaluates, reads
 from kvferry import Store
 from kvferry.store.prefix import Search
@@ -61,17 +61,15 @@ async def test_a_slow_object_store_is_not_read(make_context: MakeContext) -> Non
 async def test_what_is_near_is_restored_where_the_rest_is_too_far(
     make_context: MakeContext, tmp_path: Path
 ) -> None:
-    context, prompt = prompted(make_context, "llama")
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
-        async with store_in(tmp_path) as store:
-            assert await store.restore(llama, 1, prompt[: BLOCK + 1]) == BLOCK
-            reads(store, "disk", 1000.0)
-            evaluates(store, llama)
-            assert await store.restore(llama, 1, prompt, leave=0) == BLOCK
-            assert context.pos_max(1) == BLOCK - 1
+    async with (
+        kept_in(tmp_path, make_context, "llama") as (context, llama, prompt),
+        store_in(tmp_path) as store,
+    ):
+        assert await store.restore(llama, 1, prompt[: BLOCK + 1]) == BLOCK
+        reads(store, "disk", 1000.0)
+        evaluates(store, llama)
+        assert await store.restore(llama, 1, prompt, leave=0) == BLOCK
+        assert context.pos_max(1) == BLOCK - 1
 
 
 async def test_a_nearer_checkpoint_is_restored_where_the_last_one_is_too_far(
@@ -155,17 +153,15 @@ async def test_a_network_that_is_slow_is_left(make_context: MakeContext, network
 
 
 async def test_a_prefetch_brings_it_all_the_same(make_context: MakeContext, tmp_path: Path) -> None:
-    context, prompt = prompted(make_context, "llama")
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
-        async with store_in(tmp_path) as store:
-            reads(store, "disk", 1000.0)
-            evaluates(store, llama)
-            store.prefetch(llama, prompt)
-            while (await store.find(llama, prompt)).tier != "ram":
-                await llama.run(lambda: None)
+    async with (
+        kept_in(tmp_path, make_context, "llama") as (_, llama, prompt),
+        store_in(tmp_path) as store,
+    ):
+        reads(store, "disk", 1000.0)
+        evaluates(store, llama)
+        store.prefetch(llama, prompt)
+        while (await store.find(llama, prompt)).tier != "ram":
+            await llama.run(lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -210,20 +206,18 @@ def store_of_ram() -> Store:
 async def test_what_was_found_is_restored_without_a_search(
     make_context: MakeContext, tmp_path: Path, searches: list[Search], kind: str
 ) -> None:
-    context, prompt = prompted(make_context, kind)
-    async with kvferry.Engine(DEVICES) as engine:
-        llama = engine.attach(context.address)
-        async with store_in(tmp_path) as store:
-            await store.keep(llama, 0, prompt)
-        async with store_in(tmp_path) as store:
-            found = await store.find(llama, prompt, leave=0)
-            searches.clear()
-            assert await store.restore(llama, 1, prompt, leave=0, found=found) == TOKENS
-            nothing = await store.find(llama, [5, 6, 7])
-            searches.clear()
-            assert await store.restore(llama, 1, [5, 6, 7], found=nothing) == 0
-            assert context.pos_max(1) == -1
-            assert not searches
+    async with (
+        kept_in(tmp_path, make_context, kind) as (context, llama, prompt),
+        store_in(tmp_path) as store,
+    ):
+        found = await store.find(llama, prompt, leave=0)
+        searches.clear()
+        assert await store.restore(llama, 1, prompt, leave=0, found=found) == TOKENS
+        nothing = await store.find(llama, [5, 6, 7])
+        searches.clear()
+        assert await store.restore(llama, 1, [5, 6, 7], found=nothing) == 0
+        assert context.pos_max(1) == -1
+        assert not searches
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
