@@ -153,8 +153,7 @@ def store_evict(folder: str, names: Sequence[str], everything: bool) -> bool:
 def store_pin(folder: str, names: Sequence[str]) -> bool:
     """Keeps conversations from being evicted, by any process. Returns True if all were there."""
     with _opened(folder) as disk:
-        chosen = [each for each in conversations(_parts(disk)[0]) if each.name in names]
-        chosen = [each for each in chosen if pin(disk, each.key)]
+        chosen = [each for each in _named(disk, names) if pin(disk, each.key)]
     return _all_there(names, chosen)
 
 
@@ -168,10 +167,14 @@ def pin_keys(folder: str, keys: Iterable[bytes]) -> None:
 def store_unpin(folder: str, names: Sequence[str]) -> bool:
     """Ends ``store_pin``. Returns True if all were there."""
     with _opened(folder) as disk:
-        chosen = [each for each in conversations(_parts(disk)[0]) if each.name in names]
+        chosen = _named(disk, names)
         for each in chosen:
             unpin(disk, each.key)
     return _all_there(names, chosen)
+
+
+def _named(disk: Disk, names: Sequence[str]) -> list[Conversation]:
+    return [each for each in conversations(_parts(disk)[0]) if each.name in names]
 
 
 def _all_there(names: Sequence[str], chosen: Sequence[Conversation]) -> bool:
